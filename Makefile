@@ -1,0 +1,27 @@
+# The habits of this project. Every target that needs an environment makes it on first use and reuses it afterwards.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: help env quickstart test lint contract clean
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
+
+env: $(STAMP)  ## create the environment
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "evavit needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable '.[test,quickstart,docs]'
+	touch $(STAMP)
+
+lint: $(STAMP)  ## ruff over the whole tree
+	$(PY) -m ruff check .
+
+test: $(STAMP)  ## the test suite, without the slow and gpu markers
+	$(PY) -m pytest -q
+
+clean:  ## remove the environment and build leftovers
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
