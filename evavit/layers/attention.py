@@ -1,0 +1,60 @@
+"""What the attentions share: the projections around a function of q, k, v on the token grid."""
+from typing import List
+
+import torch
+from torch import nn
+
+__all__ = ['GridAttention']
+
+
+class GridAttention(nn.Module):
+    """Base class of the multi-head attentions: `forward(x, feat_size)` on tokens `(B, N, C)` of an H × W grid.
+
+    Projects to q, k, v, hands them to `attend` as views `(B, h, N, d)` of one tensor, merges the heads and projects
+    back. A subclass implements `attend` and keeps its own options keyword-only.
+
+    Args:
+        dim: Channels C.
+        num_heads: Heads h; must divide dim.
+        qkv_bias: Bias of the q, k, v projection.
+        proj_bias: Bias of the output projection.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate after the output projection.
+
+    Raises:
+        ValueError: num_heads does not divide dim.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            *,
+            qkv_bias: bool = True,
+            proj_bias: bool = True,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f'num_heads {num_heads} does not divide dim {dim}; choose a divisor')
+        dd = {'device': device, 'dtype': dtype}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """Attention of `(B, h, N, d)` queries, keys and values; returns `(B, h, N, d)`."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """Attend over tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W), N = H·W."""
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.attend(q, k, v, feat_size).transpose(1, 2).reshape(B, N, C)
+        return self.proj_drop(self.proj(x))

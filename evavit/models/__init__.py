@@ -1,0 +1,12 @@
+"""The backbones, registered with timm on import."""
+from .eva_deit import GridVisionTransformer, eva_deit_small, eva_deit_tiny, eva_deit_tiny_784
+from .eva_pvt_v2 import GridPyramidVisionTransformerV2, eva_pvt_v2_b3
+
+__all__ = [
+    'GridPyramidVisionTransformerV2',
+    'GridVisionTransformer',
+    'eva_deit_small',
+    'eva_deit_tiny',
+    'eva_deit_tiny_784',
+    'eva_pvt_v2_b3',
+]

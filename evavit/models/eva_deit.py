@@ -1,0 +1,260 @@
+""" DeiT with an attention that sees the token grid: EVA and the attentions it is compared with
+
+Papers:
+  * `Efficient Attention via Control Variates` - https://arxiv.org/abs/2302.04542 (settings: Appendix E.2)
+  * `Training data-efficient image transformers & distillation through attention` - https://arxiv.org/abs/2012.12877
+
+The model is timm's VisionTransformer without a class token, with mean pooling after the final LayerNorm. Two things are
+new, and they are the whole seam between timm's ViT and an attention that needs the grid:
+
+  * `GridBlock` hands `feat_size` on to its attention: `block(x, feat_size)`, as the blocks of timm's PVT do.
+  * `GridVisionTransformer` knows `feat_size` after the patch embedding and passes it to every block.
+
+Tokens stay `(B, N, C)` between the blocks. What would break the grid (class and register tokens, patch dropout,
+attention masks) is refused.
+"""
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
+
+from evavit.convert import convert_published_eva, is_published_eva
+from evavit.layers import ATTENTIONS, pop_attention_kwargs
+
+from ._weights import fit_bias_tables
+
+__all__ = ['GridBlock', 'GridVisionTransformer']
+
+
+class GridBlock(Block):
+    """timm's pre-norm block around an attention that takes `feat_size`.
+
+    Args:
+        dim: Channels C.
+        num_heads: Attention heads.
+        attn_layer: Makes the attention, `attn_layer(dim, num_heads, qkv_bias=..., ...)`; its `forward(x, feat_size)`.
+        qk_norm: Refused: the attentions normalise no single query or key.
+        scale_attn_norm: Refused, likewise.
+        **kwargs: Further arguments of timm's Block.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            attn_layer: Callable[..., nn.Module],
+            qkv_bias: bool = False,
+            qk_norm: bool = False,
+            scale_attn_norm: bool = False,
+            proj_bias: bool = True,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+            **kwargs,
+    ) -> None:
+        if qk_norm or scale_attn_norm:
+            raise ValueError('qk_norm and scale_attn_norm are not part of these attentions; leave them out')
+        dd = {'device': device, 'dtype': dtype}
+        # nn.Identity takes any arguments: no softmax attention is made only to be thrown away.
+        super().__init__(dim, num_heads, attn_layer=nn.Identity, proj_bias=proj_bias, proj_drop=proj_drop,
+                         **kwargs, **dd)
+        self.attn = attn_layer(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
+                               attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+
+    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), feat_size)))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+
+class GridVisionTransformer(VisionTransformer):
+    """timm's VisionTransformer whose blocks see the token grid; any image size with `dynamic_img_size`.
+
+    Args:
+        attn_layer: Name of the attention, a key of `evavit.layers.ATTENTIONS`.
+        global_pool: 'avg', 'avgmax', 'max', 'map', 'prr' or ''.
+        fc_norm: Final LayerNorm after the pooling instead of before it.
+        class_token: Refused if true, like reg_tokens and patch_drop_rate: tokens would not form a grid.
+        dynamic_img_size: Take images of any size, with the position embedding resampled on the fly.
+        dynamic_img_pad: Pad images to whole patches. By default on with dynamic_img_size.
+        **kwargs: Options of the attention (for EVA: window_size, partition_grid, proposal_scale, noise_std,
+            rel_pos_bias; see `evavit.layers.EvaAttention`) and further arguments of timm's VisionTransformer.
+    """
+
+    def __init__(
+            self,
+            *,
+            attn_layer: str = 'eva',
+            global_pool: str = 'avg',
+            fc_norm: Optional[bool] = False,
+            class_token: bool = False,
+            reg_tokens: int = 0,
+            patch_drop_rate: float = 0.,
+            dynamic_img_size: bool = False,
+            dynamic_img_pad: Optional[bool] = None,
+            **kwargs,
+    ) -> None:
+        refused = dict(class_token=class_token, reg_tokens=reg_tokens, patch_drop_rate=patch_drop_rate)
+        for name, value in refused.items():
+            if value:
+                raise ValueError(f'{name}={value} breaks the grid of tokens that windows and cells are cut from; '
+                                 f'leave it out')
+        attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
+        super().__init__(
+            attn_layer=partial(ATTENTIONS[attn_layer], **attn_kwargs),
+            block_fn=GridBlock,
+            global_pool=global_pool,
+            fc_norm=fc_norm,
+            class_token=False,
+            dynamic_img_size=dynamic_img_size,
+            dynamic_img_pad=dynamic_img_size if dynamic_img_pad is None else dynamic_img_pad,
+            **kwargs,
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters without weight decay: the position embedding and the bias tables."""
+        tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
+        return super().no_weight_decay() | tables
+
+    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, List[int]]:
+        """Images to tokens `(B, N, C)` with position, and the size of their grid."""
+        x = self.patch_embed(x)
+        if self.dynamic_img_size:
+            feat_size = [x.shape[1], x.shape[2]]
+        else:
+            feat_size = [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]]
+        return self.norm_pre(self._pos_embed(x)), feat_size
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
+        x, feat_size = self._embed(x)
+        for blk in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(blk, x, feat_size)
+            else:
+                x = blk(x, feat_size)
+        return self.norm(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+            attn_mask: Optional[torch.Tensor] = None,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+        """Features of chosen blocks on the way to the final ones; timm's interface.
+
+        Args:
+            x: Images `(B, in_chans, height, width)`.
+            indices: The last n blocks if an int, all if None, or the blocks themselves.
+            return_prefix_tokens: Without effect, there are none.
+            norm: Apply the final norm to the intermediates.
+            stop_early: Run no block after the last one asked for.
+            output_fmt: 'NCHW' for maps, 'NLC' for tokens.
+            intermediates_only: Return the list of intermediates alone.
+            output_dict: Return a dictionary with 'image_features' and 'image_intermediates'.
+            attn_mask: Refused.
+
+        Returns:
+            (final features `(B, N, C)`, intermediates), or as the flags say.
+        """
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        assert attn_mask is None, 'These attentions take no mask.'
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+
+        x, feat_size = self._embed(x)
+        blocks = self.blocks[:max_index + 1] if stop_early and not torch.jit.is_scripting() else self.blocks
+        intermediates = []
+        for i, blk in enumerate(blocks):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(blk, x, feat_size)
+            else:
+                x = blk(x, feat_size)
+            if i in take_indices:
+                intermediates.append(self.norm(x) if norm else x)
+        if output_fmt == 'NCHW':
+            intermediates = [y.transpose(1, 2).unflatten(2, feat_size).contiguous() for y in intermediates]
+
+        if output_dict:
+            result = {'image_intermediates': intermediates}
+            if not intermediates_only:
+                result['image_features'] = self.norm(x)
+            return result
+        if intermediates_only:
+            return intermediates
+        return self.norm(x), intermediates
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GridVisionTransformer) -> Dict[str, torch.Tensor]:
+    """Fit a checkpoint to a model: our own of any image, patch and window size, or the published EVA's."""
+    state_dict = state_dict.get('model', state_dict)
+    state_dict = state_dict.get('state_dict', state_dict)
+    if is_published_eva(state_dict):
+        state_dict = convert_published_eva(state_dict)
+    return fit_bias_tables(vit_checkpoint_filter_fn(state_dict, model), model)
+
+
+def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs) -> GridVisionTransformer:
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model_with_cfg(
+        GridVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
+        'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head', 'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'eva_deit_tiny': _cfg(),
+    'eva_deit_small': _cfg(),
+    'eva_deit_tiny_784': _cfg(),
+})
+
+
+@register_model
+def eva_deit_tiny(pretrained: bool = False, **kwargs) -> GridVisionTransformer:
+    """DeiT-Tiny with EVA: 196 tokens (patch 16) at 224 × 224."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    return _create_eva_deit('eva_deit_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def eva_deit_small(pretrained: bool = False, **kwargs) -> GridVisionTransformer:
+    """DeiT-Small with EVA: 196 tokens (patch 16) at 224 × 224."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    return _create_eva_deit('eva_deit_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def eva_deit_tiny_784(pretrained: bool = False, **kwargs) -> GridVisionTransformer:
+    """DeiT-Tiny-784 with EVA: 784 tokens (patch 8) at 224 × 224."""
+    model_args = dict(patch_size=8, embed_dim=192, depth=12, num_heads=3)
+    return _create_eva_deit('eva_deit_tiny_784', pretrained=pretrained, **dict(model_args, **kwargs))

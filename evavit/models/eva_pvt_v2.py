@@ -1,0 +1,137 @@
+""" PVT v2 with an attention that sees the token grid, in place of attention over downsampled keys and values
+
+Papers:
+  * `Efficient Attention via Control Variates` - https://arxiv.org/abs/2302.04542 (settings: Appendix E.2)
+  * `PVT v2: Improved Baselines with Pyramid Vision Transformer` - https://arxiv.org/abs/2106.13797
+
+The model is timm's PyramidVisionTransformerV2 with the attention of every block replaced: the chosen one in the first
+stages and softmax in the last, whose 49 tokens at 224 × 224 are one window. timm's blocks already hand `feat_size` to
+their attention, so nothing else changes.
+"""
+from typing import Any, Dict, Optional, Set, Tuple, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_ntuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._input import update_model_input_size
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from torch import nn
+
+from evavit.convert import convert_published_eva, is_published_eva
+from evavit.layers import ATTENTIONS, pop_attention_kwargs
+
+from ._weights import fit_bias_tables
+
+__all__ = ['GridPyramidVisionTransformerV2']
+
+
+class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
+    """timm's PyramidVisionTransformerV2 on full-length keys and values; images of any size.
+
+    Args:
+        attn_layer: Name of the attention of all stages but the last, a key of `evavit.layers.ATTENTIONS`.
+        num_heads: Heads of each stage.
+        qkv_bias: Bias of the q, k, v projections.
+        attn_drop_rate: Dropout rate of the attention weights.
+        proj_drop_rate: Dropout rate after the attention's projection and in the MLP.
+        img_size: Nominal image size, only recorded; see `set_input_size`.
+        dynamic_img_size: A pyramid takes any image size; False is refused.
+        **kwargs: Options of the attention (for EVA: window_size, partition_grid, proposal_scale, noise_std,
+            rel_pos_bias; see `evavit.layers.EvaAttention`) and further arguments of timm's model.
+    """
+
+    def __init__(
+            self,
+            *,
+            attn_layer: str = 'eva',
+            num_heads: Union[int, Tuple[int, ...]] = (2, 4, 10, 16),
+            qkv_bias: bool = True,
+            attn_drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            dynamic_img_size: bool = True,
+            device=None,
+            dtype=None,
+            **kwargs,
+    ) -> None:
+        if not dynamic_img_size:
+            raise ValueError('dynamic_img_size=False: this model takes images of any size; leave the argument out')
+        for name in ('sr_ratios', 'linear'):
+            if name in kwargs:
+                raise ValueError(f'{name}={kwargs[name]}: keys and values are not downsampled here; leave it out')
+        dd = {'device': device, 'dtype': dtype}
+        attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
+        super().__init__(num_heads=num_heads, sr_ratios=1, qkv_bias=qkv_bias, proj_drop_rate=proj_drop_rate,
+                         **kwargs, **dd)
+        heads = to_ntuple(len(self.stages))(num_heads)
+        for i, stage in enumerate(self.stages):
+            last = i == len(self.stages) - 1
+            for block in stage.blocks:
+                block.attn = ATTENTIONS['softmax' if last else attn_layer](
+                    block.norm1.normalized_shape[0], heads[i],
+                    qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate,
+                    **({} if last else attn_kwargs), **dd)
+                block.attn.apply(self._init_weights)
+        if img_size is not None:
+            self.set_input_size(img_size)
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise all parameters and buffers, as for a model that came empty from the meta device."""
+        for module in self.modules():
+            if needs_reset and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+            self._init_weights(module)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters without weight decay: the bias tables."""
+        return {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+        """Record the nominal image size (height, width) for data configuration; no weight depends on it."""
+        update_model_input_size(self, img_size)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Fit a checkpoint to a model: our own of any window size, or the published EVA's."""
+    state_dict = state_dict.get('model', state_dict)
+    state_dict = state_dict.get('state_dict', state_dict)
+    if is_published_eva(state_dict):
+        state_dict = convert_published_eva(state_dict)
+    return fit_bias_tables(state_dict, model)
+
+
+def _create_eva_pvt_v2(variant: str, pretrained: bool = False, **kwargs) -> GridPyramidVisionTransformerV2:
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model_with_cfg(
+        GridPyramidVisionTransformerV2,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head', 'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'eva_pvt_v2_b3': _cfg(),
+})
+
+
+@register_model
+def eva_pvt_v2_b3(pretrained: bool = False, **kwargs) -> GridPyramidVisionTransformerV2:
+    """PVT-v2-b3 with EVA in stages 1-3 and softmax in stage 4; head dim 32, 3,136 tokens in stage 1 at 224 × 224."""
+    model_args = dict(depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16))
+    return _create_eva_pvt_v2('eva_pvt_v2_b3', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,76 @@
+"""Argument checks of the tensor functions, in one place, with messages that name the value and the remedy."""
+from typing import List, Optional, Tuple
+
+import torch
+
+__all__ = ['check_eva_args']
+
+
+def _shape(x: torch.Tensor) -> str:
+    return str(list(x.shape))
+
+
+def check_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> None:
+    """q, k, v are `(B, h, N, d)` of one shape, dtype and device, and N = H·W."""
+    if q.dim() != 4:
+        raise ValueError(f'q must be (batch, heads, tokens, head_dim), got shape {_shape(q)}')
+    if k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(f'q, k and v must have one shape, got {_shape(q)}, {_shape(k)} and {_shape(v)}')
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f'q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}')
+    if not q.is_floating_point():
+        raise ValueError(f'q, k and v must be floating point, got {q.dtype}')
+    if len(feat_size) != 2:
+        raise ValueError(f'feat_size must be (height, width) in tokens, got {feat_size}')
+    H, W = feat_size[0], feat_size[1]
+    if H < 1 or W < 1 or q.shape[2] != H * W:
+        raise ValueError(f'feat_size ({H}, {W}) does not hold the {q.shape[2]} tokens of q')
+
+
+def check_partition(window_size: int, partition_grid: int) -> None:
+    """A query must see something: a window, cells, or both."""
+    if window_size < 0:
+        raise ValueError(f'window_size must be 0 (no window) or more, got {window_size}')
+    if partition_grid < 0:
+        raise ValueError(f'partition_grid must be 0 (no cells) or more, got {partition_grid}')
+    if window_size == 0 and partition_grid == 0:
+        raise ValueError('window_size 0 and partition_grid 0 leave a query nothing to attend to; set one of them')
+
+
+def check_eva_args(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        feat_size: List[int],
+        summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+        summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+        rel_pos_bias: Optional[torch.Tensor],
+        noise: Optional[torch.Tensor],
+        window_size: int,
+        partition_grid: int,
+        num_cells: int,
+        dropout_p: float,
+) -> None:
+    """Checks of `evavit.ops.eva_attention`; raises ValueError."""
+    check_tokens(q, k, v, feat_size)
+    B, h, d = q.shape[0], q.shape[1], q.shape[3]
+    if partition_grid > 0:
+        if summary_q is None or summary_k is None:
+            raise ValueError(f'partition_grid {partition_grid} needs summary_q and summary_k; got None')
+        for name, summary in (('summary_q', summary_q), ('summary_k', summary_k)):
+            weight, bias, norm_weight, norm_bias = summary
+            if (list(weight.shape) != [d, d] or list(bias.shape) != [d]
+                    or list(norm_weight.shape) != [d] or list(norm_bias.shape) != [d]):
+                raise ValueError(
+                    f'{name} must hold a ({d}, {d}) weight and three vectors of {d} for head_dim {d}, got '
+                    f'{_shape(weight)}, {_shape(bias)}, {_shape(norm_weight)} and {_shape(norm_bias)}')
+        if noise is not None and list(noise.shape) != [B, h, num_cells, d]:
+            raise ValueError(f'noise must be (batch, heads, cells, head_dim) = ({B}, {h}, {num_cells}, {d}), '
+                             f'got {_shape(noise)}')
+    if rel_pos_bias is not None:
+        area = window_size * window_size
+        if list(rel_pos_bias.shape) != [h, area, area]:
+            raise ValueError(f'rel_pos_bias must be (heads, window_size², window_size²) = ({h}, {area}, {area}), '
+                             f'got {_shape(rel_pos_bias)}')
+    if dropout_p < 0.0 or dropout_p >= 1.0:
+        raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')

@@ -1,0 +1,202 @@
+"""EVA, efficient attention via control variates (Zheng et al., ICLR 2023, arXiv 2302.04542), on a 2D token grid.
+
+A query attends exactly to the tokens of its own window, the set E, and to one summary of each cell P_c of the grid:
+a key k̃_c in place of the cell's keys and a control variate β_c in place of its values. Equation numbers are the
+paper's; docs/math.md goes from the control variate to these lines. Everything is written for TorchScript as well.
+"""
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from .checks import check_eva_args, check_partition
+from .grid import block_counts, block_mask, cell_shape, from_blocks, to_blocks, window_shape
+
+__all__ = ['eva_attention', 'eva_num_cells']
+
+# The parameters of σ in (26): weight (d, d) and bias (d) of the projection, weight (d) and bias (d) of the LayerNorm.
+Summary = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
+    """Number of cells C_p on a grid of `feat_size` (H, W) tokens; at most `partition_grid`², and none for 0."""
+    if partition_grid == 0:
+        return 0
+    rows, cols = block_counts(feat_size, cell_shape(feat_size, partition_grid))
+    return rows * cols
+
+
+def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _summarise(
+        cells: torch.Tensor,
+        tokens_per_cell: torch.Tensor,
+        summary: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        norm_eps: float,
+) -> torch.Tensor:
+    """Equation (26): LayerNorm(W · mean of a cell + b), from blocks `(B, h, nH, bh, nW, bw, d)` to `(B, h, C_p, d)`."""
+    weight, bias, norm_weight, norm_bias = summary
+    dtype = tokens_per_cell.dtype
+    mean = cells.sum((3, 5), dtype=dtype).flatten(2, 3) / tokens_per_cell
+    projected = F.linear(mean.to(weight.dtype), weight, bias).to(dtype)
+    return F.layer_norm(projected, [cells.shape[-1]], norm_weight.to(dtype), norm_bias.to(dtype), norm_eps)
+
+
+def _control_variates(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        feat_size: List[int],
+        summary_q: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        summary_k: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        partition_grid: int,
+        scale: float,
+        proposal_scale: float,
+        noise: Optional[torch.Tensor],
+        norm_eps: float,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The cells' keys k̃_c and control variates β_c, each `(B, h, C_p, d)` in the accumulation dtype."""
+    dtype = _accumulation_dtype(q)
+    cell = cell_shape(feat_size, partition_grid)
+    nH, nW = block_counts(feat_size, cell)
+    mask = block_mask(feat_size, cell, q.device)
+    if mask is None:
+        tokens_per_cell = torch.full([1, 1], cell[0] * cell[1], dtype=dtype, device=q.device)
+    else:
+        tokens_per_cell = mask.sum((1, 3), dtype=dtype).view(-1, 1)
+
+    q_tilde = _summarise(to_blocks(q, feat_size, cell), tokens_per_cell, summary_q, norm_eps)
+    k_cells = to_blocks(k, feat_size, cell)
+    k_tilde = _summarise(k_cells, tokens_per_cell, summary_k, norm_eps)
+
+    omega = scale ** 0.5 * proposal_scale * (q_tilde + k_tilde)  # the mean of the proposal, (28)
+    if noise is not None:
+        omega = omega + noise.to(dtype)
+
+    # log ξ(k̂_m, ω_c) = ω_c · k̂_m - ½ ‖k̂_m‖² with k̂ = s^½ k; its softmax over a cell weighs the values of β_c.
+    k_cells = k_cells.to(dtype)
+    omega = omega.unflatten(2, [nH, 1, nW, 1])
+    log_xi = scale ** 0.5 * (k_cells * omega).sum(-1) - 0.5 * scale * (k_cells * k_cells).sum(-1)
+    if mask is not None:
+        log_xi = log_xi.masked_fill(~mask, float('-inf'))
+    log_xi = log_xi.transpose(3, 4)  # (B, h, nH, nW, bh, bw)
+    xi = log_xi.flatten(4).softmax(-1).view_as(log_xi).transpose(3, 4)
+    beta = (xi.unsqueeze(-1) * to_blocks(v, feat_size, cell)).sum((3, 5)).flatten(2, 3)
+    return k_tilde, beta
+
+
+def _to_windows(x: torch.Tensor, feat_size: List[int], window: Tuple[int, int]) -> torch.Tensor:
+    """Tokens `(B, h, N, d)` gathered by window: `(B, h, windows, tokens of a window, d)`."""
+    return to_blocks(x, feat_size, window).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def _crop_bias(bias: torch.Tensor, window_size: int, window: Tuple[int, int]) -> torch.Tensor:
+    """The bias `(h, area, area)` of a window that the grid cuts to `window` tokens along both axes."""
+    if window[0] == window_size and window[1] == window_size:
+        return bias
+    side = [window_size, window_size]
+    bias = bias.unflatten(2, side).unflatten(1, side)[:, :window[0], :window[1], :window[0], :window[1]]
+    return bias.flatten(3, 4).flatten(1, 2)
+
+
+def eva_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        feat_size: List[int],
+        summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+        summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+        rel_pos_bias: Optional[torch.Tensor] = None,
+        window_size: int = 7,
+        partition_grid: int = 7,
+        scale: Optional[float] = None,
+        proposal_scale: float = 1.0,
+        noise: Optional[torch.Tensor] = None,
+        dropout_p: float = 0.0,
+        norm_eps: float = 1e-5,
+) -> torch.Tensor:
+    """Efficient attention via control variates, Equation (16), in plain PyTorch.
+
+    With s the scale, E^n the window of query n, and q̄_c, k̄_c the means of q, k over the tokens of cell P_c:
+
+        q̃_c, k̃_c = LN_q(W_q q̄_c + b_q), LN_k(W_k k̄_c + b_k)                                    (26)
+        ω_c      = s^½ · proposal_scale · (q̃_c + k̃_c) + noise_c                                  (28), Algorithm 1
+        β_c      = Σ_m softmax_m(ω_c · s^½ k_m - ½ s ‖k_m‖²) v_m,  m ∈ P_c
+        y_n      = softmax([s q_n·k_m + b(n, m)  for m ∈ E^n] ∪ [s q_n·k̃_c  for all c])
+                   applied to the values [v_m] ∪ [β_c]                                            (16)
+
+    Windows and cells start at the top-left corner; where one runs over the edge it holds its real tokens only. Sums
+    over tokens, the softmaxes and LayerNorm accumulate in float32 for half-precision inputs (float64 for float64).
+    Time and memory grow linearly with N.
+
+    Args:
+        q: Queries `(B, h, N, d)`, any strides; views of one qkv projection are fine.
+        k: Keys, like q.
+        v: Values, like q.
+        feat_size: Grid `(H, W)` with N = H·W, tokens in raster order.
+        summary_q: Parameters of q's summary: projection weight `(d, d)` and bias `(d)`, LayerNorm weight `(d)` and
+            bias `(d)`, shared by the heads. Needed unless partition_grid is 0.
+        summary_k: The same for k's summary.
+        rel_pos_bias: b, `(h, window_size², window_size²)`: [head, query's place, key's place] in raster order of a
+            whole window. None for no bias.
+        window_size: Side of a window in tokens; 0 leaves E empty.
+        partition_grid: Cells asked for along each axis: a cell is ceil(L / partition_grid) tokens along an axis of L
+            tokens; 0 for no cells.
+        scale: s; d^(-½) if None.
+        proposal_scale: Factor of the proposal's mean (1 is the paper, ½ the published implementation).
+        noise: noise_std · ε with ε ~ N(0, I), `(B, h, C_p, d)`, C_p from `eva_num_cells`. None in evaluation.
+        dropout_p: Probability to drop an attention weight, of tokens and cells alike; the rest is scaled up.
+        norm_eps: LayerNorm's ε.
+
+    Returns:
+        `(B, h, N, d)` in q's dtype, in memory `(B, N, h, d)` where there is a window: merging heads copies nothing.
+
+    Raises:
+        ValueError: arguments that do not fit each other; the message names the value.
+    """
+    check_partition(window_size, partition_grid)
+    check_eva_args(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, noise,
+                   window_size, partition_grid, eva_num_cells(feat_size, partition_grid), dropout_p)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+
+    dtype = _accumulation_dtype(q)
+    window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
+    area = window[0] * window[1] if window_size > 0 else 0
+    # Scaled before the product, so that half precision holds the logits of larger inputs.
+    queries = scale * (_to_windows(q, feat_size, window) if window_size > 0 else q.unsqueeze(2))
+
+    logits: List[torch.Tensor] = []
+    if window_size > 0:
+        local = (queries @ _to_windows(k, feat_size, window).transpose(-2, -1)).to(dtype)
+        if rel_pos_bias is not None:
+            local = local + _crop_bias(rel_pos_bias, window_size, window).to(dtype).unsqueeze(1)
+        mask = block_mask(feat_size, window, q.device)
+        if mask is not None:
+            is_token = mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+            local = local.masked_fill(~is_token.unsqueeze(1), float('-inf'))
+        logits.append(local)
+
+    beta: Optional[torch.Tensor] = None
+    if summary_q is not None and summary_k is not None and partition_grid > 0:
+        k_tilde, beta = _control_variates(
+            q, k, v, feat_size, summary_q, summary_k, partition_grid, scale, proposal_scale, noise, norm_eps)
+        # All windows share the cells: one product for all queries of an (image, head).
+        cells = queries.flatten(2, 3) @ k_tilde.to(q.dtype).transpose(-2, -1)
+        logits.append(cells.to(dtype).unflatten(2, [queries.shape[2], queries.shape[3]]))
+
+    attn = torch.cat(logits, -1).softmax(-1).to(q.dtype)
+    if dropout_p > 0.0:
+        attn = F.dropout(attn, dropout_p)
+
+    if window_size == 0:
+        assert beta is not None
+        return (attn.flatten(2, 3) @ beta.to(q.dtype)).to(q.dtype)
+    out = attn[..., :area] @ _to_windows(v, feat_size, window)
+    if beta is not None:
+        out = out + (attn[..., area:].flatten(2, 3) @ beta.to(q.dtype)).view_as(out)
+    nH, nW = block_counts(feat_size, window)
+    out = out.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4)
+    return from_blocks(out, feat_size).to(q.dtype)

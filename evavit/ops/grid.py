@@ -1,0 +1,63 @@
+"""The 2D token grid: rectangular blocks of a raster-order sequence, and their inverse.
+
+Tokens come as `(B, h, N, d)` with `feat_size = (H, W)` and N = H·W in raster order. A *block* is a rectangle of
+`(bh, bw)` tokens; blocks start at multiples of its size from the top-left corner, and those at the bottom and right
+edge may be short. Windows and cells are both blocks: windows of a fixed size, cells of a size that follows the grid.
+"""
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ['block_counts', 'block_mask', 'cell_shape', 'from_blocks', 'to_blocks', 'window_shape']
+
+
+def window_shape(feat_size: List[int], window_size: int) -> Tuple[int, int]:
+    """Size of a window in tokens: `window_size` along each axis, or the whole axis where that is shorter."""
+    return min(window_size, feat_size[0]), min(window_size, feat_size[1])
+
+
+def cell_shape(feat_size: List[int], partition_grid: int) -> Tuple[int, int]:
+    """Size of a cell in tokens: ceil(L / partition_grid) along an axis of L tokens."""
+    return -(-feat_size[0] // partition_grid), -(-feat_size[1] // partition_grid)
+
+
+def block_counts(feat_size: List[int], block: Tuple[int, int]) -> Tuple[int, int]:
+    """Number of blocks along each axis; a short last block counts."""
+    return -(-feat_size[0] // block[0]), -(-feat_size[1] // block[1])
+
+
+def to_blocks(x: torch.Tensor, feat_size: List[int], block: Tuple[int, int]) -> torch.Tensor:
+    """Split tokens `(B, h, N, d)` into blocks `(B, h, nH, bh, nW, bw, d)`.
+
+    The result is a view of `x`, whatever its strides, unless a last block is short: then zeros fill it up.
+    """
+    H, W = feat_size[0], feat_size[1]
+    nH, nW = block_counts(feat_size, block)
+    pad_h, pad_w = nH * block[0] - H, nW * block[1] - W
+    if pad_w > 0:
+        x = F.pad(x.unflatten(2, [H, W]), [0, 0, 0, pad_w, 0, pad_h]).flatten(2, 3)
+    elif pad_h > 0:
+        x = F.pad(x, [0, 0, 0, pad_h * W])
+    return x.unflatten(2, [nH, block[0], nW, block[1]])
+
+
+def from_blocks(x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    """Inverse of `to_blocks`: `(B, h, nH, bh, nW, bw, d)` to `(B, h, N, d)`, without what filled up short blocks.
+
+    The memory of the result is laid out as `(B, N, h, d)`, so that merging the heads into channels copies nothing.
+    """
+    x = x.permute(0, 2, 3, 4, 5, 1, 6)
+    x = x.flatten(3, 4).flatten(1, 2)[:, :feat_size[0], :feat_size[1]]
+    return x.flatten(1, 2).transpose(1, 2)
+
+
+def block_mask(feat_size: List[int], block: Tuple[int, int], device: torch.device) -> Optional[torch.Tensor]:
+    """Which places of the blocks hold a token: bool `(nH, bh, nW, bw)`, or None where all do."""
+    H, W = feat_size[0], feat_size[1]
+    nH, nW = block_counts(feat_size, block)
+    if nH * block[0] == H and nW * block[1] == W:
+        return None
+    rows = torch.arange(nH * block[0], device=device) < H
+    cols = torch.arange(nW * block[1], device=device) < W
+    return rows.view(nH, block[0], 1, 1) & cols.view(nW, block[1])
