@@ -23,5 +23,8 @@ lint: $(STAMP)  ## ruff over the whole tree
 test: $(STAMP)  ## the test suite, without the slow and gpu markers
 	$(PY) -m pytest -q
 
+contract: $(STAMP)  ## timm's own model tests on our models
+	$(PY) tools/contract.py
+
 clean:  ## remove the environment and build leftovers
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .contract *.egg-info .pytest_cache .ruff_cache

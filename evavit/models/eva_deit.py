@@ -117,6 +117,7 @@ class GridVisionTransformer(VisionTransformer):
             dynamic_img_pad=dynamic_img_size if dynamic_img_pad is None else dynamic_img_pad,
             **kwargs,
         )
+        self.blocks = nn.ModuleList(self.blocks)  # nn.Sequential would call a block with the tokens alone
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
