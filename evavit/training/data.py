@@ -1,0 +1,289 @@
+"""Data sets and loaders: timm's, with the checks that timm leaves out.
+
+A folder without images of a class, an image that cannot be read, or a validation folder whose classes are not those of the
+training folder would change the labels or the counts without a word: here each is a UserError.
+"""
+
+import gzip
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.utils.data
+from PIL import Image
+from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader, resolve_data_config
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.models import get_model_input_config
+
+from .errors import LocalError, UserError, first_line
+from .options import nearest
+from .recipe import image_channels
+
+log = logging.getLogger(__name__)
+
+SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
+TORCH_DATASETS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "inaturalist", "places365",
+                  "image_folder")
+
+
+class StrictImageDataset(ImageDataset):
+    """timm's ImageDataset, but an image that cannot be read stops the run instead of being replaced by its neighbour."""
+
+    def __getitem__(self, index):
+        stream, target, *_ = self.reader[index]
+        try:
+            with stream:
+                image = Image.open(stream)
+                image = image.convert(self.input_img_mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = str(error).split(" <")[0] or type(error).__name__
+            name = self.reader.filename(index, absolute=True)
+            raise LocalError(f"{name} is not a readable image ({reason}); repair it or take it away") from None
+        return self.transform(image) if self.transform else image, target
+
+
+class ImageModeDataset(torch.utils.data.Dataset):
+    """A torchvision data set whose images come in one mode: its grey ones as RGB where the model has three channels."""
+
+    def __init__(self, dataset, mode):
+        self.dataset, self.mode, self.transform = dataset, mode, None
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, target = self.dataset[index]
+        image = image.convert(self.mode)
+        return self.transform(image) if self.transform else image, target
+
+
+def open_dataset(settings, split, *, is_training=False, class_names=None, in_chans=3, num_samples=None):
+    """The data set of one split, and the names of its classes (None where the data set does not know them).
+
+    `class_names` are those that the training split or a checkpoint has: the labels then follow them.
+    """
+    mode = "RGB" if in_chans == 3 else "L"
+    prefix, slash, name = settings.dataset.partition("/")
+    if not slash:
+        if prefix:
+            raise UserError(f"unknown dataset {settings.dataset}: leave --dataset empty for an image folder, or write "
+                            f"torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME")
+        return _open_folder(settings, split, class_names, mode)
+    _check_dataset_name(settings.dataset, prefix.lower(), name)
+    if prefix.lower() == "torch":
+        _unpack_raw_files(settings.data_dir)
+    try:
+        dataset = create_dataset(
+            settings.dataset, root=settings.data_dir, split=split, class_map=settings.class_map, is_training=is_training,
+            download=settings.dataset_download, batch_size=settings.batch_size, num_samples=num_samples,
+            seed=getattr(settings, "seed", 42), input_img_mode=mode)
+    except (AssertionError, RuntimeError, ValueError, OSError, ImportError) as error:
+        raise UserError(f"dataset {settings.dataset}, split {split}, in {settings.data_dir}: {first_line(error)}") from error
+    names = getattr(dataset, "classes", None)
+    if prefix.lower() == "torch":
+        dataset = ImageModeDataset(dataset, mode)
+    elif isinstance(dataset, ImageDataset):
+        dataset = StrictImageDataset(settings.data_dir, reader=dataset.reader, input_img_mode=mode)
+    return dataset, list(map(str, names)) if names else None
+
+
+def _open_folder(settings, split, class_names, mode):
+    if not settings.data_dir:
+        raise UserError("no data: give --data-dir DIR, a folder of images sorted into class folders")
+    root = Path(settings.data_dir)
+    if not root.exists():
+        raise UserError(f"{root}: no such folder (--data-dir)")
+    if root.is_file() and split in SPLIT_NAMES[0]:
+        raise UserError(f"{root}: a tar file holds one split; to train, give a folder with {split}/CLASS/IMAGE files")
+    if root.is_dir():
+        root = _split_folder(root, split)
+        _check_class_folders(root)
+    class_to_idx = _class_map(settings.class_map, root) if settings.class_map else None
+    if class_names is not None and class_to_idx is None:
+        class_to_idx = {name: index for index, name in enumerate(class_names)}
+    try:
+        dataset = create_dataset("", root=str(root), search_split=False, class_map=class_to_idx or "", input_img_mode=mode)
+    except (AssertionError, RuntimeError, OSError) as error:
+        raise UserError(f"{root}: {first_line(error)}") from error
+    reader = dataset.reader
+    if class_to_idx is not None and root.is_dir():
+        _check_known_classes(root, class_to_idx)
+    names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    return StrictImageDataset(str(root), reader=reader, input_img_mode=mode), names
+
+
+def _split_folder(root, split):
+    """root/split, or its other usual name; for validation also root itself, where it holds classes and no split."""
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    synonyms = next((names for names in SPLIT_NAMES if split in names), ())
+    for name in (split, *synonyms):
+        if name in folders:
+            return root / name
+    if split in SPLIT_NAMES[1] and folders and not any(name in folders for names in SPLIT_NAMES for name in names):
+        log.info(f"{root} has no folder for a split: all of its images are taken for {split}")
+        return root
+    raise UserError(f"{root}: no folder {split}, but {', '.join(folders[:8]) or 'none at all'}; images belong in "
+                    f"{root / split}/CLASS/")
+
+
+def _check_class_folders(root):
+    """Each folder without subfolders is a class (as timm reads them): one without an image is a mistake."""
+    endings = tuple(get_img_extensions())
+    classes = 0
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        if subfolders or Path(folder) == root:
+            continue
+        classes += 1
+        if not any(name.lower().endswith(endings) for name in files):
+            raise UserError(f"{folder}: class folder without an image; add images ({', '.join(endings[:3])}, …) or remove it")
+    if classes == 0:
+        raise UserError(f"{root}: no class folders; it should hold CLASS/IMAGE files")
+
+
+def _check_known_classes(root, class_to_idx):
+    for folder, subfolders, _ in os.walk(root, followlinks=True):
+        name = os.path.basename(folder)
+        if not subfolders and Path(folder) != root and name not in class_to_idx:
+            raise UserError(f"{folder}: class {name} is not among the {len(class_to_idx)} known classes"
+                            f"{nearest(name, class_to_idx)}; classes come from the training split, the checkpoint or --class-map")
+
+
+def _class_map(path, root):
+    try:
+        return load_class_map(path, str(root))
+    except (AssertionError, OSError, ValueError) as error:
+        raise UserError(f"--class-map {path}: {first_line(error)}") from error
+
+
+def _check_dataset_name(full, prefix, name):
+    prefixes = ("torch", "hfds", "hfids", "tfds", "wds")
+    if prefix not in prefixes:
+        raise UserError(f"unknown dataset {full}{nearest(prefix, prefixes)}: it begins with none of {', '.join(prefixes)}")
+    if prefix == "torch" and name.lower() not in (*TORCH_DATASETS, "inat", "folder"):
+        raise UserError(f"unknown dataset {full}{nearest(name.lower(), TORCH_DATASETS)}: timm reads torch/ data sets "
+                        f"{', '.join(TORCH_DATASETS)}")
+
+
+def _unpack_raw_files(root):
+    """Unpack the .gz files of MNIST-like data sets where they lie: torchvision does so only after a download of its own."""
+    for packed in sorted(Path(root or ".").glob("*/raw/*-ubyte.gz")):
+        plain = packed.with_suffix("")
+        if plain.exists():
+            continue
+        partial = plain.with_name(f"{plain.name}.{os.getpid()}.partial")
+        try:
+            with gzip.open(packed, "rb") as source, open(partial, "wb") as target:
+                shutil.copyfileobj(source, target)
+        except (OSError, EOFError) as error:
+            raise UserError(f"{packed}: cannot be unpacked ({first_line(error)})") from error
+        os.replace(partial, plain)
+
+
+def resolve_input(settings, model):
+    """timm's data settings (input size, mean, std, crop, interpolation) for the model as it was built."""
+    given = {key: getattr(settings, key) for key in ("in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct")}
+    if given["input_size"] is None and given["img_size"] is None:
+        given["input_size"] = get_model_input_config(model)["input_size"]
+    channels = given["input_size"][0] if given["input_size"] else given["in_chans"] or 3
+    for key in ("mean", "std"):
+        if given[key] is not None and len(given[key]) not in (1, channels):
+            raise UserError(f"{key} {given[key]} has {len(given[key])} numbers for images of {channels} channels")
+    config = resolve_data_config(given, model=model)
+    for key in ("mean", "std"):  # ImageNet's three numbers do for grey images as their average
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+def train_loader(dataset, settings, data_config, device):
+    """Batches of augmented images on the device. Workers start anew at each epoch, so that its seed alone decides them."""
+    return create_loader(
+        dataset,
+        input_size=data_config["input_size"],
+        batch_size=settings.batch_size,
+        is_training=True,
+        no_aug=settings.no_aug,
+        re_prob=settings.reprob,
+        re_mode=settings.remode,
+        re_count=settings.recount,
+        scale=settings.scale,
+        ratio=settings.ratio,
+        hflip=settings.hflip,
+        vflip=settings.vflip,
+        color_jitter=settings.color_jitter,
+        auto_augment=settings.aa,
+        num_aug_repeats=settings.aug_repeats,
+        interpolation=settings.train_interpolation or data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        crop_pct=data_config["crop_pct"],
+        num_workers=settings.workers,
+        distributed=True,
+        pin_memory=settings.pin_mem and device.type == "cuda",
+        device=device,
+        persistent_workers=False,
+    )
+
+
+def eval_loader(dataset, settings, data_config, device, batch_size):
+    """Batches of images on the device, in order; the sampler knows which of them only make the processes even."""
+    return create_loader(
+        dataset,
+        input_size=data_config["input_size"],
+        batch_size=batch_size,
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        crop_pct=data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
+        num_workers=settings.workers,
+        distributed=True,
+        pin_memory=settings.pin_mem and device.type == "cuda",
+        device=device,
+        persistent_workers=False,
+    )
+
+
+def start_epoch(loader, epoch, seed):
+    """Tell the sampler which order to draw. It depends on seed and epoch alone, not on the number of processes."""
+    position = seed * 100_003 + epoch
+    if isinstance(loader.dataset, IterableImageDataset):
+        loader.dataset.set_epoch(position)
+    else:
+        loader.sampler.set_epoch(position)
+
+
+def open_training_sets(settings):
+    """Training split, validation split with the same classes in the same order, and their names."""
+    channels = image_channels(settings)
+    train_set, names = open_dataset(
+        settings, settings.train_split, is_training=True, in_chans=channels, num_samples=settings.train_num_samples)
+    eval_set, _ = open_dataset(
+        settings, settings.val_split, class_names=names, in_chans=channels, num_samples=settings.val_num_samples)
+    return train_set, eval_set, names
+
+
+def class_count(settings, class_names, default=None):
+    """num_classes as given, checked against the data; else as many as the data has."""
+    wanted, found = settings.num_classes, len(class_names) if class_names else None
+    if wanted is None:
+        if found is None:
+            raise UserError(f"the data set {settings.dataset} does not say how many classes it has; set --num-classes")
+        return found
+    if found is not None and (wanted < found or (wanted > found and not settings.class_map)):
+        raise UserError(f"num_classes is {wanted}, but {settings.data_dir} has {found} classes; set --num-classes {found}, or give "
+                        f"--class-map if the folder holds some of the {wanted}")
+    return wanted
+
+
+def updates_per_epoch(loader, settings, plan):
+    """Whole updates in an epoch; what is left at its end is not trained on in that epoch."""
+    updates = len(loader) // settings.grad_accum_steps
+    if updates == 0:
+        raise UserError(f"the training split has {len(loader.dataset)} images, less than one update's {plan.total}; lower -b or "
+                        f"--grad-accum-steps")
+    return updates

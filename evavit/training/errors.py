@@ -1,0 +1,51 @@
+"""Expected faults (a missing folder, a misspelt key, a loss that is not a number) end in one line and exit code 2."""
+
+import os
+import sys
+
+import torch.distributed as dist
+from timm.utils import world_info_from_env
+
+
+class UserError(Exception):
+    """A fault that the user can remedy. The text is one line that names the value and the remedy.
+
+    Every process of a run finds such a fault at the same moment, so only the first prints it.
+    """
+
+
+class LocalError(UserError):
+    """A fault that only one process of the run may have met, such as an image that cannot be read: that one prints it."""
+
+
+def one_line(error):
+    """The last line of an exception's text, without the traceback that a data loader's worker puts before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[-1] if lines else type(error).__name__
+    prefix = f"{type(error).__module__}.{type(error).__name__}: "
+    return line[len(prefix):] if line.startswith(prefix) else line
+
+
+def first_line(error):
+    """An exception of a library, on one line: its headings joined with what follows."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_script(main, argv=None):
+    """Call `main(argv)` and return the exit code: 0, or 2 after one line on an expected fault."""
+    code = 0
+    try:
+        main(argv)
+    except UserError as error:
+        code = 2
+        _, rank, world_size = world_info_from_env()
+        if rank == 0 or isinstance(error, LocalError):
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        if world_size > 1:
+            # The other processes may wait for this one in a collective: leave without waiting for them,
+            # torchrun then ends them.
+            sys.stdout.flush()
+            os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code

@@ -1,0 +1,247 @@
+"""From settings to what is trained: model, task, optimizer, learning rate, mixup."""
+
+import logging
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.data import Mixup
+from timm.models import get_model_input_config, load_state_dict, resolve_model_input_args
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.task import ClassificationTask
+
+import evavit  # noqa: F401  (registers the models with timm)
+
+from .errors import UserError, first_line
+from .options import nearest
+
+log = logging.getLogger(__name__)
+
+
+def check_settings(settings):
+    """Contradictions between settings, found before data or devices are touched."""
+    s = settings
+    if not s.model:
+        raise UserError("no model: give --model NAME or a config file with -c")
+    if s.opt.lower() not in list_optimizers():
+        raise UserError(f"unknown optimizer {s.opt}{nearest(s.opt.lower(), list_optimizers())}")
+    if s.warmup_epochs >= s.epochs and not s.warmup_prefix and s.sched != "none":
+        raise UserError(f"warmup_epochs {s.warmup_epochs} must be less than epochs {s.epochs}; lower --warmup-epochs, or add the "
+                        f"warm-up to the epochs with --warmup-prefix")
+    if mixes(s) and s.batch_size % 2:
+        raise UserError(f"mixup and cutmix pair the images of a batch: batch_size {s.batch_size} must be even")
+    if s.resume == "auto" and not s.experiment:
+        raise UserError("--resume auto looks in this run's folder: name it with --experiment")
+    if s.torchcompile_mode and not s.torchcompile:
+        raise UserError("torchcompile_mode does nothing without torchcompile; add --torchcompile")
+    if s.bce_target_thresh is not None and not s.bce_loss:
+        raise UserError("bce_target_thresh does nothing without bce_loss; add --bce-loss")
+    for name in ("scale", "ratio"):
+        bounds = getattr(s, name)
+        if bounds and bounds[0] > bounds[1]:
+            raise UserError(f"{name} {bounds}: the first number is the smaller one")
+
+
+def mixes(settings):
+    return settings.mixup > 0 or settings.cutmix > 0
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of one update come together, and the learning rate that follows."""
+
+    per_process: int
+    processes: int
+    accumulated: int
+    lr: float
+    lr_rule: str
+
+    @property
+    def total(self):
+        return self.per_process * self.processes * self.accumulated
+
+    def __str__(self):
+        return (f"global batch {self.total} = {self.per_process} per process × {self.processes} processes × "
+                f"{self.accumulated} accumulated; lr {self.lr:g} ({self.lr_rule})")
+
+
+def plan_batch(settings, processes):
+    """Check batch per process × processes × accumulation against global_batch_size, and scale the learning rate."""
+    per_process, accumulated, wanted = settings.batch_size, settings.grad_accum_steps, settings.global_batch_size
+    total = per_process * processes * accumulated
+    if wanted is not None and total != wanted:
+        raise UserError(
+            f"global_batch_size {wanted} is not {per_process} (-b) × {processes} (processes) × {accumulated} "
+            f"(--grad-accum-steps) = {total}; {_batch_advice(wanted, per_process, processes)}")
+    lr, rule = settings.lr, "as given"
+    if lr is None:
+        ratio = total / settings.lr_base_size
+        lr = settings.lr_base * (ratio if settings.lr_base_scale == "linear" else ratio ** 0.5)
+        rule = f"{settings.lr_base:g} at {settings.lr_base_size}, {settings.lr_base_scale}"
+    return BatchPlan(per_process, processes, accumulated, lr, rule)
+
+
+def _batch_advice(wanted, per_process, processes):
+    if wanted % processes:
+        return f"{wanted} does not divide among {processes} processes: change their number or --global-batch-size"
+    share = wanted // processes
+    steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= per_process)
+    advice = f"use -b {share // steps} --grad-accum-steps {steps}"
+    return advice if steps == 1 else f"{advice}, or -b {share} --grad-accum-steps 1 if memory allows"
+
+
+def image_channels(settings):
+    """Channels that images are loaded with."""
+    if settings.input_size:
+        return settings.input_size[0]
+    return settings.in_chans or (settings.model_kwargs or {}).get("in_chans") or 3
+
+
+def build_model(settings, num_classes):
+    """The model by its name, with the weights it starts from; whatever timm or the model refuses is a UserError."""
+    train = vars(settings)
+    kwargs = dict(settings.model_kwargs or {})
+    for name, instead in dict(num_classes="--num-classes", drop_rate="--drop", drop_path_rate="--drop-path").items():
+        if name in kwargs:
+            raise UserError(f"model_kwargs: {name} has an option of its own, {instead}")
+    if ":" not in settings.model and not timm.is_model(settings.model.split(".")[0]):
+        raise UserError(f"unknown model {settings.model}{nearest(settings.model, timm.list_models())}")
+    try:
+        arguments = resolve_model_input_args(
+            settings.model,
+            args={name: train[name] for name in ("in_chans", "img_size", "input_size")},
+            pretrained=settings.pretrained,
+            num_classes=num_classes,
+            drop_rate=train.get("drop"),
+            drop_path_rate=train.get("drop_path"),
+            **_pretrained_file(settings, num_classes),
+            **kwargs)
+        model = timm.create_model(**arguments)
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"model {settings.model} {_shown(kwargs)}: {first_line(error)[:400]}") from error
+    if train.get("initial_checkpoint"):
+        load_weights(model, settings.initial_checkpoint)
+    if train.get("grad_checkpointing"):
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def _shown(kwargs):
+    return "with " + " ".join(f"{key}={value}" for key, value in kwargs.items()) if kwargs else "as it is"
+
+
+def _pretrained_file(settings, num_classes):
+    """timm loads a file as the model's pretrained weights: positions and channels adapt, another head is made anew."""
+    path = getattr(settings, "pretrained_path", None)
+    if not path:
+        return {}
+    state = read_weights(path)
+    head = timm.get_pretrained_cfg_value(settings.model, "classifier") or "head"
+    weight = state.get(f"{head}.weight") if isinstance(head, str) else None
+    classes = weight.shape[0] if weight is not None else -1
+    return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=classes))
+
+
+def read_weights(path, use_ema=True):
+    """The weights of a checkpoint or safetensors file. Files that carry code are refused (weights_only)."""
+    try:
+        return load_state_dict(str(path), use_ema=use_ema)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # each format has its own errors for a broken file
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
+
+
+def load_weights(model, path, use_ema=True):
+    """Load weights that must fit the model exactly; name what does not."""
+    state = read_weights(path, use_ema)
+    check_fit(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_fit(model, state, path):
+    own = model.state_dict()
+    head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    name = f"{head}.weight"
+    if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
+        raise UserError(f"{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; give data with "
+                        f"the same classes, set --num-classes, or start from its body alone with --pretrained-path")
+    missing, surplus = [key for key in own if key not in state], [key for key in state if key not in own]
+    other = [key for key in own if key in state and own[key].shape != state[key].shape]
+    for keys, what in ((missing, "lacks"), (surplus, "has, unlike the model,"), (other, "has in another shape")):
+        if keys:
+            raise UserError(f"{path} does not fit the model: it {what} {keys[0]}"
+                            + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+                            + "; check --model, --model-kwargs and --img-size")
+
+
+def build_task(model, settings, device):
+    """timm's classification task, which holds model, loss and moving average."""
+    try:
+        task = ClassificationTask(
+            model,
+            criterion_kwargs=dict(
+                loss_type="bce" if settings.bce_loss else "ce",
+                smoothing=settings.smoothing,
+                soft_targets=mixes(settings),
+                bce_target_thresh=settings.bce_target_thresh),
+            device=device,
+            verbose=False)
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
+    if settings.model_ema:
+        task.setup_ema(decay=settings.model_ema_decay, use_warmup=settings.model_ema_warmup)
+    return task
+
+
+def compile_and_distribute(task, settings, process):
+    if settings.torchcompile:
+        check_compile_backend(settings.torchcompile)
+        task.compile(backend=settings.torchcompile, mode=settings.torchcompile_mode)
+    if process.distributed:
+        task.prepare_distributed(device_ids=[process.local_rank] if process.device.type == "cuda" else None)
+
+
+def check_compile_backend(backend):
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(f"unknown backend of torch.compile {backend}{nearest(backend, known)}")
+
+
+def build_mixup(settings, num_classes):
+    if not mixes(settings):
+        return None
+    if num_classes < 2:
+        raise UserError(f"mixup and cutmix need at least two classes, the data has {num_classes}; set --mixup 0 --cutmix 0")
+    return Mixup(
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        prob=settings.mixup_prob,
+        switch_prob=settings.mixup_switch_prob,
+        mode=settings.mixup_mode,
+        label_smoothing=settings.smoothing,
+        num_classes=num_classes)
+
+
+def build_optimizer(model, settings, lr):
+    try:
+        return create_optimizer_v2(model, **{**optimizer_kwargs(settings), "lr": lr})
+    except (AssertionError, TypeError, ValueError, ImportError) as error:
+        raise UserError(f"optimizer {settings.opt}: {first_line(error)}") from error
+
+
+def build_schedule(optimizer, settings, updates_per_epoch):
+    """timm's schedule and the number of epochs to train, cool-down and prefixed warm-up included."""
+    kwargs = {**scheduler_kwargs(settings), "decay_epochs": settings.decay_epochs}
+    try:
+        return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"schedule {settings.sched}: {first_line(error)}") from error
+
+
+def model_line(model):
+    parameters = sum(p.numel() for p in model.parameters())
+    size = "×".join(map(str, get_model_input_config(model)["input_size"]))
+    return f"{parameters / 1e6:.2f} M parameters, input {size}, {model.num_classes} classes"
