@@ -53,7 +53,8 @@ def main(argv=None):
         schedule.step(first_epoch)
 
     log.info(f"{settings.model}: {recipe.model_line(model)}; on {process.device}, {process.world_size} processes")
-    log.info(f"{plan}; {len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}")
+    log.info(f"{plan}")
+    log.info(f"{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}")
     journal = Journal(folder, settings, [str(plan)], first_epoch, updates_per_epoch) if process.primary else None
     for epoch in range(first_epoch, epochs):
         process.seed(settings.seed, epoch)
@@ -76,7 +77,7 @@ def main(argv=None):
 
 
 def evaluate(task, loader, settings, process):
-    """Metrics of the weights that the run is judged by: the average where there is one, the plain ones then as raw_*."""
+    """Metrics of the weights that the run is judged by; with an average, those of the plain weights are raw_*."""
     judged, _ = loop.evaluate(task.get_eval_model(), loader, task.create_evaluator, settings, process)
     if not task.has_ema():
         return judged
@@ -102,7 +103,8 @@ class Journal:
             raise UserError(f"--output {folder}: cannot be written ({error.strerror})") from error
         self.summary = str(folder / "summary.csv")
         trim_summary(self.summary, first_epoch)
-        self.writer = SummaryWriter(str(folder), purge_step=first_epoch * updates_per_epoch + 1 if first_epoch else None)
+        purge = first_epoch * updates_per_epoch + 1 if first_epoch else None
+        self.writer = SummaryWriter(str(folder), purge_step=purge)
 
     def scalar(self, update, name, value):
         self.writer.add_scalar(name, value, update)

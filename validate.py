@@ -22,7 +22,8 @@ from evavit.training.process import start_process
 
 log = logging.getLogger("evavit.validate")
 
-FROM_CHECKPOINT = ("model", "num_classes", "in_chans", "img_size", "input_size", "crop_pct", "mean", "std", "interpolation")
+FROM_CHECKPOINT = (
+    "model", "num_classes", "in_chans", "img_size", "input_size", "crop_pct", "mean", "std", "interpolation")
 
 
 def main(argv=None):
@@ -53,13 +54,14 @@ def main(argv=None):
         return ClassificationEvaluator(process.device, max_samples=max_samples)
 
     metrics, images = loop.evaluate(model, loader, evaluator_of, settings, process)
-    log.info(f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}  ({images} images)")
+    log.info(f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}  "
+             f"({images} images)")
     if settings.results_file and process.primary:
         write_results(settings.results_file, result_row(settings, metrics, images, parameters, data_config))
 
 
 def complete_from_checkpoint(settings, given):
-    """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if it has any."""
+    """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
     saved = state.saved_settings(settings.checkpoint) if settings.checkpoint else {}
     for name in FROM_CHECKPOINT:
         if name not in given and name in saved:
@@ -77,8 +79,8 @@ def check_settings(settings):
     if not settings.checkpoint and not settings.pretrained:
         raise UserError("no weights to judge: give --checkpoint FILE, or --pretrained for those that timm publishes")
     if settings.use_ema and str(settings.checkpoint).endswith(".safetensors"):
-        raise UserError(f"--use-ema: {settings.checkpoint} holds one set of weights, already the averaged one where the run kept "
-                        f"an average; leave the flag out")
+        raise UserError(f"--use-ema: {settings.checkpoint} holds one set of weights, the averaged one where the run "
+                        f"kept an average; leave the flag out")
     if settings.results_file and Path(settings.results_file).suffix not in (".csv", ".json"):
         raise UserError(f"--results-file {settings.results_file}: the name must end in .csv or .json")
 
@@ -94,9 +96,17 @@ def load_checkpoint(model, settings):
 def result_row(settings, metrics, images, parameters, data_config):
     top1, top5 = round(metrics["top1"], 4), round(metrics["top5"], 4)
     return dict(
-        model=settings.model, top1=top1, top1_err=round(100 - top1, 4), top5=top5, top5_err=round(100 - top5, 4),
-        param_count=round(parameters / 1e6, 2), img_size=data_config["input_size"][-1], crop_pct=data_config["crop_pct"],
-        interpolation=data_config["interpolation"], loss=round(metrics["loss"], 6), images=images,
+        model=settings.model,
+        top1=top1,
+        top1_err=round(100 - top1, 4),
+        top5=top5,
+        top5_err=round(100 - top5, 4),
+        param_count=round(parameters / 1e6, 2),
+        img_size=data_config["input_size"][-1],
+        crop_pct=data_config["crop_pct"],
+        interpolation=data_config["interpolation"],
+        loss=round(metrics["loss"], 6),
+        images=images,
         checkpoint=settings.checkpoint or "")
 
 

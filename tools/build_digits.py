@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write scikit-learn's Digits as an image folder: python tools/build_digits.py DIR
 
-1,797 scans of handwritten digits, 8 × 8 grey, enlarged to 32 × 32; DIR/train (1,437) and DIR/validation (360) by a fixed,
-stratified split. A folder that is complete is left as it is.
+1,797 scans of handwritten digits, 8 × 8 grey, enlarged to 32 × 32; DIR/train (1,437) and DIR/validation (360) by a
+fixed, stratified split. A folder that is complete is left as it is.
 """
 
 import argparse

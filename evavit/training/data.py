@@ -1,7 +1,7 @@
 """Data sets and loaders: timm's, with the checks that timm leaves out.
 
-A folder without images of a class, an image that cannot be read, or a validation folder whose classes are not those of the
-training folder would change the labels or the counts without a word: here each is a UserError.
+A folder without images of a class, an image that cannot be read, or a validation folder with classes that the training
+folder lacks would change the labels or the counts without a word: here each is a UserError.
 """
 
 import gzip
@@ -25,12 +25,13 @@ from .recipe import image_channels
 log = logging.getLogger(__name__)
 
 SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
-TORCH_DATASETS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "inaturalist", "places365",
-                  "image_folder")
+TORCH_DATASETS = (
+    "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "inaturalist", "places365",
+    "image_folder")
 
 
 class StrictImageDataset(ImageDataset):
-    """timm's ImageDataset, but an image that cannot be read stops the run instead of being replaced by its neighbour."""
+    """timm's ImageDataset, but an image that cannot be read stops the run; its neighbour does not take its place."""
 
     def __getitem__(self, index):
         stream, target, *_ = self.reader[index]
@@ -77,11 +78,18 @@ def open_dataset(settings, split, *, is_training=False, class_names=None, in_cha
         _unpack_raw_files(settings.data_dir)
     try:
         dataset = create_dataset(
-            settings.dataset, root=settings.data_dir, split=split, class_map=settings.class_map, is_training=is_training,
-            download=settings.dataset_download, batch_size=settings.batch_size, num_samples=num_samples,
-            seed=getattr(settings, "seed", 42), input_img_mode=mode)
+            settings.dataset,
+            root=settings.data_dir,
+            split=split,
+            class_map=settings.class_map,
+            is_training=is_training,
+            download=settings.dataset_download,
+            batch_size=settings.batch_size,
+            num_samples=num_samples,
+            seed=getattr(settings, "seed", 42),
+            input_img_mode=mode)
     except (AssertionError, RuntimeError, ValueError, OSError, ImportError) as error:
-        raise UserError(f"dataset {settings.dataset}, split {split}, in {settings.data_dir}: {first_line(error)}") from error
+        raise UserError(f"dataset {settings.dataset}, {split}, in {settings.data_dir}: {first_line(error)}") from error
     names = getattr(dataset, "classes", None)
     if prefix.lower() == "torch":
         dataset = ImageModeDataset(dataset, mode)
@@ -105,7 +113,7 @@ def _open_folder(settings, split, class_names, mode):
     if class_names is not None and class_to_idx is None:
         class_to_idx = {name: index for index, name in enumerate(class_names)}
     try:
-        dataset = create_dataset("", root=str(root), search_split=False, class_map=class_to_idx or "", input_img_mode=mode)
+        dataset = create_dataset("", root=str(root), search_split=False, class_map=class_to_idx or "")
     except (AssertionError, RuntimeError, OSError) as error:
         raise UserError(f"{root}: {first_line(error)}") from error
     reader = dataset.reader
@@ -138,7 +146,7 @@ def _check_class_folders(root):
             continue
         classes += 1
         if not any(name.lower().endswith(endings) for name in files):
-            raise UserError(f"{folder}: class folder without an image; add images ({', '.join(endings[:3])}, …) or remove it")
+            raise UserError(f"{folder}: class folder without an image ({', '.join(endings)}); add some, or remove it")
     if classes == 0:
         raise UserError(f"{root}: no class folders; it should hold CLASS/IMAGE files")
 
@@ -148,7 +156,7 @@ def _check_known_classes(root, class_to_idx):
         name = os.path.basename(folder)
         if not subfolders and Path(folder) != root and name not in class_to_idx:
             raise UserError(f"{folder}: class {name} is not among the {len(class_to_idx)} known classes"
-                            f"{nearest(name, class_to_idx)}; classes come from the training split, the checkpoint or --class-map")
+                            f"{nearest(name, class_to_idx)}, those of training split, checkpoint or --class-map")
 
 
 def _class_map(path, root):
@@ -161,14 +169,14 @@ def _class_map(path, root):
 def _check_dataset_name(full, prefix, name):
     prefixes = ("torch", "hfds", "hfids", "tfds", "wds")
     if prefix not in prefixes:
-        raise UserError(f"unknown dataset {full}{nearest(prefix, prefixes)}: it begins with none of {', '.join(prefixes)}")
+        raise UserError(f"unknown dataset {full}{nearest(prefix, prefixes)}: it must begin with {', '.join(prefixes)}")
     if prefix == "torch" and name.lower() not in (*TORCH_DATASETS, "inat", "folder"):
         raise UserError(f"unknown dataset {full}{nearest(name.lower(), TORCH_DATASETS)}: timm reads torch/ data sets "
                         f"{', '.join(TORCH_DATASETS)}")
 
 
 def _unpack_raw_files(root):
-    """Unpack the .gz files of MNIST-like data sets where they lie: torchvision does so only after a download of its own."""
+    """Unpack the .gz files of MNIST-like data sets where they lie: torchvision only unpacks what it downloads."""
     for packed in sorted(Path(root or ".").glob("*/raw/*-ubyte.gz")):
         plain = packed.with_suffix("")
         if plain.exists():
@@ -184,7 +192,8 @@ def _unpack_raw_files(root):
 
 def resolve_input(settings, model):
     """timm's data settings (input size, mean, std, crop, interpolation) for the model as it was built."""
-    given = {key: getattr(settings, key) for key in ("in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct")}
+    names = ("in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct")
+    given = {name: getattr(settings, name) for name in names}
     if given["input_size"] is None and given["img_size"] is None:
         given["input_size"] = get_model_input_config(model)["input_size"]
     channels = given["input_size"][0] if given["input_size"] else given["in_chans"] or 3
@@ -199,7 +208,7 @@ def resolve_input(settings, model):
 
 
 def train_loader(dataset, settings, data_config, device):
-    """Batches of augmented images on the device. Workers start anew at each epoch, so that its seed alone decides them."""
+    """Batches of augmented images on the device. Workers start anew with each epoch, so that its seed decides them."""
     return create_loader(
         dataset,
         input_size=data_config["input_size"],
@@ -275,8 +284,8 @@ def class_count(settings, class_names, default=None):
             raise UserError(f"the data set {settings.dataset} does not say how many classes it has; set --num-classes")
         return found
     if found is not None and (wanted < found or (wanted > found and not settings.class_map)):
-        raise UserError(f"num_classes is {wanted}, but {settings.data_dir} has {found} classes; set --num-classes {found}, or give "
-                        f"--class-map if the folder holds some of the {wanted}")
+        raise UserError(f"num_classes is {wanted}, but {settings.data_dir} has {found} classes; set --num-classes "
+                        f"{found}, or give --class-map if the folder holds some of the {wanted}")
     return wanted
 
 
@@ -284,6 +293,6 @@ def updates_per_epoch(loader, settings, plan):
     """Whole updates in an epoch; what is left at its end is not trained on in that epoch."""
     updates = len(loader) // settings.grad_accum_steps
     if updates == 0:
-        raise UserError(f"the training split has {len(loader.dataset)} images, less than one update's {plan.total}; lower -b or "
-                        f"--grad-accum-steps")
+        raise UserError(f"the training split has {len(loader.dataset)} images, less than one update's {plan.total}; "
+                        f"lower -b or --grad-accum-steps")
     return updates

@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class LocalError(UserError):
-    """A fault that only one process of the run may have met, such as an image that cannot be read: that one prints it."""
+    """A fault that one process alone may have met, such as an image that cannot be read: that process prints it."""
 
 
 def one_line(error):

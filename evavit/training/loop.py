@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Stepper(NativeScaler):
-    """timm's NativeScaler with the gradient norm as its result; without float16 the scale is 1 and no step is skipped."""
+    """timm's NativeScaler with the gradient norm as its result; without float16 it scales by 1 and skips no step."""
 
     def __init__(self, settings, device):
         self.scaling = settings.amp and settings.amp_dtype == "float16"
@@ -111,9 +111,9 @@ def train_epoch(task, loader, optimizer, stepper, schedule, mixup, settings, pro
         update, (loss, norm) = ready
         if not math.isfinite(loss) or not (stepper.scaling or math.isfinite(norm)):
             raise UserError(
-                f"loss is {loss:g} and gradient norm {norm:g} at update {epoch * updates_per_epoch + update} (epoch {epoch}, "
-                f"update {update} of {updates_per_epoch}, lr {optimizer.param_groups[0]['lr']:g}): stopped, the last checkpoint is "
-                f"kept; try a lower --lr, --clip-grad, or --amp-dtype bfloat16")
+                f"loss {loss:g}, gradient norm {norm:g} in update {update} of epoch {epoch} (update "
+                f"{epoch * updates_per_epoch + update} of the run, lr {optimizer.param_groups[0]['lr']:g}): stopped, "
+                f"the last checkpoint is kept; try a lower --lr, --clip-grad, or --amp-dtype bfloat16")
         seen, loss_sum, norm_sum = seen + 1, loss_sum + loss, norm_sum + (norm if math.isfinite(norm) else 0.0)
         done, now = update + 1, time.monotonic()
         rate = (done - marked) * images_per_update / max(now - mark, 1e-9)
@@ -131,7 +131,8 @@ def train_epoch(task, loader, optimizer, stepper, schedule, mixup, settings, pro
         for step in range(steps):
             images, target = next(batches, (None, None))
             if images is None:
-                raise UserError(f"the training data ended at update {update} of {updates_per_epoch}; set --train-num-samples")
+                raise UserError(f"the training data ended before update {update} of {updates_per_epoch}; "
+                                f"set --train-num-samples")
             if settings.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             if mixup is not None:

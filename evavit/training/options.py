@@ -10,7 +10,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import yaml
 
@@ -38,9 +38,10 @@ class Option:
         return "--" + self.name.replace("_", "-")
 
     def expects(self):
-        name = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "key: value pairs"}[self.type]
+        name = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "key: value"}
+        name = name[self.type]
         if self.count is not None:
-            name = f"a list of {'' if self.count == '+' else str(self.count) + ' '}{'texts' if self.type is str else 'numbers'}"
+            name = "a list of numbers" if self.count == "+" else f"a list of {self.count} numbers"
         if self.choices:
             name = "one of " + ", ".join(map(str, self.choices))
         if self.low is not None or self.high is not None:
@@ -103,26 +104,30 @@ OPTIONS = (
     Option("num_samples", int, None, "images in an iterable data set that does not say", low=1, scripts=("validate",)),
     # model
     Option("model", str, None, "name of a model of evavit or timm", scripts=BOTH),
-    Option("model_kwargs", dict, None, "arguments of the model, key=value …; joined key by key with those of the YAML file",
-           count=None, scripts=BOTH),
+    Option("model_kwargs", dict, None, "arguments of the model, key=value …, joined key by key with the YAML file's",
+           scripts=BOTH),
     Option("pretrained", bool, False, "start from the weights that timm publishes for the model", scripts=BOTH),
     Option("pretrained_path", str, None, "start from the weights in this file; a head with other classes is made anew"),
     Option("initial_checkpoint", str, None, "start from the weights in this file, which must fit exactly"),
     Option("num_classes", int, None, "classes of the model; default: those of the data set", low=1, scripts=BOTH),
     Option("in_chans", int, None, "image channels, 3 (default) or 1", choices=(1, 3), scripts=BOTH),
     Option("img_size", int, None, "image side in pixels; default: the model's", low=1, scripts=BOTH),
-    Option("input_size", int, None, "channels, height and width, for images that are not square", count=3, low=1, scripts=BOTH),
-    Option("crop_pct", float, None, "share of the image that the centre crop of validation keeps", low=0.01, scripts=BOTH),
+    Option("input_size", int, None, "channels, height and width, for images that are not square", count=3, low=1,
+           scripts=BOTH),
+    Option("crop_pct", float, None, "share of the image that the centre crop of validation keeps", low=0.01,
+           scripts=BOTH),
     Option("mean", float, None, "mean of each channel, of values in 0…1", count="+", scripts=BOTH),
     Option("std", float, None, "standard deviation of each channel", count="+", scripts=BOTH),
-    Option("interpolation", str, None, "resizing in validation (and in training, unless train_interpolation says otherwise)",
+    Option("interpolation", str, None, "resizing in validation, and in training unless train_interpolation is set",
            choices=("bilinear", "bicubic", "nearest", "lanczos"), scripts=BOTH),
     Option("drop", float, None, "dropout before the classifier", low=0, high=1),
-    Option("drop_path", float, None, "stochastic depth of the last block, growing linearly from 0 at the first", low=0, high=1),
+    Option("drop_path", float, None, "stochastic depth of the last block, growing linearly from the first", low=0,
+           high=1),
     Option("grad_checkpointing", bool, False, "recompute activations in the backward pass, to save memory"),
     # batch, optimizer
     Option("batch_size", int, 128, "images per process and step", short="-b", low=1, scripts=BOTH),
-    Option("validation_batch_size", int, None, "images per process in validation; default: batch_size", short="-vb", low=1),
+    Option("validation_batch_size", int, None, "images per process in validation; default: batch_size",
+           short="-vb", low=1),
     Option("grad_accum_steps", int, 1, "steps whose gradients are added up before an update", low=1),
     Option("global_batch_size", int, None, "images per update over all processes, checked against "
            "batch_size × processes × grad_accum_steps", low=1),
@@ -149,11 +154,13 @@ OPTIONS = (
     Option("warmup_prefix", bool, False, "add the warm-up to the epochs, instead of counting it among them"),
     Option("cooldown_epochs", int, 0, "epochs at min_lr after the schedule", low=0),
     Option("decay_epochs", float, None, "epochs between steps (step), length of the decay (wsd)", low=0),
-    Option("decay_milestones", int, [90, 180, 270], "epochs at which the rate steps down (multistep)", count="+", low=1),
+    Option("decay_milestones", int, [90, 180, 270], "epochs at which the rate steps down (multistep)", count="+",
+           low=1),
     Option("decay_rate", float, 0.1, "factor of a step, power of poly", low=0),
     # augmentation, regularization
     Option("no_aug", bool, False, "training images are resized and cropped like those of validation"),
-    Option("train_interpolation", str, None, "resizing in training", choices=("random", "bilinear", "bicubic", "nearest", "lanczos")),
+    Option("train_interpolation", str, None, "resizing in training",
+           choices=("random", "bilinear", "bicubic", "nearest", "lanczos")),
     Option("scale", float, None, "range of the random crop's area; default 0.08 1.0", count=2, low=0),
     Option("ratio", float, None, "range of the random crop's aspect ratio; default 0.75 1.333", count=2, low=0),
     Option("hflip", float, 0.5, "probability of a horizontal flip", low=0, high=1),
@@ -173,7 +180,8 @@ OPTIONS = (
     Option("mixup_off_epoch", int, 0, "epoch at which mixup and cutmix stop; 0 is never", low=0),
     Option("smoothing", float, 0.1, "label smoothing", low=0, high=1),
     Option("bce_loss", bool, False, "binary cross-entropy over the classes instead of softmax cross-entropy"),
-    Option("bce_target_thresh", float, None, "with bce_loss: targets above this count as 1, others as 0", low=0, high=1),
+    Option("bce_target_thresh", float, None, "with bce_loss: targets above this count as 1, others as 0", low=0,
+           high=1),
     # EMA
     Option("model_ema", bool, False, "keep an exponential moving average of the weights, and judge the run by it"),
     Option("model_ema_decay", float, 0.9998, "decay of the average", low=0, high=1),
@@ -197,8 +205,8 @@ OPTIONS = (
     Option("eval_metric", str, "top1", "what makes the best checkpoint", choices=("top1", "top5", "loss")),
     Option("checkpoint_hist", int, 3, "best checkpoints to keep", low=1),
     Option("log_interval", int, 50, "updates between lines of the log", low=1, scripts=BOTH),
-    Option("checkpoint", str, None, "weights to judge: a checkpoint of train.py (.pth.tar, .safetensors) or any file that "
-           "fits the model", scripts=("validate",)),
+    Option("checkpoint", str, None, "weights to judge: a checkpoint of train.py (.pth.tar, .safetensors) or any "
+           "file that fits the model", scripts=("validate",)),
     Option("use_ema", bool, False, "judge the averaged weights of a .pth.tar checkpoint", scripts=("validate",)),
     Option("results_file", str, None, "write the figures here, as .csv or .json", scripts=("validate",)),
 )

@@ -28,8 +28,8 @@ def check_settings(settings):
     if s.opt.lower() not in list_optimizers():
         raise UserError(f"unknown optimizer {s.opt}{nearest(s.opt.lower(), list_optimizers())}")
     if s.warmup_epochs >= s.epochs and not s.warmup_prefix and s.sched != "none":
-        raise UserError(f"warmup_epochs {s.warmup_epochs} must be less than epochs {s.epochs}; lower --warmup-epochs, or add the "
-                        f"warm-up to the epochs with --warmup-prefix")
+        raise UserError(f"warmup_epochs {s.warmup_epochs} must be less than epochs {s.epochs}; lower --warmup-epochs, "
+                        f"or add the warm-up to the epochs with --warmup-prefix")
     if mixes(s) and s.batch_size % 2:
         raise UserError(f"mixup and cutmix pair the images of a batch: batch_size {s.batch_size} must be even")
     if s.resume == "auto" and not s.experiment:
@@ -166,8 +166,8 @@ def check_fit(model, state, path):
     head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     name = f"{head}.weight"
     if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
-        raise UserError(f"{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; give data with "
-                        f"the same classes, set --num-classes, or start from its body alone with --pretrained-path")
+        raise UserError(f"{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; "
+                        f"give data with the same classes, or start from its body with --pretrained-path")
     missing, surplus = [key for key in own if key not in state], [key for key in state if key not in own]
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     for keys, what in ((missing, "lacks"), (surplus, "has, unlike the model,"), (other, "has in another shape")):
@@ -214,7 +214,7 @@ def build_mixup(settings, num_classes):
     if not mixes(settings):
         return None
     if num_classes < 2:
-        raise UserError(f"mixup and cutmix need at least two classes, the data has {num_classes}; set --mixup 0 --cutmix 0")
+        raise UserError(f"mixup and cutmix need two classes or more, not {num_classes}; set --mixup 0 --cutmix 0")
     return Mixup(
         mixup_alpha=settings.mixup,
         cutmix_alpha=settings.cutmix,

@@ -1,14 +1,16 @@
 """Checkpoints: what is written, how it is written so that a crash leaves the last one whole, and how a run continues.
 
-A run's folder holds `last.pth.tar` and the best few `checkpoint-EPOCH.pth.tar` (weights, average, optimizer, scaler, settings),
-`model_best.pth.tar`, and the weights alone as `last.safetensors` and `model_best.safetensors`: the averaged ones where the run
-keeps an average. Every epoch draws from seeds of its own, so a checkpoint needs no generator's state to continue alike.
+A run's folder holds `last.pth.tar`, `model_best.pth.tar` and the best few `checkpoint-EPOCH.pth.tar` (weights, average,
+optimizer, scaler, settings), and the weights alone as `last.safetensors` and `model_best.safetensors`: the averaged
+ones where the run keeps an average. Every epoch draws from seeds of its own, so a run continues alike without the
+state of any random generator.
 """
 
 import argparse
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import safetensors
@@ -52,6 +54,8 @@ class Saver(CheckpointSaver):
         partial = path.with_name(name + ".partial")
         about = dict(format="pt", epoch=str(epoch), metric=str(metric), args=json.dumps(vars(self.args)))
         safetensors.torch.save_file(weights, str(partial), metadata=about)
+        # safetensors makes a file that only its owner can read
+        shutil.copymode(Path(self.checkpoint_dir, "last.pth.tar"), partial)
         _flush(partial)
         os.replace(partial, path)
 
