@@ -67,8 +67,9 @@ def main(argv=None):
         if schedule is not None:
             schedule.step(epoch + 1)
         if process.primary:
-            best, best_epoch = saver.save_epoch(epoch, judged[settings.eval_metric])
+            # The journal first: a run that dies between the two writes the epoch again, and loses no row.
             journal.epoch(epoch, trained, judged, lr, (epoch + 1) * updates_per_epoch)
+            best, best_epoch = saver.save_epoch(epoch, judged[settings.eval_metric])
             log.info(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in judged.items())
                      + f"  (best {settings.eval_metric} {best:.4g} in epoch {best_epoch})")
     if process.primary:

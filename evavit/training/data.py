@@ -209,32 +209,36 @@ def resolve_input(settings, model):
 
 def train_loader(dataset, settings, data_config, device):
     """Batches of augmented images on the device. Workers start anew with each epoch, so that its seed decides them."""
-    return create_loader(
-        dataset,
-        input_size=data_config["input_size"],
-        batch_size=settings.batch_size,
-        is_training=True,
-        no_aug=settings.no_aug,
-        re_prob=settings.reprob,
-        re_mode=settings.remode,
-        re_count=settings.recount,
-        scale=settings.scale,
-        ratio=settings.ratio,
-        hflip=settings.hflip,
-        vflip=settings.vflip,
-        color_jitter=settings.color_jitter,
-        auto_augment=settings.aa,
-        num_aug_repeats=settings.aug_repeats,
-        interpolation=settings.train_interpolation or data_config["interpolation"],
-        mean=data_config["mean"],
-        std=data_config["std"],
-        crop_pct=data_config["crop_pct"],
-        num_workers=settings.workers,
-        distributed=True,
-        pin_memory=settings.pin_mem and device.type == "cuda",
-        device=device,
-        persistent_workers=False,
-    )
+    try:
+        return create_loader(
+            dataset,
+            input_size=data_config["input_size"],
+            batch_size=settings.batch_size,
+            is_training=True,
+            no_aug=settings.no_aug,
+            re_prob=settings.reprob,
+            re_mode=settings.remode,
+            re_count=settings.recount,
+            scale=settings.scale,
+            ratio=settings.ratio,
+            hflip=settings.hflip,
+            vflip=settings.vflip,
+            color_jitter=settings.color_jitter,
+            auto_augment=settings.aa,
+            num_aug_repeats=settings.aug_repeats,
+            interpolation=settings.train_interpolation or data_config["interpolation"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+            crop_pct=data_config["crop_pct"],
+            num_workers=settings.workers,
+            distributed=True,
+            pin_memory=settings.pin_mem and device.type == "cuda",
+            device=device,
+            persistent_workers=False,
+        )
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"augmentation (aa {settings.aa}, aug_repeats {settings.aug_repeats}): timm does not take it, "
+                        f"{first_line(error)}") from error
 
 
 def eval_loader(dataset, settings, data_config, device, batch_size):

@@ -44,10 +44,8 @@ class Option:
             name = "a list of numbers" if self.count == "+" else f"a list of {self.count} numbers"
         if self.choices:
             name = "one of " + ", ".join(map(str, self.choices))
-        if self.low is not None or self.high is not None:
-            bounds = [f"≥ {self.low:g}"] * (self.low is not None) + [f"≤ {self.high:g}"] * (self.high is not None)
-            name += " " + " and ".join(bounds)
-        return name
+        bounds = ((sign, bound) for sign, bound in (("≥", self.low), ("≤", self.high)) if bound is not None)
+        return name + " and".join(f" {sign} {bound:g}" for sign, bound in bounds)
 
     def parse(self, value, where):
         """The value in this option's type, or a UserError that names it. Texts from flags and YAML go the same way."""

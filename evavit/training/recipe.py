@@ -27,6 +27,9 @@ def check_settings(settings):
         raise UserError("no model: give --model NAME or a config file with -c")
     if s.opt.lower() not in list_optimizers():
         raise UserError(f"unknown optimizer {s.opt}{nearest(s.opt.lower(), list_optimizers())}")
+    starts = [name for name in ("pretrained", "pretrained_path", "initial_checkpoint") if getattr(s, name)]
+    if len(starts) > 1:
+        raise UserError(f"{' and '.join(starts)} both name the weights to start from: give one of them")
     if s.warmup_epochs >= s.epochs and not s.warmup_prefix and s.sched != "none":
         raise UserError(f"warmup_epochs {s.warmup_epochs} must be less than epochs {s.epochs}; lower --warmup-epochs, "
                         f"or add the warm-up to the epochs with --warmup-prefix")
@@ -112,7 +115,6 @@ def build_model(settings, num_classes):
         arguments = resolve_model_input_args(
             settings.model,
             args={name: train[name] for name in ("in_chans", "img_size", "input_size")},
-            pretrained=settings.pretrained,
             num_classes=num_classes,
             drop_rate=train.get("drop"),
             drop_path_rate=train.get("drop_path"),
@@ -136,7 +138,7 @@ def _pretrained_file(settings, num_classes):
     """timm loads a file as the model's pretrained weights: positions and channels adapt, another head is made anew."""
     path = getattr(settings, "pretrained_path", None)
     if not path:
-        return {}
+        return dict(pretrained=settings.pretrained)
     state = read_weights(path)
     head = timm.get_pretrained_cfg_value(settings.model, "classifier") or "head"
     weight = state.get(f"{head}.weight") if isinstance(head, str) else None

@@ -1,0 +1,207 @@
+"""Every fault of the user's is one line that names it, and exit code 2."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from runs import MODEL, QUICK, command, weights, write_images
+
+# flags beside --data-dir, and what the line must say
+TRAIN = {
+    "unknown flag": (["--epoch", "3"], ["--epoch", "did you mean --epochs"]),
+    "stray word": (["sometimes"], ["sometimes"]),
+    "wrong type": (["--lr", "fast"], ["--lr", "fast", "a number"]),
+    "out of range": (["--epochs", "0"], ["--epochs", "0", "≥ 1"]),
+    "not a choice": (["--sched", "cosin"], ["--sched", "cosin", "cosine"]),
+    "not key=value": (["--model-kwargs", "depth"], ["depth", "key=value"]),
+    "unknown model": (["--model", "eva_deit_tin"], ["eva_deit_tin", "eva_deit_tiny"]),
+    "unknown argument of the model": (["--model-kwargs", "windows=3"], ["windows"]),
+    "no window and no cells": (["--model-kwargs", "window_size=0", "partition_grid=0"], ["window_size=0"]),
+    "heads that do not divide": (["--model-kwargs", "num_heads=5"], ["5", "16"]),
+    "unknown dataset": (["--dataset", "torch/fashion_mnits"], ["torch/fashion_mnits", "mean fashion_mnist"]),
+    "unknown kind of dataset": (["--dataset", "folder"], ["folder"]),
+    "dataset that is not there": (["--dataset", "torch/fashion_mnist"], ["torch/fashion_mnist"]),
+    "unknown optimizer": (["--opt", "adamv"], ["adamv", "adam"]),
+    "more classes than the data": (["--num-classes", "7"], ["7", "3 classes"]),
+    "fewer classes than the data": (["--num-classes", "2"], ["2", "3 classes"]),
+    "global batch": (["--global-batch-size", "1024"], ["1024", "-b 4 --grad-accum-steps 256"]),
+    "batch above the data": (["-b", "32"], ["24 images", "32"]),
+    "odd batch with mixup": (["--mixup", "0.5", "-b", "3"], ["batch_size 3", "even"]),
+    "warm-up longer than the run": (["--warmup-epochs", "2"], ["warmup_epochs 2", "epochs 2"]),
+    "no such config": (["-c", "nowhere.yaml"], ["nowhere.yaml"]),
+    "no such checkpoint to resume": (["--resume", "nowhere.pth.tar"], ["nowhere.pth.tar"]),
+    "no such checkpoint to start from": (["--initial-checkpoint", "nowhere.pth"], ["nowhere.pth"]),
+    "no such device": (["--device", "gpu"], ["gpu", "cuda"]),
+    "unknown policy": (["--aa", "random"], ["random"]),
+    "unknown compiler": (["--torchcompile", "inductr"], ["inductr", "inductor"]),
+    "three means for one channel": (["--in-chans", "1", "--mean", "0.5", "0.5", "0.5"], ["mean", "1 channel"]),
+    "image size that does not fit the model": (["--img-size", "32"], ["32"]),
+}
+
+
+def only_line(err):
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+@pytest.mark.parametrize("fault", TRAIN)
+def test_train_refuses(fault, call, images, tmp_path):
+    flags, words = TRAIN[fault]
+    kwargs = flags if flags[0] == "--model-kwargs" else []
+    rest = [] if kwargs else flags
+    code, _, err = call("train", *MODEL, *kwargs, *QUICK, "--data-dir", images, "--output", tmp_path / "out", *rest)
+    line = only_line(err)
+    assert code == 2 and all(word in line for word in words), line
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.pth.tar"))
+
+
+@pytest.fixture
+def folder(images, tmp_path):
+    return shutil.copytree(images, tmp_path / "folder")
+
+
+@pytest.fixture
+def refused(call, folder):
+    def refused(*flags, script="train"):
+        code, _, err = call(script, *MODEL, *(QUICK if script == "train" else []), "--data-dir", folder, "--output",
+                            folder.parent, "--experiment", "run", *flags)
+        assert code == 2
+        return only_line(err)
+
+    return refused
+
+
+def test_missing_folder(refused, folder):
+    assert "nowhere" in refused("--data-dir", folder / "nowhere")
+
+
+def test_missing_split(refused, folder):
+    shutil.rmtree(folder / "val")
+    assert "validation" in refused()  # and not a silent validation on the training images
+
+
+def test_empty_class(refused, folder):
+    for image in (folder / "train" / "pear").iterdir():
+        image.unlink()
+    assert str(folder / "train" / "pear") in refused()
+
+
+def test_class_of_validation_that_training_lacks(refused, folder):
+    (folder / "val" / "pear").rename(folder / "val" / "peach")
+    assert "peach" in refused()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("content", [b"", b"no image", "half"], ids=["empty", "text", "truncated"])
+def test_unreadable_image(refused, folder, content, workers):
+    image = folder / "train" / "plum" / "3.png"
+    image.write_bytes(image.read_bytes()[:200] if content == "half" else content)
+    assert str(image) in refused("--workers", workers)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("lerning_rate: 3", ["lerning_rate"]),
+    ("warmup_epoch: 3", ["warmup_epoch", "warmup_epochs"]),
+    ("lr: fast", ["lr", "'fast'", "a number"]),
+    ("amp: 1", ["amp", "true or false"]),
+    ("epochs: 2.5", ["epochs", "2.5", "whole number"]),
+    ("epochs: null", ["epochs", "None"]),
+    ("scale: 0.5", ["scale", "0.5", "2 numbers"]),
+    ("scale: [0.9, 0.1]", ["scale", "smaller"]),
+    ("model_kwargs: 3", ["model_kwargs", "3"]),
+    ("- 1\n- 2", ["list"]),
+    ("a: [", ["YAML"]),
+])
+def test_bad_yaml(refused, tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    line = refused("-c", path)
+    assert str(path) in line or "smaller" in line
+    assert all(word in line for word in words), line
+
+
+def test_class_count_of_the_checkpoint(train, call, refused, folder, tmp_path):
+    run = train("three")
+    write_images(tmp_path / "two" / "train", dict(apple=4, pear=4))
+    write_images(tmp_path / "two" / "validation", dict(apple=4, pear=4))
+    line = refused("--data-dir", tmp_path / "two", "--initial-checkpoint", run / "last.safetensors")
+    assert "3 classes" in line and "has 2" in line
+    line = refused("--data-dir", tmp_path / "two", "--resume", run / "last.pth.tar")
+    assert "3 classes" in line and "has 2" in line
+    for name in ("last.safetensors", "last.pth.tar"):
+        write_images(tmp_path / name, dict(apple=4, pear=4, plum=4, quince=4))
+        code, _, err = call("validate", "--checkpoint", run / name, "--data-dir", tmp_path / name, "--workers", "0")
+        assert code == 2 and "quince" in only_line(err)
+        code, _, err = call("validate", "--checkpoint", run / name, "--data-dir", tmp_path / "two", "--workers", "0",
+                            "--num-classes", "2")
+        assert code == 2 and "3 classes" in only_line(err)
+
+
+def test_checkpoint_of_another_model(train, refused):
+    run = train("run")
+    assert "does not fit" in refused("--model-kwargs", "depth=3", "--initial-checkpoint", run / "last.safetensors",
+                                     "--experiment", "other")
+
+
+def test_checkpoint_that_is_none_or_carries_code(refused, tmp_path):
+    for name in ("broken.pth.tar", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"broken")
+        assert name in refused("--initial-checkpoint", tmp_path / name)
+        assert name in refused("--resume", tmp_path / name)
+
+    class Code:
+        def __reduce__(self):
+            return (print, ("this must not run",))
+
+    torch.save(dict(state_dict=dict(weight=Code())), tmp_path / "code.pth.tar")
+    assert "code.pth.tar" in refused("--initial-checkpoint", tmp_path / "code.pth.tar")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, call, images, tmp_path):
+    # The first epoch trains at a rate of 0 and is saved, the second at one that no weight survives.
+    flags = ["--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "0", "--lr", "1e30"]
+    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "nan"]
+    code, _, err = call("train", *MODEL, *QUICK, *place, *flags)
+    line = only_line(err)
+    assert code == 2 and "of epoch 1" in line and "lr 7.5e+29" in line
+    checkpoint = torch.load(tmp_path / "nan" / "last.pth.tar", weights_only=False)
+    assert checkpoint["epoch"] == 0
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert all(value.isfinite().all() for value in weights(tmp_path / "nan" / "last.safetensors").values())
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes(images, tmp_path):
+    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "nan"]
+    done = command("train", *MODEL, *QUICK, *place, "-b", "2", "--lr", "1e30", processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: loss") == 1 and re.search(r"exitcode *: 2", done.stderr)
+    assert not (tmp_path / "nan" / "last.pth.tar").exists()
+
+
+def test_as_a_command(images):
+    done = command("train", *MODEL, "--data-dir", images, "--epoch", "3")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "did you mean --epochs" in only_line(done.stderr)
+
+
+VALIDATE = {
+    "no model": ([], ["--model"]),
+    "no weights": (["--model", "eva_deit_tiny"], ["--checkpoint"]),
+    "unknown flag": (["--pretrain"], ["--pretrain", "--pretrained"]),
+    "training flag": (["--epochs", "3"], ["--epochs"]),
+    "no such checkpoint": (["--checkpoint", "nowhere.safetensors"], ["nowhere.safetensors"]),
+    "weights timm does not have": (["--model", "eva_deit_tiny", "--pretrained"], ["eva_deit_tiny"]),
+    "results in an unknown form": (["--model", "x", "--checkpoint", "y.pth", "--results-file", "r.txt"], [".csv"]),
+}
+
+
+@pytest.mark.parametrize("fault", VALIDATE)
+def test_validate_refuses(fault, call, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags, words = VALIDATE[fault]
+    if "y.pth" in flags:
+        torch.save({}, tmp_path / "y.pth")
+    code, _, err = call("validate", "--data-dir", images, "--device", "cpu", *flags)
+    assert code == 2 and all(word in only_line(err) for word in words), err

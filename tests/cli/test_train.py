@@ -1,0 +1,171 @@
+"""train.py on tiny image folders: what it writes, that it repeats, resumes, accumulates, averages and distributes."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+from runs import KWARGS, MODEL, PLAIN, QUICK, command, scalars, weights, write_images
+from timm.utils import load_checkpoint_metadata
+
+from evavit.training import state
+
+DRAWN = ["--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25", "--drop-path", "0.2",
+         "--workers", "2", "--model-ema", "--model-ema-decay", "0.9"]
+LONGER = ["--epochs", "4", "--warmup-epochs", "1"]
+
+
+def rows(folder):
+    with open(folder / "summary.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if "second" not in key} for row in csv.DictReader(file)]
+
+
+def test_a_run_leaves_what_the_docs_promise(train):
+    folder = train("run")
+    names = {path.name for path in folder.iterdir()}
+    assert {"args.yaml", "summary.csv", "last.pth.tar", "last.safetensors", "model_best.pth.tar",
+            "model_best.safetensors", "checkpoint-0.pth.tar", "checkpoint-1.pth.tar"} <= names
+    assert not [name for name in names if "tmp" in name or "partial" in name]
+    assert [row["epoch"] for row in rows(folder)] == ["0", "1"]
+    assert set(rows(folder)[0]) >= {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"}
+    for name in ("loss", "lr", "grad_norm", "images_per_second"):
+        assert list(scalars(folder, f"train/{name}")) == list(range(1, 13))
+    for name in ("loss", "top1", "top5"):
+        assert list(scalars(folder, f"eval/{name}")) == [6, 12]
+    assert (folder / "last.safetensors").stat().st_mode == (folder / "last.pth.tar").stat().st_mode
+
+
+def test_weights_load_into_timm(train):
+    folder = train("run")
+    models = [timm.create_model("eva_deit_tiny", checkpoint_path=str(folder / name), num_classes=3, **KWARGS).eval()
+              for name in ("last.safetensors", "last.pth.tar")]
+    image = torch.randn(2, 3, 16, 16)
+    assert torch.equal(models[0](image), models[1](image))
+
+
+def test_saved_settings_repeat_the_run(train, call, tmp_path):
+    first = train("first", *DRAWN)
+    code, _, err = call("train", "-c", first / "args.yaml", "--experiment", "second")
+    assert code == 0, err
+    second = tmp_path / "second"
+    assert rows(first) == rows(second)
+    a, b = weights(first / "last.safetensors"), weights(second / "last.safetensors")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    settings = [yaml.safe_load((folder / "args.yaml").read_text()) for folder in (first, second)]
+    assert {key for key in settings[0] if settings[0][key] != settings[1][key]} == {"experiment"}
+
+
+def test_resume_auto_equals_the_uninterrupted_run(train, call, images, tmp_path, monkeypatch):
+    whole = train("whole", *DRAWN, *LONGER)
+    save_epoch = state.Saver.save_epoch
+
+    def stop_after_two(saver, epoch, metric):
+        best = save_epoch(saver, epoch, metric)
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return best
+
+    monkeypatch.setattr(state.Saver, "save_epoch", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        train("parts", *DRAWN, *LONGER, "--resume", "auto")
+    torch.distributed.destroy_process_group()
+    monkeypatch.undo()
+    torch.rand(7)  # whatever the process draws before it resumes is of no effect
+    parts = train("parts", *DRAWN, *LONGER, "--resume", "auto")
+
+    assert rows(whole) == rows(parts)
+    a, b = (torch.load(folder / "last.pth.tar", weights_only=False) for folder in (whole, parts))
+    for kind in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(a[kind][key], b[kind][key]) for key in a[kind])
+    for key, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in moments.items())
+    assert a["saver"] == b["saver"]
+    losses = [scalars(folder, "train/loss") for folder in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
+def test_resume_auto_starts_fresh_and_says_so(call, images, tmp_path):
+    flags = [*MODEL, "--data-dir", images, *QUICK, "--output", tmp_path, "--experiment", "new", "--resume", "auto"]
+    code, out, _ = call("train", *flags)
+    assert code == 0 and "starting fresh" in out
+    code, out, _ = call("train", *flags)  # finished: nothing left to do
+    assert code == 0 and "resuming from" in out and "epoch 0 " not in out
+
+
+def test_a_finished_run_is_not_overwritten(train, call, images, tmp_path):
+    folder = train("run")
+    before = (folder / "last.pth.tar").read_bytes()
+    code, _, err = call("train", *MODEL, "--data-dir", images, *QUICK, "--output", tmp_path, "--experiment", "run")
+    assert code == 2 and err.count("\n") == 1 and "--resume auto" in err
+    assert (folder / "last.pth.tar").read_bytes() == before
+
+
+def test_accumulation_equals_the_bigger_batch(train):
+    model = [*MODEL, "noise_std=0"]
+    big = train("big", "-b", "4", *PLAIN, model=model)
+    small = train("small", "-b", "2", "--grad-accum-steps", "2", "--global-batch-size", "4", *PLAIN, model=model)
+    for name in ("loss", "grad_norm"):
+        a, b = scalars(big, f"train/{name}"), scalars(small, f"train/{name}")
+        assert a.keys() == b.keys()
+        torch.testing.assert_close(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(train, images, tmp_path):
+    model = [*MODEL, "noise_std=0"]
+    one = train("one", *PLAIN, "--global-batch-size", "4", model=model)
+    done = command("train", *model, "--data-dir", images, *QUICK, *PLAIN, "-b", "2", "--global-batch-size", "4",
+                   "--output", tmp_path, "--experiment", "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1: ") == 1  # only the first process reports
+    two = tmp_path / "two"
+    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/top1"):
+        a, b = scalars(one, name), scalars(two, name)
+        assert a.keys() == b.keys()
+        torch.testing.assert_close(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
+    a, b = weights(one / "last.safetensors"), weights(two / "last.safetensors")
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_average_is_kept_judged_and_saved(train, call, images, tmp_path):
+    folder = train("ema", "--model-ema", "--model-ema-decay", "0.8")
+    checkpoint = torch.load(folder / "last.pth.tar", weights_only=False)
+    plain, average = checkpoint["state_dict"], checkpoint["state_dict_ema"]
+    assert any(not torch.equal(plain[key], average[key]) for key in plain)
+    saved = weights(folder / "last.safetensors")
+    assert all(torch.equal(saved[key], average[key]) for key in saved)
+    last = rows(folder)[-1]
+    for flags, column in (([], "eval_raw_loss"), (["--use-ema"], "eval_loss")):
+        code, _, err = call("validate", "--checkpoint", folder / "last.pth.tar", "--data-dir", images, "--workers", "0",
+                            "--results-file", tmp_path / "r.json", *flags)
+        assert code == 0, err
+        assert json.loads((tmp_path / "r.json").read_text())["loss"] == pytest.approx(float(last[column]), abs=1e-5)
+
+
+def test_repeated_augmentation_needs_no_second_process(train):
+    assert len(rows(train("repeats", "--aug-repeats", "3"))) == 2
+
+
+@pytest.mark.parametrize("flags", [
+    ["--amp"], ["--amp", "--amp-dtype", "float16"], ["--grad-checkpointing"], ["--torchcompile", "eager"],
+    ["--channels-last"], ["--bce-loss", "--mixup", "0.2"], ["--layer-decay", "0.8"], ["--opt", "lamb"],
+    ["--sched-on-updates", "--sched", "wsd"], ["--clip-grad", "1", "--clip-mode", "agc"], ["--cooldown-epochs", "1"],
+    ["--in-chans", "1"],
+], ids=" ".join)
+def test_options_that_change_the_machinery(train, flags):
+    folder = train("run", "--epochs", "1", *flags)
+    assert len(rows(folder)) == (2 if "--cooldown-epochs" in flags else 1)
+    assert load_checkpoint_metadata(str(folder / "last.pth.tar"))["args"].class_names == ["apple", "pear", "plum"]
+
+
+def test_fine_tuning_starts_from_a_body_with_other_classes(train, call, images, tmp_path):
+    folder = train("pretrain")
+    write_images(tmp_path / "two" / "train", dict(left=6, right=6))
+    write_images(tmp_path / "two" / "validation", dict(left=3, right=3))
+    code, _, err = call("train", *MODEL, *QUICK, "--data-dir", tmp_path / "two", "--output", tmp_path,
+                        "--experiment", "tuned", "--pretrained-path", folder / "last.safetensors", "--lr", "0")
+    assert code == 0, err
+    body, tuned = weights(folder / "last.safetensors"), weights(tmp_path / "tuned" / "last.safetensors")
+    assert tuned["head.weight"].shape[0] == 2
+    assert all(torch.equal(body[key], tuned[key]) for key in body if not key.startswith("head."))
