@@ -17,6 +17,14 @@ $(STAMP): pyproject.toml
 	$(PY) -m pip install --quiet --editable '.[test,quickstart,docs]'
 	touch $(STAMP)
 
+QUICK := output/quickstart
+quickstart: $(STAMP)  ## train a small EVA model on Digits, a minute or two on two cores, and validate it
+	$(PY) tools/build_digits.py data/digits
+	rm -rf $(QUICK)
+	$(PY) train.py -c configs/quickstart.yaml --data-dir data/digits --output $(dir $(QUICK)) --experiment $(notdir $(QUICK))
+	$(PY) validate.py --checkpoint $(QUICK)/last.safetensors --data-dir data/digits --workers 0 \
+		--results-file $(QUICK)/validation.json
+
 lint: $(STAMP)  ## ruff over the whole tree
 	$(PY) -m ruff check .
 

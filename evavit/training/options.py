@@ -194,7 +194,7 @@ OPTIONS = (
     Option("channels_last", bool, False, "keep images in channels-last memory order", scripts=BOTH),
     Option("workers", int, 4, "data loading processes, for each training process", short="-j", low=0, scripts=BOTH),
     Option("pin_mem", bool, False, "page-locked memory for the copies to a GPU", scripts=BOTH),
-    Option("seed", int, 42, "seed of weights, sample order, augmentation and noise", low=0),
+    Option("seed", int, 42, "seed of weights, sample order, augmentation and noise", low=0, high=2**31 - 1),
     # output
     Option("output", str, "output", "folder of the runs"),
     Option("experiment", str, None, "name of this run's folder in output; default: time, model, image size"),

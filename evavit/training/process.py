@@ -45,7 +45,7 @@ class Process:
         if epoch is None:
             random_seed(seed)
         else:
-            random_seed(seed + 1_000_003 * (epoch + 1), self.rank)
+            random_seed((seed + 1_000_003 * (epoch + 1)) % 2**31, self.rank)
 
 
 def start_process(device=None):
