@@ -114,13 +114,14 @@ def test_accumulation_equals_the_bigger_batch(train):
 
 def test_two_processes_equal_one_with_the_same_global_batch(train, images, tmp_path):
     model = [*MODEL, "noise_std=0"]
-    one = train("one", *PLAIN, "--global-batch-size", "4", model=model)
-    done = command("train", *model, "--data-dir", images, *QUICK, *PLAIN, "-b", "2", "--global-batch-size", "4",
+    flags = [*PLAIN, "--model-ema", "--model-ema-decay", "0.8", "--global-batch-size", "4"]
+    one = train("one", *flags, model=model)
+    done = command("train", *model, *QUICK, *flags, "-b", "1", "--grad-accum-steps", "2", "--data-dir", images,
                    "--output", tmp_path, "--experiment", "two", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1: ") == 1  # only the first process reports
     two = tmp_path / "two"
-    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/top1"):
+    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/top1", "eval/raw_loss", "eval/raw_top1"):
         a, b = scalars(one, name), scalars(two, name)
         assert a.keys() == b.keys()
         torch.testing.assert_close(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
