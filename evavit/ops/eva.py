@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .checks import check_eva_args, check_partition
-from .grid import block_counts, block_mask, cell_shape, from_blocks, to_blocks, window_shape
+from .grid import block_counts, block_mask, cell_shape, from_blocks, static_size, to_blocks, window_shape
 
 __all__ = ['eva_attention', 'eva_num_cells']
 
@@ -22,6 +22,7 @@ def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
     """Number of cells C_p on a grid of `feat_size` (H, W) tokens; at most `partition_grid`², and none for 0."""
     if partition_grid == 0:
         return 0
+    feat_size = static_size(feat_size)
     rows, cols = block_counts(feat_size, cell_shape(feat_size, partition_grid))
     return rows * cols
 
@@ -156,6 +157,7 @@ def eva_attention(
     Raises:
         ValueError: arguments that do not fit each other; the message names the value.
     """
+    feat_size = static_size(feat_size)
     check_partition(window_size, partition_grid)
     check_eva_args(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, noise,
                    window_size, partition_grid, eva_num_cells(feat_size, partition_grid), dropout_p)

@@ -4,12 +4,24 @@ Tokens come as `(B, h, N, d)` with `feat_size = (H, W)` and N = H·W in raster o
 `(bh, bw)` tokens; blocks start at multiples of its size from the top-left corner, and those at the bottom and right
 edge may be short. Windows and cells are both blocks: windows of a fixed size, cells of a size that follows the grid.
 """
+import operator
 from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['block_counts', 'block_mask', 'cell_shape', 'from_blocks', 'to_blocks', 'window_shape']
+__all__ = ['block_counts', 'block_mask', 'cell_shape', 'from_blocks', 'static_size', 'to_blocks', 'window_shape']
+
+
+def static_size(feat_size: List[int]) -> List[int]:
+    """The grid's size as plain numbers, so that torch.compile makes one graph per size.
+
+    Symbolic sizes would run through every ceiling division below into guards that take minutes to prove.
+    """
+    if torch.jit.is_scripting():
+        return feat_size
+    else:
+        return [operator.index(feat_size[0]), operator.index(feat_size[1])]
 
 
 def window_shape(feat_size: List[int], window_size: int) -> Tuple[int, int]:

@@ -1,0 +1,34 @@
+"""What all tests share."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `references`
+
+torch.set_num_threads(1)  # tests are small, and several of them run side by side
+
+GOLDEN = Path(__file__).resolve().parents[2] / 'shared' / 'golden'
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden():
+    """Reads a file of outputs of the published implementation: (tensors, published state dict, metadata)."""
+    safetensors = pytest.importorskip('safetensors')
+    if not GOLDEN.is_dir():
+        pytest.skip(f'outputs of the published implementation are not at {GOLDEN.parent.name}/golden beside the checkout')
+
+    def read(name):
+        with safetensors.safe_open(GOLDEN / f'{name}.safetensors', 'pt') as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        state = {key.removeprefix('state.'): value for key, value in tensors.items() if key.startswith('state.')}
+        return tensors, state, metadata
+
+    return read

@@ -1,0 +1,269 @@
+import itertools
+
+import pytest
+import torch
+from references import eva_loop, grid_cells, grid_windows
+from timm.layers import RelPosBias
+
+from evavit.ops import eva_attention, eva_num_cells
+
+GRIDS = [(14, 14), (28, 28), (13, 13), (24, 24), (7, 50), (50, 7), (1, 1), (5, 3)]
+WINDOWS = [1, 4, 7, 'larger']  # than the grid
+PARTITIONS = [0, 1, 3, 7]
+
+
+def make_inputs(B, h, d, feat_size, window_size, partition_grid, *, bias=True, noise=True, dtype=torch.float64):
+    """Leaf tensors by name: one qkv tensor whose views are q, k, v; both summaries; the bias table; the noise."""
+    def normal(*shape):
+        return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+    leaves = {'qkv': normal(B, feat_size[0] * feat_size[1], 3, h, d)}
+    if partition_grid:
+        for name in ('summary_q', 'summary_k'):
+            leaves |= {f'{name}.weight': normal(d, d), f'{name}.bias': normal(d),
+                       f'{name}.norm_weight': normal(d), f'{name}.norm_bias': normal(d)}
+    if bias and window_size:
+        leaves['table'] = normal((2 * window_size - 1) ** 2, h)
+    cells = eva_num_cells(feat_size, partition_grid)
+    return leaves, torch.randn(B, h, cells, d, dtype=dtype) if noise and cells else None
+
+
+def arguments(leaves):
+    """q, k, v and the summaries, from the leaves."""
+    q, k, v = leaves['qkv'].permute(2, 0, 3, 1, 4).unbind(0)
+    summaries = [tuple(value for key, value in leaves.items() if key.startswith(name)) or None
+                 for name in ('summary_q', 'summary_k')]
+    return q, k, v, summaries
+
+
+def run_loop(leaves, noise, feat_size, window_size, partition_grid, **kwargs):
+    q, k, v, summaries = arguments(leaves)
+    return eva_loop(q, k, v, feat_size, *summaries, leaves.get('table'), window_size, partition_grid,
+                    noise=noise, **kwargs)
+
+
+def bias_from_table(table, window_size, num_heads):
+    index = RelPosBias((window_size, window_size), num_heads).relative_position_index
+    return table[index].view(window_size ** 2, window_size ** 2, num_heads).permute(2, 0, 1)
+
+
+def run_op(leaves, noise, feat_size, window_size, partition_grid, **kwargs):
+    q, k, v, summaries = arguments(leaves)
+    bias = bias_from_table(leaves['table'], window_size, q.shape[1]) if 'table' in leaves else None
+    return eva_attention(q, k, v, feat_size, *summaries, bias, window_size, partition_grid, noise=noise, **kwargs)
+
+
+def cast(leaves, dtype):
+    return {name: value.detach().to(dtype).requires_grad_() for name, value in leaves.items()}
+
+
+def relative_error(value, reference, floor=0.):
+    """‖value - reference‖ / ‖reference‖ in float64, the denominator at least floor."""
+    reference = reference.double()
+    return ((value.double() - reference).norm() / reference.norm().clamp(min=max(floor, 1e-30))).item()
+
+
+def errors(output, leaves, expected, expected_leaves):
+    """Relative errors of the output and of the gradient of every leaf, by name.
+
+    A gradient that is zero in exact arithmetic (one token and its cell have one value) is measured against 1 % of the
+    gradient that comes in.
+    """
+    grad = torch.randn(expected.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(output, list(leaves.values()), grad.to(output.dtype))
+    expected_grads = torch.autograd.grad(expected, list(expected_leaves.values()), grad, retain_graph=True)
+    found = {'output': relative_error(output.detach(), expected.detach())}
+    for name, value, reference in zip(leaves, grads, expected_grads, strict=True):
+        found[name] = relative_error(value, reference, floor=0.01 * grad.norm())
+    return found
+
+
+@pytest.mark.parametrize('partition_grid', PARTITIONS)
+@pytest.mark.parametrize('window_size', WINDOWS)
+@pytest.mark.parametrize('feat_size', GRIDS, ids=lambda size: f'{size[0]}x{size[1]}')
+def test_matches_the_loop(feat_size, window_size, partition_grid):
+    case = list(itertools.product(GRIDS, WINDOWS, PARTITIONS)).index((feat_size, window_size, partition_grid))
+    num_heads, batch = 1 + case % 4, 1 + (feat_size[0] * feat_size[1] < 100)
+    bias = case % 5 > 0
+    if window_size == 'larger':
+        window_size = max(feat_size) + 2
+        bias = bias and window_size <= 16  # the bias of a whole window has window_size⁴ entries a head
+    leaves, noise = make_inputs(batch, num_heads, 8, feat_size, window_size, partition_grid, bias=bias)
+    expected = run_loop(leaves, noise, feat_size, window_size, partition_grid, proposal_scale=0.7)
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        copies = cast(leaves, dtype)
+        output = run_op(copies, None if noise is None else noise.to(dtype), feat_size, window_size, partition_grid,
+                        proposal_scale=0.7)
+        found = errors(output, copies, expected, leaves)
+        assert max(found.values()) <= bound, (dtype, found)
+
+
+@pytest.mark.parametrize('num_heads', [1, 2, 3, 4])
+@pytest.mark.parametrize('bias', [True, False])
+def test_heads_and_bias(num_heads, bias):
+    leaves, noise = make_inputs(2, num_heads, 16, (9, 11), 4, 3, bias=bias)
+    expected = run_loop(leaves, noise, (9, 11), 4, 3)
+    output = run_op(leaves, noise, (9, 11), 4, 3)
+    assert max(errors(output, leaves, expected, leaves).values()) <= 1e-10
+
+
+@pytest.mark.parametrize('partition_grid', [1, 2, 7])
+@pytest.mark.parametrize('feat_size', [(6, 6), (5, 3), (13, 8)])
+def test_no_window_matches_the_loop(feat_size, partition_grid):
+    leaves, noise = make_inputs(2, 2, 8, feat_size, 0, partition_grid)
+    expected = run_loop(leaves, noise, feat_size, 0, partition_grid)
+    output = run_op(leaves, noise, feat_size, 0, partition_grid)
+    assert max(errors(output, leaves, expected, leaves).values()) <= 1e-10
+
+
+@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize('feat_size', [(14, 14), (13, 9)])
+def test_half_precision(feat_size, dtype, bound):
+    leaves, noise = make_inputs(2, 2, 32, feat_size, 7, 7, dtype=torch.float32)
+    rounded = {name: value.detach().to(dtype).double().requires_grad_() for name, value in leaves.items()}
+    expected = run_loop(rounded, noise.double(), feat_size, 7, 7)
+    copies = cast(leaves, dtype)
+    output = run_op(copies, noise, feat_size, 7, 7)
+    assert output.dtype == dtype
+    assert max(errors(output, copies, expected, rounded).values()) <= bound
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    leaves, noise = make_inputs(2, 2, 32, (13, 9), 7, 7, dtype=torch.float32)
+    expected = run_op(leaves, noise, (13, 9), 7, 7)
+    with torch.autocast('cpu', dtype):
+        output = run_op(leaves, noise, (13, 9), 7, 7)
+    assert output.dtype == torch.float32  # the input's
+    assert relative_error(output.detach(), expected.detach()) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+    output.sum().backward()
+    assert all(value.grad.dtype == torch.float32 and value.grad.isfinite().all() for value in leaves.values())
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('feat_size', [(14, 14), (13, 9)])
+def test_huge_logits_stay_finite(feat_size, dtype):
+    leaves, noise = make_inputs(1, 2, 16, feat_size, 7, 7, dtype=torch.float64)
+    with torch.no_grad():
+        q, k, v, _ = arguments(leaves)
+        logits = 16 ** -0.5 * (q @ k.transpose(-2, -1))
+        leaves['qkv'][:, :, :2] *= (1e4 / logits.abs().max()).sqrt()  # the largest logit is ±1e4
+    copies = cast(leaves, dtype)
+    output = run_op(copies, noise.to(dtype), feat_size, 7, 7)
+    assert output.isfinite().all()
+    grads = torch.autograd.grad(output.sum(), list(copies.values()))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_limit_one_window_is_softmax_attention(bias):
+    leaves, _ = make_inputs(2, 2, 8, (6, 9), 9, 0, bias=bias)
+    q, k, v, _ = arguments(leaves)
+    mask = None
+    if bias:
+        whole = bias_from_table(leaves['table'], 9, 2).unflatten(2, (9, 9)).unflatten(1, (9, 9))
+        mask = whole[:, :6, :9, :6, :9].flatten(3, 4).flatten(1, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert relative_error(run_op(leaves, None, (6, 9), 9, 0), expected) < 1e-14
+
+
+def test_limit_one_cell_without_window_is_random_feature_attention():
+    leaves, noise = make_inputs(2, 2, 8, (6, 5), 0, 1)
+    q, k, v, (summary_q, summary_k) = arguments(leaves)
+    s = 8 ** -0.5
+
+    def summarise(x, summary):
+        weight, bias, norm_weight, norm_bias = summary
+        return torch.nn.functional.layer_norm(x.mean(2) @ weight.T + bias, (8,), norm_weight, norm_bias)
+
+    omega = s ** 0.5 * (summarise(q, summary_q) + summarise(k, summary_k)) + noise[:, :, 0]
+
+    def xi(x):  # the positive random feature of every token, at this one ω
+        x = s ** 0.5 * x
+        return torch.exp((x @ omega.unsqueeze(-1)).squeeze(-1) - 0.5 * x.square().sum(-1))
+
+    kernel = xi(q).unsqueeze(-1) * xi(k).unsqueeze(-2)
+    expected = kernel @ v / kernel.sum(-1, keepdim=True)
+    assert relative_error(run_op(leaves, noise, (6, 5), 0, 1), expected) < 1e-13
+
+
+def test_limit_order_inside_a_cell_and_batch_independence():
+    feat_size, window_size, partition_grid = (12, 12), 4, 3  # cells of 4 × 4, aligned with the windows
+    leaves, noise = make_inputs(2, 2, 8, feat_size, window_size, partition_grid)
+    output = run_op(leaves, noise, feat_size, window_size, partition_grid)
+    cell = grid_cells(feat_size, partition_grid)[4]
+    permuted = {name: value.detach().clone() for name, value in leaves.items()}
+    permuted['qkv'][0, cell] = permuted['qkv'][0, cell[::-1]]
+    changed = run_op(permuted, noise, feat_size, window_size, partition_grid)
+    outside = [n for window in grid_windows(feat_size, window_size) for n in window if not set(window) & set(cell)]
+    assert relative_error(changed[0][:, outside], output[0][:, outside]) < 1e-14
+    assert relative_error(changed[0][:, cell], output[0][:, cell]) > 1e-3  # where E sees the change, it is there
+    assert torch.equal(changed[1], output[1])
+
+
+def test_dropout_drops_tokens_and_cells_alike():
+    """With one-hot values the output is the attention itself: the share of zeros is p, the rest is scaled up."""
+    feat_size = (4, 4)
+    q, k = torch.randn(2, 256, 1, 16, 32, dtype=torch.float64)
+    v = torch.zeros_like(q)
+    v[..., :16] = torch.eye(16, dtype=torch.float64)
+    identity = (torch.eye(32).double(), torch.zeros(32).double(), torch.ones(32).double(), torch.zeros(32).double())
+    for window_size, partition_grid in ((4, 0), (0, 4)):  # 16 tokens of one window; 16 cells of one token
+        args = (q, k, v, feat_size, identity, identity, None, window_size, partition_grid)
+        attn = eva_attention(*args)[..., :16]
+        dropped = eva_attention(*args, dropout_p=0.25)[..., :16]
+        kept = dropped != 0
+        assert abs((~kept).double().mean().item() - 0.25) < 0.01
+        torch.testing.assert_close(dropped[kept], attn[kept] / 0.75)
+
+
+def test_strides_of_one_projection_need_no_copy_to_be_right():
+    leaves, noise = make_inputs(2, 3, 8, (13, 9), 4, 3)
+    q, k, v, (summary_q, summary_k) = arguments(leaves)
+    assert not q.is_contiguous()
+    strided = eva_attention(q, k, v, (13, 9), summary_q, summary_k, None, 4, 3, noise=noise)
+    packed = eva_attention(q.contiguous(), k.contiguous(), v.contiguous(), (13, 9), summary_q, summary_k, None, 4, 3,
+                           noise=noise)
+    assert torch.equal(strided, packed)
+    assert strided.transpose(1, 2).is_contiguous()  # merging the heads is a view
+
+
+def test_memory_for_the_backward_pass_is_linear():
+    """Bytes that autograd keeps per token, from 32 × 32 to 128 × 128 tokens."""
+    def saved_bytes_per_token(side):
+        leaves, noise = make_inputs(1, 1, 16, (side, side), 7, 7, dtype=torch.float32)
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = run_op(leaves, noise, (side, side), 7, 7)
+        del output
+        return sum(storages.values()) / side ** 2
+
+    small, large = saved_bytes_per_token(32), saved_bytes_per_token(128)
+    assert large < 1.2 * small
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(window_size=0, partition_grid=0), 'nothing to attend to'),
+    (dict(window_size=-1), 'window_size must be 0'),
+    (dict(partition_grid=-2), 'partition_grid must be 0'),
+    (dict(feat_size=(3, 5)), r'feat_size \(3, 5\) does not hold the 16 tokens'),
+    (dict(summary_q=None), 'needs summary_q and summary_k'),
+    (dict(rel_pos_bias=torch.zeros(2, 9, 9)), r'rel_pos_bias must be .*\(2, 16, 16\)'),
+    (dict(noise=torch.zeros(1, 2, 3, 8)), r'noise must be .*\(1, 2, 16, 8\)'),
+    (dict(dropout_p=1.0), 'dropout_p must be'),
+    (dict(k=torch.zeros(1, 2, 15, 8)), 'must have one shape'),
+    (dict(v=torch.zeros(1, 2, 16, 8).double()), 'must have one dtype'),
+    (dict(q=torch.zeros(2, 16, 8)), r'q must be \(batch, heads, tokens, head_dim\)'),
+])
+def test_bad_arguments_name_the_value(change, message):
+    tokens = torch.randn(3, 1, 2, 16, 8)
+    summary = (torch.eye(8), torch.zeros(8), torch.ones(8), torch.zeros(8))
+    args = dict(q=tokens[0], k=tokens[1], v=tokens[2], feat_size=(4, 4), summary_q=summary, summary_k=summary,
+                window_size=4, partition_grid=4)
+    with pytest.raises(ValueError, match=message):
+        eva_attention(**(args | change))
