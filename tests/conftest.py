@@ -22,7 +22,7 @@ def golden():
     """Reads a file of outputs of the published implementation: (tensors, published state dict, metadata)."""
     safetensors = pytest.importorskip('safetensors')
     if not GOLDEN.is_dir():
-        pytest.skip(f'outputs of the published implementation are not at {GOLDEN.parent.name}/golden beside the checkout')
+        pytest.skip('shared/golden, outputs of the published implementation, is not beside the checkout')
 
     def read(name):
         with safetensors.safe_open(GOLDEN / f'{name}.safetensors', 'pt') as file:

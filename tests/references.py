@@ -1,5 +1,6 @@
 """References written from the definition: one cell, one window at a time, in float64."""
 import math
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def bias_rows(tokens, width, window_size):
 
 def split(x, groups):
     """The tokens of `(B, h, N, d)` by group, one tensor a group. One gather: autograd is slow with a gather each."""
-    return x[:, :, sum(groups, [])].split([len(group) for group in groups], 2)
+    return x[:, :, list(chain(*groups))].split([len(group) for group in groups], 2)
 
 
 def eva_loop(q, k, v, feat_size, summary_q=None, summary_k=None, bias_table=None, window_size=7, partition_grid=7,
@@ -75,4 +76,4 @@ def eva_loop(q, k, v, feat_size, summary_q=None, summary_k=None, bias_table=None
             bias = bias_table[bias_rows(tokens, feat_size[1], window_size)].permute(2, 0, 1)
             logits = logits + F.pad(bias, [0, len(betas)])
         outputs.append(torch.softmax(logits, -1) @ values)
-    return torch.cat(outputs, 2)[:, :, torch.tensor(sum(groups, [])).argsort()]
+    return torch.cat(outputs, 2)[:, :, torch.tensor(list(chain(*groups))).argsort()]

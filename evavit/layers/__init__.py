@@ -2,11 +2,12 @@
 import inspect
 from typing import Any, Dict, Type
 
-from .attention import GridAttention
+from .attention import GridAttention, check_heads
 from .eva import EvaAttention
 from .softmax import SoftmaxAttention
 
-__all__ = ['ATTENTIONS', 'EvaAttention', 'GridAttention', 'SoftmaxAttention', 'pop_attention_kwargs']
+__all__ = ['ATTENTIONS', 'EvaAttention', 'GridAttention', 'SoftmaxAttention', 'check_heads',
+           'pop_attention_kwargs']
 
 ATTENTIONS: Dict[str, Type[GridAttention]] = {
     'eva': EvaAttention,

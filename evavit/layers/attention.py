@@ -4,7 +4,13 @@ from typing import List
 import torch
 from torch import nn
 
-__all__ = ['GridAttention']
+__all__ = ['GridAttention', 'check_heads']
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise ValueError unless num_heads divides dim."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f'num_heads {num_heads} does not divide dim {dim}; choose a divisor')
 
 
 class GridAttention(nn.Module):
@@ -38,8 +44,7 @@ class GridAttention(nn.Module):
             dtype=None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f'num_heads {num_heads} does not divide dim {dim}; choose a divisor')
+        check_heads(dim, num_heads)
         dd = {'device': device, 'dtype': dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads

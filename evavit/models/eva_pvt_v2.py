@@ -19,7 +19,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import nn
 
 from evavit.convert import convert_published_eva, is_published_eva
-from evavit.layers import ATTENTIONS, pop_attention_kwargs
+from evavit.layers import ATTENTIONS, check_heads, pop_attention_kwargs
 
 from ._weights import fit_bias_tables
 
@@ -31,7 +31,8 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
 
     Args:
         attn_layer: Name of the attention of all stages but the last, a key of `evavit.layers.ATTENTIONS`.
-        num_heads: Heads of each stage.
+        embed_dims: Channels of each stage.
+        num_heads: Heads of each stage; must divide its channels.
         qkv_bias: Bias of the q, k, v projections.
         attn_drop_rate: Dropout rate of the attention weights.
         proj_drop_rate: Dropout rate after the attention's projection and in the MLP.
@@ -45,6 +46,7 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
             self,
             *,
             attn_layer: str = 'eva',
+            embed_dims: Tuple[int, ...] = (64, 128, 320, 512),
             num_heads: Union[int, Tuple[int, ...]] = (2, 4, 10, 16),
             qkv_bias: bool = True,
             attn_drop_rate: float = 0.,
@@ -62,14 +64,16 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
                 raise ValueError(f'{name}={kwargs[name]}: keys and values are not downsampled here; leave it out')
         dd = {'device': device, 'dtype': dtype}
         attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
-        super().__init__(num_heads=num_heads, sr_ratios=1, qkv_bias=qkv_bias, proj_drop_rate=proj_drop_rate,
-                         **kwargs, **dd)
-        heads = to_ntuple(len(self.stages))(num_heads)
+        heads = to_ntuple(len(embed_dims))(num_heads)
+        for dim, stage_heads in zip(embed_dims, heads, strict=True):
+            check_heads(dim, stage_heads)
+        super().__init__(embed_dims=embed_dims, num_heads=heads, sr_ratios=1, qkv_bias=qkv_bias,
+                         proj_drop_rate=proj_drop_rate, **kwargs, **dd)
         for i, stage in enumerate(self.stages):
             last = i == len(self.stages) - 1
             for block in stage.blocks:
                 block.attn = ATTENTIONS['softmax' if last else attn_layer](
-                    block.norm1.normalized_shape[0], heads[i],
+                    embed_dims[i], heads[i],
                     qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate,
                     **({} if last else attn_kwargs), **dd)
                 block.attn.apply(self._init_weights)

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from references import eva_loop
+
+from evavit.convert import PUBLISHED_EVA_KWARGS, convert_published_eva
+from evavit.layers import EvaAttention
+
+STATE = {
+    'qkv.weight', 'qkv.bias', 'proj.weight', 'proj.bias', 'rel_pos.relative_position_bias_table',
+    *(f'summary_{x}.{part}.{name}' for x in 'qk' for part in ('proj', 'norm') for name in ('weight', 'bias')),
+}
+
+
+def randomise(layer):
+    """Weights of a size that makes every term count."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.5)
+    return layer
+
+
+def layer_loop(layer, x, feat_size, noise=None):
+    """The layer, with the loop over the definition between its projections."""
+    B, N, C = x.shape
+    h = layer.num_heads
+    q, k, v = layer.qkv(x).view(B, N, 3, h, C // h).permute(2, 0, 3, 1, 4)
+    summaries = [(s.proj.weight, s.proj.bias, s.norm.weight, s.norm.bias) if s is not None else None
+                 for s in (layer.summary_q, layer.summary_k)]
+    table = layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None
+    y = eva_loop(q, k, v, feat_size, *summaries, table, layer.window_size, layer.partition_grid,
+                 layer.proposal_scale, noise)
+    return layer.proj(y.transpose(1, 2).reshape(B, N, C))
+
+
+@pytest.mark.parametrize('feat_size', [(14, 14), (13, 13), (7, 50), (5, 3), (1, 1)])
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(window_size=4, partition_grid=3), dict(window_size=0), dict(partition_grid=0),
+    dict(rel_pos_bias=False, proposal_scale=0.5), dict(qkv_bias=False, proj_bias=False),
+])
+def test_output_and_gradients_match_the_loop(feat_size, kwargs):
+    layer = randomise(EvaAttention(24, 3, **kwargs, dtype=torch.float64)).train()
+    x = torch.randn(2, feat_size[0] * feat_size[1], 24, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+
+    torch.manual_seed(1)
+    output = layer(x, feat_size)
+    torch.manual_seed(1)  # the layer's noise is the first draw of the default generator
+    noise = None
+    if layer.partition_grid:
+        cells = [-(-size // -(-size // layer.partition_grid)) for size in feat_size]
+        noise = torch.randn(2, 3, cells[0] * cells[1], 8, dtype=torch.float64)
+    expected = layer_loop(layer, x, feat_size, noise)
+
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+    grad = torch.randn_like(output)
+    for value, reference in zip(torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad),
+                                strict=True):
+        assert (value - reference).norm() <= 1e-10 * max(reference.norm().item(), 0.01 * grad.norm().item())
+
+
+def test_state_dict_names_are_fixed():
+    assert set(EvaAttention(48, 3).state_dict()) == STATE
+    no_cells = EvaAttention(48, 3, partition_grid=0)
+    assert set(no_cells.state_dict()) == {name for name in STATE if not name.startswith('summary')}
+    assert not any('rel_pos' in name for name in EvaAttention(48, 3, window_size=0).state_dict())
+    assert not any('rel_pos' in name for name in EvaAttention(48, 3, rel_pos_bias=False).state_dict())
+
+
+def test_noise_in_training_follows_the_seed_and_evaluation_is_deterministic():
+    layer, x = randomise(EvaAttention(48, 3)), torch.randn(2, 196, 48)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return layer(x, (14, 14))
+
+    layer.train()
+    assert torch.equal(run(1), run(1))
+    assert not torch.allclose(run(1), run(2))
+    layer.noise_std = 0.
+    assert torch.equal(run(1), run(2))
+    layer.noise_std = 1.
+    layer.eval()
+    state = torch.get_rng_state()
+    assert torch.equal(run(1), layer(x, (14, 14)))
+    torch.set_rng_state(state)
+    layer(x, (14, 14))
+    assert torch.equal(torch.get_rng_state(), state)  # evaluation draws nothing
+
+
+def test_attention_and_projection_dropout():
+    x = torch.randn(1, 196, 48)
+    plain = randomise(EvaAttention(48, 3, noise_std=0.))
+    for name in ('attn_drop', 'proj_drop'):
+        dropping = EvaAttention(48, 3, noise_std=0., **{name: 0.5})
+        dropping.load_state_dict(plain.state_dict())
+        assert not torch.allclose(dropping.train()(x, (14, 14)), plain(x, (14, 14)))
+        torch.testing.assert_close(dropping.eval()(x, (14, 14)), plain(x, (14, 14)))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_layer(dtype):
+    layer, x = randomise(EvaAttention(48, 3)).eval(), torch.randn(2, 13 * 9, 48)
+    expected = layer(x, (13, 9))
+    with torch.autocast('cpu', dtype):
+        mixed = layer(x, (13, 9))
+    pure = layer.to(dtype)(x.to(dtype), (13, 9))
+    assert pure.dtype == mixed.dtype == dtype
+    for output in (mixed, pure):
+        assert (output.float() - expected).norm() < 0.03 * expected.norm()
+
+
+def test_device_and_dtype_reach_every_parameter_and_buffer():
+    layer = EvaAttention(48, 3, device='meta', dtype=torch.float64)
+    assert all(tensor.is_meta for tensor in [*layer.parameters(), *layer.buffers()])
+    assert all(parameter.dtype == torch.float64 for parameter in layer.parameters())
+    layer = layer.to_empty(device='cpu')
+    for module in layer.modules():
+        if hasattr(module, 'reset_parameters'):
+            module.reset_parameters()
+    assert layer(torch.randn(1, 20, 48, dtype=torch.float64), (4, 5)).isfinite().all()
+
+
+@pytest.mark.parametrize('args, kwargs, message', [
+    ((48, 5), {}, 'num_heads 5 does not divide dim 48'),
+    ((48, 3), dict(window_size=0, partition_grid=0), 'nothing to attend to'),
+    ((48, 3), dict(window_size=-7), 'window_size must be'),
+    ((48, 3), dict(noise_std=-1.), 'noise_std must be'),
+])
+def test_bad_arguments(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        EvaAttention(*args, **kwargs)
+
+
+def test_repr_names_the_settings():
+    assert 'window_size=7, partition_grid=3, proposal_scale=0.5' in repr(
+        EvaAttention(48, 3, partition_grid=3, proposal_scale=0.5))
+
+
+@pytest.mark.parametrize('name', ['eva_layer_14x14', 'eva_layer_28x28', 'eva_layer_56x56'])
+def test_published_layers(golden, name):
+    tensors, state, metadata = golden(name)
+    B, H, W, C = tensors['input'].shape
+    layer = EvaAttention(C, int(metadata['num_heads']), **PUBLISHED_EVA_KWARGS).eval()
+    layer.load_state_dict(convert_published_eva(state))
+    output = layer(tensors['input'].flatten(1, 2), (H, W)).view(B, H, W, C)
+    assert (output - tensors['output']).norm() <= 1e-5 * tensors['output'].norm()

@@ -1,0 +1,76 @@
+"""torch.compile, torch.export and TorchScript agree with eager, and a compiled model takes a second image size."""
+import pytest
+import timm
+import torch
+
+import evavit  # noqa: F401
+
+MODELS = ['eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3']
+SHALLOW = {name: dict(depths=(1, 1, 1, 1)) if 'pvt' in name else dict(depth=2) for name in MODELS}
+pytestmark = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # tracing fixes the grid, as it should
+each_model = pytest.mark.parametrize('name', MODELS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def agree(one, other, size=(224, 224), batch=2, tolerance=1e-5):
+    x = torch.randn(batch, 3, *size)
+    with torch.no_grad():
+        a, b = one(x), other(x)
+    assert (a - b).norm() <= tolerance * b.norm()
+
+
+@each_model
+def test_compile_fullgraph(name):
+    """One graph, then one more for a second grid, and none for a size seen before."""
+    kwargs = {} if 'pvt' in name else dict(dynamic_img_size=True)
+    model = timm.create_model(name, **SHALLOW[name], **kwargs).eval()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for size, expected in (((224, 224), 1), ((224, 224), 1), ((160, 96), 2), ((224, 224), 2)):
+        agree(compiled, model, size)
+        assert len(graphs) == expected, size
+
+
+@each_model
+def test_compiled_training_step(name):
+    model = timm.create_model(name, **SHALLOW[name], num_classes=10).train()
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    compiled(torch.randn(2, 3, 224, 224)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.slow
+@each_model
+def test_compile_with_inductor(name):
+    kwargs = {} if 'pvt' in name else dict(dynamic_img_size=True)
+    model = timm.create_model(name, **kwargs).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    for size in ((224, 224), (97, 161)):
+        agree(compiled, model, size)
+
+
+@each_model
+def test_export_with_any_batch(name):
+    model = timm.create_model(name, **SHALLOW[name]).eval()
+    program = torch.export.export(
+        model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
+    agree(program.module(), model, batch=5)
+
+
+@each_model
+def test_trace_and_script(name):
+    model = timm.create_model(name, **SHALLOW[name]).eval()
+    agree(torch.jit.trace(model, torch.randn(2, 3, 224, 224)), model, batch=3)
+    scripted = torch.jit.script(model)
+    agree(scripted, model)
+    if 'pvt' in name:
+        agree(scripted, model, (97, 161))  # a scripted pyramid takes any size
