@@ -5,6 +5,7 @@ import platform
 import statistics
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
@@ -51,7 +52,7 @@ def median_seconds(run: Callable[[], object], device: torch.device, repeats: int
         run()
         event.record()
     torch.cuda.synchronize(device)
-    seconds = [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:])]  # noqa: B905  pairs of neighbours
+    seconds = [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
     return statistics.median(seconds), torch.cuda.max_memory_allocated(device)
 
 
