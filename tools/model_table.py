@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Write the table of the models into the documentation: python tools/model_table.py [--check]
+
+Parameters and multiply-adds are counted on the code (torch.utils.flop_counter, meta device, one image of 224 × 224);
+the paper's numbers stand beside them. The table goes between the markers `<!-- models -->` and `<!-- /models -->` of
+README.md and docs/models.md. With --check nothing is written; the exit code is 1 if a table is stale.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import evavit  # noqa: F401  (registers the models)
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ('README.md', 'docs/models.md')
+BEGIN, END = '<!-- models -->', '<!-- /models -->'
+
+# Tables 1, 2 and 10 of the paper: parameters (M), FLOPs (G, multiply-adds), top-1 with EVA and with softmax.
+PAPER = {
+    'eva_deit_tiny': (5.8, 1.2, '73.00', '72.98'),
+    'eva_deit_small': (22.2, 4.4, '80.65', '80.36'),
+    'eva_deit_tiny_784': (5.8, 4.6, '76.67', '77.16'),
+    'eva_pvt_v2_b3': (36.1, 7.4, '83.71', '83.14 †'),
+}
+
+
+def count(model: torch.nn.Module) -> tuple:
+    """Parameters and multiply-adds of one 224 × 224 image."""
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model(torch.empty(1, 3, 224, 224, device='meta'))
+    return sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2
+
+
+def shape(model: torch.nn.Module) -> tuple:
+    """Tokens at 224 × 224, width, depth and heads as text; one number a stage for a pyramid."""
+    if hasattr(model, 'stages'):
+        blocks = [list(stage.blocks) for stage in model.stages]
+        tokens = [(224 // info['reduction']) ** 2 for info in model.feature_info]
+    else:
+        blocks, tokens = [list(model.blocks)], [model.patch_embed.num_patches]
+    rows = (tokens, [b[0].norm1.normalized_shape[0] for b in blocks], [len(b) for b in blocks],
+            [b[0].attn.num_heads for b in blocks])
+    return tuple(' / '.join(f'{value:,}' for value in row) for row in rows)
+
+
+def table() -> str:
+    lines = [
+        '| model | tokens | width | depth | heads | parameters | paper | multiply-adds | paper | top-1 in the paper | '
+        'with softmax |',
+        '|---|---|---|---|---|---|---|---|---|---|---|',
+    ]
+    for name, (paper_parameters, paper_flops, top1, softmax) in PAPER.items():
+        model = timm.create_model(name, device='meta').eval()
+        parameters, multiply_adds = count(model)
+        lines.append('| ' + ' | '.join([
+            f'`{name}`', *shape(model),
+            f'{parameters / 1e6:.2f} M', f'{paper_parameters} M',
+            f'{multiply_adds / 1e9:.2f} G', f'{paper_flops} G', top1, softmax]) + ' |')
+    return '\n'.join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--check', action='store_true', help='write nothing, fail if a table is stale')
+    check = parser.parse_args().check
+    generated, stale = table(), False
+    for name in FILES:
+        path = ROOT / name
+        text = path.read_text(encoding='utf-8')
+        if text.count(BEGIN) != 1 or text.count(END) != 1:
+            print(f'{name}: needs one {BEGIN} and one {END}')
+            return 1
+        head, tail = text.split(BEGIN)[0], text.split(END)[1]
+        fresh = f'{head}{BEGIN}\n{generated}\n{END}{tail}'
+        if fresh == text:
+            print(f'{name}: up to date')
+        elif check:
+            stale = True
+            print(f'{name}: the table of the models is stale; run python tools/model_table.py')
+        else:
+            path.write_text(fresh, encoding='utf-8')
+            print(f'{name}: written')
+    return int(stale)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
