@@ -1,0 +1,136 @@
+"""The documentation says what the code does: its Python runs, its links lead somewhere, its table is fresh."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import evavit  # noqa: F401
+from evavit.training.options import parse_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')))
+
+FENCE = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
+LINK = re.compile(r'\]\(([^)\s]+)\)')
+FILE = re.compile(r'`((?:evavit|tools|tests|configs|docs|results|\.ci)/[\w./-]*|[\w-]+\.(?:py|yaml|md|toml))`')
+# Written by a run, or read from where the reader keeps it.
+NOT_OURS = {'args.yaml'}
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding='utf-8')
+
+
+def blocks(page, language):
+    """(first line, code) of the fenced blocks in one language."""
+    text = read(page)
+    return [(text[:match.start()].count('\n') + 1, match.group(2))
+            for match in FENCE.finditer(text) if match.group(1) == language]
+
+
+def prose(page):
+    return FENCE.sub('', read(page))
+
+
+def anchors(page):
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.*)$', FENCE.sub('', read(page)), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    """A file with the names and layouts of the published code, for the blocks that load one."""
+    state = timm.create_model('eva_deit_tiny').state_dict()
+    renamed = {}
+    for name, value in state.items():
+        for ours, theirs in (('summary_q.proj.', 'adaptive_mu_q.0.'), ('summary_q.norm.', 'adaptive_mu_q.1.'),
+                             ('summary_k.proj.', 'adaptive_mu_k.0.'), ('summary_k.norm.', 'adaptive_mu_k.1.'),
+                             ('rel_pos.relative', 'local_relative')):
+            name = name.replace(ours, theirs)
+        if name.endswith('bias_table'):
+            value = torch.randn(97, value.shape[1])
+        renamed[name] = value
+    path = tmp_path_factory.mktemp('weights') / 'published.pth'
+    torch.save({'model': renamed}, path)
+    return path
+
+
+@pytest.mark.parametrize('page, line, code', [
+    pytest.param(page, line, code, id=f'{page}:{line}') for page in PAGES for line, code in blocks(page, 'python')])
+def test_python_runs(page, line, code, published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'published.pth').symlink_to(published)
+    exec(compile('\n' * line + code, str(ROOT / page), 'exec'), {'__name__': 'docs'})
+
+
+def test_python_is_found():
+    """An empty list of blocks would pass unseen."""
+    assert len(blocks('README.md', 'python')) >= 4 and len(blocks('docs/models.md', 'python')) >= 5
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_and_paths_exist(page):
+    missing = []
+    for link in LINK.findall(prose(page)):
+        if '://' in link:
+            continue
+        target, _, anchor = link.partition('#')
+        path = (ROOT / page).parent / target if target else ROOT / page
+        if not path.exists() or (anchor and anchor not in anchors(path.relative_to(ROOT).as_posix())):
+            missing.append(link)
+    for name in FILE.findall(prose(page)):
+        folders = (ROOT, *(ROOT / folder for folder in ('configs', 'docs', 'evavit', 'tools')))
+        if name not in NOT_OURS and not any((folder / name).exists() for folder in folders):
+            missing.append(name)
+    assert not missing
+
+
+def commands(page):
+    """Command lines that start train.py or validate.py, in bash blocks and indented lines."""
+    shell = [code for _, code in blocks(page, 'bash')]
+    shell.append('\n'.join(line[4:] if line.startswith('    ') else '' for line in prose(page).splitlines()))
+    lines = [line for code in shell for line in code.replace('\\\n', ' ').splitlines()]
+    return [line.strip() for line in lines if re.match(r'\s*(python|torchrun)\b.*\b(train|validate)\.py\s', line)]
+
+
+@pytest.mark.parametrize('page, line', [
+    pytest.param(page, line, id=f'{page}: {line[:60]}') for page in PAGES for line in commands(page)])
+def test_commands_parse(page, line, monkeypatch):
+    """The flags of every command line exist and take these values, as do the keys of the file that it names."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line, comments=True)
+    script = next(word for word in words if word in ('train.py', 'validate.py'))
+    flags = words[words.index(script) + 1:]
+    if flags == ['--help']:
+        return
+    if '-c' in flags and flags[flags.index('-c') + 1].startswith('output/'):  # a run's own settings
+        position = flags.index('-c')
+        del flags[position:position + 2]
+    _, given = parse_settings(script.removesuffix('.py'), flags)
+    assert given
+
+
+def test_a_readme_command_was_found():
+    assert len(commands('README.md')) >= 6
+
+
+def test_model_table_is_fresh():
+    script = ROOT / 'tools' / 'model_table.py'
+    done = subprocess.run([sys.executable, script, '--check'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_model_table_agrees_with_the_paper():
+    """To the digit that the paper prints."""
+    rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in read('README.md').splitlines()
+            if row.startswith('| `eva_')]
+    assert len(rows) == 4
+    for row in rows:
+        for ours, paper in ((row[5], row[6]), (row[7], row[8])):
+            assert f'{float(ours.split()[0]):.1f}' == paper.split()[0], row[0]
