@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Write the table of the models into the documentation: python tools/model_table.py [--check]
+"""Write the tables of the documentation: python tools/tables.py [--check]
 
 Parameters and multiply-adds are counted on the code (torch.utils.flop_counter, meta device, one image of 224 × 224);
-the paper's numbers stand beside them. The table goes between the markers `<!-- models -->` and `<!-- /models -->` of
-README.md and docs/models.md. With --check nothing is written; the exit code is 1 if a table is stale.
+the paper's numbers stand beside them. Measured figures come from results/. A table goes between two markers such as
+`<!-- models -->` and `<!-- /models -->`. With --check nothing is written; the exit code is 1 if a table is stale.
 """
 import argparse
+import csv
 import sys
 from pathlib import Path
 
@@ -16,8 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import evavit  # noqa: F401  (registers the models)
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ('README.md', 'docs/models.md')
-BEGIN, END = '<!-- models -->', '<!-- /models -->'
 
 # Tables 1, 2 and 10 of the paper: parameters (M), FLOPs (G, multiply-adds), top-1 with EVA and with softmax.
 PAPER = {
@@ -47,7 +46,8 @@ def shape(model: torch.nn.Module) -> tuple:
     return tuple(' / '.join(f'{value:,}' for value in row) for row in rows)
 
 
-def table() -> str:
+def models() -> str:
+    """The registered models, counted, beside the paper's numbers."""
     lines = [
         '| model | tokens | width | depth | heads | parameters | paper | multiply-adds | paper | top-1 in the paper | '
         'with softmax |',
@@ -63,27 +63,55 @@ def table() -> str:
     return '\n'.join(lines)
 
 
+def measured() -> str:
+    """Training steps on the GPU, a row a model; a model of timm carries the arguments it was made with."""
+    figures = {}
+    with open(ROOT / 'results' / 'train_step_h100.csv', newline='') as stream:
+        for row in csv.DictReader(stream):
+            figures.setdefault((row['model'], row['batch_size']), {})[row['torchcompile']] = row
+    lines = [
+        '| model | batch | img/s | compiled | GiB | compiled |',
+        '|---|---|---|---|---|---|',
+    ]
+    for (name, batch), rows in figures.items():
+        speed = [f'{float(rows[key]["img_per_s"]):,.0f}' for key in ('False', 'True')]
+        memory = [f'{float(rows[key]["peak_memory_mib"]) / 1024:.1f}' for key in ('False', 'True')]
+        lines.append('| ' + ' | '.join([f'`{name}`', batch, *speed, *memory]) + ' |')
+    origins = sorted({f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}, {row["date"]}'
+                      for rows in figures.values() for row in rows.values()})
+    return '\n'.join(lines) + '\n\n' + '; '.join(origins) + '.'
+
+
+TABLES = {'models': (models, ('README.md', 'docs/models.md')), 'measured': (measured, ('README.md',))}
+
+
+def replace(text: str, marker: str, generated: str) -> str:
+    """The text with what stands between the two markers replaced."""
+    begin, end = f'<!-- {marker} -->', f'<!-- /{marker} -->'
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f'error: a page needs one {begin} and one {end}')
+    return f'{text.split(begin)[0]}{begin}\n{generated}\n{end}{text.split(end)[1]}'
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--check', action='store_true', help='write nothing, fail if a table is stale')
     check = parser.parse_args().check
-    generated, stale = table(), False
-    for name in FILES:
-        path = ROOT / name
-        text = path.read_text(encoding='utf-8')
-        if text.count(BEGIN) != 1 or text.count(END) != 1:
-            print(f'{name}: needs one {BEGIN} and one {END}')
-            return 1
-        head, tail = text.split(BEGIN)[0], text.split(END)[1]
-        fresh = f'{head}{BEGIN}\n{generated}\n{END}{tail}'
-        if fresh == text:
-            print(f'{name}: up to date')
-        elif check:
-            stale = True
-            print(f'{name}: the table of the models is stale; run python tools/model_table.py')
-        else:
-            path.write_text(fresh, encoding='utf-8')
-            print(f'{name}: written')
+    stale = False
+    for marker, (make, pages) in TABLES.items():
+        generated = make()
+        for name in pages:
+            path = ROOT / name
+            text = path.read_text(encoding='utf-8')
+            fresh = replace(text, marker, generated)
+            if fresh == text:
+                print(f'{name}: {marker} up to date')
+            elif check:
+                stale = True
+                print(f'{name}: the table {marker} is stale; run python tools/tables.py')
+            else:
+                path.write_text(fresh, encoding='utf-8')
+                print(f'{name}: {marker} written')
     return int(stale)
 
 
