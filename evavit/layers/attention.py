@@ -16,8 +16,8 @@ def check_heads(dim: int, num_heads: int) -> None:
 class GridAttention(nn.Module):
     """Base class of the multi-head attentions: `forward(x, feat_size)` on tokens `(B, N, C)` of an H × W grid.
 
-    Projects to q, k, v, hands them to `attend` as views `(B, h, N, d)` of one tensor, merges the heads and projects
-    back. A subclass implements `attend` and keeps its own options keyword-only.
+    Projects to q, k, v, hands them to `attend` as one tensor, merges the heads and projects back. A subclass implements
+    `attend` and keeps its own options keyword-only.
 
     Args:
         dim: Channels C.
@@ -53,13 +53,13 @@ class GridAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-        """Attention of `(B, h, N, d)` queries, keys and values; returns `(B, h, N, d)`."""
+    def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """Attention of queries, keys and values `(3, B, h, N, d)`, a view of the projection; returns `(B, h, N, d)`."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         """Attend over tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W), N = H·W."""
         B, N, C = x.shape
-        q, k, v = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4).unbind(0)
-        x = self.attend(q, k, v, feat_size).transpose(1, 2).reshape(B, N, C)
+        qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
+        x = self.attend(qkv, feat_size).transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))

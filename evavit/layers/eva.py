@@ -2,13 +2,13 @@
 
 Paper: `Efficient Attention via Control Variates`, Zheng et al., ICLR 2023 - https://arxiv.org/abs/2302.04542
 """
-from typing import List, Optional, Tuple
+from typing import Final, List, Optional, Tuple
 
 import torch
-from timm.layers import RelPosBias, register_notrace_module
+from timm.layers import RelPosBias, register_notrace_module, use_fused_attn
 from torch import nn
 
-from evavit.ops import eva_attention, eva_num_cells
+from evavit.ops import eva_attention_packed, eva_backend, eva_num_cells
 from evavit.ops.checks import check_partition
 
 from .attention import GridAttention
@@ -39,6 +39,9 @@ class EvaAttention(GridAttention):
     Time and memory grow linearly with N. In training, the noise ε of the proposal comes from the default generator of
     the input's device, so a seed reproduces it; evaluation is deterministic.
 
+    Fused CUDA kernels are experimental: `timm.layers.set_fused_attn(True, experimental=True)`, or TIMM_FUSED_ATTN=2 in
+    the environment, before the layer is made chooses them where they can run; `extra_repr` says which code runs.
+
     Args:
         dim: Channels C.
         num_heads: Heads h; must divide dim.
@@ -57,6 +60,7 @@ class EvaAttention(GridAttention):
         ValueError: num_heads does not divide dim; a negative window_size, partition_grid or noise_std; neither window
             nor cells.
     """
+    fused_attn: Final[bool]
 
     def __init__(
             self,
@@ -85,26 +89,30 @@ class EvaAttention(GridAttention):
         self.partition_grid = partition_grid
         self.proposal_scale = proposal_scale
         self.noise_std = noise_std
+        self.fused_attn = use_fused_attn(experimental=True)
         self.summary_q = Summary(self.head_dim, **dd) if partition_grid else None
         self.summary_k = Summary(self.head_dim, **dd) if partition_grid else None
         self.rel_pos = RelPosBias((window_size, window_size), num_heads, **dd) if window_size and rel_pos_bias else None
 
     def extra_repr(self) -> str:
+        weight = self.qkv.weight
+        backend = eva_backend(weight.device, weight.dtype, self.head_dim, self.window_size, self.partition_grid,
+                              self.attn_drop.p if self.training else 0.) if self.fused_attn else 'plain'
         return (f'num_heads={self.num_heads}, window_size={self.window_size}, partition_grid={self.partition_grid}, '
-                f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}')
+                f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}, backend={backend}')
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None
         summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None
         noise: Optional[torch.Tensor] = None
         if self.summary_q is not None and self.summary_k is not None:
             summary_q, summary_k = self.summary_q(), self.summary_k()
             if self.training and self.noise_std > 0:
-                dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-                shape = [q.shape[0], q.shape[1], eva_num_cells(feat_size, self.partition_grid), q.shape[3]]
-                noise = self.noise_std * torch.randn(shape, dtype=dtype, device=q.device)
-        return eva_attention(
-            q, k, v, feat_size,
+                dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+                shape = [qkv.shape[1], qkv.shape[2], eva_num_cells(feat_size, self.partition_grid), qkv.shape[4]]
+                noise = self.noise_std * torch.randn(shape, dtype=dtype, device=qkv.device)
+        return eva_attention_packed(
+            qkv, feat_size,
             summary_q,
             summary_k,
             rel_pos_bias=self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
@@ -113,4 +121,5 @@ class EvaAttention(GridAttention):
             proposal_scale=self.proposal_scale,
             noise=noise,
             dropout_p=self.attn_drop.p if self.training else 0.,
+            fused=self.fused_attn,
         )

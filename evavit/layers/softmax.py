@@ -23,7 +23,8 @@ class SoftmaxAttention(GridAttention):
         super().__init__(dim, num_heads, **kwargs)
         self.fused_attn = use_fused_attn()
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        q, k, v = qkv.unbind(0)
         dropout_p = self.attn_drop.p if self.training else 0.
         if self.fused_attn:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)

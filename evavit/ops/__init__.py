@@ -1,4 +1,4 @@
 """Pure tensor functions: no parameters, no state."""
-from .eva import eva_attention, eva_num_cells
+from .eva import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
 
-__all__ = ['eva_attention', 'eva_num_cells']
+__all__ = ['eva_attention', 'eva_attention_packed', 'eva_backend', 'eva_num_cells']

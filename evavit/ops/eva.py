@@ -4,6 +4,7 @@ A query attends exactly to the tokens of its own window, the set E, and to one s
 a key k̃_c in place of the cell's keys and a control variate β_c in place of its values. Equation numbers are the
 paper's; docs/math.md goes from the control variate to these lines. Everything is written for TorchScript as well.
 """
+import functools
 from typing import List, Optional, Tuple
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from .checks import check_eva_args, check_partition
 from .grid import block_counts, block_mask, cell_shape, from_blocks, static_size, to_blocks, window_shape
 
-__all__ = ['eva_attention', 'eva_num_cells']
+__all__ = ['eva_attention', 'eva_attention_packed', 'eva_backend', 'eva_num_cells']
 
 # The parameters of σ in (26): weight (d, d) and bias (d) of the projection, weight (d) and bias (d) of the LayerNorm.
 Summary = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -117,8 +118,9 @@ def eva_attention(
         noise: Optional[torch.Tensor] = None,
         dropout_p: float = 0.0,
         norm_eps: float = 1e-5,
+        fused: bool = False,
 ) -> torch.Tensor:
-    """Efficient attention via control variates, Equation (16), in plain PyTorch.
+    """Efficient attention via control variates, Equation (16): in plain PyTorch, or with `fused` by CUDA kernels.
 
     With s the scale, E^n the window of query n, and q̄_c, k̄_c the means of q, k over the tokens of cell P_c:
 
@@ -150,6 +152,7 @@ def eva_attention(
         noise: noise_std · ε with ε ~ N(0, I), `(B, h, C_p, d)`, C_p from `eva_num_cells`. None in evaluation.
         dropout_p: Probability to drop an attention weight, of tokens and cells alike; the rest is scaled up.
         norm_eps: LayerNorm's ε.
+        fused: Use the experimental Triton kernels where `eva_backend` has them, plain PyTorch elsewhere.
 
     Returns:
         `(B, h, N, d)` in q's dtype, in memory `(B, N, h, d)` where there is a window: merging heads copies nothing.
@@ -163,6 +166,10 @@ def eva_attention(
                    window_size, partition_grid, eva_num_cells(feat_size, partition_grid), dropout_p)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+        if fused and _runs_fused(q, window_size, partition_grid, dropout_p, noise):
+            return _fused(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
+                          scale, proposal_scale, noise, norm_eps)
 
     dtype = _accumulation_dtype(q)
     window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
@@ -202,3 +209,90 @@ def eva_attention(
     nH, nW = block_counts(feat_size, window)
     out = out.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4)
     return from_blocks(out, feat_size).to(q.dtype)
+
+
+def eva_attention_packed(
+        qkv: torch.Tensor,
+        feat_size: List[int],
+        summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+        summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+        rel_pos_bias: Optional[torch.Tensor] = None,
+        window_size: int = 7,
+        partition_grid: int = 7,
+        scale: Optional[float] = None,
+        proposal_scale: float = 1.0,
+        noise: Optional[torch.Tensor] = None,
+        dropout_p: float = 0.0,
+        norm_eps: float = 1e-5,
+        fused: bool = False,
+) -> torch.Tensor:
+    """`eva_attention` of q, k, v in one tensor `(3, B, h, N, d)`, any strides.
+
+    The fused backward then writes one gradient, in memory `(B, N, 3, h, d)`, where three would be copied into one.
+    """
+    q, k, v = qkv.unbind(0)
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if fused and _runs_fused(q, window_size, partition_grid, dropout_p, noise):
+            check_partition(window_size, partition_grid)
+            check_eva_args(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, noise,
+                           window_size, partition_grid, eva_num_cells(feat_size, partition_grid), dropout_p)
+            return _fused(qkv, None, None, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
+                          scale, proposal_scale, noise, norm_eps)
+    return eva_attention(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid, scale,
+                         proposal_scale, noise, dropout_p, norm_eps, fused)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_triton() -> bool:
+    try:
+        from . import eva_triton  # noqa: F401, registers the ops
+    except ImportError:
+        return False
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return _load_triton()
+
+
+def eva_backend(
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        window_size: int = 7,
+        partition_grid: int = 7,
+        dropout_p: float = 0.0,
+) -> str:
+    """Which code `eva_attention` takes for such arguments, `fused` permitting: 'triton' or 'plain'.
+
+    Triton wants a CUDA device, float32, bfloat16 or float16, a head dim of 16, 32, 48, 64, 80, 96 or 128, windows and
+    grids of at most 16 × 16, and no dropout of attention weights.
+    """
+    fits = (device.type == 'cuda' and dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and head_dim in (16, 32, 48, 64, 80, 96, 128)
+            and window_size <= 16 and partition_grid <= 16 and dropout_p == 0.0)
+    return 'triton' if fits and _has_triton() else 'plain'
+
+
+def _runs_fused(q: torch.Tensor, window_size: int, partition_grid: int, dropout_p: float,
+                noise: Optional[torch.Tensor]) -> bool:
+    # Exported and traced graphs hold PyTorch's own operators, so that they run where this package is not installed.
+    is_exporting = getattr(torch.compiler, 'is_exporting', torch.jit.is_tracing)  # newer than the oldest torch
+    if torch.jit.is_tracing() or is_exporting():
+        return False
+    if noise is not None and noise.requires_grad:  # the kernels' backward has no gradient for it
+        return False
+    return q.dim() == 4 and eva_backend(
+        q.device, q.dtype, q.shape[-1], window_size, partition_grid, dropout_p) == 'triton'
+
+
+def _fused(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid, scale, proposal_scale,
+           noise, norm_eps) -> torch.Tensor:
+    from .eva_triton import eva_attention_fused
+    dtype = q.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled('cuda'):  # as autocast would cast a matrix product
+        autocast = torch.get_autocast_dtype('cuda')
+        q, k, v = (x if x is None else x.to(autocast) for x in (q, k, v))
+    return eva_attention_fused(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
+                               scale, proposal_scale, noise, norm_eps).to(dtype)
