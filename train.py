@@ -64,6 +64,7 @@ def main(argv=None):
             task, train_loader, optimizer, stepper, schedule, mixup, settings, process, epoch, updates_per_epoch,
             journal.scalar if journal else lambda *scalar: None)
         judged = evaluate(task, eval_loader, settings, process)
+        loop.check_finite(task, judged, process, epoch, lr)
         if schedule is not None:
             schedule.step(epoch + 1)
         if process.primary:

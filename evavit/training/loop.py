@@ -154,6 +154,21 @@ def train_epoch(task, loader, optimizer, stepper, schedule, mixup, settings, pro
     return dict(loss=loss_sum / seen, grad_norm=norm_sum / seen, images_per_second=seen * images_per_update / seconds)
 
 
+def check_finite(task, judged, process, epoch, lr):
+    """After an epoch, before it is saved: figures or weights that are not finite are a UserError in all processes.
+
+    The update that breaks the weights shows in the next one's loss; the last of an epoch has no next one.
+    """
+    bad = [f"validation {name} {value:g}" for name, value in judged.items() if not math.isfinite(value)]
+    modules = [task.get_trainable_module()] + ([task.get_trainable_module(ema=True)] if task.has_ema() else [])
+    whole = torch.stack([parameter.isfinite().all() for module in modules for parameter in module.parameters()]).all()
+    if process.mean(whole.float()) < 1:
+        bad.append("weights that are not finite")
+    if bad:
+        raise UserError(f"{', '.join(bad)} after epoch {epoch} (lr {lr:g}): stopped, the last checkpoint is kept; try a "
+                        f"lower --lr, --clip-grad, or --amp-dtype bfloat16")
+
+
 def _forward_backward(task, images, target, stepper, settings, process):
     with autocast(settings, process.device):
         loss = task(images, target)["loss"] / settings.grad_accum_steps

@@ -9,6 +9,7 @@ state of any random generator.
 import argparse
 import json
 import logging
+import math
 import os
 import shutil
 from pathlib import Path
@@ -41,6 +42,8 @@ class Saver(CheckpointSaver):
 
     def save_epoch(self, epoch, metric):
         """Write the state after `epoch`; returns the best metric and its epoch."""
+        if not math.isfinite(metric):
+            raise UserError(f"{self.args.eval_metric} {metric:g} after epoch {epoch}: not saved")
         best = self.save_checkpoint(epoch, metric)
         self._save_weights("last.safetensors", epoch, metric)
         if self.best_epoch == epoch:

@@ -172,6 +172,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, call, images, tmp_path):
     assert all(value.isfinite().all() for value in weights(tmp_path / "nan" / "last.safetensors").values())
 
 
+@pytest.mark.parametrize("average", [[], ["--model-ema"]], ids=["plain", "ema"])
+def test_weights_that_break_in_the_last_update_are_not_saved(average, call, images, tmp_path):
+    # One update an epoch: no later loss shows what the update did.
+    flags = ["-b", "24", "--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "0", "--lr", "1e30", *average]
+    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "nan"]
+    code, _, err = call("train", *MODEL, *QUICK, *place, *flags)
+    line = only_line(err)
+    assert code == 2 and "after epoch 1" in line and "last checkpoint is kept" in line, line
+    for name in ("last", "model_best"):
+        assert torch.load(tmp_path / "nan" / f"{name}.pth.tar", weights_only=False)["epoch"] == 0
+        assert all(value.isfinite().all() for value in weights(tmp_path / "nan" / f"{name}.safetensors").values())
+    assert len((tmp_path / "nan" / "summary.csv").read_text().splitlines()) == 2  # heading and epoch 0
+
+
 def test_a_loss_that_is_not_finite_stops_all_processes(images, tmp_path):
     place = ["--data-dir", images, "--output", tmp_path, "--experiment", "nan"]
     done = command("train", *MODEL, *QUICK, *place, "-b", "2", "--lr", "1e30", processes=2)
