@@ -25,6 +25,8 @@ from .recipe import image_channels
 log = logging.getLogger(__name__)
 
 SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
+OTHER_IMAGES = {
+    ".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".pbm", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 TORCH_DATASETS = (
     "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "inaturalist", "places365",
     "image_folder")
@@ -34,13 +36,13 @@ class StrictImageDataset(ImageDataset):
     """timm's ImageDataset, but an image that cannot be read stops the run; its neighbour does not take its place."""
 
     def __getitem__(self, index):
-        stream, target, *_ = self.reader[index]
         try:
+            stream, target, *_ = self.reader[index]
             with stream:
                 image = Image.open(stream)
                 image = image.convert(self.input_img_mode)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).split(" <")[0] or type(error).__name__
+            reason = getattr(error, "strerror", None) or str(error).split(" <")[0] or type(error).__name__
             name = self.reader.filename(index, absolute=True)
             raise LocalError(f"{name} is not a readable image ({reason}); repair it or take it away") from None
         return self.transform(image) if self.transform else image, target
@@ -138,17 +140,36 @@ def _split_folder(root, split):
 
 
 def _check_class_folders(root):
-    """Each folder without subfolders is a class (as timm reads them): one without an image is a mistake."""
-    endings = tuple(get_img_extensions())
+    """Each folder without subfolders is a class. timm makes classes of images elsewhere too, and passes over images of
+    other formats: here these are mistakes, as is a class without an image."""
+    endings = get_img_extensions()
     classes = 0
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        if subfolders or Path(folder) == root:
+        ending_of = {name: os.path.splitext(name)[1].lower() for name in files}
+        others = sorted(name for name, ending in ending_of.items() if ending in OTHER_IMAGES)
+        if others:
+            raise UserError(f"{Path(folder, others[0])}{_and_more(others)}: only {', '.join(endings)} are read; convert "
+                            f"such images to PNG or JPEG, or take them away")
+        images = sorted(name for name, ending in ending_of.items() if ending in endings)
+        if Path(folder) == root:
+            if images:
+                raise UserError(f"{root / images[0]}{_and_more(images)}: an image outside of the class folders; move it "
+                                f"to {root}/CLASS/, or take it away")
+            continue
+        if subfolders:
+            if images:
+                raise UserError(f"{folder}: holds both images ({images[0]}{_and_more(images)}) and the folder "
+                                f"{min(subfolders)}; a class folder holds images alone")
             continue
         classes += 1
-        if not any(name.lower().endswith(endings) for name in files):
+        if not images:
             raise UserError(f"{folder}: class folder without an image ({', '.join(endings)}); add some, or remove it")
     if classes == 0:
         raise UserError(f"{root}: no class folders; it should hold CLASS/IMAGE files")
+
+
+def _and_more(names):
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _check_known_classes(root, class_to_idx):

@@ -88,16 +88,31 @@ def test_empty_class(refused, folder):
     assert str(folder / "train" / "pear") in refused()
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("place, words", [
+    ("0.png", ["0.png", "outside"]), ("pear/sub/0.png", ["pear", "sub"]), ("pear/0.WEBP", ["0.WEBP", "JPEG"])])
+def test_images_that_timm_would_misplace_or_drop(refused, folder, split, place, words):
+    target = folder / split / place
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(folder / split / "apple" / "0.png", target)
+    line = refused()
+    assert str(folder / split) in line and all(word in line for word in words), line
+
+
 def test_class_of_validation_that_training_lacks(refused, folder):
     (folder / "val" / "pear").rename(folder / "val" / "peach")
     assert "peach" in refused()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("content", [b"", b"no image", "half"], ids=["empty", "text", "truncated"])
+@pytest.mark.parametrize("content", [b"", b"no image", "half", "link"], ids=["empty", "text", "truncated", "dangling"])
 def test_unreadable_image(refused, folder, content, workers):
     image = folder / "train" / "plum" / "3.png"
-    image.write_bytes(image.read_bytes()[:200] if content == "half" else content)
+    if content == "link":
+        image.unlink()
+        image.symlink_to(folder / "nowhere.png")
+    else:
+        image.write_bytes(image.read_bytes()[:200] if content == "half" else content)
     assert str(image) in refused("--workers", workers)
 
 
