@@ -101,6 +101,8 @@ def resume(path, task, optimizer, stepper, saver, settings):
     check_fit(unwrap_model(task.get_trainable_module()), read_weights(path, use_ema=False), path)
     full = not settings.no_resume_opt
     try:
+        if full:
+            _check_optimizer(path, settings)
         epoch = resume_task_checkpoint(
             task, str(path),
             optimizer=optimizer if full else None,
@@ -113,19 +115,33 @@ def resume(path, task, optimizer, stepper, saver, settings):
                         f"written with, or the weights alone with --no-resume-opt") from error
     if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve():
         saver.load_state_dict_from_checkpoint(str(path))
+        if saver.best_metric is not None and math.isnan(saver.best_metric):
+            saver.best_metric = saver.best_epoch = None
     return epoch or 0
+
+
+def _check_optimizer(path, settings):
+    """Weights alone, or another optimizer's state, are nothing to continue from."""
+    saved = {} if path.suffix == ".safetensors" else load_checkpoint_metadata(str(path))
+    if not isinstance(saved, dict) or "epoch" not in saved or "optimizer" not in saved:
+        raise UserError(f"--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from "
+                        f"them with --initial-checkpoint")
+    before = getattr(saved.get("args"), "opt", settings.opt)
+    if before != settings.opt:
+        raise UserError(f"{path} was written with opt {before}, this run has {settings.opt}; continue with --opt "
+                        f"{before}, or take the weights alone with --no-resume-opt")
 
 
 def saved_settings(path):
     """The settings that train.py stored in a checkpoint, {} for a file of other origin."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint")
     path = str(path)
     try:
         if path.endswith(".safetensors"):
             with safetensors.safe_open(path, framework="pt") as file:
                 return json.loads((file.metadata() or {}).get("args", "{}"))
         checkpoint = load_checkpoint_metadata(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # each format has its own errors for a broken file
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
     args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
