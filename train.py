@@ -30,8 +30,9 @@ def main(argv=None):
     settings.num_classes = data.class_count(settings, class_names)
     process.seed(settings.seed)  # every process draws the same weights
     model = recipe.build_model(settings, settings.num_classes)
-    model.to(process.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
     data_config = data.resolve_input(settings, model)
+    recipe.try_model(model, data_config["input_size"], settings)
+    model.to(process.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
     train_loader = data.train_loader(train_set, settings, data_config, process.device)
     eval_loader = data.eval_loader(
         eval_set, settings, data_config, process.device, settings.validation_batch_size or settings.batch_size)

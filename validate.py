@@ -41,6 +41,7 @@ def main(argv=None):
     if settings.checkpoint:
         load_checkpoint(model, settings)
     data_config = data.resolve_input(settings, model)
+    recipe.try_model(model, data_config["input_size"], settings)
     loader = data.eval_loader(dataset, settings, data_config, process.device, settings.batch_size)
 
     log.info(f"{settings.model}: {recipe.model_line(model)}; on {process.device}, {process.world_size} processes")

@@ -76,6 +76,8 @@ def open_dataset(settings, split, *, is_training=False, class_names=None, in_cha
                             f"torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME")
         return _open_folder(settings, split, class_names, mode)
     _check_dataset_name(settings.dataset, prefix.lower(), name)
+    if settings.class_map:
+        _class_map(settings.class_map, settings.data_dir or "")
     if prefix.lower() == "torch":
         _unpack_raw_files(settings.data_dir)
     try:
@@ -181,7 +183,17 @@ def _check_known_classes(root, class_to_idx):
 
 
 def _class_map(path, root):
+    if Path(path).suffix.lower() != ".txt":
+        raise UserError(f"--class-map {path}: must be a .txt file with one class name a line")
     try:
+        file = path if os.path.exists(path) else Path(root, path)
+        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        seen = {""}
+        for number, name in enumerate(lines, 1):
+            if name in seen:
+                raise UserError(f"--class-map {path}: line {number} {f'repeats {name}' if name else 'is empty'}; it "
+                                f"should hold each class name once, one a line")
+            seen.add(name)
         return load_class_map(path, str(root))
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(f"--class-map {path}: {first_line(error)}") from error

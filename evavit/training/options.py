@@ -302,13 +302,27 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which would let the last of two equal keys win without a word: here they are an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"key {key.value} is given twice",
+                                                        problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path, table):
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"-c {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except yaml.YAMLError as error:
-        raise UserError(f"-c {path}: is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"-c {path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

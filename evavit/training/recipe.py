@@ -2,12 +2,13 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm
 import torch
 from timm.data import Mixup
 from timm.models import get_model_input_config, load_state_dict, resolve_model_input_args
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import ClassificationTask
@@ -41,6 +42,19 @@ def check_settings(settings):
         raise UserError("torchcompile_mode does nothing without torchcompile; add --torchcompile")
     if s.bce_target_thresh is not None and not s.bce_loss:
         raise UserError("bce_target_thresh does nothing without bce_loss; add --bce-loss")
+    if s.smoothing >= 1:
+        raise UserError(f"smoothing {s.smoothing:g} leaves nothing of the label: it must be less than 1")
+    if s.clip_grad == 0:
+        raise UserError("clip_grad 0 lets no gradient through: give a bound above 0, or leave it out for no clipping")
+    if s.sched == "step" and s.decay_epochs == 0:
+        raise UserError("decay_epochs 0: the step schedule needs a number of epochs above 0 between steps")
+    if s.ratio and s.ratio[0] == 0:
+        raise UserError(f"ratio {s.ratio}: an aspect ratio must be above 0")
+    optimizer = get_optimizer_info(s.opt.lower())
+    if optimizer.second_order:
+        raise UserError(f"opt {s.opt} needs second derivatives, which train.py does not compute; choose another --opt")
+    if s.opt_betas and optimizer.has_betas and len(s.opt_betas) != optimizer.num_betas:
+        raise UserError(f"opt_betas {s.opt_betas}: {s.opt} takes {optimizer.num_betas} numbers")
     for name in ("scale", "ratio"):
         bounds = getattr(s, name)
         if bounds and bounds[0] > bounds[1]:
@@ -96,17 +110,28 @@ def _batch_advice(wanted, per_process, processes):
 
 
 def image_channels(settings):
-    """Channels that images are loaded with."""
-    if settings.input_size:
-        return settings.input_size[0]
-    return settings.in_chans or (settings.model_kwargs or {}).get("in_chans") or 3
+    """Channels that images are loaded with: those of grey or of colour images."""
+    said = dict(input_size=settings.input_size[0] if settings.input_size else None, in_chans=settings.in_chans,
+                model_kwargs=(settings.model_kwargs or {}).get("in_chans"))
+    for name, channels in said.items():
+        if channels is not None and channels not in (1, 3):
+            raise UserError(f"{name}: {channels} image channels; images are loaded with 1 or 3")
+    return next((channels for channels in said.values() if channels is not None), 3)
+
+
+# arguments of timm.create_model that are not the model's own → the option to use
+OWN_OPTIONS = dict(
+    num_classes="--num-classes", drop_rate="--drop", drop_path_rate="--drop-path", device="--device", dtype="--amp",
+    pretrained="--pretrained",
+    checkpoint_path="--initial-checkpoint in train.py, --checkpoint in validate.py")
+LARGE = 200e6  # parameters above which no trial pass is made on the CPU
 
 
 def build_model(settings, num_classes):
     """The model by its name, with the weights it starts from; whatever timm or the model refuses is a UserError."""
     train = vars(settings)
     kwargs = dict(settings.model_kwargs or {})
-    for name, instead in dict(num_classes="--num-classes", drop_rate="--drop", drop_path_rate="--drop-path").items():
+    for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
             raise UserError(f"model_kwargs: {name} has an option of its own, {instead}")
     if ":" not in settings.model and not timm.is_model(settings.model.split(".")[0]):
@@ -121,13 +146,35 @@ def build_model(settings, num_classes):
             **_pretrained_file(settings, num_classes),
             **kwargs)
         model = timm.create_model(**arguments)
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each model has its own errors for arguments that do not fit
         raise UserError(f"model {settings.model} {_shown(kwargs)}: {first_line(error)[:400]}") from error
     if train.get("initial_checkpoint"):
         load_weights(model, settings.initial_checkpoint)
     if train.get("grad_checkpointing"):
         model.set_grad_checkpointing(True)
     return model
+
+
+@torch.no_grad()
+def try_model(model, input_size, settings):
+    """Pass two empty images through the model on the CPU: arguments that only fail then are a UserError as well."""
+    if sum(p.numel() for p in model.parameters()) > LARGE:
+        return
+    training = model.training
+    model.eval()
+    about = f"model {settings.model} {_shown(settings.model_kwargs or {})}, images {'×'.join(map(str, input_size))}"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            logits = model(torch.zeros(2, *input_size))
+    except Exception as error:  # each model has its own errors for images that do not fit
+        raise UserError(f"{about}: {first_line(error)[:400]}") from error
+    model.train(training)
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (2, model.num_classes):
+        raise UserError(f"{about}: its output for 2 images has shape {shape}, a classifier's is "
+                        f"{(2, model.num_classes)}; check --model-kwargs")
 
 
 def _shown(kwargs):
@@ -148,10 +195,10 @@ def _pretrained_file(settings, num_classes):
 
 def read_weights(path, use_ema=True):
     """The weights of a checkpoint or safetensors file. Files that carry code are refused (weights_only)."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint")
     try:
         return load_state_dict(str(path), use_ema=use_ema)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # each format has its own errors for a broken file
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
 

@@ -37,6 +37,22 @@ TRAIN = {
     "unknown compiler": (["--torchcompile", "inductr"], ["inductr", "inductor"]),
     "three means for one channel": (["--in-chans", "1", "--mean", "0.5", "0.5", "0.5"], ["mean", "1 channel"]),
     "image size that does not fit the model": (["--img-size", "32"], ["32"]),
+    "patch of no pixels": (["--model-kwargs", "patch_size=0"], ["patch_size=0"]),
+    "patch above the image": (["--model-kwargs", "patch_size=32"], ["patch_size=32"]),
+    "no pooling": (["--model-kwargs", "global_pool=''"], ["global_pool="]),
+    "device as an argument of the model": (["--model-kwargs", "device=meta"], ["--device"]),
+    "checkpoint as an argument of the model": (["--model-kwargs", "checkpoint_path=/nope"], ["--initial-checkpoint"]),
+    "four channels": (["--model-kwargs", "in_chans=4"], ["4 image channels", "1 or 3"]),
+    "four channels of input": (["--input-size", "4", "16", "16"], ["4 image channels", "1 or 3"]),
+    "smoothing away the label": (["--smoothing", "1"], ["smoothing 1", "less than 1"]),
+    "one beta": (["--opt-betas", "0.9"], ["opt_betas [0.9]", "2 numbers"]),
+    "three betas": (["--opt-betas", "0.9", "0.99", "0.999"], ["opt_betas", "2 numbers"]),
+    "second-order optimizer": (["--opt", "adahessian"], ["adahessian", "--opt"]),
+    "ratio of nothing": (["--ratio", "0", "1"], ["ratio", "above 0"]),
+    "steps of no epochs": (["--sched", "step", "--decay-epochs", "0"], ["decay_epochs 0"]),
+    "clipping to nothing": (["--clip-grad", "0"], ["clip_grad 0", "leave it out"]),
+    "no such body to start from": (["--pretrained-path", "nowhere.pth"], ["nowhere.pth"]),
+    "class map of another kind": (["--class-map", "classes.pkl"], ["classes.pkl", ".txt"]),
 }
 
 
@@ -128,6 +144,8 @@ def test_unreadable_image(refused, folder, content, workers):
     ("model_kwargs: 3", ["model_kwargs", "3"]),
     ("- 1\n- 2", ["list"]),
     ("a: [", ["YAML"]),
+    ("lr: 1\nepochs: 3\nlr: 2", ["lr", "twice", "line 3"]),
+    ("model_kwargs:\n  depth: 1\n  depth: 2", ["depth", "twice"]),
 ])
 def test_bad_yaml(refused, tmp_path, text, words):
     path = tmp_path / "bad.yaml"
@@ -207,6 +225,27 @@ def test_a_loss_that_is_not_finite_stops_all_processes(images, tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("error: loss") == 1 and re.search(r"exitcode *: 2", done.stderr)
     assert not (tmp_path / "nan" / "last.pth.tar").exists()
+
+
+@pytest.mark.parametrize("flag", ["--initial-checkpoint", "--pretrained-path"])
+def test_a_missing_file_is_one_line_in_all(flag, images, tmp_path):
+    done = command("train", *MODEL, *QUICK, "--data-dir", images, "--output", tmp_path, flag, "nowhere.pth")
+    assert done.returncode == 2 and done.stdout == "" and "nowhere.pth" in only_line(done.stderr)
+
+
+@pytest.mark.parametrize("text, words", [("apple\npear\napple\n", ["line 3", "apple"]), ("a\n\nb", ["line 2", "empty"])])
+def test_class_map_that_is_ambiguous(refused, tmp_path, text, words):
+    (tmp_path / "classes.txt").write_text(text)
+    line = refused("--class-map", tmp_path / "classes.txt")
+    assert all(word in line for word in ["classes.txt", *words]), line
+
+
+def test_resume_wants_all_of_its_own_run(train, refused):
+    run = train("whole", "--epochs", "1")
+    assert "--initial-checkpoint" in refused("--resume", run / "last.safetensors")
+    for other in ("sgd", "lion"):
+        line = refused("--resume", run / "last.pth.tar", "--opt", other)
+        assert "adamw" in line and other in line and "--no-resume-opt" in line
 
 
 def test_as_a_command(images):
