@@ -150,13 +150,13 @@ def _check_class_folders(root):
         ending_of = {name: os.path.splitext(name)[1].lower() for name in files}
         others = sorted(name for name, ending in ending_of.items() if ending in OTHER_IMAGES)
         if others:
-            raise UserError(f"{Path(folder, others[0])}{_and_more(others)}: only {', '.join(endings)} are read; convert "
-                            f"such images to PNG or JPEG, or take them away")
+            raise UserError(f"{Path(folder, others[0])}{_and_more(others)}: only {', '.join(endings)} are read; "
+                            f"convert such images to PNG or JPEG, or take them away")
         images = sorted(name for name, ending in ending_of.items() if ending in endings)
         if Path(folder) == root:
             if images:
-                raise UserError(f"{root / images[0]}{_and_more(images)}: an image outside of the class folders; move it "
-                                f"to {root}/CLASS/, or take it away")
+                raise UserError(f"{root / images[0]}{_and_more(images)}: an image outside of the class folders; move "
+                                f"it to {root}/CLASS/, or take it away")
             continue
         if subfolders:
             if images:

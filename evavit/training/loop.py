@@ -165,8 +165,8 @@ def check_finite(task, judged, process, epoch, lr):
     if process.mean(whole.float()) < 1:
         bad.append("weights that are not finite")
     if bad:
-        raise UserError(f"{', '.join(bad)} after epoch {epoch} (lr {lr:g}): stopped, the last checkpoint is kept; try a "
-                        f"lower --lr, --clip-grad, or --amp-dtype bfloat16")
+        raise UserError(f"{', '.join(bad)} after epoch {epoch} (lr {lr:g}): stopped, the last checkpoint is kept; try "
+                        f"a lower --lr, --clip-grad, or --amp-dtype bfloat16")
 
 
 def _forward_backward(task, images, target, stepper, settings, process):

@@ -233,7 +233,8 @@ def test_a_missing_file_is_one_line_in_all(flag, images, tmp_path):
     assert done.returncode == 2 and done.stdout == "" and "nowhere.pth" in only_line(done.stderr)
 
 
-@pytest.mark.parametrize("text, words", [("apple\npear\napple\n", ["line 3", "apple"]), ("a\n\nb", ["line 2", "empty"])])
+@pytest.mark.parametrize("text, words", [
+    ("apple\npear\napple\n", ["line 3", "apple"]), ("a\n\nb", ["line 2", "empty"])])
 def test_class_map_that_is_ambiguous(refused, tmp_path, text, words):
     (tmp_path / "classes.txt").write_text(text)
     line = refused("--class-map", tmp_path / "classes.txt")
