@@ -9,7 +9,7 @@ __all__ = ['GridAttention', 'check_heads']
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError unless num_heads divides dim."""
-    if num_heads < 1 or dim % num_heads:
+    if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
         raise ValueError(f'num_heads {num_heads} does not divide dim {dim}; choose a divisor')
 
 
@@ -28,7 +28,7 @@ class GridAttention(nn.Module):
         proj_drop: Dropout rate after the output projection.
 
     Raises:
-        ValueError: num_heads does not divide dim.
+        ValueError: num_heads does not divide dim; a dropout rate outside 0 to 1.
     """
 
     def __init__(
@@ -45,6 +45,9 @@ class GridAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
+        for name, rate in (('attn_drop', attn_drop), ('proj_drop', proj_drop)):
+            if not 0 <= rate < 1:
+                raise ValueError(f'{name} must be at least 0 and below 1, got {rate}')
         dd = {'device': device, 'dtype': dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads

@@ -57,8 +57,8 @@ class EvaAttention(GridAttention):
         proj_drop: Dropout rate after the output projection.
 
     Raises:
-        ValueError: num_heads does not divide dim; a negative window_size, partition_grid or noise_std; neither window
-            nor cells.
+        ValueError: num_heads does not divide dim; a window_size or partition_grid that is not a whole number of at
+            least 0, or both 0; a negative noise_std; a dropout rate outside 0 to 1.
     """
     fused_attn: Final[bool]
 
@@ -82,6 +82,9 @@ class EvaAttention(GridAttention):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
                          attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        for name, value in (('window_size', window_size), ('partition_grid', partition_grid)):
+            if not isinstance(value, int):
+                raise ValueError(f'{name} must be a whole number, got {value!r}')
         check_partition(window_size, partition_grid)
         if noise_std < 0:
             raise ValueError(f'noise_std must be 0 (no noise) or more, got {noise_std}')

@@ -26,6 +26,7 @@ from torch import nn
 
 from evavit.convert import convert_published_eva, is_published_eva
 from evavit.layers import ATTENTIONS, pop_attention_kwargs
+from evavit.ops.grid import fix_image_size
 
 from ._weights import fit_bias_tables
 
@@ -127,6 +128,7 @@ class GridVisionTransformer(VisionTransformer):
 
     def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, List[int]]:
         """Images to tokens `(B, N, C)` with position, and the size of their grid."""
+        fix_image_size(x)
         x = self.patch_embed(x)
         if self.dynamic_img_size:
             feat_size = [x.shape[1], x.shape[2]]

@@ -20,6 +20,7 @@ from torch import nn
 
 from evavit.convert import convert_published_eva, is_published_eva
 from evavit.layers import ATTENTIONS, check_heads, pop_attention_kwargs
+from evavit.ops.grid import fix_image_size
 
 from ._weights import fit_bias_tables
 
@@ -91,6 +92,11 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
     def no_weight_decay(self) -> Set[str]:
         """Parameters without weight decay: the bias tables."""
         return {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images `(B, in_chans, height, width)` to the last stage's map `(B, C, H, W)`."""
+        fix_image_size(x)
+        return self.stages(self.patch_embed(x))
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:

@@ -3,11 +3,19 @@ from typing import List, Optional, Tuple
 
 import torch
 
-__all__ = ['check_eva_args']
+__all__ = ['check_eva_args', 'check_grid', 'check_partition', 'check_tokens']
 
 
 def _shape(x: torch.Tensor) -> str:
     return str(list(x.shape))
+
+
+def check_grid(feat_size: List[int]) -> None:
+    """The grid is two positive numbers."""
+    if len(feat_size) != 2:
+        raise ValueError(f'feat_size must be (height, width) in tokens, got {feat_size}')
+    if feat_size[0] < 1 or feat_size[1] < 1:
+        raise ValueError(f'feat_size ({feat_size[0]}, {feat_size[1]}): both must be at least 1')
 
 
 def check_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> None:
@@ -20,10 +28,9 @@ def check_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: L
         raise ValueError(f'q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}')
     if not q.is_floating_point():
         raise ValueError(f'q, k and v must be floating point, got {q.dtype}')
-    if len(feat_size) != 2:
-        raise ValueError(f'feat_size must be (height, width) in tokens, got {feat_size}')
+    check_grid(feat_size)
     H, W = feat_size[0], feat_size[1]
-    if H < 1 or W < 1 or q.shape[2] != H * W:
+    if q.shape[2] != H * W:
         raise ValueError(f'feat_size ({H}, {W}) does not hold the {q.shape[2]} tokens of q')
 
 

@@ -10,7 +10,7 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .checks import check_eva_args, check_partition
+from .checks import check_eva_args, check_grid, check_partition
 from .grid import block_counts, block_mask, cell_shape, from_blocks, static_size, to_blocks, window_shape
 
 __all__ = ['eva_attention', 'eva_attention_packed', 'eva_backend', 'eva_num_cells']
@@ -24,6 +24,7 @@ def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
     if partition_grid == 0:
         return 0
     feat_size = static_size(feat_size)
+    check_grid(feat_size)
     rows, cols = block_counts(feat_size, cell_shape(feat_size, partition_grid))
     return rows * cols
 
@@ -103,6 +104,66 @@ def _crop_bias(bias: torch.Tensor, window_size: int, window: Tuple[int, int]) ->
     return bias.flatten(3, 4).flatten(1, 2)
 
 
+def _plain(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        feat_size: List[int],
+        summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+        summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+        rel_pos_bias: Optional[torch.Tensor],
+        window_size: int,
+        partition_grid: int,
+        scale: float,
+        proposal_scale: float,
+        noise: Optional[torch.Tensor],
+        dropout_p: float,
+        norm_eps: float,
+) -> torch.Tensor:
+    """`eva_attention` in PyTorch's own operators; the arguments are checked, autocast is off."""
+    dtype = _accumulation_dtype(q)
+    window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
+    area = window[0] * window[1] if window_size > 0 else 0
+    # float16 ends at 65,504, before the logits do; bfloat16 has the range of float32.
+    logit_dtype = dtype if q.dtype == torch.float16 else q.dtype
+    queries = _to_windows(q, feat_size, window) if window_size > 0 else q.unsqueeze(2)
+    queries = scale * queries.to(logit_dtype)
+
+    logits: List[torch.Tensor] = []
+    if window_size > 0:
+        keys = _to_windows(k, feat_size, window).to(logit_dtype)
+        local = (queries @ keys.transpose(-2, -1)).to(dtype)
+        if rel_pos_bias is not None:
+            local = local + _crop_bias(rel_pos_bias, window_size, window).to(dtype).unsqueeze(1)
+        mask = block_mask(feat_size, window, q.device)
+        if mask is not None:
+            is_token = mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+            local = local.masked_fill(~is_token.unsqueeze(1), float('-inf'))
+        logits.append(local)
+
+    beta: Optional[torch.Tensor] = None
+    if summary_q is not None and summary_k is not None and partition_grid > 0:
+        k_tilde, beta = _control_variates(
+            q, k, v, feat_size, summary_q, summary_k, partition_grid, scale, proposal_scale, noise, norm_eps)
+        # All windows share the cells: one product for all queries of an (image, head).
+        cells = queries.flatten(2, 3) @ k_tilde.to(logit_dtype).transpose(-2, -1)
+        logits.append(cells.to(dtype).unflatten(2, [queries.shape[2], queries.shape[3]]))
+
+    attn = torch.cat(logits, -1).softmax(-1).to(q.dtype)
+    if dropout_p > 0.0:
+        attn = F.dropout(attn, dropout_p)
+
+    if window_size == 0:
+        assert beta is not None
+        return (attn.flatten(2, 3) @ beta.to(q.dtype)).to(q.dtype)
+    out = attn[..., :area] @ _to_windows(v, feat_size, window)
+    if beta is not None:
+        out = out + (attn[..., area:].flatten(2, 3) @ beta.to(q.dtype)).view_as(out)
+    nH, nW = block_counts(feat_size, window)
+    out = out.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4)
+    return from_blocks(out, feat_size).to(q.dtype)
+
+
 def eva_attention(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -171,44 +232,13 @@ def eva_attention(
             return _fused(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
                           scale, proposal_scale, noise, norm_eps)
 
-    dtype = _accumulation_dtype(q)
-    window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
-    area = window[0] * window[1] if window_size > 0 else 0
-    # Scaled before the product, so that half precision holds the logits of larger inputs.
-    queries = scale * (_to_windows(q, feat_size, window) if window_size > 0 else q.unsqueeze(2))
-
-    logits: List[torch.Tensor] = []
-    if window_size > 0:
-        local = (queries @ _to_windows(k, feat_size, window).transpose(-2, -1)).to(dtype)
-        if rel_pos_bias is not None:
-            local = local + _crop_bias(rel_pos_bias, window_size, window).to(dtype).unsqueeze(1)
-        mask = block_mask(feat_size, window, q.device)
-        if mask is not None:
-            is_token = mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-            local = local.masked_fill(~is_token.unsqueeze(1), float('-inf'))
-        logits.append(local)
-
-    beta: Optional[torch.Tensor] = None
-    if summary_q is not None and summary_k is not None and partition_grid > 0:
-        k_tilde, beta = _control_variates(
-            q, k, v, feat_size, summary_q, summary_k, partition_grid, scale, proposal_scale, noise, norm_eps)
-        # All windows share the cells: one product for all queries of an (image, head).
-        cells = queries.flatten(2, 3) @ k_tilde.to(q.dtype).transpose(-2, -1)
-        logits.append(cells.to(dtype).unflatten(2, [queries.shape[2], queries.shape[3]]))
-
-    attn = torch.cat(logits, -1).softmax(-1).to(q.dtype)
-    if dropout_p > 0.0:
-        attn = F.dropout(attn, dropout_p)
-
-    if window_size == 0:
-        assert beta is not None
-        return (attn.flatten(2, 3) @ beta.to(q.dtype)).to(q.dtype)
-    out = attn[..., :area] @ _to_windows(v, feat_size, window)
-    if beta is not None:
-        out = out + (attn[..., area:].flatten(2, 3) @ beta.to(q.dtype)).view_as(out)
-    nH, nW = block_counts(feat_size, window)
-    out = out.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4)
-    return from_blocks(out, feat_size).to(q.dtype)
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+            with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen below
+                return _plain(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
+                              scale, proposal_scale, noise, dropout_p, norm_eps)
+    return _plain(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
+                  scale, proposal_scale, noise, dropout_p, norm_eps)
 
 
 def eva_attention_packed(

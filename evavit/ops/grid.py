@@ -10,7 +10,10 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ['block_counts', 'block_mask', 'cell_shape', 'from_blocks', 'static_size', 'to_blocks', 'window_shape']
+__all__ = [
+    'block_counts', 'block_mask', 'cell_shape', 'fix_image_size', 'from_blocks', 'static_size', 'to_blocks',
+    'window_shape',
+]
 
 
 def static_size(feat_size: List[int]) -> List[int]:
@@ -22,6 +25,16 @@ def static_size(feat_size: List[int]) -> List[int]:
         return feat_size
     else:
         return [operator.index(feat_size[0]), operator.index(feat_size[1])]
+
+
+def fix_image_size(images: torch.Tensor) -> None:
+    """Under torch.compile, make height and width of `(B, C, height, width)` plain numbers: one graph per image size.
+
+    Symbolic ones cannot be differentiated through a resampling, and take minutes to compile.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript skips this block, but not a longer condition
+        if torch.compiler.is_compiling():
+            static_size(images.shape[2:])
 
 
 def window_shape(feat_size: List[int], window_size: int) -> Tuple[int, int]:

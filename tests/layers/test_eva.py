@@ -125,10 +125,17 @@ def test_device_and_dtype_reach_every_parameter_and_buffer():
     ((48, 3), dict(window_size=0, partition_grid=0), 'nothing to attend to'),
     ((48, 3), dict(window_size=-7), 'window_size must be'),
     ((48, 3), dict(noise_std=-1.), 'noise_std must be'),
+    ((48, 3), dict(partition_grid=2.5), 'partition_grid must be a whole number, got 2.5'),
+    ((48, 3), dict(attn_drop=1.0), 'attn_drop must be'),
 ])
 def test_bad_arguments(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         EvaAttention(*args, **kwargs)
+
+
+def test_a_grid_without_tokens_is_refused():
+    with pytest.raises(ValueError, match=r'feat_size \(0, 5\)'):
+        EvaAttention(48, 3).train()(torch.zeros(1, 0, 48), (0, 5))
 
 
 def test_repr_names_the_settings():

@@ -40,12 +40,16 @@ def test_compile_fullgraph(name):
         assert len(graphs) == expected, size
 
 
-@each_model
-def test_compiled_training_step(name):
-    model = timm.create_model(name, **SHALLOW[name], num_classes=10).train()
+@pytest.mark.parametrize('name', ['eva_deit_tiny', 'eva_deit_tiny_784', 'eva_pvt_v2_b3'])
+def test_compiled_training_steps_on_two_sizes(name):
+    """With the gradient of a position embedding that is resampled to the second size."""
+    kwargs = dict(num_classes=10) if 'pvt' in name else dict(num_classes=10, dynamic_img_size=True)
+    model = timm.create_model(name, **SHALLOW[name], **kwargs).train()
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
-    compiled(torch.randn(2, 3, 224, 224)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    for size in ((64, 64), (48, 96)):
+        model.zero_grad()
+        compiled(torch.randn(2, 3, *size)).square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.slow

@@ -155,6 +155,20 @@ def test_huge_logits_stay_finite(feat_size, dtype):
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('window_size, partition_grid', [(7, 7), (3, 2), (7, 0), (0, 7)])
+def test_logits_beyond_float16(window_size, partition_grid, autocast):
+    leaves, noise = make_inputs(1, 1, 64, (7, 9), window_size, partition_grid, dtype=torch.float32)
+    with torch.no_grad():
+        leaves['qkv'][:, :, :2] = 200 * leaves['qkv'][:, :, :2].sign()  # logits up to 64 · 200² / 8 = 320,000
+    copies = leaves if autocast else cast(leaves, torch.float16)
+    with torch.autocast('cpu', torch.float16, enabled=autocast):
+        output = run_op(copies, noise, (7, 9), window_size, partition_grid)
+    assert output.isfinite().all()
+    grads = torch.autograd.grad(output.float().sum(), list(copies.values()))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize('bias', [True, False])
 def test_limit_one_window_is_softmax_attention(bias):
     leaves, _ = make_inputs(2, 2, 8, (6, 9), 9, 0, bias=bias)
