@@ -61,7 +61,7 @@ def bench_model(text, args, device):
         yield {
             'bench': args.bench, 'model': text, 'batch_size': args.batch_size, 'amp_dtype': args.amp_dtype,
             'torchcompile': compiled, 'img_per_s': round(args.batch_size / seconds, 1), 'ms': round(1e3 * seconds, 2),
-            'peak_memory_mib': round(memory / 2 ** 20), **origin(device),
+            'peak_memory_mib': round(memory / 2 ** 20),
         }
 
 
@@ -83,7 +83,7 @@ def bench_layer(side, args, device):
     return {
         'bench': 'layer', 'tokens': side ** 2, 'batch_size': batch, 'amp_dtype': args.amp_dtype,
         'ms': round(1e3 * seconds, 2), 'us_per_token': round(1e6 * seconds / tokens, 5),
-        'bytes_per_token': round(memory / tokens), **origin(device),
+        'bytes_per_token': round(memory / tokens),
     }
 
 
@@ -107,10 +107,11 @@ def main():
         rows = (bench_layer(side, args, device) for side in args.sides)
     else:
         rows = (row for text in args.model for row in bench_model(text, args, device))
+    where = origin(device)
     for row in rows:
-        print('  '.join(f'{key} {value}' for key, value in row.items() if key not in origin(device)), flush=True)
+        print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
         if args.results_file:
-            write_rows(args.results_file, [row])
+            write_rows(args.results_file, [row | where])
 
 
 if __name__ == '__main__':
