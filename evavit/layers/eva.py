@@ -2,6 +2,7 @@
 
 Paper: `Efficient Attention via Control Variates`, Zheng et al., ICLR 2023 - https://arxiv.org/abs/2302.04542
 """
+import logging
 from typing import Final, List, Optional, Tuple
 
 import torch
@@ -14,6 +15,8 @@ from evavit.ops.checks import check_partition
 from .attention import GridAttention
 
 __all__ = ['EvaAttention']
+
+_logger = logging.getLogger(__name__)
 
 
 class Summary(nn.Module):
@@ -39,8 +42,10 @@ class EvaAttention(GridAttention):
     Time and memory grow linearly with N. In training, the noise ε of the proposal comes from the default generator of
     the input's device, so a seed reproduces it; evaluation is deterministic.
 
-    Fused CUDA kernels are experimental: `timm.layers.set_fused_attn(True, experimental=True)`, or TIMM_FUSED_ATTN=2 in
-    the environment, before the layer is made chooses them where they can run; `extra_repr` says which code runs.
+    Fused CUDA kernels run where they can (`evavit.ops.eva_backend`), unless timm's switch is off when the layer is
+    made (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment) or the layer's `fused_attn` is
+    set to False. They have no dropout of attention weights: with attn_drop, training takes the plain path, and a log
+    line says so. `extra_repr` names the code that runs.
 
     Args:
         dim: Channels C.
@@ -92,7 +97,10 @@ class EvaAttention(GridAttention):
         self.partition_grid = partition_grid
         self.proposal_scale = proposal_scale
         self.noise_std = noise_std
-        self.fused_attn = use_fused_attn(experimental=True)
+        self.fused_attn = use_fused_attn()
+        if attn_drop > 0 and self.fused_attn:
+            _logger.warning(
+                'attn_drop %g: training takes plain PyTorch, the fused kernels have no such dropout', attn_drop)
         self.summary_q = Summary(self.head_dim, **dd) if partition_grid else None
         self.summary_k = Summary(self.head_dim, **dd) if partition_grid else None
         self.rel_pos = RelPosBias((window_size, window_size), num_heads, **dd) if window_size and rel_pos_bias else None

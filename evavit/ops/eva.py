@@ -213,7 +213,7 @@ def eva_attention(
         noise: noise_std · ε with ε ~ N(0, I), `(B, h, C_p, d)`, C_p from `eva_num_cells`. None in evaluation.
         dropout_p: Probability to drop an attention weight, of tokens and cells alike; the rest is scaled up.
         norm_eps: LayerNorm's ε.
-        fused: Use the experimental Triton kernels where `eva_backend` has them, plain PyTorch elsewhere.
+        fused: Use the Triton kernels where `eva_backend` has them, plain PyTorch elsewhere.
 
     Returns:
         `(B, h, N, d)` in q's dtype, in memory `(B, N, h, d)` where there is a window: merging heads copies nothing.

@@ -4,7 +4,7 @@ Memory traffic bounds EVA: at 49 keys a window and 49 cells the arithmetic takes
 units of one `(B, N, C)` tensor the kernels move
 
     forward    cells:   q, k, v in                                  -> k̃, β                             3
-               tokens:  q, k, v in                                  -> y, log-sum-exp                   4
+               windows: q, k, v in                                  -> y, log-sum-exp                   4
     backward   shared:  q, y, dy in                                 -> dk̃, dβ of the logits, y·dy       3
                weights: k, v in                                     -> ξ, d log ξ, dω                   2
                summary: the cells' tensors alone                    -> dq̄, dk̄, parameters              0
@@ -17,11 +17,9 @@ Every sum runs in one fixed order, in a program or over partial sums in memory: 
 Products of half-precision tensors accumulate in float32, float32 tensors are multiplied in full float32.
 """
 import functools
-import math
 from typing import List, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -41,14 +39,14 @@ def _load_rows(base, row, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl
     """Rows `(R)` of a `(.., D)` tensor as a tile `(R, BD)`; zero where there is no row or no column."""
     dim = tl.arange(0, BD)
     mask = valid[:, None] if D == BD else valid[:, None] & (dim < D)[None, :]
-    return tl.load(base + row[:, None] * stride_row + dim[None, :] * stride_dim, mask=mask, other=0.0)
+    return tl.load(base + (row[:, None] * stride_row + dim[None, :] * stride_dim), mask=mask, other=0.0)
 
 
 @triton.jit
 def _store_rows(base, row, valid, stride_row, stride_dim, x, D: tl.constexpr, BD: tl.constexpr):
     dim = tl.arange(0, BD)
     mask = valid[:, None] if D == BD else valid[:, None] & (dim < D)[None, :]
-    tl.store(base + row[:, None] * stride_row + dim[None, :] * stride_dim, x.to(base.dtype.element_ty), mask=mask)
+    tl.store(base + (row[:, None] * stride_row + dim[None, :] * stride_dim), x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -70,6 +68,52 @@ def _bias_tile(bias, i, j, BM: tl.constexpr, NT: tl.constexpr):
     """Pointers to the tile (i, j) of a padded bias `(NT · BM, NT · BM)`."""
     r = tl.arange(0, BM)
     return bias + (i * BM + r)[:, None] * (NT * BM) + (j * BM + r)[None, :]
+
+
+@triton.jit
+def _window_start(win, n_wx, W, H, ry, rx, WH: tl.constexpr, WW: tl.constexpr, EDGE: tl.constexpr):
+    """The first token of a window, and which of its places (ry, rx) hold a token."""
+    y0, x0 = (win // n_wx) * WH, (win % n_wx) * WW
+    valid = ry < WH
+    if EDGE:
+        valid = valid & (y0 + ry < H) & (x0 + rx < W)
+    return y0.to(tl.int64) * W + x0, valid
+
+
+@triton.jit
+def _split_bias(bias, dtype: tl.constexpr, BM: tl.constexpr):
+    """A padded bias as two half-precision matrices high + low, and the unit matrix that brings them into a sum of
+    products: they wait in shared memory, where float32 would take registers that the kernel lacks."""
+    r = tl.arange(0, BM)
+    x = tl.load(_bias_tile(bias, 0, 0, BM, 1))
+    kind: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.bfloat16
+    high = x.to(kind)
+    return high, (x - high.to(tl.float32)).to(kind), (r[:, None] == r[None, :]).to(kind)
+
+
+@triton.jit
+def _pad_bias(bias, padded, scale, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TILE: tl.constexpr):
+    """A bias `(SIDE², SIDE²)` cropped to a window of WH × WW and padded to `(S, S)`, divided by the softmax's scale: a
+    product q·kᵀ begins its sum there."""
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    j = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    bias += tl.program_id(2) * SIDE * SIDE * SIDE * SIDE
+    row, col = (i // WW) * SIDE + i % WW, (j // WW) * SIDE + j % WW
+    mask = (i < WH * WW)[:, None] & (j < WH * WW)[None, :]
+    x = tl.load(bias + row[:, None] * (SIDE * SIDE) + col[None, :], mask=mask, other=0.0).to(tl.float32) / scale
+    tl.store(padded + tl.program_id(2) * S * S + i[:, None] * S + j[None, :], x)
+
+
+@triton.jit
+def _sum_parts(parts, total, count, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """total[j] = Σ_i parts[i, j], in one fixed order."""
+    j = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for i0 in range(0, count, ROWS):
+        i = i0 + tl.arange(0, ROWS)
+        acc += tl.load(parts + i[:, None].to(tl.int64) * width + j[None, :],
+                       mask=(i < count)[:, None] & (j < width)[None, :], other=0.0)
+    tl.store(total + j, tl.sum(acc, 0), mask=j < width)
 
 
 @triton.jit
@@ -204,7 +248,7 @@ def _forward_tokens(
         D: tl.constexpr, BD: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
         BM: tl.constexpr, NT: tl.constexpr, BC: tl.constexpr, NC: tl.constexpr, PER_PROGRAM: tl.constexpr,
         LOCAL: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
-    """(16) for the queries of PER_PROGRAM windows of one (image, head), NT tiles of BM tokens each."""
+    """`_forward_windows` for what takes more than one tile, NT of BM tokens or NC of BC cells, or has no windows."""
     head = tl.program_id(0) % heads
     chunk = (tl.program_id(0) // heads) % chunks
     image = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
@@ -218,9 +262,6 @@ def _forward_tokens(
     bias += head * (NT * BM * NT * BM)
     qk_scale = scale * LOG2E
     c = tl.arange(0, BC)
-    if NC == 1:
-        kt_0 = _load_rows(k_tilde, c, c < cells, D, 1, D, BD)
-        beta_0 = _load_rows(beta, c, c < cells, D, 1, D, BD)
 
     for win in range(chunk * PER_PROGRAM, tl.minimum(chunk * PER_PROGRAM + PER_PROGRAM, n_win)):
         for i in range(NT):
@@ -234,9 +275,10 @@ def _forward_tokens(
                     n_j, _, valid_j = _window_rows(win, j, H, W, n_wx, 1, WH, WW, 1, 1, LOCAL, BM)
                     k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
                     v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
-                    s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC) * qk_scale
+                    s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC)
                     if BIAS:
                         s += tl.load(_bias_tile(bias, i, j, BM, NT))
+                    s = s * qk_scale
                     s = tl.where(valid_j[None, :], s, float('-inf'))
                     # The first tile holds the window's first token, so that no maximum is -inf.
                     new_top = tl.maximum(top, tl.max(s, 1))
@@ -247,11 +289,8 @@ def _forward_tokens(
                     top = new_top
             for t in range(NC):
                 c_t = t * BC + c
-                if NC == 1:
-                    kt, bt = kt_0, beta_0
-                else:
-                    kt = _load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
-                    bt = _load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
+                kt = _load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
+                bt = _load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
                 s = tl.dot(q_i, tl.trans(kt), input_precision=PREC) * qk_scale
                 s = tl.where((c_t < cells)[None, :], s, float('-inf'))
                 new_top = tl.maximum(top, tl.max(s, 1))
@@ -263,6 +302,65 @@ def _forward_tokens(
             _store_rows(out, n, valid, heads * D, 1, acc / total[:, None], D, BD)
             if SAVE:  # in units of log 2, as the backward's exp2 takes it
                 tl.store(lse + n, top + tl.log2(total), mask=valid)
+
+
+@triton.jit
+def _forward_windows(
+        q, k, v, sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
+        k_tilde, beta, bias, out, lse,
+        heads, H, W, n_wx, n_win, cells, chunks, scale,
+        D: tl.constexpr, BD: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+        PER_PROGRAM: tl.constexpr, PACKED: tl.constexpr, EDGE: tl.constexpr, CELLS: tl.constexpr, BIAS: tl.constexpr,
+        SAVE: tl.constexpr, PREC: tl.constexpr):
+    """(16) where one tile holds a window and one the cells, for PER_PROGRAM windows of one (image, head)."""
+    if PACKED:  # equal strides, told to the compiler: one set of offsets
+        skb, skh, skn, skd, svb, svh, svn, svd = sqb, sqh, sqn, sqd, sqb, sqh, sqn, sqd
+    head = tl.program_id(0) % heads
+    chunk = (tl.program_id(0) // heads) % chunks
+    image = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
+    q += image * sqb + head * sqh
+    k += image * skb + head * skh
+    v += image * svb + head * svh
+    out += image * H * W * heads * D + head * D
+    lse += (image * heads + head) * H * W
+    qk_scale = scale * LOG2E
+    r = tl.arange(0, BM)
+    ry, rx = r // WW, r % WW
+    n = ry * W + rx
+    if BIAS:
+        high, low, eye = _split_bias(bias + head * (BM * BM), q.dtype.element_ty, BM)
+    if CELLS:
+        c = tl.arange(0, BC)
+        kt = _load_rows(k_tilde + (image * heads + head) * cells * D, c, c < cells, D, 1, D, BD)
+        bt = _load_rows(beta + (image * heads + head) * cells * D, c, c < cells, D, 1, D, BD)
+
+    for win in range(chunk * PER_PROGRAM, tl.minimum(chunk * PER_PROGRAM + PER_PROGRAM, n_win)):
+        n0, valid = _window_start(win, n_wx, W, H, ry, rx, WH, WW, EDGE)
+        q_i = _load_rows(q + n0 * sqn, n, valid, sqn, sqd, D, BD)
+        k_i = _load_rows(k + n0 * skn, n, valid, skn, skd, D, BD)
+        v_i = _load_rows(v + n0 * svn, n, valid, svn, svd, D, BD)
+        if BIAS:
+            s = tl.dot(eye, low, input_precision=PREC)
+            s = tl.dot(eye, high, s, input_precision=PREC)
+            s = tl.dot(q_i, tl.trans(k_i), s, input_precision=PREC) * qk_scale
+        else:
+            s = tl.dot(q_i, tl.trans(k_i), input_precision=PREC) * qk_scale
+        s = tl.where(valid[None, :], s, float('-inf'))
+        top = tl.max(s, 1)
+        if CELLS:
+            s_c = tl.dot(q_i, tl.trans(kt), input_precision=PREC) * qk_scale
+            s_c = tl.where((c < cells)[None, :], s_c, float('-inf'))
+            top = tl.maximum(top, tl.max(s_c, 1))
+        p = tl.exp2(s - top[:, None])
+        total = tl.sum(p, 1)
+        acc = tl.dot(p.to(v_i.dtype), v_i, input_precision=PREC)
+        if CELLS:
+            p = tl.exp2(s_c - top[:, None])
+            total += tl.sum(p, 1)
+            acc = tl.dot(p.to(bt.dtype), bt, acc, input_precision=PREC)
+        _store_rows(out + n0 * (heads * D), n, valid, heads * D, 1, acc / total[:, None], D, BD)
+        if SAVE:  # in units of log 2, as the backward's exp2 takes it
+            tl.store(lse + n0 + n, top + tl.log2(total), mask=valid)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -442,9 +540,10 @@ def _backward_summary(
 @triton.jit
 def _logit_grad(q_i, k_j, v_j, dy, lse, delta, bias, valid, valid_j, qk_scale, BIAS: tl.constexpr, PREC: tl.constexpr):
     """The weights p and the gradients p (dp - δ) of the logits of queries i and keys j."""
-    s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC) * qk_scale
+    s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC)
     if BIAS:
         s += tl.load(bias)
+    s = s * qk_scale
     p = tl.where(valid[:, None] & valid_j[None, :], tl.exp2(s - lse[:, None]), 0.0)
     dp = tl.dot(dy, tl.trans(v_j), input_precision=PREC)
     return p, p * (dp - delta[:, None])
@@ -596,15 +695,16 @@ def _backward_tokens(
 
 # Programs that keep a large GPU busy; a constant, so that sums are split alike on every device.
 PROGRAMS = 768
-# num_warps, num_stages of each kernel.
+# num_warps, num_stages of the kernels, by measurement on an H100.
 LAUNCH = {
-    'forward_cells': (16, 1, 128), 'forward_tokens': (4, 2), 'backward_shared': (4, 3),
+    'forward_windows': (4, 3), 'forward_tokens': (4, 2), 'backward_shared': (4, 3),
     'backward_summary': (4, 1), 'backward_tokens': (4, 2),
 }
+
+
 def _launch(name: str) -> dict:
-    # By measurement on an H100.
-    warps, stages, *registers = LAUNCH[name]
-    return {'num_warps': warps, 'num_stages': stages, **({'maxnreg': registers[0]} if registers else {})}
+    warps, stages = LAUNCH[name]
+    return {'num_warps': warps, 'num_stages': stages}
 
 
 def _ceil(a: int, b: int) -> int:
@@ -647,6 +747,10 @@ class _Plan:
             self.NC = _ceil(self.cells, self.BC)
         self.rows = self.B * self.heads * self.cells
 
+        # The default windows and cells in half precision: the forward's fast case.
+        self.one_tile = self.local and self.NT == 1 and self.NC <= 1
+        self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
+
     def cell_tiles(self) -> Tuple[dict, dict]:
         """Tiles of the two cell kernels: G cells, T tokens of each; ONCE if that is all of their tokens.
 
@@ -657,10 +761,13 @@ class _Plan:
         cells = triton.next_power_of_2(max(self.cells, 1))
         shrink = max(64, self.BD) // 64 * (2 if self.full else 1)
         T = min(tokens, 8)
-        G = min(512 // shrink // T, cells)
-        while G > 1 and self.B * self.heads * _ceil(self.cells, G) < PROGRAMS // 2:
+        warps = 16 if self.B * self.heads >= PROGRAMS // 2 else 8
+        G = min(32 * warps // shrink // T, cells)
+        while G > 1 and self.B * self.heads * _ceil(self.cells, G) < PROGRAMS // 4:
             G, T = G // 2, min(T * 2, tokens)
-        forward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T)
+        forward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
+        if warps == 16:  # what a processor's registers allow
+            forward['maxnreg'] = 128
         T = min(tokens, 256 // shrink)
         G = min(max(1, 32 // T), cells)
         backward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=2 if T * G <= 32 else 4, num_stages=1)
@@ -671,13 +778,13 @@ class _Plan:
         enough = max(1, self.B * self.heads * self.n_win // PROGRAMS)
         return min(windows, triton.next_power_of_2(enough), self.n_win)
 
-    def pad_bias(self, bias: torch.Tensor) -> torch.Tensor:
-        """The bias `(h, NT · BM, NT · BM)` of this grid's windows in units of log 2, aligned to tiles."""
-        h, side, (wh, ww) = self.heads, self.side, (self.wh, self.ww)
-        if wh < side or ww < side:
-            bias = bias.reshape(h, side, side, side, side)[:, :wh, :ww, :wh, :ww].reshape(h, wh * ww, wh * ww)
-        pad = self.NT * self.BM - wh * ww
-        return F.pad(bias.float() * LOG2E.value, [0, pad, 0, pad])
+    def pad_bias(self, bias: torch.Tensor, scale: float) -> torch.Tensor:
+        """The bias `(h, NT · BM, NT · BM)` of this grid's windows over the softmax's scale, aligned to tiles."""
+        side = self.NT * self.BM
+        padded = torch.empty(self.heads, side, side, dtype=torch.float32, device=bias.device)
+        _pad_bias[(side // 16, side // 16, self.heads)](
+            bias.contiguous(), padded, scale, side, SIDE=self.side, WH=self.wh, WW=self.ww, TILE=16)
+        return padded
 
     def crop_bias(self, dbias: torch.Tensor) -> torch.Tensor:
         """The adjoint of `pad_bias`, but for the unit."""
@@ -768,18 +875,23 @@ def _eva(
                 plan.heads, plan.H, plan.W, plan.n_cx, plan.cells, plan.ch, plan.cw, plan.rows,
                 scale ** 0.5, proposal_scale, norm_eps,
                 D=plan.D, BD=plan.BD, **tile,
-                NOISE=noise is not None, SAVE=save, PREC=plan.summary_prec, **_launch('forward_cells'))
+                NOISE=noise is not None, SAVE=save, PREC=plan.summary_prec)
         has_bias = plan.local and rel_pos_bias is not None
         per_program = plan.per_program(WINDOWS_FORWARD)
         chunks = _ceil(plan.n_win, per_program)
-        _forward_tokens[(plan.B * chunks * plan.heads,)](
+        args = (
             q, k, v, *strides, k_tilde, beta,
-            plan.pad_bias(rel_pos_bias) if has_bias else q, out, lse,
-            plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks, scale,
-            D=plan.D, BD=plan.BD, WH=plan.wh, WW=plan.ww,
-            BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC, PER_PROGRAM=per_program,
-            LOCAL=plan.local, BIAS=has_bias, SAVE=save, PREC=plan.prec,
-            **_launch('forward_tokens'))
+            plan.pad_bias(rel_pos_bias, scale) if has_bias else q, out, lse,
+            plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks, scale)
+        options = dict(D=plan.D, BD=plan.BD, WH=plan.wh, WW=plan.ww, BM=plan.BM, BC=plan.BC, PER_PROGRAM=per_program,
+                       BIAS=has_bias, SAVE=save, PREC=plan.prec)
+        grid = plan.B * chunks * plan.heads,
+        if plan.one_tile:
+            _forward_windows[grid](*args, **options, PACKED=q.stride() == k.stride() == v.stride(), EDGE=plan.edge,
+                                   CELLS=plan.cells > 0, **_launch('forward_windows'))
+        else:
+            _forward_tokens[grid](*args, **options, NT=plan.NT, NC=plan.NC, LOCAL=plan.local,
+                                  **_launch('forward_tokens'))
     return outputs
 
 
@@ -793,10 +905,12 @@ def _eva_fake(q, k, v, feat_size, summary, rel_pos_bias, noise, window_size, par
     return _forward_outputs(q, cells, save)
 
 
-def _sum_parts(parts: torch.Tensor) -> torch.Tensor:
-    """Sum over the first axis, in two steps: many parts of few elements keep few of the device's processors busy."""
-    groups = math.gcd(parts.shape[0], 32)
-    return parts.view(groups, -1, *parts.shape[1:]).sum(1).sum(0)
+def _sum(parts: torch.Tensor) -> torch.Tensor:
+    """Sum over the first axis of a float32 tensor."""
+    total = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
+    width = total.numel()
+    _sum_parts[(_ceil(width, 32),)](parts, total, parts.shape[0], width, ROWS=64, COLS=32)
+    return total
 
 
 def _token_grads(q, k, v) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -875,7 +989,7 @@ def _eva_backward(
                 plan.rows, splits, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw,
                 scale ** 0.5 * proposal_scale, norm_eps,
                 D=D, BD=plan.BD, R=R, PREC=plan.summary_prec, **_launch('backward_summary'))
-            dparams = _sum_parts(dparams)
+            dparams = _sum(dparams)
         else:
             dparams = empty(0, 0)
 
@@ -889,7 +1003,7 @@ def _eva_backward(
             dbias_parts = make((plan.B * chunks, plan.heads, side, side), dtype=torch.float32, device=q.device)
         _backward_tokens[(plan.B * chunks * plan.heads,)](
             q, k, v, grad, *q.stride(), *k.stride(), *v.stride(), *grad.stride(),
-            lse, delta, k_tilde, beta, plan.pad_bias(bias) if bias is not None else q,
+            lse, delta, k_tilde, beta, plan.pad_bias(bias, scale) if bias is not None else q,
             omega, dbeta, dmeans, xi, dlog_xi, dq, dk, dv, *dq.stride()[:3], dbias_parts,
             plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells,
             chunks, plan.rows, scale, scale ** 0.5,
@@ -897,7 +1011,7 @@ def _eva_backward(
             BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC, PER_PROGRAM=per_program,
             LOCAL=plan.local, BIAS=bias is not None, PREC=plan.prec, **_launch('backward_tokens'))
         if bias is not None:
-            dbias = plan.crop_bias(_sum_parts(dbias_parts))
+            dbias = plan.crop_bias(_sum(dbias_parts))
         else:
             dbias = torch.zeros(dbias_shape, dtype=torch.float32, device=q.device)
     return (*grads, dparams, dbias)
