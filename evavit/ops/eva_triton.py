@@ -17,6 +17,7 @@ Every sum runs in one fixed order, in a program or over partial sums in memory: 
 Products of half-precision tensors accumulate in float32, float32 tensors are multiplied in full float32.
 """
 import functools
+import math
 from typing import List, Optional, Tuple
 
 import torch
@@ -27,7 +28,8 @@ from .grid import block_counts, cell_shape, window_shape
 
 __all__ = ['eva_attention_fused']
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = math.log(2)
+LOG2E = tl.constexpr(1 / LN2)  # the kernels' exponentials are powers of 2
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -82,8 +84,8 @@ def _window_start(win, n_wx, W, H, ry, rx, WH: tl.constexpr, WW: tl.constexpr, E
 
 @triton.jit
 def _split_bias(bias, dtype: tl.constexpr, BM: tl.constexpr):
-    """A padded bias as two half-precision matrices high + low, and the unit matrix that brings them into a sum of
-    products: they wait in shared memory, where float32 would take registers that the kernel lacks."""
+    """A padded bias, in units of q·kᵀ, as two half-precision matrices high + low, and the unit matrix that brings them
+    into a sum of products: they wait in shared memory, where float32 would take registers that the kernel lacks."""
     r = tl.arange(0, BM)
     x = tl.load(_bias_tile(bias, 0, 0, BM, 1))
     kind: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.bfloat16
@@ -92,15 +94,14 @@ def _split_bias(bias, dtype: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _pad_bias(bias, padded, scale, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TILE: tl.constexpr):
-    """A bias `(SIDE², SIDE²)` cropped to a window of WH × WW and padded to `(S, S)`, divided by the softmax's scale: a
-    product q·kᵀ begins its sum there."""
+def _pad_bias(bias, padded, unit, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TILE: tl.constexpr):
+    """A bias `(SIDE², SIDE²)` cropped to a window of WH × WW, in a unit, padded with zeros to `(S, S)`."""
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     bias += tl.program_id(2) * SIDE * SIDE * SIDE * SIDE
     row, col = (i // WW) * SIDE + i % WW, (j // WW) * SIDE + j % WW
     mask = (i < WH * WW)[:, None] & (j < WH * WW)[None, :]
-    x = tl.load(bias + row[:, None] * (SIDE * SIDE) + col[None, :], mask=mask, other=0.0).to(tl.float32) / scale
+    x = tl.load(bias + row[:, None] * (SIDE * SIDE) + col[None, :], mask=mask, other=0.0).to(tl.float32) / unit
     tl.store(padded + tl.program_id(2) * S * S + i[:, None] * S + j[None, :], x)
 
 
@@ -275,10 +276,9 @@ def _forward_tokens(
                     n_j, _, valid_j = _window_rows(win, j, H, W, n_wx, 1, WH, WW, 1, 1, LOCAL, BM)
                     k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
                     v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
-                    s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC)
+                    s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC) * qk_scale
                     if BIAS:
                         s += tl.load(_bias_tile(bias, i, j, BM, NT))
-                    s = s * qk_scale
                     s = tl.where(valid_j[None, :], s, float('-inf'))
                     # The first tile holds the window's first token, so that no maximum is -inf.
                     new_top = tl.maximum(top, tl.max(s, 1))
@@ -540,10 +540,9 @@ def _backward_summary(
 @triton.jit
 def _logit_grad(q_i, k_j, v_j, dy, lse, delta, bias, valid, valid_j, qk_scale, BIAS: tl.constexpr, PREC: tl.constexpr):
     """The weights p and the gradients p (dp - δ) of the logits of queries i and keys j."""
-    s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC)
+    s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC) * qk_scale
     if BIAS:
         s += tl.load(bias)
-    s = s * qk_scale
     p = tl.where(valid[:, None] & valid_j[None, :], tl.exp2(s - lse[:, None]), 0.0)
     dp = tl.dot(dy, tl.trans(v_j), input_precision=PREC)
     return p, p * (dp - delta[:, None])
@@ -761,9 +760,10 @@ class _Plan:
         cells = triton.next_power_of_2(max(self.cells, 1))
         shrink = max(64, self.BD) // 64 * (2 if self.full else 1)
         T = min(tokens, 8)
-        warps = 16 if self.B * self.heads >= PROGRAMS // 2 else 8
-        G = min(32 * warps // shrink // T, cells)
-        while G > 1 and self.B * self.heads * _ceil(self.cells, G) < PROGRAMS // 4:
+        pairs = self.B * self.heads
+        warps = 16 if pairs >= PROGRAMS // 2 else 8 if pairs >= PROGRAMS // 8 else 4
+        G = min((512 if warps == 16 else 256) // shrink // T, cells)
+        while G > 1 and pairs * _ceil(self.cells, G) < PROGRAMS // 4:
             G, T = G // 2, min(T * 2, tokens)
         forward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
         if warps == 16:  # what a processor's registers allow
@@ -778,12 +778,12 @@ class _Plan:
         enough = max(1, self.B * self.heads * self.n_win // PROGRAMS)
         return min(windows, triton.next_power_of_2(enough), self.n_win)
 
-    def pad_bias(self, bias: torch.Tensor, scale: float) -> torch.Tensor:
-        """The bias `(h, NT · BM, NT · BM)` of this grid's windows over the softmax's scale, aligned to tiles."""
+    def pad_bias(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
+        """The bias `(h, NT · BM, NT · BM)` of this grid's windows, aligned to tiles."""
         side = self.NT * self.BM
         padded = torch.empty(self.heads, side, side, dtype=torch.float32, device=bias.device)
         _pad_bias[(side // 16, side // 16, self.heads)](
-            bias.contiguous(), padded, scale, side, SIDE=self.side, WH=self.wh, WW=self.ww, TILE=16)
+            bias.contiguous(), padded, unit, side, SIDE=self.side, WH=self.wh, WW=self.ww, TILE=16)
         return padded
 
     def crop_bias(self, dbias: torch.Tensor) -> torch.Tensor:
@@ -881,7 +881,7 @@ def _eva(
         chunks = _ceil(plan.n_win, per_program)
         args = (
             q, k, v, *strides, k_tilde, beta,
-            plan.pad_bias(rel_pos_bias, scale) if has_bias else q, out, lse,
+            plan.pad_bias(rel_pos_bias, scale if plan.one_tile else LN2) if has_bias else q, out, lse,
             plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks, scale)
         options = dict(D=plan.D, BD=plan.BD, WH=plan.wh, WW=plan.ww, BM=plan.BM, BC=plan.BC, PER_PROGRAM=per_program,
                        BIAS=has_bias, SAVE=save, PREC=plan.prec)
@@ -1003,7 +1003,7 @@ def _eva_backward(
             dbias_parts = make((plan.B * chunks, plan.heads, side, side), dtype=torch.float32, device=q.device)
         _backward_tokens[(plan.B * chunks * plan.heads,)](
             q, k, v, grad, *q.stride(), *k.stride(), *v.stride(), *grad.stride(),
-            lse, delta, k_tilde, beta, plan.pad_bias(bias, scale) if bias is not None else q,
+            lse, delta, k_tilde, beta, plan.pad_bias(bias, LN2) if bias is not None else q,
             omega, dbeta, dmeans, xi, dlog_xi, dq, dk, dv, *dq.stride()[:3], dbias_parts,
             plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells,
             chunks, plan.rows, scale, scale ** 0.5,
