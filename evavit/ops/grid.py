@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'band_cells', 'block_counts', 'block_mask', 'cell_shape', 'fix_image_size', 'from_blocks', 'static_size', 'to_bands',
-    'to_blocks', 'window_shape',
+    'band_cells', 'block_counts', 'block_mask', 'cell_shape', 'fix_image_size', 'from_blocks', 'static_size',
+    'to_bands', 'to_blocks', 'window_shape',
 ]
 
 
@@ -60,11 +60,12 @@ def to_blocks(x: torch.Tensor, feat_size: List[int], block: Tuple[int, int]) -> 
     H, W = feat_size[0], feat_size[1]
     nH, nW = block_counts(feat_size, block)
     pad_h, pad_w = nH * block[0] - H, nW * block[1] - W
+    x = x.transpose(1, 2)  # so that the gradient comes back as (B, N, h, d) in memory, the layout of a projection
     if pad_w > 0:
-        x = F.pad(x.unflatten(2, [H, W]), [0, 0, 0, pad_w, 0, pad_h]).flatten(2, 3)
+        x = F.pad(x.unflatten(1, [H, W]), [0, 0, 0, 0, 0, pad_w, 0, pad_h]).flatten(1, 2)
     elif pad_h > 0:
-        x = F.pad(x, [0, 0, 0, pad_h * W])
-    return x.unflatten(2, [nH, block[0], nW, block[1]])
+        x = F.pad(x, [0, 0, 0, 0, 0, pad_h * W])
+    return x.unflatten(1, [nH, block[0], nW, block[1]]).permute(0, 5, 1, 2, 3, 4, 6)
 
 
 def from_blocks(x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
