@@ -99,7 +99,7 @@ def _control_variates(
     log_xi = log_xi.view(B, nH, -1, h, d).sum(-1).transpose(2, 3).unsqueeze(3)  # (B, nH, h, 1, tokens of a band)
     xi = log_xi.masked_fill(~in_cell.unsqueeze(1), float('-inf')).softmax(-1).sum(3)
     xi = xi.transpose(2, 3).reshape(B * nH, -1, h, 1)
-    weighted = xi * to_bands(v, feat_size, cell).unflatten(2, [h, d])
+    weighted = to_bands(v, feat_size, cell).unflatten(2, [h, d]) * xi
     beta = torch.bmm(sum_cells, weighted.flatten(2))
     return k_tilde.flatten(1, 2).transpose(1, 2), beta.view(B, nH * nW, h, d).transpose(1, 2)
 
@@ -140,17 +140,19 @@ def _plain(
     area = window[0] * window[1] if window_size > 0 else 0
     # float16 ends at 65,504, before the logits do; bfloat16 has the range of float32.
     logit_dtype = dtype if q.dtype == torch.float16 else q.dtype
-    queries = _to_windows(q, feat_size, window) if window_size > 0 else q.unsqueeze(2)
-    queries = scale * queries.to(logit_dtype)
+    queries = (_to_windows(q, feat_size, window) if window_size > 0 else q.unsqueeze(2)).to(logit_dtype)
 
     logits: List[torch.Tensor] = []
     if window_size > 0:
         keys = _to_windows(k, feat_size, window).to(logit_dtype)
-        local = (queries @ keys.transpose(-2, -1)).to(dtype)
+        # On a CPU a product of small matrices by a transposed view takes longer than the copy and the product together.
+        local = (queries @ keys.transpose(-2, -1).contiguous()).to(dtype)
         if rel_pos_bias is not None:
             bias = _crop_bias(rel_pos_bias, window_size, window).to(dtype).unsqueeze(1)
             # The gradient of a tensor that is expanded here is summed axis by axis, several times faster on a CPU.
-            local += bias.expand(-1, local.shape[2], -1, -1)
+            local = torch.add(bias.expand(-1, local.shape[2], -1, -1), local, alpha=scale)
+        else:
+            local = scale * local
         mask = block_mask(feat_size, window, q.device)
         if mask is not None:
             is_token = mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)
@@ -162,7 +164,7 @@ def _plain(
         k_tilde, beta = _control_variates(
             q, k, v, feat_size, summary_q, summary_k, partition_grid, scale, proposal_scale, noise, norm_eps)
         # All windows share the cells: one product for all queries of an (image, head).
-        cells = queries.flatten(2, 3) @ k_tilde.to(logit_dtype).transpose(-2, -1)
+        cells = queries.flatten(2, 3) @ (scale * k_tilde).to(logit_dtype).transpose(-2, -1)
         logits.append(cells.to(dtype).unflatten(2, [queries.shape[2], queries.shape[3]]))
 
     attn = torch.cat(logits, -1).softmax(-1).to(q.dtype)
