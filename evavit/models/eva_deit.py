@@ -134,7 +134,9 @@ class GridVisionTransformer(VisionTransformer):
             feat_size = [x.shape[1], x.shape[2]]
         else:
             feat_size = [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]]
-        return self.norm_pre(self._pos_embed(x)), feat_size
+        # The patch embedding leaves channels outermost in memory; the sums of the blocks would keep that order, and
+        # every LayerNorm would copy its input.
+        return self.norm_pre(self._pos_embed(x)).contiguous(), feat_size
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""

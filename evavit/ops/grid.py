@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'block_counts', 'block_mask', 'cell_shape', 'fix_image_size', 'from_blocks', 'static_size', 'to_blocks',
-    'window_shape',
+    'band_cells', 'block_counts', 'block_mask', 'cell_shape', 'fix_image_size', 'from_blocks', 'static_size',
+    'to_bands', 'to_blocks', 'window_shape',
 ]
 
 
@@ -60,11 +60,12 @@ def to_blocks(x: torch.Tensor, feat_size: List[int], block: Tuple[int, int]) -> 
     H, W = feat_size[0], feat_size[1]
     nH, nW = block_counts(feat_size, block)
     pad_h, pad_w = nH * block[0] - H, nW * block[1] - W
+    x = x.transpose(1, 2)  # so that the gradient comes back as (B, N, h, d) in memory, the layout of a projection
     if pad_w > 0:
-        x = F.pad(x.unflatten(2, [H, W]), [0, 0, 0, pad_w, 0, pad_h]).flatten(2, 3)
+        x = F.pad(x.unflatten(1, [H, W]), [0, 0, 0, 0, 0, pad_w, 0, pad_h]).flatten(1, 2)
     elif pad_h > 0:
-        x = F.pad(x, [0, 0, 0, pad_h * W])
-    return x.unflatten(2, [nH, block[0], nW, block[1]])
+        x = F.pad(x, [0, 0, 0, 0, 0, pad_h * W])
+    return x.unflatten(1, [nH, block[0], nW, block[1]]).permute(0, 5, 1, 2, 3, 4, 6)
 
 
 def from_blocks(x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
@@ -86,3 +87,31 @@ def block_mask(feat_size: List[int], block: Tuple[int, int], device: torch.devic
     rows = torch.arange(nH * block[0], device=device) < H
     cols = torch.arange(nW * block[1], device=device) < W
     return rows.view(nH, block[0], 1, 1) & cols.view(nW, block[1])
+
+
+def to_bands(x: torch.Tensor, feat_size: List[int], block: Tuple[int, int]) -> torch.Tensor:
+    """Split tokens `(B, h, N, d)` into bands, one a row of blocks: `(B·nH, bh·W, h·d)`, heads side by side.
+
+    The result is a view of `x` where that is a view of tokens `(B, N, h·d)`, unless the last band is short: then zeros
+    fill it up.
+    """
+    x = x.transpose(1, 2).flatten(2)
+    pad = -feat_size[0] % block[0]
+    if pad > 0:
+        x = F.pad(x, [0, 0, 0, pad * feat_size[1]])
+    return x.unflatten(1, [-1, block[0] * feat_size[1]]).flatten(0, 1)
+
+
+def band_cells(feat_size: List[int], block: Tuple[int, int], device: torch.device) -> torch.Tensor:
+    """Which tokens of a band are in which of its blocks: bool `(nH, nW, bh·W)`, or `(1, nW, bh·W)` for all bands alike.
+
+    What fills up a short last band is in no block.
+    """
+    H, W = feat_size[0], feat_size[1]
+    nH, nW = block_counts(feat_size, block)
+    block_of_column = torch.arange(W, device=device).div(block[1], rounding_mode='floor')
+    in_block = (block_of_column == torch.arange(nW, device=device).unsqueeze(1)).repeat(1, block[0]).unsqueeze(0)
+    if H % block[0] > 0:
+        in_grid = torch.arange(nH * block[0] * W, device=device) < H * W
+        in_block = in_block & in_grid.view(nH, 1, -1)
+    return in_block

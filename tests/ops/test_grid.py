@@ -3,7 +3,7 @@ import torch
 from references import grid_cells, grid_windows
 
 from evavit.ops import eva_num_cells
-from evavit.ops.grid import block_mask, cell_shape, from_blocks, to_blocks
+from evavit.ops.grid import band_cells, block_mask, cell_shape, from_blocks, to_bands, to_blocks
 
 
 @pytest.mark.parametrize('tokens, cells, size', [(14, 7, 2), (28, 7, 4), (56, 7, 8), (24, 6, 4), (13, 7, 2), (1, 1, 1)])
@@ -36,3 +36,22 @@ def test_blocks_hold_the_tokens_of_the_definition(feat_size):
     is_token = torch.ones_like(blocks).bool() if mask is None else mask.transpose(1, 2).flatten(2).flatten(0, 1)
     windows = [block[real].tolist() for block, real in zip(blocks, is_token, strict=True)]
     assert windows == grid_windows(feat_size, 4)
+
+
+@pytest.mark.parametrize('feat_size', [(14, 14), (13, 9), (5, 3), (1, 1)])
+@pytest.mark.parametrize('partition_grid', [1, 3, 7])
+def test_bands_hold_the_cells_of_the_definition(feat_size, partition_grid):
+    H, W = feat_size
+    cell = cell_shape(feat_size, partition_grid)
+    x = torch.arange(1., 1 + 2 * 3 * H * W * 4).view(2, H * W, 3, 4).transpose(1, 2)
+    bands = to_bands(x, feat_size, cell)
+    if H % cell[0] == 0:
+        assert bands.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()  # a view
+    in_cell = band_cells(feat_size, cell, x.device)
+    in_cell = in_cell.expand(bands.shape[0] // 2, -1, -1)
+    places = torch.arange(in_cell.shape[0] * in_cell.shape[2]).view(in_cell.shape[0], 1, -1).expand_as(in_cell)
+    cells = [place[member].tolist() for place, member in zip(places.flatten(0, 1), in_cell.flatten(0, 1), strict=True)]
+    assert cells == grid_cells(feat_size, partition_grid)
+    tokens = bands.view(2, -1, 12)
+    assert torch.equal(tokens[:, :H * W], x.transpose(1, 2).flatten(2))
+    assert (tokens[:, H * W:] == 0).all()
