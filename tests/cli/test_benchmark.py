@@ -56,7 +56,7 @@ def test_models(bench, dtype):
         (kind, *contender) for kind in ("train", "infer") for contender in (("eva", "plain"), ("softmax", "sdpa"))]
     for row in rows:
         assert row["status"] == "ok" and row["img_size"] == "32" and row["torchcompile"] == "no"
-        assert float(row["img_per_s"]) == pytest.approx(2e3 / float(row["ms"]), rel=1e-2)
+        assert float(row["img_per_s"]) == pytest.approx(2e3 / float(row["ms"]), rel=1e-2, abs=0.06)
     assert rows[1]["model"] == "deit_tiny_patch16_224:class_token=False:global_pool=avg"
 
 
