@@ -60,6 +60,7 @@ def parse(argv=None):
     add("--warmup", type=positive, default=5, help="calls before them (default: 5)")
     add("--results-file", type=Path, help="CSV; rows of the same comparison are replaced")
     add("--resume", action="store_true", help="leave out what the results file has of this device and commit")
+    add("--lock", type=Path, help="a file: runs that name the same one compile side by side, and measure one at a time")
     return parser.parse_args(argv)
 
 
@@ -138,11 +139,13 @@ def main(argv=None):
     if args.resume and not args.results_file:
         raise UserError("--resume needs a --results-file to go on with")
     dtype = args.amp_dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    setting = benchmarking.Setting(device, getattr(torch, dtype), args.backend, args.repeats, args.warmup)
+    setting = benchmarking.Setting(
+        device, getattr(torch, dtype), args.backend, args.repeats, args.warmup, lock=args.lock)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in PyTorch's matrix products
     planned = list(comparisons(args, setting))
     where = benchmarking.origin(device)
-    setting.copy_gb_per_s = benchmarking.copy_rate(device)
+    with setting.turn(alone=True):
+        setting.copy_gb_per_s = benchmarking.copy_rate(device)
     red = False
     for key, measure in planned:
         if args.resume and benchmarking.is_done(args.results_file, key | where):

@@ -40,8 +40,8 @@ from .training.options import nearest
 from .version import __version__
 
 __all__ = ['BACKENDS', 'COLUMNS', 'GRIDS', 'HARMLESS', 'SOFTMAX_MODELS', 'Setting', 'bench_layer', 'bench_model',
-           'bench_op', 'copy_rate', 'default_batch', 'input_size', 'is_done', 'origin', 'parse_model', 'store_rows',
-           'traffic']
+           'bench_op', 'copy_rate', 'default_batch', 'input_size', 'is_done', 'origin', 'parse_model', 'read_rows',
+           'store_rows', 'traffic']
 
 EVA_BACKENDS = ('triton', 'plain')
 SDPA_BACKENDS = {
@@ -52,7 +52,7 @@ SDPA_BACKENDS = {
 BACKENDS = (*EVA_BACKENDS, *SDPA_BACKENDS, 'sdpa')
 
 # Sides of the token grid and images a batch. From 28 × 28 to 224 × 224 every batch has 100,352 tokens or nearly so.
-GRIDS = {14: 256, 20: 256, 28: 128, 40: 64, 56: 32, 80: 16, 112: 8, 160: 4, 224: 2, 256: 2}
+GRIDS = {14: 256, 28: 128, 56: 32, 80: 16, 112: 8, 160: 4, 224: 2, 256: 2}
 TOKENS = 100_352
 
 # Attention weights that the float64 reference of softmax holds at one time: half a GiB.
@@ -110,6 +110,7 @@ class Setting:
         repeats: Measured calls of each contender; fewer of calls that take long, on CUDA.
         warmup: Calls before them.
         copy_gb_per_s: Bytes read and written a second by a copy, see `copy_rate`; None leaves the bandwidth out.
+        lock: A file. Processes that name the same one compile and check side by side and measure one at a time.
     """
     device: torch.device
     dtype: torch.dtype
@@ -117,6 +118,7 @@ class Setting:
     repeats: int = 30
     warmup: int = 5
     copy_gb_per_s: Optional[float] = None
+    lock: Optional[Path] = None
 
     @property
     def cuda(self) -> bool:
@@ -125,6 +127,17 @@ class Setting:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix('torch.')
+
+    @contextlib.contextmanager
+    def turn(self, alone: bool) -> Iterator[None]:
+        """With a lock: wait until nobody measures or, to be alone, until nobody else works on the device."""
+        if self.lock is None:
+            yield
+        else:
+            import fcntl  # not on every system
+            with open(self.lock, 'a') as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+                yield
 
     def autocast(self, **kwargs):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, **kwargs)
@@ -256,7 +269,7 @@ def _compare(setting: Setting, contenders: List[Contender], bound: Callable[[Row
         if setting.copy_gb_per_s:
             row['copy_gb_per_s'] = round(setting.copy_gb_per_s, 1)
         try:
-            with contender.context():
+            with setting.turn(alone=False), contender.context():
                 error, limit = contender.check(), bound(row)
                 row['error'] = f'{error:.1e}'
                 if not error <= limit:  # NaN too
@@ -274,9 +287,9 @@ def _compare(setting: Setting, contenders: List[Contender], bound: Callable[[Row
         if setting.cuda:
             torch.cuda.empty_cache()
     for column in (ready[0].calls if ready else ()):
-        # A graph replays what its context chose when it was made; on a CPU the calls bring their context along.
-        seconds = median_seconds([contender.calls[column] for contender in ready], setting.device, setting.repeats,
-                                 setting.warmup, flush=ready[0].row['bench'] in ('op', 'layer'))
+        with setting.turn(alone=True):
+            seconds = median_seconds([contender.calls[column] for contender in ready], setting.device, setting.repeats,
+                                     setting.warmup, flush=ready[0].row['bench'] in ('op', 'layer'))
         for contender, value in zip(ready, seconds, strict=True):
             contender.row[column] = round(1e3 * value, 4)
     return [contender.row for contender in contenders]
@@ -667,7 +680,8 @@ def _key(row: Row) -> Tuple[str, ...]:
     return tuple(str(row.get(column, '')) for column in KEY)
 
 
-def _read_rows(path: Path) -> List[Row]:
+def read_rows(path: Path) -> List[Row]:
+    """The rows of a results file; none where there is no file."""
     if not path.exists():
         return []
     with open(path, newline='') as stream:
@@ -679,14 +693,14 @@ def _read_rows(path: Path) -> List[Row]:
 
 def is_done(path: Path, key: Row) -> bool:
     """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, and no failure among them."""
-    rows = [row for row in _read_rows(path) if _key(row) == _key(key) and row['commit'] == key['commit']]
+    rows = [row for row in read_rows(path) if _key(row) == _key(key) and row['commit'] == key['commit']]
     return bool(rows) and all(row['status'] in HARMLESS for row in rows)
 
 
 def store_rows(path: Path, rows: List[Row]) -> None:
     """Put the rows of comparisons into a CSV file, in place of earlier rows of the same ones."""
     new = {_key(row) for row in rows}
-    kept = [row for row in _read_rows(path) if _key(row) not in new]
+    kept = [row for row in read_rows(path) if _key(row) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix('.tmp')
     with open(beside, 'w', newline='') as stream:
