@@ -185,6 +185,36 @@ def test_reference_in_blocks(monkeypatch):
     torch.testing.assert_close(blocks, whole)
 
 
+def test_turns(tmp_path):
+    """With a lock file, work goes side by side and a measurement waits for all of it."""
+    fcntl = pytest.importorskip("fcntl")
+    setting = Setting(torch.device("cpu"), torch.float32, lock=tmp_path / "lock")
+
+    def can(kind):
+        with open(setting.lock, "a") as stream:
+            try:
+                fcntl.flock(stream, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    with setting.turn(alone=False):
+        assert can(fcntl.LOCK_SH) and not can(fcntl.LOCK_EX)
+    with setting.turn(alone=True):
+        assert not can(fcntl.LOCK_SH)
+    assert can(fcntl.LOCK_EX)
+
+
+def test_lock_of_a_run(bench, tmp_path, monkeypatch):
+    turns = []
+    turn = Setting.turn
+    monkeypatch.setattr(Setting, "turn", lambda self, alone: turns.append(alone) or turn(self, alone))
+    code, err, rows = bench("--bench", "op", "--grid", "5", "-b", "1", "--dim", "32", "--num-heads", "2",
+                            "--lock", tmp_path / "lock")
+    assert code == 0 and len(rows) == 2, err
+    assert turns == [True, False, False, True, True]  # the copy, two checks, two columns
+
+
 def test_worst_error():
     a, b = torch.ones(3, dtype=torch.double), torch.tensor([1., 1., 2.], dtype=torch.double)
     assert benchmarking._worst_error([a, a], [a, b]) == pytest.approx(1 / math.sqrt(6))
@@ -196,3 +226,29 @@ def test_batches_hold_one_number_of_tokens():
     tokens = [side ** 2 * batch for side, batch in benchmarking.GRIDS.items() if side >= 28]
     assert all(100_000 <= count <= 131_072 for count in tokens)
     assert {14: 256, 28: 128, 56: 32, 112: 8}.items() <= benchmarking.GRIDS.items() and 256 in benchmarking.GRIDS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["op", "layer"])
+def test_attention_on_a_gpu(call, tmp_path, kind):
+    path = tmp_path / "results.csv"
+    code, _, err = call("benchmark", "--bench", kind, "--grid", "14", "-b", "4", "--repeats", "3",
+                        "--results-file", path)
+    rows = read(path)
+    assert code == 0 and [row["backend"] for row in rows] == ["triton", "plain", "flash", "cudnn", "efficient"], err
+    for row in rows:
+        for column in ("forward_ms", "ms", "eager_forward_ms", "eager_ms", "peak_memory_mib", "copy_gb_per_s"):
+            assert float(row[column]) > 0
+        assert (row["forward_of_copy"] != "") == (kind == "op")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_models_on_a_gpu(call, tmp_path):
+    path = tmp_path / "results.csv"
+    code, _, err = call("benchmark", "--bench", "train", "infer", "--model", "eva_deit_tiny", "--img-size", "64", "-b",
+                        "4", "--repeats", "3", "--results-file", path)
+    rows = read(path)
+    assert code == 0 and [row["backend"] for row in rows] == ["triton", "sdpa"] * 2, err
+    assert all(float(row["peak_memory_mib"]) > 0 and float(row["img_per_s"]) > 0 for row in rows)
