@@ -13,12 +13,17 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARK = (sys.executable, str(ROOT / 'benchmark.py'), '--resume')
+sys.path.insert(0, str(ROOT))  # the package may not be installed here
+
+from evavit.benchmarking import read_rows, store_rows  # noqa: E402
+
+GATHERING = threading.Lock()
 MODELS = {  # the longest to compile first
     'pvt': ('--model', 'eva_pvt_v2_b3', '-b', '128'),
     '784': ('--model', 'eva_deit_tiny_784', '-b', '128'),
@@ -27,6 +32,8 @@ MODELS = {  # the longest to compile first
     '896': ('--model', 'eva_deit_tiny_784', '-b', '8', '--img-size', '896'),
     'small': ('--model', 'eva_deit_small', '-b', '256'),
 }
+# Four models compile at one time, with workers of their own.
+ENVIRONMENT = {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '4'}
 STEPS = ('test', 'sanitize', 'op', 'layer', 'models', 'page')
 
 
@@ -48,7 +55,7 @@ def start(name: str, command) -> bool:
     begin = time.monotonic()
     with open(WORK / f'{name}.log', 'w') as log:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                              env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}).returncode
+                              env={**os.environ, **ENVIRONMENT}).returncode
     text = (WORK / f'{name}.log').read_text()
     print(f'== {name}: exit code {code}, {time.monotonic() - begin:.0f} s\n{text[-3000:]}', flush=True)
     return code == 0
@@ -64,12 +71,20 @@ def once(name: str, command) -> bool:
     return done.exists()
 
 
-def gather(target: Path) -> None:
-    """Rows of this code into the results file."""
-    sys.path.insert(0, str(ROOT))
-    from evavit.benchmarking import read_rows, store_rows
-    for path in sorted(WORK.glob('*.csv')):
-        store_rows(target, read_rows(path))
+def measure(name: str, flags, target: Path) -> bool:
+    """`start` benchmark.py with these flags, then put its rows into the results file."""
+    rows = WORK / f'{name}.csv'
+    good = start(name, [sys.executable, 'benchmark.py', *flags, '--resume', '--results-file', str(rows)])
+    with GATHERING:
+        store_rows(target, read_rows(rows))
+    return good
+
+
+def measure_models(names, target: Path) -> bool:
+    """Models compile side by side and are measured one at a time; more at once would not fit the memory."""
+    flags = ['--bench', 'train', 'infer', '--torchcompile', 'default', '--lock', str(WORK / 'lock')]
+    with ThreadPoolExecutor(4) as pool:
+        return all(list(pool.map(lambda name: measure(name, [*flags, *MODELS[name]], target), names)))
 
 
 def main() -> int:
@@ -88,17 +103,10 @@ def main() -> int:
         elif step == 'sanitize':
             good &= once('sanitize', [sys.executable, 'tools/sanitize.py'])
         elif step in ('op', 'layer'):
-            good &= start(step, [*BENCHMARK, '--bench', step, '--results-file', str(WORK / f'{step}.csv')])
+            good &= measure(step, ['--bench', step], args.results_file)
         elif step == 'models':
-            # Models compile side by side and are measured one at a time; more at once would not fit the memory.
-            commands = {name: [
-                *BENCHMARK, '--bench', 'train', 'infer', *MODELS[name], '--torchcompile', '--lock', str(WORK / 'lock'),
-                '--results-file', str(WORK / f'model_{name}.csv')] for name in args.models}
-            with ThreadPoolExecutor(4) as pool:
-                good &= all(list(pool.map(start, commands, commands.values())))
-        if step in ('op', 'layer', 'models'):
-            gather(args.results_file)
-        if step == 'page':
+            good &= measure_models(args.models, args.results_file)
+        elif step == 'page':
             good &= start('page', [sys.executable, 'tools/tables.py'])
     return int(not good)
 

@@ -29,7 +29,7 @@ def load(name: str) -> List[Row]:
 
 
 def gpu_rows() -> List[Row]:
-    return load('h100.csv')
+    return [row for row in load('h100.csv') if 'H100' in row['device']]
 
 
 def cpu_rows() -> List[Row]:

@@ -42,7 +42,7 @@ def performance(tmp_path, monkeypatch):
 
 def store(performance, rows, name='h100.csv'):
     for number, row in enumerate(rows):  # a comparison each
-        store_rows(performance.ROOT / 'results' / name, [dict(dict.fromkeys(COLUMNS, ''), **row, device=f'{number}')])
+        store_rows(performance.ROOT / 'results' / name, [dict(dict.fromkeys(COLUMNS, ''), **row, device=f'H100 {number}')])
 
 
 def figures(performance):
@@ -153,6 +153,7 @@ def test_steps_of_a_gpu_machine(gpu, capsys):
 def test_its_benches_parse(gpu):
     assert gpu.call('--steps', 'op', 'layer', 'models') == 0
     benchmark = load(ROOT / 'benchmark.py')
+    assert all(command[1] == 'benchmark.py' for command in gpu.commands.values())
     parsed = {name: benchmark.parse(command[2:]) for name, command in gpu.commands.items()}
     assert all(args.resume and args.results_file.parent == gpu.WORK for args in parsed.values())
     assert len({args.results_file for args in parsed.values()}) == len(parsed)  # they run side by side
