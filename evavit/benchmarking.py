@@ -16,6 +16,7 @@ import datetime
 import functools
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -40,8 +41,8 @@ from .training.options import nearest
 from .version import __version__
 
 __all__ = ['BACKENDS', 'COLUMNS', 'GRIDS', 'HARMLESS', 'SOFTMAX_MODELS', 'Setting', 'bench_layer', 'bench_model',
-           'bench_op', 'copy_rate', 'default_batch', 'input_size', 'is_done', 'origin', 'parse_model', 'read_rows',
-           'store_rows', 'traffic']
+           'bench_op', 'copy_rate', 'default_batch', 'input_size', 'is_done', 'median_seconds', 'origin', 'parse_model',
+           'read_rows', 'store_rows', 'traffic']
 
 EVA_BACKENDS = ('triton', 'plain')
 SDPA_BACKENDS = {
@@ -478,7 +479,7 @@ def bench_layer(setting: Setting, batch: int, side: int, heads: int = 3, head_di
                 return layer(x, feat_size)
 
         def check():
-            if backend in EVA_BACKENDS and _eva_backend(layer, setting) != backend:
+            if backend in EVA_BACKENDS and _eva_backend(layer) != backend:
                 raise NotAvailable
             if row['attention'] not in references:
                 references[row['attention']] = exact(copy.deepcopy(judged).double(), row['attention'])
@@ -555,11 +556,9 @@ def _eva_layers(module: nn.Module) -> List[EvaAttention]:
     return [layer for layer in module.modules() if isinstance(layer, EvaAttention)]
 
 
-def _eva_backend(module: nn.Module, setting: Setting) -> str:
-    """The code that the EVA layers of a module take under the setting."""
-    taken = {eva_backend(setting.device, setting.dtype, layer.head_dim, layer.window_size, layer.partition_grid,
-                         layer.attn_drop.p if layer.training else 0.) if layer.fused_attn else 'plain'
-             for layer in _eva_layers(module)}
+def _eva_backend(module: nn.Module) -> str:
+    """The code that all EVA layers of a module take where they are, as they say themselves."""
+    taken = {re.search(r'backend=(\w+)', layer.extra_repr()).group(1) for layer in _eva_layers(module)}
     return taken.pop() if len(taken) == 1 else 'plain'
 
 
@@ -606,7 +605,7 @@ def bench_model(setting: Setting, kind: str, text: str, batch: int, img_size: Op
         expected: List[torch.Tensor] = []
 
         def check():
-            if backend in EVA_BACKENDS and _eva_backend(model, setting) != backend:
+            if backend in EVA_BACKENDS and _eva_backend(model) != backend:
                 raise NotAvailable
             judged = copy.deepcopy(model).eval()
             reference = copy.deepcopy(judged).double()

@@ -42,7 +42,8 @@ def performance(tmp_path, monkeypatch):
 
 def store(performance, rows, name='h100.csv'):
     for number, row in enumerate(rows):  # a comparison each
-        store_rows(performance.ROOT / 'results' / name, [dict(dict.fromkeys(COLUMNS, ''), **row, device=f'H100 {number}')])
+        row = dict.fromkeys(COLUMNS, '') | row | dict(device=f'H100 {number}')
+        store_rows(performance.ROOT / 'results' / name, [row])
 
 
 def figures(performance):
