@@ -39,7 +39,7 @@ contract: $(STAMP)  ## timm's own model tests on our models
 gpu: $(if $(filter $(VENV)/%,$(PY)),$(STAMP))  ## on a GPU: test the kernels, run compute-sanitizer and all benches, make docs/performance.md
 	$(PY) tools/gpu.py $(if $(STEPS),--steps $(STEPS)) $(if $(MODELS),--models $(MODELS))
 
-CPU_BENCH := OMP_NUM_THREADS=2 $(PY) benchmark.py --device cpu -b 8 --repeats 15 --results-file results/cpu.csv
+CPU_BENCH := OMP_NUM_THREADS=2 $(PY) benchmark.py --device cpu -b 8 --repeats 15 --warmup 3 --results-file results/cpu.csv
 cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, a few minutes; make docs/performance.md
 	$(CPU_BENCH) --bench infer --model eva_deit_tiny_784 eva_deit_tiny eva_pvt_v2_b3
 	$(CPU_BENCH) --bench train --model eva_deit_tiny_784

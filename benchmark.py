@@ -144,8 +144,9 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in PyTorch's matrix products
     planned = list(comparisons(args, setting))
     where = benchmarking.origin(device)
-    with setting.turn(alone=True):
-        setting.copy_gb_per_s = benchmarking.copy_rate(device)
+    if "op" in args.bench:
+        with setting.turn(alone=True):
+            setting.copy_gb_per_s = benchmarking.copy_rate(device)
     red = False
     for key, measure in planned:
         if args.resume and benchmarking.is_done(args.results_file, key | where):

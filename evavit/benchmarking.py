@@ -256,7 +256,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return 'out of memory'
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, NotAvailable) or 'No available kernel' in text:
+    if isinstance(error, NotAvailable) or 'No available kernel' in text or 'No viable backend' in text:
         return 'not available'
     return text if isinstance(error, WrongResult) else f'{type(error).__name__}: {text}'[:200]
 

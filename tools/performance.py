@@ -131,9 +131,8 @@ def reach() -> str:
         shown = '–' if figure is None else f'{figure:.0f}{unit}' if unit == ' %' else f'{figure:.2f}{unit}'
         lines.append(f'| {what} | {sense} {goal:g}{unit} | {shown} | {verdict(sense, goal, figure)} |')
     verdicts = [verdict(*line[1:4]) for line in goals()]
-    return '\n'.join(lines) + (f'\n\nOf {len(verdicts)} lines, {verdicts.count("reached")} are reached, '
-                               f'{verdicts.count("**short**")} fall short, '
-                               f'{verdicts.count("not measured")} are not measured.')
+    return '\n'.join(lines) + (f'\n\n{len(verdicts)} lines: {verdicts.count("reached")} reached, '
+                               f'{verdicts.count("**short**")} short, {verdicts.count("not measured")} not measured.')
 
 
 def origins(rows: Iterable[Row]) -> str:

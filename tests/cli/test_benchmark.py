@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from evavit import benchmarking
-from evavit.benchmarking import COLUMNS, Setting, bench_op, is_done, store_rows, traffic
+from evavit.benchmarking import COLUMNS, Setting, bench_layer, bench_model, bench_op, is_done, store_rows, traffic
 
 FEW = ["--device", "cpu", "--repeats", "2", "--warmup", "1"]
 MODEL = "eva_deit_tiny:depth=1:embed_dim=32:num_heads=2"
@@ -173,6 +173,78 @@ def test_fractions_of_a_copy():
     assert row["copy_gb_per_s"] == 10.
 
 
+@pytest.fixture
+def like_cuda(monkeypatch):
+    """A CPU that goes the way of a CUDA device, with calls in place of graphs and a memory of 3 MiB."""
+    monkeypatch.setattr(Setting, "cuda", property(lambda self: True))
+    monkeypatch.setattr(benchmarking, "_graphed", lambda call: (call(), call)[1])
+    monkeypatch.setattr(benchmarking, "_peak_mib", lambda call, device: (call(), 3.)[1])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return Setting(torch.device("cpu"), torch.bfloat16, repeats=2, warmup=1, copy_gb_per_s=10.)
+
+
+@pytest.mark.parametrize("measure", [bench_op, bench_layer])
+def test_contenders_of_a_gpu(like_cuda, measure):
+    rows = {row["backend"]: row for row in measure(like_cuda, 2, 5, 2, 16)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "triton": "not available", "plain": "ok", "flash": "ok", "cudnn": "not available",
+        "efficient": "not available"}
+    for row in (rows["plain"], rows["flash"]):
+        assert all(row[name] > 0 for name in ("forward_ms", "ms", "eager_forward_ms", "eager_ms"))
+        assert row["peak_memory_mib"] == 3. and row["copy_gb_per_s"] == 10.
+        assert ("forward_of_copy" in row) == (measure is bench_op)
+    assert "ms" not in rows["triton"] and "error" not in rows["cudnn"]
+
+
+def test_forced_backends_of_models(like_cuda):
+    like_cuda.backends = ("triton", "plain", "flash", "cudnn")
+    rows = bench_model(like_cuda, "infer", "eva_deit_tiny", 1, 32)
+    assert [(row["attention"], row["backend"], row["status"]) for row in rows] == [
+        ("eva", "triton", "not available"), ("eva", "plain", "ok"),
+        ("softmax", "flash", "ok"), ("softmax", "cudnn", "not available")]
+
+
+def test_out_of_memory_is_said_and_is_a_failure(like_cuda, monkeypatch, tmp_path):
+    def fails(self, alone):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(Setting, "turn", fails)
+    rows = bench_op(like_cuda, 1, 5, 2, 16)
+    assert {row["status"] for row in rows} == {"out of memory"}
+    store_rows(tmp_path / "rows.csv", [row | {"commit": "abc"} for row in rows])
+    assert not is_done(tmp_path / "rows.csv", rows[0] | {"commit": "abc"})
+
+
+def test_clock_of_a_gpu(monkeypatch):
+    """The median of as many calls as three seconds hold, each after the cache is emptied; at least ten."""
+    now, log = [0.], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = now[0]
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.time - self.time)
+
+    class Scratch:
+        def zero_(self):
+            now[0] += 1.
+            log.append("flush")
+
+    def call():
+        now[0] += 0.25 if len(log) % 2 else 0.2
+        log.append("call")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: Scratch())
+    monkeypatch.setattr(benchmarking.time, "perf_counter", lambda: now[0])
+    assert benchmarking._cuda_seconds(call, repeats=30, warmup=2, flush=True) == pytest.approx(0.25)
+    assert log == ["call"] * 2 + ["flush", "call"] * 13  # 0.225 s each in the warm-up
+
+
 def test_reference_in_blocks(monkeypatch):
     """The float64 reference of softmax, whatever the number of queries it takes at a time."""
     qkv = [torch.randn(2, 1, 9, 3, dtype=torch.double, requires_grad=True) for _ in range(3)]
@@ -213,6 +285,10 @@ def test_lock_of_a_run(bench, tmp_path, monkeypatch):
                             "--lock", tmp_path / "lock")
     assert code == 0 and len(rows) == 2, err
     assert turns == [True, False, False, True, True]  # the copy, two checks, two columns
+
+    turns.clear()  # models wait for nobody before they compile
+    code, err, rows = bench("--bench", "infer", "--model", MODEL, "--img-size", "32", "-b", "1", "--backend", "plain")
+    assert code == 0 and turns == [False, True], err
 
 
 def test_worst_error():

@@ -79,7 +79,7 @@ def test_figures_of_the_goals(performance):
     assert of('alone', 'per token')[0] == 100 * ((0.62 / tokens[1]) / (0.5 / tokens[0]) - 1)
     assert of('`eva_deit_tiny` on 2 CPU') == (0.8, 'reached')
     assert found['`eva_pvt_v2_b3` on 2 CPU cores, inference: time over timm\'s softmax model'] == (None, 'not measured')
-    assert '| not measured |' in performance.reach() and ' are reached' in performance.reach()
+    assert '| not measured |' in performance.reach() and ' lines: 5 reached, ' in performance.reach()
 
 
 def test_nothing_measured(performance):
