@@ -1,4 +1,5 @@
 """The documentation says what the code does: its Python runs, its links lead somewhere, its table is fresh."""
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -114,6 +115,18 @@ def test_commands_parse(page, line, monkeypatch):
         del flags[position:position + 2]
     _, given = parse_settings(script.removesuffix('.py'), flags)
     assert given
+
+
+def test_benchmark_commands_parse():
+    """Flags and values of every command line that starts benchmark.py."""
+    spec = importlib.util.spec_from_file_location('evavit_script_benchmark', ROOT / 'benchmark.py')
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    lines = [line for page in PAGES for line in read(page).splitlines()
+             if re.match(r' {4}python benchmark\.py ', line)]
+    assert len(lines) >= 3
+    for line in lines:
+        benchmark.parse(shlex.split(line)[2:])
 
 
 def test_a_readme_command_was_found():
