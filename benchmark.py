@@ -76,7 +76,7 @@ def find_device(args):
         if (device.index or 0) >= count:
             raise UserError(f"--device {args.device}: this machine has {count} CUDA devices"
                                  + ("" if count else "; use --device cpu"))
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     else:
         for backend in ("triton", "cudnn", "efficient"):
             if backend in args.backend:
