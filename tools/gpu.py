@@ -33,7 +33,8 @@ MODELS = {  # the longest to compile first
     'small': ('--model', 'eva_deit_small', '-b', '256'),
 }
 # Four models compile at one time, with workers of their own.
-ENVIRONMENT = {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '4'}
+ENVIRONMENT = {'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
+               'PYTHONUNBUFFERED': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '4'}
 STEPS = ('test', 'sanitize', 'op', 'layer', 'models', 'page')
 
 
