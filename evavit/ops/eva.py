@@ -327,9 +327,9 @@ def eva_backend(
 
 def _runs_fused(q: torch.Tensor, window_size: int, partition_grid: int, dropout_p: float,
                 noise: Optional[torch.Tensor]) -> bool:
-    # Exported and traced graphs hold PyTorch's own operators, so that they run where this package is not installed.
-    is_exporting = getattr(torch.compiler, 'is_exporting', torch.jit.is_tracing)  # newer than the oldest torch
-    if torch.jit.is_tracing() or is_exporting():
+    # Exported and traced graphs hold PyTorch's own operators, so that they run where this package is not installed. The
+    # flag is read and `torch.compiler.is_exporting` not called: torch 2.11 says True to it under every torch.compile.
+    if torch.jit.is_tracing() or getattr(torch.compiler, '_is_exporting_flag', False):
         return False
     if noise is not None and noise.requires_grad:  # the kernels' backward has no gradient for it
         return False

@@ -242,3 +242,19 @@ def test_kernels_in_the_interpreter():
     done = subprocess.run([sys.executable, '-c', INTERPRETED.format(tests=tests)], text=True, capture_output=True,
                           env={**os.environ, 'TRITON_INTERPRET': '1'}, check=False)
     assert done.stdout.strip().endswith('agree'), done.stdout + done.stderr
+
+
+def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
+    pytest.importorskip('triton')
+    monkeypatch.setattr('evavit.ops.eva.eva_backend', lambda *args, **kwargs: 'triton')
+    layer, x = EvaAttention(32, 2).train(), torch.randn(1, 12, 32)
+    layer.fused_attn = True
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(str(graph.graph))
+        return lambda *args: [x]  # a CPU cannot run them
+    torch.compiler.reset()
+    torch.compile(layer, backend=backend, fullgraph=True)(x, [3, 4])
+    assert 'evavit.eva' in graphs[0]
+    assert 'evavit' not in str(torch.export.export(layer, (x, [3, 4])).graph)
