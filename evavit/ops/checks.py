@@ -3,7 +3,7 @@ from typing import List, Optional, Tuple
 
 import torch
 
-__all__ = ['check_eva_args', 'check_grid', 'check_partition', 'check_tokens']
+__all__ = ['check_eva_args', 'check_eva_variant_args', 'check_grid', 'check_partition', 'check_tokens']
 
 
 def _shape(x: torch.Tensor) -> str:
@@ -79,5 +79,70 @@ def check_eva_args(
         if list(rel_pos_bias.shape) != [h, area, area]:
             raise ValueError(f'rel_pos_bias must be (heads, window_size², window_size²) = ({h}, {area}, {area}), '
                              f'got {_shape(rel_pos_bias)}')
+    if dropout_p < 0.0 or dropout_p >= 1.0:
+        raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
+
+
+def check_eva_variant_args(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        feat_size: List[int],
+        summary_q: Optional[List[torch.Tensor]],
+        summary_k: Optional[List[torch.Tensor]],
+        rel_pos_bias: Optional[torch.Tensor],
+        window_size: int,
+        partition_grid: int,
+        num_cells: int,
+        partition: str,
+        proposal: str,
+        proposal_mean: Optional[torch.Tensor],
+        halo: int,
+        noise: Optional[torch.Tensor],
+        noise_std: float,
+        dropout_p: float,
+) -> None:
+    """Checks of `evavit.ops.eva_attention_variant`; raises ValueError."""
+    check_tokens(q, k, v, feat_size)
+    B, h, d = q.shape[0], q.shape[1], q.shape[3]
+    if partition not in ('all', 'complement'):
+        raise ValueError(f"partition must be 'all' or 'complement', got '{partition}'")
+    if proposal not in ('qk', 'q', 'zero', 'learned'):
+        raise ValueError(f"proposal must be 'qk', 'q', 'zero' or 'learned', got '{proposal}'")
+    if halo > 0 and window_size == 0:
+        raise ValueError('overlap needs windows; got window_size 0')
+    if partition_grid > 0:
+        if summary_k is None:
+            raise ValueError(f'partition_grid {partition_grid} needs summary_k; got None')
+        if summary_q is None and proposal in ('qk', 'q'):
+            raise ValueError(f"proposal '{proposal}' needs summary_q; got None")
+        for name, summary in (('summary_q', summary_q), ('summary_k', summary_k)):
+            if summary is not None:
+                fits = len(summary) == 0 or len(summary) == 2 or len(summary) == 4
+                for i, tensor in enumerate(summary):
+                    fits = fits and list(tensor.shape) == ([d, d] if i == 0 else [d])
+                if not fits:
+                    raise ValueError(f'{name} must hold no tensor, a ({d}, {d}) weight and a vector of {d}, or these '
+                                     f'and two more vectors for head_dim {d}, got '
+                                     f'{[list(tensor.shape) for tensor in summary]}')
+        if proposal == 'learned':
+            expected = [h, partition_grid, partition_grid, d]
+            if proposal_mean is None:
+                raise ValueError(f"proposal 'learned' needs proposal_mean {expected}; got None")
+            if list(proposal_mean.shape) != expected:
+                raise ValueError(f'proposal_mean must be (heads, partition_grid, partition_grid, head_dim) = {expected}, '
+                                 f'got {_shape(proposal_mean)}')
+        if noise is not None:
+            if (noise.dim() != 5 or noise.shape[0] not in (1, B) or noise.shape[1] not in (1, h)
+                    or noise.shape[2] not in (1, num_cells) or noise.shape[3] < 1 or noise.shape[4] != d):
+                raise ValueError(f'noise must be (batch, heads, cells, samples, head_dim) = ({B}, {h}, {num_cells}, any, '
+                                 f'{d}), the first three or 1, got {_shape(noise)}')
+            if noise_std <= 0.0 and noise.shape[3] > 1:
+                raise ValueError(f'{noise.shape[3]} samples need a noise_std above 0, got {noise_std}')
+    if rel_pos_bias is not None:
+        area, reach = window_size * window_size, (window_size + 2 * halo) ** 2
+        if list(rel_pos_bias.shape) != [h, area, reach]:
+            raise ValueError(f'rel_pos_bias must be (heads, window_size², (window_size + 2·halo)²) = ({h}, {area}, '
+                             f'{reach}), got {_shape(rel_pos_bias)}')
     if dropout_p < 0.0 or dropout_p >= 1.0:
         raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
