@@ -94,7 +94,7 @@ def eva_variant_loop(q, k, v, feat_size, summary_q=None, summary_k=None, bias_ta
     summary_q, summary_k: the tensors of `sigma`; bias_table `((2·(window_size + halo) - 1)², h)`; noise
     `(B, h, C_p, S, d)`, which stands for noise_std · ε.
     """
-    (B, h, N, d), W = q.shape, feat_size[1]
+    (N, d), W = q.shape[2:], feat_size[1]
     s = d ** -0.5
     halo = max(1, window_size // 2) if overlap else 0
     outputs = torch.zeros_like(q)

@@ -130,17 +130,17 @@ def check_eva_variant_args(
             if proposal_mean is None:
                 raise ValueError(f"proposal 'learned' needs proposal_mean {expected}; got None")
             if list(proposal_mean.shape) != expected:
-                raise ValueError(f'proposal_mean must be (heads, partition_grid, partition_grid, head_dim) = {expected}, '
-                                 f'got {_shape(proposal_mean)}')
+                raise ValueError('proposal_mean must be (heads, partition_grid, partition_grid, head_dim) = '
+                                 f'{expected}, got {_shape(proposal_mean)}')
         if noise is not None:
             if (noise.dim() != 5 or noise.shape[0] not in (1, B) or noise.shape[1] not in (1, h)
                     or noise.shape[2] not in (1, num_cells) or noise.shape[3] < 1 or noise.shape[4] != d):
-                raise ValueError(f'noise must be (batch, heads, cells, samples, head_dim) = ({B}, {h}, {num_cells}, any, '
-                                 f'{d}), the first three or 1, got {_shape(noise)}')
+                raise ValueError('noise must be (batch, heads, cells, samples, head_dim) = '
+                                 f'({B}, {h}, {num_cells}, any, {d}), the first three or 1, got {_shape(noise)}')
             if noise_std <= 0.0 and noise.shape[3] > 1:
                 raise ValueError(f'{noise.shape[3]} samples need a noise_std above 0, got {noise_std}')
     if rel_pos_bias is not None:
-        area, reach = window_size * window_size, (window_size + 2 * halo) ** 2
+        area, reach = window_size * window_size, (window_size + 2 * halo) * (window_size + 2 * halo)
         if list(rel_pos_bias.shape) != [h, area, reach]:
             raise ValueError(f'rel_pos_bias must be (heads, window_size², (window_size + 2·halo)²) = ({h}, {area}, '
                              f'{reach}), got {_shape(rel_pos_bias)}')

@@ -127,12 +127,12 @@ def attend(
 ) -> torch.Tensor:
     """Attention of windows of queries to the tokens of their E and to cells, Equation (16), `(B, h, U, A, d)`.
 
-    With more than one sample, β_c depends on the query (Appendix C):
+    With several samples β_c depends on the query (Appendix C):
 
         β_c(q_n) = Σ_s softmax_s(ω_cs · q̂_n + log_weight_cs) value_cs
 
-    It is never formed: weights of cells times weights of samples multiply the S values of each cell. That is N · C_p · S
-    numbers a head, where a β for each query would be N · C_p · d.
+    It is never formed: weights of cells times weights of samples multiply the S values of each cell. That is
+    N · C_p · S numbers a head, where a β for each query would be N · C_p · d.
 
     Args:
         queries: `(B, h, U, A, d)`, U windows of A tokens.
@@ -261,7 +261,7 @@ def _complement(
 
 def _repeat(x: torch.Tensor, times: int) -> torch.Tensor:
     """The cells of `(B, h, C_p, ...)` one set after the other, `(B, h, times · C_p, ...)`."""
-    return x.unsqueeze(2).expand([x.shape[0], x.shape[1], times] + list(x.shape[2:])).flatten(2, 3)
+    return torch.stack([x] * times, 2).flatten(2, 3)
 
 
 def _variant(

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'block_counts', 'block_mask', 'cell_shape', 'fix_image_size', 'from_blocks', 'halo_mask', 'static_size', 'to_blocks',
-    'to_halos', 'window_shape',
+    'block_counts', 'block_mask', 'cell_shape', 'fix_image_size', 'from_blocks', 'halo_mask', 'static_size',
+    'to_blocks', 'to_halos', 'window_shape',
 ]
 
 
