@@ -164,3 +164,30 @@ def relative_errors(output, leaves, expected, expected_leaves):
     for name, value, reference in zip(leaves, grads, references, strict=True):
         found[name] = ((value - reference).norm() / reference.norm().clamp(min=0.01 * grad.norm())).item()
     return found
+
+
+def estimator_loop(q, k, v, cells, omega, log_ratio):
+    """Equation (15), query by query, token by token: g_m and h_m with plain exponentials. cells `(N, M)`."""
+    (B, h, N, d), M = q.shape, k.shape[2]
+    s = d ** -0.5
+    q, k_hat = s ** 0.5 * q, s ** 0.5 * k
+    outputs = []
+    for n in range(N):
+        kernel = torch.stack([torch.exp((q[:, :, n] * k_hat[:, :, m]).sum(-1)) for m in range(M)], -1)
+        Z, y = kernel.sum(-1), 0.
+        for c in range(-1, int(cells.max()) + 1):
+            tokens = [m for m in range(M) if cells[n, m] == c]
+            if c == -1:
+                y = y + sum((kernel[:, :, m] / Z)[..., None] * v[:, :, m] for m in tokens)
+            elif tokens:
+                g, h_sum = torch.zeros(B, h, d, dtype=q.dtype), torch.zeros(B, h, 1, dtype=q.dtype)
+                for sample in range(omega.shape[3]):
+                    w = omega[:, :, c, sample]
+                    xi_q = torch.exp((w * q[:, :, n]).sum(-1) - 0.5 * q[:, :, n].square().sum(-1))
+                    for m in tokens:
+                        xi_k = torch.exp((w * k_hat[:, :, m]).sum(-1) - 0.5 * k_hat[:, :, m].square().sum(-1))
+                        h_m = (torch.exp(log_ratio[:, :, c, sample]) * xi_q * xi_k / Z)[..., None]
+                        g, h_sum = g + h_m * v[:, :, m], h_sum + h_m
+                y = y + (kernel[:, :, tokens].sum(-1) / Z)[..., None] * g / h_sum
+        outputs.append(y)
+    return torch.stack(outputs, 2)
