@@ -191,3 +191,46 @@ def estimator_loop(q, k, v, cells, omega, log_ratio):
                 y = y + (kernel[:, :, tokens].sum(-1) / Z)[..., None] * g / h_sum
         outputs.append(y)
     return torch.stack(outputs, 2)
+
+
+def eva_1d_loop(q, k, v, summary_q=None, summary_k=None, bias=None, window_size=4, cell_size=2, causal=False,
+                overlap=False, padding=None, proposal_scale=1.0, noise=None):
+    """EVA on sequences, sequence by sequence, token by token, over lists of positions.
+
+    bias: function of (query's position, key's position) to a logit for each head; padding: bool `(B, N)`.
+    """
+    (B, h, N, d), s = q.shape, q.shape[-1] ** -0.5
+    half = max(1, window_size // 2) if overlap else 0
+    outputs = []
+    for b in range(B):
+        real = [n for n in range(N) if padding is None or not padding[b, n]]
+        summaries = []  # of cells: last position, k̃, β
+        for c in range(math.ceil(N / cell_size) if cell_size else 0):
+            tokens = [m for m in real if m // cell_size == c]
+            if not tokens:
+                continue
+            k_tilde = sigma(k[b, :, tokens].mean(1), summary_k)
+            omega = s ** 0.5 * proposal_scale * (sigma(q[b, :, tokens].mean(1), summary_q) + k_tilde)
+            omega = omega + (0 if noise is None else noise[b, :, c, 0])
+            xi = [torch.exp((omega * s ** 0.5 * k[b, :, m]).sum(-1) - 0.5 * s * k[b, :, m].square().sum(-1))
+                  for m in tokens]
+            beta = sum(x[:, None] * v[b, :, m] for x, m in zip(xi, tokens, strict=True)) / sum(xi)[:, None]
+            summaries.append(((c + 1) * cell_size - 1, k_tilde, beta))
+        rows = []
+        for n in range(N):
+            if n not in real:
+                rows.append(torch.zeros(h, d, dtype=q.dtype))
+                continue
+            logits, values = [], []
+            first = n // window_size * window_size if window_size else 0
+            for m in real if window_size else []:
+                if (m <= n if causal else m < first + window_size + half) and m >= first - half:
+                    logits.append(s * (q[b, :, n] * k[b, :, m]).sum(-1) + (0 if bias is None else bias(n, m)))
+                    values.append(v[b, :, m])
+            for last, k_tilde, beta in summaries:
+                if not causal or last < first:
+                    logits.append(s * (q[b, :, n] * k_tilde).sum(-1))
+                    values.append(beta)
+            rows.append((torch.stack(logits, -1).softmax(-1)[..., None] * torch.stack(values, 1)).sum(1))
+        outputs.append(torch.stack(rows, 1))
+    return torch.stack(outputs)
