@@ -98,8 +98,15 @@ def to_halos(x: torch.Tensor, feat_size: List[int], block: Tuple[int, int], halo
     nH, nW = block_counts(feat_size, block)
     pad_h, pad_w = nH * block[0] - H, nW * block[1] - W
     x = F.pad(x.unflatten(2, [H, W]), [0, 0, halo[1], halo[1] + pad_w, halo[0], halo[0] + pad_h])
-    x = x.unfold(2, block[0] + 2 * halo[0], block[0]).unfold(3, block[1] + 2 * halo[1], block[1])
-    return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(2, 3)
+    if halo[0] > 0:
+        x = x.unfold(2, block[0] + 2 * halo[0], block[0]).permute(0, 1, 2, 5, 3, 4)
+    else:  # the same, but its backward is faster
+        x = x.unflatten(2, [nH, block[0]])
+    if halo[1] > 0:
+        x = x.unfold(4, block[1] + 2 * halo[1], block[1]).transpose(5, 6)
+    else:
+        x = x.unflatten(4, [nW, block[1]])
+    return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
 
 def halo_mask(feat_size: List[int], block: Tuple[int, int], halo: Tuple[int, int],

@@ -17,7 +17,7 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.md')
 
 FENCE = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\(([^)\s]+)\)')
-FILE = re.compile(r'`((?:evavit|tools|tests|configs|docs|results|\.ci)/[\w./-]*|[\w-]+\.(?:py|yaml|md|toml))`')
+FILE = re.compile(r'`((?:evavit|tools|tests|configs|docs|examples|results|\.ci)/[\w./-]*|[\w-]+\.(?:py|yaml|md|toml))`')
 # Written by a run, or read from where the reader keeps it.
 NOT_OURS = {'args.yaml'}
 
