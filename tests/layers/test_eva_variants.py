@@ -67,6 +67,13 @@ def test_scripts_and_says_what_it_runs(kwargs):
     torch.testing.assert_close(torch.jit.script(layer)(x, [4, 5]), layer(x, (4, 5)))
 
 
+@pytest.mark.parametrize('kwargs', [VARIANTS[0], VARIANTS[8]], ids=['complement', 'everything'])
+def test_compiles_in_one_graph(kwargs):
+    layer, x = make_layer(**kwargs).eval(), torch.randn(1, 20, 16, dtype=torch.float64)
+    compiled = torch.compile(layer, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x, (4, 5)), layer(x, (4, 5)))
+
+
 def test_backend_of_a_variant_is_plain_where_the_default_is_fused(monkeypatch):
     from evavit.ops import eva
     monkeypatch.setattr(eva, '_has_triton', lambda: True)

@@ -136,6 +136,20 @@ def test_steps_reproduce_the_whole_sequence(options, dtype, bound):
     assert cache.length == 19 and cache.keys.shape[2] <= options['window_size'] + halo_size(options['window_size'])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('options', ALL, ids=IDS)
+def test_cuda(options):
+    padding = torch.arange(29) >= torch.tensor([29, 20])[:, None]
+    leaves, options = make_case(29, key_padding_mask=padding, **options)
+    expected = run_op(leaves, options).detach()
+    copies = {name: value.detach().cuda().requires_grad_() for name, value in leaves.items()}
+    options = {key: value.cuda() if torch.is_tensor(value) else value for key, value in options.items()}
+    output = run_op(copies, options)
+    torch.testing.assert_close(output.detach().cpu(), expected, rtol=1e-10, atol=1e-12)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), list(copies.values())))
+
+
 def test_limit_one_chunk_is_causal_softmax_attention():
     leaves, options = make_case(13, window_size=16, cell_size=0, causal=True, bias=False)
     expected = torch.nn.functional.scaled_dot_product_attention(*leaves['qkv'], is_causal=True)

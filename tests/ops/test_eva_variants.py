@@ -123,6 +123,25 @@ def test_half_precision_and_autocast(variant, dtype, bound):
     assert (output.double() - expected).norm() <= bound * expected.norm()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('variant', VARIANTS, ids=name_of)
+@pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-10), (torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+def test_cuda(variant, dtype, bound):
+    leaves, options = make_case((29, 17), 7, 7, d=32, **variant)
+    rounded = {name: value.detach().to(dtype).double().requires_grad_() for name, value in leaves.items()}
+    expected = run_op(rounded, options)
+    copies = {name: value.detach().to('cuda', dtype).requires_grad_() for name, value in rounded.items()}
+    if 'noise' in options:
+        options['noise'] = options['noise'].cuda()
+    output = run_op(copies, options)
+    assert output.dtype == dtype
+    output, expected = output.double().cpu(), expected.detach()
+    assert (output - expected).norm() <= bound * expected.norm()
+    grads = torch.autograd.grad(output.sum(), list(copies.values()))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_defaults_are_eva():
     leaves, options = make_case((7, 10))
     arguments = tensors(leaves, options)
