@@ -33,7 +33,7 @@ class CausalBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = EvaAttention1d(dim, num_heads, window_size=window_size, cell_size=cell_size, causal=True,
-                                   overlap=True, noise_std=0.5)
+                                   overlap=True)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 

@@ -234,3 +234,18 @@ def eva_1d_loop(q, k, v, summary_q=None, summary_k=None, bias=None, window_size=
             rows.append((torch.stack(logits, -1).softmax(-1)[..., None] * torch.stack(values, 1)).sum(1))
         outputs.append(torch.stack(rows, 1))
     return torch.stack(outputs)
+
+
+def saved_bytes(function):
+    """Bytes of the storages that autograd keeps for the backward pass of function()."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = function()  # until counted: memory that is freed may be given out again at the same address
+    total = sum(storages.values())
+    del kept
+    return total

@@ -1,7 +1,7 @@
 """EVA on sequences: against the loop, causality, padding, one token at a time."""
 import pytest
 import torch
-from references import eva_1d_loop, eva_loop, relative_errors
+from references import eva_1d_loop, eva_loop, relative_errors, saved_bytes
 
 from evavit.ops import eva_attention_1d, eva_attention_1d_step, halo_size
 
@@ -168,16 +168,7 @@ def test_a_row_of_the_grid_is_a_sequence():
 def test_memory_is_linear_for_a_given_number_of_cells(causal):
     def saved_per_token(N, cell_size):
         leaves, options = make_case(N, B=1, h=1, d=16, window_size=64, cell_size=cell_size, causal=causal)
-        storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = run_op(leaves, options)
-        del output
-        return sum(storages.values()) / N
+        return saved_bytes(lambda: run_op(leaves, options)) / N
 
     assert saved_per_token(2048, 64) < 1.2 * saved_per_token(512, 16)
 

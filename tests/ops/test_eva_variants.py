@@ -1,7 +1,7 @@
 """EVA's ablations against the loop over the definition, and against each other where they must agree."""
 import pytest
 import torch
-from references import eva_loop, eva_variant_loop, relative_errors
+from references import eva_loop, eva_variant_loop, relative_errors, saved_bytes
 
 from evavit.ops import eva_attention_variant, eva_num_cells, halo_size
 
@@ -213,16 +213,7 @@ def saved_numbers(side, num_samples, partition_grid, d=32, **variant):
     """Numbers that autograd keeps per token."""
     leaves, options = make_case((side, side), 7, partition_grid, B=1, h=1, d=d, num_samples=num_samples, bias=False,
                                 **variant)
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run_op(leaves, options)
-    del output
-    return sum(storages.values()) / 8 / side ** 2
+    return saved_bytes(lambda: run_op(leaves, options)) / 8 / side ** 2
 
 
 @pytest.mark.parametrize('num_samples', [1, 8])
