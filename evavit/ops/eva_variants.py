@@ -317,7 +317,8 @@ def _variant(
     local_mask: Optional[torch.Tensor] = None
     if window_size > 0:
         keys, values = to_halos(k, feat_size, window, halo), to_halos(v, feat_size, window, halo)
-        local_mask = halo_mask(feat_size, window, halo, q.device).unsqueeze(1)
+        if overlap or feat_size[0] % window[0] > 0 or feat_size[1] % window[1] > 0:
+            local_mask = halo_mask(feat_size, window, halo, q.device).unsqueeze(1)
         if rel_pos_bias is not None:
             side = window_size + 2 * halo[0]
             rel_pos_bias = rel_pos_bias.unflatten(2, [side, side]).unflatten(1, [window_size, window_size])
