@@ -4,9 +4,10 @@ from typing import Any, Dict, Type
 
 from .attention import GridAttention, check_heads
 from .eva import EvaAttention
+from .eva_1d import EvaAttention1d
 from .softmax import SoftmaxAttention
 
-__all__ = ['ATTENTIONS', 'EvaAttention', 'GridAttention', 'SoftmaxAttention', 'check_heads',
+__all__ = ['ATTENTIONS', 'EvaAttention', 'EvaAttention1d', 'GridAttention', 'SoftmaxAttention', 'check_heads',
            'pop_attention_kwargs']
 
 ATTENTIONS: Dict[str, Type[GridAttention]] = {

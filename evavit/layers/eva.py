@@ -3,36 +3,89 @@
 Paper: `Efficient Attention via Control Variates`, Zheng et al., ICLR 2023 - https://arxiv.org/abs/2302.04542
 """
 import logging
-from typing import Final, List, Optional, Tuple
+from typing import Final, List, Optional, Tuple, Union
 
 import torch
-from timm.layers import RelPosBias, register_notrace_module, use_fused_attn
+from timm.layers import RelPosBias, register_notrace_module, trunc_normal_, use_fused_attn
 from torch import nn
 
-from evavit.ops import eva_attention_packed, eva_backend, eva_num_cells
+from evavit.ops import eva_attention_packed, eva_attention_variant, eva_backend, eva_num_cells, halo_size
 from evavit.ops.checks import check_partition
 
 from .attention import GridAttention
 
-__all__ = ['EvaAttention']
+__all__ = ['EvaAttention', 'HaloRelPosBias']
 
 _logger = logging.getLogger(__name__)
 
 
 class Summary(nn.Module):
-    """σ of Equation (26): the projection and LayerNorm that turn a cell's mean into its summary.
+    """σ of Equation (26): what turns a cell's mean into its summary. `forward()` gives the parameters.
 
-    Holds the parameters; `evavit.ops.eva_attention` applies them.
+    Holds them only; `evavit.ops.eva_attention` applies them.
+
+    Args:
+        head_dim: Channels of a head.
+        kind: 'linear_ln' for a projection and LayerNorm (four tensors), 'linear' for the projection (two), 'identity'
+            (none).
     """
 
-    def __init__(self, head_dim: int, device=None, dtype=None) -> None:
+    def __init__(self, head_dim: int, kind: str = 'linear_ln', device=None, dtype=None) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.proj = nn.Linear(head_dim, head_dim, **dd)
-        self.norm = nn.LayerNorm(head_dim, **dd)
+        self.proj = nn.Linear(head_dim, head_dim, **dd) if kind != 'identity' else None
+        self.norm = nn.LayerNorm(head_dim, **dd) if kind == 'linear_ln' else None
 
-    def forward(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.proj.weight, self.proj.bias, self.norm.weight, self.norm.bias
+    def forward(self) -> List[torch.Tensor]:
+        parameters: List[torch.Tensor] = []
+        if self.proj is not None:
+            parameters += [self.proj.weight, self.proj.bias]
+        if self.norm is not None:
+            parameters += [self.norm.weight, self.norm.bias]
+        return parameters
+
+
+class HaloRelPosBias(nn.Module):
+    """Relative position bias between a window and the same with `halo` tokens of context on every side.
+
+    One row of `relative_position_bias_table` for each offset (dy, dx), query minus key, of 2·(window_size + halo) - 1
+    along each axis: with r = window_size + halo, row (dy + r - 1)·(2r - 1) + dx + r - 1. For halo 0 that is timm's
+    RelPosBias.
+
+    Args:
+        window_size: Side of the windows in tokens.
+        halo: Context in tokens.
+        num_heads: Heads.
+    """
+
+    def __init__(self, window_size: int, halo: int, num_heads: int, device=None, dtype=None) -> None:
+        super().__init__()
+        reach = window_size + halo
+        self.window_size = (reach, reach)  # of the window whose table has these rows
+        self.window, self.halo, self.num_heads = window_size, halo, num_heads
+        self.relative_position_bias_table = nn.Parameter(
+            torch.empty((2 * reach - 1) ** 2, num_heads, device=device, dtype=dtype))
+        index = torch.empty(window_size ** 2 * (window_size + 2 * halo) ** 2, dtype=torch.long, device=device)
+        self.register_buffer('relative_position_index', index, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the table and the index."""
+        trunc_normal_(self.relative_position_bias_table, std=.02)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the index."""
+        w, o, device = self.window, self.halo, self.relative_position_index.device
+        query, key = torch.arange(w, device=device), torch.arange(-o, w + o, device=device)
+        offset = query.unsqueeze(1) - key + w + o - 1
+        index = offset[:, None, :, None] * (2 * (w + o) - 1) + offset[None, :, None, :]
+        self.relative_position_index.copy_(index.flatten())
+
+    def get_bias(self) -> torch.Tensor:
+        """The bias `(1, h, window_size², (window_size + 2·halo)²)`."""
+        bias = self.relative_position_bias_table[self.relative_position_index]
+        return bias.view(self.window * self.window, -1, self.num_heads).permute(2, 0, 1).unsqueeze(0)
 
 
 @register_notrace_module  # torch.fx keeps it as one node: windows and cells follow the size of the grid
@@ -47,6 +100,8 @@ class EvaAttention(GridAttention):
     set to False. They have no dropout of attention weights: with attn_drop, training takes the plain path, and a log
     line says so. `extra_repr` names the code that runs.
 
+    The ablations, all arguments from `partition` on, run in plain PyTorch: `evavit.ops.eva_attention_variant`.
+
     Args:
         dim: Channels C.
         num_heads: Heads h; must divide dim.
@@ -58,14 +113,24 @@ class EvaAttention(GridAttention):
         noise_std: Standard deviation of the proposal's noise in training; 0 for none. The published implementation
             has head_dim^(-¼) in these units.
         rel_pos_bias: Learned relative position bias inside the window.
+        partition: Ablation (Table 8): 'all' for cells over all tokens, 'complement' for those outside a query's E.
+        summary: Ablation (Table 8): σ is 'linear_ln', 'linear' or 'identity'.
+        num_samples: Ablation (Table 8): samples S of the proposal in each cell. With more than one, β depends on the
+            query. In evaluation the ε of several samples are fixed: S draws of the generator with seed 0, less their
+            mean, times √(S / (S - 1)). (With one sample that is Algorithm 1: ε = 0.)
+        proposal: Ablation (Table 8): mean of the proposal, q̃ + k̃ for 'qk', q̃ for 'q', 0 for 'zero', or one parameter
+            for each head and cell for 'learned', `proposal_mean`.
+        overlap: Ablation: E is the window and half a window of context on each of its sides.
         attn_drop: Dropout rate of the attention weights, of tokens and cells alike.
         proj_drop: Dropout rate after the output projection.
 
     Raises:
         ValueError: num_heads does not divide dim; a window_size or partition_grid that is not a whole number of at
-            least 0, or both 0; a negative noise_std; a dropout rate outside 0 to 1.
+            least 0, or both 0; a negative noise_std; a dropout rate outside 0 to 1; an ablation that does not exist
+            or has nothing to act on.
     """
     fused_attn: Final[bool]
+    variant: Final[bool]
 
     def __init__(
             self,
@@ -79,6 +144,11 @@ class EvaAttention(GridAttention):
             proposal_scale: float = 1.0,
             noise_std: float = 1.0,
             rel_pos_bias: bool = True,
+            partition: str = 'all',
+            summary: str = 'linear_ln',
+            num_samples: int = 1,
+            proposal: str = 'qk',
+            overlap: bool = False,
             attn_drop: float = 0.,
             proj_drop: float = 0.,
             device=None,
@@ -87,41 +157,89 @@ class EvaAttention(GridAttention):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
                          attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        for name, value in (('window_size', window_size), ('partition_grid', partition_grid)):
+        for name, value in (('window_size', window_size), ('partition_grid', partition_grid),
+                            ('num_samples', num_samples)):
             if not isinstance(value, int):
                 raise ValueError(f'{name} must be a whole number, got {value!r}')
         check_partition(window_size, partition_grid)
         if noise_std < 0:
             raise ValueError(f'noise_std must be 0 (no noise) or more, got {noise_std}')
+        ablations = [('partition', partition, ('all', 'complement')),
+                     ('summary', summary, ('linear_ln', 'linear', 'identity')),
+                     ('proposal', proposal, ('qk', 'q', 'zero', 'learned'))]
+        for name, value, choices in ablations:
+            if value not in choices:
+                raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
+            if value != choices[0] and not partition_grid:
+                raise ValueError(f'{name} {value!r} is about cells, and partition_grid 0 has none; leave it out')
+        if num_samples < 1:
+            raise ValueError(f'num_samples must be at least 1, got {num_samples}')
+        if num_samples > 1 and (not partition_grid or noise_std == 0):
+            raise ValueError(f'num_samples {num_samples} needs cells and a noise_std above 0, got partition_grid '
+                             f'{partition_grid} and noise_std {noise_std}')
+        if overlap and not window_size:
+            raise ValueError('overlap needs windows; got window_size 0')
         self.window_size = window_size
         self.partition_grid = partition_grid
         self.proposal_scale = proposal_scale
         self.noise_std = noise_std
+        self.partition = partition
+        self.summary = summary
+        self.num_samples = num_samples
+        self.proposal = proposal
+        self.overlap = overlap
+        self.variant = (partition, summary, num_samples, proposal, overlap) != ('all', 'linear_ln', 1, 'qk', False)
         self.fused_attn = use_fused_attn()
         if attn_drop > 0 and self.fused_attn:
             _logger.warning(
                 'attn_drop %g: training takes plain PyTorch, the fused kernels have no such dropout', attn_drop)
-        self.summary_q = Summary(self.head_dim, **dd) if partition_grid else None
-        self.summary_k = Summary(self.head_dim, **dd) if partition_grid else None
-        self.rel_pos = RelPosBias((window_size, window_size), num_heads, **dd) if window_size and rel_pos_bias else None
+        needs_q = partition_grid and proposal in ('qk', 'q')
+        self.summary_q = Summary(self.head_dim, summary, **dd) if needs_q else None
+        self.summary_k = Summary(self.head_dim, summary, **dd) if partition_grid else None
+        self.rel_pos: Union[RelPosBias, HaloRelPosBias, None] = None
+        if window_size and rel_pos_bias:
+            self.rel_pos = (HaloRelPosBias(window_size, halo_size(window_size), num_heads, **dd) if overlap
+                            else RelPosBias((window_size, window_size), num_heads, **dd))
+        learned = (num_heads, partition_grid, partition_grid, self.head_dim)
+        self.proposal_mean = nn.Parameter(torch.empty(learned, **dd)) if proposal == 'learned' else None
+        eval_noise = torch.empty(num_samples, self.head_dim, device=device) if num_samples > 1 else None
+        self.register_buffer('eval_noise', eval_noise, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise what this module holds itself: a learned proposal (as timm's position embeddings), fixed noise."""
+        if self.proposal_mean is not None:
+            trunc_normal_(self.proposal_mean, std=.02)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Draw the fixed noise of evaluation."""
+        if self.eval_noise is not None:
+            S = self.num_samples
+            noise = torch.randn(S, self.head_dim, generator=torch.Generator().manual_seed(0))
+            self.eval_noise.copy_((S / (S - 1)) ** 0.5 * (noise - noise.mean(0)))
 
     def extra_repr(self) -> str:
         weight = self.qkv.weight
         backend = eva_backend(weight.device, weight.dtype, self.head_dim, self.window_size, self.partition_grid,
-                              self.attn_drop.p if self.training else 0.) if self.fused_attn else 'plain'
+                              self.attn_drop.p if self.training else 0.,
+                              self.variant) if self.fused_attn else 'plain'
+        ablations = (f'partition={self.partition}, summary={self.summary}, num_samples={self.num_samples}, '
+                     f'proposal={self.proposal}, overlap={self.overlap}, ') if self.variant else ''
         return (f'num_heads={self.num_heads}, window_size={self.window_size}, partition_grid={self.partition_grid}, '
-                f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}, backend={backend}')
+                f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}, {ablations}backend={backend}')
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        if self.variant:
+            return self._attend_variant(qkv, feat_size)
         summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None
         summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None
         noise: Optional[torch.Tensor] = None
         if self.summary_q is not None and self.summary_k is not None:
-            summary_q, summary_k = self.summary_q(), self.summary_k()
+            q, k = self.summary_q(), self.summary_k()
+            summary_q, summary_k = (q[0], q[1], q[2], q[3]), (k[0], k[1], k[2], k[3])
             if self.training and self.noise_std > 0:
-                dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-                shape = [qkv.shape[1], qkv.shape[2], eva_num_cells(feat_size, self.partition_grid), qkv.shape[4]]
-                noise = self.noise_std * torch.randn(shape, dtype=dtype, device=qkv.device)
+                noise = self._draw_noise(qkv, feat_size).squeeze(3)
         return eva_attention_packed(
             qkv, feat_size,
             summary_q,
@@ -133,4 +251,35 @@ class EvaAttention(GridAttention):
             noise=noise,
             dropout_p=self.attn_drop.p if self.training else 0.,
             fused=self.fused_attn,
+        )
+
+    def _draw_noise(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """noise_std · ε `(B, h, C_p, S, d)`, the first draw of a forward pass in training."""
+        dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        shape = [qkv.shape[1], qkv.shape[2], eva_num_cells(feat_size, self.partition_grid), self.num_samples,
+                 qkv.shape[4]]
+        return self.noise_std * torch.randn(shape, dtype=dtype, device=qkv.device)
+
+    def _attend_variant(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        q, k, v = qkv.unbind(0)
+        noise: Optional[torch.Tensor] = None
+        if self.training and self.noise_std > 0 and self.partition_grid > 0:
+            noise = self._draw_noise(qkv, feat_size)
+        elif self.eval_noise is not None:
+            noise = self.noise_std * self.eval_noise.view(1, 1, 1, self.num_samples, self.head_dim)
+        return eva_attention_variant(
+            q, k, v, feat_size,
+            self.summary_q() if self.summary_q is not None else None,
+            self.summary_k() if self.summary_k is not None else None,
+            rel_pos_bias=self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            window_size=self.window_size,
+            partition_grid=self.partition_grid,
+            partition=self.partition,
+            proposal=self.proposal,
+            proposal_mean=self.proposal_mean,
+            overlap=self.overlap,
+            proposal_scale=self.proposal_scale,
+            noise=noise,
+            noise_std=self.noise_std,
+            dropout_p=self.attn_drop.p if self.training else 0.,
         )

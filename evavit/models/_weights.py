@@ -5,6 +5,8 @@ import torch
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from torch import nn
 
+from evavit.layers.eva import HaloRelPosBias
+
 __all__ = ['fit_bias_tables']
 
 
@@ -13,7 +15,7 @@ def fit_bias_tables(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
     fitted = dict(state_dict)
     for name, module in model.named_modules():
         key = f'{name}.relative_position_bias_table'
-        if isinstance(module, RelPosBias) and key in fitted:
+        if isinstance(module, (RelPosBias, HaloRelPosBias)) and key in fitted:
             fitted[key] = resize_rel_pos_bias_table(
                 fitted[key],
                 new_window_size=module.window_size,

@@ -1,4 +1,10 @@
 """Pure tensor functions: no parameters, no state."""
 from .eva import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
+from .eva_1d import Eva1dCache, eva_attention_1d, eva_attention_1d_step
+from .eva_exact import control_variate_coefficients, eva_estimator
+from .eva_variants import eva_attention_variant, halo_size
 
-__all__ = ['eva_attention', 'eva_attention_packed', 'eva_backend', 'eva_num_cells']
+__all__ = [
+    'Eva1dCache', 'control_variate_coefficients', 'eva_attention', 'eva_attention_1d', 'eva_attention_1d_step',
+    'eva_attention_packed', 'eva_attention_variant', 'eva_backend', 'eva_estimator', 'eva_num_cells', 'halo_size',
+]

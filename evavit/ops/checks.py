@@ -3,7 +3,10 @@ from typing import List, Optional, Tuple
 
 import torch
 
-__all__ = ['check_eva_args', 'check_grid', 'check_partition', 'check_tokens']
+__all__ = [
+    'check_chunks', 'check_eva_1d_args', 'check_eva_args', 'check_eva_variant_args', 'check_grid', 'check_partition',
+    'check_tokens',
+]
 
 
 def _shape(x: torch.Tensor) -> str:
@@ -81,3 +84,132 @@ def check_eva_args(
                              f'got {_shape(rel_pos_bias)}')
     if dropout_p < 0.0 or dropout_p >= 1.0:
         raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
+
+
+def _check_summary(name: str, summary: List[torch.Tensor], d: int) -> None:
+    fits = len(summary) == 0 or len(summary) == 2 or len(summary) == 4
+    for i, tensor in enumerate(summary):
+        fits = fits and list(tensor.shape) == ([d, d] if i == 0 else [d])
+    if not fits:
+        raise ValueError(f'{name} must hold no tensor, a ({d}, {d}) weight and a vector of {d}, or these and two more '
+                         f'vectors for head_dim {d}, got {[list(tensor.shape) for tensor in summary]}')
+
+
+def check_eva_variant_args(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        feat_size: List[int],
+        summary_q: Optional[List[torch.Tensor]],
+        summary_k: Optional[List[torch.Tensor]],
+        rel_pos_bias: Optional[torch.Tensor],
+        window_size: int,
+        partition_grid: int,
+        num_cells: int,
+        partition: str,
+        proposal: str,
+        proposal_mean: Optional[torch.Tensor],
+        halo: int,
+        noise: Optional[torch.Tensor],
+        noise_std: float,
+        dropout_p: float,
+) -> None:
+    """Checks of `evavit.ops.eva_attention_variant`; raises ValueError."""
+    check_tokens(q, k, v, feat_size)
+    B, h, d = q.shape[0], q.shape[1], q.shape[3]
+    if partition not in ('all', 'complement'):
+        raise ValueError(f"partition must be 'all' or 'complement', got '{partition}'")
+    if proposal not in ('qk', 'q', 'zero', 'learned'):
+        raise ValueError(f"proposal must be 'qk', 'q', 'zero' or 'learned', got '{proposal}'")
+    if halo > 0 and window_size == 0:
+        raise ValueError('overlap needs windows; got window_size 0')
+    if partition_grid > 0:
+        if summary_k is None:
+            raise ValueError(f'partition_grid {partition_grid} needs summary_k; got None')
+        if summary_q is None and proposal in ('qk', 'q'):
+            raise ValueError(f"proposal '{proposal}' needs summary_q; got None")
+        for name, summary in (('summary_q', summary_q), ('summary_k', summary_k)):
+            if summary is not None:
+                _check_summary(name, summary, d)
+        if proposal == 'learned':
+            expected = [h, partition_grid, partition_grid, d]
+            if proposal_mean is None:
+                raise ValueError(f"proposal 'learned' needs proposal_mean {expected}; got None")
+            if list(proposal_mean.shape) != expected:
+                raise ValueError('proposal_mean must be (heads, partition_grid, partition_grid, head_dim) = '
+                                 f'{expected}, got {_shape(proposal_mean)}')
+        if noise is not None:
+            if (noise.dim() != 5 or noise.shape[0] not in (1, B) or noise.shape[1] not in (1, h)
+                    or noise.shape[2] not in (1, num_cells) or noise.shape[3] < 1 or noise.shape[4] != d):
+                raise ValueError('noise must be (batch, heads, cells, samples, head_dim) = '
+                                 f'({B}, {h}, {num_cells}, any, {d}), the first three or 1, got {_shape(noise)}')
+            if noise_std <= 0.0 and noise.shape[3] > 1:
+                raise ValueError(f'{noise.shape[3]} samples need a noise_std above 0, got {noise_std}')
+    if rel_pos_bias is not None:
+        area, reach = window_size * window_size, (window_size + 2 * halo) * (window_size + 2 * halo)
+        if list(rel_pos_bias.shape) != [h, area, reach]:
+            raise ValueError(f'rel_pos_bias must be (heads, window_size², (window_size + 2·halo)²) = ({h}, {area}, '
+                             f'{reach}), got {_shape(rel_pos_bias)}')
+    if dropout_p < 0.0 or dropout_p >= 1.0:
+        raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
+
+
+def check_eva_1d_args(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        summary_q: Optional[List[torch.Tensor]],
+        summary_k: Optional[List[torch.Tensor]],
+        rel_pos_bias: Optional[torch.Tensor],
+        window_size: int,
+        cell_size: int,
+        causal: bool,
+        halo: int,
+        key_padding_mask: Optional[torch.Tensor],
+        noise: Optional[torch.Tensor],
+        dropout_p: float,
+) -> None:
+    """Checks of `evavit.ops.eva_attention_1d`; raises ValueError."""
+    if q.dim() != 4:
+        raise ValueError(f'q must be (batch, heads, tokens, head_dim), got shape {_shape(q)}')
+    if q.shape[2] < 1:
+        raise ValueError(f'a sequence needs a token, got q of shape {_shape(q)}')
+    B, h, N, d = q.shape
+    check_tokens(q, k, v, [1, N])
+    check_chunks(window_size, cell_size, causal, halo > 0)
+    if cell_size > 0:
+        if summary_q is None or summary_k is None:
+            raise ValueError(f'cell_size {cell_size} needs summary_q and summary_k; got None')
+        _check_summary('summary_q', summary_q, d)
+        _check_summary('summary_k', summary_k, d)
+        if noise is not None:
+            cells = -(-N // cell_size)
+            if (noise.dim() != 5 or noise.shape[0] not in (1, B) or noise.shape[1] not in (1, h)
+                    or noise.shape[2] not in (1, cells) or noise.shape[3] != 1 or noise.shape[4] != d):
+                raise ValueError(f'noise must be (batch, heads, cells, 1, head_dim) = ({B}, {h}, {cells}, 1, {d}), '
+                                 f'the first three or 1, got {_shape(noise)}')
+    if rel_pos_bias is not None:
+        reach = window_size + halo * (1 if causal else 2)
+        if list(rel_pos_bias.shape) != [h, window_size, reach]:
+            raise ValueError(f'rel_pos_bias must be (heads, window_size, reach) = ({h}, {window_size}, {reach}), got '
+                             f'{_shape(rel_pos_bias)}')
+    if key_padding_mask is not None and (
+            list(key_padding_mask.shape) != [B, N] or key_padding_mask.dtype != torch.bool):
+        raise ValueError(f'key_padding_mask must be bool (batch, tokens) = ({B}, {N}), true where a position is '
+                         f'padding, got {key_padding_mask.dtype} {_shape(key_padding_mask)}')
+    if dropout_p < 0.0 or dropout_p >= 1.0:
+        raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
+
+
+def check_chunks(window_size: int, cell_size: int, causal: bool, overlap: bool) -> None:
+    """Chunks and cells of a sequence: a query must see something, and a causal one every token before it."""
+    if window_size < 0:
+        raise ValueError(f'window_size must be 0 (no chunks) or more, got {window_size}')
+    if cell_size < 0:
+        raise ValueError(f'cell_size must be 0 (no cells) or more, got {cell_size}')
+    if window_size == 0 and (causal or overlap or cell_size == 0):
+        raise ValueError('window_size 0 leaves a causal query, overlapping chunks or no cells nothing to attend to; '
+                         'set it')
+    if causal and cell_size > 0 and window_size % cell_size != 0:
+        raise ValueError(f'causal cells must divide a chunk: cell_size {cell_size} does not divide window_size '
+                         f'{window_size}')

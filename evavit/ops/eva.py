@@ -313,13 +313,15 @@ def eva_backend(
         window_size: int = 7,
         partition_grid: int = 7,
         dropout_p: float = 0.0,
+        variant: bool = False,
 ) -> str:
     """Which code `eva_attention` takes for such arguments, `fused` permitting: 'triton' or 'plain'.
 
     Triton wants a CUDA device, float32, bfloat16 or float16, a head dim of 16, 32, 48, 64, 80, 96 or 128, windows and
-    grids of at most 16 × 16, and no dropout of attention weights.
+    grids of at most 16 × 16, and no dropout of attention weights. A `variant`, which `eva_attention_variant` computes,
+    is always plain.
     """
-    fits = (device.type == 'cuda' and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    fits = (not variant and device.type == 'cuda' and dtype in (torch.float32, torch.bfloat16, torch.float16)
             and head_dim in (16, 32, 48, 64, 80, 96, 128)
             and window_size <= 16 and partition_grid <= 16 and dropout_p == 0.0)
     return 'triton' if fits and _has_triton() else 'plain'

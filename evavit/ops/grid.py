@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'band_cells', 'block_counts', 'block_mask', 'cell_shape', 'fix_image_size', 'from_blocks', 'static_size',
-    'to_bands', 'to_blocks', 'window_shape',
+    'band_cells', 'block_counts', 'block_mask', 'cell_shape', 'fix_image_size', 'from_blocks', 'halo_mask',
+    'static_size', 'to_bands', 'to_blocks', 'to_halos', 'window_shape',
 ]
 
 
@@ -115,3 +115,31 @@ def band_cells(feat_size: List[int], block: Tuple[int, int], device: torch.devic
         in_grid = torch.arange(nH * block[0] * W, device=device) < H * W
         in_block = in_block & in_grid.view(nH, 1, -1)
     return in_block
+
+
+def to_halos(x: torch.Tensor, feat_size: List[int], block: Tuple[int, int], halo: Tuple[int, int]) -> torch.Tensor:
+    """Blocks of `(B, h, N, d)` with `halo` tokens of context on every side: `(B, h, blocks, area, d)`.
+
+    Blocks as in `to_blocks`, in raster order, with their tokens in raster order: area is (bh + 2·halo_h)·(bw +
+    2·halo_w). Zeros stand where the grid has no token; `halo_mask` tells where.
+    """
+    H, W = feat_size[0], feat_size[1]
+    nH, nW = block_counts(feat_size, block)
+    pad_h, pad_w = nH * block[0] - H, nW * block[1] - W
+    x = F.pad(x.unflatten(2, [H, W]), [0, 0, halo[1], halo[1] + pad_w, halo[0], halo[0] + pad_h])
+    if halo[0] > 0:
+        x = x.unfold(2, block[0] + 2 * halo[0], block[0]).permute(0, 1, 2, 5, 3, 4)
+    else:  # the same, but its backward is faster
+        x = x.unflatten(2, [nH, block[0]])
+    if halo[1] > 0:
+        x = x.unfold(4, block[1] + 2 * halo[1], block[1]).transpose(5, 6)
+    else:
+        x = x.unflatten(4, [nW, block[1]])
+    return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def halo_mask(feat_size: List[int], block: Tuple[int, int], halo: Tuple[int, int],
+              device: torch.device) -> torch.Tensor:
+    """Which places of `to_halos` hold a token: bool `(blocks, area)`."""
+    tokens = torch.ones([1, 1, feat_size[0] * feat_size[1], 1], device=device)
+    return to_halos(tokens, feat_size, block, halo)[0, 0, :, :, 0] > 0

@@ -18,7 +18,7 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.md')
 
 FENCE = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\(([^)\s]+)\)')
-FILE = re.compile(r'`((?:evavit|tools|tests|configs|docs|results|\.ci)/[\w./-]*|[\w-]+\.(?:py|yaml|md|toml))`')
+FILE = re.compile(r'`((?:evavit|tools|tests|configs|docs|examples|results|\.ci)/[\w./-]*|[\w-]+\.(?:py|yaml|md|toml))`')
 # Written by a run, or read from where the reader keeps it.
 NOT_OURS = {'args.yaml'}
 
@@ -147,3 +147,14 @@ def test_model_table_agrees_with_the_paper():
     for row in rows:
         for ours, paper in ((row[5], row[6]), (row[7], row[8])):
             assert f'{float(ours.split()[0]):.1f}' == paper.split()[0], row[0]
+
+
+def test_ablation_table_agrees_with_the_paper():
+    """Where the paper prints a number, to its digit; and every row of Tables 6 and 8 is there."""
+    rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in read('docs/ablations.md').splitlines()
+            if ' M |' in row]
+    assert sum('6' in row[0] for row in rows) == 7 and sum('8' in row[0] for row in rows) == 8
+    printed = [(row[i], row[i + 1]) for row in rows for i in (3, 5) if row[i + 1] != '–']
+    assert len(printed) == 4
+    for ours, paper in printed:
+        assert f'{float(ours.split()[0]):.1f}' == paper.split()[0]
