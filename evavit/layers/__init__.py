@@ -4,15 +4,37 @@ from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Type
 
 from .attention import GridAttention, check_heads
+from .combiner import CombinerAttention
 from .eva import EvaAttention
+from .linformer import LinformerAttention
+from .long_short import LongShortAttention
+from .nystromformer import NystromformerAttention
+from .reformer import ReformerAttention
 from .softmax import SoftmaxAttention
 
-__all__ = ['ATTENTIONS', 'EvaAttention', 'GridAttention', 'SoftmaxAttention', 'attention_layer',
-           'check_heads', 'pop_attention_kwargs']
+__all__ = [
+    'ATTENTIONS',
+    'CombinerAttention',
+    'EvaAttention',
+    'GridAttention',
+    'LinformerAttention',
+    'LongShortAttention',
+    'NystromformerAttention',
+    'ReformerAttention',
+    'SoftmaxAttention',
+    'attention_layer',
+    'check_heads',
+    'pop_attention_kwargs',
+]
 
 ATTENTIONS: Dict[str, Type[GridAttention]] = {
     'eva': EvaAttention,
     'softmax': SoftmaxAttention,
+    'nystromformer': NystromformerAttention,
+    'combiner': CombinerAttention,
+    'long_short': LongShortAttention,
+    'linformer': LinformerAttention,
+    'reformer': ReformerAttention,
 }
 
 

@@ -3,7 +3,7 @@ from typing import List, Optional, Tuple
 
 import torch
 
-__all__ = ['check_eva_args', 'check_grid', 'check_partition', 'check_tokens']
+__all__ = ['check_eva_args', 'check_grid', 'check_partition', 'check_tokens', 'check_whole']
 
 
 def _shape(x: torch.Tensor) -> str:
@@ -81,3 +81,9 @@ def check_eva_args(
                              f'got {_shape(rel_pos_bias)}')
     if dropout_p < 0.0 or dropout_p >= 1.0:
         raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
+
+
+def check_whole(name: str, value: int, least: int) -> None:
+    """A layer's option is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f'{name} must be a whole number of at least {least}, got {value!r}')
