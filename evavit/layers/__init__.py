@@ -5,14 +5,22 @@ from typing import Any, Callable, Dict, Optional, Sequence, Type
 
 from .attention import GridAttention, check_heads
 from .eva import EvaAttention
+from .lara import LaraAttention
+from .local import LocalAttention
+from .performer import PerformerAttention
+from .scatterbrain import ScatterbrainAttention
 from .softmax import SoftmaxAttention
 
-__all__ = ['ATTENTIONS', 'EvaAttention', 'GridAttention', 'SoftmaxAttention', 'attention_layer',
-           'check_heads', 'pop_attention_kwargs']
+__all__ = ['ATTENTIONS', 'EvaAttention', 'GridAttention', 'LaraAttention', 'LocalAttention', 'PerformerAttention',
+           'ScatterbrainAttention', 'SoftmaxAttention', 'attention_layer', 'check_heads', 'pop_attention_kwargs']
 
 ATTENTIONS: Dict[str, Type[GridAttention]] = {
     'eva': EvaAttention,
     'softmax': SoftmaxAttention,
+    'local': LocalAttention,
+    'performer': PerformerAttention,
+    'lara': LaraAttention,
+    'scatterbrain': ScatterbrainAttention,
 }
 
 
