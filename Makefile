@@ -4,9 +4,9 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env quickstart test lint contract clean
+.PHONY: help env quickstart test lint contract gpu cpu-bench clean
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
 env: $(STAMP)  ## create the environment
 
@@ -34,6 +34,16 @@ test: $(STAMP)  ## the test suite, without the slow and gpu markers
 
 contract: $(STAMP)  ## timm's own model tests on our models
 	$(PY) tools/contract.py
+
+# On a machine with a GPU; PY=python3 takes the environment at hand, STEPS and MODELS name parts (tools/gpu.py --help).
+gpu: $(if $(filter $(VENV)/%,$(PY)),$(STAMP))  ## on a GPU: test the kernels, run compute-sanitizer and all benches, make docs/performance.md
+	$(PY) tools/gpu.py $(if $(STEPS),--steps $(STEPS)) $(if $(MODELS),--models $(MODELS))
+
+CPU_BENCH := OMP_NUM_THREADS=2 $(PY) benchmark.py --device cpu -b 8 --repeats 15 --results-file results/cpu.csv
+cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, a few minutes; make docs/performance.md
+	$(CPU_BENCH) --bench infer --model eva_deit_tiny_784 eva_deit_tiny eva_pvt_v2_b3
+	$(CPU_BENCH) --bench train --model eva_deit_tiny_784
+	$(PY) tools/tables.py
 
 clean:  ## remove the environment and build leftovers
 	rm -rf $(VENV) build dist .contract *.egg-info .pytest_cache .ruff_cache

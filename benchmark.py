@@ -1,124 +1,165 @@
 #!/usr/bin/env python3
-"""Time models and the attention layer, and write the figures with device, versions, date and commit.
+"""Time EVA beside softmax attention: whole models, the attention layer, attention alone.
 
-    python benchmark.py --bench train --model eva_deit_tiny deit_tiny_patch16_224 --amp-dtype bfloat16 -b 256 \\
-        --results-file results/train_step.csv
-    python benchmark.py --bench layer --sides 14 28 56 112 128 --results-file results/layer.csv
+    python benchmark.py --bench train infer --model eva_deit_tiny_784 -b 128 --torchcompile --results-file h100.csv
+    python benchmark.py --bench op layer --results-file h100.csv
+    python benchmark.py --bench infer --model eva_deit_tiny -b 8 --device cpu
 
-A model may carry arguments: deit_tiny_patch16_224:patch_size=8. Each figure is a median after a warm-up. A training
-step is forward, cross-entropy, backward and AdamW on one fixed batch of noise: no data loading is in it.
+Beside a model with EVA runs timm's softmax model of its size, beside EVA's op and layer scaled_dot_product_attention
+with each backend forced. Every contender is first held against float64: where it is off, its row says so, no figure is
+given and the exit code is 1. Figures are medians after a warm-up; a training step is forward, cross-entropy, backward
+and AdamW on one fixed batch of noise. A model may carry arguments: deit_tiny_patch16_224:patch_size=8.
 """
+
 import argparse
-import ast
+import fnmatch
+import os
 import sys
+from functools import partial
+from pathlib import Path
 
 import timm
 import torch
 
-import evavit  # noqa: F401  registers the models
-from evavit.layers import EvaAttention
-from evavit.measure import median_seconds, origin, training_step, write_rows
+from evavit import benchmarking
+from evavit.training.errors import UserError, run_script
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-def parse_model(text):
-    """'name:key=value:key=value' to a name and its arguments."""
-    name, *pairs = text.split(':')
-    if not timm.is_model(name):
-        raise SystemExit(f'error: unknown model {name!r}; timm.list_models() lists the names')
-    kwargs = {}
-    for pair in pairs:
-        key, _, value = pair.partition('=')
-        try:
-            kwargs[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            kwargs[key] = value
-    return name, kwargs
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
 
-def bench_model(text, args, device):
-    """Rows for one model: eager and, with --torchcompile, compiled."""
-    name, kwargs = parse_model(text)
-    for compiled in (False, True) if args.torchcompile else (False,):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model = timm.create_model(name, **kwargs).to(device).train(args.bench == 'train')
-        batch = torch.randn(args.batch_size, *model.pretrained_cfg['input_size'], device=device)
-        forward = torch.compile(model) if compiled else model
-        dtype = getattr(torch, args.amp_dtype)
-        if args.bench == 'train':
-            run = training_step(model, forward, batch, dtype)
-        else:
-            amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-            @torch.inference_mode()
-            def run(amp=amp, forward=forward, batch=batch):
-                with amp:
-                    return forward(batch)
-
-        if not run().isfinite().all():
-            raise SystemExit(f'error: {name}: the {args.bench} step gives NaN or infinity; no figure is written')
-        seconds, memory = median_seconds(run, device, args.repeats, args.warmup)
-        yield {
-            'bench': args.bench, 'model': text, 'batch_size': args.batch_size, 'amp_dtype': args.amp_dtype,
-            'torchcompile': compiled, 'img_per_s': round(args.batch_size / seconds, 1), 'ms': round(1e3 * seconds, 2),
-            'peak_memory_mib': round(memory / 2 ** 20),
-        }
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
 
 
-def bench_layer(side, args, device):
-    """One row: forward and backward of EvaAttention on side × side tokens, with a fixed number of tokens a batch."""
-    batch = max(1, args.tokens // side ** 2)
-    layer = EvaAttention(192, 3).to(device).train()
-    dtype = getattr(torch, args.amp_dtype)
-    x = torch.randn(batch, side ** 2, 192, device=device, requires_grad=True)
-    amp = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    def run():
-        with amp:
-            y = layer(x, (side, side))
-        y.backward(torch.ones_like(y))
-
-    seconds, memory = median_seconds(run, device, args.repeats, args.warmup)
-    tokens = batch * side ** 2
-    return {
-        'bench': 'layer', 'tokens': side ** 2, 'batch_size': batch, 'amp_dtype': args.amp_dtype,
-        'ms': round(1e3 * seconds, 2), 'us_per_token': round(1e6 * seconds / tokens, 5),
-        'bytes_per_token': round(memory / tokens),
-    }
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--bench', choices=('train', 'infer', 'layer'), default='train')
-    parser.add_argument('--model', nargs='+', default=['eva_deit_tiny'], help='names, with arguments after colons')
-    parser.add_argument('-b', '--batch-size', type=int, default=64)
-    parser.add_argument('--amp-dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
-    parser.add_argument('--torchcompile', action='store_true', help='time the compiled model too')
-    parser.add_argument('--sides', type=int, nargs='+', default=[14, 28, 56, 112, 128], help='layer: grid sides')
-    parser.add_argument('--tokens', type=int, default=16384, help='layer: tokens a batch, at least one image')
-    parser.add_argument('--repeats', type=int, default=20)
-    parser.add_argument('--warmup', type=int, default=5)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--results-file', help='CSV file to append the rows to')
-    args = parser.parse_args()
-    device = torch.device(args.device)
-
-    if args.bench == 'layer':
-        rows = (bench_layer(side, args, device) for side in args.sides)
-    else:
-        rows = (row for text in args.model for row in bench_model(text, args, device))
-    where = origin(device)
-    for row in rows:
-        print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
-        if args.results_file:
-            write_rows(args.results_file, [row | where])
+def parse(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--bench", nargs="+", choices=("train", "infer", "layer", "op"), default=["train"], help="what to time")
+    add("--model", "-m", nargs="+", default=[], help="models (default: eva_deit_tiny), with arguments after colons")
+    add("--model-list", help="more models: a file with one a line, or names and wildcards with commas between them")
+    add("-b", "--batch-size", type=positive, help="images (default: models 64; op and layer by the grid, at one number"
+        " of tokens)")
+    add("--img-size", type=positive, help="train, infer: side of the images (default: the model's)")
+    add("--grid", type=positive, nargs="+", help="op, layer: sides of token grids (default: 14 to 256; CPU: 14, 28)")
+    add("--dim", type=positive, default=192, help="op, layer: channels (default: 192)")
+    add("--num-heads", type=positive, default=3, help="op, layer: heads (default: 3)")
+    add("--backend", nargs="+", choices=benchmarking.BACKENDS, default=[], help="contenders: EVA's triton and plain;"
+        " softmax's flash, cudnn, efficient, and sdpa, where PyTorch chooses (default: what the device has; for models"
+        " EVA's faster one and sdpa)")
+    add("--amp-dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
+    add("--torchcompile", nargs="?", const="default", default="", choices=MODES, help="compile the models")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--repeats", type=positive, default=30, help="calls of which the median is taken (default: 30)")
+    add("--warmup", type=positive, default=5, help="calls before them (default: 5)")
+    add("--results-file", type=Path, help="CSV; rows of the same comparison are replaced")
+    add("--resume", action="store_true", help="leave out what the results file has of this device and commit")
+    add("--lock", type=Path, help="a file: runs that name the same one compile side by side, and measure one at a time")
+    return parser.parse_args(argv)
 
 
-if __name__ == '__main__':
+def find_device(args):
     try:
-        main()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-            sys.exit(2)
-        raise
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise UserError(f"--device {args.device}: no such device; choose cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: only cpu and cuda are measured")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {args.device}: this machine has {count} CUDA devices"
+                                 + ("" if count else "; use --device cpu"))
+        torch.cuda.set_device(device)
+    else:
+        for backend in ("triton", "cudnn", "efficient"):
+            if backend in args.backend:
+                raise UserError(f"--backend {backend} needs a CUDA device; a CPU has plain and sdpa")
+    return device
+
+
+def find_models(args):
+    """Names of the models in the order asked for; those with arguments are checked here."""
+    texts = list(args.model)
+    if args.model_list and os.path.isfile(args.model_list):
+        texts += [line.strip() for line in Path(args.model_list).read_text().splitlines() if line.strip()]
+    elif args.model_list:
+        texts += args.model_list.split(",")
+    models = []
+    for text in texts or ["eva_deit_tiny"]:
+        if "*" in text or "?" in text:
+            found = fnmatch.filter(timm.list_models(), text)
+            if not found:
+                raise UserError(f"no model is called {text}")
+            models += found
+        else:
+            benchmarking.parse_model(text)
+            models.append(text)
+    return list(dict.fromkeys(models))
+
+
+def comparisons(args, setting):
+    """(what the rows of a comparison share, function that makes them), of all that the flags ask for."""
+    shared = {"amp_dtype": setting.dtype_name}
+    models = find_models(args)
+    for bench in args.bench:
+        if bench in ("op", "layer"):
+            if args.dim % args.num_heads:
+                raise UserError(f"--num-heads {args.num_heads} does not divide --dim {args.dim}")
+            measure = benchmarking.bench_op if bench == "op" else benchmarking.bench_layer
+            for side in args.grid or (benchmarking.GRIDS if setting.cuda else (14, 28)):
+                batch = args.batch_size or benchmarking.default_batch(side, setting.device)
+                key = dict(bench=bench, case=f"{side}x{side}", batch_size=batch, tokens=side ** 2, width=args.dim,
+                           heads=args.num_heads)
+                yield key | shared, partial(measure, setting, batch, side, args.num_heads, args.dim // args.num_heads)
+        else:
+            for text in models:
+                batch = args.batch_size or 64
+                key = dict(bench=bench, case=text, batch_size=batch, torchcompile=args.torchcompile or "no",
+                           img_size=benchmarking.input_size(text, args.img_size)[1])
+                yield key | shared, partial(
+                    benchmarking.bench_model, setting, bench, text, batch, args.img_size, args.torchcompile)
+
+
+def report(row):
+    shown = ("bench", "case", "model", "attention", "backend", "batch_size", "img_size", "tokens", "status", "error",
+             "forward_ms", "ms", "img_per_s", "peak_memory_mib", "forward_of_copy", "backward_of_copy")
+    print("  ".join(f"{name} {row[name]}" for name in shown if row.get(name, "") != ""), flush=True)
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = find_device(args)
+    if args.resume and not args.results_file:
+        raise UserError("--resume needs a --results-file to go on with")
+    dtype = args.amp_dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    setting = benchmarking.Setting(
+        device, getattr(torch, dtype), args.backend, args.repeats, args.warmup, lock=args.lock)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in PyTorch's matrix products
+    planned = list(comparisons(args, setting))
+    where = benchmarking.origin(device)
+    with setting.turn(alone=True):
+        setting.copy_gb_per_s = benchmarking.copy_rate(device)
+    red = False
+    for key, measure in planned:
+        if args.resume and benchmarking.is_done(args.results_file, key | where):
+            print(f"{key['bench']} {key['case']}: in {args.results_file} already")
+            continue
+        rows = [row | where for row in measure()]
+        for row in rows:
+            report(row)
+        if args.results_file:  # after every comparison, so that a run cut short leaves what it measured
+            benchmarking.store_rows(args.results_file, rows)
+        red |= any(row["status"] not in benchmarking.HARMLESS for row in rows)
+    if red:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

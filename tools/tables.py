@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Write the tables of the documentation: python tools/tables.py [--check]
+"""Write the tables and plots of the documentation: python tools/tables.py [--check]
 
 Parameters and multiply-adds are counted on the code (torch.utils.flop_counter, meta device, one image of 224 × 224);
-the paper's numbers stand beside them. Measured figures come from results/. A table goes between two markers such as
-`<!-- models -->` and `<!-- /models -->`. With --check nothing is written; the exit code is 1 if a table is stale.
+the paper's numbers stand beside them. Measured figures come from results/, by `performance.py` beside this file; the
+plot carries a digest of its figures. A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`.
+With --check nothing is written; the exit code is 1 if a table or the plot is stale.
 """
 import argparse
-import csv
 import sys
 from pathlib import Path
 
+import performance
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,26 +64,15 @@ def models() -> str:
     return '\n'.join(lines)
 
 
-def measured() -> str:
-    """Training steps on the GPU, a row a model; a model of timm carries the arguments it was made with."""
-    figures = {}
-    with open(ROOT / 'results' / 'train_step_h100.csv', newline='') as stream:
-        for row in csv.DictReader(stream):
-            figures.setdefault((row['model'], row['batch_size']), {})[row['torchcompile']] = row
-    lines = [
-        '| model | batch | img/s | compiled | GiB | compiled |',
-        '|---|---|---|---|---|---|',
-    ]
-    for (name, batch), rows in figures.items():
-        speed = [f'{float(rows[key]["img_per_s"]):,.0f}' for key in ('False', 'True')]
-        memory = [f'{float(rows[key]["peak_memory_mib"]) / 1024:.1f}' for key in ('False', 'True')]
-        lines.append('| ' + ' | '.join([f'`{name}`', batch, *speed, *memory]) + ' |')
-    origins = sorted({f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}, {row["date"]}'
-                      for rows in figures.values() for row in rows.values()})
-    return '\n'.join(lines) + '\n\n' + '; '.join(origins) + '.'
-
-
-TABLES = {'models': (models, ('README.md', 'docs/models.md')), 'measured': (measured, ('README.md',))}
+PERFORMANCE = 'docs/performance.md'
+TABLES = {
+    'models': (models, ('README.md', 'docs/models.md')),
+    'measured': (performance.gpu_models, ('README.md', PERFORMANCE)),
+    'reach': (performance.reach, (PERFORMANCE,)),
+    'op': (performance.op, (PERFORMANCE,)),
+    'layer': (performance.layer, (PERFORMANCE,)),
+    'cpu': (performance.cpu_models, (PERFORMANCE,)),
+}
 
 
 def replace(text: str, marker: str, generated: str) -> str:
@@ -112,6 +102,15 @@ def main() -> int:
             else:
                 path.write_text(fresh, encoding='utf-8')
                 print(f'{name}: {marker} written')
+    plot = performance.PLOT.relative_to(ROOT)
+    if performance.plot_is_fresh():
+        print(f'{plot}: up to date')
+    elif check:
+        stale = True
+        print(f'{plot}: stale; run python tools/tables.py')
+    else:
+        performance.draw()
+        print(f'{plot}: drawn')
     return int(stale)
 
 

@@ -4,15 +4,36 @@ from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Type
 
 from .attention import GridAttention, check_heads
+from .combiner import CombinerAttention
 from .eva import EvaAttention
 from .lara import LaraAttention
+from .linformer import LinformerAttention
 from .local import LocalAttention
+from .long_short import LongShortAttention
+from .nystromformer import NystromformerAttention
 from .performer import PerformerAttention
+from .reformer import ReformerAttention
 from .scatterbrain import ScatterbrainAttention
 from .softmax import SoftmaxAttention
 
-__all__ = ['ATTENTIONS', 'EvaAttention', 'GridAttention', 'LaraAttention', 'LocalAttention', 'PerformerAttention',
-           'ScatterbrainAttention', 'SoftmaxAttention', 'attention_layer', 'check_heads', 'pop_attention_kwargs']
+__all__ = [
+    'ATTENTIONS',
+    'CombinerAttention',
+    'EvaAttention',
+    'GridAttention',
+    'LaraAttention',
+    'LinformerAttention',
+    'LocalAttention',
+    'LongShortAttention',
+    'NystromformerAttention',
+    'PerformerAttention',
+    'ReformerAttention',
+    'ScatterbrainAttention',
+    'SoftmaxAttention',
+    'attention_layer',
+    'check_heads',
+    'pop_attention_kwargs',
+]
 
 ATTENTIONS: Dict[str, Type[GridAttention]] = {
     'eva': EvaAttention,
@@ -21,6 +42,11 @@ ATTENTIONS: Dict[str, Type[GridAttention]] = {
     'performer': PerformerAttention,
     'lara': LaraAttention,
     'scatterbrain': ScatterbrainAttention,
+    'nystromformer': NystromformerAttention,
+    'combiner': CombinerAttention,
+    'long_short': LongShortAttention,
+    'linformer': LinformerAttention,
+    'reformer': ReformerAttention,
 }
 
 

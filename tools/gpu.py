@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Check and measure the fused kernels on a machine with a CUDA device: make gpu
+
+Steps, in this order, each on its own with --steps: the tests marked gpu, the kernels under compute-sanitizer, attention
+alone, the layer, whole models, the page docs/performance.md with its plots. What has been done with this code on this
+machine is not done again: after a stop, the same line goes on. Logs and rows are in a folder of output/gpu, and the
+rows go from there into the results file, in place of those of the same comparisons. COMMIT in the environment names
+the commit where there is no git.
+"""
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARK = (sys.executable, str(ROOT / 'benchmark.py'), '--resume')
+MODELS = {  # the longest to compile first
+    'pvt': ('--model', 'eva_pvt_v2_b3', '-b', '128'),
+    '784': ('--model', 'eva_deit_tiny_784', '-b', '128'),
+    'tiny': ('--model', 'eva_deit_tiny', '-b', '256'),
+    '448': ('--model', 'eva_deit_tiny_784', '-b', '32', '--img-size', '448'),
+    '896': ('--model', 'eva_deit_tiny_784', '-b', '8', '--img-size', '896'),
+    'small': ('--model', 'eva_deit_small', '-b', '256'),
+}
+STEPS = ('test', 'sanitize', 'op', 'layer', 'models', 'page')
+
+
+def work_folder() -> Path:
+    """Where this code's logs and rows are: other code starts with nothing done."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob('*.py'), *ROOT.glob('evavit/**/*.py'), *ROOT.glob('tests/**/*.py')]):
+        digest.update(path.read_bytes())
+    folder = ROOT / 'output' / 'gpu' / digest.hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+WORK = work_folder()
+
+
+def start(name: str, command) -> bool:
+    """Run a command with its output in a log; whether it ended well."""
+    begin = time.monotonic()
+    with open(WORK / f'{name}.log', 'w') as log:
+        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                              env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1'}).returncode
+    text = (WORK / f'{name}.log').read_text()
+    print(f'== {name}: exit code {code}, {time.monotonic() - begin:.0f} s\n{text[-3000:]}', flush=True)
+    return code == 0
+
+
+def once(name: str, command) -> bool:
+    """`start`, unless it ended well before."""
+    done = WORK / f'{name}.done'
+    if done.exists():
+        print(f'== {name}: done before', flush=True)
+    elif start(name, command):
+        done.touch()
+    return done.exists()
+
+
+def gather(target: Path) -> None:
+    """Rows of this code into the results file."""
+    sys.path.insert(0, str(ROOT))
+    from evavit.benchmarking import read_rows, store_rows
+    for path in sorted(WORK.glob('*.csv')):
+        store_rows(target, read_rows(path))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS)
+    parser.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS))
+    parser.add_argument('--results-file', type=Path, default=ROOT / 'results' / 'h100.csv')
+    args = parser.parse_args()
+
+    good = True
+    for step in (step for step in STEPS if step in args.steps):
+        if step == 'test':
+            good &= once('test', [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', '-n', '6'])
+        elif step == 'sanitize' and shutil.which('compute-sanitizer') is None:
+            print('== sanitize: compute-sanitizer is not on the path; left out', flush=True)
+        elif step == 'sanitize':
+            good &= once('sanitize', [sys.executable, 'tools/sanitize.py'])
+        elif step in ('op', 'layer'):
+            good &= start(step, [*BENCHMARK, '--bench', step, '--results-file', str(WORK / f'{step}.csv')])
+        elif step == 'models':
+            # Models compile side by side and are measured one at a time; more at once would not fit the memory.
+            commands = {name: [
+                *BENCHMARK, '--bench', 'train', 'infer', *MODELS[name], '--torchcompile', '--lock', str(WORK / 'lock'),
+                '--results-file', str(WORK / f'model_{name}.csv')] for name in args.models}
+            with ThreadPoolExecutor(4) as pool:
+                good &= all(list(pool.map(start, commands, commands.values())))
+        if step in ('op', 'layer', 'models'):
+            gather(args.results_file)
+        if step == 'page':
+            good &= start('page', [sys.executable, 'tools/tables.py'])
+    return int(not good)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

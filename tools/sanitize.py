@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Run the fused kernels under compute-sanitizer: python tools/sanitize.py
+
+Forward and backward on small cases with odd grids, short windows, every tile and both precisions, under memcheck and
+racecheck. Needs a CUDA device and NVIDIA's compute-sanitizer (part of the CUDA toolkit) on the path. The exit code is
+1 where a tool reports an error.
+"""
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from evavit.ops import eva_attention_packed, eva_backend, eva_num_cells
+
+TOOLS = ('memcheck', 'racecheck')
+# height, width, window_size, partition_grid, head dim, dtype
+CASES = (
+    (9, 11, 7, 7, 32, torch.bfloat16),
+    (14, 14, 7, 7, 64, torch.bfloat16),
+    (5, 16, 7, 3, 48, torch.float16),
+    (9, 11, 7, 7, 64, torch.float32),
+    (20, 18, 16, 16, 16, torch.bfloat16),
+    (8, 7, 0, 7, 32, torch.bfloat16),
+    (8, 7, 7, 0, 32, torch.bfloat16),
+)
+
+
+def run_cases() -> None:
+    """Every case once. Inputs are drawn on the CPU: little but our kernels runs on the device."""
+    for height, width, window_size, partition_grid, d, dtype in CASES:
+        torch.manual_seed(0)
+        feat_size = [height, width]
+        qkv = torch.randn(2, height * width, 3, 2, d).to('cuda', dtype).requires_grad_()
+        leaves = [qkv]
+        options = dict(window_size=window_size, partition_grid=partition_grid)
+        for name in ('summary_q', 'summary_k') if partition_grid else ():
+            options[name] = tuple(x.cuda().requires_grad_() for x in (
+                torch.randn(d, d) * d ** -0.5, torch.zeros(d), torch.ones(d), torch.zeros(d)))
+            leaves += options[name]
+        if partition_grid:
+            options['noise'] = torch.randn(2, 2, eva_num_cells(feat_size, partition_grid), d).cuda()
+        if window_size:
+            options['rel_pos_bias'] = torch.randn(2, window_size ** 2, window_size ** 2).cuda().requires_grad_()
+            leaves.append(options['rel_pos_bias'])
+        if eva_backend(qkv.device, dtype, d, window_size, partition_grid) != 'triton':
+            raise SystemExit('error: the fused kernels do not run here')
+        out = eva_attention_packed(qkv.permute(2, 0, 3, 1, 4), feat_size, fused=True, **options)
+        grads = torch.autograd.grad(out, leaves, torch.randn(out.shape).to('cuda', dtype))
+        torch.cuda.synchronize()
+        assert all(x.isfinite().all() for x in (out.cpu(), *(grad.cpu() for grad in grads)))
+    print(f'{len(CASES)} cases ran')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--run', action='store_true', help='run the cases in this process, under no tool')
+    if parser.parse_args().run:
+        run_cases()
+        return 0
+    sanitizer = shutil.which('compute-sanitizer')
+    if not torch.cuda.is_available() or sanitizer is None:
+        print('error: ' + ('compute-sanitizer is not on the path' if torch.cuda.is_available() else 'no CUDA device'),
+              file=sys.stderr)
+        return 2
+    this = [sys.executable, __file__, '--run']
+    subprocess.run(this, check=True)  # compiles the kernels
+    failed = False
+    for tool in TOOLS:
+        # Without PyTorch's cache every tensor has an allocation of its own, whose ends memcheck knows.
+        done = subprocess.run(
+            [sanitizer, '--tool', tool, '--error-exitcode', '9', *this], capture_output=True, text=True,
+            env={**os.environ, 'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'})
+        print(f'{tool}: ' + (done.stdout.strip() or done.stderr.strip())[-4000:], flush=True)
+        failed |= done.returncode != 0
+    return int(failed)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
