@@ -40,6 +40,80 @@ def split(x, groups):
     return x[:, :, list(chain(*groups))].split([len(group) for group in groups], 2)
 
 
+def scaled(*tensors):
+    """x̂ = d^(-¼) x."""
+    return [x * x.shape[-1] ** -0.25 for x in tensors]
+
+
+def xi(x, omega):
+    """ξ(x, ω) = exp(ω·x - ½‖x‖²) of x `(…, d)` for one direction ω, `(d)` or as x."""
+    return torch.exp((x * omega).sum(-1) - 0.5 * (x * x).sum(-1))
+
+
+def phi(x, directions, kind='positive'):
+    """Random features `(B, h, N, S)` of x `(B, h, N, d)`, one direction of `(h, S, d)` after the other."""
+    S = directions.shape[1]
+    omegas = [omega[None, :, None] for omega in directions.unbind(1)]
+    if kind == 'relu':
+        return torch.stack([((x * omega).sum(-1) / S ** 0.5).relu() + 1e-3 for omega in omegas], -1)
+    return torch.stack([xi(x, omega) for omega in omegas], -1) / S ** 0.5
+
+
+def performer_loop(q, k, v, directions, kind='positive'):
+    """φ(q)·φ(k) in place of exp(q·k), one query after the other."""
+    q, k = scaled(q, k)
+    weights, keys = phi(q, directions, kind), phi(k, directions, kind)
+    outputs = []
+    for w in weights.unbind(2):
+        similarity = (w[:, :, None] * keys).sum(-1, keepdim=True)
+        outputs.append((similarity * v).sum(2) / similarity.sum(2))
+    return torch.stack(outputs, 2)
+
+
+def lara_loop(q, k, v, landmarks_q, landmarks_k, weighting, noise=None):
+    """Importance sampling from C proposals, by their densities, one sample after the other; noise `(B, h, C, S, d)`."""
+    s = q.shape[-1] ** -0.5
+    affinity = torch.softmax(s * landmarks_q @ q.transpose(2, 3), -1)  # (B, h, C, N), over the queries
+    q, k, landmarks_q, landmarks_k = scaled(q, k, landmarks_q, landmarks_k)
+    means = (landmarks_q + landmarks_k).unbind(2)
+    noise = torch.zeros_like(landmarks_q).unsqueeze(3) if noise is None else noise
+
+    def density(omega, mean):
+        return torch.exp(-0.5 * ((omega - mean) ** 2).sum(-1))
+
+    numerator, denominator = 0., 0.
+    for c, mean in enumerate(means):
+        for eps in noise[:, :, c].unbind(2):
+            omega = mean + eps
+            keys = xi(k, omega[:, :, None])
+            f = (keys[..., None] * v).sum(2) / keys.sum(2)[..., None]
+            target = density(omega, 0.)[..., None] * xi(q, omega[:, :, None]) * keys.sum(2)[..., None]  # (B, h, N)
+            balance = density(omega, mean) / sum(density(omega, other) for other in means)
+            if weighting == 'optimal':
+                alpha = (balance[..., None] + affinity[:, :, c] - affinity.mean(2)).clamp(min=1e-8)
+            elif weighting == 'biased':
+                alpha = balance[..., None] * torch.exp((q * mean[:, :, None]).sum(-1))
+            else:
+                alpha = balance[..., None]
+            w = alpha * target / density(omega, mean)[..., None]
+            numerator = numerator + w[..., None] * f[:, :, None]
+            denominator = denominator + w[..., None]
+    return numerator / denominator
+
+
+def scatterbrain_loop(q, k, v, feat_size, directions, bias_table=None, window_size=7):
+    """exp(s q·k + b) for the tokens of the query's window and φ(q)·φ(k) for all others, one window after the other."""
+    s = q.shape[-1] ** -0.5
+    similarity = phi(*scaled(q), directions) @ phi(*scaled(k), directions).transpose(2, 3)
+    exact = torch.exp(s * q @ k.transpose(2, 3))
+    for tokens in grid_windows(feat_size, window_size):
+        window = exact[:, :, tokens][..., tokens]
+        if bias_table is not None:
+            window = window * torch.exp(bias_table[bias_rows(tokens, feat_size[1], window_size)].permute(2, 0, 1))
+        rows, cols = torch.tensor(tokens)[:, None], torch.tensor(tokens)
+        similarity = similarity.index_put((torch.arange(q.shape[0])[:, None, None, None],
+                                           torch.arange(q.shape[1])[:, None, None], rows, cols), window)
+    return similarity @ v / similarity.sum(-1, keepdim=True)
 def in_order(outputs, groups):
     """Outputs of groups of tokens, back in raster order."""
     return torch.cat(outputs, 2)[:, :, torch.tensor(list(chain(*groups))).argsort()]

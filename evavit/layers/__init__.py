@@ -6,10 +6,14 @@ from typing import Any, Callable, Dict, Optional, Sequence, Type
 from .attention import GridAttention, check_heads
 from .combiner import CombinerAttention
 from .eva import EvaAttention
+from .lara import LaraAttention
 from .linformer import LinformerAttention
+from .local import LocalAttention
 from .long_short import LongShortAttention
 from .nystromformer import NystromformerAttention
+from .performer import PerformerAttention
 from .reformer import ReformerAttention
+from .scatterbrain import ScatterbrainAttention
 from .softmax import SoftmaxAttention
 
 __all__ = [
@@ -17,10 +21,14 @@ __all__ = [
     'CombinerAttention',
     'EvaAttention',
     'GridAttention',
+    'LaraAttention',
     'LinformerAttention',
+    'LocalAttention',
     'LongShortAttention',
     'NystromformerAttention',
+    'PerformerAttention',
     'ReformerAttention',
+    'ScatterbrainAttention',
     'SoftmaxAttention',
     'attention_layer',
     'check_heads',
@@ -30,6 +38,10 @@ __all__ = [
 ATTENTIONS: Dict[str, Type[GridAttention]] = {
     'eva': EvaAttention,
     'softmax': SoftmaxAttention,
+    'local': LocalAttention,
+    'performer': PerformerAttention,
+    'lara': LaraAttention,
+    'scatterbrain': ScatterbrainAttention,
     'nystromformer': NystromformerAttention,
     'combiner': CombinerAttention,
     'long_short': LongShortAttention,
