@@ -119,8 +119,9 @@ class ReformerAttention(GridAttention):
         buckets = self.hash(q)
         order = (buckets * N + torch.arange(N, device=q.device)).argsort(-1)  # (B, h, rounds, N)
         rank = order.argsort(-1)
-        # What decides in which rounds a pair meets: bucket and chunk of each token in every round.
-        places = torch.stack([buckets, rank // m], -1).permute(0, 1, 3, 2, 4).flatten(3)  # (B, h, N, rounds · 2)
+        # Bucket and chunk of each token in every round as one number: a query's less a key's is 0 or 1 where the key is
+        # in the same bucket, and in the same chunk or the one before. (B, h, N, rounds)
+        places = (buckets * (chunks + 1) + rank // m).to(torch.int32).transpose(2, 3)
 
         norm = q.to(dtype).square().sum(-1, keepdim=True).clamp(min=1e-12).rsqrt()
         index = F.pad(order, pad)
@@ -133,24 +134,26 @@ class ReformerAttention(GridAttention):
         is_token = (torch.arange(chunks * m, device=q.device) < N).view(1, 1, 1, chunks, m, 1)
         is_key = self._look_back(is_token).transpose(-2, -1)
 
-        meetings = torch.zeros([1], dtype=dtype, device=q.device)
+        meetings = torch.zeros([1], dtype=torch.int16, device=q.device)
         for r in range(self.num_hashes):
-            bucket_q, bucket_k = places_q[..., 2 * r:2 * r + 1], places_k[..., 2 * r:2 * r + 1].transpose(-2, -1)
-            chunk_q, chunk_k = places_q[..., 2 * r + 1:2 * r + 2], places_k[..., 2 * r + 1:2 * r + 2].transpose(-2, -1)
-            behind = chunk_q - chunk_k
-            meetings = meetings + ((bucket_q == bucket_k) & (behind >= 0) & (behind <= 1)).to(dtype)
+            ahead = places_q[..., r:r + 1] - places_k[..., r:r + 1].transpose(-2, -1)
+            meetings = meetings + (ahead >> 1 == 0)
+        own = torch.arange(self.num_hashes, device=q.device).view(1, 1, -1, 1, 1, 1)
+        place_s = torch.gather(places_q, 5, own.expand(q.shape[0], q.shape[1], -1, chunks, m, -1))
+        same_bucket = (place_s - self._look_back(place_s).transpose(-2, -1)) >> 1 == 0
 
-        bucket_s = torch.gather(buckets, 3, index).unflatten(3, [chunks, m]).unsqueeze(-1)
-        same_bucket = bucket_s == self._look_back(bucket_s).transpose(-2, -1)
         logits = (q_s @ k_s.transpose(-2, -1)).to(dtype)
         # The paper's logit of a token for itself: it counts only where nothing else does.
         logits = logits.masked_fill(number == self._look_back(number).transpose(-2, -1), -1e5)
-        logits = logits - meetings.clamp(min=1).log()
+        logits = logits - meetings.clamp(min=1).to(dtype).log()
         # Finite, so that the rows that fill up the last chunk give no NaN.
         logits = logits.masked_fill(~(same_bucket & is_key), -1e30)
 
-        z = logits.logsumexp(-1, keepdim=True)
-        attn = self.attn_drop((logits - z).exp().to(v.dtype))
+        attn = logits.softmax(-1)
+        # log-sum-exp by way of the largest weight: the softmax is there already, and exp of -1e30 is slow on a CPU.
+        largest, place = logits.max(-1, keepdim=True)
+        z = largest - torch.gather(attn, -1, place).log()
+        attn = self.attn_drop(attn.to(v.dtype))
         back = rank.unsqueeze(-1)
         out = (attn @ v_s).flatten(3, 4)
         out = torch.gather(out, 3, back.expand(-1, -1, -1, -1, out.shape[-1]))
