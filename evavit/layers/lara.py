@@ -60,7 +60,7 @@ class LaraAttention(GridAttention):
         num_heads: Heads h; must divide dim.
         landmark_grid: Landmarks asked for along each axis: 7 is at most 49 landmarks.
         landmark_proj: 'head' for one projection of a head's channels, shared by the heads, or 'channels' for one of all
-            channels, as in the published PVT.
+            channels, which the pyramid has by default.
         weighting: α of the proposals: 'optimal', 'balance' or 'biased'.
         num_samples: Samples of each proposal in training.
         antithetic: Draw them in pairs μ ± ε; num_samples must then be even.

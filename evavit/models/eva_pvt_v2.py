@@ -27,6 +27,10 @@ from ._weights import fit_bias_tables
 
 __all__ = ['GridPyramidVisionTransformerV2']
 
+# Options that an attention has in the pyramid unless they are given. LARA's published parameter count, 39.9 M, is that
+# of landmarks projected over all channels.
+OPTIONS = {'lara': dict(landmark_proj='channels')}
+
 
 class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
     """timm's PyramidVisionTransformerV2 on full-length keys and values; images of any size.
@@ -65,7 +69,7 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
             if name in kwargs:
                 raise ValueError(f'{name}={kwargs[name]}: keys and values are not downsampled here; leave it out')
         dd = {'device': device, 'dtype': dtype}
-        attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
+        attn_kwargs = {**OPTIONS.get(attn_layer, {}), **pop_attention_kwargs(attn_layer, kwargs)}
         heads = to_ntuple(len(embed_dims))(num_heads)
         for dim, stage_heads in zip(embed_dims, heads, strict=True):
             check_heads(dim, stage_heads)
