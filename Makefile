@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env quickstart test lint contract gpu cpu-bench clean
+.PHONY: help env quickstart test lint contract contract-all gpu cpu-bench clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
@@ -34,6 +34,9 @@ test: $(STAMP)  ## the test suite, without the slow and gpu markers
 
 contract: $(STAMP)  ## timm's own model tests on our models
 	$(PY) tools/contract.py
+
+contract-all: $(STAMP)  ## the same in full on every attention's models, an hour or more
+	$(PY) tools/contract.py --all -n auto
 
 # On a machine with a GPU; PY=python3 takes the environment at hand, STEPS and MODELS name parts (tools/gpu.py --help).
 gpu: $(if $(filter $(VENV)/%,$(PY)),$(STAMP))  ## on a GPU: test the kernels, run compute-sanitizer and all benches, make docs/performance.md

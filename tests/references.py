@@ -40,6 +40,85 @@ def split(x, groups):
     return x[:, :, list(chain(*groups))].split([len(group) for group in groups], 2)
 
 
+def scaled(*tensors):
+    """x̂ = d^(-¼) x."""
+    return [x * x.shape[-1] ** -0.25 for x in tensors]
+
+
+def xi(x, omega):
+    """ξ(x, ω) = exp(ω·x - ½‖x‖²) of x `(…, d)` for one direction ω, `(d)` or as x."""
+    return torch.exp((x * omega).sum(-1) - 0.5 * (x * x).sum(-1))
+
+
+def phi(x, directions, kind='positive'):
+    """Random features `(B, h, N, S)` of x `(B, h, N, d)`, one direction of `(h, S, d)` after the other."""
+    S = directions.shape[1]
+    omegas = [omega[None, :, None] for omega in directions.unbind(1)]
+    if kind == 'relu':
+        return torch.stack([((x * omega).sum(-1) / S ** 0.5).relu() + 1e-3 for omega in omegas], -1)
+    return torch.stack([xi(x, omega) for omega in omegas], -1) / S ** 0.5
+
+
+def performer_loop(q, k, v, directions, kind='positive'):
+    """φ(q)·φ(k) in place of exp(q·k), one query after the other."""
+    q, k = scaled(q, k)
+    weights, keys = phi(q, directions, kind), phi(k, directions, kind)
+    outputs = []
+    for w in weights.unbind(2):
+        similarity = (w[:, :, None] * keys).sum(-1, keepdim=True)
+        outputs.append((similarity * v).sum(2) / similarity.sum(2))
+    return torch.stack(outputs, 2)
+
+
+def lara_loop(q, k, v, landmarks_q, landmarks_k, weighting, noise=None):
+    """Importance sampling from C proposals, by their densities, one sample after the other; noise `(B, h, C, S, d)`."""
+    s = q.shape[-1] ** -0.5
+    affinity = torch.softmax(s * landmarks_q @ q.transpose(2, 3), -1)  # (B, h, C, N), over the queries
+    q, k, landmarks_q, landmarks_k = scaled(q, k, landmarks_q, landmarks_k)
+    means = (landmarks_q + landmarks_k).unbind(2)
+    noise = torch.zeros_like(landmarks_q).unsqueeze(3) if noise is None else noise
+
+    def density(omega, mean):
+        return torch.exp(-0.5 * ((omega - mean) ** 2).sum(-1))
+
+    numerator, denominator = 0., 0.
+    for c, mean in enumerate(means):
+        for eps in noise[:, :, c].unbind(2):
+            omega = mean + eps
+            keys = xi(k, omega[:, :, None])
+            f = (keys[..., None] * v).sum(2) / keys.sum(2)[..., None]
+            target = density(omega, 0.)[..., None] * xi(q, omega[:, :, None]) * keys.sum(2)[..., None]  # (B, h, N)
+            balance = density(omega, mean) / sum(density(omega, other) for other in means)
+            if weighting == 'optimal':
+                alpha = (balance[..., None] + affinity[:, :, c] - affinity.mean(2)).clamp(min=1e-8)
+            elif weighting == 'biased':
+                alpha = balance[..., None] * torch.exp((q * mean[:, :, None]).sum(-1))
+            else:
+                alpha = balance[..., None]
+            w = alpha * target / density(omega, mean)[..., None]
+            numerator = numerator + w[..., None] * f[:, :, None]
+            denominator = denominator + w[..., None]
+    return numerator / denominator
+
+
+def scatterbrain_loop(q, k, v, feat_size, directions, bias_table=None, window_size=7):
+    """exp(s q·k + b) for the tokens of the query's window and φ(q)·φ(k) for all others, one window after the other."""
+    s = q.shape[-1] ** -0.5
+    similarity = phi(*scaled(q), directions) @ phi(*scaled(k), directions).transpose(2, 3)
+    exact = torch.exp(s * q @ k.transpose(2, 3))
+    for tokens in grid_windows(feat_size, window_size):
+        window = exact[:, :, tokens][..., tokens]
+        if bias_table is not None:
+            window = window * torch.exp(bias_table[bias_rows(tokens, feat_size[1], window_size)].permute(2, 0, 1))
+        rows, cols = torch.tensor(tokens)[:, None], torch.tensor(tokens)
+        similarity = similarity.index_put((torch.arange(q.shape[0])[:, None, None, None],
+                                           torch.arange(q.shape[1])[:, None, None], rows, cols), window)
+    return similarity @ v / similarity.sum(-1, keepdim=True)
+def in_order(outputs, groups):
+    """Outputs of groups of tokens, back in raster order."""
+    return torch.cat(outputs, 2)[:, :, torch.tensor(list(chain(*groups))).argsort()]
+
+
 def eva_loop(q, k, v, feat_size, summary_q=None, summary_k=None, bias_table=None, window_size=7, partition_grid=7,
              proposal_scale=1.0, noise=None):
     """EVA for q, k, v `(B, h, N, d)`: one cell after the other, then one window of queries after the other.
@@ -76,7 +155,127 @@ def eva_loop(q, k, v, feat_size, summary_q=None, summary_k=None, bias_table=None
             bias = bias_table[bias_rows(tokens, feat_size[1], window_size)].permute(2, 0, 1)
             logits = logits + F.pad(bias, [0, len(betas)])
         outputs.append(torch.softmax(logits, -1) @ values)
-    return torch.cat(outputs, 2)[:, :, torch.tensor(list(chain(*groups))).argsort()]
+    return in_order(outputs, groups)
+
+
+def merge_heads(x):
+    """`(B, h, N, d)` to `(B, N, h·d)`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def pseudo_inverse_loop(x, iterations):
+    """Razavi's iteration on one matrix."""
+    identity = torch.eye(len(x), dtype=x.dtype)
+    z = x.T / (x.abs().sum(0).max() * x.abs().sum(1).max())
+    for _ in range(iterations):
+        inner = 7 * identity - x @ z
+        inner = 15 * identity - x @ z @ inner
+        inner = 13 * identity - x @ z @ inner
+        z = z @ inner / 4
+    return z
+
+
+def nystromformer_loop(q, k, v, feat_size, landmark_grid=7, iterations=6, kernels=None):
+    """Nyström attention: one head of one image after the other; kernels `(h, length)` of the convolution."""
+    s = q.shape[-1] ** -0.5
+    cells = grid_cells(feat_size, landmark_grid)
+    images = []
+    for image in range(q.shape[0]):
+        heads = []
+        for head in range(q.shape[1]):
+            Q, K, V = q[image, head], k[image, head], v[image, head]
+            Q_l = torch.stack([Q[cell].mean(0) for cell in cells])
+            K_l = torch.stack([K[cell].mean(0) for cell in cells])
+            left, right = torch.softmax(s * Q @ K_l.T, 1), torch.softmax(s * Q_l @ K.T, 1)
+            y = left @ pseudo_inverse_loop(torch.softmax(s * Q_l @ K_l.T, 1), iterations) @ right @ V
+            if kernels is not None:
+                reach = kernels.shape[1] // 2
+                padded = F.pad(V, [0, 0, reach, reach])
+                y = y + sum(weight * padded[j:j + len(V)] for j, weight in enumerate(kernels[head]))
+            heads.append(y)
+        images.append(torch.stack(heads))
+    return torch.stack(images)
+
+
+def window_bias(table, tokens, width, window_size):
+    """Bias `(h, queries, keys)` among tokens of a window, or 0 without a table."""
+    return 0. if table is None else table[bias_rows(tokens, width, window_size)].permute(2, 0, 1)
+
+
+def combiner_loop(q, k, v, feat_size, bias_table=None, window_size=7):
+    """Combiner-Fixed with DeepSets-Max: one span of queries after the other, every other span summarised."""
+    s = q.shape[-1] ** -0.5
+    spans = grid_windows(feat_size, window_size)
+    parts = list(zip(split(q, spans), split(k, spans), split(v, spans), strict=True))
+    keys, values = [], []
+    for q_m, k_m, v_m in parts:
+        inside = torch.softmax(s * (q_m.max(2, keepdim=True).values @ k_m.transpose(2, 3)), -1)
+        keys.append(k_m.max(2, keepdim=True).values)
+        values.append(inside @ v_m)
+    outputs = []
+    for number, (tokens, (q_n, k_m, v_m)) in enumerate(zip(spans, parts, strict=True)):
+        others = [r for r in range(len(spans)) if r != number]
+        logits = [s * q_n @ k_m.transpose(2, 3) + window_bias(bias_table, tokens, feat_size[1], window_size)]
+        logits += [s * q_n @ keys[r].transpose(2, 3) for r in others]
+        weights = torch.softmax(torch.cat(logits, -1), -1)
+        outputs.append(weights @ torch.cat([v_m, *(values[r] for r in others)], 2))
+    return in_order(outputs, spans)
+
+
+def long_short_loop(q, k, v, feat_size, projection, norms=None, bias_table=None, window_size=7):
+    """Long-short attention; projection (W `(h·r, C)`, b), norms ((weight, bias) of LN_L, of LN_G) over C channels."""
+    B, h, _, d = q.shape
+    s = d ** -0.5
+    logits = merge_heads(k) @ projection[0].T + projection[1]
+    r = logits.shape[-1] // h
+    P = torch.stack([torch.softmax(logits[..., head * r:(head + 1) * r], 1) for head in range(h)], 1)  # (B, h, N, r)
+    k_bar, v_bar = P.transpose(2, 3) @ k, P.transpose(2, 3) @ v
+    if norms is not None:
+        def normalise(x, norm):
+            return F.layer_norm(merge_heads(x), (h * d,), *norm).view(B, -1, h, d).transpose(1, 2)
+
+        k, v, k_bar, v_bar = (normalise(x, norm) for x, norm in zip(
+            (k, v, k_bar, v_bar), (norms[0], norms[0], norms[1], norms[1]), strict=True))
+    windows = grid_windows(feat_size, window_size)
+    outputs = []
+    for tokens in windows:
+        local = s * q[:, :, tokens] @ k[:, :, tokens].transpose(2, 3)
+        local = local + window_bias(bias_table, tokens, feat_size[1], window_size)
+        weights = torch.softmax(torch.cat([local, s * q[:, :, tokens] @ k_bar.transpose(2, 3)], -1), -1)
+        outputs.append(weights @ torch.cat([v[:, :, tokens], v_bar], 2))
+    return in_order(outputs, windows)
+
+
+def linformer_loop(q, k, v, E, F_v):
+    """Linformer with projections `(r, N)`: each projected key and value is a sum over the tokens."""
+    keys = torch.stack([(E[j, :, None] * k).sum(2) for j in range(len(E))], 2)
+    values = torch.stack([(F_v[j, :, None] * v).sum(2) for j in range(len(F_v))], 2)
+    return torch.softmax(q.shape[-1] ** -0.5 * q @ keys.transpose(2, 3), -1) @ values
+
+
+def reformer_loop(q, v, rotations, chunk_size):
+    """LSH attention over the union of what a query meets in any round; rotations `(rounds, d, buckets / 2)`."""
+    N = q.shape[2]
+    images = []
+    for image in range(q.shape[0]):
+        heads = []
+        for head in range(q.shape[1]):
+            Q, V = q[image, head], v[image, head]
+            sees = torch.zeros(N, N, dtype=torch.bool)
+            for R in rotations:
+                bucket = [int(torch.cat([x @ R, -(x @ R)]).argmax()) for x in Q.detach()]
+                place = {n: i for i, n in enumerate(sorted(range(N), key=lambda n: (bucket[n], n)))}
+                for n in range(N):
+                    for m in range(N):
+                        if bucket[m] == bucket[n] and place[n] // chunk_size - place[m] // chunk_size in (0, 1):
+                            sees[n, m] = n != m
+            for n in range(N):
+                if not sees[n].any():
+                    sees[n, n] = True
+            keys = torch.stack([x / x.norm() for x in Q])
+            heads.append(torch.softmax((Q @ keys.T).masked_fill(~sees, -math.inf), 1) @ V)
+        images.append(torch.stack(heads))
+    return torch.stack(images)
 
 
 def sigma(mean, summary):

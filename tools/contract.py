@@ -1,8 +1,14 @@
-"""Run timm's own model tests on this package's models: `make contract`.
+"""Run timm's own model tests on this package's models: `make contract`, `make contract-all`.
 
 Fetches the source distribution of the installed timm with pip (kept in .contract/), runs its tests/test_models.py with
 our models in timm's families (timm_backend.py), and fails on any failure and on any test below that did not run.
+
+The four models with EVA are tested in full. Every other attention is tested with its `_deit_tiny` on the tests that are
+cheap; with --all each of its models is tested in full, which takes an hour or more of processor time.
 """
+import argparse
+import fnmatch
+import json
 import os
 import subprocess
 import sys
@@ -12,15 +18,17 @@ from pathlib import Path
 
 import timm
 
+from evavit.layers import ATTENTIONS
+from evavit.models.eva_deit import VARIANTS as DEIT
+from evavit.models.eva_pvt_v2 import VARIANTS as PVT
+
 TOOLS = Path(__file__).resolve().parent
 CACHE = TOOLS.parent / '.contract'
 
-MODELS = ('eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3')
 # name of the test: batch size in its id, or None
 TESTS = {
     'test_model_forward': 1,
     'test_model_backward': 2,
-    'test_model_default_cfgs_non_std': 1,
     'test_model_forward_torchscript': 1,
     'test_model_forward_intermediates_features': 1,
     'test_model_forward_intermediates': 1,
@@ -29,12 +37,18 @@ TESTS = {
     'test_model_backward_fx': 2,
     'test_model_forward_fx_torchscript': 1,
 }
+# timm has two tests of configuration and classifier, by the beginning of a name.
+CFGS, CFGS_NON_STD = {'test_model_default_cfgs': 1, 'test_model_forward_features': 1}, {
+    'test_model_default_cfgs_non_std': 1}
+CHEAP = ('test_model_forward', 'test_model_backward', 'test_model_forward_intermediates_features',
+         'test_model_forward_intermediates', 'test_model_forward_torchscript')
 
 
-def expected_tests():
-    """Ids of the tests that have to pass."""
+def tests_of(model, only=None):
+    """Ids of the tests that a model has to pass."""
+    tests = TESTS | (CFGS if 'pvt' in model and not model.startswith('eva_') else CFGS_NON_STD)
     return {f'{test}[{model}]' if batch is None else f'{test}[{batch}-{model}]'
-            for test, batch in TESTS.items() for model in MODELS}
+            for test, batch in tests.items() if only is None or test in only}
 
 
 def fetch_timm(version: str) -> Path:
@@ -53,13 +67,32 @@ def fetch_timm(version: str) -> Path:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--all', action='store_true', help='every model, in full')
+    parser.add_argument('--models', nargs='+', metavar='NAME', help='these models instead, wildcards allowed')
+    parser.add_argument('--cheap', action='store_true', help='of --all or --models, the cheap tests only')
+    parser.add_argument('--jobs', '-n', default='0', help='processes (pytest-xdist)')
+    args = parser.parse_args()
+    names = [f'{attention}_{variant}' for attention in ATTENTIONS for variant in (*DEIT, *PVT)]
+    only = CHEAP if args.cheap else None
+    if args.models or args.all:
+        wanted = {name: only for name in names
+                  if args.all or any(fnmatch.fnmatch(name, pattern) for pattern in args.models)}
+    else:
+        wanted = {name: None if name.startswith('eva_') else CHEAP
+                  for name in names if name.startswith('eva_') or name.endswith('_deit_tiny')}
+    if not wanted:
+        print(f'contract: no model is called {" or ".join(args.models)}')
+        return 2
+
     source = fetch_timm(timm.__version__)
     report = CACHE / 'report.xml'
     report.unlink(missing_ok=True)
-    environment = dict(os.environ, TORCH_BACKEND='timm_backend', PYTHONPATH=str(TOOLS), TIMEOUT='600')
+    environment = dict(os.environ, TIMEOUT='600', CONTRACT=json.dumps(wanted),
+                       PYTHONPATH=os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get('PYTHONPATH')])]))
     environment.pop('GITHUB_ACTIONS', None)  # timm leaves tests out where it is set
     pytest = subprocess.run(
-        [sys.executable, '-m', 'pytest', 'tests/test_models.py', '-q', '-k', ' or '.join(MODELS),
+        [sys.executable, '-m', 'pytest', 'tests/test_models.py', '-q', '-n', args.jobs, '-p', 'timm_backend',
          '-p', 'no:cacheprovider', '-W', 'ignore', f'--junitxml={report}'],
         cwd=source, env=environment)
 
@@ -68,9 +101,12 @@ def main() -> int:
         return 1
     cases = list(ElementTree.parse(report).iter('testcase'))
     passed = {case.get('name') for case in cases if len(case.findall('*')) == len(case.findall('system-out'))}
-    missing = sorted(expected_tests() - passed)
-    print(f'contract: timm {timm.__version__}, {len(passed)} of its tests passed on {len(MODELS)} models, '
-          f'{len(expected_tests())} listed')
+    expected = set().union(*(tests_of(*item) for item in wanted.items()))
+    missing = sorted(expected - passed)
+    in_full = [name for name, tests in wanted.items() if tests is None]
+    print(f'contract: timm {timm.__version__}, {len(passed)} of its tests passed, {len(expected)} listed: '
+          f'{len(in_full)} models in full ({", ".join(in_full) or "none"}), {len(wanted) - len(in_full)} on '
+          f'{len(CHEAP)} tests ({", ".join(name for name in wanted if name not in in_full) or "none"})')
     for name in missing:
         print(f'contract: did not pass: {name}')
     return 1 if missing or pytest.returncode else 0

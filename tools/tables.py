@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import attentions
 import performance
 import timm
 import torch
@@ -105,7 +106,11 @@ def ablations() -> str:
 
 
 PERFORMANCE = 'docs/performance.md'
+ATTENTIONS = 'docs/attentions.md'
 TABLES = {
+    'attentions': (attentions.table, (ATTENTIONS,)),
+    'errors': (attentions.error_table, (ATTENTIONS,)),
+    'gallery': (attentions.gallery, (ATTENTIONS,)),
     'models': (models, ('README.md', 'docs/models.md')),
     'ablations': (ablations, ('docs/ablations.md',)),
     'measured': (performance.gpu_models, ('README.md', PERFORMANCE)),

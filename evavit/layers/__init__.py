@@ -1,18 +1,54 @@
 """The attentions, one a file, every one `forward(x, feat_size)` on tokens `(B, N, C)`."""
 import inspect
-from typing import Any, Dict, Type
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Sequence, Type
 
 from .attention import GridAttention, check_heads
+from .combiner import CombinerAttention
 from .eva import EvaAttention
 from .eva_1d import EvaAttention1d
+from .lara import LaraAttention
+from .linformer import LinformerAttention
+from .local import LocalAttention
+from .long_short import LongShortAttention
+from .nystromformer import NystromformerAttention
+from .performer import PerformerAttention
+from .reformer import ReformerAttention
+from .scatterbrain import ScatterbrainAttention
 from .softmax import SoftmaxAttention
 
-__all__ = ['ATTENTIONS', 'EvaAttention', 'EvaAttention1d', 'GridAttention', 'SoftmaxAttention', 'check_heads',
-           'pop_attention_kwargs']
+__all__ = [
+    'ATTENTIONS',
+    'CombinerAttention',
+    'EvaAttention',
+    'EvaAttention1d',
+    'GridAttention',
+    'LaraAttention',
+    'LinformerAttention',
+    'LocalAttention',
+    'LongShortAttention',
+    'NystromformerAttention',
+    'PerformerAttention',
+    'ReformerAttention',
+    'ScatterbrainAttention',
+    'SoftmaxAttention',
+    'attention_layer',
+    'check_heads',
+    'pop_attention_kwargs',
+]
 
 ATTENTIONS: Dict[str, Type[GridAttention]] = {
     'eva': EvaAttention,
     'softmax': SoftmaxAttention,
+    'local': LocalAttention,
+    'performer': PerformerAttention,
+    'lara': LaraAttention,
+    'scatterbrain': ScatterbrainAttention,
+    'nystromformer': NystromformerAttention,
+    'combiner': CombinerAttention,
+    'long_short': LongShortAttention,
+    'linformer': LinformerAttention,
+    'reformer': ReformerAttention,
 }
 
 
@@ -31,4 +67,18 @@ def pop_attention_kwargs(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     own = inspect.signature(ATTENTIONS[name]).parameters
     shared = inspect.signature(GridAttention).parameters
     return {key: kwargs.pop(key) for key, parameter in own.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and key not in shared and key in kwargs}
+            if parameter.kind is parameter.KEYWORD_ONLY and key not in shared and key != 'feat_size' and key in kwargs}
+
+
+def attention_layer(name: str, feat_size: Optional[Sequence[int]] = None, **options) -> Callable[..., GridAttention]:
+    """What makes the layers of a model: the class of `ATTENTIONS` with its options, called with dim and num_heads.
+
+    Args:
+        name: A key of `ATTENTIONS`.
+        feat_size: Grid (H, W) of the model, for an attention that is made for one grid.
+        options: Options of the attention's own.
+    """
+    attention = ATTENTIONS[name]
+    if attention.fixed_grid:
+        options['feat_size'] = feat_size
+    return partial(attention, **options)

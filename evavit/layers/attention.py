@@ -17,7 +17,11 @@ class GridAttention(nn.Module):
     """Base class of the multi-head attentions: `forward(x, feat_size)` on tokens `(B, N, C)` of an H × W grid.
 
     Projects to q, k, v, hands them to `attend` as one tensor, merges the heads and projects back. A subclass implements
-    `attend` and keeps its own options keyword-only.
+    `attend` and keeps its own options keyword-only: the models take them by their names.
+
+    A subclass whose weights hold for one grid alone sets `fixed_grid`. The models then give it their grid as the
+    keyword-only argument `feat_size`, call `set_feat_size(feat_size)` to change it, and refuse images of any size; its
+    `attend` refuses any other grid with a message that names both.
 
     Args:
         dim: Channels C.
@@ -30,6 +34,8 @@ class GridAttention(nn.Module):
     Raises:
         ValueError: num_heads does not divide dim; a dropout rate outside 0 to 1.
     """
+
+    fixed_grid = False
 
     def __init__(
             self,

@@ -13,22 +13,23 @@ new, and they are the whole seam between timm's ViT and an attention that needs 
 Tokens stay `(B, N, C)` between the blocks. What would break the grid (class and register tokens, patch dropout,
 attention masks) is refused.
 """
-from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
 from evavit.convert import convert_published_eva, is_published_eva
-from evavit.layers import ATTENTIONS, pop_attention_kwargs
+from evavit.layers import ATTENTIONS, attention_layer, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
-from ._weights import fit_bias_tables
+from ._register import register_variants
+from ._weights import fit_bias_tables, fit_token_projections
 
 __all__ = ['GridBlock', 'GridVisionTransformer']
 
@@ -85,8 +86,10 @@ class GridVisionTransformer(VisionTransformer):
         class_token: Refused if true, like reg_tokens and patch_drop_rate: tokens would not form a grid.
         dynamic_img_size: Take images of any size, with the position embedding resampled on the fly.
         dynamic_img_pad: Pad images to whole patches. By default on with dynamic_img_size.
+        img_size: Image size, height and width or one number for both.
+        patch_size: Patch size, likewise; their quotient is the grid.
         **kwargs: Options of the attention (for EVA: window_size, partition_grid, proposal_scale, noise_std,
-            rel_pos_bias; see `evavit.layers.EvaAttention`) and further arguments of timm's VisionTransformer.
+            rel_pos_bias; see the classes in `evavit.layers`) and further arguments of timm's VisionTransformer.
     """
 
     def __init__(
@@ -100,6 +103,8 @@ class GridVisionTransformer(VisionTransformer):
             patch_drop_rate: float = 0.,
             dynamic_img_size: bool = False,
             dynamic_img_pad: Optional[bool] = None,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: Union[int, Tuple[int, int]] = 16,
             **kwargs,
     ) -> None:
         refused = dict(class_token=class_token, reg_tokens=reg_tokens, patch_drop_rate=patch_drop_rate)
@@ -108,8 +113,14 @@ class GridVisionTransformer(VisionTransformer):
                 raise ValueError(f'{name}={value} breaks the grid of tokens that windows and cells are cut from; '
                                  f'leave it out')
         attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
+        if dynamic_img_size and ATTENTIONS[attn_layer].fixed_grid:
+            raise ValueError(f'dynamic_img_size=True: the attention {attn_layer!r} is made for one size of image; '
+                             f'leave it out and give img_size')
+        feat_size = [size // patch for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)]
         super().__init__(
-            attn_layer=partial(ATTENTIONS[attn_layer], **attn_kwargs),
+            img_size=img_size,
+            patch_size=patch_size,
+            attn_layer=attention_layer(attn_layer, feat_size, **attn_kwargs),
             block_fn=GridBlock,
             global_pool=global_pool,
             fc_norm=fc_norm,
@@ -125,6 +136,18 @@ class GridVisionTransformer(VisionTransformer):
         """Parameters without weight decay: the position embedding and the bias tables."""
         tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
         return super().no_weight_decay() | tables
+
+    @torch.jit.ignore
+    def set_input_size(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]] = None,
+            patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+    ) -> None:
+        """Change the size of the images or the patches; what depends on the grid is resampled to the new one."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        for blk in self.blocks:
+            if blk.attn.fixed_grid:
+                blk.attn.set_feat_size(list(self.patch_embed.grid_size))
 
     def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, List[int]]:
         """Images to tokens `(B, N, C)` with position, and the size of their grid."""
@@ -212,7 +235,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GridVisionT
     state_dict = state_dict.get('state_dict', state_dict)
     if is_published_eva(state_dict):
         state_dict = convert_published_eva(state_dict)
-    return fit_bias_tables(vit_checkpoint_filter_fn(state_dict, model), model)
+    return fit_token_projections(fit_bias_tables(vit_checkpoint_filter_fn(state_dict, model), model), model)
 
 
 def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs) -> GridVisionTransformer:
@@ -237,29 +260,17 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
+VARIANTS = {
+    'deit_tiny': dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    'deit_small': dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    'deit_tiny_784': dict(patch_size=8, embed_dim=192, depth=12, num_heads=3),
+}
+
 default_cfgs = generate_default_cfgs({
-    'eva_deit_tiny': _cfg(),
-    'eva_deit_small': _cfg(),
-    'eva_deit_tiny_784': _cfg(),
+    f'{attention}_{variant}': _cfg() for attention in ATTENTIONS for variant in VARIANTS})
+
+register_variants(_create_eva_deit, VARIANTS, {
+    'deit_tiny': 'DeiT-Tiny with {}: 196 tokens (patch 16) at 224 × 224.',
+    'deit_small': 'DeiT-Small with {}: 196 tokens (patch 16) at 224 × 224.',
+    'deit_tiny_784': 'DeiT-Tiny-784 with {}: 784 tokens (patch 8) at 224 × 224.',
 })
-
-
-@register_model
-def eva_deit_tiny(pretrained: bool = False, **kwargs) -> GridVisionTransformer:
-    """DeiT-Tiny with EVA: 196 tokens (patch 16) at 224 × 224."""
-    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
-    return _create_eva_deit('eva_deit_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def eva_deit_small(pretrained: bool = False, **kwargs) -> GridVisionTransformer:
-    """DeiT-Small with EVA: 196 tokens (patch 16) at 224 × 224."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
-    return _create_eva_deit('eva_deit_small', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def eva_deit_tiny_784(pretrained: bool = False, **kwargs) -> GridVisionTransformer:
-    """DeiT-Tiny-784 with EVA: 784 tokens (patch 8) at 224 × 224."""
-    model_args = dict(patch_size=8, embed_dim=192, depth=12, num_heads=3)
-    return _create_eva_deit('eva_deit_tiny_784', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -8,23 +8,28 @@ The model is timm's PyramidVisionTransformerV2 with the attention of every block
 stages and softmax in the last, whose 49 tokens at 224 × 224 are one window. timm's blocks already hand `feat_size` to
 their attention, so nothing else changes.
 """
-from typing import Any, Dict, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import to_ntuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import to_2tuple, to_ntuple
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._input import update_model_input_size
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import nn
 
 from evavit.convert import convert_published_eva, is_published_eva
-from evavit.layers import ATTENTIONS, check_heads, pop_attention_kwargs
+from evavit.layers import ATTENTIONS, attention_layer, check_heads, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
-from ._weights import fit_bias_tables
+from ._register import register_variants
+from ._weights import fit_bias_tables, fit_token_projections
 
 __all__ = ['GridPyramidVisionTransformerV2']
+
+# Options that an attention has in the pyramid unless they are given. LARA's published parameter count, 39.9 M, is that
+# of landmarks projected over all channels.
+OPTIONS = {'lara': dict(landmark_proj='channels')}
 
 
 class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
@@ -37,10 +42,10 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
         qkv_bias: Bias of the q, k, v projections.
         attn_drop_rate: Dropout rate of the attention weights.
         proj_drop_rate: Dropout rate after the attention's projection and in the MLP.
-        img_size: Nominal image size, only recorded; see `set_input_size`.
+        img_size: Nominal image size; see `set_input_size`.
         dynamic_img_size: A pyramid takes any image size; False is refused.
         **kwargs: Options of the attention (for EVA: window_size, partition_grid, proposal_scale, noise_std,
-            rel_pos_bias; see `evavit.layers.EvaAttention`) and further arguments of timm's model.
+            rel_pos_bias; see the classes in `evavit.layers`) and further arguments of timm's model.
     """
 
     def __init__(
@@ -64,19 +69,18 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
             if name in kwargs:
                 raise ValueError(f'{name}={kwargs[name]}: keys and values are not downsampled here; leave it out')
         dd = {'device': device, 'dtype': dtype}
-        attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
+        attn_kwargs = {**OPTIONS.get(attn_layer, {}), **pop_attention_kwargs(attn_layer, kwargs)}
         heads = to_ntuple(len(embed_dims))(num_heads)
         for dim, stage_heads in zip(embed_dims, heads, strict=True):
             check_heads(dim, stage_heads)
         super().__init__(embed_dims=embed_dims, num_heads=heads, sr_ratios=1, qkv_bias=qkv_bias,
                          proj_drop_rate=proj_drop_rate, **kwargs, **dd)
-        for i, stage in enumerate(self.stages):
+        for i, (stage, feat_size) in enumerate(zip(self.stages, self._feat_sizes(img_size or 224), strict=True)):
             last = i == len(self.stages) - 1
+            layer = attention_layer('softmax') if last else attention_layer(attn_layer, feat_size, **attn_kwargs)
             for block in stage.blocks:
-                block.attn = ATTENTIONS['softmax' if last else attn_layer](
-                    embed_dims[i], heads[i],
-                    qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate,
-                    **({} if last else attn_kwargs), **dd)
+                block.attn = layer(embed_dims[i], heads[i], qkv_bias=qkv_bias, attn_drop=attn_drop_rate,
+                                   proj_drop=proj_drop_rate, **dd)
                 block.attn.apply(self._init_weights)
         if img_size is not None:
             self.set_input_size(img_size)
@@ -98,9 +102,20 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
         fix_image_size(x)
         return self.stages(self.patch_embed(x))
 
+    def _feat_sizes(self, img_size: Union[int, Tuple[int, int]]) -> List[List[int]]:
+        """Grid of tokens of each stage."""
+        return [[-(-size // info['reduction']) for size in to_2tuple(img_size)] for info in self.feature_info]
+
     @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        """Record the nominal image size (height, width) for data configuration; no weight depends on it."""
+        """Record the nominal image size (height, width) for data configuration.
+
+        Weights depend on it only with an attention that is made for one grid, whose weights are fitted to the new one.
+        """
+        for stage, feat_size in zip(self.stages, self._feat_sizes(img_size), strict=True):
+            for block in stage.blocks:
+                if block.attn.fixed_grid:
+                    block.attn.set_feat_size(feat_size)
         update_model_input_size(self, img_size)
 
 
@@ -110,7 +125,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     state_dict = state_dict.get('state_dict', state_dict)
     if is_published_eva(state_dict):
         state_dict = convert_published_eva(state_dict)
-    return fit_bias_tables(state_dict, model)
+    return fit_token_projections(fit_bias_tables(state_dict, model), model)
 
 
 def _create_eva_pvt_v2(variant: str, pretrained: bool = False, **kwargs) -> GridPyramidVisionTransformerV2:
@@ -135,13 +150,13 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
+VARIANTS = {'pvt_v2_b3': dict(depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16))}
+
 default_cfgs = generate_default_cfgs({
-    'eva_pvt_v2_b3': _cfg(),
+    f'{attention}_{variant}': _cfg(fixed_input_size=ATTENTIONS[attention].fixed_grid)
+    for attention in ATTENTIONS for variant in VARIANTS})
+
+register_variants(_create_eva_pvt_v2, VARIANTS, {
+    'pvt_v2_b3': 'PVT-v2-b3 with {} in stages 1-3 and softmax in stage 4; head dim 32, 3,136 tokens in stage 1 at '
+                 '224 × 224.',
 })
-
-
-@register_model
-def eva_pvt_v2_b3(pretrained: bool = False, **kwargs) -> GridPyramidVisionTransformerV2:
-    """PVT-v2-b3 with EVA in stages 1-3 and softmax in stage 4; head dim 32, 3,136 tokens in stage 1 at 224 × 224."""
-    model_args = dict(depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16))
-    return _create_eva_pvt_v2('eva_pvt_v2_b3', pretrained=pretrained, **dict(model_args, **kwargs))

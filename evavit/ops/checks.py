@@ -4,8 +4,8 @@ from typing import List, Optional, Tuple
 import torch
 
 __all__ = [
-    'check_chunks', 'check_eva_1d_args', 'check_eva_args', 'check_eva_variant_args', 'check_grid', 'check_partition',
-    'check_tokens',
+    'check_bias', 'check_chunks', 'check_directions', 'check_dropout', 'check_eva_1d_args', 'check_eva_args',
+    'check_eva_variant_args', 'check_grid', 'check_landmarks', 'check_partition', 'check_tokens', 'check_whole',
 ]
 
 
@@ -47,6 +47,42 @@ def check_partition(window_size: int, partition_grid: int) -> None:
         raise ValueError('window_size 0 and partition_grid 0 leave a query nothing to attend to; set one of them')
 
 
+def check_dropout(dropout_p: float) -> None:
+    """A dropout probability is at least 0 and below 1."""
+    if dropout_p < 0.0 or dropout_p >= 1.0:
+        raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
+
+
+def check_bias(num_heads: int, window_size: int, rel_pos_bias: Optional[torch.Tensor]) -> None:
+    """A relative position bias is `(h, window_size², window_size²)`."""
+    if rel_pos_bias is not None:
+        area = window_size * window_size
+        if list(rel_pos_bias.shape) != [num_heads, area, area]:
+            raise ValueError(f'rel_pos_bias must be (heads, window_size², window_size²) = ({num_heads}, {area}, '
+                             f'{area}), got {_shape(rel_pos_bias)}')
+
+
+def check_directions(q: torch.Tensor, directions: torch.Tensor) -> None:
+    """Directions of random features are `(h, S, d)`."""
+    h, d = q.shape[1], q.shape[3]
+    if directions.dim() != 3 or list(directions.shape) != [h, directions.shape[1], d]:
+        raise ValueError(f'directions must be (heads, features, head_dim) = ({h}, S, {d}), got {_shape(directions)}')
+
+
+def check_landmarks(q: torch.Tensor, landmarks_q: torch.Tensor, landmarks_k: torch.Tensor,
+                    noise: Optional[torch.Tensor]) -> None:
+    """Landmarks are `(B, h, C, d)`, the noise of their samples `(B, h, C, S, d)`."""
+    B, h, d = q.shape[0], q.shape[1], q.shape[3]
+    if (landmarks_q.dim() != 4 or landmarks_q.shape != landmarks_k.shape
+            or list(landmarks_q.shape) != [B, h, landmarks_q.shape[2], d]):
+        raise ValueError(f'landmarks_q and landmarks_k must be (batch, heads, landmarks, head_dim) = ({B}, {h}, C, '
+                         f'{d}), got {_shape(landmarks_q)} and {_shape(landmarks_k)}')
+    C = landmarks_q.shape[2]
+    if noise is not None and (noise.dim() != 5 or list(noise.shape) != [B, h, C, noise.shape[3], d]):
+        raise ValueError(f'noise must be (batch, heads, landmarks, samples, head_dim) = ({B}, {h}, {C}, S, {d}), '
+                         f'got {_shape(noise)}')
+
+
 def check_eva_args(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -77,13 +113,14 @@ def check_eva_args(
         if noise is not None and list(noise.shape) != [B, h, num_cells, d]:
             raise ValueError(f'noise must be (batch, heads, cells, head_dim) = ({B}, {h}, {num_cells}, {d}), '
                              f'got {_shape(noise)}')
-    if rel_pos_bias is not None:
-        area = window_size * window_size
-        if list(rel_pos_bias.shape) != [h, area, area]:
-            raise ValueError(f'rel_pos_bias must be (heads, window_size², window_size²) = ({h}, {area}, {area}), '
-                             f'got {_shape(rel_pos_bias)}')
-    if dropout_p < 0.0 or dropout_p >= 1.0:
-        raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
+    check_bias(h, window_size, rel_pos_bias)
+    check_dropout(dropout_p)
+
+
+def check_whole(name: str, value: int, least: int) -> None:
+    """A layer's option is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f'{name} must be a whole number of at least {least}, got {value!r}')
 
 
 def _check_summary(name: str, summary: List[torch.Tensor], d: int) -> None:
@@ -150,8 +187,7 @@ def check_eva_variant_args(
         if list(rel_pos_bias.shape) != [h, area, reach]:
             raise ValueError(f'rel_pos_bias must be (heads, window_size², (window_size + 2·halo)²) = ({h}, {area}, '
                              f'{reach}), got {_shape(rel_pos_bias)}')
-    if dropout_p < 0.0 or dropout_p >= 1.0:
-        raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
+    check_dropout(dropout_p)
 
 
 def check_eva_1d_args(
@@ -197,8 +233,7 @@ def check_eva_1d_args(
             list(key_padding_mask.shape) != [B, N] or key_padding_mask.dtype != torch.bool):
         raise ValueError(f'key_padding_mask must be bool (batch, tokens) = ({B}, {N}), true where a position is '
                          f'padding, got {key_padding_mask.dtype} {_shape(key_padding_mask)}')
-    if dropout_p < 0.0 or dropout_p >= 1.0:
-        raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
+    check_dropout(dropout_p)
 
 
 def check_chunks(window_size: int, cell_size: int, causal: bool, overlap: bool) -> None:

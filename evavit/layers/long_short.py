@@ -1,0 +1,126 @@
+"""Long-Short attention of Transformer-LS: a local window and a dynamic low-rank projection of all tokens.
+
+Paper: `Long-Short Transformer: Efficient Transformers for Language and Vision`, Zhu et al., NeurIPS 2021 -
+https://arxiv.org/abs/2107.02192
+"""
+from typing import List, Tuple
+
+import torch
+from timm.layers import RelPosBias, register_notrace_module
+from torch import nn
+
+from evavit.ops.blocks import from_windows, joint_attention, softmax, to_windows, window_logits
+from evavit.ops.checks import check_tokens, check_whole
+from evavit.ops.grid import static_size, window_shape
+
+from .attention import GridAttention
+
+__all__ = ['LongShortAttention']
+
+
+def _merge_heads(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+@register_notrace_module  # torch.fx keeps it as one node: windows follow the size of the grid
+class LongShortAttention(GridAttention):
+    """Multi-head long-short attention on tokens `(B, N, C)` of any grid, `forward(x, feat_size)`.
+
+    With P (N × r) the dynamic projection of a head, W^P its C × r part of one linear of all heads' keys, E^n the tokens
+    of query n's window_size × window_size window and s = d^(-½):
+
+        P     = softmax over the tokens of K W^P
+        K̄, V̄  = Pᵀ K, Pᵀ V                                                 r keys and values for the whole image
+        y_n   = softmax over [s q_n·LN_L(k_m) + b(n, m)  for m ∈ E^n] ∪ [s q_n·LN_G(k̄_j)  for j = 1..r]
+                applied to the values [LN_L(v_m)] ∪ [LN_G(v̄_j)]
+
+    LN_L and LN_G are the paper's DualLN, one LayerNorm over all heads' channels for each of the two sets: at
+    initialisation the averages k̄ are much smaller than single keys. Time and memory grow with N·(window_size² + r).
+    As in the EVA paper, windows do not overlap (Zhu et al. extend each by half a window) and have a relative position
+    bias b. Where one window holds the whole grid, y would be softmax attention but for the r further keys.
+
+    Args:
+        dim: Channels C.
+        num_heads: Heads h; must divide dim.
+        window_size: Side of the windows in tokens; 7 gives the EVA paper's 49.
+        projection_dim: r; 16 in the EVA paper's Table 9. The parameters and FLOPs of its Table 2 are those of 49.
+        dual_ln: Normalise keys and values as above; the identity in place of LN_L and LN_G if not.
+        rel_pos_bias: Learned relative position bias inside the window.
+        qkv_bias: Bias of the q, k, v projection.
+        proj_bias: Bias of the output projection.
+        attn_drop: Dropout rate of the attention weights, of both sets alike.
+        proj_drop: Dropout rate after the output projection.
+
+    Raises:
+        ValueError: num_heads does not divide dim; window_size or projection_dim is not a whole number of at least 1;
+            a dropout rate outside 0 to 1.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            *,
+            window_size: int = 7,
+            projection_dim: int = 16,
+            dual_ln: bool = True,
+            rel_pos_bias: bool = True,
+            qkv_bias: bool = True,
+            proj_bias: bool = True,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
+                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        check_whole('window_size', window_size, 1)
+        check_whole('projection_dim', projection_dim, 1)
+        self.window_size = window_size
+        self.projection_dim = projection_dim
+        self.projection = nn.Linear(dim, num_heads * projection_dim, **dd)
+        self.norm_local = nn.LayerNorm(dim, **dd) if dual_ln else None
+        self.norm_global = nn.LayerNorm(dim, **dd) if dual_ln else None
+        self.rel_pos = RelPosBias((window_size, window_size), num_heads, **dd) if rel_pos_bias else None
+
+    def extra_repr(self) -> str:
+        return (f'num_heads={self.num_heads}, window_size={self.window_size}, '
+                f'projection_dim={self.projection_dim}')
+
+    def _split_heads(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return x.to(like.dtype).unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
+
+    def _normalise(
+            self,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            k_bar: torch.Tensor,
+            v_bar: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """DualLN, over the channels of all heads."""
+        if self.norm_local is not None:
+            k = self._split_heads(self.norm_local(_merge_heads(k)), k)
+            v = self._split_heads(self.norm_local(_merge_heads(v)), v)
+        if self.norm_global is not None:
+            k_bar = self._split_heads(self.norm_global(_merge_heads(k_bar)), k)
+            v_bar = self._split_heads(self.norm_global(_merge_heads(v_bar)), v)
+        return k, v, k_bar, v_bar
+
+    def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        q, k, v = qkv.unbind(0)
+        feat_size = static_size(feat_size)
+        check_tokens(q, k, v, feat_size)
+        projected = self.projection(_merge_heads(k)).transpose(1, 2).unflatten(1, [self.num_heads, self.projection_dim])
+        p = softmax(projected, v)  # (B, h, r, N)
+        k, v, k_bar, v_bar = self._normalise(k, v, p @ k, p @ v)
+
+        window = window_shape(feat_size, self.window_size)
+        q = to_windows(q * self.head_dim ** -0.5, feat_size, window)
+        v = to_windows(v, feat_size, window)
+        local = window_logits(q, to_windows(k, feat_size, window), feat_size, window,
+                              self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+                              self.window_size)
+        shared = (q.flatten(2, 3) @ k_bar.transpose(-2, -1)).unflatten(2, [q.shape[2], q.shape[3]])
+        out = joint_attention(local, shared, v, v_bar, self.attn_drop.p if self.training else 0.)
+        return from_windows(out, feat_size, window)

@@ -1,0 +1,79 @@
+"""The directions of random features as a part of a layer: drawn anew in training, fixed in evaluation."""
+import torch
+from torch import nn
+
+from evavit.ops.checks import check_whole
+from evavit.ops.random_features import orthogonal_directions
+
+__all__ = ['RandomDirections']
+
+
+class RandomDirections(nn.Module):
+    """Directions ω `(h, S, d)` of S random features for each head, ω ~ N(0, I).
+
+    In evaluation they are always the same, drawn once from a seed that never changes: outputs are deterministic, and a
+    checkpoint, which does not hold them, evaluates as it did when it was saved. In training they come from the default
+    generator of their device, so a seed reproduces them, and gradient checkpointing, which restores it, sees the same.
+
+    Args:
+        num_heads: Heads h, each with directions of its own.
+        num_features: Directions S of each head.
+        head_dim: Their size d.
+        orthogonal: Make them orthogonal in blocks of d (`evavit.ops.random_features.orthogonal_directions`).
+        redraw_interval: Training steps between two draws, on average: each step redraws with probability
+            1 / redraw_interval, which needs no counter of steps. 1 draws in each step; 0 trains with the directions of
+            evaluation.
+    """
+
+    def __init__(
+            self,
+            num_heads: int,
+            num_features: int,
+            head_dim: int,
+            orthogonal: bool = True,
+            redraw_interval: int = 1,
+            device=None,
+            dtype=None,
+    ) -> None:
+        super().__init__()
+        check_whole('num_features', num_features, 1)
+        check_whole('redraw_interval', redraw_interval, 0)
+        self.orthogonal = orthogonal
+        self.redraw_interval = redraw_interval
+        shape = (num_heads, num_features, head_dim)
+        self.register_buffer('fixed', torch.empty(shape, device=device, dtype=dtype), persistent=False)
+        kept = torch.empty(shape, device=device, dtype=dtype) if redraw_interval > 1 else None
+        self.register_buffer('kept', kept, persistent=False)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Fill the buffers: there are no parameters."""
+        drawn = torch.randn(self.fixed.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        self.fixed.copy_(self._shaped(drawn))
+        if self.kept is not None:
+            self.kept.copy_(self.fixed)
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the buffers."""
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return (f'num_features={self.fixed.shape[1]}, orthogonal={self.orthogonal}, '
+                f'redraw_interval={self.redraw_interval}')
+
+    def _shaped(self, gaussian: torch.Tensor) -> torch.Tensor:
+        return orthogonal_directions(gaussian) if self.orthogonal else gaussian
+
+    def forward(self) -> torch.Tensor:
+        if not self.training or self.redraw_interval == 0:
+            return self.fixed
+        drawn = self._shaped(torch.randn(self.fixed.shape, device=self.fixed.device)).to(self.fixed.dtype)
+        kept = self.kept
+        if kept is None:
+            return drawn
+        due = torch.rand([], device=drawn.device) * self.redraw_interval < 1
+        drawn = torch.where(due, drawn, kept)
+        kept.copy_(drawn)
+        return drawn

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from layer_checks import GRIDS, assert_matches, heads_of, randomise
+from references import long_short_loop
+
+from evavit.layers import EvaAttention, LongShortAttention
+
+
+@pytest.mark.parametrize('feat_size', GRIDS)
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(window_size=4, dual_ln=False), dict(projection_dim=3, rel_pos_bias=False, qkv_bias=False)])
+def test_output_and_gradients_match_the_loop(feat_size, kwargs):
+    layer = randomise(LongShortAttention(24, 3, dtype=torch.float64, **kwargs))
+
+    def loop(layer, x):
+        norms = None
+        if layer.norm_local is not None:
+            norms = [(norm.weight, norm.bias) for norm in (layer.norm_local, layer.norm_global)]
+        table = layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None
+        return long_short_loop(*heads_of(layer, x), feat_size, (layer.projection.weight, layer.projection.bias), norms,
+                               table, layer.window_size)
+
+    assert_matches(layer, loop, feat_size)
+
+
+def test_where_the_projected_keys_do_not_count_it_is_the_window():
+    """LN_G with weight 0 and a bias of which every query has a hugely negative product: only the window is left."""
+    layer = LongShortAttention(24, 3, dtype=torch.float64)
+    window = EvaAttention(24, 3, partition_grid=0, dtype=torch.float64)
+    with torch.no_grad():
+        layer.qkv.weight[:24] = 0
+        layer.qkv.bias[:24] = 1
+        layer.norm_global.weight.zero_()
+        layer.norm_global.bias.fill_(-1e4)
+        window.load_state_dict({key: value for key, value in layer.state_dict().items() if key in window.state_dict()})
+    layer.norm_local = None
+    x = torch.randn(2, 130, 24, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, (13, 10)), window(x, (13, 10)))
+
+
+def test_projected_keys_reach_the_whole_image():
+    """A token outside of a query's window changes its output, through the projection alone."""
+    layer = randomise(LongShortAttention(24, 3, dtype=torch.float64))
+    x = torch.randn(1, 196, 24, dtype=torch.float64, requires_grad=True)
+    gradient, = torch.autograd.grad(layer(x, (14, 14))[0, 0].sum(), x)
+    assert (gradient[0].norm(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize('kwargs', [dict(window_size=0), dict(projection_dim=0), dict(projection_dim=True)])
+def test_bad_arguments(kwargs):
+    with pytest.raises(ValueError, match=f'{next(iter(kwargs))} must be a whole number of at least 1'):
+        LongShortAttention(48, 3, **kwargs)
