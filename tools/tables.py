@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Write the tables and plots of the documentation: python tools/tables.py [--check]
 
-Parameters and multiply-adds are counted on the code (torch.utils.flop_counter, meta device, one image of 224 × 224);
-the paper's numbers stand beside them. Measured figures come from results/, by `performance.py` beside this file; the
-plot carries a digest of its figures. A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`.
-With --check nothing is written; the exit code is 1 if a table or the plot is stale.
+Parameters and multiply-adds are counted on the code, by `zoo.py` beside this file; the paper's numbers stand beside
+them. Measured figures come from results/, by `performance.py`; the plot carries a digest of its figures. A table goes
+between two markers such as `<!-- models -->` and `<!-- /models -->`. With --check nothing is written; the exit code is
+1 if a table or the plot is stale.
 """
 import argparse
 import sys
@@ -13,26 +13,11 @@ from pathlib import Path
 import performance
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+import zoo
 
 import evavit  # noqa: F401  (registers the models)
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Tables 1, 2 and 10 of the paper: parameters (M), FLOPs (G, multiply-adds), top-1 with EVA and with softmax.
-PAPER = {
-    'eva_deit_tiny': (5.8, 1.2, '73.00', '72.98'),
-    'eva_deit_small': (22.2, 4.4, '80.65', '80.36'),
-    'eva_deit_tiny_784': (5.8, 4.6, '76.67', '77.16'),
-    'eva_pvt_v2_b3': (36.1, 7.4, '83.71', '83.14 †'),
-}
-
-
-def count(model: torch.nn.Module) -> tuple:
-    """Parameters and multiply-adds of one 224 × 224 image."""
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        model(torch.empty(1, 3, 224, 224, device='meta'))
-    return sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2
 
 
 def shape(model: torch.nn.Module) -> tuple:
@@ -54,9 +39,12 @@ def models() -> str:
         'with softmax |',
         '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
-    for name, (paper_parameters, paper_flops, top1, softmax) in PAPER.items():
-        model = timm.create_model(name, device='meta').eval()
-        parameters, multiply_adds = count(model)
+    for variant, paper in zoo.PAPER.items():
+        name = f'eva_{variant}'
+        paper_parameters, paper_flops, top1 = paper['eva']
+        softmax = paper['softmax'][2] + (' †' if 'pvt' in variant else '')
+        model = timm.create_model(name, device='meta')
+        parameters, multiply_adds = zoo.count(name)
         lines.append('| ' + ' | '.join([
             f'`{name}`', *shape(model),
             f'{parameters / 1e6:.2f} M', f'{paper_parameters} M',
@@ -67,6 +55,8 @@ def models() -> str:
 PERFORMANCE = 'docs/performance.md'
 TABLES = {
     'models': (models, ('README.md', 'docs/models.md')),
+    'options': (zoo.options, ('docs/zoo.md',)),
+    'zoo': (zoo.tables, ('docs/zoo.md',)),
     'measured': (performance.gpu_models, ('README.md', PERFORMANCE)),
     'reach': (performance.reach, (PERFORMANCE,)),
     'op': (performance.op, (PERFORMANCE,)),
