@@ -3,14 +3,15 @@
     python -m evavit.compare --tokens 196 784 3136 --attentions softmax eva nystromformer --results-file compare.csv
     python -m evavit.compare --tokens 28x42 --image holiday.jpg --device cuda --dtype bfloat16 -b 64
 
-For each number of tokens and each attention a row: the relative RMS of its output against softmax attention, the time of
-a forward and of a forward and backward, and the memory that the latter needs beyond q, k, v. The row 'mean' replaces
+For each number of tokens and each attention a row: the relative RMS of its output against softmax attention, the time
+of a forward and of a forward and backward, and the memory that the latter needs beyond q, k, v. The row 'mean' replaces
 every weight by 1 / N: an attention with its error has found nothing out.
 
 q, k and v come from the picture through random projections, not through trained ones (`image_qkv` says how), and what
-an attention learns (EVA's summaries, Linformer's projections, the dynamic projection of Long-Short) has no training
-either: the errors tell how the attentions approximate softmax by construction. Parts that have no counterpart in
-softmax, a bias, a convolution or norms of keys and values, are left out (`PLAIN`).
+an attention learns is not trained either: the projection of EVA's summaries and LARA's landmarks is the identity, those
+of Linformer and Long-Short are random. Parts that softmax attention does not have, a bias, a convolution or norms of
+keys and values, are left out (`PLAIN`). The errors tell how near the attentions come by construction; Reformer, whose
+keys are its queries, is none that approximates softmax attention with other keys.
 """
 import argparse
 import csv
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from timm.layers import build_sincos2d_pos_embed
+from torch import nn
 
 from .benchmarking import median_seconds, origin
 from .layers import ATTENTIONS, GridAttention, attention_layer
@@ -33,8 +35,8 @@ from .training.errors import UserError, first_line, run_script
 __all__ = ['PLAIN', 'attention_matrix', 'image_qkv', 'make_attention', 'open_picture', 'relative_rms']
 
 DIM, NUM_HEADS, PATCH = 192, 3, 16  # DeiT-Tiny
-# Options that take out what softmax attention does not have, or what only training gives a meaning.
-PLAIN = dict(rel_pos_bias=False, conv_kernel_size=0, dual_ln=False, summary='identity')
+# Options that take out what softmax attention does not have.
+PLAIN = dict(rel_pos_bias=False, conv_kernel_size=0, dual_ln=False)
 
 
 def open_picture(path: Optional[str] = None) -> Image.Image:
@@ -75,7 +77,8 @@ def image_qkv(picture: Image.Image, feat_size: Sequence[int], logit_std: float =
     generator = torch.Generator().manual_seed(seed)
 
     def orthogonal(rows: int, columns: int) -> torch.Tensor:
-        return torch.linalg.qr(torch.randn(rows, columns, generator=generator))[0]
+        q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
+        return q * r.diagonal().sign()  # signs are the library's choice otherwise
 
     pixels = torch.frombuffer(bytearray(picture.resize((PATCH * W, PATCH * H), Image.Resampling.BICUBIC).tobytes()),
                               dtype=torch.uint8).view(H, PATCH, W, PATCH, 3)
@@ -95,11 +98,18 @@ def image_qkv(picture: Image.Image, feat_size: Sequence[int], logit_std: float =
 
 
 def make_attention(name: str, feat_size: Sequence[int], seed: int = 0) -> GridAttention:
-    """An attention of `ATTENTIONS` as it is initialised, without the parts of `PLAIN`, in evaluation mode."""
+    """An attention of `ATTENTIONS` as it is initialised, in evaluation mode, without the parts of `PLAIN` and with the
+    identity for the square projections of its summaries or landmarks: these are then the cells' means, normalised."""
     torch.manual_seed(seed)
     own = inspect.signature(ATTENTIONS[name]).parameters
     options = {key: value for key, value in PLAIN.items() if key in own}
-    return attention_layer(name, feat_size, **options)(DIM, NUM_HEADS).eval()
+    layer = attention_layer(name, feat_size, **options)(DIM, NUM_HEADS).eval()
+    for module in layer.modules():
+        if isinstance(module, nn.Linear) and module not in (layer.qkv, layer.proj) and (
+                module.in_features == module.out_features):
+            nn.init.eye_(module.weight)
+            nn.init.zeros_(module.bias)
+    return layer
 
 
 def relative_rms(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -250,7 +260,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, tor
         help=f'which to compare (default: all): {", ".join(ATTENTIONS)}')
     add('--image', metavar='FILE', help='a picture (default: a photograph of a temple that scikit-learn carries)')
     add('-b', '--batch-size', type=whole, default=1, help='images in time and memory (default: 1)')
-    add('--logit-std', type=positive, default=2., help="spread of a query's logits, how sharp attention is (default: 2)")
+    add('--logit-std', type=positive, default=2., help="spread of a query's logits: sharpness (default: 2)")
     add('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32', help='of q, k, v (default: float32)')
     add('--device', help='cpu, cuda or cuda:N (default: cuda where there is one, else cpu)')
     add('--seed', type=int, default=0, help='of the random projections and layers (default: 0)')
@@ -263,7 +273,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, tor
     if kind not in ('cpu', 'cuda') or (number and not number.isdecimal()):
         raise UserError(f'--device {name}: takes cpu, cuda or cuda:N')
     if kind == 'cuda' and int(number or 0) >= torch.cuda.device_count():
-        raise UserError(f'--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use --device cpu')
+        raise UserError(f'--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu')
     if args.results_file and (args.results_file.suffix != '.csv' or args.results_file.is_dir()):
         raise UserError(f'--results-file {args.results_file}: must be a .csv file')
     return args, torch.device(name)

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import attentions
 import performance
 import timm
 import torch
@@ -53,7 +54,11 @@ def models() -> str:
 
 
 PERFORMANCE = 'docs/performance.md'
+ATTENTIONS = 'docs/attentions.md'
 TABLES = {
+    'attentions': (attentions.table, (ATTENTIONS,)),
+    'errors': (attentions.error_table, (ATTENTIONS,)),
+    'gallery': (attentions.gallery, (ATTENTIONS,)),
     'models': (models, ('README.md', 'docs/models.md')),
     'options': (zoo.options, ('docs/zoo.md',)),
     'zoo': (zoo.tables, ('docs/zoo.md',)),

@@ -29,7 +29,7 @@ from evavit.layers import ATTENTIONS, attention_layer, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
 from ._register import register_variants
-from ._weights import fit_bias_tables
+from ._weights import fit_bias_tables, fit_token_projections
 
 __all__ = ['GridBlock', 'GridVisionTransformer']
 
@@ -233,7 +233,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GridVisionT
     state_dict = state_dict.get('state_dict', state_dict)
     if is_published_eva(state_dict):
         state_dict = convert_published_eva(state_dict)
-    return fit_bias_tables(vit_checkpoint_filter_fn(state_dict, model), model)
+    return fit_token_projections(fit_bias_tables(vit_checkpoint_filter_fn(state_dict, model), model), model)
 
 
 def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs) -> GridVisionTransformer:

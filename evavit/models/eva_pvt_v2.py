@@ -23,7 +23,7 @@ from evavit.layers import ATTENTIONS, attention_layer, check_heads, pop_attentio
 from evavit.ops.grid import fix_image_size
 
 from ._register import register_variants
-from ._weights import fit_bias_tables
+from ._weights import fit_bias_tables, fit_token_projections
 
 __all__ = ['GridPyramidVisionTransformerV2']
 
@@ -125,7 +125,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     state_dict = state_dict.get('state_dict', state_dict)
     if is_published_eva(state_dict):
         state_dict = convert_published_eva(state_dict)
-    return fit_bias_tables(state_dict, model)
+    return fit_token_projections(fit_bias_tables(state_dict, model), model)
 
 
 def _create_eva_pvt_v2(variant: str, pretrained: bool = False, **kwargs) -> GridPyramidVisionTransformerV2:
