@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Write the tables and plots of the documentation: python tools/tables.py [--check]
 
-Parameters and multiply-adds are counted on the code (torch.utils.flop_counter, meta device, one image of 224 × 224);
-the paper's numbers stand beside them. Measured figures come from results/, by `performance.py` beside this file; the
-plot carries a digest of its figures. A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`.
-With --check nothing is written; the exit code is 1 if a table or the plot is stale.
+Parameters and multiply-adds are counted on the code, by `zoo.py` beside this file; the paper's numbers stand beside
+them. Measured figures come from results/, by `performance.py`; the plot carries a digest of its figures. A table goes
+between two markers such as `<!-- models -->` and `<!-- /models -->`. With --check nothing is written; the exit code is
+1 if a table or the plot is stale.
 """
 import argparse
 import sys
@@ -14,19 +14,11 @@ import attentions
 import performance
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+import zoo
 
 import evavit  # noqa: F401  (registers the models)
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Tables 1, 2 and 10 of the paper: parameters (M), FLOPs (G, multiply-adds), top-1 with EVA and with softmax.
-PAPER = {
-    'eva_deit_tiny': (5.8, 1.2, '73.00', '72.98'),
-    'eva_deit_small': (22.2, 4.4, '80.65', '80.36'),
-    'eva_deit_tiny_784': (5.8, 4.6, '76.67', '77.16'),
-    'eva_pvt_v2_b3': (36.1, 7.4, '83.71', '83.14 †'),
-}
 
 # Tables 6 and 8 of the paper, both with DeiT-Tiny-784: what is set, the keywords of the model, top-1; Table 2 prints
 # parameters (M) and FLOPs (G) of some of these.
@@ -50,13 +42,6 @@ ABLATIONS = [
 ]
 
 
-def count(model: torch.nn.Module) -> tuple:
-    """Parameters and multiply-adds of one 224 × 224 image."""
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        model(torch.empty(1, 3, 224, 224, device='meta'))
-    return sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2
-
-
 def shape(model: torch.nn.Module) -> tuple:
     """Tokens at 224 × 224, width, depth and heads as text; one number a stage for a pyramid."""
     if hasattr(model, 'stages'):
@@ -76,9 +61,12 @@ def models() -> str:
         'with softmax |',
         '|---|---|---|---|---|---|---|---|---|---|---|',
     ]
-    for name, (paper_parameters, paper_flops, top1, softmax) in PAPER.items():
-        model = timm.create_model(name, device='meta').eval()
-        parameters, multiply_adds = count(model)
+    for variant, paper in zoo.PAPER.items():
+        name = f'eva_{variant}'
+        paper_parameters, paper_flops, top1 = paper['eva']
+        softmax = paper['softmax'][2] + (' †' if 'pvt' in variant else '')
+        model = timm.create_model(name, device='meta')
+        parameters, multiply_adds = zoo.count(name)
         lines.append('| ' + ' | '.join([
             f'`{name}`', *shape(model),
             f'{parameters / 1e6:.2f} M', f'{paper_parameters} M',
@@ -94,10 +82,7 @@ def ablations() -> str:
         '|---|---|---|---|---|---|---|---|',
     ]
     for table, what, kwargs, top1, paper in ABLATIONS:
-        # The blocks are alike, so one and two of them give the counts of all twelve, in a sixth of the time.
-        one, two = (count(timm.create_model('eva_deit_tiny_784', device='meta', depth=depth, **kwargs).eval())
-                    for depth in (1, 2))
-        parameters, multiply_adds = (a + 11 * (b - a) for a, b in zip(one, two, strict=True))
+        parameters, multiply_adds = zoo.count('eva_deit_tiny_784', **kwargs)
         paper_parameters, paper_flops = (f'{paper[0]} M', f'{paper[1]} G') if paper else ('–', '–')
         keywords = ', '.join(f'`{key}={value!r}`' for key, value in kwargs.items()) or '–'
         lines.append(f'| {table} | {what} | {keywords} | {parameters / 1e6:.2f} M | {paper_parameters} | '
@@ -113,6 +98,8 @@ TABLES = {
     'gallery': (attentions.gallery, (ATTENTIONS,)),
     'models': (models, ('README.md', 'docs/models.md')),
     'ablations': (ablations, ('docs/ablations.md',)),
+    'options': (zoo.options, ('docs/zoo.md',)),
+    'zoo': (zoo.tables, ('docs/zoo.md',)),
     'measured': (performance.gpu_models, ('README.md', PERFORMANCE)),
     'reach': (performance.reach, (PERFORMANCE,)),
     'op': (performance.op, (PERFORMANCE,)),

@@ -69,6 +69,30 @@ def test_an_attention_by_argument_is_the_attention_by_name(attention):
     assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in other.items()}
 
 
+@each_attention
+def test_a_small_pyramid_trains_and_scripts(attention):
+    model = timm.create_model(f'{attention}_pvt_v2_b3', img_size=64, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1),
+                              num_heads=(1, 2, 3, 4), num_classes=5)
+    x = torch.randn(2, 3, 64, 64)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.parametrize('attention', [
+    pytest.param(name, marks=pytest.mark.xfail(name == 'long_short', strict=True, raises=RuntimeError, reason=(
+        "the compiled backward of long_short's second LayerNorm (dual_ln) expects other strides under aot_eager")))
+    for name in ATTENTIONS])
+def test_a_small_deit_compiles_in_one_graph(attention):
+    torch._dynamo.reset()
+    model = timm.create_model(f'{attention}_deit_tiny', img_size=48, patch_size=8, embed_dim=48, depth=1, num_classes=5)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    compiled(torch.randn(2, 3, 48, 48)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize('variant', DEIT)
 def test_softmax_deit_is_timms_deit_with_mean_pooling(variant):
     ours = timm.create_model(f'softmax_{variant}', depth=3).eval()
