@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env quickstart test lint contract clean
+.PHONY: help env quickstart test lint contract soak clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
@@ -34,6 +34,9 @@ test: $(STAMP)  ## the test suite, without the slow and gpu markers
 
 contract: $(STAMP)  ## timm's own model tests on our models
 	$(PY) tools/contract.py
+
+soak: $(STAMP)  ## every promise of docs/reliability.md, a line each with its figure; under an hour on two cores
+	$(PY) tools/soak.py
 
 clean:  ## remove the environment and build leftovers
 	rm -rf $(VENV) build dist .contract *.egg-info .pytest_cache .ruff_cache
