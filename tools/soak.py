@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Check every promise of docs/reliability.md: python tools/soak.py [WORD …]
 
-One line a promise: whether it holds, the figure that its test measured, the seconds it took. With words, only the promises
-that contain one of them. Exit code 1 where one does not hold.
+One line a promise: whether it holds, the figure that its test measured, the seconds it took. With words, only the
+promises that contain one of them. Exit code 1 where one does not hold.
 """
 
 import os

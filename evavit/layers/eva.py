@@ -8,7 +8,7 @@ import torch
 from timm.layers import RelPosBias, register_notrace_module, use_fused_attn
 from torch import nn
 
-from evavit.ops import eva_attention_packed, eva_backend, eva_num_cells
+from evavit.ops import eva_attention_mass, eva_attention_packed, eva_backend, eva_num_cells
 from evavit.ops.checks import check_partition
 
 from .attention import GridAttention
@@ -125,4 +125,17 @@ class EvaAttention(GridAttention):
             noise=noise,
             dropout_p=self.attn_drop.p if self.training else 0.,
             fused=self.fused_attn,
+        )
+
+    @torch.jit.ignore
+    def attention_mass(self, x: torch.Tensor, feat_size: List[int]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What share of its attention each query of tokens `(B, N, C)` gives to E and to the cells, and how many cells
+        share the latter: three tensors `(B, h, N)`, see `evavit.ops.eva_attention_mass`."""
+        q, k, _ = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
+        return eva_attention_mass(
+            q, k, feat_size,
+            self.summary_k() if self.summary_k is not None else None,
+            self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            self.window_size,
+            self.partition_grid,
         )
