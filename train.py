@@ -80,19 +80,18 @@ def train_epoch(run, position, train_loader, eval_loader, requests, journal, sav
             journal.flush()
             saver.save_position(position)
 
-    lr = run.optimizer.param_groups[0]["lr"]
     batches = data.epoch_batches(
         train_loader, settings, process, position.epoch, position.update * settings.grad_accum_steps)
     trained = loop.train_epoch(
         run, position, batches, requests, journal.scalar if journal else lambda *scalar: None, keep)
     judged = evaluate(run, eval_loader, journal.samples if journal else None)
-    loop.check_finite(run.task, judged, process, position.epoch, lr)
+    loop.check_finite(run.task, judged, process, position.epoch, position.lr)
     following = position.next_epoch()
     if run.schedule is not None:
         run.schedule.step(following.epoch)
     if process.primary:
         # The journal first: a run that dies between the two writes the epoch again, and loses no row.
-        journal.epoch(following, trained, judged, lr)
+        journal.epoch(following, trained, judged, position.lr)
         best, best_epoch = saver.save_epoch(following, judged[settings.eval_metric])
         log.info(f"epoch {position.epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in judged.items())
                  + f"  (best {settings.eval_metric} {best:.4g} in epoch {best_epoch})")

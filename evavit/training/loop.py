@@ -31,6 +31,7 @@ class Position:
 
     epoch: int = 0
     update: int = 0         # updates of this epoch that are done, skipped ones too
+    lr: float = 0.0         # learning rate of the epoch's first update
     loss: float = 0.0       # sums over the updates that were not skipped
     grad_norm: float = 0.0
     skipped: int = 0        # updates of this epoch whose loss or gradient was not finite
@@ -228,6 +229,8 @@ def train_epoch(run, position, batches, requests, write, keep):
     parameters = list(task.get_trainable_module().parameters())
     epoch, steps = position.epoch, settings.grad_accum_steps
     ledger, figures = Ledger(run, position, write), Figures()
+    if position.update == 0:
+        position.lr = run.optimizer.param_groups[0]["lr"]
 
     def serve(asked):
         if not any(asked):

@@ -5,6 +5,7 @@ repeated augmentation works without several processes.
 """
 
 import logging
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from timm.utils.distributed import init_distributed_device_so
 from .errors import UserError
 
 log = logging.getLogger(__name__)
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 class Draw(IntEnum):
@@ -91,6 +93,16 @@ def seed_sample(seed):
     torch.default_generator.manual_seed(seed)
 
 
+def _restarted_rendezvous(_, **kwargs):
+    """env://, with keys of its own for each restart by torchrun: its store still holds the addresses of the processes
+    that died, and new ones would wait for those."""
+    for store, rank, world_size in dist.rendezvous("env://", **kwargs):
+        yield dist.PrefixStore(f"restart {os.environ[RESTARTS]}", store), rank, world_size
+
+
+dist.register_rendezvous_handler("restarted", _restarted_rendezvous)
+
+
 def start_process(device=None):
     """Choose the device, join the group, and let only the first process log."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +112,7 @@ def start_process(device=None):
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
     try:
-        joined = init_distributed_device_so(device)
+        joined = init_distributed_device_so(device, dist_url="restarted://" if RESTARTS in os.environ else None)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {' '.join(str(error).split())[:300]}") from error
     if not joined["distributed"] and not dist.is_initialized():
