@@ -16,7 +16,8 @@ STILL = [*MODEL, "noise_std=0"]  # what a process draws for itself is off: noise
 
 
 @pytest.mark.parametrize("flags, processes", [
-    (["--aug-repeats", "3"], 2), pytest.param([], 2, marks=pytest.mark.slow), pytest.param(["--aug-repeats", "3"], 3, marks=pytest.mark.slow)],
+    (["--aug-repeats", "3"], 2), pytest.param([], 2, marks=pytest.mark.slow),
+    pytest.param(["--aug-repeats", "3"], 3, marks=pytest.mark.slow)],
     ids=["repeated", "plain", "three"])
 def test_several_processes_equal_one_with_the_same_global_batch(
         train, images, tmp_path, flags, processes, record_property):
