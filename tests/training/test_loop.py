@@ -8,6 +8,7 @@ import torch
 
 from evavit.training.loop import Stepper
 from evavit.training.options import parse_settings
+from evavit.training.recipe import build_optimizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,14 +34,15 @@ def test_a_step_that_is_not_finite_changes_nothing(flags, fault):
     before = [value.clone() for value in model.parameters()]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
     if fault == "gradient":
-        model.bias.register_hook(lambda gradient: gradient * float("inf"))
+        hook = model.bias.register_hook(lambda gradient: gradient * float("inf"))
     norm = step(model, optimizer, stepper, torch.full((2, 3), float("nan") if fault == "image" else 1.0),
                 loss=float("inf") if fault == "loss" else None)
     assert norm.isfinite() == (fault == "loss")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     now = [value for state in optimizer.state.values() for value in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True))
-    model.bias._backward_hooks and model.bias._backward_hooks.clear()
+    if fault == "gradient":
+        hook.remove()
     step(model, optimizer, stepper, torch.ones(2, 3))
     assert not torch.equal(before[0], model.weight)
     assert stepper._scaler.get_scale() == (2.0 ** 15 if "float16" in flags else 1.0)
@@ -53,6 +55,27 @@ def test_the_norm_is_that_of_the_gradient_before_scale_and_clipping():
         gradient = torch.autograd.grad(model(torch.ones(2, 3)).square().mean(), list(model.parameters()))
         norm = step(model, optimizer, stepper, torch.ones(2, 3))
         torch.testing.assert_close(norm, torch.cat([g.flatten() for g in gradient]).norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [[], ["--amp"], ["--amp", "--amp-dtype", "float16"]], ids=["plain", "bf16", "fp16"])
+def test_a_fused_optimizer_skips_without_the_host_waiting(flags):
+    settings, _ = parse_settings("train", ["--clip-grad", "1", "--opt", "adamw", *flags])
+    model = torch.nn.Linear(3, 2).cuda()
+    optimizer = build_optimizer(model, settings, 0.1)
+    stepper, parameters = Stepper(settings, torch.device("cuda")), list(model.parameters())
+    bad = torch.full((2, 3), float("nan"), device="cuda")
+    for images in (torch.ones_like(bad), bad, torch.ones_like(bad)):
+        before = [value.clone() for value in parameters]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = model(images).square().mean()
+            stepper.backward(loss)
+            stepper.step(optimizer, loss.detach(), parameters, parameters)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True)) == (images is bad)
 
 
 @pytest.fixture(scope="module")
