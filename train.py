@@ -50,7 +50,7 @@ def main(argv=None):
     folder = Path(settings.output, settings.experiment or default_name(settings, data_config))
     checkpoints = state.find_resume(settings, folder)
     saver = state.Saver(run, class_names, folder) if process.primary else None
-    position = state.resume(checkpoints, run, saver) if checkpoints else loop.Position()
+    position = state.resume(checkpoints, run, saver)
     recipe.compile_and_distribute(task, settings, process)
     if schedule is not None and checkpoints:
         schedule.step_update(run.done(position))

@@ -50,7 +50,7 @@ def command_line(script, *flags, processes=1, launcher_flags=()):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launcher_flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
     return [*launcher, str(ROOT / f"{script}.py"), *map(str, flags)], environment
 
 

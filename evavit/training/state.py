@@ -19,6 +19,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
@@ -162,11 +163,15 @@ def find_resume(settings, folder):
 
 
 def resume(candidates, run, saver):
-    """Restore weights, average, optimizer and scaler from the first candidate that is whole. Returns the position.
+    """Restore weights, average, optimizer and scaler from the first candidate that is whole. Returns the position,
+    the run's first one where there is no candidate.
 
     Raises:
         UserError: none is whole, one does not fit this run, or the processes do not see the same one.
     """
+    if not candidates:
+        _agree(run, "none", Position())
+        return Position()
     path, checkpoint = _first_whole(candidates)
     settings, task = run.settings, run.task
     check_fit(unwrap_model(task.get_trainable_module()), clean_state_dict(checkpoint["state_dict"]), path)
@@ -184,15 +189,19 @@ def resume(candidates, run, saver):
         raise UserError(f"{path} does not fit this run: {first_line(error)[:300]}; resume with the settings it was "
                         f"written with, or the weights alone with --no-resume-opt") from error
     position = _position(path, checkpoint, run)
-    run.process.agree((str(path), dataclasses.astuple(position)), lambda seen: (
-        f"the processes would continue from different checkpoints ({' and '.join(sorted({one[0] for one in seen}))}): "
-        f"--output must be one folder that all machines see"))
+    _agree(run, path, position)
     log.info(f"resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}")
     if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and "saver" in checkpoint:
         saver.load_state_dict(checkpoint["saver"])
         if not position.update and checkpoint.get("metric") is not None:
             saver.save_epoch(position, checkpoint["metric"])
     return position
+
+
+def _agree(run, path, position):
+    run.process.agree((str(path), dataclasses.astuple(position)), lambda seen: (
+        f"the processes would continue from different checkpoints ({' and '.join(sorted({one[0] for one in seen}))}): "
+        f"--output must be one folder that all machines see"))
 
 
 def _first_whole(candidates):
@@ -219,7 +228,8 @@ def read_checkpoint(path):
             damaged = file.testzip()
         if damaged:
             raise UserError(f"{path}: not a readable checkpoint (its part {damaged} is damaged)")
-        checkpoint = load_checkpoint_metadata(str(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # each format has its own errors for a broken file

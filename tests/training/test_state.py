@@ -196,6 +196,22 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
         assert content(tmp_path / str(moment), saver) == whole, moment
 
 
+def test_processes_that_see_different_checkpoints_stop(saver, tmp_path):
+    """As where a folder is not shared: the other process found none."""
+    saver.save_position(Position(2, 5))
+    run = run_of()
+    other = ("none", (0,))
+
+    def agree(value, remark):
+        if value != other:
+            raise UserError(remark([value, other]))
+
+    run.process = argparse.Namespace(world_size=2, agree=agree, primary=False)
+    for candidates in ([tmp_path / "last.pth.tar"], []):
+        with pytest.raises(UserError, match="one folder that all machines see"):
+            state.resume(candidates, run, None)
+
+
 def test_a_position_whose_numbers_are_bad_is_not_saved(saver, tmp_path):
     saver.save_position(Position(0, 3))
     saver.save_position(Position(0, 6, streak=2))
