@@ -66,7 +66,7 @@ def check(promise):
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "not gpu",
+            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "not gpu", "-o", "junit_family=xunit1",
              f"--junit-xml={report}", *shlex.split(promise.tests)],
             cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         figures, passed = [], 0
