@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env quickstart test lint contract contract-all gpu cpu-bench clean
+.PHONY: help env quickstart test lint contract contract-all soak gpu cpu-bench clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
@@ -47,6 +47,9 @@ cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, a few minutes
 	$(CPU_BENCH) --bench infer --model eva_deit_tiny_784 eva_deit_tiny eva_pvt_v2_b3
 	$(CPU_BENCH) --bench train --model eva_deit_tiny_784
 	$(PY) tools/tables.py
+
+soak: $(STAMP)  ## every promise of docs/reliability.md, a line each with its figure; under an hour on two cores
+	$(PY) tools/soak.py
 
 clean:  ## remove the environment and build leftovers
 	rm -rf $(VENV) build dist .contract *.egg-info .pytest_cache .ruff_cache

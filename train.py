@@ -10,12 +10,13 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from timm.utils import trim_summary, update_summary
 
 from evavit.training import data, loop, recipe, state
-from evavit.training.errors import UserError, run_script
-from evavit.training.options import parse_settings, save_settings
+from evavit.training.errors import Preempted, run_script
+from evavit.training.journal import Journal
+from evavit.training.options import parse_settings
 from evavit.training.process import start_process
+from evavit.training.requests import Requests
 
 log = logging.getLogger("evavit.train")
 
@@ -33,93 +34,90 @@ def main(argv=None):
     data_config = data.resolve_input(settings, model)
     recipe.try_model(model, data_config["input_size"], settings)
     model.to(process.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
-    train_loader = data.train_loader(train_set, settings, data_config, process.device)
+    train_loader = data.train_loader(train_set, settings, data_config, process)
     eval_loader = data.eval_loader(
         eval_set, settings, data_config, process.device, settings.validation_batch_size or settings.batch_size)
     updates_per_epoch = data.updates_per_epoch(train_loader, settings, plan)
 
     optimizer = recipe.build_optimizer(model, settings, plan.lr)
     schedule, epochs = recipe.build_schedule(optimizer, settings, updates_per_epoch)
-    stepper = loop.Stepper(settings, process.device)
-    mixup = recipe.build_mixup(settings, model.num_classes)
     task = recipe.build_task(model, settings, process.device)
+    run = loop.Run(
+        task=task, optimizer=optimizer, stepper=loop.Stepper(settings, process.device), schedule=schedule,
+        mixup=recipe.build_mixup(settings, model.num_classes), settings=settings, process=process,
+        updates_per_epoch=updates_per_epoch, epochs=epochs, images_per_update=plan.total)
 
     folder = Path(settings.output, settings.experiment or default_name(settings, data_config))
-    checkpoint = state.find_resume(settings, folder)
-    saver = state.Saver(task, optimizer, stepper, settings, class_names, folder) if process.primary else None
-    first_epoch = state.resume(checkpoint, task, optimizer, stepper, saver, settings) if checkpoint else 0
+    checkpoints = state.find_resume(settings, folder)
+    saver = state.Saver(run, class_names, folder) if process.primary else None
+    position = state.resume(checkpoints, run, saver)
     recipe.compile_and_distribute(task, settings, process)
-    if schedule is not None and first_epoch:
-        schedule.step_update(first_epoch * updates_per_epoch)
-        schedule.step(first_epoch)
+    if schedule is not None and checkpoints:
+        schedule.step_update(run.done(position))
+        schedule.step(position.epoch)
 
     log.info(f"{settings.model}: {recipe.model_line(model)}; on {process.device}, {process.world_size} processes")
     log.info(f"{plan}")
     log.info(f"{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}")
-    journal = Journal(folder, settings, [str(plan)], first_epoch, updates_per_epoch) if process.primary else None
-    for epoch in range(first_epoch, epochs):
-        process.seed(settings.seed, epoch)
-        data.start_epoch(train_loader, epoch, settings.seed)
-        lr = optimizer.param_groups[0]["lr"]
-        trained = loop.train_epoch(
-            task, train_loader, optimizer, stepper, schedule, mixup, settings, process, epoch, updates_per_epoch,
-            journal.scalar if journal else lambda *scalar: None)
-        judged = evaluate(task, eval_loader, settings, process)
-        loop.check_finite(task, judged, process, epoch, lr)
-        if schedule is not None:
-            schedule.step(epoch + 1)
-        if process.primary:
-            # The journal first: a run that dies between the two writes the epoch again, and loses no row.
-            journal.epoch(epoch, trained, judged, lr, (epoch + 1) * updates_per_epoch)
-            best, best_epoch = saver.save_epoch(epoch, judged[settings.eval_metric])
-            log.info(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in judged.items())
-                     + f"  (best {settings.eval_metric} {best:.4g} in epoch {best_epoch})")
+    journal = Journal(folder, run, [str(plan)], position, class_names, data_config) if process.primary else None
+    with Requests(settings.checkpoint_interval, process.primary) as requests:
+        try:
+            while position.epoch < epochs:
+                position = train_epoch(run, position, train_loader, eval_loader, requests, journal, saver)
+        finally:
+            if journal is not None:
+                journal.close()
     if process.primary:
-        journal.close()
         log.info(f"done: best {settings.eval_metric} {saver.best_metric} in epoch {saver.best_epoch}; {folder}")
 
 
-def evaluate(task, loader, settings, process):
+def train_epoch(run, position, train_loader, eval_loader, requests, journal, saver):
+    """Train to the end of the epoch, judge, save. Returns the start of the next one."""
+    settings, process = run.settings, run.process
+
+    def keep(position):
+        if saver is not None:
+            journal.flush()
+            saver.save_position(position)
+
+    batches = data.epoch_batches(
+        train_loader, settings, process, position.epoch, position.update * settings.grad_accum_steps)
+    trained = loop.train_epoch(
+        run, position, batches, requests, journal.scalar if journal else lambda *scalar: None, keep)
+    judged = evaluate(run, eval_loader, journal.samples if journal else None)
+    loop.check_finite(run.task, judged, process, position.epoch, position.lr)
+    following = position.next_epoch()
+    if run.schedule is not None:
+        run.schedule.step(following.epoch)
+    if process.primary:
+        # The journal first: a run that dies between the two writes the epoch again, and loses no row.
+        journal.epoch(following, trained, judged, position.lr)
+        best, best_epoch = saver.save_epoch(following, judged[settings.eval_metric])
+        log.info(f"epoch {position.epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in judged.items())
+                 + f"  (best {settings.eval_metric} {best:.4g} in epoch {best_epoch})")
+    if following.epoch < run.epochs and process.any(requests.stop):
+        raise Preempted(f"asked to stop: epoch {position.epoch} is complete; go on with --resume auto")
+    return following
+
+
+def evaluate(run, loader, first_batch):
     """Metrics of the weights that the run is judged by; with an average, those of the plain weights are raw_*."""
-    judged, _ = loop.evaluate(task.get_eval_model(), loader, task.create_evaluator, settings, process)
+    task = run.task
+
+    def judge(ema=False):
+        metrics, _ = loop.evaluate(task.get_eval_model(ema=ema), loader, task.create_evaluator, run.settings,
+                                   run.process, first_batch=first_batch)
+        return metrics
+
+    judged = judge()
     if not task.has_ema():
         return judged
     raw = {f"raw_{name}": value for name, value in judged.items()}
-    judged, _ = loop.evaluate(task.get_eval_model(ema=True), loader, task.create_evaluator, settings, process)
-    return {**judged, **raw}
+    return {**judge(ema=True), **raw}
 
 
 def default_name(settings, data_config):
     return f"{datetime.now():%Y%m%d-%H%M%S}-{settings.model.replace('/', '_')}-{data_config['input_size'][-1]}"
-
-
-class Journal:
-    """What a run leaves to read: args.yaml, summary.csv, TensorBoard's event files."""
-
-    def __init__(self, folder, settings, remarks, first_epoch, updates_per_epoch):
-        from torch.utils.tensorboard import SummaryWriter
-
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_settings(settings, folder / "args.yaml", remarks)
-        except OSError as error:
-            raise UserError(f"--output {folder}: cannot be written ({error.strerror})") from error
-        self.summary = str(folder / "summary.csv")
-        trim_summary(self.summary, first_epoch)
-        purge = first_epoch * updates_per_epoch + 1 if first_epoch else None
-        self.writer = SummaryWriter(str(folder), purge_step=purge)
-
-    def scalar(self, update, name, value):
-        self.writer.add_scalar(name, value, update)
-
-    def epoch(self, epoch, trained, judged, lr, update):
-        update_summary(epoch, trained, judged, filename=self.summary, lr=lr)
-        for name, value in judged.items():
-            self.writer.add_scalar(f"eval/{name}", value, update)
-        self.writer.flush()
-
-    def close(self):
-        self.writer.close()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Runs of train.py and validate.py for tests: tiny image folders, a tiny model, scripts as functions or commands."""
 
+import csv
 import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +33,8 @@ KWARGS = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, win
 MODEL = ["--model", "eva_deit_tiny", "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
 QUICK = ["-b", "4", "--epochs", "2", "--warmup-epochs", "0", "--lr", "1e-3", "--workers", "0", "--device", "cpu",
          "--log-interval", "1"]
+DRAWN = ["--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25", "--drop-path", "0.2",
+         "--workers", "2", "--model-ema", "--model-ema-decay", "0.9"]  # every generator draws
 PLAIN = ["--no-aug", "--hflip", "0", "--color-jitter", "0", "--drop-path", "0"]  # only the images' order is drawn
 
 
@@ -40,14 +45,75 @@ def load_script(name):
     return module
 
 
-def command(script, *flags, processes=1):
-    """Run a script as a user does, with torchrun where there are several processes."""
+def command_line(script, *flags, processes=1, launcher_flags=()):
+    """The words and the environment that start a script as a user does, with torchrun for several processes."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return subprocess.run([*launcher, str(ROOT / f"{script}.py"), *map(str, flags)], capture_output=True, text=True,
-                          env=environment, timeout=240)
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launcher_flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
+    return [*launcher, str(ROOT / f"{script}.py"), *map(str, flags)], environment
+
+
+def command(script, *flags, **launch):
+    """Run a script to its end; see `command_line`."""
+    words, environment = command_line(script, *flags, **launch)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def wait_for(path, process, seconds=120):
+    """Wait until a started run has written the file."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def start(*words, session=True, **launch):
+    """A run under way, by default as a process group of its own; see `command_line`."""
+    line, environment = command_line(*words, **launch)
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=session)
+
+
+def rows(folder):
+    """Rows of summary.csv, less the columns that tell of time."""
+    timed = ("train_images_per_second", "train_data_wait")
+    with open(folder / "summary.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key not in timed} for row in csv.DictReader(file)]
+
+
+def assert_same_run(a, b):
+    """Two finished runs agree bit for bit: weights, average, optimizer, ranking, summary, curves, exported weights.
+
+    Returns how many numbers were compared.
+    """
+    compared = 0
+    assert rows(a) == rows(b)
+    for name in ("last.pth.tar", "model_best.pth.tar"):
+        one, other = (torch.load(folder / name, weights_only=False) for folder in (a, b))
+        assert one["epoch"] == other["epoch"] and one["metric"] == other["metric"]
+        for kind in ("state_dict", "state_dict_ema"):
+            assert one[kind].keys() == other[kind].keys()
+            for key, value in one[kind].items():
+                assert torch.equal(value, other[kind][key]), f"{name}: {key}"
+                compared += value.numel()
+        assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
+        for key, state in one["optimizer"]["state"].items():
+            for part, value in state.items():
+                assert torch.equal(value, other["optimizer"]["state"][key][part]), f"{name}: {part} {key}"
+                compared += value.numel()
+        for checkpoint in (one, other):
+            for timed in ("seconds", "waited"):
+                del checkpoint["saver"]["position"][timed]
+        assert one["saver"] == other["saver"]
+    for name in ("last.safetensors", "model_best.safetensors"):
+        one, other = weights(a / name), weights(b / name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    for name in ("train/loss", "train/lr", "train/grad_norm", "eval/loss", "eval/top1"):
+        one, other = scalars(a, name), scalars(b, name)
+        assert one == other, name
+        compared += len(one)
+    return compared
 
 
 def weights(path):

@@ -9,7 +9,14 @@ import torch
 from timm.layers import RelPosBias, register_notrace_module, trunc_normal_, use_fused_attn
 from torch import nn
 
-from evavit.ops import eva_attention_packed, eva_attention_variant, eva_backend, eva_num_cells, halo_size
+from evavit.ops import (
+    eva_attention_mass,
+    eva_attention_packed,
+    eva_attention_variant,
+    eva_backend,
+    eva_num_cells,
+    halo_size,
+)
 from evavit.ops.checks import check_partition
 
 from .attention import GridAttention
@@ -282,4 +289,17 @@ class EvaAttention(GridAttention):
             noise=noise,
             noise_std=self.noise_std,
             dropout_p=self.attn_drop.p if self.training else 0.,
+        )
+
+    @torch.jit.ignore
+    def attention_mass(self, x: torch.Tensor, feat_size: List[int]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What share of its attention each query of tokens `(B, N, C)` gives to E and to the cells, and how many cells
+        share the latter: three tensors `(B, h, N)`, see `evavit.ops.eva_attention_mass`."""
+        q, k, _ = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
+        return eva_attention_mass(
+            q, k, feat_size,
+            self.summary_k() if self.summary_k is not None else None,
+            self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            self.window_size,
+            self.partition_grid,
         )

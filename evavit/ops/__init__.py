@@ -2,13 +2,26 @@
 from .eva import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
 from .eva_1d import Eva1dCache, eva_attention_1d, eva_attention_1d_step
 from .eva_exact import control_variate_coefficients, eva_estimator
+from .eva_mass import eva_attention_mass
 from .eva_variants import eva_attention_variant, halo_size
 from .lara import lara_attention
 from .random_features import random_feature_attention
 from .scatterbrain import scatterbrain_attention
 
 __all__ = [
-    'Eva1dCache', 'control_variate_coefficients', 'eva_attention', 'eva_attention_1d', 'eva_attention_1d_step',
-    'eva_attention_packed', 'eva_attention_variant', 'eva_backend', 'eva_estimator', 'eva_num_cells', 'halo_size',
-    'lara_attention', 'random_feature_attention', 'scatterbrain_attention',
+    'Eva1dCache',
+    'control_variate_coefficients',
+    'eva_attention',
+    'eva_attention_1d',
+    'eva_attention_1d_step',
+    'eva_attention_mass',
+    'eva_attention_packed',
+    'eva_attention_variant',
+    'eva_backend',
+    'eva_estimator',
+    'eva_num_cells',
+    'halo_size',
+    'lara_attention',
+    'random_feature_attention',
+    'scatterbrain_attention',
 ]

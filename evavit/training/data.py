@@ -8,18 +8,29 @@ import gzip
 import logging
 import os
 import shutil
+import signal
+import threading
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.utils.data
 from PIL import Image
-from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader, resolve_data_config
+from timm.data import (
+    ImageDataset,
+    IterableImageDataset,
+    auto_augment,
+    create_dataset,
+    create_loader,
+    resolve_data_config,
+)
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.models import get_model_input_config
 
 from .errors import LocalError, UserError, first_line
 from .options import nearest
+from .process import Draw, seed_at, seed_sample
 from .recipe import image_channels
 
 log = logging.getLogger(__name__)
@@ -61,6 +72,83 @@ class ImageModeDataset(torch.utils.data.Dataset):
         image, target = self.dataset[index]
         image = image.convert(self.mode)
         return self.transform(image) if self.transform else image, target
+
+
+class SeededDataset(torch.utils.data.Dataset):
+    """A data set asked by (index, seed of the draw): what is drawn for an image depends on nothing that came before."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform):
+        self.dataset.transform = transform
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, draw):
+        index, seed = draw
+        seed_sample(seed)
+        return self.dataset[index]
+
+
+class Draws(torch.utils.data.Sampler):
+    """A sampler's indices from any place of the epoch, each with the seed of its draw.
+
+    The seed follows from the image's place among those of all processes: a global batch is augmented alike however many
+    processes and workers share it.
+    """
+
+    def __init__(self, sampler, seed, rank, world_size):
+        self.sampler, self.seed, self.rank, self.world_size = sampler, seed, rank, world_size
+        self.epoch = self.first = 0
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        for place, index in islice(enumerate(self.sampler), self.first, None):
+            yield index, seed_at(self.seed, Draw.IMAGE, self.epoch, place * self.world_size + self.rank)
+
+
+class SeededErasing:
+    """timm's random erasing of a batch on the device, whose draws follow from the batch's place in the epoch."""
+
+    def __init__(self, erasing, seed, process):
+        self.erasing, self.seed, self.process = erasing, seed, process
+        self.epoch = self.batch = 0
+
+    def __call__(self, images):
+        self.process.seed(self.seed, Draw.ERASING, self.epoch, self.batch)
+        self.batch += 1
+        return self.erasing(images)
+
+
+def _start_worker(info):
+    """A worker heeds SIGTERM from its own main process alone. Schedulers send it to every process of a job, and a run
+    that is to save needs its workers for the update under way."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    threading.Thread(target=_wait_for_parents_signal, args=(os.getppid(),), daemon=True).start()
+    return info.seed
+
+
+def _wait_for_parents_signal(parent):
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _posterize(image, bits_to_keep, **_):
+    """timm's posterize; RandAugment asks it for no bits at all now and then, which Pillow refuses since version 13."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
 
 
 def open_dataset(settings, split, *, is_training=False, class_names=None, in_chans=3, num_samples=None):
@@ -240,10 +328,13 @@ def resolve_input(settings, model):
     return config
 
 
-def train_loader(dataset, settings, data_config, device):
-    """Batches of augmented images on the device. Workers start anew with each epoch, so that its seed decides them."""
+def train_loader(dataset, settings, data_config, process):
+    """Batches of augmented images on the process's device, for `epoch_batches` to start an epoch of."""
+    device = process.device
+    if not isinstance(dataset, IterableImageDataset):
+        dataset = SeededDataset(dataset)
     try:
-        return create_loader(
+        loader = create_loader(
             dataset,
             input_size=data_config["input_size"],
             batch_size=settings.batch_size,
@@ -268,10 +359,16 @@ def train_loader(dataset, settings, data_config, device):
             pin_memory=settings.pin_mem and device.type == "cuda",
             device=device,
             persistent_workers=False,
+            worker_seeding=_start_worker,
         )
     except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"augmentation (aa {settings.aa}, aug_repeats {settings.aug_repeats}): timm does not take it, "
                         f"{first_line(error)}") from error
+    if isinstance(dataset, SeededDataset):
+        loader.batch_sampler.sampler = Draws(loader.sampler, settings.seed, process.rank, process.world_size)
+    if loader.random_erasing is not None:
+        loader.random_erasing = SeededErasing(loader.random_erasing, settings.seed, process)
+    return loader
 
 
 def eval_loader(dataset, settings, data_config, device, batch_size):
@@ -294,13 +391,23 @@ def eval_loader(dataset, settings, data_config, device, batch_size):
     )
 
 
-def start_epoch(loader, epoch, seed):
-    """Tell the sampler which order to draw. It depends on seed and epoch alone, not on the number of processes."""
-    position = seed * 100_003 + epoch
-    if isinstance(loader.dataset, IterableImageDataset):
-        loader.dataset.set_epoch(position)
-    else:
-        loader.sampler.set_epoch(position)
+def epoch_batches(loader, settings, process, epoch, first=0):
+    """Iterator over the batches of an epoch from number `first` on.
+
+    The order depends on seed and epoch alone, not on the number of processes. A data set that is a stream is read again
+    from the epoch's start, up to the batch; its augmentation depends on the number of workers too.
+    """
+    order, streams = settings.seed * 100_003 + epoch, isinstance(loader.dataset, IterableImageDataset)
+    process.seed(settings.seed, Draw.EPOCH, epoch)  # the workers' own seeds, which a stream draws from
+    if loader.random_erasing is not None:
+        loader.random_erasing.epoch, loader.random_erasing.batch = epoch, 0 if streams else first
+    if streams:
+        loader.dataset.set_epoch(order)
+        return islice(iter(loader), first, None)
+    loader.sampler.set_epoch(order)
+    draws = loader.batch_sampler.sampler
+    draws.epoch, draws.first = epoch, first * settings.batch_size
+    return iter(loader)
 
 
 def open_training_sets(settings):

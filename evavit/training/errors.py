@@ -1,10 +1,15 @@
-"""Expected faults (a missing folder, a misspelt key, a loss that is not a number) end in one line and exit code 2."""
+"""Expected faults (a missing folder, a misspelt key, a loss that is not a number) end in one line and exit code 2.
+
+A run that a signal asked to stop ends with PREEMPTED instead: its state is saved, and the same line goes on with it.
+"""
 
 import os
 import sys
 
 import torch.distributed as dist
 from timm.utils import world_info_from_env
+
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class UserError(Exception):
@@ -16,6 +21,10 @@ class UserError(Exception):
 
 class LocalError(UserError):
     """A fault that one process alone may have met, such as an image that cannot be read: that process prints it."""
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop, and it has saved its state. All processes raise it together."""
 
 
 def one_line(error):
@@ -32,10 +41,14 @@ def first_line(error):
 
 
 def run_script(main, argv=None):
-    """Call `main(argv)` and return the exit code: 0, or 2 after one line on an expected fault."""
+    """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal."""
     code = 0
     try:
         main(argv)
+    except Preempted as stop:
+        code = PREEMPTED
+        if world_info_from_env()[1] == 0:
+            print(stop, file=sys.stderr, flush=True)
     except UserError as error:
         code = 2
         _, rank, world_size = world_info_from_env()

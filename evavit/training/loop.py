@@ -1,41 +1,98 @@
-"""One epoch of training, and one pass of evaluation."""
+"""One epoch of training from any update of it, and one pass of evaluation."""
 
+import contextlib
+import dataclasses
 import logging
 import math
+import resource
 import sys
 import time
+from datetime import timedelta
+from typing import Any
 
 import torch
 from timm.task import evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UserError
+from .errors import Preempted, UserError
+from .process import Draw
 
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass
+class Position:
+    """Where a run stands and what its epoch has added up so far; a checkpoint holds all of it.
+
+    With the run's seed it decides every draw to come: the order of the images, their augmentation, erasing, mixup, drop
+    path and EVA's noise start anew from (seed, epoch, place in the epoch), so no generator's state has to be kept.
+    """
+
+    epoch: int = 0
+    update: int = 0         # updates of this epoch that are done, skipped ones too
+    lr: float = 0.0         # learning rate of the epoch's first update
+    loss: float = 0.0       # sums over the updates that were not skipped
+    grad_norm: float = 0.0
+    skipped: int = 0        # updates of this epoch whose loss or gradient was not finite
+    streak: int = 0         # the same, in a row up to now
+    seconds: float = 0.0    # time spent in this epoch, and the part of it in which the host waited for data
+    waited: float = 0.0
+
+    def next_epoch(self):
+        return Position(epoch=self.epoch + 1, streak=self.streak)
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop works with."""
+
+    task: Any
+    optimizer: Any
+    stepper: Any
+    schedule: Any
+    mixup: Any
+    settings: Any
+    process: Any
+    updates_per_epoch: int
+    epochs: int
+    images_per_update: int
+
+    def done(self, position):
+        """Updates since the run's first one."""
+        return position.epoch * self.updates_per_epoch + position.update
+
+
 class Stepper(NativeScaler):
-    """timm's NativeScaler with the gradient norm as its result; without float16 it scales by 1 and skips no step."""
+    """timm's NativeScaler with the gradient norm as its result. A step that is not finite is skipped in any precision;
+    the scale moves under float16 and is 1 otherwise."""
 
     def __init__(self, settings, device):
         self.scaling = settings.amp and settings.amp_dtype == "float16"
         self.clip_grad, self.clip_mode = settings.clip_grad, settings.clip_mode
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.scaling)
+        self._scaler = torch.amp.GradScaler(device.type, **({} if self.scaling else dict(init_scale=1.0)))
 
     def backward(self, loss):
         self._scaler.scale(loss).backward()
 
-    def step(self, optimizer, parameters, clip_parameters):
-        """Clip, update, clear the gradients. Returns the norm of the gradient before clipping."""
+    def step(self, optimizer, loss, parameters, clip_parameters):
+        """Clip, update, clear the gradients; returns the norm of the gradient before clipping.
+
+        A loss or gradient that is not finite leaves the weights and the optimizer's state as they are. The host does
+        not wait for that answer where the optimizer is fused (see `recipe.build_optimizer`).
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # The scaler looks at gradients alone: one of them tells it of a loss or norm that is not finite.
+        gradients[0].add_(0 * (loss + norm))
+        scale = self._scaler.scale(torch.ones_like(norm))
         self._scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_grad is not None:
             dispatch_clip_grad(clip_parameters, self.clip_grad, mode=self.clip_mode)
         self._scaler.step(optimizer)
-        self._scaler.update()
+        self._scaler.update(None if self.scaling else 1.0)
         optimizer.zero_grad()
-        return norm
+        return norm / scale
 
 
 class Figures:
@@ -44,25 +101,25 @@ class Figures:
     def __init__(self):
         self.pending = None
 
-    def put(self, update, values):
-        """Hand in the figures of this update; returns those that are ready, as (update, list of floats), or None."""
+    def put(self, about, values):
+        """Hand in the figures of an update; returns those that are ready, as (about, list of floats), or None."""
         if values.device.type != "cuda":
-            return update, values.tolist()
+            return about, values.tolist()
         ready = self.take()
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        self.pending = update, host, copied
+        self.pending = about, host, copied
         return ready
 
     def take(self):
         if self.pending is None:
             return None
-        update, host, copied = self.pending
+        about, host, copied = self.pending
         self.pending = None
         copied.synchronize()
-        return update, host.tolist()
+        return about, host.tolist()
 
 
 class Progress:
@@ -86,72 +143,142 @@ def autocast(settings, device):
     return torch.autocast(device.type, dtype=getattr(torch, settings.amp_dtype), enabled=settings.amp)
 
 
-def train_epoch(task, loader, optimizer, stepper, schedule, mixup, settings, process, epoch, updates_per_epoch, write):
-    """Train for one epoch of whole updates. Returns the mean loss, mean gradient norm and images per second.
+class Ledger:
+    """Enters the figures of each update into the position, shows them, and stops a run that has lost its numbers."""
 
-    `write(update, name, value)` takes the scalars every `log_interval` updates. A loss that is not finite, or without
-    float16 a gradient that is not, is a UserError in all processes alike.
-    """
-    task.train()
-    if mixup is not None and settings.mixup_off_epoch:
-        mixup.mixup_enabled = epoch < settings.mixup_off_epoch
-    model = task.get_trainable_module()
-    parameters = list(model.parameters())
-    steps = settings.grad_accum_steps
-    images_per_update = settings.batch_size * process.world_size * steps
-    progress = Progress(updates_per_epoch, settings.log_interval, process.primary)
-    figures, seen, loss_sum, norm_sum = Figures(), 0, 0.0, 0.0
-    start = mark = time.monotonic()
-    marked = 0
+    def __init__(self, run, position, write):
+        self.run, self.position, self.write = run, position, write
+        self.progress = Progress(run.updates_per_epoch, run.settings.log_interval, run.process.primary)
+        self.began = self.mark = self.entered = time.monotonic()
+        self.first = self.marked = position.update
+        self.waited = self.waited_before = 0.0
 
-    def account(ready):
-        nonlocal seen, loss_sum, norm_sum, mark, marked
+    @contextlib.contextmanager
+    def waiting(self):
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    def enter(self, ready):
+        """Take in the figures of one update, if there are any. Returns what was asked for with it: (save, stop)."""
         if ready is None:
-            return
-        update, (loss, norm) = ready
-        if not math.isfinite(loss) or not (stepper.scaling or math.isfinite(norm)):
-            raise UserError(
-                f"loss {loss:g}, gradient norm {norm:g} in update {update} of epoch {epoch} (update "
-                f"{epoch * updates_per_epoch + update} of the run, lr {optimizer.param_groups[0]['lr']:g}): stopped, "
-                f"the last checkpoint is kept; try a lower --lr, --clip-grad, or --amp-dtype bfloat16")
-        seen, loss_sum, norm_sum = seen + 1, loss_sum + loss, norm_sum + (norm if math.isfinite(norm) else 0.0)
-        done, now = update + 1, time.monotonic()
-        rate = (done - marked) * images_per_update / max(now - mark, 1e-9)
-        lr = optimizer.param_groups[0]["lr"]
-        if done % settings.log_interval == 0 or done == updates_per_epoch:
-            for name, value in dict(loss=loss, lr=lr, grad_norm=norm, images_per_second=rate).items():
-                write(epoch * updates_per_epoch + done, f"train/{name}", value)
-        progress.show(done, (f"epoch {epoch}", f"loss {loss:.4f}  lr {lr:.3g}  gradient {norm:.3g}  {rate:.0f} img/s"))
+            return False, False
+        (update, lr), (loss, norm, save, stop) = ready
+        run, position, settings = self.run, self.position, self.run.settings
+        now = time.monotonic()
+        position.update = done = update + 1
+        position.seconds += now - self.entered
+        position.waited += self.waited
+        self.waited_before += self.waited
+        self.entered, self.waited = now, 0.0
+        if math.isfinite(loss) and math.isfinite(norm):
+            position.loss, position.grad_norm, position.streak = position.loss + loss, position.grad_norm + norm, 0
+        else:
+            self._skip(update, lr, loss, norm)
+        window = max(now - self.mark, 1e-9)
+        rate, share = (done - self.marked) * run.images_per_update / window, self.waited_before / window
+        if done % settings.log_interval == 0 or done == run.updates_per_epoch:
+            scalars = dict(loss=loss, lr=lr, grad_norm=norm, images_per_second=rate, data_wait=share,
+                           memory_gib=memory(run.process.device), skipped=position.skipped)
+            for name, value in scalars.items():
+                self.write(run.done(position), f"train/{name}", value)
+        per_update = (now - self.began) / (done - self.first)
+        left = timedelta(seconds=round(per_update * (run.epochs * run.updates_per_epoch - run.done(position))))
+        self.progress.show(done, (f"epoch {position.epoch}",
+                                  f"loss {loss:.4f}  lr {lr:.3g}  gradient {norm:.3g}  {rate:.0f} img/s  data "
+                                  f"{100 * share:.0f} %  {left} left"))
         if done % settings.log_interval == 0:
-            mark, marked = now, done
+            self.mark, self.marked, self.waited_before = now, done, 0.0
+        return save > 0, stop > 0
 
-    batches = iter(loader)
-    for update in range(updates_per_epoch):
-        loss_of_update = torch.zeros((), device=process.device)
+    def _skip(self, update, lr, loss, norm):
+        position, limit = self.position, self.run.settings.max_skipped
+        position.skipped, position.streak = position.skipped + 1, position.streak + 1
+        where = (f"loss {loss:g}, gradient norm {norm:g} in update {update} of epoch {position.epoch} (update "
+                 f"{self.run.done(position) - 1} of the run, lr {lr:g})")
+        if position.streak < limit:
+            log.warning(f"{where}: skipped, {position.streak} in a row")
+            return
+        raise UserError(f"{where}, {position.streak} in a row: stopped, the last checkpoint is kept; try a lower --lr, "
+                        f"--clip-grad, or --amp-dtype bfloat16")
+
+
+def memory(device):
+    """Most memory in use so far, in GiB: the tensors' on a GPU, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def train_epoch(run, position, batches, requests, write, keep):
+    """Train from `position` to the end of its epoch, moving `position` along. Returns the epoch's figures.
+
+    `batches` begins with the position's. `write(update, name, value)` takes the scalars every `log_interval` updates,
+    `keep(position)` saves where `requests` asks for it, which all processes learn in the same update. An update that is
+    not finite is skipped.
+
+    Raises:
+        UserError: `max_skipped` updates in a row were not finite, or the data ended, in all processes alike.
+        Preempted: a signal asked to stop; the state has been kept.
+    """
+    task, settings, process = run.task, run.settings, run.process
+    task.train()
+    if run.mixup is not None and settings.mixup_off_epoch:
+        run.mixup.mixup_enabled = position.epoch < settings.mixup_off_epoch
+    parameters = list(task.get_trainable_module().parameters())
+    epoch, steps = position.epoch, settings.grad_accum_steps
+    ledger, figures = Ledger(run, position, write), Figures()
+    if position.update == 0:
+        position.lr = run.optimizer.param_groups[0]["lr"]
+
+    def serve(asked):
+        if not any(asked):
+            return
+        ledger.enter(figures.take())  # everything that the weights have seen is in the position
+        keep(position)
+        if asked[1]:
+            process.wait()  # for the first process to have written
+            raise Preempted(f"asked to stop: epoch {epoch}, update {position.update} of {run.updates_per_epoch}; go on "
+                            f"with --resume auto")
+
+    for update in range(position.update, run.updates_per_epoch):
+        loss = torch.zeros((), device=process.device)
         for step in range(steps):
-            images, target = next(batches, (None, None))
+            with ledger.waiting():
+                images, target = next(batches, (None, None))
             if images is None:
-                raise UserError(f"the training data ended before update {update} of {updates_per_epoch}; "
+                raise UserError(f"the training data ended before update {update} of {run.updates_per_epoch}; "
                                 f"set --train-num-samples")
+            process.seed(settings.seed, Draw.STEP, epoch, update * steps + step)
             if settings.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            if mixup is not None:
-                images, target = mixup(images, target)
-            if step + 1 < steps:
-                with task.no_sync():
-                    loss = _forward_backward(task, images, target, stepper, settings, process)
-            else:
-                loss = _forward_backward(task, images, target, stepper, settings, process)
-            loss_of_update += loss
-        norm = stepper.step(optimizer, parameters, task.get_clip_parameters(exclude_head="agc" in settings.clip_mode))
-        task.update_ema(step=epoch * updates_per_epoch + update + 1)
-        loss_of_update = process.mean(loss_of_update)
-        account(figures.put(update, torch.stack((loss_of_update, norm.float()))))
-        if schedule is not None:
-            schedule.step_update(epoch * updates_per_epoch + update + 1)
-    account(figures.take())
-    seconds = time.monotonic() - start
-    return dict(loss=loss_sum / seen, grad_norm=norm_sum / seen, images_per_second=seen * images_per_update / seconds)
+            if run.mixup is not None:
+                images, target = run.mixup(images, target)
+            with task.no_sync() if step + 1 < steps else contextlib.nullcontext():
+                loss += _forward_backward(run, images, target)
+        asked = requests.now(epoch * run.updates_per_epoch + update + 1, update + 1 == run.updates_per_epoch)
+        loss, save, stop = process.mean(torch.stack((loss, *(loss.new_full((), float(flag)) for flag in asked))))
+        norm = run.stepper.step(
+            run.optimizer, loss, parameters, task.get_clip_parameters(exclude_head="agc" in settings.clip_mode))
+        task.update_ema(step=epoch * run.updates_per_epoch + update + 1)
+        about = update, run.optimizer.param_groups[0]["lr"]
+        if run.schedule is not None:
+            run.schedule.step_update(epoch * run.updates_per_epoch + update + 1)
+        serve(ledger.enter(figures.put(about, torch.stack((loss, norm.float(), save, stop)))))
+    serve(ledger.enter(figures.take()))
+    counted, seconds = position.update - position.skipped, max(position.seconds, 1e-9)
+    return dict(
+        loss=position.loss / counted if counted else math.nan,
+        grad_norm=position.grad_norm / counted if counted else math.nan,
+        skipped=position.skipped,
+        images_per_second=position.update * run.images_per_update / seconds,
+        data_wait=position.waited / seconds)
+
+
+def weights_are_finite(task):
+    modules = [task.get_trainable_module()] + ([task.get_trainable_module(ema=True)] if task.has_ema() else [])
+    return torch.stack([parameter.isfinite().all() for module in modules for parameter in module.parameters()]).all()
 
 
 def check_finite(task, judged, process, epoch, lr):
@@ -160,25 +287,26 @@ def check_finite(task, judged, process, epoch, lr):
     The update that breaks the weights shows in the next one's loss; the last of an epoch has no next one.
     """
     bad = [f"validation {name} {value:g}" for name, value in judged.items() if not math.isfinite(value)]
-    modules = [task.get_trainable_module()] + ([task.get_trainable_module(ema=True)] if task.has_ema() else [])
-    whole = torch.stack([parameter.isfinite().all() for module in modules for parameter in module.parameters()]).all()
-    if process.mean(whole.float()) < 1:
+    if process.mean(weights_are_finite(task).float()) < 1:
         bad.append("weights that are not finite")
     if bad:
         raise UserError(f"{', '.join(bad)} after epoch {epoch} (lr {lr:g}): stopped, the last checkpoint is kept; try "
                         f"a lower --lr, --clip-grad, or --amp-dtype bfloat16")
 
 
-def _forward_backward(task, images, target, stepper, settings, process):
-    with autocast(settings, process.device):
-        loss = task(images, target)["loss"] / settings.grad_accum_steps
-    stepper.backward(loss)
+def _forward_backward(run, images, target):
+    with autocast(run.settings, run.process.device):
+        loss = run.task(images, target)["loss"] / run.settings.grad_accum_steps
+    run.stepper.backward(loss)
     return loss.detach()
 
 
 @torch.no_grad()
-def evaluate(model, loader, evaluator_of, settings, process, name="validation"):
-    """Loss, top-1 and top-5 (percent) over every image once, whatever the number of processes."""
+def evaluate(model, loader, evaluator_of, settings, process, name="validation", first_batch=None):
+    """Loss, top-1 and top-5 (percent) over every image once, whatever the number of processes.
+
+    `first_batch(images, target, output)` is called with the first batch.
+    """
     model.eval()
     if isinstance(model, DistributedDataParallel):
         model = model.module
@@ -190,6 +318,8 @@ def evaluate(model, loader, evaluator_of, settings, process, name="validation"):
         with autocast(settings, process.device):
             output = model(images)
         evaluator.update(output, target)
+        if step == 1 and first_batch is not None:
+            first_batch(images, target, output)
         if progress.live:
             running = evaluator.summary()
             progress.show(step, (name, f"loss {running['loss']:.4f}  top-1 {running['top1']:.2f}"))

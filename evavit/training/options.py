@@ -198,10 +198,14 @@ OPTIONS = (
     # output
     Option("output", str, "output", "folder of the runs"),
     Option("experiment", str, None, "name of this run's folder in output; default: time, model, image size"),
-    Option("resume", str, None, "checkpoint to continue, or auto: the last one in this run's folder, if there is one"),
+    Option("resume", str, None, "checkpoint to continue, or auto: the last whole one in this run's folder, if there is "
+           "one"),
     Option("no_resume_opt", bool, False, "resume the weights alone, with a new optimizer"),
     Option("eval_metric", str, "top1", "what makes the best checkpoint", choices=("top1", "top5", "loss")),
     Option("checkpoint_hist", int, 3, "best checkpoints to keep", low=1),
+    Option("checkpoint_interval", str, None, "save within the epoch too: every so many updates (500) or minutes (10m)"),
+    Option("max_skipped", int, 10, "updates in a row without a finite loss and gradient, at which the run stops",
+           low=1),
     Option("log_interval", int, 50, "updates between lines of the log", low=1, scripts=BOTH),
     Option("checkpoint", str, None, "weights to judge: a checkpoint of train.py (.pth.tar, .safetensors) or any "
            "file that fits the model", scripts=("validate",)),

@@ -5,9 +5,13 @@ repeated augmentation works without several processes.
 """
 
 import logging
+import os
+import random
 import sys
 from dataclasses import dataclass
+from enum import IntEnum
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils import random_seed
@@ -16,6 +20,16 @@ from timm.utils.distributed import init_distributed_device_so
 from .errors import UserError
 
 log = logging.getLogger(__name__)
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+
+
+class Draw(IntEnum):
+    """What is drawn at a place of the run, so that no two things share a seed."""
+
+    EPOCH = 1
+    STEP = 2
+    ERASING = 3
+    IMAGE = 4
 
 
 @dataclass(frozen=True)
@@ -40,12 +54,53 @@ class Process:
             tensor = tensor / self.world_size
         return tensor
 
-    def seed(self, seed, epoch=None):
-        """Seed every generator. Within an epoch each process draws its own numbers; the weights are drawn alike."""
-        if epoch is None:
-            random_seed(seed)
-        else:
-            random_seed((seed + 1_000_003 * (epoch + 1)) % 2**31, self.rank)
+    def agree(self, value, remark):
+        """UserError with `remark(values)` in all processes, unless `value` is the same in each."""
+        values = [value]
+        if self.distributed:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        if any(other != values[0] for other in values):
+            raise UserError(remark(values))
+
+    def any(self, flag):
+        """Whether the flag is set in any process."""
+        return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def wait(self):
+        """Wait until all processes are here."""
+        if self.distributed:
+            dist.barrier()
+
+    def seed(self, seed, *place):
+        """Seed every generator: for the weights alike in all processes, for a place in each its own way.
+
+        A place is what is drawn there, a `Draw`, and whole numbers such as epoch and step.
+        Whatever was drawn before is then of no effect: a run that begins at a place draws as one that came there.
+        """
+        random_seed(seed_at(seed, *place, self.rank) if place else seed)
+
+
+def seed_at(seed, *place):
+    """A number of 32 bits that follows from the run's seed and a place in the run, see `Process.seed`."""
+    return int(np.random.SeedSequence((seed, *place)).generate_state(1)[0])
+
+
+def seed_sample(seed):
+    """Seed what draws the augmentation of one image: Python's, NumPy's and PyTorch's generators of this CPU process."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+def _restarted_rendezvous(_, **kwargs):
+    """env://, with keys of its own for each restart by torchrun: its store still holds the addresses of the processes
+    that died, and new ones would wait for those."""
+    for store, rank, world_size in dist.rendezvous("env://", **kwargs):
+        yield dist.PrefixStore(f"restart {os.environ[RESTARTS]}", store), rank, world_size
+
+
+dist.register_rendezvous_handler("restarted", _restarted_rendezvous)
 
 
 def start_process(device=None):
@@ -57,7 +112,7 @@ def start_process(device=None):
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
     try:
-        joined = init_distributed_device_so(device)
+        joined = init_distributed_device_so(device, dist_url="restarted://" if RESTARTS in os.environ else None)
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {' '.join(str(error).split())[:300]}") from error
     if not joined["distributed"] and not dist.is_initialized():

@@ -17,6 +17,7 @@ import evavit  # noqa: F401  (registers the models with timm)
 
 from .errors import UserError, first_line
 from .options import nearest
+from .requests import Requests
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def check_settings(settings):
         raise UserError(f"mixup and cutmix pair the images of a batch: batch_size {s.batch_size} must be even")
     if s.resume == "auto" and not s.experiment:
         raise UserError("--resume auto looks in this run's folder: name it with --experiment")
+    Requests(s.checkpoint_interval)
     if s.torchcompile_mode and not s.torchcompile:
         raise UserError("torchcompile_mode does nothing without torchcompile; add --torchcompile")
     if s.bce_target_thresh is not None and not s.bce_loss:
@@ -124,6 +126,7 @@ OWN_OPTIONS = dict(
     num_classes="--num-classes", drop_rate="--drop", drop_path_rate="--drop-path", device="--device", dtype="--amp",
     pretrained="--pretrained",
     checkpoint_path="--initial-checkpoint in train.py, --checkpoint in validate.py")
+FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")  # timm's names of optimizers that PyTorch fuses
 LARGE = 200e6  # parameters above which no trial pass is made on the CPU
 
 
@@ -275,8 +278,11 @@ def build_mixup(settings, num_classes):
 
 
 def build_optimizer(model, settings, lr):
+    """timm's optimizer; on a GPU the fused one of PyTorch's, which skips a step without the host having to wait."""
+    fused = settings.opt.lower() in FUSED and next(model.parameters()).is_cuda
     try:
-        return create_optimizer_v2(model, **{**optimizer_kwargs(settings), "lr": lr})
+        return create_optimizer_v2(
+            model, **{**optimizer_kwargs(settings), "lr": lr}, **(dict(fused=True) if fused else {}))
     except (AssertionError, TypeError, ValueError, ImportError) as error:
         raise UserError(f"optimizer {settings.opt}: {first_line(error)}") from error
 

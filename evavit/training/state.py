@@ -1,47 +1,92 @@
 """Checkpoints: what is written, how it is written so that a crash leaves the last one whole, and how a run continues.
 
-A run's folder holds `last.pth.tar`, `model_best.pth.tar` and the best few `checkpoint-EPOCH.pth.tar` (weights, average,
-optimizer, scaler, settings), and the weights alone as `last.safetensors` and `model_best.safetensors`: the averaged
-ones where the run keeps an average. Every epoch draws from seeds of its own, so a run continues alike without the
-state of any random generator.
+A run's folder holds `last.pth.tar` and the one before it, `previous.pth.tar`; `model_best.pth.tar` and the best few
+`checkpoint-EPOCH.pth.tar` (weights, average, optimizer, scaler, settings, position); and the weights alone as
+`last.safetensors` and `model_best.safetensors`: the averaged ones where the run keeps an average. Every draw follows
+from the run's seed and position (see `loop.Position`), so a run continues alike without the state of any generator.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
 import os
 import shutil
+import zipfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
-from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+import torch
+from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
-from .errors import UserError, first_line
-from .recipe import check_fit, read_weights
+from .errors import LocalError, UserError, first_line
+from .loop import Position, weights_are_finite
+from .recipe import check_fit
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def replacing(path):
+    """Yields the name of a file to write, which then takes the place of `path`, whole and on the disk, or not at all.
+
+    Raises:
+        LocalError: the file cannot be written, as on a full disk. What was at `path` is still there.
+    """
+    partial = Path(f"{path}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(partial.parent)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # PyTorch's own for a write that fails
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise LocalError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)[:200]}); "
+                         f"what was saved before is whole: make room and go on with --resume auto") from error
+
+
+def _sync_folder(folder):
+    """Bring renamed files to the disk, where the system knows how."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class Saver(CheckpointSaver):
     """timm's CheckpointSaver; every file appears whole or not at all, and weights are also written as safetensors."""
 
-    def __init__(self, task, optimizer, stepper, settings, class_names, folder):
+    def __init__(self, run, class_names, folder):
+        task, settings = run.task, run.settings
         super().__init__(
             model=unwrap_model(task.get_trainable_module()),
-            optimizer=optimizer,
+            optimizer=run.optimizer,
             args=argparse.Namespace(**vars(settings), class_names=class_names),
-            amp_scaler=stepper if stepper.scaling else None,
+            amp_scaler=run.stepper if run.stepper.scaling else None,
             checkpoint_dir=str(folder),
             recovery_dir=str(folder),
             decreasing=settings.eval_metric == "loss",
             max_history=settings.checkpoint_hist,
             task=task)
+        self.plan = plan_of(run)
+        self.position = Position()
+        self.last = Path(folder, "last.pth.tar")
 
-    def save_epoch(self, epoch, metric):
-        """Write the state after `epoch`; returns the best metric and its epoch."""
+    def save_epoch(self, position, metric):
+        """Write the state at the start of an epoch, with the metric of the one before; returns the best and its epoch.
+
+        Doing it again changes nothing: a run that was killed on the way does it again when it resumes.
+        """
+        self.position, epoch = position, position.epoch - 1
         if not math.isfinite(metric):
             raise UserError(f"{self.args.eval_metric} {metric:g} after epoch {epoch}: not saved")
         best = self.save_checkpoint(epoch, metric)
@@ -50,86 +95,187 @@ class Saver(CheckpointSaver):
             self._save_weights("model_best.safetensors", epoch, metric)
         return best
 
+    def save_position(self, position):
+        """Write the state within an epoch, unless its numbers have gone bad."""
+        if position.streak or not weights_are_finite(self.task):
+            log.warning(f"update {position.update} of epoch {position.epoch} is not saved: loss, gradient or weights "
+                        f"are not finite")
+            return
+        self.position = position
+        whole = str(self.last.with_name("tmp.pth.tar"))
+        self._save(whole, position.epoch - 1)
+        self._replace(whole, str(self.last))
+
+    def state_dict(self, epoch=None, metric=None):
+        return {**super().state_dict(epoch, metric), "position": dataclasses.asdict(self.position), "plan": self.plan}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict({**state_dict, "pending": (None, None)})
+        if self.best_metric is not None and math.isnan(self.best_metric):
+            self.best_metric = self.best_epoch = None
+
     def _save_weights(self, name, epoch, metric):
         model = unwrap_model(self.task.get_trainable_module(ema=self.task.has_ema()))
         weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        path = Path(self.checkpoint_dir, name)
-        partial = path.with_name(name + ".partial")
         about = dict(format="pt", epoch=str(epoch), metric=str(metric), args=json.dumps(vars(self.args)))
-        safetensors.torch.save_file(weights, str(partial), metadata=about)
-        # safetensors makes a file that only its owner can read
-        shutil.copymode(Path(self.checkpoint_dir, "last.pth.tar"), partial)
-        _flush(partial)
-        os.replace(partial, path)
+        with replacing(self.last.with_name(name)) as partial:
+            safetensors.torch.save_file(weights, str(partial), metadata=about)
+            shutil.copymode(self.last, partial)  # safetensors makes a file that only its owner can read
 
     def _save(self, save_path, epoch, metric=None):
-        super()._save(save_path, epoch, metric)
-        _flush(save_path)
+        with replacing(save_path) as partial:
+            super()._save(partial, epoch, metric)
 
     def _replace(self, src, dst):
+        if os.path.exists(dst):
+            self._duplicate(dst, self.last.with_name("previous.pth.tar"))
         os.replace(src, dst)
+        _sync_folder(self.checkpoint_dir)
 
     def _duplicate(self, src, dst):
-        partial = f"{dst}.partial"
-        Path(partial).unlink(missing_ok=True)
-        super()._duplicate(src, partial)
-        os.replace(partial, dst)
+        with replacing(dst) as partial:
+            super()._duplicate(src, partial)
 
 
-def _flush(path):
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+def plan_of(run):
+    """What decides which images an update sees."""
+    return dict(images_per_update=run.images_per_update, updates_per_epoch=run.updates_per_epoch,
+                processes=run.process.world_size)
 
 
 def find_resume(settings, folder):
-    """The checkpoint to continue from, or None for a fresh start. A folder that holds a run is not overwritten."""
-    last = Path(folder, "last.pth.tar")
+    """The checkpoints to continue from, the one to try first foremost; none for a fresh start.
+
+    A folder that holds a run is not overwritten.
+    """
     if settings.resume and settings.resume != "auto":
         if not Path(settings.resume).is_file():
             raise UserError(f"--resume {settings.resume}: no such checkpoint")
-        return Path(settings.resume)
-    if settings.resume == "auto":
-        log.info(f"resuming from {last}" if last.is_file() else f"no checkpoint in {folder} yet: starting fresh")
-        return last if last.is_file() else None
-    if last.exists():
+        return [Path(settings.resume)]
+    folder = Path(folder)
+    kept = sorted(folder.glob("checkpoint-*.pth.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = [path for path in (folder / "last.pth.tar", folder / "previous.pth.tar", *kept) if path.is_file()]
+    if found and settings.resume != "auto":
         raise UserError(f"{folder} already holds a run: continue it with --resume auto, or choose another --experiment")
-    return None
+    if not found and settings.resume == "auto":
+        log.info(f"no checkpoint in {folder} yet: starting fresh")
+    return found
 
 
-def resume(path, task, optimizer, stepper, saver, settings):
-    """Restore weights, average, optimizer and scaler. Returns the epoch to go on with."""
-    check_fit(unwrap_model(task.get_trainable_module()), read_weights(path, use_ema=False), path)
+def resume(candidates, run, saver):
+    """Restore weights, average, optimizer and scaler from the first candidate that is whole. Returns the position,
+    the run's first one where there is no candidate.
+
+    Raises:
+        UserError: none is whole, one does not fit this run, or the processes do not see the same one.
+    """
+    if not candidates:
+        _agree(run, "none", Position())
+        return Position()
+    path, checkpoint = _first_whole(candidates)
+    settings, task = run.settings, run.task
+    check_fit(unwrap_model(task.get_trainable_module()), clean_state_dict(checkpoint["state_dict"]), path)
     full = not settings.no_resume_opt
+    if full:
+        _check_optimizer(path, checkpoint, settings)
     try:
-        if full:
-            _check_optimizer(path, settings)
-        epoch = resume_task_checkpoint(
-            task, str(path),
-            optimizer=optimizer if full else None,
-            loss_scaler=stepper if full and stepper.scaling else None,
-            log_info=False)
+        task.load_checkpoint_state(clean_state_dict(checkpoint["state_dict"]), checkpoint.get("task_state"))
         if task.has_ema():
-            load_task_ema_checkpoint(task, str(path))
+            average = checkpoint.get("state_dict_ema") or checkpoint["state_dict"]
+            task.load_checkpoint_state(clean_state_dict(average), checkpoint.get("task_state_ema"), ema=True)
+        if full:
+            _load_optimizer(run, checkpoint)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit this run: {first_line(error)[:300]}; resume with the settings it was "
                         f"written with, or the weights alone with --no-resume-opt") from error
-    if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve():
-        saver.load_state_dict_from_checkpoint(str(path))
-        if saver.best_metric is not None and math.isnan(saver.best_metric):
-            saver.best_metric = saver.best_epoch = None
-    return epoch or 0
+    position = _position(path, checkpoint, run)
+    _agree(run, path, position)
+    log.info(f"resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}")
+    if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and "saver" in checkpoint:
+        saver.load_state_dict(checkpoint["saver"])
+        if not position.update and checkpoint.get("metric") is not None:
+            saver.save_epoch(position, checkpoint["metric"])
+    return position
 
 
-def _check_optimizer(path, settings):
-    """Weights alone, or another optimizer's state, are nothing to continue from."""
-    saved = {} if path.suffix == ".safetensors" else load_checkpoint_metadata(str(path))
-    if not isinstance(saved, dict) or "epoch" not in saved or "optimizer" not in saved:
+def _agree(run, path, position):
+    run.process.agree((str(path), dataclasses.astuple(position)), lambda seen: (
+        f"the processes would continue from different checkpoints ({' and '.join(sorted({one[0] for one in seen}))}): "
+        f"--output must be one folder that all machines see"))
+
+
+def _first_whole(candidates):
+    for number, path in enumerate(candidates):
+        try:
+            return path, read_checkpoint(path)
+        except UserError as error:
+            if number + 1 == len(candidates):
+                raise
+            log.warning(f"{error}: going back to {candidates[number + 1].name}, the one before")
+
+
+def read_checkpoint(path):
+    """A checkpoint of a run, whole: every part of the file has the checksum that was written with it.
+
+    Raises:
+        UserError: the file is cut short, damaged, of another kind, or carries code.
+    """
+    if path.suffix == ".safetensors":
         raise UserError(f"--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from "
                         f"them with --initial-checkpoint")
-    before = getattr(saved.get("args"), "opt", settings.opt)
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged:
+            raise UserError(f"{path}: not a readable checkpoint (its part {damaged} is damaged)")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # each format has its own errors for a broken file
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of train.py (it has no state_dict)")
+    return checkpoint
+
+
+def _check_optimizer(path, checkpoint, settings):
+    """Weights alone, or another optimizer's state, are nothing to continue from."""
+    if "epoch" not in checkpoint or "optimizer" not in checkpoint:
+        raise UserError(f"--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from "
+                        f"them with --initial-checkpoint")
+    before = getattr(checkpoint.get("args"), "opt", settings.opt)
     if before != settings.opt:
         raise UserError(f"{path} was written with opt {before}, this run has {settings.opt}; continue with --opt "
                         f"{before}, or take the weights alone with --no-resume-opt")
+
+
+def _load_optimizer(run, checkpoint):
+    state = checkpoint["optimizer"]
+    for group, saved in zip(run.optimizer.param_groups, state["param_groups"], strict=True):
+        if "fused" in group:  # follows the device, see `recipe.build_optimizer`
+            saved["fused"] = group["fused"]
+    run.optimizer.load_state_dict(state)
+    scaler = checkpoint.get(run.stepper.state_dict_key)
+    if run.stepper.scaling and scaler is not None:
+        run.stepper.load_state_dict(scaler)
+
+
+def _position(path, checkpoint, run):
+    """The place to go on from. Within an epoch it counts only where an update sees the same images as before."""
+    saved = checkpoint.get("saver") or {}
+    if "position" not in saved:
+        return Position(epoch=checkpoint.get("epoch", -1) + 1)
+    position, then, now = Position(**saved["position"]), saved["plan"], plan_of(run)
+    changed = f"{path} was written by {then['processes']} processes with {then['images_per_update']} images an update"
+    if position.update and any(then[key] != now[key] for key in ("images_per_update", "updates_per_epoch")):
+        log.info(f"{changed}, here {now['processes']} have {now['images_per_update']}: the order of the images "
+                 f"restarts at epoch {position.epoch}")
+        return Position(epoch=position.epoch)
+    if then["processes"] != now["processes"]:
+        log.info(f"{changed}, here there are {now['processes']}: the images go on in the same order, what each process "
+                 f"draws for itself (mixup, erasing, drop path, noise) is another")
+    return position
 
 
 def saved_settings(path):

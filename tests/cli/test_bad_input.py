@@ -81,8 +81,9 @@ def folder(images, tmp_path):
 @pytest.fixture
 def refused(call, folder):
     def refused(*flags, script="train"):
-        code, _, err = call(script, *MODEL, *(QUICK if script == "train" else []), "--data-dir", folder, "--output",
-                            folder.parent, "--experiment", "run", *flags)
+        place = [*QUICK, "--output", folder.parent, "--experiment", "run"] if script == "train" else []
+        code, out, err = call(script, *MODEL, "--data-dir", folder, *place, *flags)
+        assert "this must not run" not in out
         assert code == 2
         return only_line(err)
 
@@ -189,16 +190,20 @@ def test_checkpoint_that_is_none_or_carries_code(refused, tmp_path):
             return (print, ("this must not run",))
 
     torch.save(dict(state_dict=dict(weight=Code())), tmp_path / "code.pth.tar")
-    assert "code.pth.tar" in refused("--initial-checkpoint", tmp_path / "code.pth.tar")
+    for flag in ("--initial-checkpoint", "--pretrained-path", "--resume"):
+        assert "code.pth.tar" in refused(flag, tmp_path / "code.pth.tar")
+    assert "code.pth.tar" in refused("--checkpoint", tmp_path / "code.pth.tar", script="validate")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, call, images, tmp_path):
     # The first epoch trains at a rate of 0 and is saved, the second at one that no weight survives.
-    flags = ["--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "0", "--lr", "1e30"]
+    flags = ["--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "0", "--lr", "1e30", "--max-skipped", "4"]
     place = ["--data-dir", images, "--output", tmp_path, "--experiment", "nan"]
-    code, _, err = call("train", *MODEL, *QUICK, *place, *flags)
+    code, out, err = call("train", *MODEL, *QUICK, *place, *flags)
     line = only_line(err)
-    assert code == 2 and "of epoch 1" in line and "lr 7.5e+29" in line
+    assert code == 2 and all(word in line for word in (
+        "update 4 of epoch 1", "update 10 of the run", "lr 7.5e+29", "gradient norm nan", "4 in a row")), line
+    assert [f"{number} in a row" in out for number in (1, 2, 3, 4)] == [True, True, True, False]
     checkpoint = torch.load(tmp_path / "nan" / "last.pth.tar", weights_only=False)
     assert checkpoint["epoch"] == 0
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
@@ -221,7 +226,8 @@ def test_weights_that_break_in_the_last_update_are_not_saved(average, call, imag
 
 def test_a_loss_that_is_not_finite_stops_all_processes(images, tmp_path):
     place = ["--data-dir", images, "--output", tmp_path, "--experiment", "nan"]
-    done = command("train", *MODEL, *QUICK, *place, "-b", "2", "--lr", "1e30", processes=2)
+    done = command("train", *MODEL, *QUICK, *place, "-b", "2", "--lr", "1e30", "--max-skipped", "3",
+                   processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: loss") == 1 and re.search(r"exitcode *: 2", done.stderr)
     assert not (tmp_path / "nan" / "last.pth.tar").exists()

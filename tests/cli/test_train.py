@@ -1,25 +1,17 @@
 """train.py on tiny image folders: what it writes, that it repeats, resumes, accumulates, averages and distributes."""
 
-import csv
 import json
 
 import pytest
 import timm
 import torch
 import yaml
-from runs import KWARGS, MODEL, PLAIN, QUICK, command, scalars, weights, write_images
+from runs import DRAWN, KWARGS, MODEL, PLAIN, QUICK, assert_same_run, rows, scalars, weights, write_images
 from timm.utils import load_checkpoint_metadata
 
 from evavit.training import state
 
-DRAWN = ["--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25", "--drop-path", "0.2",
-         "--workers", "2", "--model-ema", "--model-ema-decay", "0.9"]
 LONGER = ["--epochs", "4", "--warmup-epochs", "1"]
-
-
-def rows(folder):
-    with open(folder / "summary.csv", newline="") as file:
-        return [{key: value for key, value in row.items() if "second" not in key} for row in csv.DictReader(file)]
 
 
 def test_a_run_leaves_what_the_docs_promise(train):
@@ -30,7 +22,7 @@ def test_a_run_leaves_what_the_docs_promise(train):
     assert not [name for name in names if "tmp" in name or "partial" in name]
     assert [row["epoch"] for row in rows(folder)] == ["0", "1"]
     assert set(rows(folder)[0]) >= {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"}
-    for name in ("loss", "lr", "grad_norm", "images_per_second"):
+    for name in ("loss", "lr", "grad_norm", "images_per_second", "data_wait", "memory_gib", "skipped"):
         assert list(scalars(folder, f"train/{name}")) == list(range(1, 13))
     for name in ("loss", "top1", "top5"):
         assert list(scalars(folder, f"eval/{name}")) == [6, 12]
@@ -61,9 +53,9 @@ def test_resume_auto_equals_the_uninterrupted_run(train, call, images, tmp_path,
     whole = train("whole", *DRAWN, *LONGER)
     save_epoch = state.Saver.save_epoch
 
-    def stop_after_two(saver, epoch, metric):
-        best = save_epoch(saver, epoch, metric)
-        if epoch == 1:
+    def stop_after_two(saver, position, metric):
+        best = save_epoch(saver, position, metric)
+        if position.epoch == 2:
             raise KeyboardInterrupt
         return best
 
@@ -75,15 +67,7 @@ def test_resume_auto_equals_the_uninterrupted_run(train, call, images, tmp_path,
     torch.rand(7)  # whatever the process draws before it resumes is of no effect
     parts = train("parts", *DRAWN, *LONGER, "--resume", "auto")
 
-    assert rows(whole) == rows(parts)
-    a, b = (torch.load(folder / "last.pth.tar", weights_only=False) for folder in (whole, parts))
-    for kind in ("state_dict", "state_dict_ema"):
-        assert all(torch.equal(a[kind][key], b[kind][key]) for key in a[kind])
-    for key, moments in a["optimizer"]["state"].items():
-        assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in moments.items())
-    assert a["saver"] == b["saver"]
-    losses = [scalars(folder, "train/loss") for folder in (whole, parts)]
-    assert losses[0] == losses[1]
+    assert_same_run(whole, parts)
 
 
 def test_resume_auto_starts_fresh_and_says_so(call, images, tmp_path):
@@ -110,23 +94,6 @@ def test_accumulation_equals_the_bigger_batch(train):
         a, b = scalars(big, f"train/{name}"), scalars(small, f"train/{name}")
         assert a.keys() == b.keys()
         torch.testing.assert_close(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
-
-
-def test_two_processes_equal_one_with_the_same_global_batch(train, images, tmp_path):
-    model = [*MODEL, "noise_std=0"]
-    flags = [*PLAIN, "--model-ema", "--model-ema-decay", "0.8", "--global-batch-size", "4"]
-    one = train("one", *flags, model=model)
-    done = command("train", *model, *QUICK, *flags, "-b", "1", "--grad-accum-steps", "2", "--data-dir", images,
-                   "--output", tmp_path, "--experiment", "two", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1: ") == 1  # only the first process reports
-    two = tmp_path / "two"
-    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/top1", "eval/raw_loss", "eval/raw_top1"):
-        a, b = scalars(one, name), scalars(two, name)
-        assert a.keys() == b.keys()
-        torch.testing.assert_close(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
-    a, b = weights(one / "last.safetensors"), weights(two / "last.safetensors")
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_average_is_kept_judged_and_saved(train, call, images, tmp_path):

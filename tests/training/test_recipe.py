@@ -139,25 +139,68 @@ def loader_of(config, root, group_of_one, *flags):
     settings = config("eva_pvt_v2_b3", "-b", "4", "--workers", "0", *flags)
     dataset = create_dataset("", str(root / "train"), search_split=False)
     input_config = dict(input_size=(3, 8, 8), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875)
-    return data.train_loader(dataset, settings, input_config, group_of_one.device)
+    return settings, data.train_loader(dataset, settings, input_config, group_of_one)
 
 
 def test_repeated_augmentation_shows_each_image_three_times(config, tmp_path, group_of_one):
     write_images(tmp_path, 12)
-    loader = loader_of(config, tmp_path, group_of_one)
-    data.start_epoch(loader, 0, seed=0)
+    settings, loader = loader_of(config, tmp_path, group_of_one)
+    data.epoch_batches(loader, settings, group_of_one, 0)
     order = list(loader.sampler)
     assert len(order) == 12 and all(order.count(index) == 3 for index in set(order))
 
 
 def test_order_depends_on_seed_and_epoch_alone(config, tmp_path, group_of_one):
     write_images(tmp_path, 12)
-    loader = loader_of(config, tmp_path, group_of_one, "--aug-repeats", "0")
+    settings, loader = loader_of(config, tmp_path, group_of_one, "--aug-repeats", "0")
 
     def order(epoch, seed):
-        data.start_epoch(loader, epoch, seed)
+        settings.seed = seed
+        data.epoch_batches(loader, settings, group_of_one, epoch)
         torch.rand(3)
         return list(loader.sampler)
 
     assert order(0, 0) == order(0, 0) and sorted(order(0, 0)) == list(range(12))
     assert order(0, 0) != order(1, 0) and order(0, 0) != order(0, 1)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_epoch_goes_on_at_any_batch(config, tmp_path, group_of_one, workers):
+    write_images(tmp_path, 24)
+    flags = ["--scale", "0.2", "1", "--reprob", "1", "--workers", workers]
+    settings, loader = loader_of(config, tmp_path, group_of_one, *flags)
+    whole = [images.clone() for images, _ in data.epoch_batches(loader, settings, group_of_one, 3)]
+    torch.rand(5)
+    rest = [images.clone() for images, _ in data.epoch_batches(loader, settings, group_of_one, 3, first=2)]
+    assert len(whole) == 6 and len(rest) == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    assert len({image.sum().item() for images in whole for image in images}) == 24  # no two draws alike
+
+
+def test_augmentation_does_not_depend_on_the_number_of_processes(config, tmp_path, group_of_one):
+    """Erasing is drawn for a batch, so it is off."""
+    write_images(tmp_path, 24)
+    flags = ["--scale", "0.2", "1", "--reprob", "0"]
+    settings, loader = loader_of(config, tmp_path, group_of_one, *flags)
+    whole = torch.cat([images for images, _ in data.epoch_batches(loader, settings, group_of_one, 1)])
+    order = list(loader.sampler)
+    for rank in range(2):
+        draws = data.Draws(order[rank::2], settings.seed, rank, 2)
+        draws.epoch = 1
+        share = torch.stack([loader.dataset[draw][0] for draw in draws])
+        assert torch.equal((share.float() - 127.5) / 127.5, whole[rank::2])
+
+
+@pytest.mark.parametrize("interval", ["0", "m", "10s", "1.5", "-3", "0m"])
+def test_checkpoint_interval_of_another_form(config, interval):
+    with pytest.raises(UserError, match="checkpoint_interval"):
+        config("eva_deit_tiny", f"--checkpoint-interval={interval}")
+
+
+def test_no_bits_to_keep_is_black():
+    """RandAugment at magnitude 9 with deviation 0.5 draws the strongest posterization for one image in about 1,000."""
+    from PIL import Image
+    from timm.data.auto_augment import AugmentOp
+
+    op = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10, hparams=dict(img_mean=(0, 0, 0)))
+    assert op(Image.new("RGB", (4, 4), (255, 9, 40))).getextrema() == ((0, 0),) * 3

@@ -1,42 +1,58 @@
-"""Checkpoints appear whole or not at all."""
+"""Checkpoints appear whole or not at all, and only whole ones of our own are read."""
 
 import argparse
+import multiprocessing
+import resource
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.task import ClassificationTask
 
 from evavit.training import loop, state
+from evavit.training.errors import LocalError, UserError
+from evavit.training.loop import Position
 from evavit.training.options import parse_settings
+from evavit.training.process import Process
+
+ONE = Process(torch.device("cpu"), 0, 0, 1)
+
+
+def run_of(*flags):
+    settings, _ = parse_settings("train", ["--model", "tiny", "--checkpoint-hist", "2", *flags])
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.zero_grad()
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    return loop.Run(
+        task=ClassificationTask(model, verbose=False), optimizer=optimizer,
+        stepper=loop.Stepper(settings, ONE.device), schedule=None, mixup=None, settings=settings, process=ONE,
+        updates_per_epoch=10, epochs=3, images_per_update=4)
 
 
 @pytest.fixture
 def saver(tmp_path):
-    settings, _ = parse_settings("train", ["--model", "tiny", "--checkpoint-hist", "2"])
-    model = torch.nn.Linear(4, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    task = ClassificationTask(model, verbose=False)
-    return state.Saver(task, optimizer, loop.Stepper(settings, torch.device("cpu")), settings, ["a", "b"], tmp_path)
+    return state.Saver(run_of(), ["a", "b"], tmp_path)
 
 
 def test_best_and_last(saver, tmp_path):
     for epoch, metric in enumerate((10.0, 30.0, 20.0)):
         with torch.no_grad():
             saver.model.bias.fill_(epoch)
-        best = saver.save_epoch(epoch, metric)
+        best = saver.save_epoch(Position(epoch + 1), metric)
     assert best == (30.0, 1)
     assert torch.load(tmp_path / "model_best.pth.tar", weights_only=False)["epoch"] == 1
     assert torch.load(tmp_path / "last.pth.tar", weights_only=False)["epoch"] == 2
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1.pth.tar", "checkpoint-2.pth.tar"}
-    from safetensors.torch import load_file
-
     assert load_file(tmp_path / "model_best.safetensors")["bias"].tolist() == [1, 1]
     assert load_file(tmp_path / "last.safetensors")["bias"].tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("broken", ["torch.save", "safetensors.torch.save_file"])
 def test_a_failed_write_leaves_the_last_checkpoint_whole(saver, tmp_path, monkeypatch, broken):
-    saver.save_epoch(0, 10.0)
+    saver.save_epoch(Position(1), 10.0)
     names = ("last.pth.tar", "model_best.pth.tar", "last.safetensors", "model_best.safetensors")
     before = {name: (tmp_path / name).read_bytes() for name in names}
 
@@ -46,15 +62,15 @@ def test_a_failed_write_leaves_the_last_checkpoint_whole(saver, tmp_path, monkey
         raise OSError("disk full")
 
     monkeypatch.setattr(broken, write_half)
-    with pytest.raises(OSError, match="disk full"):
-        saver.save_epoch(1, 20.0)
+    with pytest.raises(LocalError, match="disk full"):
+        saver.save_epoch(Position(2), 20.0)
     kept = names if broken == "torch.save" else names[2:]
     assert all((tmp_path / name).read_bytes() == before[name] for name in kept)
 
 
 @pytest.mark.parametrize("name", ["last.pth.tar", "last.safetensors"])
 def test_settings_travel_with_the_weights(saver, tmp_path, name):
-    saver.save_epoch(0, 10.0)
+    saver.save_epoch(Position(1), 10.0)
     saved = state.saved_settings(tmp_path / name)
     assert saved["model"] == "tiny" and saved["class_names"] == ["a", "b"]
     assert set(saved) == {*vars(parse_settings("train", [])[0]), "class_names"}
@@ -65,3 +81,154 @@ def test_a_file_of_other_origin_has_no_settings(tmp_path):
     torch.save(dict(weight=torch.ones(1)), tmp_path / "plain.pth")
     assert state.saved_settings(tmp_path / "ours.pth") == dict(model="x")
     assert state.saved_settings(tmp_path / "plain.pth") == {}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(saver, tmp_path):
+    """A process whose files may hold 5,000 bytes, less than a checkpoint needs."""
+    def fill():
+        saver.save_epoch(Position(1), 10.0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+        for save in (lambda: saver.save_epoch(Position(2), 20.0), lambda: saver.save_position(Position(1, 5))):
+            with pytest.raises(LocalError, match=r"tmp\.pth\.tar: cannot be written .* what was saved before is whole"):
+                save()
+
+    child = multiprocessing.get_context("fork").Process(target=fill)  # of its own, the limit cannot be taken back
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert state.read_checkpoint(tmp_path / "last.pth.tar")["epoch"] == 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def change(path, how):
+    content = path.read_bytes()
+    if how == "one bit":
+        middle = content.index(b"data/0") + 200
+        content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+    path.write_bytes(dict(empty=b"", half=content[:len(content) // 2], text=b"no checkpoint").get(how, content))
+    if how == "another program's":
+        torch.save(dict(weight=torch.ones(2)), path)
+    if how == "with code":
+        class Code:
+            def __reduce__(self):
+                return (open, (str(path.with_name("it ran")), "w"))
+
+        torch.save(dict(state_dict=Code(), optimizer={}, epoch=3), path)
+
+
+DAMAGES = ("empty", "half", "one bit", "text", "another program's", "with code")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saver, tmp_path, caplog, how):
+    for update in (3, 6):
+        with torch.no_grad():
+            saver.model.bias.fill_(update)
+        saver.save_position(Position(0, update))
+    last = tmp_path / "last.pth.tar"
+    change(last, how)
+    with pytest.raises(UserError, match=r"last\.pth\.tar: not a"):
+        state.read_checkpoint(last)
+    with pytest.raises(UserError, match=r"last\.pth\.tar: not a"):  # a file that was asked for by name has no stand-in
+        state.resume(state.find_resume(argparse.Namespace(resume=str(last)), tmp_path), run_of(), None)
+
+    candidates = state.find_resume(argparse.Namespace(resume="auto"), tmp_path)
+    run = run_of()
+    with caplog.at_level("WARNING", "evavit"):
+        position = state.resume(candidates, run, None)
+    assert position.update == 3 and run.task.get_trainable_module().bias.tolist() == [3, 3]
+    assert "last.pth.tar" in caplog.text and "going back to previous.pth.tar" in caplog.text
+    assert not (tmp_path / "it ran").exists()
+
+    change(tmp_path / "previous.pth.tar", how)
+    with pytest.raises(UserError, match=r"previous\.pth\.tar: not a"):  # and no silent start from nothing
+        state.resume(candidates, run, None)
+
+
+def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch):
+    """Each moment after last.pth.tar is in place: the resumed saver ends with the files and ranks of one not killed."""
+    class Killed(BaseException):
+        pass
+
+    def play(folder, killed_at):
+        folder.mkdir()
+        run = run_of()
+        saver, calls = state.Saver(run, ["a", "b"], folder), 0
+        replace = state.os.replace
+
+        def count(src, dst):
+            nonlocal calls
+            calls += 1
+            if calls == killed_at:
+                raise Killed
+            replace(src, dst)
+
+        monkeypatch.setattr(state.os, "replace", count)
+        for epoch, metric in enumerate((10.0, 30.0, 20.0, 40.0)):
+            with torch.no_grad():
+                saver.model.bias.fill_(epoch)
+            try:
+                saver.save_epoch(Position(epoch + 1), metric)
+            except Killed:
+                run = run_of()
+                saver = state.Saver(run, ["a", "b"], folder)
+                candidates = state.find_resume(argparse.Namespace(resume="auto"), folder)
+                done = state.resume(candidates, run, saver).epoch if candidates else 0
+                if done == epoch:  # the epoch was not yet saved: it comes again
+                    with torch.no_grad():
+                        saver.model.bias.fill_(epoch)
+                    saver.save_epoch(Position(epoch + 1), metric)
+        monkeypatch.undo()
+        return saver, calls
+
+    def content(folder, saver):
+        files = {path.name: torch.load(path, weights_only=False) for path in folder.glob("*.pth.tar")}
+        files.pop("previous.pth.tar", None)
+        return ({name: (file["epoch"], file["state_dict"]["bias"].tolist()) for name, file in files.items()},
+                [(path.rsplit("/", 1)[1], metric) for path, metric in saver.checkpoint_files], saver.best_metric,
+                {path.name: load_file(path)["bias"].tolist() for path in folder.glob("*.safetensors")})
+
+    saver, calls = play(tmp_path / "whole", 0)
+    whole = content(tmp_path / "whole", saver)
+    assert calls > 20
+    for moment in range(1, calls + 1):
+        saver, _ = play(tmp_path / str(moment), moment)
+        assert content(tmp_path / str(moment), saver) == whole, moment
+
+
+def test_processes_that_see_different_checkpoints_stop(saver, tmp_path):
+    """As where a folder is not shared: the other process found none."""
+    saver.save_position(Position(2, 5))
+    run = run_of()
+    other = ("none", (0,))
+
+    def agree(value, remark):
+        if value != other:
+            raise UserError(remark([value, other]))
+
+    run.process = argparse.Namespace(world_size=2, agree=agree, primary=False)
+    for candidates in ([tmp_path / "last.pth.tar"], []):
+        with pytest.raises(UserError, match="one folder that all machines see"):
+            state.resume(candidates, run, None)
+
+
+def test_a_position_whose_numbers_are_bad_is_not_saved(saver, tmp_path):
+    saver.save_position(Position(0, 3))
+    saver.save_position(Position(0, 6, streak=2))
+    with torch.no_grad():
+        saver.model.bias.fill_(float("nan"))
+    saver.save_position(Position(0, 7))
+    assert state.read_checkpoint(tmp_path / "last.pth.tar")["saver"]["position"]["update"] == 3
+
+
+@pytest.mark.parametrize("processes, images, updates, expected", [
+    (1, 4, 10, Position(2, 5)), (2, 4, 10, Position(2, 5)), (2, 8, 5, Position(2)), (2, 8, 10, Position(2))])
+def test_another_number_of_processes(saver, tmp_path, caplog, processes, images, updates, expected):
+    saver.save_position(Position(2, 5))
+    run = run_of()
+    run.process = argparse.Namespace(world_size=processes, agree=lambda *_: None, primary=True)
+    run.images_per_update, run.updates_per_epoch = images, updates
+    with caplog.at_level("INFO", "evavit"):
+        assert state.resume([tmp_path / "last.pth.tar"], run, None) == expected
+    assert ("restarts at epoch 2" in caplog.text) == (expected.update == 0)
+    assert ("go on in the same order" in caplog.text) == (processes == 2 and expected.update > 0)

@@ -1,0 +1,135 @@
+"""What a run leaves to read: args.yaml, summary.csv, TensorBoard's event files."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from timm.utils import trim_summary, unwrap_model, update_summary
+
+from evavit.layers import EvaAttention
+
+from .errors import UserError
+from .loop import autocast
+from .options import save_settings
+from .state import replacing
+
+SAMPLES = 16  # images shown with their predictions, and looked at for the attention's health
+
+
+class Journal:
+    """Writes a run's readable files; on a resume what was written after the position is dropped.
+
+    Args:
+        folder: The run's folder; made if missing.
+        run: A `loop.Run`.
+        remarks: Comments at the head of args.yaml.
+        position: Where the run goes on.
+        class_names: Names by label, or None.
+        data_config: Mean and standard deviation that the images were normalised with.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, folder, run, remarks, position, class_names, data_config):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run, self.class_names, self.data_config = run, class_names, data_config
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_settings(run.settings, folder / "args.yaml", remarks)
+        except OSError as error:
+            raise UserError(f"--output {folder}: cannot be written ({error.strerror})") from error
+        self.summary = Path(folder, "summary.csv")
+        if self.summary.exists():
+            self._rewrite_summary(lambda name: trim_summary(name, position.epoch))
+        self.writer = SummaryWriter(str(folder), purge_step=run.done(position) + 1)
+
+    def _rewrite_summary(self, change):
+        with replacing(self.summary) as partial:
+            if self.summary.exists():
+                shutil.copy(self.summary, partial)
+            change(str(partial))
+
+    def scalar(self, update, name, value):
+        self.writer.add_scalar(name, value, update)
+
+    def samples(self, images, target, output):
+        """Keep the first batch of a validation for `epoch` to show."""
+        chances, labels = output[:SAMPLES].float().softmax(-1).max(-1)
+        self.shown = images[:SAMPLES], target[:SAMPLES].tolist(), labels.tolist(), chances.tolist()
+
+    def epoch(self, position, trained, judged, lr):
+        """Enter the epoch that ends at `position`, the start of the next one."""
+        self._rewrite_summary(
+            lambda name: update_summary(position.epoch - 1, trained, judged, filename=name, lr=lr))
+        update = self.run.done(position)
+        for name, value in judged.items():
+            self.scalar(update, f"eval/{name}", value)
+        images, target, labels, chances = self.shown
+        self.writer.add_image("validation", self._picture(images, target, labels, chances), update)
+        for layer, figures in attention_health(self.run, images).items():
+            for name, value in figures.items():
+                self.scalar(update, f"{name}/{layer}", value)
+        self.flush()
+
+    def flush(self):
+        """Bring the curves to the disk, before a checkpoint from whose position on they would not be drawn again."""
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+    def _name(self, label):
+        return self.class_names[label] if self.class_names else str(label)
+
+    def _picture(self, images, target, labels, chances):
+        """Images `(n, C, H, W)` side by side, under each what was predicted, and the truth where that is wrong."""
+        device = images.device
+        mean, std = (torch.tensor(self.data_config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+        pixels = ((images.float() * std + mean).clamp(0, 1) * 255).byte().expand(-1, 3, -1, -1)
+        side, caption, columns = 128, 26, 4
+        rows = -(-len(pixels) // columns)
+        sheet = Image.new("RGB", (columns * side, rows * (side + caption)))
+        draw = ImageDraw.Draw(sheet)
+        for number, (image, truth, label, chance) in enumerate(zip(pixels, target, labels, chances, strict=True)):
+            left, top = number % columns * side, number // columns * (side + caption)
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            sheet.paste(picture.resize((side, side), Image.Resampling.BILINEAR), (left, top))
+            right, colour = truth == label, (120, 255, 120) if truth == label else (255, 120, 120)
+            lines = [f"{self._name(label)} {100 * chance:.0f} %", "" if right else f"is {self._name(truth)}"]
+            for line, text in enumerate(lines):
+                draw.text((left + 2, top + side + 12 * line), text[:20], fill=colour)
+        return np.asarray(sheet).transpose(2, 0, 1)
+
+
+@torch.no_grad()
+def attention_health(run, images):
+    """{layer: {figure: value}} of the EVA layers, for a few images through the weights in training, in evaluation mode.
+
+    Where attention goes, mean over images, heads and queries: see `evavit.layers.EvaAttention.attention_mass`. Layers
+    with an ablation have other weights and are left out.
+    """
+    model = unwrap_model(run.task.get_trainable_module())
+    layers = {module: name for name, module in model.named_modules()
+              if isinstance(module, EvaAttention) and not module.variant}
+    found = {}
+
+    def look(layer, args):
+        exact, cells, effective = layer.attention_mass(*args)
+        found[layers[layer]] = dict(mass_on_E=exact.mean().item(), mass_on_cells=cells.mean().item(),
+                                    effective_cells=effective.mean().item())
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    training = model.training
+    try:
+        model.eval()
+        with autocast(run.settings, run.process.device):
+            model(images)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found

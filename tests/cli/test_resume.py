@@ -1,0 +1,136 @@
+"""Runs that are stopped or killed in an epoch go on as if nothing had been, and a stop is orderly."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from runs import DRAWN, MODEL, QUICK, ROOT, assert_same_run, command, rows, scalars, start, wait_for
+
+from evavit.training.errors import PREEMPTED
+from evavit.training.requests import Requests
+
+RESUMED = [*DRAWN, "--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates", "--grad-accum-steps", "2",
+           "-b", "2", "--clip-grad", "1", "--resume", "auto"]
+
+
+def signal_at(monkeypatch, moments, number=signal.SIGTERM):
+    """Send this process a signal after each of these updates of the run."""
+    now = Requests.now
+
+    def signalled(requests, update, last):
+        if update in moments:
+            os.kill(os.getpid(), number)
+        return now(requests, update, last)
+
+    monkeypatch.setattr(Requests, "now", signalled)
+
+
+def test_a_stop_within_an_epoch_changes_nothing(train, call, images, tmp_path, monkeypatch):
+    """Stops in the first update, within an epoch, at the end of one, in the middle of the last."""
+    whole = train("whole", *RESUMED)
+    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "parts"]
+    for number, moment in enumerate((1, 3, 6, 15)):
+        signal_at(monkeypatch, [moment], (signal.SIGTERM, signal.SIGUSR1)[number % 2])
+        code, _, err = call("train", *MODEL, *QUICK, *place, *RESUMED)
+        monkeypatch.undo()
+        assert code == PREEMPTED and "--resume auto" in err and err.count("\n") == 1
+        torch.rand(7)  # whatever the process draws before it resumes is of no effect
+    parts = train("parts", *RESUMED)
+    assert_same_run(whole, parts)
+
+
+def test_a_resumed_float16_run_keeps_its_scale(train, call, images, tmp_path, monkeypatch):
+    flags = ["--amp", "--amp-dtype", "float16", "--resume", "auto"]
+    whole = train("whole", *flags)
+    signal_at(monkeypatch, [8])
+    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "parts"]
+    code, _, _ = call("train", *MODEL, *QUICK, *place, *flags)
+    assert code == PREEMPTED
+    monkeypatch.undo()
+    parts = train("parts", *flags)
+    assert rows(whole) == rows(parts)
+    a, b = (torch.load(folder / "last.pth.tar", weights_only=False)["amp_scaler"] for folder in (whole, parts))
+    assert a == b and a["scale"] != 1
+
+
+def test_checkpoints_within_an_epoch(train, tmp_path, monkeypatch):
+    """Every 4 updates of 6 an epoch, and at an epoch's last one, before its validation."""
+    saved = []
+    from evavit.training import state
+
+    save = state.Saver.save_position
+    monkeypatch.setattr(state.Saver, "save_position", lambda saver, position: (
+        saved.append((position.epoch, position.update)), save(saver, position)))
+    train("steps", "--checkpoint-interval", "4")
+    assert saved == [(0, 4), (0, 6), (1, 2), (1, 6)]
+    saved.clear()
+    train("minutes", "--checkpoint-interval", "0.0001m")
+    assert saved == [(epoch, update) for epoch in (0, 1) for update in range(1, 7)]
+
+
+def test_a_signal_to_every_process_of_the_job(images, tmp_path):
+    """As schedulers send it: the loader's workers get it too, and must not take the run down before it has saved."""
+    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "job"]
+    flags = [*MODEL, *QUICK, *place, *DRAWN, "--epochs", "300", "--checkpoint-interval", "3", "--resume", "auto"]
+    job = start("train", *flags)
+    wait_for(tmp_path / "job" / "last.pth.tar", job)
+    os.killpg(job.pid, signal.SIGTERM)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == PREEMPTED, err
+    assert err.startswith("asked to stop: epoch") and err.count("\n") == 1
+    done = command("train", *flags, "--epochs", "1")
+    assert done.returncode == 0 and "resuming from" in done.stdout
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("digits")
+    subprocess.run([sys.executable, ROOT / "tools" / "build_digits.py", folder], check=True, capture_output=True)
+    for kept in folder.glob("*/*"):  # a sixth of each class does, so that 20 kills fit
+        for number, image in enumerate(sorted(kept.iterdir())):
+            if number % 6:
+                image.unlink()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_kill_9_at_20_random_moments(digits, tmp_path, record_property):
+    """One run killed 20 times, a third of them while a checkpoint is being written, against one left alone."""
+    kwargs = ["--model-kwargs", "img_size=8", "patch_size=2", "embed_dim=32", "depth=2", "num_heads=2", "window_size=2",
+              "partition_grid=2"]
+    flags = ["--model", "eva_deit_tiny", *kwargs, *DRAWN, "--in-chans", "1", "--data-dir", digits, "-b", "16",
+             "--epochs", "12", "--warmup-epochs", "2", "--sched-on-updates", "--lr", "2e-3", "--device", "cpu",
+             "--log-interval", "1", "--checkpoint-interval", "4", "--resume", "auto", "--output", tmp_path]
+    done = command("train", *flags, "--experiment", "whole")
+    assert done.returncode == 0, done.stderr
+    chance, folder = random.Random(20), tmp_path / "parts"
+    writing, places = 0, set()
+    for kill in range(20):
+        job = start("train", *flags, "--experiment", "parts")
+        steps = (line for line in job.stdout if re.match(r"epoch \d+ \d+/", line))
+        place = [next(steps, "") for _ in range(chance.randint(1, 12))][-1].split("  ")[0]
+        if kill % 3 == 2:  # while a file is half written
+            while job.poll() is None and not any(folder.glob("*.partial")):
+                time.sleep(0.0002)
+        else:  # in a step, a validation or between them
+            time.sleep(chance.uniform(0, 0.5))
+        assert job.poll() is None, f"the run ended before kill {kill}: {job.communicate()[1]}"
+        os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+        writing += any(folder.glob("*.partial"))
+        places.add(place)
+    done = command("train", *flags, "--experiment", "parts")
+    assert done.returncode == 0, done.stderr
+    compared = assert_same_run(tmp_path / "whole", folder)
+    updates = len(scalars(folder, "train/loss"))
+    assert writing >= 2 and len(places) > 10 and len(rows(folder)) == 12
+    record_property("figure", f"20 kills, {writing} with a file half written, after {len(places)} different ones of "
+                              f"{updates} updates; {compared:,} numbers of the finished run bit-identical")

@@ -1,0 +1,68 @@
+"""Where EVA's attention goes, against a loop over the definition, and by what the attention itself puts out."""
+import pytest
+import torch
+from references import bias_rows, grid_cells, grid_windows
+
+from evavit.layers import EvaAttention
+from evavit.ops import eva_attention, eva_attention_mass
+
+
+@torch.no_grad()
+def mass_loop(q, k, feat_size, summary_k, bias_table, window_size, partition_grid):
+    """One query after the other, in float64."""
+    B, h, N, d = q.shape
+    out = torch.zeros(3, B, h, N, dtype=torch.float64)
+    cells = grid_cells(feat_size, partition_grid)
+    windows = grid_windows(feat_size, window_size) if window_size else [[n] for n in range(N)]
+    weight, bias, norm_weight, norm_bias = summary_k
+    for b in range(B):
+        for head in range(h):
+            k_tilde = [torch.nn.functional.layer_norm(k[b, head, cell].mean(0) @ weight.T + bias, (d,), norm_weight,
+                                                      norm_bias) for cell in cells]
+            for window in windows:
+                rows = bias_rows(window, feat_size[1], window_size) if window_size else None
+                for place, n in enumerate(window):
+                    exact = [] if not window_size else [
+                        (d ** -0.5 * q[b, head, n] @ k[b, head, m] + bias_table[rows[place, other], head]).exp()
+                        for other, m in enumerate(window)]
+                    summary = [(d ** -0.5 * q[b, head, n] @ key).exp() for key in k_tilde]
+                    total = sum(exact) + sum(summary)
+                    p = [float(w / sum(summary)) for w in summary]
+                    out[0, b, head, n] = sum(exact) / total
+                    out[1, b, head, n] = sum(summary) / total
+                    out[2, b, head, n] = torch.tensor([x ** -x for x in p], dtype=torch.float64).prod() if p else 0
+    return out
+
+
+@pytest.mark.parametrize('feat_size, window_size, partition_grid', [
+    ((4, 4), 2, 2), ((5, 7), 3, 2), ((3, 5), 4, 3), ((5, 4), 0, 2), ((5, 3), 2, 0)])
+def test_against_the_definition(feat_size, window_size, partition_grid):
+    N, d = feat_size[0] * feat_size[1], 4
+    q, k = torch.randn(2, 2, 3, N, d, dtype=torch.float64).unbind(0)
+    layer = EvaAttention(12, 3, window_size=max(window_size, 1), partition_grid=2).double()
+    torch.nn.init.normal_(layer.rel_pos.relative_position_bias_table)
+    summary_k = layer.summary_k()
+    bias = layer.rel_pos.get_bias().squeeze(0) if window_size else None
+    found = eva_attention_mass(
+        q, k, feat_size, summary_k if partition_grid else None, bias, window_size, partition_grid)
+    expected = mass_loop(q, k, feat_size, summary_k, layer.rel_pos.relative_position_bias_table, window_size,
+                         partition_grid)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_is_the_mass_of_the_attention_itself():
+    """Values of 1 outside of a window reach its queries through the cells alone."""
+    feat_size, layer = (6, 6), EvaAttention(8, 2, window_size=3, partition_grid=2).double().eval()
+    x = torch.randn(1, 36, 8, dtype=torch.float64)
+    q, k, _ = layer.qkv(x).unflatten(-1, [3, 2, 4]).permute(2, 0, 3, 1, 4)
+    window = grid_windows(feat_size, 3)[0]
+    v = torch.ones_like(q)
+    v[:, :, window] = 0  # window and cell 0 hold the same tokens: what comes through are the other cells
+    bias = layer.rel_pos.get_bias().squeeze(0)
+    out = eva_attention(q, k, v, feat_size, layer.summary_q(), layer.summary_k(), bias, 3, 2)
+    exact, cells, effective = layer.attention_mass(x, feat_size)
+    through = out[:, :, window, 0]
+    assert (through < cells[:, :, window]).all() and (through > 0).all()
+    torch.testing.assert_close(exact + cells, torch.ones_like(exact))
+    assert (effective > 1).all() and (effective <= 4 + 1e-9).all()
