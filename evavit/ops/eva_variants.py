@@ -12,8 +12,9 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .blocks import accumulation_dtype
 from .checks import check_eva_variant_args, check_partition
-from .eva import _accumulation_dtype, eva_num_cells
+from .eva import eva_num_cells
 from .grid import (
     block_counts,
     block_mask,
@@ -86,7 +87,7 @@ def summarise_cells(
         proposal_mean: Of a learned proposal, broadcasts to `(B, h, G, d)`.
         noise: noise_std · ε, broadcasts to `(B, h, G, S, d)`; None for the mean alone.
     """
-    dtype = _accumulation_dtype(q)
+    dtype = accumulation_dtype(q)
     k_tilde = _sigma(_mean(k, mask, dtype), summary_k, norm_eps)
     mean = torch.zeros_like(k_tilde)
     if proposal == 'learned':
@@ -142,7 +143,7 @@ def attend(
         cells: Of all windows, or G = U · C_p of them, window after window; None for no cells.
         cell_mask: Who sees which cell, bool, broadcasts to `(B, h, U, A, C_p)`.
     """
-    dtype = _accumulation_dtype(queries)
+    dtype = accumulation_dtype(queries)
     # float16 ends at 65,504, before the logits do; bfloat16 has the range of float32.
     logit_dtype = dtype if queries.dtype == torch.float16 else queries.dtype
     out_dtype = queries.dtype
