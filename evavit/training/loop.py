@@ -11,6 +11,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
+from .images import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ def train_epoch(task, loader, optimizer, stepper, schedule, mixup, settings, pro
         if done % settings.log_interval == 0:
             mark, marked = now, done
 
+    bad = loader.dataset.bad
+    bad.begin()
     batches = iter(loader)
     for update in range(updates_per_epoch):
         loss_of_update = torch.zeros((), device=process.device)
@@ -147,11 +150,13 @@ def train_epoch(task, loader, optimizer, stepper, schedule, mixup, settings, pro
         task.update_ema(step=epoch * updates_per_epoch + update + 1)
         loss_of_update = process.mean(loss_of_update)
         account(figures.put(update, torch.stack((loss_of_update, norm.float()))))
+        bad.review(process, together=(update + 1) % settings.log_interval == 0 or update + 1 == updates_per_epoch)
         if schedule is not None:
             schedule.step_update(epoch * updates_per_epoch + update + 1)
     account(figures.take())
     seconds = time.monotonic() - start
-    return dict(loss=loss_sum / seen, grad_norm=norm_sum / seen, images_per_second=seen * images_per_update / seconds)
+    return dict(loss=loss_sum / seen, grad_norm=norm_sum / seen, images_per_second=seen * images_per_update / seconds,
+                bad_images=len(bad.agreed))
 
 
 def check_finite(task, judged, process, epoch, lr):
@@ -178,21 +183,31 @@ def _forward_backward(task, images, target, stepper, settings, process):
 
 @torch.no_grad()
 def evaluate(model, loader, evaluator_of, settings, process, name="validation"):
-    """Loss, top-1 and top-5 (percent) over every image once, whatever the number of processes."""
+    """Loss, top-1 and top-5 (percent) over every image once, whatever the number of processes. Unreadable images are
+    left out: the number of images that comes back with the metrics is without them."""
     model.eval()
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    evaluator = evaluator_of(max_samples=evaluation_sample_limit(loader))
+    evaluator = evaluator_of(max_samples=None)
+    bad, left = loader.dataset.bad, evaluation_sample_limit(loader)
+    bad.begin()
     progress = Progress(len(loader), settings.log_interval, process.primary)
     for step, (images, target) in enumerate(loader, 1):
         if settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(settings, process.device):
             output = model(images)
+        if left is not None:  # what comes after it makes the processes even
+            output, target, left = output[:left], target[:left], max(0, left - len(target))
+        if bad.count:
+            readable = target != UNREADABLE
+            output, target = output[readable], target[readable]
+            bad.review(process, together=False)
         evaluator.update(output, target)
         if progress.live:
             running = evaluator.summary()
             progress.show(step, (name, f"loss {running['loss']:.4f}  top-1 {running['top1']:.2f}"))
+    bad.review(process)
     metrics = dict(evaluator.compute(distributed=process.distributed))
     images = evaluator.counts[0].clone()
     if process.distributed:

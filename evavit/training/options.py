@@ -100,6 +100,8 @@ OPTIONS = (
     Option("train_num_samples", int, None, "training images in an iterable data set that does not say", low=1),
     Option("val_num_samples", int, None, "validation images in an iterable data set that does not say", low=1),
     Option("num_samples", int, None, "images in an iterable data set that does not say", low=1, scripts=("validate",)),
+    Option("max_bad_images", float, 0.001, "unreadable images that an epoch may have, as a share of the data set; more "
+           "stop the run", low=0, high=1, scripts=BOTH),
     # model
     Option("model", str, None, "name of a model of evavit or timm", scripts=BOTH),
     Option("model_kwargs", dict, None, "arguments of the model, key=value …, joined key by key with the YAML file's",

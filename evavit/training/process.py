@@ -40,6 +40,13 @@ class Process:
             tensor = tensor / self.world_size
         return tensor
 
+    def gather(self, item):
+        """The items of all processes, in the order of their ranks."""
+        items = [item] * self.world_size
+        if self.distributed:
+            dist.all_gather_object(items, item)
+        return items
+
     def seed(self, seed, epoch=None):
         """Seed every generator. Within an epoch each process draws its own numbers; the weights are drawn alike."""
         if epoch is None:
