@@ -6,13 +6,11 @@ Several GPUs of a machine: torchrun --nproc-per-node 8 train.py -c … --data-di
 
 import logging
 import sys
-from datetime import datetime
-from pathlib import Path
 
 import torch
-from timm.utils import trim_summary, update_summary
+from timm.utils import trim_summary, update_summary, world_info_from_env
 
-from evavit.training import data, loop, recipe, state
+from evavit.training import data, loop, plan, recipe, state
 from evavit.training.errors import UserError, run_script
 from evavit.training.options import parse_settings, save_settings
 from evavit.training.process import start_process
@@ -22,9 +20,14 @@ log = logging.getLogger("evavit.train")
 
 def main(argv=None):
     settings, _ = parse_settings("train", argv, __doc__)
-    recipe.check_settings(settings)
+    _, rank, processes = world_info_from_env()
+    rehearsal = plan.rehearse(settings, processes)
+    if settings.dry_run:
+        if rank == 0:
+            print("\n".join(plan.describe(settings, rehearsal)))
+        return
+    batch = rehearsal.batch
     process = start_process(settings.device)
-    plan = recipe.plan_batch(settings, process.world_size)
 
     train_set, eval_set, class_names = data.open_training_sets(settings)
     settings.num_classes = data.class_count(settings, class_names)
@@ -36,15 +39,15 @@ def main(argv=None):
     train_loader = data.train_loader(train_set, settings, data_config, process.device)
     eval_loader = data.eval_loader(
         eval_set, settings, data_config, process.device, settings.validation_batch_size or settings.batch_size)
-    updates_per_epoch = data.updates_per_epoch(train_loader, settings, plan)
+    updates_per_epoch = data.updates_per_epoch(train_loader, settings, batch)
 
-    optimizer = recipe.build_optimizer(model, settings, plan.lr)
+    optimizer = recipe.build_optimizer(model, settings, batch.lr)
     schedule, epochs = recipe.build_schedule(optimizer, settings, updates_per_epoch)
     stepper = loop.Stepper(settings, process.device)
     mixup = recipe.build_mixup(settings, model.num_classes)
     task = recipe.build_task(model, settings, process.device)
 
-    folder = Path(settings.output, settings.experiment or default_name(settings, data_config))
+    folder = plan.output_folder(settings, data_config)
     checkpoint = state.find_resume(settings, folder)
     saver = state.Saver(task, optimizer, stepper, settings, class_names, folder) if process.primary else None
     first_epoch = state.resume(checkpoint, task, optimizer, stepper, saver, settings) if checkpoint else 0
@@ -54,9 +57,9 @@ def main(argv=None):
         schedule.step(first_epoch)
 
     log.info(f"{settings.model}: {recipe.model_line(model)}; on {process.device}, {process.world_size} processes")
-    log.info(f"{plan}")
+    log.info(f"{batch}")
     log.info(f"{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}")
-    journal = Journal(folder, settings, [str(plan)], first_epoch, updates_per_epoch) if process.primary else None
+    journal = Journal(folder, settings, [str(batch)], first_epoch, updates_per_epoch) if process.primary else None
     for epoch in range(first_epoch, epochs):
         process.seed(settings.seed, epoch)
         data.start_epoch(train_loader, epoch, settings.seed)
@@ -87,10 +90,6 @@ def evaluate(task, loader, settings, process):
     raw = {f"raw_{name}": value for name, value in judged.items()}
     judged, _ = loop.evaluate(task.get_eval_model(ema=True), loader, task.create_evaluator, settings, process)
     return {**judged, **raw}
-
-
-def default_name(settings, data_config):
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{settings.model.replace('/', '_')}-{data_config['input_size'][-1]}"
 
 
 class Journal:

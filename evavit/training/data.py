@@ -34,17 +34,13 @@ def open_dataset(settings, split, *, is_training=False, class_names=None, in_cha
     `class_names` are those that the training split or a checkpoint has: the labels then follow them.
     """
     mode = "RGB" if in_chans == 3 else "L"
-    prefix, slash, name = settings.dataset.partition("/")
-    if not slash:
-        if prefix:
-            raise UserError(f"unknown dataset {settings.dataset}: leave --dataset empty for an image folder, or write "
-                            f"torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME")
+    prefix = check_name(settings.dataset)
+    if not prefix:
         dataset, names = _open_folder(settings, split, class_names)
         return _checked(dataset, mode, settings, is_training), names
-    _check_dataset_name(settings.dataset, prefix.lower(), name)
     if settings.class_map:
-        _class_map(settings.class_map, settings.data_dir or "")
-    if prefix.lower() == "torch":
+        read_class_map(settings.class_map, settings.data_dir)
+    if prefix == "torch":
         _unpack_raw_files(settings.data_dir)
     try:
         dataset = create_dataset(
@@ -84,7 +80,7 @@ def _open_folder(settings, split, class_names):
                         f"{split}/CLASS/IMAGE files")
     if root.is_dir():
         root = find_split(root, split)
-    class_to_idx = _class_map(settings.class_map, settings.data_dir) if settings.class_map else None
+    class_to_idx = read_class_map(settings.class_map, settings.data_dir) if settings.class_map else None
     if class_names is not None and class_to_idx is None:
         class_to_idx = {name: index for index, name in enumerate(class_names)}
     if root.is_dir():
@@ -100,11 +96,12 @@ def _open_folder(settings, split, class_names):
     return dataset, sorted(class_to_idx, key=class_to_idx.get)
 
 
-def _class_map(path, root):
+def read_class_map(path, root):
+    """{class: label} of a text file, which lies at `path` or, as in timm, in the folder `root`."""
     if Path(path).suffix.lower() != ".txt":
         raise UserError(f"--class-map {path}: must be a .txt file with one class name a line")
     try:
-        file = path if os.path.exists(path) else Path(root, path)
+        file = path if os.path.exists(path) else Path(root or "", path)
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
         seen = {""}
         for number, name in enumerate(lines, 1):
@@ -112,18 +109,28 @@ def _class_map(path, root):
                 raise UserError(f"--class-map {path}: line {number} {f'repeats {name}' if name else 'is empty'}; it "
                                 f"should hold each class name once, one a line")
             seen.add(name)
-        return load_class_map(path, str(root))
+        return load_class_map(path, str(root or ""))
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(f"--class-map {path}: {first_line(error)}") from error
 
 
-def _check_dataset_name(full, prefix, name):
+def check_name(dataset):
+    """The kind of a data set, '' for a folder or tar file. An unknown name is a UserError."""
     prefixes = ("torch", "hfds", "hfids", "tfds", "wds")
+    prefix, slash, name = dataset.partition("/")
+    prefix = prefix.lower()
+    if not slash:
+        if prefix:
+            raise UserError(f"unknown dataset {dataset}: leave --dataset empty for an image folder, or write "
+                            f"{', '.join(f'{kind}/NAME' for kind in prefixes)}")
+        return ""
     if prefix not in prefixes:
-        raise UserError(f"unknown dataset {full}{nearest(prefix, prefixes)}: it must begin with {', '.join(prefixes)}")
+        raise UserError(f"unknown dataset {dataset}{nearest(prefix, prefixes)}: it must begin with "
+                        f"{', '.join(prefixes)}")
     if prefix == "torch" and name.lower() not in (*TORCH_DATASETS, "inat", "folder"):
-        raise UserError(f"unknown dataset {full}{nearest(name.lower(), TORCH_DATASETS)}: timm reads torch/ data sets "
-                        f"{', '.join(TORCH_DATASETS)}")
+        raise UserError(f"unknown dataset {dataset}{nearest(name.lower(), TORCH_DATASETS)}: timm reads torch/ data "
+                        f"sets {', '.join(TORCH_DATASETS)}")
+    return prefix
 
 
 def _unpack_raw_files(root):

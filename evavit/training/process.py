@@ -5,6 +5,7 @@ repeated augmentation works without several processes.
 """
 
 import logging
+import re
 import sys
 from dataclasses import dataclass
 
@@ -55,12 +56,16 @@ class Process:
             random_seed((seed + 1_000_003 * (epoch + 1)) % 2**31, self.rank)
 
 
+def check_device(device):
+    if device and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: takes cpu, cuda or cuda:N")
+
+
 def start_process(device=None):
     """Choose the device, join the group, and let only the first process log."""
+    check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: takes cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
     try:
