@@ -4,6 +4,9 @@
     python benchmark.py --bench train --model eva_deit_tiny deit_tiny_patch16_224 --amp-dtype bfloat16 -b 256 \\
         --results-file results/train_step.csv
     python benchmark.py --bench layer --sides 14 28 56 112 128 --results-file results/layer.csv
+    python benchmark.py --bench data -c configs/eva_deit_tiny.yaml --data-dir DIR --workers-list 1 2 4
+
+The last takes the flags of train.py: the loader's throughput, alone and beside the training step.
 
 A model may carry arguments: deit_tiny_patch16_224:patch_size=8. Each figure is a median after a warm-up. A training
 step is forward, cross-entropy, backward and AdamW on one fixed batch of noise: no data loading is in it.
@@ -18,6 +21,8 @@ import torch
 import evavit  # noqa: F401  registers the models
 from evavit.layers import EvaAttention
 from evavit.measure import median_seconds, origin, training_step, write_rows
+from evavit.training import throughput
+from evavit.training.errors import run_script
 
 
 def parse_model(text):
@@ -88,6 +93,8 @@ def bench_layer(side, args, device):
 
 
 def main():
+    if sys.argv[1:3] == ['--bench', 'data']:
+        return run_script(throughput.main, sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--bench', choices=('train', 'infer', 'layer'), default='train')
     parser.add_argument('--model', nargs='+', default=['eva_deit_tiny'], help='names, with arguments after colons')
@@ -116,7 +123,7 @@ def main():
 
 if __name__ == '__main__':
     try:
-        main()
+        sys.exit(main())
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)

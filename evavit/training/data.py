@@ -11,7 +11,15 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from timm.data import ImageDataset, IterableImageDataset, create_dataset, create_loader, resolve_data_config
+from PIL import Image
+from timm.data import (
+    ImageDataset,
+    IterableImageDataset,
+    auto_augment,
+    create_dataset,
+    create_loader,
+    resolve_data_config,
+)
 from timm.data.readers.class_map import load_class_map
 from timm.models import get_model_input_config
 
@@ -168,7 +176,7 @@ def resolve_input(settings, model):
 def train_loader(dataset, settings, data_config, device):
     """Batches of augmented images on the device. Workers start anew with each epoch, so that its seed decides them."""
     try:
-        return create_loader(
+        loader = create_loader(
             dataset,
             input_size=data_config["input_size"],
             batch_size=settings.batch_size,
@@ -197,6 +205,24 @@ def train_loader(dataset, settings, data_config, device):
     except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"augmentation (aa {settings.aa}, aug_repeats {settings.aug_repeats}): timm does not take it, "
                         f"{first_line(error)}") from error
+    _let_posterize_keep_no_bit(dataset.transform)
+    return loader
+
+
+def _let_posterize_keep_no_bit(transform):
+    """RandAugment's noise on the magnitude can ask posterize for 0 bits. Older Pillows give a black image then, Pillow
+    13 raises ValueError, which would end a run at some batch; here it is the black image everywhere."""
+    for step in getattr(transform, "transforms", ()):
+        policies = [getattr(step, "ops", None) or (), *(getattr(step, "policy", None) or ())]
+        for operation in (operation for policy in policies for operation in policy):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
+
+
+def posterize(image, bits_to_keep, **kwargs):
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **kwargs)
 
 
 def eval_loader(dataset, settings, data_config, device, batch_size):

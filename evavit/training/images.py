@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import random
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -90,17 +91,18 @@ class BadImages:
     Args:
         images: images in the data set.
         share: how many of them may be bad in an epoch, as a share; a whole number of images follows, rounded down.
-        indexed: images are known by index, and one that is drawn twice counts once.
+
+    An image that is drawn twice counts once. Those of a stream have no index: their names' checksums stand for it.
     """
 
     LINE, LINES = 512, 1000  # bytes kept of a name and its reason; names kept of an epoch, the rest is only counted
 
-    def __init__(self, images, share, indexed=True):
+    def __init__(self, images, share):
         self.images, self.share = images, share
         self.limit = math.floor(share * images + 1e-9)
         self.lock = multiprocessing.Lock()
         self.counter = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self.marks = torch.zeros(images if indexed else 0, dtype=torch.bool).share_memory_()
+        self.marks = torch.zeros(max(images, 2**16), dtype=torch.bool).share_memory_()
         self.lines = torch.zeros(min(self.limit + 1, self.LINES), self.LINE, dtype=torch.uint8).share_memory_()
         self.read = 0       # lines that this process has taken note of
         self.agreed = {}    # name → reason, over all processes, in this epoch
@@ -120,10 +122,10 @@ class BadImages:
     def mark(self, index, name, why):
         """Note an image, in the process that tried to read it. `index` is None where images have none."""
         with self.lock:
-            if index is not None:
-                if self.marks[index]:
-                    return
-                self.marks[index] = True
+            index = zlib.crc32(name.encode(errors="replace")) % len(self.marks) if index is None else index
+            if self.marks[index]:
+                return
+            self.marks[index] = True
             place = self.count
             self.counter += 1
             if place < len(self.lines):
@@ -234,7 +236,7 @@ class CheckedStream(IterableImageDataset):
     def __init__(self, reader, mode, share):
         super().__init__(None, reader=reader)
         self.mode = mode
-        self.bad = BadImages(reader.num_samples or 0, share, indexed=False)
+        self.bad = BadImages(reader.num_samples or 0, share)
         reader.input_img_mode = ""  # modes are converted here, for 16 bits
 
     def __iter__(self):

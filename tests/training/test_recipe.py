@@ -161,3 +161,17 @@ def test_order_depends_on_seed_and_epoch_alone(config, tmp_path, group_of_one):
 
     assert order(0, 0) == order(0, 0) and sorted(order(0, 0)) == list(range(12))
     assert order(0, 0) != order(1, 0) and order(0, 0) != order(0, 1)
+
+
+def test_posterize_with_no_bit_left_is_black(config, tmp_path, group_of_one):
+    """The published policy asks for it now and then; Pillow 13 raises."""
+    from PIL import Image
+
+    write_images(tmp_path, 12)
+    loader = loader_of(config, tmp_path, group_of_one, "--aug-repeats", "0")
+    policy = next(step for step in loader.dataset.transform.transforms if hasattr(step, "ops"))
+    operation = next(operation for operation in policy.ops if operation.aug_fn is data.posterize)
+    operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10, 0
+    assert operation(Image.new("RGB", (4, 4), (200, 100, 50))).getextrema() == ((0, 0),) * 3
+    operation.magnitude = 5
+    assert operation(Image.new("RGB", (4, 4), (200, 100, 50))).getextrema()[0][0] > 0
