@@ -225,8 +225,9 @@ class CheckedImages(torch.utils.data.Dataset):
 class CheckedStream(IterableImageDataset):
     """timm's data set of shards (wds, hfids), whose unreadable images are counted and left out.
 
-    In training other images follow in their place. timm's readers of shards either stop at such an image (hfids) or
-    pass over it (wds); here they hand over what they read, and it is decoded or converted under count.
+    In training others take their place: the one before or after in the stream (hfids), one more of the shards (wds).
+    timm's readers of shards either stop at such an image (hfids) or pass over it (wds); here they hand over what they
+    read, and it is decoded or converted under count.
 
     Args:
         reader: timm's reader, as yet unused.
@@ -243,6 +244,7 @@ class CheckedStream(IterableImageDataset):
         if getattr(self.reader, "ds", None) is None and hasattr(self.reader, "_lazy_init"):
             self.reader._lazy_init()  # in the worker, as the reader itself would
             self._watch()
+        owed, good = 0, None  # hfids has counted an image before it is decoded: another takes its place in training
         for image, target in self.reader:
             name = "an image without a name"
             try:
@@ -254,8 +256,16 @@ class CheckedStream(IterableImageDataset):
                     image = to_mode(image, self.mode)
             except (BadImageError, OSError) as error:
                 self.bad.mark(None, name, reason(error))
+                owed += self.reader.is_training
             else:
-                yield self.transform(image) if self.transform else image, target
+                good = image, target
+                yield self._transformed(*good)
+            while owed and good:
+                owed -= 1
+                yield self._transformed(*good)
+
+    def _transformed(self, image, target):
+        return self.transform(image) if self.transform else image, target
 
     def _watch(self):
         """Put the count between the reader and what it reads with."""

@@ -51,11 +51,13 @@ def measure(settings, process, seconds, repeats, loader_only=False):
         train_set = Repeated(train_set, LEAST)
     loader = data.train_loader(train_set, settings, config, process.device)
     step = None if loader_only else _training_step(model, settings, process)
-    alone, both, waits, steps = [], [], [], []
+    alone, cpus, both, waits, steps = [], [], [], [], []
     for epoch in range(repeats):
-        alone.append(_pass(loader, settings, process, seconds, epoch)[0])
+        rate, _, cpu = _pass(loader, settings, process, seconds, epoch)
+        alone.append(rate)
+        cpus.append(cpu)
         if step:
-            rate, wait = _pass(loader, settings, process, seconds, epoch, step)
+            rate, wait, _ = _pass(loader, settings, process, seconds, epoch, step)
             both.append(rate)
             waits.append(wait)
             steps.append(_step_rate(step, settings, config, model, process, seconds / 3))
@@ -63,7 +65,9 @@ def measure(settings, process, seconds, repeats, loader_only=False):
         "bench": "data", "model": settings.model, "dataset": settings.dataset or "folder", "images": images,
         "batch_size": settings.batch_size, "workers": settings.workers, "cpus": len(os.sched_getaffinity(0)),
         "aa": settings.aa or "", "amp": settings.amp_dtype if settings.amp else "float32",
-        "img_per_s": round(statistics.median(alone), 1)}
+        "img_per_s": round(statistics.median(alone), 1),
+        # Without workers all of the work is this process's: its processor time is the same on a machine that is shared.
+        "cpu_ms_per_img": "" if settings.workers else round(statistics.median(cpus), 2)}
     if step:
         step_rate = statistics.median(steps)
         row |= {
@@ -112,11 +116,11 @@ def _pass(loader, settings, process, seconds, epoch, step=None):
         if step is not None or (start is None and count >= held):
             _synchronise(process)
         if start is None and count >= held:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
         asked = time.perf_counter()
         if start is not None and asked - start > seconds:
             break
-    return done / (asked - start), waited / (asked - start)
+    return done / (asked - start), waited / (asked - start), 1e3 * (time.process_time() - cpu) / max(1, done)
 
 
 class Repeated(torch.utils.data.Dataset):
