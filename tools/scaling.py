@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write the tables of docs/scaling.md from measured single-GPU figures: python tools/scaling.py [--check]
 
-The measured part is results/train_step_h100.csv: images a second and the batch of one GPU. All else is arithmetic over
+Measured are results/train_step_h100.csv, images a second and the batch of one GPU, and results/data_cpu.csv, what a CPU
+core prepares. All else is arithmetic over
 the assumptions below, each of which is a flag. With --check nothing is written; the exit code is 1 if a table is stale.
 """
 
@@ -31,10 +32,17 @@ def assumptions():
     parser.add_argument("--overlap", type=float, default=0.7, help="share of the backward pass that hides them")
     parser.add_argument("--backward", type=float, default=2 / 3, help="share of the step that is backward pass")
     parser.add_argument("--kilobytes", type=float, default=110, help="of one ImageNet JPEG")
-    parser.add_argument("--loader", type=float, default=200, help="images a second that a CPU core decodes, augments")
+    parser.add_argument("--loader", type=float, default=loader_rate(), help="images a second that a CPU core prepares; "
+                        "measured in results/data_cpu.csv")
     parser.add_argument("--price", type=float, default=2.5, help="dollars of a GPU for an hour")
     parser.add_argument("--fixed", type=float, default=5, help="ms of a step that do not shrink with the batch")
     return parser.parse_args()
+
+
+def loader_rate():
+    """Images a second of one core, from the processor time an image takes."""
+    with open(ROOT / "results" / "data_cpu.csv", newline="") as stream:
+        return 1e3 / float([row["cpu_ms_per_img"] for row in csv.DictReader(stream) if row["cpu_ms_per_img"]][-1])
 
 
 def measured():
@@ -121,7 +129,7 @@ def runs(figures, a):
         for gpus in (1, 8, 16, 32, 64):
             # One GPU accumulates over batches of the measured size; several have 1,024 / GPUs at once.
             per_gpu = min(1024 / gpus, figures[model][0])
-            compute, sent, open_ = step(model, gpus, per_gpu, figures, a)
+            compute, _, open_ = step(model, gpus, per_gpu, figures, a)
             updates = EPOCHS * (IMAGES // 1024)
             hours = updates * (1024 / gpus / per_gpu * compute + open_) / 3600
             cells.append(f"{hours:,.1f} h, ${hours * gpus * a.price:,.0f}")

@@ -98,7 +98,8 @@ def test_a_run(kind, workers, request, tmp_path, capfd, monkeypatch):
     assert len(rows) == 2 and rows[-1].split(",")[header.split(",").index("train_bad_images")] == "1"
     split = [place[place.index("--val-split") + 1]] if "--val-split" in place else ["validation"]
     judge = [word for word in place if word not in ("--train-num-samples", "24")]
-    for name in ("--train-split", "--val-split", "--val-num-samples"):
+    judge = [word.replace("--val-num-samples", "--num-samples") for word in judge]
+    for name in ("--train-split", "--val-split"):
         if name in judge:
             del judge[judge.index(name):judge.index(name) + 2]
     judge += ["--split", *split, "--workers", "1", "-b", "5", "--device", "cpu"]
