@@ -141,7 +141,7 @@ def test_a_class_without_images_keeps_its_label(train, folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_training_on_mutated_files(call, folder, tmp_path, capfd):
+def test_training_on_mutated_files(call, folder, tmp_path, record_property):
     """500 mutated files among 500 good ones: the run ends, and has counted what its own reader refuses."""
     rng = np.random.default_rng(2)
     contents = list(faults.good_files().values())
@@ -156,5 +156,4 @@ def test_training_on_mutated_files(call, folder, tmp_path, capfd):
     header, row = (tmp_path / "run" / "summary.csv").read_text().splitlines()
     bad = int(row.split(",")[header.split(",").index("train_bad_images")])
     assert 300 < bad < 480
-    with capfd.disabled():
-        print(f"\n500 mutated image files: {bad} refused and named, no crash, no hang")
+    record_property("figure", f"500 mutated image files: {bad} refused and named, no crash, no hang")

@@ -81,12 +81,11 @@ def test_200_bad_settings(start):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_1000_bad_settings(start, capfd):
+def test_1000_bad_settings(start, record_property):
     begin = time.process_time()
     count = check(start, mutations.mutations(1000, seed=1))
-    with capfd.disabled():
-        print(f"\n{count} bad settings: {count} refused with one line and exit code 2, no data read, no device touched "
-              f"({time.process_time() - begin:.0f} s)")
+    record_property("figure", f"{count} of {count} bad settings refused with one line, no data read, no device touched, "
+                              f"{time.process_time() - begin:.0f} s")
 
 
 def test_dry_run_prints_the_plan_and_reads_no_image(call, images, tmp_path, monkeypatch):
@@ -147,13 +146,11 @@ def test_memory_estimate_against_the_profiler(tmp_path):
 
 @pytest.mark.parametrize("model", ["eva_deit_tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in (
     "deit_tiny_patch16_224", "eva_deit_small", "deit_small_patch16_224", "eva_deit_tiny_784", "eva_pvt_v2_b3"))])
-def test_memory_estimate_against_the_gpu(model, capfd):
+def test_memory_estimate_against_the_gpu(model, record_property):
     """The peaks that benchmark.py read on an H100, eager in bfloat16."""
     with open(ROOT / "results" / "train_step_h100.csv", newline="") as file:
         row = next(row for row in csv.DictReader(file) if row["model"] == model and row["torchcompile"] == "False")
     guess = estimate("--model", model, "--num-classes", 1000, "-b", row["batch_size"], "--amp") / 2**20
     measured = float(row["peak_memory_mib"])
-    with capfd.disabled():
-        print(f"\n--dry-run's memory of {model}: {guess:,.0f} MiB, measured {measured:,.0f}, "
-              f"{guess / measured - 1:+.1%}")
+    record_property("figure", f"{model} {guess:,.0f} MiB, measured {measured:,.0f}, {guess / measured - 1:+.1%}")
     assert guess == pytest.approx(measured, rel=0.08)
