@@ -84,7 +84,7 @@ def test_200_bad_settings(start):
 def test_1000_bad_settings(start, record_property):
     begin = time.process_time()
     count = check(start, mutations.mutations(1000, seed=1))
-    record_property("figure", f"{count} of {count} bad settings refused with one line, no data read, no device touched, "
+    record_property("figure", f"{count} bad settings refused with one line, no data read, no device touched, "
                               f"{time.process_time() - begin:.0f} s")
 
 
@@ -141,7 +141,7 @@ def test_memory_estimate_against_the_profiler(tmp_path):
     assert guess == pytest.approx(measured, rel=0.1)
     assert estimate(*flags, "--model-ema") > guess
     assert estimate(*flags, processes=2) > guess
-    assert estimate(*flags, "--grad-checkpointing") < 0.6 * guess
+    assert estimate(*flags, "--grad-checkpointing") < 0.75 * guess
 
 
 @pytest.mark.parametrize("model", ["eva_deit_tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in (
