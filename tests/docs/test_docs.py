@@ -133,8 +133,9 @@ def test_a_readme_command_was_found():
     assert len(commands('README.md')) >= 6
 
 
-def test_tables_are_fresh():
-    script = ROOT / 'tools' / 'tables.py'
+@pytest.mark.parametrize('name', ['tables.py', 'scaling.py'])
+def test_tables_are_fresh(name):
+    script = ROOT / 'tools' / name
     done = subprocess.run([sys.executable, script, '--check'], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
