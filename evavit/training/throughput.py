@@ -18,9 +18,8 @@ from .process import start_process
 LEAST = 500_000  # images that a pass can draw: more than 16 processes read in half a minute
 
 
-def main(argv):
-    """Print a row for each number of workers. Flags are those of train.py, which say what is loaded and how, and a few
-    of the measurement's own."""
+def parse(argv):
+    """The measurement's own flags, and the settings: of train.py, which say what is loaded and how."""
     parser = argparse.ArgumentParser(prog="benchmark.py --bench data", allow_abbrev=False, add_help=False)
     parser.add_argument("--workers-list", type=int, nargs="+", help="numbers of loader processes to measure")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each of the repeats")
@@ -28,7 +27,12 @@ def main(argv):
     parser.add_argument("--loader-only", action="store_true", help="leave the training step out")
     parser.add_argument("--results-file", help="CSV file to append the rows to")
     own, rest = parser.parse_known_args(argv)
-    settings, _ = parse_settings("train", rest)
+    return own, parse_settings("train", rest)[0]
+
+
+def main(argv):
+    """Print a row for each number of workers."""
+    own, settings = parse(argv)
     recipe.check_settings(settings)
     process = start_process(settings.device)
     for workers in own.workers_list or [settings.workers]:
