@@ -30,7 +30,7 @@ def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
     return rows * cols
 
 
-def _summarise(
+def summarise(
         cell_means: torch.Tensor,
         summary: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         norm_eps: float,
@@ -73,8 +73,8 @@ def _control_variates(
     k_bands = to_bands(k, feat_size, cell).to(dtype)
     q_means = torch.bmm(sum_cells, q_bands).view(B, nH, nW, h, d) / tokens_per_cell
     k_means = torch.bmm(sum_cells, k_bands).view(B, nH, nW, h, d) / tokens_per_cell
-    q_tilde = _summarise(q_means, summary_q, norm_eps)
-    k_tilde = _summarise(k_means, summary_k, norm_eps)
+    q_tilde = summarise(q_means, summary_q, norm_eps)
+    k_tilde = summarise(k_means, summary_k, norm_eps)
 
     omega = scale ** 0.5 * proposal_scale * (q_tilde + k_tilde)  # the mean of the proposal, (28)
     if noise is not None:

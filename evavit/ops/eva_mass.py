@@ -4,7 +4,7 @@ from typing import List, Optional, Tuple
 import torch
 
 from .blocks import accumulation_dtype, cell_means, from_windows, to_windows, window_logits
-from .eva import Summary, _summarise
+from .eva import Summary, summarise
 from .grid import cell_shape, window_shape
 
 __all__ = ['eva_attention_mass']
@@ -49,7 +49,7 @@ def eva_attention_mass(
     cells = torch.full_like(exact, float('-inf'))
     effective = torch.zeros_like(exact)
     if partition_grid > 0 and summary_k is not None:
-        k_tilde = _summarise(cell_means(k, feat_size, cell_shape(feat_size, partition_grid)), summary_k, norm_eps)
+        k_tilde = summarise(cell_means(k, feat_size, cell_shape(feat_size, partition_grid)), summary_k, norm_eps)
         logits = queries @ k_tilde.unsqueeze(2).transpose(-2, -1)
         cells = logits.logsumexp(-1)
         log_p = logits.log_softmax(-1)

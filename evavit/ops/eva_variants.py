@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .blocks import accumulation_dtype
 from .checks import check_eva_variant_args, check_partition
-from .eva import eva_num_cells
+from .eva import eva_num_cells, summarise
 from .grid import (
     block_counts,
     block_mask,
@@ -47,10 +47,9 @@ def _sigma(mean: torch.Tensor, summary: List[torch.Tensor], norm_eps: float) -> 
     """σ of (26): the identity, a projection (weight, bias), or that and LayerNorm (and its weight, bias)."""
     if len(summary) == 0:
         return mean
-    projected = F.linear(mean.to(summary[0].dtype), summary[0], summary[1]).to(mean.dtype)
     if len(summary) == 2:
-        return projected
-    return F.layer_norm(projected, [mean.shape[-1]], summary[2].to(mean.dtype), summary[3].to(mean.dtype), norm_eps)
+        return F.linear(mean.to(summary[0].dtype), summary[0], summary[1]).to(mean.dtype)
+    return summarise(mean, (summary[0], summary[1], summary[2], summary[3]), norm_eps)
 
 
 def _mean(x: torch.Tensor, mask: Optional[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
