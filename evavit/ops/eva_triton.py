@@ -755,11 +755,19 @@ class _Plan:
         Triton looks into every argument of every launch to find the compiled kernel, which takes the processor longer
         than most of these kernels take the GPU. What it found is kept for the next launch of the same kind.
         """
-        key = (id(kernel), args[0].get_device(), *options.values(), *[
-            (x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in args])
+        passed, key = [], [id(kernel), args[0].get_device(), *options.values()]
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                address = x.data_ptr()
+                passed.append(address)
+                key += (x.dtype, address % 16)
+            else:
+                passed.append(x)
+                key.append(x)
+        key = tuple(key)
         if key in self.compiled:
             compiled, constants = self.compiled[key]
-            compiled[grid](*[x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args], *constants)
+            compiled[grid](*passed, *constants)
         else:
             compiled = kernel[grid](*args, **options)
             if compiled is not None:  # None in Triton's interpreter
@@ -869,7 +877,14 @@ def _eva(
         k: Optional[torch.Tensor],
         v: Optional[torch.Tensor],
         feat_size: List[int],
-        summary: List[torch.Tensor],
+        w_q: Optional[torch.Tensor],
+        b_q: Optional[torch.Tensor],
+        g_q: Optional[torch.Tensor],
+        o_q: Optional[torch.Tensor],
+        w_k: Optional[torch.Tensor],
+        b_k: Optional[torch.Tensor],
+        g_k: Optional[torch.Tensor],
+        o_k: Optional[torch.Tensor],
         rel_pos_bias: Optional[torch.Tensor],
         noise: Optional[torch.Tensor],
         window_size: int,
@@ -882,7 +897,8 @@ def _eva(
     """Forward: y, and for the backward log-sum-exp `(B, h, N)`, k̃, β, ω `(B, h, C_p, d)`, means `(2, B, h, C_p, d)`.
 
     q, k, v are `(B, h, N, d)`; or q is all three, `(3, B, h, N, d)`, and k and v are None: then their gradient comes
-    back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty.
+    back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty. The
+    summaries' parameters come one by one, since autograd takes a list of tensors apart and together in Python.
     """
     q, k, v = _unpack(q, k, v)
     plan = _plan(q, feat_size, window_size, partition_grid)
@@ -895,7 +911,7 @@ def _eva(
             tile = plan.cell_tiles[0]
             plan.launch(
                 _forward_cells, (plan.B * plan.heads, _ceil(plan.cells, tile['G']), 1),
-                q, k, v, *strides, *summary, noise if noise is not None else q,
+                q, k, v, *strides, w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, noise if noise is not None else q,
                 k_tilde, beta, omega, means,
                 plan.heads, plan.H, plan.W, plan.n_cx, plan.cells, plan.ch, plan.cw, plan.rows,
                 scale ** 0.5, proposal_scale, norm_eps,
@@ -920,8 +936,8 @@ def _eva(
     return outputs
 
 
-def _eva_fake(q, k, v, feat_size, summary, rel_pos_bias, noise, window_size, partition_grid, scale, proposal_scale,
-              norm_eps, save):
+def _eva_fake(q, k, v, feat_size, w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, rel_pos_bias, noise, window_size,
+              partition_grid, scale, proposal_scale, norm_eps, save):
     q, k, v = _unpack(q, k, v)
     cells = 0
     if partition_grid > 0:
@@ -1051,7 +1067,7 @@ def _eva_backward_fake(grad, q, k, v, out, lse, k_tilde, beta, omega, means, fea
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (q, k, v, feat_size, summary, rel_pos_bias, _, window_size, partition_grid, scale, proposal_scale, norm_eps,
+    (q, k, v, feat_size, *summary, rel_pos_bias, _, window_size, partition_grid, scale, proposal_scale, norm_eps,
      save) = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, rel_pos_bias, *output, *summary)
@@ -1060,7 +1076,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd_backward(ctx, grad, *_):
-    nones = [None] * 13
+    nones = [None] * 20
     if grad is None:
         return (*nones,)
     if not ctx.saved:
@@ -1068,18 +1084,16 @@ def _autograd_backward(ctx, grad, *_):
     q, k, v, rel_pos_bias, out, lse, k_tilde, beta, omega, means, *summary = ctx.saved_tensors
     feat_size, window_size, partition_grid, scale, proposal_scale, norm_eps = ctx.options
     dq, dk, dv, dparams, dbias = torch.ops.evavit.eva_backward(
-        grad, q, k, v, out, lse, k_tilde, beta, omega, means, feat_size, summary, rel_pos_bias,
-        window_size, partition_grid, scale, proposal_scale, norm_eps)
-    dsummary = []
-    if summary:
+        grad, q, k, v, out, lse, k_tilde, beta, omega, means, feat_size, summary if partition_grid else [],
+        rel_pos_bias, window_size, partition_grid, scale, proposal_scale, norm_eps)
+    dsummary = nones[:8]
+    if partition_grid:
         d = q.shape[-1]
-        for part in dparams.unbind(0):
-            weight, *vectors = part.split([d * d, d, d, d])
-            dsummary += [weight.view(d, d), *vectors]
-        dsummary = [g.to(p.dtype) for g, p in zip(dsummary, summary, strict=True)]
+        parts = [part.split([d * d, d, d, d]) for part in dparams.unbind(0)]
+        dsummary = [g.to(p.dtype).view(p.shape) for g, p in zip((*parts[0], *parts[1]), summary, strict=True)]
     packed = k is None
-    return (dq, None if packed else dk, None if packed else dv, None, dsummary,
-            None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype), *nones[6:])
+    return (dq, None if packed else dk, None if packed else dv, None, *dsummary,
+            None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype), *nones[13:])
 
 
 def _register(name: str, function, fake) -> None:
@@ -1113,7 +1127,7 @@ def eva_attention_fused(
 
     q may hold all three, `(3, B, h, N, d)`, with k and v None.
     """
-    summary: List[torch.Tensor] = []
+    summary: List[Optional[torch.Tensor]] = [None] * 8
     if partition_grid > 0 and summary_q is not None and summary_k is not None:
         summary = [x.contiguous() for x in (*summary_q, *summary_k)]
         noise = noise.contiguous() if noise is not None else None
@@ -1122,5 +1136,5 @@ def eva_attention_fused(
     tensors = [x for x in (q, k, v, rel_pos_bias, *summary) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return torch.ops.evavit.eva(
-        q, k, v, feat_size, summary, rel_pos_bias, noise, window_size, partition_grid,
+        q, k, v, feat_size, *summary, rel_pos_bias, noise, window_size, partition_grid,
         q.shape[-1] ** -0.5 if scale is None else scale, proposal_scale, norm_eps, save)[0]
