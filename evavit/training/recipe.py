@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import ClassificationTask
 
-import evavit  # noqa: F401  (registers the models with timm)
+from evavit.models import GridPyramidVisionTransformerV2, GridVisionTransformer, fit_strictly
 
 from .errors import UserError, first_line
 from .options import nearest
@@ -127,6 +127,7 @@ OWN_OPTIONS = dict(
     pretrained="--pretrained",
     checkpoint_path="--initial-checkpoint in train.py, --checkpoint in validate.py")
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")  # timm's names of optimizers that PyTorch fuses
+OURS = (GridVisionTransformer, GridPyramidVisionTransformerV2)
 LARGE = 200e6  # parameters above which no trial pass is made on the CPU
 
 
@@ -206,20 +207,31 @@ def read_weights(path, use_ema=True):
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
 
 
-def load_weights(model, path, use_ema=True):
-    """Load weights that must fit the model exactly; name what does not."""
-    state = read_weights(path, use_ema)
+def load_weights(model, path):
+    """Load the weights of a file with the model's classes. Models of evavit fit others to themselves, see
+    `evavit.models.fit_checkpoint`; any other must fit exactly. What does not fit is named."""
+    state = read_weights(path)
+    check_classes(model, state, path)
+    try:
+        state = fit_strictly(state, model) if isinstance(model, OURS) else state
+    except RuntimeError as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
     check_fit(model, state, path)
     model.load_state_dict(state)
 
 
-def check_fit(model, state, path):
+def check_classes(model, state, path):
     own = model.state_dict()
     head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     name = f"{head}.weight"
     if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
         raise UserError(f"{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; "
                         f"give data with the same classes, or start from its body with --pretrained-path")
+
+
+def check_fit(model, state, path):
+    check_classes(model, state, path)
+    own = model.state_dict()
     missing, surplus = [key for key in own if key not in state], [key for key in state if key not in own]
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     for keys, what in ((missing, "lacks"), (surplus, "has, unlike the model,"), (other, "has in another shape")):
