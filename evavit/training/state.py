@@ -296,3 +296,14 @@ def saved_settings(path):
 
 def has_average(path):
     return load_checkpoint_metadata(str(path)).get("state_dict_ema") is not None
+
+
+def stored_metric(path):
+    """What a checkpoint was ranked by, None where that is not in the file."""
+    saved_settings(path)  # a file that cannot be read ends in one line here
+    if str(path).endswith(".safetensors"):
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metric = (file.metadata() or {}).get("metric")
+        return None if metric in (None, "None") else float(metric)
+    checkpoint = load_checkpoint_metadata(str(path))
+    return checkpoint.get("metric") if isinstance(checkpoint, dict) else None
