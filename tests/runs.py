@@ -30,6 +30,7 @@ def write_images(folder, counts, side=16):
 
 
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, window_size=2, partition_grid=2)
+SOFTMAX = {key: value for key, value in KWARGS.items() if key not in ("window_size", "partition_grid")}
 MODEL = ["--model", "eva_deit_tiny", "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
 QUICK = ["-b", "4", "--epochs", "2", "--warmup-epochs", "0", "--lr", "1e-3", "--workers", "0", "--device", "cpu",
          "--log-interval", "1"]

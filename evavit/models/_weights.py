@@ -210,7 +210,7 @@ def _check_names(state: Weights, own: Weights, kind: str) -> None:
         if names:
             more = f' and {len(names) - 1} more' if len(names) > 1 else ''
             hint = 'init_values=1e-5, for LayerScale' if '.ls1.' in names[0] else "the model's name and its arguments"
-            raise RuntimeError(f'these weights do not fit this {kind}: the file {what} {names[0]}{more}; check {hint}')
+            raise RuntimeError(f'the file does not fit this {kind}: it {what} {names[0]}{more}; check {hint}')
 
 
 def _log(changes: List[Change]) -> None:

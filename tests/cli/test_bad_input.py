@@ -4,8 +4,9 @@ import re
 import shutil
 
 import pytest
+import timm
 import torch
-from runs import MODEL, QUICK, command, weights, write_images
+from runs import MODEL, QUICK, SOFTMAX, command, weights, write_images
 
 # flags beside --data-dir, and what the line must say
 TRAIN = {
@@ -177,6 +178,13 @@ def test_checkpoint_of_another_model(train, refused):
     run = train("run")
     assert "does not fit" in refused("--model-kwargs", "depth=3", "--initial-checkpoint", run / "last.safetensors",
                                      "--experiment", "other")
+
+
+def test_checkpoint_of_other_classes(refused, tmp_path):
+    model = timm.create_model("deit_tiny_patch16_224", **SOFTMAX)
+    torch.save(model.state_dict(), tmp_path / "deit.pth")
+    line = refused("--initial-checkpoint", tmp_path / "deit.pth")
+    assert "1000 classes" in line and "3" in line and "--pretrained-path" in line
 
 
 def test_checkpoint_that_is_none_or_carries_code(refused, tmp_path):
