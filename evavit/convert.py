@@ -152,8 +152,8 @@ def convert_softmax(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tens
     return converted
 
 
-# Share of a mean's spread in the constant part of what the LayerNorm sees (see `linear_summary`). From 4 to 32 the
-# error of the attention hardly changes; bfloat16 rounds the constant part, which speaks for a small one.
+# Size of the constant part of what the LayerNorm sees, in deviations of the queries or keys (see `linear_summary`).
+# From 8 on the error of the attention hardly falls; bfloat16 rounds the constant part, which speaks for a small one.
 _LINEAR_RATIO = 8.
 
 
