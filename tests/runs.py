@@ -42,6 +42,42 @@ DRAWN = ["--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1", "--r
 PLAIN = ["--no-aug", "--hflip", "0", "--color-jitter", "0", "--drop-path", "0"]  # only the images' order is drawn
 
 
+class Code:
+    """What a pickle runs on loading."""
+
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def write_bad_weights(folder):
+    """Files that are no weights: {path: words of the line that says so}."""
+    whole = {ending: Path(folder, f"whole.{ending}") for ending in ("pth", "safetensors")}
+    state = {"weight": torch.randn(64, 64)}
+    torch.save(state, whole["pth"])
+    safetensors.torch.save_file(state, whole["safetensors"])
+    files = {}
+
+    def bad(name, content, *words):
+        path = Path(folder, name)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path, _use_new_zipfile_serialization="old" not in name)
+        files[path] = (name, *words)
+
+    for ending, file in whole.items():
+        content = file.read_bytes()
+        bad(f"half.{ending}", content[:len(content) // 2], "cut short")
+        bad(f"empty.{ending}", b"", "empty")
+        bad(f"page.{ending}", b"<html>not found</html>", "not" if ending == "pth" else "too large")
+    bad("code.pth", dict(state_dict=dict(weight=Code())), "more than tensors (builtins.print)", "safetensors")
+    bad("old_code.pth", dict(state_dict=dict(weight=Code())), "more than tensors", "safetensors")
+    bad("list.pth", [1, 2], "no dictionary")
+    for file in whole.values():
+        file.unlink()
+    return files
+
+
 def load_script(name):
     spec = importlib.util.spec_from_file_location(f"evavit_script_{name}", ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

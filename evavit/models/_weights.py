@@ -1,11 +1,15 @@
 """What the families share when weights come in: every file becomes a state dict of the model, with a report."""
+import contextlib
 import logging
 import math
-from typing import Dict, List, Mapping, Optional, Tuple
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
-from timm.models import adapt_input_conv, clean_state_dict
+from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 from torch import nn
 
 from evavit.convert import (
@@ -21,11 +25,67 @@ from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
 from evavit.ops.grid import cell_shape
 
-__all__ = ['fit_checkpoint', 'fit_strictly', 'pretrained_filter']
+__all__ = ['fit_checkpoint', 'fit_strictly', 'pretrained_filter', 'read_weights', 'readable']
 
 _logger = logging.getLogger(__name__)
 
 Weights = Dict[str, torch.Tensor]
+
+
+def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
+    """The tensors of a file by name, as timm reads them: .safetensors, or what `torch.save` wrote.
+
+    Args:
+        path: The file.
+        use_ema: The moving average, where a checkpoint holds one.
+
+    Raises:
+        RuntimeError: one line that names the file and what is wrong with it: not there, empty, cut short, no weights,
+            or a pickle that carries more than tensors, of which nothing is run.
+    """
+    try:
+        return load_state_dict(str(path), use_ema=use_ema)
+    except Exception as error:  # each format has its own errors, which name neither the file nor, often, the fault
+        raise RuntimeError(f'{path}: {_fault(Path(path), error)}') from error
+
+
+def _fault(path: Path, error: Exception) -> str:
+    if not path.is_file():
+        return 'no such checkpoint'
+    with open(path, 'rb') as file:
+        head = file.read(4)
+    if not head:
+        return 'not a readable checkpoint: the file is empty'
+    text = ' '.join(str(error).split())
+    if path.suffix == '.safetensors':
+        return f'not a readable checkpoint: cut short, or not of the safetensors format ({text[:200]})'
+    if head.startswith(b'PK') and not zipfile.is_zipfile(path):
+        return 'not a readable checkpoint: the file is cut short'
+    # A zip archive and a pickle (from protocol 2 on) begin so; anything else was never written by torch.save.
+    if not head.startswith((b'PK\x03\x04', b'\x80')):
+        return 'not a readable checkpoint: neither of the safetensors format nor written by torch.save'
+    if 'weights_only' in text or 'Weights only' in text:
+        carried = re.search(r'[Uu]nsupported globals?: (.+?)\. |GLOBAL (\S+)', text)
+        names = f' ({carried[1] or carried[2]})' if carried else ''
+        return f'not a readable checkpoint: it carries more than tensors{names}, and what a pickle carries may be ' \
+               f'code, so none of it is loaded; ask for the weights as .safetensors'
+    if isinstance(error, (AttributeError, TypeError)):
+        return 'not a readable checkpoint: it holds no dictionary of tensors by name'
+    return f'not a readable checkpoint: damaged, or of another kind ({text[:200] or type(error).__name__})'
+
+
+@contextlib.contextmanager
+def readable(overlay: Optional[Mapping[str, Any]]) -> Iterator[None]:
+    """While timm reads the file of a `pretrained_cfg_overlay`: the errors of `read_weights` in place of its own."""
+    try:
+        yield
+    except Exception:
+        if overlay and overlay.get('file'):
+            try:
+                read_weights(overlay['file'])
+            except RuntimeError as clear:
+                raise clear from None
+        raise
 
 
 def fit_bias_tables(state_dict: Weights, model: nn.Module) -> Weights:

@@ -28,7 +28,7 @@ from evavit.layers import ATTENTIONS, attention_layer, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
 from ._register import register_variants
-from ._weights import fit_strictly, pretrained_filter
+from ._weights import fit_strictly, pretrained_filter, readable
 
 __all__ = ['GridBlock', 'GridVisionTransformer']
 
@@ -250,14 +250,15 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GridVisionT
 
 def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs) -> GridVisionTransformer:
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
-        GridVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    with readable(kwargs.get('pretrained_cfg_overlay')):
+        return build_model_with_cfg(
+            GridVisionTransformer,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **kwargs,
+        )
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

@@ -22,7 +22,7 @@ from evavit.layers import ATTENTIONS, attention_layer, check_heads, pop_attentio
 from evavit.ops.grid import fix_image_size
 
 from ._register import register_variants
-from ._weights import fit_strictly, pretrained_filter
+from ._weights import fit_strictly, pretrained_filter, readable
 
 __all__ = ['GridPyramidVisionTransformerV2']
 
@@ -142,14 +142,15 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 def _create_eva_pvt_v2(variant: str, pretrained: bool = False, **kwargs) -> GridPyramidVisionTransformerV2:
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model_with_cfg(
-        GridPyramidVisionTransformerV2,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
-        **kwargs,
-    )
+    with readable(kwargs.get('pretrained_cfg_overlay')):
+        return build_model_with_cfg(
+            GridPyramidVisionTransformerV2,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+            **kwargs,
+        )
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

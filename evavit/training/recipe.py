@@ -8,12 +8,13 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import Mixup
-from timm.models import get_model_input_config, load_state_dict, resolve_model_input_args
+from timm.models import get_model_input_config, resolve_model_input_args
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import ClassificationTask
 
+from evavit import models
 from evavit.models import GridPyramidVisionTransformerV2, GridVisionTransformer, fit_strictly
 
 from .errors import UserError, first_line
@@ -241,12 +242,10 @@ def _pretrained_file(settings, num_classes):
 
 def read_weights(path, use_ema=True):
     """The weights of a checkpoint or safetensors file. Files that carry code are refused (weights_only)."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint")
     try:
-        return load_state_dict(str(path), use_ema=use_ema)
-    except Exception as error:  # each format has its own errors for a broken file
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
+        return models.read_weights(path, use_ema)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
 
 
 def load_weights(model, path):

@@ -5,11 +5,12 @@ from collections import Counter
 import pytest
 import timm
 import torch
+from runs import write_bad_weights
 from safetensors.torch import save_file
 
 import evavit
 from evavit.convert import changes_table, convert_softmax, linear_summary
-from evavit.models import fit_checkpoint
+from evavit.models import fit_checkpoint, read_weights
 
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2)
 EVA = dict(window_size=4, partition_grid=4)
@@ -220,6 +221,40 @@ def test_a_wrong_file_is_one_line(tmp_path):
     with pytest.raises(RuntimeError) as error:
         timm.create_model('eva_deit_tiny', num_classes=4, checkpoint_path=str(path), **SMALL, **EVA)
     assert '3 classes' in one_line(error) and '4' in one_line(error)
+
+
+def test_bad_files_are_one_line_that_says_why(tmp_path, capfd):
+    for path, words in write_bad_weights(tmp_path).items():
+        with pytest.raises(RuntimeError) as error:
+            read_weights(path)
+        assert all(word in one_line(error) for word in words), path
+        with pytest.raises(RuntimeError) as other:
+            timm.create_model('eva_deit_tiny', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **SMALL)
+        assert str(other.value) == str(error.value)
+        with pytest.raises(Exception):  # noqa: B017  (timm reads it, and says so in its own words)
+            timm.create_model('eva_deit_tiny', checkpoint_path=str(path), **SMALL)
+    with pytest.raises(RuntimeError, match=r'nowhere\.pth: no such checkpoint'):
+        timm.create_model('eva_pvt_v2_b3', pretrained=True, pretrained_cfg_overlay=dict(file='nowhere.pth'))
+    assert 'must not run' not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('name, source, kwargs', [
+    ('eva_deit_tiny', 'deit_tiny_patch16_224', {**SMALL, **EVA}),
+    ('eva_pvt_v2_b3', 'pvt_v2_b3', PYRAMID)])
+def test_a_converted_model_is_scripted_and_compiled(name, source, kwargs, tmp_path):
+    """Its `load_state_dict` is our own."""
+    softmax = timm.create_model(source, **{key: value for key, value in kwargs.items() if key not in EVA})
+    torch.save(softmax.state_dict(), tmp_path / 'softmax.pth')
+    model = timm.create_model(name, checkpoint_path=str(tmp_path / 'softmax.pth'), **kwargs).eval()
+    scripted = torch.jit.script(model)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    x = image()
+    with torch.no_grad():
+        output = model(x)
+        for other in (scripted, compiled):
+            torch.testing.assert_close(other(x), output)
+            other.load_state_dict(other.state_dict())
+            torch.testing.assert_close(other(x), output)
 
 
 def test_the_table_groups_blocks():
