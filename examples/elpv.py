@@ -174,7 +174,8 @@ def work(args, first, later):
         return
     context = multiprocessing.get_context("forkserver")  # its children have all of this imported, and no CUDA
     context.set_forkserver_preload(["evavit.benchmarking", "evavit.training.data", "sklearn.metrics"])
-    with ProcessPoolExecutor(args.jobs, context) as pool:
+    # The loaders within them are to fork: a fork server of their own would import it all again for every epoch.
+    with ProcessPoolExecutor(args.jobs, context, multiprocessing.set_start_method, ("fork", True)) as pool:
         pending = {pool.submit(run, job, args): job for job in first}
         if FIRST not in first:
             pending |= {pool.submit(run, job, args): job for job in later}
