@@ -163,6 +163,11 @@ def spread(values):
     return f"{mean:.1f} ± {math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)):.1f}"
 
 
+def fork_loaders():
+    """In a process of the pool: loaders fork. Its own way, a fork server, would import it all again for every epoch."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def work(args, first, later):
     """(job, its row or the exception that it ended with) as they end; `later` waits for a pretraining among `first`."""
     if args.jobs == 1:
@@ -174,8 +179,7 @@ def work(args, first, later):
         return
     context = multiprocessing.get_context("forkserver")  # its children have all of this imported, and no CUDA
     context.set_forkserver_preload(["evavit.benchmarking", "evavit.training.data", "sklearn.metrics"])
-    # The loaders within them are to fork: a fork server of their own would import it all again for every epoch.
-    with ProcessPoolExecutor(args.jobs, context, multiprocessing.set_start_method, ("fork", True)) as pool:
+    with ProcessPoolExecutor(args.jobs, context, fork_loaders) as pool:
         pending = {pool.submit(run, job, args): job for job in first}
         if FIRST not in first:
             pending |= {pool.submit(run, job, args): job for job in later}

@@ -109,6 +109,7 @@ OPTIONS = (
     Option("pretrained", bool, False, "start from the weights that timm publishes for the model", scripts=BOTH),
     Option("pretrained_path", str, None, "start from the weights in this file; a head with other classes is made anew"),
     Option("initial_checkpoint", str, None, "start from the weights in this file, with as many classes"),
+    Option("linear_probe", bool, False, "train the classifier alone, on the features of the weights to start from"),
     Option("num_classes", int, None, "classes of the model; default: those of the data set", low=1, scripts=BOTH),
     Option("in_chans", int, None, "image channels, 3 (default) or 1", choices=(1, 3), scripts=BOTH),
     Option("img_size", int, None, "image side in pixels; default: the model's", low=1, scripts=BOTH),

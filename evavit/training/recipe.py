@@ -34,6 +34,11 @@ def check_settings(settings):
     starts = [name for name in ("pretrained", "pretrained_path", "initial_checkpoint") if getattr(s, name)]
     if len(starts) > 1:
         raise UserError(f"{' and '.join(starts)} both name the weights to start from: give one of them")
+    if s.linear_probe and not starts:
+        raise UserError("linear_probe trains the classifier alone: say with --pretrained-path what gives the features")
+    if s.linear_probe and s.layer_decay:
+        raise UserError(f"layer_decay {s.layer_decay:g} does nothing with linear_probe, which trains one layer; leave "
+                        f"one of them out")
     if s.warmup_epochs >= s.epochs and not s.warmup_prefix and s.sched != "none":
         raise UserError(f"warmup_epochs {s.warmup_epochs} must be less than epochs {s.epochs}; lower --warmup-epochs, "
                         f"or add the warm-up to the epochs with --warmup-prefix")
@@ -201,7 +206,20 @@ def build_model(settings, num_classes, device=None):
         raise UserError(f"model {settings.model} {_shown(kwargs)}: {first_line(error)[:400]}") from error
     if train.get("initial_checkpoint") and not device:
         load_weights(model, settings.initial_checkpoint)
+    if train.get("linear_probe"):
+        freeze_body(model)
     return model
+
+
+def freeze_body(model):
+    """Leave the classifier alone to be trained. (timm.utils.freeze leaves out parameters of the model itself, such as
+    the position embedding, and puts other modules in place of batch norms, with other names in the state dict.)"""
+    model.requires_grad_(False)
+    classifier = model.get_classifier()
+    for part in classifier if isinstance(classifier, tuple) else (classifier,):
+        part.requires_grad_(True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("linear_probe: the model has no classifier to train")
 
 
 @torch.no_grad()
