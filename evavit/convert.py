@@ -1,10 +1,20 @@
 """Foreign checkpoints, made to fit the modules of this package. Plain dictionaries in and out; no model is needed."""
 import math
-from typing import Dict
+import re
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 
-__all__ = ['PUBLISHED_EVA_KWARGS', 'convert_published_eva', 'is_published_eva']
+__all__ = [
+    'PUBLISHED_EVA_KWARGS',
+    'Change',
+    'changes_table',
+    'convert_published_eva',
+    'convert_softmax',
+    'is_published_eva',
+    'linear_summary',
+    'weight_sources',
+]
 
 # Constructor arguments with which this package's layers evaluate weights of the published implementation. Its noise,
 # used in training only, has a standard deviation of head_dim^(-1/4) in our units.
@@ -53,6 +63,15 @@ def _stage_name(name: str) -> str:
     return name
 
 
+def _published_name(name: str) -> Optional[str]:
+    """Our name of a tensor of the published implementation, None for one that has no counterpart."""
+    if name.endswith('relative_position_index'):
+        return None
+    for old, new in _RENAMED:
+        name = name.replace(old, new)
+    return _stage_name(name)
+
+
 def convert_published_eva(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Names and layouts of the published EVA implementation to ours: a layer, a DeiT or a PVT.
 
@@ -66,15 +85,150 @@ def convert_published_eva(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torc
         Tensors by this package's name.
     """
     converted = {}
-    for name, value in state_dict.items():
-        if name.endswith('relative_position_index'):
-            continue
-        for old, new in _RENAMED:
-            name = name.replace(old, new)
-        name = _stage_name(name)
+    for name, (source,) in weight_sources(state_dict).items():
+        value = state_dict[source]
         if name.endswith('relative_position_bias_table'):
             value = _expand_bias_table(value)
         elif name == 'pos_embed' and value.ndim == 4:
             value = value.flatten(1, 2)
         converted[name] = value
     return converted
+
+
+# Parts of timm's and DeiT's softmax models that nothing here corresponds to: tokens beside the grid and what reads
+# them, and the convolutions with which PVT shortens keys and values.
+_NO_COUNTERPART = re.compile(
+    r'^(cls_token|dist_token|reg_token|head_dist\..*)$|\.attn\.(sr|norm)\.(weight|bias)$|relative_position_index$')
+
+
+def _softmax_sources(names: Iterable[str]) -> Dict[str, Tuple[str, ...]]:
+    sources: Dict[str, Tuple[str, ...]] = {}
+    for name in names:
+        if _NO_COUNTERPART.search(name):
+            continue
+        new = _stage_name(name).replace('dwconv.dwconv.', 'dwconv.')
+        new = re.sub(r'^fc_norm\.', 'norm.', new) if 'norm.weight' not in names else new
+        new = re.sub(r'\.attn\.(q|kv)\.', '.attn.qkv.', new)
+        sources[new] = (*sources.get(new, ()), name)
+    return {new: tuple(sorted(old, key=lambda name: '.kv.' in name)) for new, old in sources.items()}
+
+
+def weight_sources(state_dict: Dict[str, torch.Tensor]) -> Dict[str, Tuple[str, ...]]:
+    """This package's name of every tensor of a file that has a counterpart → the names that it is made from.
+
+    The file is one of ours, of timm's or DeiT's softmax models, or of the published EVA implementation.
+    """
+    if is_published_eva(state_dict):
+        renamed = ((_published_name(name), name) for name in state_dict)
+        return {new: (name,) for new, name in renamed if new is not None}
+    return _softmax_sources(state_dict)
+
+
+def convert_softmax(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Names and layouts of timm's or DeiT's softmax models to ours; a file of ours stays as it is.
+
+    Queries and the keys and values of a PVT become one `qkv`. Class, distillation and register tokens are dropped with
+    their positions and the distillation head, and so are a PVT's downsampling convolutions. A LayerNorm after the
+    pooling (`fc_norm`) becomes the one before it, where the file has no other. Heads are in no tensor: `num_heads` of
+    the model must be that of the file. What EVA has beside these, see `linear_summary`.
+
+    Args:
+        state_dict: Tensors by timm's or DeiT's name.
+
+    Returns:
+        Tensors by this package's name.
+    """
+    converted = {}
+    for name, sources in weight_sources(state_dict).items():
+        values = [state_dict[source] for source in sources]
+        converted[name] = torch.cat(values) if len(values) > 1 else values[0]
+    position = converted.get('pos_embed')
+    if position is not None and position.ndim == 3:
+        extra = sum(state_dict[name].shape[1] for name in ('cls_token', 'dist_token', 'reg_token')
+                    if name in state_dict)
+        # A model whose extra tokens have no position holds a row for each patch already: a square number.
+        if extra and math.isqrt(position.shape[1]) ** 2 != position.shape[1]:
+            converted['pos_embed'] = position[:, extra:]
+    return converted
+
+
+# Size of the constant part of what the LayerNorm sees, in deviations of the queries or keys (see `linear_summary`).
+# From 8 on the error of the attention hardly falls; bfloat16 rounds the constant part, which speaks for a small one.
+_LINEAR_RATIO = 8.
+
+
+def linear_summary(
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        num_heads: int,
+        norm: Optional[Tuple[torch.Tensor, torch.Tensor]] = None,
+) -> Dict[str, torch.Tensor]:
+    """A summary σ(x) = LN(W x + b) that is nearly the identity: a cell's summary is then its mean query or key.
+
+    LayerNorm takes the length off its input. It is nearly linear beside a large constant, though: with a fixed pattern
+    p of zero mean and unit variance, and x - m small beside r,
+
+        r · LN(p + P(x - m) / r) - r · p + m  ≈  m + P(x - m)
+
+    P takes off two directions of d, that of the mean and that of p, which LayerNorm could not pass on linearly. m and
+    r are estimated without any image, from the LayerNorm before the projection: its output has mean β and, taken as
+    white, the variances γ².
+
+    Args:
+        weight: Rows of q or k in the projection, `(C, C)`.
+        bias: Their bias `(C)`, or None.
+        num_heads: Heads, which share the summary.
+        norm: Weight γ and bias β of the LayerNorm before the projection, `(C)` each.
+
+    Returns:
+        'proj.weight' `(d, d)`, 'proj.bias', 'norm.weight' and 'norm.bias' `(d)`.
+    """
+    original, weight = weight, weight.float()
+    d = weight.shape[0] // num_heads
+    mean = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
+    variance = weight.square().sum(1)
+    if norm is not None:
+        mean = mean + weight @ norm[1].float()
+        variance = weight.square() @ norm[0].float().square()
+    mean = mean.view(num_heads, d)
+    # Heads differ in their mean, so the spread about the common one counts that as well.
+    spread = (variance.mean() + mean.var(0, unbiased=False).mean()).clamp(min=1e-12).sqrt()
+    mean = mean.mean(0)
+    pattern = torch.ones_like(mean)
+    pattern[1::2] = -1
+    pattern = pattern - pattern.mean()
+    pattern = pattern / pattern.square().mean().sqrt()
+    kept = torch.eye(d, device=weight.device) - 1 / d - pattern[:, None] * pattern / d
+    scale = _LINEAR_RATIO * spread
+    proj = kept / scale
+    parts = {
+        'proj.weight': proj,
+        'proj.bias': pattern - proj @ mean,
+        'norm.weight': scale.expand(d).clone(),
+        'norm.bias': mean - scale * pattern,
+    }
+    return {name: value.to(original.dtype) for name, value in parts.items()}
+
+
+class Change(NamedTuple):
+    """What became of a tensor: its name in the model (in the file, where it was dropped), the action, the reason.
+
+    Actions are 'taken', 'renamed', 'merged', 'resized', 'fresh' and 'dropped'.
+    """
+    name: str
+    action: str
+    detail: str = ''
+
+
+def changes_table(changes: List[Change]) -> str:
+    """The changes as a text table; weight and bias, and their like in several blocks, are one row."""
+    rows: Dict[Tuple[str, str, str], int] = {}
+    for change in changes:
+        name = re.sub(r'\.(weight|bias)$', '', re.sub(r'\.\d+\.', '.*.', change.name))
+        key = (name, change.action, change.detail)
+        rows[key] = rows.get(key, 0) + 1
+    cells = [('action', 'tensors', 'name', ''),
+             *((action, str(count), name, detail) for (name, action, detail), count in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in cells)

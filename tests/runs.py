@@ -33,12 +33,49 @@ def write_images(folder, counts, side=16):
 
 
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, window_size=2, partition_grid=2)
+SOFTMAX = {key: value for key, value in KWARGS.items() if key not in ("window_size", "partition_grid")}
 MODEL = ["--model", "eva_deit_tiny", "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
 QUICK = ["-b", "4", "--epochs", "2", "--warmup-epochs", "0", "--lr", "1e-3", "--workers", "0", "--device", "cpu",
          "--log-interval", "1"]
 DRAWN = ["--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25", "--drop-path", "0.2",
          "--workers", "2", "--model-ema", "--model-ema-decay", "0.9"]  # every generator draws
 PLAIN = ["--no-aug", "--hflip", "0", "--color-jitter", "0", "--drop-path", "0"]  # only the images' order is drawn
+
+
+class Code:
+    """What a pickle runs on loading."""
+
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def write_bad_weights(folder):
+    """Files that are no weights: {path: words of the line that says so}."""
+    whole = {ending: Path(folder, f"whole.{ending}") for ending in ("pth", "safetensors")}
+    state = {"weight": torch.randn(64, 64)}
+    torch.save(state, whole["pth"])
+    safetensors.torch.save_file(state, whole["safetensors"])
+    files = {}
+
+    def bad(name, content, *words):
+        path = Path(folder, name)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path, _use_new_zipfile_serialization="old" not in name)
+        files[path] = (name, *words)
+
+    for ending, file in whole.items():
+        content = file.read_bytes()
+        bad(f"half.{ending}", content[:len(content) // 2], "cut short")
+        bad(f"empty.{ending}", b"", "empty")
+        bad(f"page.{ending}", b"<html>not found</html>", "not" if ending == "pth" else "too large")
+    bad("code.pth", dict(state_dict=dict(weight=Code())), "more than tensors (builtins.print)", "safetensors")
+    bad("old_code.pth", dict(state_dict=dict(weight=Code())), "more than tensors", "safetensors")
+    bad("list.pth", [1, 2], "no dictionary")
+    for file in whole.values():
+        file.unlink()
+    return files
 
 
 def load_script(name):

@@ -1,17 +1,94 @@
-"""What the families share when weights come in."""
-from typing import Dict
+"""What the families share when weights come in: every file becomes a state dict of the model, with a report."""
+import contextlib
+import logging
+import math
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
+from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 from torch import nn
 
-from evavit.layers.eva import HaloRelPosBias
+from evavit.convert import (
+    Change,
+    changes_table,
+    convert_published_eva,
+    convert_softmax,
+    is_published_eva,
+    linear_summary,
+    weight_sources,
+)
+from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
+from evavit.ops.grid import cell_shape
 
-__all__ = ['fit_bias_tables', 'fit_token_projections']
+__all__ = ['fit_checkpoint', 'fit_strictly', 'pretrained_filter', 'read_weights', 'readable']
+
+_logger = logging.getLogger(__name__)
+
+Weights = Dict[str, torch.Tensor]
 
 
-def fit_bias_tables(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
+    """The tensors of a file by name, as timm reads them: .safetensors, or what `torch.save` wrote.
+
+    Args:
+        path: The file.
+        use_ema: The moving average, where a checkpoint holds one.
+
+    Raises:
+        RuntimeError: one line that names the file and what is wrong with it: not there, empty, cut short, no weights,
+            or a pickle that carries more than tensors, of which nothing is run.
+    """
+    try:
+        return load_state_dict(str(path), use_ema=use_ema)
+    except Exception as error:  # each format has its own errors, which name neither the file nor, often, the fault
+        raise RuntimeError(f'{path}: {_fault(Path(path), error)}') from error
+
+
+def _fault(path: Path, error: Exception) -> str:
+    if not path.is_file():
+        return 'no such checkpoint'
+    with open(path, 'rb') as file:
+        head = file.read(4)
+    if not head:
+        return 'not a readable checkpoint: the file is empty'
+    text = ' '.join(str(error).split())
+    if path.suffix == '.safetensors':
+        return f'not a readable checkpoint: cut short, or not of the safetensors format ({text[:200]})'
+    if head.startswith(b'PK') and not zipfile.is_zipfile(path):
+        return 'not a readable checkpoint: the file is cut short'
+    # A zip archive and a pickle (from protocol 2 on) begin so; anything else was never written by torch.save.
+    if not head.startswith((b'PK\x03\x04', b'\x80')):
+        return 'not a readable checkpoint: neither of the safetensors format nor written by torch.save'
+    if 'weights_only' in text or 'Weights only' in text:
+        carried = re.search(r'[Uu]nsupported globals?: (.+?)\. |GLOBAL (\S+)', text)
+        names = f' ({carried[1] or carried[2]})' if carried else ''
+        return f'not a readable checkpoint: it carries more than tensors{names}, and what a pickle carries may be ' \
+               f'code, so none of it is loaded; ask for the weights as .safetensors'
+    if isinstance(error, (AttributeError, TypeError)):
+        return 'not a readable checkpoint: it holds no dictionary of tensors by name'
+    return f'not a readable checkpoint: damaged, or of another kind ({text[:200] or type(error).__name__})'
+
+
+@contextlib.contextmanager
+def readable(overlay: Optional[Mapping[str, Any]]) -> Iterator[None]:
+    """While timm reads the file of a `pretrained_cfg_overlay`: the errors of `read_weights` in place of its own."""
+    try:
+        yield
+    except Exception:
+        if overlay and overlay.get('file'):
+            try:
+                read_weights(overlay['file'])
+            except RuntimeError as clear:
+                raise clear from None
+        raise
+
+
+def fit_bias_tables(state_dict: Weights, model: nn.Module) -> Weights:
     """Resize the relative position bias tables of a checkpoint to the windows of a model."""
     fitted = dict(state_dict)
     for name, module in model.named_modules():
@@ -25,11 +102,209 @@ def fit_bias_tables(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
     return fitted
 
 
-def fit_token_projections(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def fit_token_projections(state_dict: Weights, model: nn.Module) -> Weights:
     """Resample Linformer's projections of a checkpoint to the grids of a model."""
     fitted = dict(state_dict)
     for name, module in model.named_modules():
         key = f'{name}.weight'
         if isinstance(module, TokenProjection) and key in fitted:
             fitted[key] = resize_token_projection(fitted[key], module.weight.shape[1:])
+    return fitted
+
+
+def _unwrap(state_dict: Weights) -> Weights:
+    """The tensors of a checkpoint, without what a training script puts around them."""
+    for key in ('model', 'state_dict'):
+        inner = state_dict.get(key)
+        state_dict = inner if isinstance(inner, dict) else state_dict
+    return clean_state_dict(state_dict)
+
+
+def _start_attention(name: str, attn: EvaAttention, state: Weights, feat_size: List[int]) -> Tuple[Weights, str]:
+    """What EVA has beside softmax attention, such that it is near to it: tensors by their name within the layer."""
+    start: Weights = {}
+    weight, bias = state[f'{name}.qkv.weight'], state.get(f'{name}.qkv.bias')
+    block = name.rpartition('.')[0]
+    norm = tuple(state.get(f'{block}.norm1.{part}') for part in ('weight', 'bias'))
+    norm = norm if None not in norm else None
+    for i, summary in enumerate(('summary_q', 'summary_k')):
+        if getattr(attn, summary) is None:
+            continue
+        part = linear_summary(weight.chunk(3)[i], None if bias is None else bias.chunk(3)[i], attn.num_heads, norm)
+        own = getattr(attn, summary).state_dict()
+        if 'norm.weight' not in own and 'proj.weight' in own:  # summary='linear' can be the identity itself
+            part = {'proj.weight': torch.eye(attn.head_dim).to(weight), 'proj.bias': weight.new_zeros(attn.head_dim)}
+        start.update({f'{summary}.{key}': value for key, value in part.items() if key in own})
+    if attn.rel_pos is not None:
+        # A cell stands for all of its tokens, but has the weight of one. The bias takes the logarithm of their number
+        # off the tokens of the window instead.
+        tokens = math.prod(cell_shape(feat_size, attn.partition_grid)) if attn.partition_grid else 1
+        table = attn.rel_pos.relative_position_bias_table
+        start['rel_pos.relative_position_bias_table'] = weight.new_full(table.shape, -math.log(tokens))
+    return start
+
+
+def _add_fresh(state: Weights, model: nn.Module, new_head: bool) -> Dict[str, str]:
+    """Add to a state dict what the model has beside it: name → why it starts so."""
+    own = model.state_dict()
+    fresh: Dict[str, str] = {}
+    for name, attn in model.named_modules():
+        if f'{name}.qkv.weight' not in state or not hasattr(attn, 'attend'):
+            continue
+        missing = [key for key in own if key.startswith(f'{name}.') and key not in state]
+        start = {}
+        if isinstance(attn, EvaAttention) and missing:
+            start = _start_attention(name, attn, state, model.block_grid(name))
+        for key in missing:
+            part = key[len(name) + 1:]
+            if part in start:
+                state[key], fresh[key] = start[part], 'starts near softmax attention'
+            elif not part.startswith(('qkv.', 'proj.')):
+                state[key], fresh[key] = own[key].clone(), 'as the model initialises it'
+    if new_head:
+        head = [key for key in own if key.startswith('head.')]
+        differs = [key for key in head if key in state and state[key].shape[:1] != own[key].shape[:1]]
+        classes = f'the file has {state[differs[0]].shape[0]} classes' if differs else 'the file has no classifier'
+        if differs or not any(key in state for key in head):
+            for key in head:
+                state[key], fresh[key] = own[key].clone(), classes
+    return fresh
+
+
+def fit_checkpoint(
+        state_dict: Weights,
+        model: nn.Module,
+        new_head: bool = True,
+) -> Tuple[Weights, List[Change]]:
+    """Make a state dict of a model from a file: ours of any size, timm's or DeiT's softmax, or the published EVA's.
+
+    Args:
+        state_dict: Tensors by name, as they are in the file.
+        model: The model that they are for.
+        new_head: Start the classifier anew where the file has other classes or none.
+
+    Returns:
+        A state dict that fits the model exactly, and what became of each tensor (see `evavit.convert.changes_table`).
+
+    Raises:
+        RuntimeError: the file is of another architecture, or has other classes and new_head is False. One line.
+    """
+    file = _unwrap(state_dict)
+    if not file or not all(isinstance(value, torch.Tensor) for value in file.values()):
+        raise RuntimeError('this is not a file of weights: it holds no dictionary of tensors by name')
+    sources = weight_sources(file)
+    state = convert_published_eva(file) if is_published_eva(file) else convert_softmax(file)
+    own = model.state_dict()
+    kind = type(model).__name__
+    if not any(name in own for name in state if not name.startswith('head')):
+        raise RuntimeError(f'these are not the weights of a {kind}: none of the {len(file)} names in the file fits, '
+                           f'the first one is {next(iter(file))}')
+    classes = [values['head.weight'].shape[0] if 'head.weight' in values else None for values in (state, own)]
+    if not new_head and None not in classes and classes[0] != classes[1]:
+        raise RuntimeError(f'the file has {classes[0]} classes, the model {classes[1]}; create the model with '
+                           f'num_classes={classes[0]}, or load the file as pretrained_cfg_overlay=dict(file=…), which '
+                           f'starts the classifier anew')
+    if classes[1] is None:
+        state = {name: value for name, value in state.items() if not name.startswith('head.')}
+    state = _resize(state, model)
+    fresh = _add_fresh(state, model, new_head)
+    _check_names(state, own, kind)
+    _check_shapes(state, own)
+    changes = []
+    for name in own:
+        if name in fresh:
+            changes.append(Change(name, 'fresh', fresh[name]))
+            continue
+        old = sources[name]
+        shape = tuple(file[old[0]].shape)
+        if len(old) > 1:
+            changes.append(Change(name, 'merged', ' and '.join(source.split('.')[-2] for source in old)))
+        elif shape != tuple(state[name].shape):
+            changes.append(Change(name, 'resized', f'{_size(shape)} to {_size(state[name].shape)}'))
+        elif old[0] != name:
+            changes.append(Change(name, 'renamed'))
+        else:
+            pooled = 'read the class token, now the mean of all tokens' if 'cls_token' in file else ''
+            changes.append(Change(name, 'taken', pooled if name.startswith('head.') else ''))
+    used = {source for name, names in sources.items() if name in own for source in names}
+    changes += [Change(name, 'dropped', 'no counterpart') for name in file if name not in used]
+    return state, changes
+
+
+def _size(shape: Tuple[int, ...]) -> str:
+    return '×'.join(map(str, shape))
+
+
+def _resize(state: Weights, model: nn.Module) -> Weights:
+    """Positions, patches, image channels, bias tables and projections of tokens in the sizes of a model."""
+    own = model.state_dict()
+    # What follows no size of grid, patch or window comes first: resampling fails on another width with its own words.
+    follows = {f'{name}.weight' for name, module in model.named_modules() if isinstance(module, TokenProjection)}
+    follows |= {name for name in own if name.endswith('relative_position_bias_table')}
+    for name in [name for name in follows if name.endswith('table') and name in state]:
+        if state[name].shape[-1] != own[name].shape[-1]:
+            follows.remove(name)
+    head = {name for name in own if name.startswith('head.')}
+    _check_shapes(state, own, (*follows, *head, 'pos_embed', 'patch_embed.proj.weight'))
+    stem, patch = 'patch_embed.proj.weight', state.get('patch_embed.proj.weight')
+    if patch is not None and patch.ndim == 4 and patch.shape[1] != own[stem].shape[1]:
+        try:
+            patch = adapt_input_conv(own[stem].shape[1], patch, base_chans=patch.shape[1])
+        except NotImplementedError as error:
+            raise RuntimeError(f'the file is for {patch.shape[1]} image channels, the model for '
+                               f'{own[stem].shape[1]}; set in_chans={patch.shape[1]}') from error
+        state = {**state, stem: patch}
+    return fit_token_projections(fit_bias_tables(model.resample_weights(state), model), model)
+
+
+def _check_shapes(state: Weights, own: Weights, skip: Tuple[str, ...] = ()) -> None:
+    for name, value in state.items():
+        if name in own and name not in skip and value.shape != own[name].shape:
+            raise RuntimeError(f"the file has {name} of {_size(value.shape)}, the model {_size(own[name].shape)}; "
+                               f"check the model's name and its arguments (widths, heads, image channels)")
+
+
+def _check_names(state: Weights, own: Weights, kind: str) -> None:
+    for names, what in (([name for name in own if name not in state], 'lacks'),
+                        ([name for name in state if name not in own], 'has, unlike the model,')):
+        if names:
+            more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+            hint = 'init_values=1e-5, for LayerScale' if '.ls1.' in names[0] else "the model's name and its arguments"
+            raise RuntimeError(f'the file does not fit this {kind}: it {what} {names[0]}{more}; check {hint}')
+
+
+def _log(changes: List[Change]) -> None:
+    quiet = all(change.action in ('taken', 'renamed', 'merged') for change in changes)
+    _logger.log(logging.INFO if quiet else logging.WARNING, 'weights from a file:\n%s', changes_table(changes))
+
+
+def pretrained_filter(state_dict: Weights, model: nn.Module) -> Weights:
+    """What timm calls with a file of `pretrained_cfg_overlay=dict(file=…)`: fit it to the model, log the table."""
+    fitted, changes = fit_checkpoint(state_dict, model)
+    _log(changes)
+    head = file_classes(state_dict)
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if head is not None and cfg:
+        # timm makes the classifier anew where this number is not the model's, and it may not be that of the file.
+        cfg['num_classes'] = head
+    return fitted
+
+
+def file_classes(state_dict: Weights) -> Optional[int]:
+    """Classes of a file, None for one without a classifier."""
+    weight = _unwrap(state_dict).get('head.weight')
+    return None if weight is None else weight.shape[0]
+
+
+def fit_strictly(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """A state dict as it is where it fits a model, and fitted to it otherwise, with the table in the log.
+
+    Both models do this in a strict `load_state_dict`. So `create_model(…, checkpoint_path=FILE)` takes the files that
+    `pretrained_cfg_overlay=dict(file=FILE)` takes, except that the classes must agree.
+    """
+    own = model.state_dict()
+    if state_dict.keys() == own.keys() and all(state_dict[name].shape == value.shape for name, value in own.items()):
+        return state_dict
+    fitted, changes = fit_checkpoint(state_dict, model, new_head=False)
+    _log(changes)
     return fitted

@@ -13,7 +13,7 @@ new, and they are the whole seam between timm's ViT and an attention that needs 
 Tokens stay `(B, N, C)` between the blocks. What would break the grid (class and register tokens, patch dropout,
 attention masks) is refused.
 """
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -24,12 +24,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from evavit.convert import convert_published_eva, is_published_eva
 from evavit.layers import ATTENTIONS, attention_layer, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
 from ._register import register_variants
-from ._weights import fit_bias_tables, fit_token_projections
+from ._weights import fit_strictly, pretrained_filter, readable
 
 __all__ = ['GridBlock', 'GridVisionTransformer']
 
@@ -149,6 +148,20 @@ class GridVisionTransformer(VisionTransformer):
             if blk.attn.fixed_grid:
                 blk.attn.set_feat_size(list(self.patch_embed.grid_size))
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As in PyTorch; a strict load fits what does not fit as it is, see `evavit.models.fit_checkpoint`."""
+        return super().load_state_dict(fit_strictly(state_dict, self) if strict else state_dict, strict, assign)
+
+    @torch.jit.ignore
+    def block_grid(self, name: str) -> List[int]:
+        """Size of the token grid that a submodule sees, at the model's own image size."""
+        return list(self.patch_embed.grid_size)
+
+    @torch.jit.ignore
+    def resample_weights(self, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Resample the patch and position embeddings of a state dict to this model's patches and grid."""
+        return vit_checkpoint_filter_fn(state_dict, self)
+
     def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, List[int]]:
         """Images to tokens `(B, N, C)` with position, and the size of their grid."""
         fix_image_size(x)
@@ -230,24 +243,22 @@ class GridVisionTransformer(VisionTransformer):
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GridVisionTransformer) -> Dict[str, torch.Tensor]:
-    """Fit a checkpoint to a model: our own of any image, patch and window size, or the published EVA's."""
-    state_dict = state_dict.get('model', state_dict)
-    state_dict = state_dict.get('state_dict', state_dict)
-    if is_published_eva(state_dict):
-        state_dict = convert_published_eva(state_dict)
-    return fit_token_projections(fit_bias_tables(vit_checkpoint_filter_fn(state_dict, model), model), model)
+    """Fit a checkpoint to a model: ours of any image, patch and window size, timm's or DeiT's softmax, or the published
+    EVA's. What became of each tensor goes to the log; see `evavit.models.fit_checkpoint`."""
+    return pretrained_filter(state_dict, model)
 
 
 def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs) -> GridVisionTransformer:
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
-        GridVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    with readable(kwargs.get('pretrained_cfg_overlay')):
+        return build_model_with_cfg(
+            GridVisionTransformer,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **kwargs,
+        )
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

@@ -8,7 +8,7 @@ The model is timm's PyramidVisionTransformerV2 with the attention of every block
 stages and softmax in the last, whose 49 tokens at 224 × 224 are one window. timm's blocks already hand `feat_size` to
 their attention, so nothing else changes.
 """
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,12 +18,11 @@ from timm.models._input import update_model_input_size
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from torch import nn
 
-from evavit.convert import convert_published_eva, is_published_eva
 from evavit.layers import ATTENTIONS, attention_layer, check_heads, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
 from ._register import register_variants
-from ._weights import fit_bias_tables, fit_token_projections
+from ._weights import fit_strictly, pretrained_filter, readable
 
 __all__ = ['GridPyramidVisionTransformerV2']
 
@@ -82,6 +81,7 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
                 block.attn = layer(embed_dims[i], heads[i], qkv_bias=qkv_bias, attn_drop=attn_drop_rate,
                                    proj_drop=proj_drop_rate, **dd)
                 block.attn.apply(self._init_weights)
+        self.nominal_size = to_2tuple(img_size or 224)
         if img_size is not None:
             self.set_input_size(img_size)
 
@@ -116,28 +116,41 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
             for block in stage.blocks:
                 if block.attn.fixed_grid:
                     block.attn.set_feat_size(feat_size)
+        self.nominal_size = to_2tuple(img_size)
         update_model_input_size(self, img_size)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As in PyTorch; a strict load fits what does not fit as it is, see `evavit.models.fit_checkpoint`."""
+        return super().load_state_dict(fit_strictly(state_dict, self) if strict else state_dict, strict, assign)
+
+    @torch.jit.ignore
+    def block_grid(self, name: str) -> List[int]:
+        """Size of the token grid that a submodule `stages.S.…` sees, at the model's nominal image size."""
+        return self._feat_sizes(self.nominal_size)[int(name.split('.')[1])]
+
+    @torch.jit.ignore
+    def resample_weights(self, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """A state dict as it is: no embedding of a pyramid follows the size of images or patches."""
+        return state_dict
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Fit a checkpoint to a model: our own of any window size, or the published EVA's."""
-    state_dict = state_dict.get('model', state_dict)
-    state_dict = state_dict.get('state_dict', state_dict)
-    if is_published_eva(state_dict):
-        state_dict = convert_published_eva(state_dict)
-    return fit_token_projections(fit_bias_tables(state_dict, model), model)
+    """Fit a checkpoint to a model: ours of any window size, timm's softmax, or the published EVA's. What became of each
+    tensor goes to the log; see `evavit.models.fit_checkpoint`."""
+    return pretrained_filter(state_dict, model)
 
 
 def _create_eva_pvt_v2(variant: str, pretrained: bool = False, **kwargs) -> GridPyramidVisionTransformerV2:
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model_with_cfg(
-        GridPyramidVisionTransformerV2,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
-        **kwargs,
-    )
+    with readable(kwargs.get('pretrained_cfg_overlay')):
+        return build_model_with_cfg(
+            GridPyramidVisionTransformerV2,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+            **kwargs,
+        )
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

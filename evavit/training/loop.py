@@ -227,6 +227,11 @@ def train_epoch(run, position, batches, requests, write, keep):
     """
     task, settings, process = run.task, run.settings, run.process
     task.train()
+    if settings.linear_probe:
+        # The frozen parts give the features that they give in use: no noise, no dropped paths, no new statistics.
+        for module in task.get_trainable_module().modules():
+            if not any(p.requires_grad for p in module.parameters()):
+                module.eval()
     if run.mixup is not None and settings.mixup_off_epoch:
         run.mixup.mixup_enabled = position.epoch < settings.mixup_off_epoch
     parameters = list(task.get_trainable_module().parameters())

@@ -8,13 +8,14 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import Mixup
-from timm.models import get_model_input_config, load_state_dict, resolve_model_input_args
+from timm.models import get_model_input_config, resolve_model_input_args
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import ClassificationTask
 
-import evavit  # noqa: F401  (registers the models with timm)
+from evavit import models
+from evavit.models import GridPyramidVisionTransformerV2, GridVisionTransformer, fit_strictly
 
 from .errors import UserError, first_line
 from .options import nearest
@@ -33,6 +34,11 @@ def check_settings(settings):
     starts = [name for name in ("pretrained", "pretrained_path", "initial_checkpoint") if getattr(s, name)]
     if len(starts) > 1:
         raise UserError(f"{' and '.join(starts)} both name the weights to start from: give one of them")
+    if s.linear_probe and not starts:
+        raise UserError("linear_probe trains the classifier alone: say with --pretrained-path what gives the features")
+    if s.linear_probe and s.layer_decay:
+        raise UserError(f"layer_decay {s.layer_decay:g} does nothing with linear_probe, which trains one layer; leave "
+                        f"one of them out")
     if s.warmup_epochs >= s.epochs and not s.warmup_prefix and s.sched != "none":
         raise UserError(f"warmup_epochs {s.warmup_epochs} must be less than epochs {s.epochs}; lower --warmup-epochs, "
                         f"or add the warm-up to the epochs with --warmup-prefix")
@@ -166,6 +172,7 @@ OWN_OPTIONS = dict(
     pretrained="--pretrained",
     checkpoint_path="--initial-checkpoint in train.py, --checkpoint in validate.py")
 FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")  # timm's names of optimizers that PyTorch fuses
+OURS = (GridVisionTransformer, GridPyramidVisionTransformerV2)
 LARGE = 200e6  # parameters above which no trial pass is made on the CPU
 
 
@@ -199,7 +206,20 @@ def build_model(settings, num_classes, device=None):
         raise UserError(f"model {settings.model} {_shown(kwargs)}: {first_line(error)[:400]}") from error
     if train.get("initial_checkpoint") and not device:
         load_weights(model, settings.initial_checkpoint)
+    if train.get("linear_probe"):
+        freeze_body(model)
     return model
+
+
+def freeze_body(model):
+    """Leave the classifier alone to be trained. (timm.utils.freeze leaves out parameters of the model itself, such as
+    the position embedding, and puts other modules in place of batch norms, with other names in the state dict.)"""
+    model.requires_grad_(False)
+    classifier = model.get_classifier()
+    for part in classifier if isinstance(classifier, tuple) else (classifier,):
+        part.requires_grad_(True)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("linear_probe: the model has no classifier to train")
 
 
 @torch.no_grad()
@@ -240,28 +260,37 @@ def _pretrained_file(settings, num_classes):
 
 def read_weights(path, use_ema=True):
     """The weights of a checkpoint or safetensors file. Files that carry code are refused (weights_only)."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint")
     try:
-        return load_state_dict(str(path), use_ema=use_ema)
-    except Exception as error:  # each format has its own errors for a broken file
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
+        return models.read_weights(path, use_ema)
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
 
 
-def load_weights(model, path, use_ema=True):
-    """Load weights that must fit the model exactly; name what does not."""
-    state = read_weights(path, use_ema)
+def load_weights(model, path):
+    """Load the weights of a file with the model's classes. Models of evavit fit others to themselves, see
+    `evavit.models.fit_checkpoint`; any other must fit exactly. What does not fit is named."""
+    state = read_weights(path)
+    check_classes(model, state, path)
+    try:
+        state = fit_strictly(state, model) if isinstance(model, OURS) else state
+    except RuntimeError as error:
+        raise UserError(f"{path}: {first_line(error)}") from error
     check_fit(model, state, path)
     model.load_state_dict(state)
 
 
-def check_fit(model, state, path):
+def check_classes(model, state, path):
     own = model.state_dict()
     head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     name = f"{head}.weight"
     if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
         raise UserError(f"{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; "
                         f"give data with the same classes, or start from its body with --pretrained-path")
+
+
+def check_fit(model, state, path):
+    check_classes(model, state, path)
+    own = model.state_dict()
     missing, surplus = [key for key in own if key not in state], [key for key in state if key not in own]
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     for keys, what in ((missing, "lacks"), (surplus, "has, unlike the model,"), (other, "has in another shape")):

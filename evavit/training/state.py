@@ -25,7 +25,7 @@ from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
 from .errors import LocalError, UserError, first_line
 from .loop import Position, weights_are_finite
-from .recipe import check_fit
+from .recipe import check_fit, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -287,12 +287,26 @@ def saved_settings(path):
         if path.endswith(".safetensors"):
             with safetensors.safe_open(path, framework="pt") as file:
                 return json.loads((file.metadata() or {}).get("args", "{}"))
-        checkpoint = load_checkpoint_metadata(path)
+        # What train.py writes is a zip archive. Anything else, older files of PyTorch's too, has no settings; whether
+        # it has weights is for who reads those to say.
+        checkpoint = load_checkpoint_metadata(path) if zipfile.is_zipfile(path) else {}
     except Exception as error:  # each format has its own errors for a broken file
+        read_weights(path)
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
     args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
 def has_average(path):
-    return load_checkpoint_metadata(str(path)).get("state_dict_ema") is not None
+    return zipfile.is_zipfile(path) and load_checkpoint_metadata(str(path)).get("state_dict_ema") is not None
+
+
+def stored_metric(path):
+    """What a checkpoint was ranked by, None where that is not in the file."""
+    saved_settings(path)  # a file that cannot be read ends in one line here
+    if str(path).endswith(".safetensors"):
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metric = (file.metadata() or {}).get("metric")
+        return None if metric in (None, "None") else float(metric)
+    checkpoint = load_checkpoint_metadata(str(path)) if zipfile.is_zipfile(path) else {}
+    return checkpoint.get("metric") if isinstance(checkpoint, dict) else None

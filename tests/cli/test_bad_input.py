@@ -4,8 +4,9 @@ import re
 import shutil
 
 import pytest
+import timm
 import torch
-from runs import MODEL, QUICK, command, weights, write_images
+from runs import KWARGS, MODEL, QUICK, SOFTMAX, Code, command, weights, write_bad_weights, write_images
 
 # flags beside --data-dir, and what the line must say
 TRAIN = {
@@ -179,20 +180,50 @@ def test_checkpoint_of_another_model(train, refused):
                                      "--experiment", "other")
 
 
+def test_checkpoint_of_other_classes(refused, tmp_path):
+    model = timm.create_model("deit_tiny_patch16_224", **SOFTMAX)
+    torch.save(model.state_dict(), tmp_path / "deit.pth")
+    line = refused("--initial-checkpoint", tmp_path / "deit.pth")
+    assert "1000 classes" in line and "3" in line and "--pretrained-path" in line
+
+
 def test_checkpoint_that_is_none_or_carries_code(refused, tmp_path):
     for name in ("broken.pth.tar", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"broken")
         assert name in refused("--initial-checkpoint", tmp_path / name)
         assert name in refused("--resume", tmp_path / name)
 
-    class Code:
-        def __reduce__(self):
-            return (print, ("this must not run",))
-
     torch.save(dict(state_dict=dict(weight=Code())), tmp_path / "code.pth.tar")
     for flag in ("--initial-checkpoint", "--pretrained-path", "--resume"):
         assert "code.pth.tar" in refused(flag, tmp_path / "code.pth.tar")
     assert "code.pth.tar" in refused("--checkpoint", tmp_path / "code.pth.tar", script="validate")
+
+
+def test_bad_weights_are_one_line_that_says_why(refused, tmp_path):
+    for path, words in write_bad_weights(tmp_path).items():
+        for flag, script in (("--initial-checkpoint", "train"), ("--pretrained-path", "train"),
+                             ("--checkpoint", "validate")):
+            line = refused(flag, path, "--num-classes", "3", script=script)
+            assert all(word in line for word in words), line
+
+
+def test_weights_of_another_architecture(refused, tmp_path):
+    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "resnet.pth")
+    for flag, script, words in (
+            ("--initial-checkpoint", "train", ["resnet.pth", "not the weights of a Grid", "conv1.0.weight"]),
+            ("--pretrained-path", "train", ["not the weights of a Grid", "conv1.0.weight"]),
+            ("--checkpoint", "validate", ["resnet.pth does not fit", "pos_embed"])):
+        line = refused(flag, tmp_path / "resnet.pth", "--num-classes", "3", script=script)
+        assert all(word in line for word in words), line
+
+
+def test_weights_in_the_format_of_old_releases(call, images, tmp_path):
+    """DeiT's own files were written before torch.save made zip archives."""
+    model = timm.create_model("eva_deit_tiny", num_classes=3, **KWARGS)
+    torch.save(dict(model=model.state_dict()), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    code, _, err = call("validate", *MODEL, "--num-classes", "3", "--checkpoint", tmp_path / "old.pth", "--data-dir",
+                        images, "--workers", "0", "--device", "cpu")
+    assert code == 0, err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, call, images, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
-from runs import DRAWN, KWARGS, MODEL, PLAIN, QUICK, assert_same_run, rows, scalars, weights, write_images
+from runs import DRAWN, KWARGS, MODEL, PLAIN, QUICK, SOFTMAX, assert_same_run, rows, scalars, weights, write_images
 from timm.utils import load_checkpoint_metadata
 
 from evavit.training import state
@@ -27,6 +27,16 @@ def test_a_run_leaves_what_the_docs_promise(train):
     for name in ("loss", "top1", "top5"):
         assert list(scalars(folder, f"eval/{name}")) == [6, 12]
     assert (folder / "last.safetensors").stat().st_mode == (folder / "last.pth.tar").stat().st_mode
+
+
+@pytest.mark.parametrize("flag, classes", [("--initial-checkpoint", 3), ("--pretrained-path", 1000)])
+def test_a_run_starts_from_softmax_weights(train, tmp_path, capfd, flag, classes):
+    source = timm.create_model("deit_tiny_patch16_224", num_classes=classes, **SOFTMAX)
+    torch.save(source.state_dict(), tmp_path / "deit.pth")
+    folder = train("run", flag, tmp_path / "deit.pth", "--lr", "1e-9", "--epochs", "1", "--warmup-lr", "0")
+    for name, value in weights(folder / "last.safetensors").items():
+        if name in source.state_dict() and name != "pos_embed" and not (classes == 1000 and name.startswith("head.")):
+            torch.testing.assert_close(value, source.state_dict()[name], atol=1e-6, rtol=0)
 
 
 def test_weights_load_into_timm(train):

@@ -1,0 +1,30 @@
+"""Entry points of torch.hub: torch.hub.load(REPOSITORY or folder, 'eva_deit_tiny', …, source='local' for a folder).
+
+Arguments are those of `timm.create_model`: `checkpoint_path`, `pretrained_cfg_overlay`, `num_classes`, …; there is
+an entry point for every model of the package. `timm_model` takes the name as an argument, such as 'local-dir:FOLDER'.
+"""
+dependencies = ["timm", "torch"]
+
+import timm as _timm  # noqa: E402
+
+from evavit.models import eva_deit as _eva_deit  # noqa: E402
+from evavit.models import eva_pvt_v2 as _eva_pvt_v2  # noqa: E402
+
+
+def _entry_point(name):
+    def entry_point(pretrained=False, **kwargs):
+        return _timm.create_model(name, pretrained=pretrained, **kwargs)
+
+    entry_point.__name__ = name
+    entry_point.__doc__ = _timm.models.model_entrypoint(name).__doc__
+    return entry_point
+
+
+for _family in (_eva_deit, _eva_pvt_v2):
+    for _name in _family.default_cfgs:
+        globals()[_name] = _entry_point(_name)
+
+
+def timm_model(name, pretrained=False, **kwargs):
+    """A model by any name that `timm.create_model` takes, with the models of this package registered."""
+    return _timm.create_model(name, pretrained=pretrained, **kwargs)
