@@ -118,60 +118,22 @@ def _sum_parts(parts, total, count, width, ROWS: tl.constexpr, COLS: tl.constexp
 
 
 @triton.jit
-def _cell_rows(group, n_cx, cells, CH: tl.constexpr, CW: tl.constexpr, PER: tl.constexpr, G: tl.constexpr,
-               TT: tl.constexpr):
-    """Where G · TT rows of a tile work: TT rows for each of PER cells, padded to G. The corner of each row's cell, its
-    place in the cell and its validity; and the cells `(G)` and their validity."""
-    r = tl.arange(0, G * TT)
-    c = group * PER + r // TT
-    g = tl.arange(0, G)
-    return ((c // n_cx) * CH, (c % n_cx) * CW, r % TT, (r // TT < PER) & (c < cells),
-            group * PER + g, (g < PER) & (group * PER + g < cells))
-
-
-@triton.jit
-def _step_tokens(i, y0, x0, place, row_valid, H, W, CH: tl.constexpr, CW: tl.constexpr, TT: tl.constexpr,
-                 EDGE: tl.constexpr):
-    """Numbers and validity of the tokens that rows take at step i: a cell's tokens are dealt to its TT rows in turn."""
-    t = i * TT + place
-    y, x = y0 + t // CW, x0 + t % CW
-    valid = row_valid
-    if CH * CW % TT:
-        valid = valid & (t < CH * CW)
-    if EDGE:
-        valid = valid & (y < H) & (x < W)
+def _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T: tl.constexpr):
+    """Token numbers and validity `(G, T)` of the tokens t0.. of cells whose corners are y0, x0 `(G)`."""
+    t = t0 + tl.arange(0, T)
+    y = y0[:, None] + (t // cw)[None, :]
+    x = x0[:, None] + (t % cw)[None, :]
+    valid = cell_valid[:, None] & (t < ch * cw)[None, :] & (y < H) & (x < W)
     return y * W + x, valid
 
 
 @triton.jit
-def _sum_rows(x, G: tl.constexpr, TT: tl.constexpr, BD: tl.constexpr):
-    """The rows `(G · TT, BD)` of each cell, summed."""
-    return tl.reshape(x, (G, BD)) if TT == 1 else tl.sum(tl.reshape(x, (G, TT, BD)), 1)
-
-
-@triton.jit
-def _to_rows(x, G: tl.constexpr, TT: tl.constexpr, BD: tl.constexpr):
-    """Its adjoint: what cells have `(G, BD)`, to each of their rows."""
-    return tl.reshape(tl.broadcast_to(x[:, None, :], (G, TT, BD)), (G * TT, BD))
-
-
-@triton.jit
-def _load_sum(parts, row, valid, splits, part_rows, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
-              S: tl.constexpr):
-    """Rows `(R)` of `(splits, part_rows, D)` float32, summed over the splits, S of which are read at one time."""
-    if S == 1:
-        total = _load_rows(parts, row, valid, D, 1, D, BD)
-        for i in range(1, splits):
-            total += _load_rows(parts + i.to(tl.int64) * part_rows * D, row, valid, D, 1, D, BD)
-    else:
-        dim = tl.arange(0, BD)
-        total = tl.zeros([R, BD], tl.float32)
-        for i0 in range(0, splits, S):
-            i = i0 + tl.arange(0, S)
-            ptr = i[:, None, None].to(tl.int64) * part_rows + row[None, :, None]
-            mask = (i < splits)[:, None, None] & valid[None, :, None] & (dim < D)[None, None, :]
-            total += tl.sum(tl.load(parts + ptr * D + dim[None, None, :], mask=mask, other=0.0), 0)
-    return total
+def _load_cells(base, n, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
+    """Tokens n `(G, T)` as a float32 tile `(G, T, BD)`."""
+    dim = tl.arange(0, BD)
+    mask = valid[:, :, None] if D == BD else valid[:, :, None] & (dim < D)[None, None, :]
+    ptr = base + n[:, :, None] * stride_row + dim[None, None, :] * stride_dim
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -210,87 +172,73 @@ def _summary(mean, weight, bias, norm_weight, norm_bias, eps, D: tl.constexpr, B
 def _forward_cells(
         q, k, v, sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
         w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, noise,
-        k_tilde, beta, omega, means, log_xi, lse,
-        heads, H, W, n_cx, cells, cells_total, scale_half, proposal_scale, eps,
-        D: tl.constexpr, BD: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr,
-        PER: tl.constexpr, G: tl.constexpr, TT: tl.constexpr, STAGES: tl.constexpr, EDGE: tl.constexpr,
-        PACKED: tl.constexpr, NOISE: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
-    """k̃ and β of PER cells of one (image, head); log ξ of their tokens and its log-sum-exp, in units of log 2.
-
-    Each row of a tile walks tokens of one cell and keeps its own sums, so that nothing is summed over rows on the way.
-    """
-    if PACKED:  # equal strides, told to the compiler: one set of offsets
-        skb, skh, skn, skd, svb, svh, svn, svd = sqb, sqh, sqn, sqd, sqb, sqh, sqn, sqd
-    R: tl.constexpr = G * TT
-    STEPS: tl.constexpr = (CH * CW + TT - 1) // TT
+        k_tilde, beta, omega, means,
+        heads, H, W, n_cx, cells, ch, cw, cells_total, scale_half, proposal_scale, eps,
+        D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, T: tl.constexpr, ONCE: tl.constexpr,
+        NOISE: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
+    """k̃ and β of G cells of one (image, head). ONCE: T holds a whole cell, so that k is read once."""
     head = tl.program_id(0) % heads
     image = (tl.program_id(0) // heads).to(tl.int64)
-    pair = image * heads + head
+    c = tl.program_id(1) * G + tl.arange(0, G)
+    cell_valid = c < cells
+    y0, x0 = (c // n_cx) * ch, (c % n_cx) * cw
+    count = tl.minimum(ch, H - y0) * tl.minimum(cw, W - x0)
+    count = tl.where(cell_valid, count, 1).to(tl.float32)
     q += image * sqb + head * sqh
     k += image * skb + head * skh
     v += image * svb + head * svh
-    log_xi += pair * H * W
-    y0, x0, place, row_valid, c, cell_valid = _cell_rows(tl.program_id(1), n_cx, cells, CH, CW, PER, G, TT)
 
-    q_sum = tl.zeros([R, BD], tl.float32)
-    k_sum = tl.zeros([R, BD], tl.float32)
-    for i in tl.range(0, STEPS, num_stages=STAGES):
-        n, valid = _step_tokens(i, y0, x0, place, row_valid, H, W, CH, CW, TT, EDGE)
-        q_sum += _load_rows(q, n, valid, sqn, sqd, D, BD).to(tl.float32)
-        k_sum += _load_rows(k, n, valid, skn, skd, D, BD).to(tl.float32)
-    count = tl.minimum(CH, H - (c // n_cx) * CH) * tl.minimum(CW, W - (c % n_cx) * CW)
-    inverse = 1.0 / tl.where(cell_valid, count, 1).to(tl.float32)[:, None]
-    row = pair * cells + c
-    # One mean after the other, kept apart by a barrier: what is loaded for both at one time does not fit the registers.
-    mean = _sum_rows(q_sum, G, TT, BD) * inverse
-    if SAVE:
-        _store_rows(means, row, cell_valid, D, 1, mean, D, BD)
-    om = _summary(mean, w_q, b_q, g_q, o_q, eps, D, BD, PREC)
-    tl.debug_barrier()
-    mean = _sum_rows(k_sum, G, TT, BD) * inverse
-    if SAVE:
-        _store_rows(means, cells_total + row, cell_valid, D, 1, mean, D, BD)
-    kt = _summary(mean, w_k, b_k, g_k, o_k, eps, D, BD, PREC)
-    _store_rows(k_tilde, row, cell_valid, D, 1, kt, D, BD)
-    om = proposal_scale * scale_half * (om + kt)
+    n, valid = _cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
+    k_tile = _load_cells(k, n, valid, skn, skd, D, BD)
+    q_sum = tl.sum(_load_cells(q, n, valid, sqn, sqd, D, BD), 1)
+    k_sum = tl.sum(k_tile, 1)
+    if not ONCE:
+        for t0 in range(T, ch * cw, T):
+            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            q_sum += tl.sum(_load_cells(q, n, valid, sqn, sqd, D, BD), 1)
+            k_sum += tl.sum(_load_cells(k, n, valid, skn, skd, D, BD), 1)
+    q_mean = q_sum / count[:, None]
+    k_mean = k_sum / count[:, None]
+    kt = _summary(k_mean, w_k, b_k, g_k, o_k, eps, D, BD, PREC)
+    om = proposal_scale * scale_half * (_summary(q_mean, w_q, b_q, g_q, o_q, eps, D, BD, PREC) + kt)
+
+    row = (image * heads + head) * cells + c
     if NOISE:
         om += _load_rows(noise, row, cell_valid, D, 1, D, BD).to(tl.float32)
+    _store_rows(k_tilde, row, cell_valid, D, 1, kt, D, BD)
     if SAVE:
         _store_rows(omega, row, cell_valid, D, 1, om, D, BD)
+        _store_rows(means, row, cell_valid, D, 1, q_mean, D, BD)
+        _store_rows(means, cells_total + row, cell_valid, D, 1, k_mean, D, BD)
 
-    # log ξ = s^½ k·ω - ½ s ‖k‖² = k · (s^½ ω - ½ s k); the softmax over a cell weighs the values.
-    om = _to_rows(om * (scale_half * LOG2E), G, TT, BD)
-    half_scale = scale_half * scale_half * (0.5 * LOG2E)
-    top = tl.full([R], float('-inf'), tl.float32)
-    total = tl.zeros([R], tl.float32)
-    acc = tl.zeros([R, BD], tl.float32)
-    for i in tl.range(0, STEPS, num_stages=STAGES):
-        n, valid = _step_tokens(i, y0, x0, place, row_valid, H, W, CH, CW, TT, EDGE)
-        k_i = _load_rows(k, n, valid, skn, skd, D, BD).to(tl.float32)
-        v_i = _load_rows(v, n, valid, svn, svd, D, BD).to(tl.float32)
-        logit = tl.sum(k_i * (om - half_scale * k_i), 1)
-        if SAVE:
-            tl.store(log_xi + n, logit, mask=valid)
-        logit = tl.where(valid, logit, float('-inf'))
-        new_top = tl.maximum(top, logit)
-        # A row may have no token yet, or none at all.
-        safe = tl.where(new_top == float('-inf'), 0.0, new_top)
-        decay = tl.exp2(top - safe)
-        w = tl.exp2(logit - safe)
-        total = total * decay + w
-        acc = acc * decay[:, None] + w[:, None] * v_i
-        top = new_top
-    if TT > 1:
-        cell_top = tl.max(tl.reshape(top, (G, TT)), 1)
-        cell_top = tl.where(cell_valid, cell_top, 0.0)
-        decay = tl.exp2(top - tl.reshape(tl.broadcast_to(cell_top[:, None], (G, TT)), (R,)))
-        acc = acc * decay[:, None]
-        total = tl.sum(tl.reshape(total * decay, (G, TT)), 1)
-        top = cell_top
-    total = tl.where(cell_valid, total, 1.0)
-    _store_rows(beta, row, cell_valid, D, 1, _sum_rows(acc, G, TT, BD) / total[:, None], D, BD)
-    if SAVE:
-        tl.store(lse + row, top + tl.log2(total), mask=cell_valid)
+    # log ξ = s^½ k·ω - ½ s ‖k‖² = s^½ k·(ω - ½ s^½ k); the softmax over a cell weighs the values.
+    if ONCE:
+        log_xi = scale_half * tl.sum(k_tile * (om[:, None, :] - 0.5 * scale_half * k_tile), 2)
+        log_xi = tl.where(valid, log_xi, float('-inf'))
+        top = tl.where(cell_valid, tl.max(log_xi, 1), 0.0)
+        xi = tl.exp2((log_xi - top[:, None]) * LOG2E)
+        total = tl.where(cell_valid, tl.sum(xi, 1), 1.0)
+        acc = tl.sum(xi[:, :, None] * _load_cells(v, n, valid, svn, svd, D, BD), 1)
+    else:
+        top = tl.full([G], float('-inf'), tl.float32)
+        total = tl.zeros([G], tl.float32)
+        acc = tl.zeros([G, BD], tl.float32)
+        for t0 in range(0, ch * cw, T):
+            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
+            v_t = _load_cells(v, n, valid, svn, svd, D, BD)
+            log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
+            log_xi = tl.where(valid, log_xi, float('-inf'))
+            new_top = tl.maximum(top, tl.max(log_xi, 1))
+            # A short cell may have none of these tokens, a cell past the last has none at all.
+            safe = tl.where(new_top == float('-inf'), 0.0, new_top)
+            decay = tl.exp2((top - safe) * LOG2E)
+            xi = tl.exp2((log_xi - safe[:, None]) * LOG2E)
+            total = total * decay + tl.sum(xi, 1)
+            acc = acc * decay[:, None] + tl.sum(xi[:, :, None] * v_t, 1)
+            top = new_top
+        total = tl.where(cell_valid, total, 1.0)
+    _store_rows(beta, row, cell_valid, D, 1, acc / total[:, None], D, BD)
 
 
 @triton.jit
@@ -468,47 +416,73 @@ def _backward_shared(
 @triton.jit
 def _backward_weights(
         k, v, skb, skh, skn, skd, svb, svh, svn, svd,
-        beta, log_xi, lse, dbeta_parts, dbeta, domega, xi, dlog_xi,
-        heads, H, W, n_cx, cells, cells_total, splits, scale_half,
-        D: tl.constexpr, BD: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr,
-        PER: tl.constexpr, G: tl.constexpr, TT: tl.constexpr, S: tl.constexpr, STAGES: tl.constexpr,
-        EDGE: tl.constexpr, PACKED: tl.constexpr):
-    """Through β = Σ ξ v: ξ and d log ξ of every token, dβ summed and dω of PER cells of one (image, head), in the rows
-    of `_forward_cells`."""
-    if PACKED:
-        svb, svh, svn, svd = skb, skh, skn, skd
-    R: tl.constexpr = G * TT
-    STEPS: tl.constexpr = (CH * CW + TT - 1) // TT
+        omega, dbeta_parts, dbeta, domega, xi, dlog_xi,
+        heads, H, W, n_cx, cells, ch, cw, cells_total, splits, scale_half,
+        D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, T: tl.constexpr, ONCE: tl.constexpr):
+    """Through β = Σ ξ v: ξ and d log ξ of every token, dω of G cells of one (image, head)."""
     head = tl.program_id(0) % heads
     image = (tl.program_id(0) // heads).to(tl.int64)
     pair = image * heads + head
+    c = tl.program_id(1) * G + tl.arange(0, G)
+    cell_valid = c < cells
+    y0, x0 = (c // n_cx) * ch, (c % n_cx) * cw
     k += image * skb + head * skh
     v += image * svb + head * svh
-    log_xi += pair * H * W
     xi += pair * H * W
     dlog_xi += pair * H * W
-    y0, x0, place, row_valid, c, cell_valid = _cell_rows(tl.program_id(1), n_cx, cells, CH, CW, PER, G, TT)
     row = pair * cells + c
-    db = _load_sum(dbeta_parts, row, cell_valid, splits, cells_total, D, BD, G, S)
+    om = _load_rows(omega, row, cell_valid, D, 1, D, BD)
+    db = tl.zeros([G, BD], tl.float32)
+    for i in range(splits):
+        db += _load_rows(dbeta_parts, i * cells_total + row, cell_valid, D, 1, D, BD)
     _store_rows(dbeta, row, cell_valid, D, 1, db, D, BD)
-    # d log ξ = ξ (dw - Σ ξ dw) with dw = v · dβ, where Σ ξ dw = β · dβ.
-    mean_dw = tl.sum(_load_rows(beta, row, cell_valid, D, 1, D, BD).to(tl.float32) * db, 1)
-    lse_c = tl.load(lse + row, mask=cell_valid, other=0.0)
-    db = _to_rows(db, G, TT, BD)
-    mean_dw = tl.reshape(tl.broadcast_to(mean_dw[:, None], (G, TT)), (R,))
-    lse_c = tl.reshape(tl.broadcast_to(lse_c[:, None], (G, TT)), (R,))
 
-    dom = tl.zeros([R, BD], tl.float32)
-    for i in tl.range(0, STEPS, num_stages=STAGES):
-        n, valid = _step_tokens(i, y0, x0, place, row_valid, H, W, CH, CW, TT, EDGE)
-        k_i = _load_rows(k, n, valid, skn, skd, D, BD).to(tl.float32)
-        v_i = _load_rows(v, n, valid, svn, svd, D, BD).to(tl.float32)
-        w = tl.exp2(tl.load(log_xi + n, mask=valid, other=float('-inf')) - lse_c)
-        dl = w * (tl.sum(v_i * db, 1) - mean_dw)
+    if ONCE:
+        n, valid = _cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
+        k_t = _load_cells(k, n, valid, skn, skd, D, BD)
+        log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
+        log_xi = tl.where(valid, log_xi, float('-inf'))
+        top = tl.where(cell_valid, tl.max(log_xi, 1), 0.0)
+        w = tl.exp2((log_xi - top[:, None]) * LOG2E)
+        w = w / tl.where(cell_valid, tl.sum(w, 1), 1.0)[:, None]
+        dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+        dl = w * (dw - tl.sum(w * dw, 1)[:, None])
         tl.store(xi + n, w, mask=valid)
         tl.store(dlog_xi + n, dl, mask=valid)
-        dom += dl[:, None] * k_i
-    _store_rows(domega, row, cell_valid, D, 1, _sum_rows(dom, G, TT, BD) * scale_half, D, BD)
+        dom = tl.sum(dl[:, :, None] * k_t, 1)
+    else:
+        top = tl.full([G], float('-inf'), tl.float32)
+        total = tl.zeros([G], tl.float32)
+        mean_dw = tl.zeros([G], tl.float32)
+        for t0 in range(0, ch * cw, T):
+            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
+            dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+            log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
+            log_xi = tl.where(valid, log_xi, float('-inf'))
+            new_top = tl.maximum(top, tl.max(log_xi, 1))
+            safe = tl.where(new_top == float('-inf'), 0.0, new_top)
+            decay = tl.exp2((top - safe) * LOG2E)
+            w = tl.exp2((log_xi - safe[:, None]) * LOG2E)
+            total = total * decay + tl.sum(w, 1)
+            mean_dw = mean_dw * decay + tl.sum(w * dw, 1)
+            top = new_top
+        top = tl.where(cell_valid, top, 0.0)
+        total = tl.where(cell_valid, total, 1.0)
+        mean_dw = mean_dw / total
+        dom = tl.zeros([G, BD], tl.float32)
+        for t0 in range(0, ch * cw, T):
+            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
+            dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+            log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
+            log_xi = tl.where(valid, log_xi, float('-inf'))
+            w = tl.exp2((log_xi - top[:, None]) * LOG2E) / total[:, None]
+            dl = w * (dw - mean_dw[:, None])
+            tl.store(xi + n, w, mask=valid)
+            tl.store(dlog_xi + n, dl, mask=valid)
+            dom += tl.sum(dl[:, :, None] * k_t, 1)
+    _store_rows(domega, row, cell_valid, D, 1, dom * scale_half, D, BD)
 
 
 @triton.jit
@@ -722,8 +696,6 @@ def _backward_tokens(
 PROGRAMS = 768
 # By measurement on an H100.
 LAUNCH = {
-    'forward_cells': dict(STAGES=3, num_warps=4),
-    'backward_weights': dict(STAGES=3, num_warps=4),
     'forward_windows': dict(num_warps=4, num_stages=3),
     'forward_tokens': dict(num_warps=4, num_stages=2),
     'backward_shared': dict(num_warps=4, num_stages=3),
@@ -803,23 +775,27 @@ class _Plan:
 
     @functools.cached_property
     def cell_tiles(self) -> Tuple[dict, dict]:
-        """Tiles of the two cell kernels: PER cells a program, padded to G, with TT rows of the tile each.
+        """Tiles of the two cell kernels: G cells, T tokens of each; ONCE if that is all of their tokens.
 
-        As many cells as a tile has rows, so that weights are loaded and projections done for many cells at once, but
-        fewer where the programs would not fill the card.
+        The forward takes many cells and few tokens, so that weights are loaded and projections done for many cells at
+        once, as long as programs are enough. The backward takes whole cells, and few.
         """
+        tokens = triton.next_power_of_2(self.ch * self.cw)
+        cells = triton.next_power_of_2(max(self.cells, 1))
+        shrink = max(64, self.BD) // 64 * (2 if self.full else 1)
+        T = min(tokens, 8)
         pairs = self.B * self.heads
-
-        def tile(rows: int, programs: int) -> dict:
-            groups = min(max(1, _ceil(programs, pairs), _ceil(self.cells, rows)), self.cells)
-            PER = _ceil(self.cells, groups)
-            G = triton.next_power_of_2(PER)
-            TT = min(rows // G, triton.next_power_of_2(self.ch * self.cw))
-            return dict(CH=self.ch, CW=self.cw, PER=PER, G=G, TT=TT, EDGE=self.H % self.ch > 0 or self.W % self.cw > 0)
-        rows = 32
-        weights = tile(rows, PROGRAMS)
-        return (dict(tile(rows, PROGRAMS), **LAUNCH['forward_cells']),
-                dict(weights, S=max(1, 32 // weights['G']), **LAUNCH['backward_weights']))
+        warps = 16 if pairs >= PROGRAMS // 2 else 8 if pairs >= PROGRAMS // 8 else 4
+        G = min((512 if warps == 16 else 256) // shrink // T, cells)
+        while G > 1 and pairs * _ceil(self.cells, G) < PROGRAMS // 4:
+            G, T = G // 2, min(T * 2, tokens)
+        forward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
+        if warps == 16:  # what a processor's registers allow
+            forward['maxnreg'] = 128
+        T = min(tokens, 256 // shrink)
+        G = min(max(1, 32 // T), cells)
+        backward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=2 if T * G <= 32 else 4, num_stages=1)
+        return forward, backward
 
     def per_program(self, windows: int) -> int:
         """Windows that one program walks: at most `windows`, fewer where the card would stay empty."""
@@ -891,10 +867,8 @@ def _forward_outputs(q, cells: int, save: bool) -> Tuple[torch.Tensor, ...]:
         q.new_empty(B, h, saved_tokens, dtype=torch.float32),
         q.new_empty(B, h, cells, d),
         q.new_empty(B, h, cells, d),
-        q.new_empty(B, h, saved_cells, d),
+        q.new_empty(B, h, saved_cells, d, dtype=torch.float32),
         q.new_empty(2, B, h, saved_cells, d),
-        q.new_empty(B, h, saved_tokens if cells else 0, dtype=torch.float32),
-        q.new_empty(B, h, saved_cells, dtype=torch.float32),
     )
 
 
@@ -919,10 +893,8 @@ def _eva(
         proposal_scale: float,
         norm_eps: float,
         save: bool,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-           torch.Tensor]:
-    """Forward: y, and for the backward log-sum-exp `(B, h, N)`, k̃, β, ω `(B, h, C_p, d)`, means `(2, B, h, C_p, d)`,
-    log ξ `(B, h, N)` and its log-sum-exp over cells `(B, h, C_p)`.
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forward: y, and for the backward log-sum-exp `(B, h, N)`, k̃, β, ω `(B, h, C_p, d)`, means `(2, B, h, C_p, d)`.
 
     q, k, v are `(B, h, N, d)`; or q is all three, `(3, B, h, N, d)`, and k and v are None: then their gradient comes
     back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty. The
@@ -930,7 +902,7 @@ def _eva(
     """
     q, k, v = _unpack(q, k, v)
     plan = _plan(q, feat_size, window_size, partition_grid)
-    out, lse, k_tilde, beta, omega, means, log_xi, lse_xi = outputs = _forward_outputs(q, plan.cells, save)
+    out, lse, k_tilde, beta, omega, means = outputs = _forward_outputs(q, plan.cells, save)
     if out.numel() == 0:
         return outputs
     strides = (*q.stride(), *k.stride(), *v.stride())
@@ -938,12 +910,12 @@ def _eva(
         if plan.cells:
             tile = plan.cell_tiles[0]
             plan.launch(
-                _forward_cells, (plan.B * plan.heads, _ceil(plan.cells, tile['PER']), 1),
+                _forward_cells, (plan.B * plan.heads, _ceil(plan.cells, tile['G']), 1),
                 q, k, v, *strides, w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, noise if noise is not None else q,
-                k_tilde, beta, omega, means, log_xi, lse_xi,
-                plan.heads, plan.H, plan.W, plan.n_cx, plan.cells, plan.rows,
+                k_tilde, beta, omega, means,
+                plan.heads, plan.H, plan.W, plan.n_cx, plan.cells, plan.ch, plan.cw, plan.rows,
                 scale ** 0.5, proposal_scale, norm_eps,
-                D=plan.D, BD=plan.BD, **tile, PACKED=q.stride() == k.stride() == v.stride(),
+                D=plan.D, BD=plan.BD, **tile,
                 NOISE=noise is not None, SAVE=save, PREC=plan.summary_prec)
         has_bias = plan.local and rel_pos_bias is not None
         per_program = plan.per_program(WINDOWS_FORWARD)
@@ -993,8 +965,6 @@ def _eva_backward(
         beta: torch.Tensor,
         omega: torch.Tensor,
         means: torch.Tensor,
-        log_xi: torch.Tensor,
-        lse_xi: torch.Tensor,
         feat_size: List[int],
         summary: List[torch.Tensor],
         rel_pos_bias: Optional[torch.Tensor],
@@ -1039,10 +1009,10 @@ def _eva_backward(
             domega, dbeta = empty(plan.rows, D), empty(plan.rows, D, dtype=q.dtype)
             tile = plan.cell_tiles[1]
             plan.launch(
-                _backward_weights, (pairs, _ceil(cells, tile['PER']), 1),
-                k, v, *k.stride(), *v.stride(), beta, log_xi, lse_xi, dbeta_parts, dbeta, domega, xi, dlog_xi,
-                plan.heads, plan.H, plan.W, plan.n_cx, cells, plan.rows, splits, scale ** 0.5,
-                D=D, BD=plan.BD, **tile, PACKED=k.stride() == v.stride())
+                _backward_weights, (pairs, _ceil(cells, tile['G']), 1),
+                k, v, *k.stride(), *v.stride(), omega, dbeta_parts, dbeta, domega, xi, dlog_xi,
+                plan.heads, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw, plan.rows, splits, scale ** 0.5,
+                D=D, BD=plan.BD, **tile)
             R = 32 if plan.BD > 64 or q.dtype == torch.float32 else 64
             programs = min(_ceil(plan.rows, R), 128)
             dparams = empty(programs, 2, D * D + 3 * D)
@@ -1087,8 +1057,8 @@ def _eva_backward(
     return (*grads, dparams, dbias)
 
 
-def _eva_backward_fake(grad, q, k, v, out, lse, k_tilde, beta, omega, means, log_xi, lse_xi, feat_size, summary,
-                       rel_pos_bias, window_size, partition_grid, scale, proposal_scale, norm_eps):
+def _eva_backward_fake(grad, q, k, v, out, lse, k_tilde, beta, omega, means, feat_size, summary, rel_pos_bias,
+                       window_size, partition_grid, scale, proposal_scale, norm_eps):
     D = q.shape[-1]
     params = (2, D * D + 3 * D) if partition_grid > 0 else (0, 0)
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
@@ -1111,11 +1081,11 @@ def _autograd_backward(ctx, grad, *_):
         return (*nones,)
     if not ctx.saved:
         raise RuntimeError('the fused EVA ran without keeping what its backward needs; this is a fault of evavit')
-    q, k, v, rel_pos_bias, out, lse, k_tilde, beta, omega, means, log_xi, lse_xi, *summary = ctx.saved_tensors
+    q, k, v, rel_pos_bias, out, lse, k_tilde, beta, omega, means, *summary = ctx.saved_tensors
     feat_size, window_size, partition_grid, scale, proposal_scale, norm_eps = ctx.options
     dq, dk, dv, dparams, dbias = torch.ops.evavit.eva_backward(
-        grad, q, k, v, out, lse, k_tilde, beta, omega, means, log_xi, lse_xi, feat_size,
-        summary if partition_grid else [], rel_pos_bias, window_size, partition_grid, scale, proposal_scale, norm_eps)
+        grad, q, k, v, out, lse, k_tilde, beta, omega, means, feat_size, summary if partition_grid else [],
+        rel_pos_bias, window_size, partition_grid, scale, proposal_scale, norm_eps)
     dsummary = nones[:8]
     if partition_grid:
         d = q.shape[-1]
