@@ -54,6 +54,15 @@ def test_steps_reproduce_forward(kwargs):
     assert torch.equal(fork, again)
 
 
+@pytest.mark.parametrize('kwargs', [{}, dict(causal=True, overlap=True)])
+def test_an_empty_batch(kwargs):
+    layer, x = EvaAttention1d(48, 3, window_size=8, cell_size=2, **kwargs), torch.randn(0, 21, 48)
+    assert layer(x).shape == layer(x, torch.zeros(0, 21, dtype=torch.bool)).shape == x.shape
+    if layer.causal:
+        y, cache = layer.step(x[:, :1])
+        assert layer.step(x[:, 1:2], cache)[0].shape == y.shape == (0, 1, 48)
+
+
 def test_only_a_causal_layer_steps():
     with pytest.raises(ValueError, match='only a causal layer goes step by step'):
         make_layer(window_size=4, cell_size=2).step(torch.zeros(1, 1, 16, dtype=torch.float64))
