@@ -9,9 +9,9 @@ every weight by 1 / N: an attention with its error has found nothing out.
 
 q, k and v come from the picture through random projections, not through trained ones (`image_qkv` says how), and what
 an attention learns is not trained either: the projection of EVA's summaries and LARA's landmarks is the identity, those
-of Linformer and Long-Short are random. Parts that softmax attention does not have, a bias, a convolution or norms of
-keys and values, are left out (`PLAIN`). The errors tell how near the attentions come by construction; Reformer, whose
-keys are its queries, is none that approximates softmax attention with other keys.
+of Linformer and Long-Short are random. Parts that softmax attention does not have, a bias, a convolution, norms of keys
+and values or a projection of spans, are left out (`PLAIN`). The errors tell how near the attentions come by
+construction; Reformer, whose keys are its queries, is none that approximates softmax attention with other keys.
 """
 import argparse
 import csv
@@ -36,7 +36,7 @@ __all__ = ['PLAIN', 'attention_matrix', 'image_qkv', 'make_attention', 'open_pic
 
 DIM, NUM_HEADS, PATCH = 192, 3, 16  # DeiT-Tiny
 # Options that take out what softmax attention does not have.
-PLAIN = dict(rel_pos_bias=False, conv_kernel_size=0, dual_ln=False)
+PLAIN = dict(rel_pos_bias=False, conv_kernel_size=0, dual_ln=False, pooling='max')
 
 
 def open_picture(path: Optional[str] = None) -> Image.Image:
