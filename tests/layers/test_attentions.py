@@ -76,6 +76,14 @@ def test_another_number_of_tokens_than_the_grid_is_refused(name):
 
 
 @each_attention
+def test_a_grid_of_three_numbers_is_refused(name):
+    if name == 'softmax':
+        pytest.skip('softmax attention does not look at the grid')
+    with pytest.raises(ValueError, match=r'feat_size must be \(height, width\)'):
+        make(name, (3, 4))(torch.randn(1, 12, 48), (3, 4, 1))
+
+
+@each_attention
 def test_a_seed_reproduces_training_and_evaluation_draws_nothing(name):
     layer, x = randomise(make(name), 0.1).train(), torch.randn(2, 196, 48)
 

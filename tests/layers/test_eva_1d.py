@@ -117,6 +117,8 @@ def test_device_and_dtype_reach_everything():
     (dict(window_size=6, cell_size=4, causal=True), 'cell_size 4 does not divide window_size 6'),
     (dict(window_size=0, cell_size=0), 'window_size 0 leaves'),
     (dict(noise_std=-1.), 'noise_std must be'),
+    (dict(window_size=4.5), 'window_size must be a whole number of at least 0, got 4.5'),
+    (dict(cell_size=2.), 'cell_size must be a whole number'),
     (dict(num_buckets=2), 'max_distance must be above 0 for num_buckets 2'),
     (dict(max_distance=8), 'max_distance must be above 8 for num_buckets 32'),
 ])
