@@ -210,9 +210,25 @@ def _model_table(rows: List[Row], published: bool) -> str:
     return '\n'.join(lines) + '\n\n' + origins(rows)
 
 
+def _by_model(row: Row) -> tuple:
+    return row['case'], int(row['img_size'] or 0), row['bench'], list(MODES).index(row['torchcompile'])
+
+
 def gpu_models() -> str:
     """Whole models on the GPU."""
-    return _model_table(gpu_rows(), published=True)
+    rows = [row for row in gpu_rows() if row['bench'] in ('train', 'infer')]
+    return _model_table(sorted(rows, key=_by_model), published=True)
+
+
+def best_models() -> str:
+    """Whole models on the GPU, each compiled in the mode that suits EVA best."""
+    rows = [row for row in gpu_rows() if row['bench'] in ('train', 'infer') and row['torchcompile'] != 'no']
+    fastest: Dict[tuple, Row] = {}
+    for row in pick(rows, attention='eva'):
+        key = _by_model(row)[:3]
+        fastest[key] = max(row, fastest.get(key, row), key=lambda row: float(row['img_per_s']))
+    rows = [row for row in rows if row['torchcompile'] == fastest[_by_model(row)[:3]]['torchcompile']]
+    return _model_table(sorted(rows, key=_by_model), published=True)
 
 
 def cpu_models() -> str:
