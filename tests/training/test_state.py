@@ -1,6 +1,7 @@
 """Checkpoints appear whole or not at all, and only whole ones of our own are read."""
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -264,10 +265,8 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_pa
 
         with monkeypatch.context() as patch:
             patch.setattr(state.os, "replace", killed)
-            try:
+            with contextlib.suppress(Killed):
                 resumed.save_position(Position(0, 9))
-            except Killed:
-                pass
         assert state.resume(state.find_resume(auto, tmp_path), run_of(), None).update in (3, 9), moment
     assert (tmp_path / "last.pth.tar.damaged").is_file()
 
