@@ -10,7 +10,20 @@ import time
 
 import pytest
 import torch
-from runs import DRAWN, MODEL, QUICK, ROOT, assert_same_run, command, rows, scalars, signal_at, start, wait_for
+from runs import (
+    DRAWN,
+    MODEL,
+    PATIENCE,
+    QUICK,
+    ROOT,
+    assert_same_run,
+    command,
+    rows,
+    scalars,
+    signal_at,
+    start,
+    wait_for,
+)
 
 from evavit.training import data
 from evavit.training.errors import PREEMPTED
@@ -69,7 +82,7 @@ def test_a_signal_to_every_process_of_the_job(images, tmp_path):
     job = start("train", *flags)
     wait_for(tmp_path / "job" / "last.pth.tar", job)
     os.killpg(job.pid, signal.SIGTERM)
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=60 * PATIENCE)
     assert job.returncode == PREEMPTED, err
     assert err.startswith("asked to stop: epoch") and err.count("\n") == 1
     done = command("train", *flags, "--epochs", "1")
