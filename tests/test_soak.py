@@ -32,6 +32,18 @@ def test_every_promise_selects_tests():
             assert any(word in name for name in names), promise
 
 
+def test_every_test_that_the_page_names_is_in_the_soak():
+    page = (ROOT / 'docs' / 'reliability.md').read_text(encoding='utf-8')
+    selected = set()
+    for promise in soak().PROMISES:
+        files, _, words = promise.tests.partition(' -k ')
+        words = re.split(r' or ', words.strip("'"))
+        selected |= {name for file in files.split()
+                     for name in re.findall(r'^def (test_\w+)', TESTS[file], re.MULTILINE)
+                     if any(word in name for word in words)}
+    assert not set(re.findall(r'`(test_\w+)`', page)) - selected
+
+
 def test_a_broken_promise_is_said(monkeypatch, capsys, tmp_path):
     module = soak()
     for name, body in (('kept', 'record_property("figure", "42 of 42")'), ('broken', 'assert False')):
