@@ -6,6 +6,7 @@ Several GPUs of a machine: torchrun --nproc-per-node 8 train.py -c … --data-di
 
 import logging
 import sys
+from contextlib import ExitStack
 
 import torch
 from timm.utils import world_info_from_env
@@ -28,9 +29,14 @@ def main(argv=None):
         if rank == 0:
             print("\n".join(plan.describe(settings, rehearsal)))
         return
-    batch = rehearsal.batch
-    process = start_process(settings.device)
+    # From here on: a signal while the run starts is heeded after the first update, when there is something to save.
+    with Requests(settings.checkpoint_interval, rank == 0) as requests, ExitStack() as claims:
+        run_training(settings, rehearsal.batch, requests, claims)
 
+
+def run_training(settings, batch, requests, claims):
+    """The whole run. What it must hold until its end goes to `claims`."""
+    process = start_process(settings.device)
     train_set, eval_set, class_names = data.open_training_sets(settings)
     settings.num_classes = data.class_count(settings, class_names)
     process.seed(settings.seed)  # every process draws the same weights
@@ -52,6 +58,8 @@ def main(argv=None):
         bad=train_set.bad, updates_per_epoch=updates_per_epoch, epochs=epochs, images_per_update=batch.total)
 
     folder = plan.output_folder(settings, data_config)
+    if process.primary:
+        claims.enter_context(state.claimed(folder))
     checkpoints = state.find_resume(settings, folder)
     saver = state.Saver(run, class_names, folder) if process.primary else None
     position = state.resume(checkpoints, run, saver)
@@ -64,13 +72,12 @@ def main(argv=None):
     log.info(f"{batch}")
     log.info(f"{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}")
     journal = Journal(folder, run, [str(batch)], position, class_names, data_config) if process.primary else None
-    with Requests(settings.checkpoint_interval, process.primary) as requests:
-        try:
-            while position.epoch < epochs:
-                position = train_epoch(run, position, train_loader, eval_loader, requests, journal, saver)
-        finally:
-            if journal is not None:
-                journal.close()
+    try:
+        while position.epoch < epochs:
+            position = train_epoch(run, position, train_loader, eval_loader, requests, journal, saver)
+    finally:
+        if journal is not None:
+            journal.close()
     if process.primary:
         log.info(f"done: best {settings.eval_metric} {saver.best_metric} in epoch {saver.best_epoch}; {folder}")
 

@@ -1,4 +1,5 @@
 """What all tests share."""
+import os
 import sys
 from pathlib import Path
 
@@ -32,3 +33,10 @@ def golden():
         return tensors, state, metadata
 
     return read
+
+
+def pytest_collection_modifyitems(items):
+    """Under `tools/soak.py` no test has a time limit of its own: it may run on a busy machine for hours."""
+    if 'EVAVIT_PATIENCE' in os.environ:
+        for item in items:
+            item.add_marker(pytest.mark.timeout(0), append=False)

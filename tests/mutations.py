@@ -48,6 +48,7 @@ CONTRADICTIONS = (
     "--model resnet18 --drop-path 2", "--model resnet18 --model-kwargs layers=3", "--model vgg11 --grad-checkpointing",
     "--train-split ''", "--experiment ..", "--amp --amp-dtype int8", "--amp=maybe", "--workers -1", "--epochs",
     "--lr 1e-3 1e-4", "--opt-betas", "--model-kwargs", "extra", "-b 4 -z", "-c", "-c nowhere.yaml", "-c /dev",
+    *(f"{flag} {'x' * 300}" for flag in ("--data-dir", "--output", "--experiment", "--resume", "--class-map")),
     "--validation-batch-size 0", "-vb x", "--seed -1", "--seed 99999999999", "--max-bad-images 5",
 )
 
@@ -56,6 +57,8 @@ BROKEN_FILES = (
     "{lr: 0.1", "model_kwargs:\n  depth: 1\n  depth: 2", "lr: !!python/object:os.system x", "? [a, b]\n: 3",
     "*anchor", "lr: &a [*a]", "!!binary |\n  aGVsbG8=", "%YAML 9.9\n---\nlr: 0.1", "---\nlr: 0.1\n---\nlr: 0.2",
     "3: 4", "null: 1", "true: yes", "lr: 2001-01-01", "\"lr: 0.1", "lr: |\n  fast",
+    "lr: !!float x", "epochs: !!timestamp x", "experiment: 2026-13-45", "epochs: " + 5000 * "9", 2000 * "[",
+    'experiment: "a\\0b"', 'class_map: "\\ud800.txt"',
 )
 
 

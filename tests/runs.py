@@ -42,6 +42,9 @@ DRAWN = ["--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1", "--r
 PLAIN = ["--no-aug", "--hflip", "0", "--color-jitter", "0", "--drop-path", "0"]  # only the images' order is drawn
 
 
+PATIENCE = float(os.environ.get("EVAVIT_PATIENCE", 1))  # times the waiting that takes a run to hang, see tools/soak.py
+
+
 class Code:
     """What a pickle runs on loading."""
 
@@ -97,12 +100,12 @@ def command_line(script, *flags, processes=1, launcher_flags=()):
 def command(script, *flags, **launch):
     """Run a script to its end; see `command_line`."""
     words, environment = command_line(script, *flags, **launch)
-    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=240 * PATIENCE)
 
 
 def wait_for(path, process, seconds=120):
     """Wait until a started run has written the file."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * PATIENCE
     while not path.exists():
         assert process.poll() is None and time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.02)

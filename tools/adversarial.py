@@ -58,7 +58,7 @@ def train(name, dtype, device, steps=200, small=False):
     device = torch.device(device)
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, drop_path_rate=0.1, **(SMALL[name] if small else {})).to(device)
-    size, batch = model.pretrained_cfg["input_size"][-1], 8 if small else 32
+    size, batch = model.pretrained_cfg["input_size"][-1], 4 if small else 32
     size = SMALL[name]["img_size"] if small else size
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=device.type == "cuda")
     stepper, parameters = Stepper(settings, device), list(model.parameters())

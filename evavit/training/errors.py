@@ -40,6 +40,15 @@ def first_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _lost_worker(error):
+    """PyTorch's error on a loading process that was killed, as one line; another error is raised again."""
+    text = first_line(error)
+    if not text.startswith("DataLoader worker"):
+        raise error
+    return LocalError(f"{text.split(' It is possible')[0].rstrip('. ')}: where the system ran out of memory, lower "
+                      f"--workers or -b")
+
+
 def run_script(main, argv=None):
     """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal."""
     code = 0
@@ -49,7 +58,9 @@ def run_script(main, argv=None):
         code = PREEMPTED
         if world_info_from_env()[1] == 0:
             print(stop, file=sys.stderr, flush=True)
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
+        if not isinstance(error, UserError):
+            error = _lost_worker(error)
         code = 2
         _, rank, world_size = world_info_from_env()
         if rank == 0 or isinstance(error, LocalError):

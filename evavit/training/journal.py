@@ -1,5 +1,9 @@
 """What a run leaves to read: args.yaml, summary.csv, TensorBoard's event files."""
 
+import contextlib
+import csv
+import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -10,10 +14,12 @@ from timm.utils import trim_summary, unwrap_model, update_summary
 
 from evavit.layers import EvaAttention
 
-from .errors import UserError
+from .errors import LocalError, UserError
 from .loop import autocast
 from .options import save_settings
 from .state import replacing
+
+log = logging.getLogger(__name__)
 
 SAMPLES = 16  # images shown with their predictions, and looked at for the attention's health
 
@@ -42,10 +48,41 @@ class Journal:
             save_settings(run.settings, folder / "args.yaml", remarks)
         except OSError as error:
             raise UserError(f"--output {folder}: cannot be written ({error.strerror})") from error
-        self.summary = Path(folder, "summary.csv")
+        self.summary, self.shown = Path(folder, "summary.csv"), None
         if self.summary.exists():
-            self._rewrite_summary(lambda name: trim_summary(name, position.epoch))
-        self.writer = SummaryWriter(str(folder), purge_step=run.done(position) + 1)
+            self._trim_summary(position.epoch)
+        with self._written():
+            self.writer = SummaryWriter(str(folder), purge_step=run.done(position) + 1)
+
+    def _trim_summary(self, epoch):
+        try:
+            self._rewrite_summary(lambda name: trim_summary(name, epoch))
+        except (ValueError, csv.Error) as error:  # a run that can go on does, its figures so far are TensorBoard's too
+            damaged = f"{self.summary}.damaged"
+            log.warning(f"warning: {self.summary} is no summary of a run ({str(error)[:80]}): kept as {damaged}")
+            os.replace(self.summary, damaged)
+
+    def _fit_summary(self, name, columns):
+        """A run that goes on with other settings may have other columns: those of the rows so far come last."""
+        if not os.path.exists(name):
+            return
+        with open(name, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if rows and list(rows[0]) != columns:
+            with open(name, "w", newline="", encoding="utf-8") as file:
+                others = [key for key in rows[0] if key not in columns]
+                writer = csv.DictWriter(file, columns + others, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(rows)
+
+    @contextlib.contextmanager
+    def _written(self):
+        """TensorBoard's files fill a disk too, and its writer says so at any later call."""
+        try:
+            yield
+        except OSError as error:
+            raise LocalError(f"{self.summary.parent}: the curves cannot be written ({error.strerror}); what was saved "
+                             f"before is whole: make room and go on with --resume auto") from error
 
     def _rewrite_summary(self, change):
         with replacing(self.summary) as partial:
@@ -54,7 +91,8 @@ class Journal:
             change(str(partial))
 
     def scalar(self, update, name, value):
-        self.writer.add_scalar(name, value, update)
+        with self._written():
+            self.writer.add_scalar(name, value, update)
 
     def samples(self, images, target, output):
         """Keep the first batch of a validation for `epoch` to show."""
@@ -63,24 +101,33 @@ class Journal:
 
     def epoch(self, position, trained, judged, lr):
         """Enter the epoch that ends at `position`, the start of the next one."""
-        self._rewrite_summary(
-            lambda name: update_summary(position.epoch - 1, trained, judged, filename=name, lr=lr))
+        columns = ["epoch", *(f"train_{name}" for name in trained), *(f"eval_{name}" for name in judged), "lr"]
+
+        def enter(name):
+            self._fit_summary(name, columns)
+            update_summary(position.epoch - 1, trained, judged, filename=name, lr=lr)
+
+        self._rewrite_summary(enter)
         update = self.run.done(position)
         for name, value in judged.items():
             self.scalar(update, f"eval/{name}", value)
-        images, target, labels, chances = self.shown
-        self.writer.add_image("validation", self._picture(images, target, labels, chances), update)
-        for layer, figures in attention_health(self.run, images).items():
-            for name, value in figures.items():
-                self.scalar(update, f"{name}/{layer}", value)
+        if self.shown:  # no image, where none of this process's share can be read
+            with self._written():
+                self.writer.add_image("validation", self._picture(*self.shown), update)
+            for layer, figures in attention_health(self.run, self.shown[0]).items():
+                for name, value in figures.items():
+                    self.scalar(update, f"{name}/{layer}", value)
+        self.shown = None
         self.flush()
 
     def flush(self):
         """Bring the curves to the disk, before a checkpoint from whose position on they would not be drawn again."""
-        self.writer.flush()
+        with self._written():
+            self.writer.flush()
 
     def close(self):
-        self.writer.close()
+        with self._written():
+            self.writer.close()
 
     def _name(self, label):
         return self.class_names[label] if self.class_names else str(label)

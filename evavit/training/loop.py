@@ -290,8 +290,10 @@ def train_epoch(run, position, batches, requests, write, keep):
 
 
 def weights_are_finite(task):
+    """Of parameters and buffers, such as the running statistics of a batch norm; those of the average too."""
     modules = [task.get_trainable_module()] + ([task.get_trainable_module(ema=True)] if task.has_ema() else [])
-    return torch.stack([parameter.isfinite().all() for module in modules for parameter in module.parameters()]).all()
+    return torch.stack([value.isfinite().all() for module in modules for value in module.state_dict().values()
+                        if value.is_floating_point()]).all()
 
 
 def check_finite(task, judged, process, epoch, lr):
@@ -347,8 +349,9 @@ def evaluate(model, loader, evaluator_of, settings, process, name="validation", 
             running = evaluator.summary()
             progress.show(step, (name, f"loss {running['loss']:.4f}  top-1 {running['top1']:.2f}"))
     bad.review(process)
-    metrics = dict(evaluator.compute(distributed=process.distributed))
     images = evaluator.counts[0].clone()
     if process.distributed:
         torch.distributed.all_reduce(images)
-    return metrics, int(images)
+    if not images:
+        raise UserError(f"{name}: none of its {len(loader.dataset)} images can be read; there is nothing to judge by")
+    return dict(evaluator.compute(distributed=process.distributed)), int(images)

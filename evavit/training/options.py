@@ -331,8 +331,9 @@ def _read_yaml(path, table):
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"-c {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"-c {path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
+        # PyYAML's own, and what it lets through of a value that is not of its type, such as the date 2026-13-45.
+        raise UserError(f"-c {path}: cannot be read as YAML: {' '.join(str(error).split())[:300]}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -30,6 +30,7 @@ from .process import check_device
 
 log = logging.getLogger(__name__)
 
+HUBS = ("hfds", "hfids", "tfds")  # kinds of data sets that are found by their name alone
 PACKAGES = dict(wds="webdataset", hfds="datasets", hfids="datasets", tfds="tensorflow_datasets")
 ROUND = 512  # bytes: PyTorch's CUDA allocator gives memory in multiples of it
 
@@ -57,6 +58,7 @@ def rehearse(settings, processes):
     if settings.min_lr > batch.lr and settings.sched not in ("none", "constant"):
         raise UserError(f"min_lr {settings.min_lr:g} is above the learning rate {batch.lr:g} ({batch.lr_rule}); lower "
                         f"--min-lr")
+    _check_names(settings)
     _check_paths(settings)
     _check_source(settings)
     classes = settings.num_classes or 2
@@ -76,6 +78,26 @@ def rehearse(settings, processes):
     recipe.build_task(model, SimpleNamespace(**{**vars(settings), "model_ema": False}), torch.device("cpu"))
     _check_augmentation(settings, data_config)
     return Rehearsal(batch, model, data_config, optimizer)
+
+
+def _check_names(settings):
+    """Names that no file system takes; the rest of the checks can then ask for them."""
+    for name in ("data_dir", "output", "experiment", "resume", "pretrained_path", "initial_checkpoint", "class_map",
+                 "train_split", "val_split"):
+        path = getattr(settings, name) or ""
+        try:
+            os.lstat(path or ".")
+        except FileNotFoundError:  # what comes after a missing folder has not been looked at
+            longest = max(len(os.fsencode(part)) for part in Path(path).parts)
+            fault = "a name of more than 255 bytes" if longest > 255 else None
+        except (NotADirectoryError, PermissionError):
+            continue
+        except (OSError, ValueError) as error:
+            fault = getattr(error, "strerror", None) or first_line(error)
+        else:
+            continue
+        if fault:
+            raise UserError(f"{name} {path[:100]!r}: not a path ({fault})")
 
 
 def _check_paths(settings):
@@ -101,7 +123,7 @@ def _check_source(settings):
         raise UserError(f"dataset {settings.dataset} needs the package {package}, which is not installed: "
                         f"pip install {package}")
     if not settings.data_dir:
-        if prefix not in ("hfds", "hfids", "tfds") and not settings.dry_run:
+        if prefix not in HUBS and not settings.dry_run:
             raise UserError("no data: give --data-dir DIR, a folder of images sorted into class folders"
                             if not prefix else f"dataset {settings.dataset}: say with --data-dir where it lies")
     elif "://" not in settings.data_dir and not settings.dataset_download and not Path(settings.data_dir).exists():
@@ -134,7 +156,7 @@ def describe(settings, rehearsal):
     batch, model, size = rehearsal.batch, rehearsal.model, rehearsal.data_config["input_size"]
     lines = [("model", f"{settings.model}, input {'×'.join(map(str, size))}")]
     images = None
-    if settings.data_dir or settings.dataset:
+    if settings.data_dir or data.check_name(settings.dataset) in HUBS:
         train_set, eval_set, names = data.open_training_sets(settings)
         classes = data.class_count(settings, names)
         if classes != model.num_classes:

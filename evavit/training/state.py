@@ -8,11 +8,13 @@ from the run's seed and position (see `loop.Position`), so a run continues alike
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import logging
 import math
 import os
 import shutil
+import socket
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,8 +40,8 @@ def replacing(path):
         LocalError: the file cannot be written, as on a full disk. What was at `path` is still there.
     """
     partial = Path(f"{path}.partial")
-    partial.unlink(missing_ok=True)
     try:
+        partial.unlink(missing_ok=True)
         yield partial
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
@@ -60,6 +62,35 @@ def _sync_folder(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def claimed(folder):
+    """As a context the folder is this process's alone to write, until it ends in whatever way: the lock is its own, and
+    not that of the loading processes it starts.
+
+    Raises:
+        UserError: the folder cannot be made.
+        LocalError: another run is writing there.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written ({error.strerror})") from error
+    with open(folder / ".lock", "r+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise LocalError(f"{folder}: another run is writing there ({file.read(200)}); let it end, or give another "
+                             f"--experiment") from None
+        except OSError:  # a file system without locks
+            log.debug(f"{folder} cannot be locked")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 class Saver(CheckpointSaver):
@@ -146,13 +177,16 @@ def plan_of(run):
 def find_resume(settings, folder):
     """The checkpoints to continue from, the one to try first foremost; none for a fresh start.
 
-    A folder that holds a run is not overwritten.
+    A folder that holds a run is not overwritten, unless it goes on from one of its own checkpoints.
     """
-    if settings.resume and settings.resume != "auto":
-        if not Path(settings.resume).is_file():
-            raise UserError(f"--resume {settings.resume}: no such checkpoint")
-        return [Path(settings.resume)]
     folder = Path(folder)
+    if settings.resume and settings.resume != "auto":
+        chosen = Path(settings.resume)
+        if not chosen.is_file():
+            raise UserError(f"--resume {chosen}: no such checkpoint")
+        if (folder / "last.pth.tar").is_file() and chosen.resolve().parent != folder.resolve():
+            raise UserError(f"{folder} holds another run than --resume {chosen}: choose another --experiment")
+        return [chosen]
     kept = sorted(folder.glob("checkpoint-*.pth.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
     found = [path for path in (folder / "last.pth.tar", folder / "previous.pth.tar", *kept) if path.is_file()]
     if found and settings.resume != "auto":
@@ -172,7 +206,7 @@ def resume(candidates, run, saver):
     if not candidates:
         _agree(run, "none", Position())
         return Position()
-    path, checkpoint = _first_whole(candidates)
+    path, checkpoint, damaged = _first_whole(candidates)
     settings, task = run.settings, run.task
     check_fit(unwrap_model(task.get_trainable_module()), clean_state_dict(checkpoint["state_dict"]), path)
     full = not settings.no_resume_opt
@@ -191,6 +225,9 @@ def resume(candidates, run, saver):
     position = _position(path, checkpoint, run)
     _agree(run, path, position)
     log.info(f"resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}")
+    _tell_changes(path, checkpoint, settings)
+    if saver is not None:
+        _set_aside(damaged)
     if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and "saver" in checkpoint:
         saver.load_state_dict(checkpoint["saver"])
         if not position.update and checkpoint.get("metric") is not None:
@@ -204,10 +241,33 @@ def _agree(run, path, position):
         f"--output must be one folder that all machines see"))
 
 
+UNTOLD = {  # settings that may change from start to start without changing what is trained
+    "data_dir", "output", "experiment", "resume", "no_resume_opt", "device", "workers", "pin_mem", "log_interval",
+    "checkpoint_interval", "checkpoint_hist", "max_skipped", "max_bad_images", "dry_run", "dataset_download",
+    "num_classes", "validation_batch_size"}
+
+
+def _tell_changes(path, checkpoint, settings):
+    """A line on the settings that this run has and the checkpoint's had not."""
+    before = checkpoint.get("args")
+    before = vars(before) if isinstance(before, argparse.Namespace) else {}
+    changed = [f"{name} {before[name]} → {value}" for name, value in vars(settings).items()
+               if name in before and name not in UNTOLD and before[name] != value]
+    if changed:
+        log.warning(f"warning: other settings than those of {path}, this run's hold: {', '.join(changed)}")
+
+
+def _set_aside(damaged):
+    """Else the next save would put the damaged last checkpoint in the place of the whole one before it."""
+    for path in damaged:
+        os.replace(path, f"{path}.damaged")
+
+
 def _first_whole(candidates):
+    """The path and content of the first whole checkpoint, and the paths before it."""
     for number, path in enumerate(candidates):
         try:
-            return path, read_checkpoint(path)
+            return path, read_checkpoint(path), candidates[:number]
         except UserError as error:
             if number + 1 == len(candidates):
                 raise
@@ -234,8 +294,19 @@ def read_checkpoint(path):
         raise
     except Exception as error:  # each format has its own errors for a broken file
         raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint of train.py (it has no state_dict)")
+    saved = checkpoint.get("saver") or {}
+    try:
+        if "position" in saved:
+            Position(**saved["position"])
+            changed = saved["plan"].keys() ^ {"images_per_update", "updates_per_epoch", "processes"}
+        else:
+            changed = None if isinstance(checkpoint.get("epoch", -1), int) else {"epoch"}
+    except (AttributeError, KeyError, TypeError) as error:
+        changed = first_line(error)
+    if changed:
+        raise UserError(f"{path}: not a checkpoint of this train.py (its position is of another form: {changed})")
     return checkpoint
 
 
@@ -250,11 +321,17 @@ def _check_optimizer(path, checkpoint, settings):
                         f"{before}, or take the weights alone with --no-resume-opt")
 
 
+# What the flags decide in an optimizer; "fused" follows the device, see `recipe.build_optimizer`.
+FROM_FLAGS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "fused")
+
+
 def _load_optimizer(run, checkpoint):
-    state = checkpoint["optimizer"]
-    for group, saved in zip(run.optimizer.param_groups, state["param_groups"], strict=True):
-        if "fused" in group:  # follows the device, see `recipe.build_optimizer`
-            saved["fused"] = group["fused"]
+    state, groups = checkpoint["optimizer"], run.optimizer.param_groups
+    if len(groups) != len(state["param_groups"]):
+        raise ValueError(f"it has {len(state['param_groups'])} groups of parameters, this run {len(groups)} "
+                         f"(--layer-decay, --weight-decay 0)")
+    for group, saved in zip(groups, state["param_groups"], strict=True):
+        saved.update((name, group[name]) for name in FROM_FLAGS if name in group)
     run.optimizer.load_state_dict(state)
     scaler = checkpoint.get(run.stepper.state_dict_key)
     if run.stepper.scaling and scaler is not None:

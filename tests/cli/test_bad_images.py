@@ -175,3 +175,10 @@ def test_training_on_mutated_files(call, folder, tmp_path, record_property):
     bad = int(row.split(",")[header.split(",").index("train_bad_images")])
     assert 300 < bad < 480
     record_property("figure", f"500 mutated image files: {bad} refused and named, no crash, no hang")
+
+
+def test_a_validation_without_one_readable_image_stops_with_a_line(train, folder):
+    for image in (folder / "val").glob("*/*.png"):
+        image.write_bytes(b"")
+    code, _, err = train("run", "--max-bad-images", "1")
+    assert code == 2 and "validation: none of its 13 images can be read" in err and err.count("\n") == 1

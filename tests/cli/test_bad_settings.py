@@ -110,8 +110,9 @@ def test_dry_run_prints_the_plan_and_reads_no_image(call, images, tmp_path, monk
     assert "GiB of tensors" in lines["memory"]
 
 
-def test_dry_run_without_data(call):
-    code, out, err = call("train", *MODEL, *QUICK, "--dry-run")
+@pytest.mark.parametrize("flags", [[], ["--dataset", "torch/fashion_mnist"], ["--dataset", "wds/x"]])
+def test_dry_run_without_data(call, flags):
+    code, out, err = call("train", *MODEL, *QUICK, *flags, "--dry-run")
     assert code == 0 and "unknown without data" in out, err
 
 

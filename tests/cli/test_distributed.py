@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, QUICK, ROOT, command, command_line, rows, scalars, start, wait_for, weights
+from runs import MODEL, PATIENCE, QUICK, ROOT, command, command_line, rows, scalars, start, wait_for, weights
 
 AUGMENTED = ["--aa", "rand-m9-mstd0.5-inc1", "--drop-path", "0", "--model-ema", "--model-ema-decay", "0.8"]
 STILL = [*MODEL, "noise_std=0"]  # what a process draws for itself is off: noise, drop path, mixup, erasing
@@ -86,7 +86,7 @@ def test_a_killed_process_is_restarted_by_torchrun(images, tmp_path):
     job = start("train", *flags, processes=2, launcher_flags=["--max-restarts", "1"])
     wait_for(tmp_path / "run" / "previous.pth.tar", job)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
-    out, err = job.communicate(timeout=180)
+    out, err = job.communicate(timeout=180 * PATIENCE)
     assert job.returncode == 0, err
     assert out.count("resuming from") == 1 and "done: best" in out
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch) for epoch in range(12)]
@@ -98,7 +98,7 @@ def test_a_signal_stops_all_processes_with_a_checkpoint(images, tmp_path, whom):
     job = start("train", *MODEL, *LONG, "--checkpoint-interval", "1000", *place, processes=2, session=False)
     wait_for(tmp_path / "run" / "last.pth.tar", job)
     os.kill(job.pid if whom == "torchrun" else ranks_of(job)[1], signal.SIGTERM)
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=60 * PATIENCE)
     assert job.returncode != 0 and err.count("asked to stop: epoch") == 1
     if whom != "torchrun":
         assert len(set(re.findall(r"exitcode *: *(\d+)", err))) == 1 and re.search(r"exitcode *: 75", err)
@@ -128,7 +128,7 @@ loop._forward_backward = poisoned
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """)
     line[line.index(str(ROOT / "train.py"))] = str(tmp_path / "poisoned.py")
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120 * PATIENCE)
     assert done.returncode != 0
     assert done.stderr.count("error: loss nan") == 1 and "3 in a row" in done.stderr
     assert set(re.findall(r"exitcode *: *(\d+)", done.stderr)) == {"2"}

@@ -10,8 +10,23 @@ import time
 
 import pytest
 import torch
-from runs import DRAWN, KWARGS, MODEL, QUICK, ROOT, assert_same_run, command, rows, scalars, signal_at, start, wait_for
+from runs import (
+    DRAWN,
+    KWARGS,
+    MODEL,
+    PATIENCE,
+    QUICK,
+    ROOT,
+    assert_same_run,
+    command,
+    rows,
+    scalars,
+    signal_at,
+    start,
+    wait_for,
+)
 
+from evavit.training import data
 from evavit.training.errors import PREEMPTED
 
 RESUMED = [*DRAWN, "--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates", "--grad-accum-steps", "2",
@@ -82,11 +97,72 @@ def test_a_signal_to_every_process_of_the_job(images, tmp_path):
     job = start("train", *flags)
     wait_for(tmp_path / "job" / "last.pth.tar", job)
     os.killpg(job.pid, signal.SIGTERM)
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=60 * PATIENCE)
     assert job.returncode == PREEMPTED, err
     assert err.startswith("asked to stop: epoch") and err.count("\n") == 1
     done = command("train", *flags, "--epochs", "1")
     assert done.returncode == 0 and "resuming from" in done.stdout
+
+
+def test_a_signal_while_the_run_starts(call, images, tmp_path, monkeypatch):
+    """It is heeded as soon as there is something to save."""
+    open_sets = data.open_training_sets
+
+    def signalled(settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return open_sets(settings)
+
+    monkeypatch.setattr(data, "open_training_sets", signalled)
+    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "run"]
+    code, _, err = call("train", *MODEL, *QUICK, *place)
+    assert code == PREEMPTED and err.startswith("asked to stop: epoch 0, update 1 of 6")
+    assert (tmp_path / "run" / "last.pth.tar").is_file()
+
+
+def test_a_resumed_run_with_other_flags(train, tmp_path, capfd):
+    """They hold, the log says so, and the rows of summary.csv keep their columns."""
+    folder = train("run", "--epochs", "2")
+    train("run", "--epochs", "3", "--resume", "auto", "--model-ema", "--sched", "none", "--lr", "0.002")
+    one, two, three = rows(folder)
+    assert one["eval_raw_top1"] == two["eval_raw_top1"] == "" and float(three["eval_raw_top1"]) >= 0
+    assert float(two["lr"]) < 1e-3 and float(three["lr"]) == 2e-3
+
+
+def test_a_summary_that_is_none_is_kept_aside(train, call, images, tmp_path):
+    folder = train("run")
+    (folder / "summary.csv").write_bytes(bytes(range(256)))
+    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "run"]
+    code, out, err = call("train", *MODEL, *QUICK, *place, "--epochs", "3", "--resume", "auto")
+    assert code == 0 and "kept as" in out, err
+    assert (folder / "summary.csv.damaged").is_file() and [row["epoch"] for row in rows(folder)] == ["2"]
+
+
+def test_a_disk_that_the_curves_fill_ends_the_run_with_a_line(call, images, tmp_path, monkeypatch):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(writer):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "flush", full)
+    code, _, err = call("train", *MODEL, *QUICK, "--data-dir", images, "--output", tmp_path, "--experiment", "run")
+    assert code == 2 and err.count("\n") == 1 and "the curves cannot be written (No space left on device)" in err
+
+
+def test_a_loading_process_that_is_killed_ends_the_run_with_a_line(call, images, tmp_path, monkeypatch):
+    """As the kernel does where memory runs out."""
+    from evavit.training.images import CheckedImages
+
+    main, read = os.getpid(), CheckedImages.__getitem__
+
+    def killed(dataset, index):
+        if os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(dataset, index)
+
+    monkeypatch.setattr(CheckedImages, "__getitem__", killed)
+    code, _, err = call("train", *MODEL, *QUICK, "--data-dir", images, "--output", tmp_path, "--experiment", "run",
+                        "--workers", "2")
+    assert code == 2 and err.startswith("error: DataLoader worker") and "lower --workers" in err.splitlines()[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The documentation says what the code does: its Python runs, its links lead somewhere, its table is fresh."""
 import importlib.util
+import math
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import evavit  # noqa: F401
 from evavit.training import throughput
 from evavit.training.options import parse_settings
+from evavit.training.recipe import plan_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')))
@@ -114,8 +116,12 @@ def test_commands_parse(page, line, monkeypatch):
     if '-c' in flags and flags[flags.index('-c') + 1].startswith('output/'):  # a run's own settings
         position = flags.index('-c')
         del flags[position:position + 2]
-    _, given = parse_settings(script.removesuffix('.py'), flags)
+    settings, given = parse_settings(script.removesuffix('.py'), flags)
     assert given
+    if script == 'train.py':  # as many images an update as the file says
+        words = words[:words.index(script)]
+        counts = [int(words[words.index(flag) + 1]) for flag in ('--nnodes', '--nproc-per-node') if flag in words]
+        plan_batch(settings, math.prod(counts))
 
 
 def test_benchmark_commands_parse(monkeypatch):

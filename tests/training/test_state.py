@@ -1,8 +1,11 @@
 """Checkpoints appear whole or not at all, and only whole ones of our own are read."""
 
 import argparse
+import contextlib
 import multiprocessing
+import os
 import resource
+import shutil
 
 import pytest
 import torch
@@ -108,6 +111,10 @@ def change(path, how):
     path.write_bytes(dict(empty=b"", half=content[:len(content) // 2], text=b"no checkpoint").get(how, content))
     if how == "another program's":
         torch.save(dict(weight=torch.ones(2)), path)
+    if how == "another version's":
+        saved = torch.load(path, weights_only=False)
+        saved["saver"]["position"]["place"] = saved["saver"]["position"].pop("update")
+        torch.save(saved, path)
     if how == "with code":
         class Code:
             def __reduce__(self):
@@ -116,7 +123,7 @@ def change(path, how):
         torch.save(dict(state_dict=Code(), optimizer={}, epoch=3), path)
 
 
-DAMAGES = ("empty", "half", "one bit", "text", "another program's", "with code")
+DAMAGES = ("empty", "half", "one bit", "text", "another program's", "another version's", "with code")
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -136,6 +143,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saver, tmp_path,
     run = run_of()
     with caplog.at_level("WARNING", "evavit"):
         position = state.resume(candidates, run, None)
+    assert state.read_checkpoint(tmp_path / "previous.pth.tar")["saver"]["position"]["update"] == 3
     assert position.update == 3 and run.task.get_trainable_module().bias.tolist() == [3, 3]
     assert "last.pth.tar" in caplog.text and "going back to previous.pth.tar" in caplog.text
     assert not (tmp_path / "it ran").exists()
@@ -232,3 +240,90 @@ def test_another_number_of_processes(saver, tmp_path, caplog, processes, images,
         assert state.resume([tmp_path / "last.pth.tar"], run, None) == expected
     assert ("restarts at epoch 2" in caplog.text) == (expected.update == 0)
     assert ("go on in the same order" in caplog.text) == (processes == 2 and expected.update > 0)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_path, monkeypatch):
+    """Resumed from the one before, and killed at any moment of the next save: a whole checkpoint is still there."""
+    class Killed(BaseException):
+        pass
+
+    for moment in range(1, 5):
+        for update in (3, 6):
+            saver.save_position(Position(0, update))
+        change(tmp_path / "last.pth.tar", "half")
+        run = run_of()
+        resumed = state.Saver(run, ["a", "b"], tmp_path)
+        auto = argparse.Namespace(resume="auto")
+        assert state.resume(state.find_resume(auto, tmp_path), run, resumed).update == 3
+        replace, calls = state.os.replace, []
+
+        def killed(src, dst, moment=moment, calls=calls, replace=replace):
+            calls.append(dst)
+            if len(calls) == moment:
+                raise Killed
+            replace(src, dst)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(state.os, "replace", killed)
+            with contextlib.suppress(Killed):
+                resumed.save_position(Position(0, 9))
+        assert state.resume(state.find_resume(auto, tmp_path), run_of(), None).update in (3, 9), moment
+    assert (tmp_path / "last.pth.tar.damaged").is_file()
+
+
+def test_the_flags_of_a_resumed_run_hold(saver, tmp_path, caplog):
+    """The optimizer's state brings its own rates and decays: those of the flags win, and the log says what changed."""
+    saver.save_position(Position(0, 3))
+    run = run_of("--lr", "0.5", "--weight-decay", "0.3", "--workers", "9")
+    for group in run.optimizer.param_groups:
+        group.update(lr=0.5, weight_decay=0.3)
+    with caplog.at_level("WARNING", "evavit"):
+        state.resume([tmp_path / "last.pth.tar"], run, None)
+    assert {(group["lr"], group["weight_decay"]) for group in run.optimizer.param_groups} == {(0.5, 0.3)}
+    assert run.optimizer.state  # its moments are the checkpoint's
+    assert "lr None → 0.5, weight_decay 0.05 → 0.3" in caplog.text.replace("weight_decay 0.05 → 0.3, lr None → 0.5",
+                                                                           "lr None → 0.5, weight_decay 0.05 → 0.3")
+    assert "workers" not in caplog.text
+    run.optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(1))]))
+    with pytest.raises(UserError, match="1 groups of parameters, this run 2"):
+        state.resume([tmp_path / "last.pth.tar"], run, None)
+
+
+def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
+    saver.save_position(Position(0, 3))
+    (tmp_path / "other").mkdir()
+    elsewhere = shutil.copy(tmp_path / "last.pth.tar", tmp_path / "other")
+    with pytest.raises(UserError, match="holds another run than --resume"):
+        state.find_resume(argparse.Namespace(resume=elsewhere), tmp_path)
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    """The lock goes with its process, however that ends."""
+    def second(expected):
+        try:
+            with state.claimed(tmp_path):
+                os._exit(0)
+        except LocalError as error:
+            os._exit(1 if f"another run is writing there (process {expected} on" in str(error) else 2)
+
+    def outcome():
+        child = multiprocessing.get_context("fork").Process(target=second, args=(os.getpid(),))
+        child.start()
+        child.join()
+        return child.exitcode
+
+    with state.claimed(tmp_path):
+        assert outcome() == 1
+    assert outcome() == 0
+    with state.claimed(tmp_path):
+        assert outcome() == 1
+
+
+def test_statistics_that_are_not_finite_are_not_saved(tmp_path):
+    """A batch norm keeps what an image of infinities did to it, though the update was skipped."""
+    run = run_of()
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2))
+    run.task = ClassificationTask(model, verbose=False)
+    assert loop.weights_are_finite(run.task)
+    model[1].running_var.fill_(float("inf"))
+    assert not loop.weights_are_finite(run.task)
