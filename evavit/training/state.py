@@ -25,9 +25,13 @@ from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
 from .errors import LocalError, UserError, first_line
 from .loop import Position, weights_are_finite
-from .recipe import check_fit
+from .recipe import check_fit, read_weights
 
 log = logging.getLogger(__name__)
+
+# What tells how a checkpoint is to be used, wherever no flag says otherwise.
+FROM_CHECKPOINT = (
+    "model", "num_classes", "in_chans", "img_size", "input_size", "crop_pct", "mean", "std", "interpolation")
 
 
 @contextmanager
@@ -296,3 +300,23 @@ def saved_settings(path):
 
 def has_average(path):
     return load_checkpoint_metadata(str(path)).get("state_dict_ema") is not None
+
+
+def complete_from_checkpoint(settings, given):
+    """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
+    saved = saved_settings(settings.checkpoint) if settings.checkpoint else {}
+    for name in FROM_CHECKPOINT:
+        if name not in given and name in saved:
+            setattr(settings, name, saved[name])
+    if not saved or settings.model == saved.get("model"):
+        settings.model_kwargs = {**(saved.get("model_kwargs") or {}), **(settings.model_kwargs or {})}
+    return saved.get("class_names")
+
+
+def load_checkpoint(model, settings):
+    """Load the weights that settings.checkpoint names, which must fit the model exactly."""
+    weights = read_weights(settings.checkpoint, use_ema=settings.use_ema)
+    if settings.use_ema and not has_average(settings.checkpoint):
+        raise UserError(f"--use-ema: {settings.checkpoint} holds no averaged weights; leave the flag out")
+    check_fit(model, weights, settings.checkpoint)
+    model.load_state_dict(weights)
