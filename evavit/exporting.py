@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Callable, Dict, Optional, Sequence
 
 import torch
-from timm.utils.onnx import onnx_export, onnx_forward
+from timm.utils.onnx import onnx_export
 from torch import nn
 
 from evavit.layers.attention import GridAttention
@@ -127,9 +127,16 @@ def to_package(model: nn.Module, path: Path, input_size: Sequence[int]) -> None:
 
 
 def load_exported(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function in an ONNX file (by onnxruntime, on the CPU) or a package of `to_package`: images to logits."""
+    """The function in an ONNX file (by onnxruntime, on the CPU) or a package of `to_package`: images to logits.
+
+    onnxruntime takes as many threads as PyTorch has.
+    """
     if Path(path).suffix == '.onnx':
-        return lambda images: torch.from_numpy(onnx_forward(str(path), images))
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        return lambda images: torch.from_numpy(session.run(None, {'input0': images.numpy()})[0])
     return torch._inductor.aoti_load_package(str(path))
 
 
