@@ -48,8 +48,8 @@ def main(argv=None):
     if settings.reparam:
         model = reparameterize_model(model)
     if settings.dynamic_size and exporting.fixed_image_size(model):
-        raise UserError(f"--dynamic-size: a graph of {settings.model} holds for one size of image, for which its windows "
-                        f"and cells are cut; write a file for each size, with --img-size N")
+        raise UserError(f"--dynamic-size: a graph of {settings.model} holds for one size of image, for which its "
+                        f"windows and cells are cut; write a file for each size, with --img-size N")
     model = exporting.lower_precision(model.eval(), settings.precision).to(process.device)
 
     write(model, output, data_config, class_names, settings)

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Size, CPU time and error of models in every form: python tools/export_figures.py --results-file results/export_cpu.csv
+"""Size, CPU time and error of models in every form: python tools/export_figures.py --results-file FILE.csv
 
-On one CPU core and one image at a time, EVA beside timm's softmax model. Time is that of the processor in this process, which
-other work on the machine changes less than the clock's; the error is that of the logits of a photograph against float32 in PyTorch,
-relative to the largest. With --checkpoint FILE … and --data-dir: top-1 of trained models in every precision.
+On one CPU core and one image at a time, EVA beside timm's softmax model. Time is that of the processor in this process,
+which other work on the machine changes less than the clock's; the error is that of the logits of a photograph against
+float32 in PyTorch, relative to the largest. With --checkpoint FILE … and --data-dir: top-1 of trained models in every
+precision.
 """
 import argparse
 import csv
@@ -62,7 +63,8 @@ def measure(name: str, model: torch.nn.Module, form: str, precision: str, folder
         run = exporting.load_exported(file)
     if precision != 'int8':
         images = images.to(getattr(torch, precision))
-    return dict(model=name, form=form, precision=precision, img_size=size, size_mib=f'{file.stat().st_size / 2**20:.1f}',
+    return dict(model=name, form=form, precision=precision, img_size=size,
+                size_mib=f'{file.stat().st_size / 2**20:.1f}',
                 error=f'{exporting.relative_error(run(images), expected):.1e}',
                 cpu_ms=f'{cpu_ms(lambda: run(images), repeats):.1f}')
 
@@ -76,8 +78,9 @@ def judge(checkpoint: str, data_dir: str) -> list:
     load_checkpoint(model, checkpoint)
     config = resolve_data_config({key: saved[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'in_chans')},
                                  model=model)
-    dataset = create_dataset('', data_dir, split='validation', input_img_mode='L' if model.patch_embed.proj.in_channels == 1
-                             else 'RGB', transform=create_transform(**config))
+    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    dataset = create_dataset('', data_dir, split='validation', input_img_mode=mode,
+                             transform=create_transform(**config))
     images, labels = zip(*dataset, strict=True)
     images, labels = torch.stack(images), torch.tensor(labels)
     expected, rows = model(images), []

@@ -19,6 +19,9 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.md')
 FENCE = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\(([^)\s]+)\)')
 FILE = re.compile(r'`((?:evavit|tools|tests|configs|docs|examples|results|\.ci)/[\w./-]*|[\w-]+\.(?:py|yaml|md|toml))`')
+# Packages that blocks may need → the extra that brings them, or None: documented, and run where it is installed.
+OPTIONAL = dict(onnx='export', onnxscript='export', onnxruntime='export', torchao='export',
+                segmentation_models_pytorch='dense', skimage='dense', detectron2=None)
 # Written by a run, or read from where the reader keeps it.
 NOT_OURS = {'args.yaml'}
 
@@ -67,7 +70,14 @@ def published(tmp_path_factory):
 def test_python_runs(page, line, code, published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'published.pth').symlink_to(published)
-    exec(compile('\n' * line + code, str(ROOT / page), 'exec'), {'__name__': 'docs'})
+    program = compile('\n' * line + code, str(ROOT / page), 'exec')
+    try:
+        exec(program, {'__name__': 'docs'})
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        extra = OPTIONAL[error.name]
+        pytest.skip(f'{error.name} is not installed' + (f': pip install evavit[{extra}]' if extra else ''))
 
 
 def test_python_is_found():
