@@ -19,12 +19,15 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
-from timm.models import load_checkpoint
+from timm.models import get_model_input_config, load_checkpoint
 
 from evavit import exporting
 from evavit.benchmarking import SOFTMAX_MODELS, origin
 from evavit.training.state import saved_settings
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / 'results' / 'export_cpu.csv'
+FORM_NAMES = {'pytorch': 'PyTorch', 'onnx': 'onnxruntime', 'aoti': 'package'}
 COLUMNS = ('model', 'form', 'precision', 'img_size', 'size_mib', 'cpu_ms', 'error', 'top1', 'images',
            'device', 'torch', 'timm', 'evavit', 'commit', 'date')
 FORMS = {'pytorch': exporting.PRECISIONS, 'onnx': ('float32',), 'aoti': ('float32', 'bfloat16', 'int8')}
@@ -76,8 +79,8 @@ def judge(checkpoint: str, data_dir: str) -> list:
     model = timm.create_model(saved['model'], num_classes=saved['num_classes'], in_chans=saved['in_chans'] or 3,
                               **(saved['model_kwargs'] or {})).eval()
     load_checkpoint(model, checkpoint)
-    config = resolve_data_config({key: saved[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'in_chans')},
-                                 model=model)
+    settings = {key: saved[key] for key in ('mean', 'std', 'interpolation', 'crop_pct')}
+    config = resolve_data_config({**settings, 'input_size': get_model_input_config(model)['input_size']}, model=model)
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     dataset = create_dataset('', data_dir, split='validation', input_img_mode=mode,
                              transform=create_transform(**config))
@@ -91,6 +94,38 @@ def judge(checkpoint: str, data_dir: str) -> list:
                          img_size=images.shape[-1], error=f'{exporting.relative_error(logits, expected):.1e}',
                          top1=f'{100 * (logits.argmax(1) == labels).double().mean():.2f}', images=len(images)))
     return rows
+
+
+def _read() -> list:
+    with open(RESULTS, newline='') as stream:
+        return list(csv.DictReader(stream))
+
+
+def _origin(rows: list) -> str:
+    """Device, versions and date of all rows, in a line."""
+    return '; '.join(dict.fromkeys(
+        f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}, commit {row["commit"]}, {row["date"]}'
+        for row in rows)) + '.'
+
+
+def table() -> str:
+    """Size, time and error of each form, for docs/deploy.md."""
+    rows = [row for row in _read() if row['cpu_ms']]
+    lines = ['| model | form | precision | MiB | CPU ms | error |', '|---|---|---|---|---|---|']
+    for row in rows:
+        lines.append(f'| `{row["model"]}` | {FORM_NAMES[row["form"]]} | {row["precision"]} | {row["size_mib"]} | '
+                     f'{float(row["cpu_ms"]):,.0f} | {row["error"] if float(row["error"]) else "–"} |')
+    return '\n'.join([*lines, '', _origin(rows)])
+
+
+def precision_table() -> str:
+    """Top-1 of trained models in each precision, for docs/deploy.md."""
+    rows = [row for row in _read() if row['top1']]
+    lines = ['| model | precision | top-1 | error of the logits |', '|---|---|---|---|']
+    for row in rows:
+        lines.append(f'| {row["model"]} | {row["precision"]} | {row["top1"]} | '
+                     f'{row["error"] if float(row["error"]) else "–"} |')
+    return '\n'.join([*lines, '', _origin(rows)])
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import attentions
+import export_figures
 import performance
 import timm
 import torch
@@ -105,6 +106,8 @@ TABLES = {
     'op': (performance.op, (PERFORMANCE,)),
     'layer': (performance.layer, (PERFORMANCE,)),
     'cpu': (performance.cpu_models, (PERFORMANCE,)),
+    'exported': (export_figures.table, ('docs/deploy.md',)),
+    'precision': (export_figures.precision_table, ('docs/deploy.md',)),
 }
 
 

@@ -18,8 +18,8 @@ def needs(*packages):
 
 needs_onnx = needs('onnx', 'onnxscript', 'onnxruntime')
 # The flags of timm's onnx_export.py.
-TIMM = ('model', 'opset', 'keep_init', 'aten_fallback', 'dynamic_size', 'check_forward', 'batch_size', 'img_size', 'mean',
-        'std', 'num_classes', 'checkpoint', 'reparam', 'training', 'verbose')
+TIMM = ('model', 'opset', 'keep_init', 'aten_fallback', 'dynamic_size', 'check_forward', 'batch_size', 'img_size',
+        'mean', 'std', 'num_classes', 'checkpoint', 'reparam', 'training', 'verbose')
 
 
 def test_flags_are_timms():
@@ -30,7 +30,7 @@ def test_flags_are_timms():
 
 @needs_onnx
 def test_checkpoint_to_onnx(train, call, tmp_path):
-    """Model, classes and image settings come from the checkpoint; the file says them; any batch gives the same logits."""
+    """Model, classes and image settings come from the checkpoint; the file says them; any batch does."""
     import onnx
     checkpoint = train('run') / 'last.safetensors'
     path = tmp_path / 'model.onnx'
