@@ -103,11 +103,11 @@ def test_links_and_paths_exist(page):
 
 
 def commands(page):
-    """Command lines that start train.py or validate.py, in bash blocks and indented lines."""
+    """Command lines that start train.py, validate.py or export.py, in bash blocks and indented lines."""
     shell = [code for _, code in blocks(page, 'bash')]
     shell.append('\n'.join(line[4:] if line.startswith('    ') else '' for line in prose(page).splitlines()))
     lines = [line for code in shell for line in code.replace('\\\n', ' ').splitlines()]
-    return [line.strip() for line in lines if re.match(r'\s*(python|torchrun)\b.*\b(train|validate)\.py\s', line)]
+    return [line.strip() for line in lines if re.match(r'\s*(python|torchrun)\b.*\b(train|validate|export)\.py\s', line)]
 
 
 @pytest.mark.parametrize('page, line', [
@@ -116,10 +116,12 @@ def test_commands_parse(page, line, monkeypatch):
     """The flags of every command line exist and take these values, as do the keys of the file that it names."""
     monkeypatch.chdir(ROOT)
     words = shlex.split(line, comments=True)
-    script = next(word for word in words if word in ('train.py', 'validate.py'))
+    script = next(word for word in words if word in ('train.py', 'validate.py', 'export.py'))
     flags = words[words.index(script) + 1:]
     if flags == ['--help']:
         return
+    if script == 'export.py':
+        del flags[0]  # the file to write
     if '-c' in flags and flags[flags.index('-c') + 1].startswith('output/'):  # a run's own settings
         position = flags.index('-c')
         del flags[position:position + 2]
