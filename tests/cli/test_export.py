@@ -61,6 +61,20 @@ def test_pyramid_in_float16(call, tmp_path):
     assert set(exporting.onnx_operators(path)) <= exporting.TENSORRT_OPERATORS
 
 
+@needs_onnx
+def test_timms_flags_on_a_model_without_windows(call, tmp_path):
+    """Any image size where the model allows it; the version of the operators; weights as inputs."""
+    import onnx
+    path = tmp_path / 'model.onnx'
+    code, out, err = call('export', path, '-m', 'test_byobnet', '--num-classes', '5', '--dynamic-size', '--opset', '20',
+                          '--keep-init')
+    assert code == 0, out + err
+    file = onnx.load(path)
+    assert file.opset_import[0].version == 20
+    assert len(file.graph.input) > 1
+    assert exporting.load_exported(path)(torch.randn(3, 3, 96, 160)).shape == (3, 5)
+
+
 def test_int8_takes_a_quarter():
     pytest.importorskip('torchao', reason='needs evavit[export]')
     torch.manual_seed(0)
