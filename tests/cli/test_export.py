@@ -110,6 +110,9 @@ def test_package(call, tmp_path, precision):
                           '--device', 'cpu')
     assert code == 0, out + err
     assert 'agrees with PyTorch' in out
+    if precision == 'float32':
+        run, images = exporting.load_exported(path), torch.randn(3, 3, 16, 16)
+        torch.testing.assert_close(run(images.to(memory_format=torch.channels_last)), run(images))
 
 
 @pytest.mark.parametrize('flags, message', [

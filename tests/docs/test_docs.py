@@ -107,7 +107,8 @@ def commands(page):
     shell = [code for _, code in blocks(page, 'bash')]
     shell.append('\n'.join(line[4:] if line.startswith('    ') else '' for line in prose(page).splitlines()))
     lines = [line for code in shell for line in code.replace('\\\n', ' ').splitlines()]
-    return [line.strip() for line in lines if re.match(r'\s*(python|torchrun)\b.*\b(train|validate|export)\.py\s', line)]
+    start = re.compile(r'\s*(python|torchrun)\b.*\b(train|validate|export)\.py\s')
+    return [line.strip() for line in lines if start.match(line)]
 
 
 @pytest.mark.parametrize('page, line', [
