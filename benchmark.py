@@ -4,11 +4,14 @@
     python benchmark.py --bench train infer --model eva_deit_tiny_784 -b 128 --torchcompile --results-file h100.csv
     python benchmark.py --bench op layer --results-file h100.csv
     python benchmark.py --bench infer --model eva_deit_tiny -b 8 --device cpu
+    python benchmark.py --bench data -c configs/eva_deit_tiny.yaml --data-dir DIR --workers-list 1 2 4
 
 Beside a model with EVA runs timm's softmax model of its size, beside EVA's op and layer scaled_dot_product_attention
 with each backend forced. Every contender is first held against float64: where it is off, its row says so, no figure is
 given and the exit code is 1. Figures are medians after a warm-up; a training step is forward, cross-entropy, backward
 and AdamW on one fixed batch of noise. A model may carry arguments: deit_tiny_patch16_224:patch_size=8.
+
+--bench data, which must come first, takes the flags of train.py: the loader's throughput, alone and beside the step.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import timm
 import torch
 
 from evavit import benchmarking
+from evavit.training import throughput
 from evavit.training.errors import UserError, run_script
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -134,6 +138,10 @@ def report(row):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["--bench", "data"]:
+        throughput.main(argv[2:])
+        return
     args = parse(argv)
     device = find_device(args)
     if args.resume and not args.results_file:

@@ -6,12 +6,11 @@ Several GPUs of a machine: torchrun --nproc-per-node 8 train.py -c … --data-di
 
 import logging
 import sys
-from datetime import datetime
-from pathlib import Path
 
 import torch
+from timm.utils import world_info_from_env
 
-from evavit.training import data, loop, recipe, state
+from evavit.training import data, loop, plan, recipe, state
 from evavit.training.errors import Preempted, run_script
 from evavit.training.journal import Journal
 from evavit.training.options import parse_settings
@@ -23,9 +22,14 @@ log = logging.getLogger("evavit.train")
 
 def main(argv=None):
     settings, _ = parse_settings("train", argv, __doc__)
-    recipe.check_settings(settings)
+    _, rank, processes = world_info_from_env()
+    rehearsal = plan.rehearse(settings, processes)
+    if settings.dry_run:
+        if rank == 0:
+            print("\n".join(plan.describe(settings, rehearsal)))
+        return
+    batch = rehearsal.batch
     process = start_process(settings.device)
-    plan = recipe.plan_batch(settings, process.world_size)
 
     train_set, eval_set, class_names = data.open_training_sets(settings)
     settings.num_classes = data.class_count(settings, class_names)
@@ -37,17 +41,17 @@ def main(argv=None):
     train_loader = data.train_loader(train_set, settings, data_config, process)
     eval_loader = data.eval_loader(
         eval_set, settings, data_config, process.device, settings.validation_batch_size or settings.batch_size)
-    updates_per_epoch = data.updates_per_epoch(train_loader, settings, plan)
+    updates_per_epoch = data.updates_per_epoch(train_loader, settings, batch)
 
-    optimizer = recipe.build_optimizer(model, settings, plan.lr)
+    optimizer = recipe.build_optimizer(model, settings, batch.lr)
     schedule, epochs = recipe.build_schedule(optimizer, settings, updates_per_epoch)
     task = recipe.build_task(model, settings, process.device)
     run = loop.Run(
         task=task, optimizer=optimizer, stepper=loop.Stepper(settings, process.device), schedule=schedule,
         mixup=recipe.build_mixup(settings, model.num_classes), settings=settings, process=process,
-        updates_per_epoch=updates_per_epoch, epochs=epochs, images_per_update=plan.total)
+        bad=train_set.bad, updates_per_epoch=updates_per_epoch, epochs=epochs, images_per_update=batch.total)
 
-    folder = Path(settings.output, settings.experiment or default_name(settings, data_config))
+    folder = plan.output_folder(settings, data_config)
     checkpoints = state.find_resume(settings, folder)
     saver = state.Saver(run, class_names, folder) if process.primary else None
     position = state.resume(checkpoints, run, saver)
@@ -57,9 +61,9 @@ def main(argv=None):
         schedule.step(position.epoch)
 
     log.info(f"{settings.model}: {recipe.model_line(model)}; on {process.device}, {process.world_size} processes")
-    log.info(f"{plan}")
+    log.info(f"{batch}")
     log.info(f"{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}")
-    journal = Journal(folder, run, [str(plan)], position, class_names, data_config) if process.primary else None
+    journal = Journal(folder, run, [str(batch)], position, class_names, data_config) if process.primary else None
     with Requests(settings.checkpoint_interval, process.primary) as requests:
         try:
             while position.epoch < epochs:
@@ -80,6 +84,7 @@ def train_epoch(run, position, train_loader, eval_loader, requests, journal, sav
             journal.flush()
             saver.save_position(position)
 
+    run.bad.begin(position.bad)
     batches = data.epoch_batches(
         train_loader, settings, process, position.epoch, position.update * settings.grad_accum_steps)
     trained = loop.train_epoch(
@@ -114,10 +119,6 @@ def evaluate(run, loader, first_batch):
         return judged
     raw = {f"raw_{name}": value for name, value in judged.items()}
     return {**judge(ema=True), **raw}
-
-
-def default_name(settings, data_config):
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{settings.model.replace('/', '_')}-{data_config['input_size'][-1]}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
+
+from evavit.training.requests import Requests
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("apple", "pear", "plum")
@@ -73,6 +76,18 @@ def start(*words, session=True, **launch):
     line, environment = command_line(*words, **launch)
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             start_new_session=session)
+
+
+def signal_at(monkeypatch, moments, number=signal.SIGTERM):
+    """Send this process a signal after each of these updates of the run."""
+    now = Requests.now
+
+    def signalled(requests, update, last):
+        if update in moments:
+            os.kill(os.getpid(), number)
+        return now(requests, update, last)
+
+    monkeypatch.setattr(Requests, "now", signalled)
 
 
 def rows(folder):

@@ -39,9 +39,9 @@ POSITIVE, NEGATIVE, LOWEST, HIGHEST = 48, 16, -5., -1.
 # of a window, m the tokens of a chunk.
 FACTS = {
     'eva': ('N·(w² + C)', 'the tokens of its window one by one, the rest as at most 49 cells',
-            'Triton kernels, experimental'),
+            'Triton kernels'),
     'softmax': ('N²', 'every token one by one', '`scaled_dot_product_attention`'),
-    'local': ('N·w²', 'the tokens of its window and no other', "EVA's Triton kernels, experimental"),
+    'local': ('N·w²', 'the tokens of its window and no other', "EVA's Triton kernels"),
     'performer': ('N·S', 'every token through S = 128 random features', 'no'),
     'lara': ('N·C', 'every token through C = 49 samples, one for each landmark', 'no'),
     'scatterbrain': ('N·(w² + S)', 'the tokens of its window one by one, the rest through S = 96 random features',

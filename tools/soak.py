@@ -52,6 +52,14 @@ PROMISES = (
     Promise("after --max-skipped in a row the run stops, naming update, lr and gradient norm",
             "tests/cli/test_bad_input.py -k 'not_finite or weights_that_break'"),
     Promise("adversarial images in half precision for 200 steps", "tests/training/test_loop.py -k adversarial"),
+    # data and settings go bad
+    Promise("500 mutated image files: each is read or refused, and a run over them ends",
+            "tests/cli/test_bad_images.py tests/training/test_images.py"),
+    Promise("1,000 bad settings: one line each, before data is read or a device touched",
+            "tests/cli/test_bad_settings.py -k settings"),
+    Promise("--dry-run's memory is what the profiler and an H100 measured", "tests/cli/test_bad_settings.py -k memory"),
+    Promise("folders, tar, shards and Hugging Face data sets are read, their bad images counted",
+            "tests/training/test_readers.py tests/training/test_data.py"),
     # a long run is watchable
     Promise("SIGTERM and SIGUSR1 save and end with code 75, all processes and workers together",
             f"{RESUME} {DISTRIBUTED} -k signal"),

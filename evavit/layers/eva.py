@@ -17,6 +17,7 @@ from evavit.ops import (
     eva_num_cells,
     halo_size,
 )
+from evavit.ops.blocks import accumulation_dtype
 from evavit.ops.checks import check_partition
 
 from .attention import GridAttention
@@ -262,7 +263,7 @@ class EvaAttention(GridAttention):
 
     def _draw_noise(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         """noise_std · ε `(B, h, C_p, S, d)`, the first draw of a forward pass in training."""
-        dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+        dtype = accumulation_dtype(qkv)
         shape = [qkv.shape[1], qkv.shape[2], eva_num_cells(feat_size, self.partition_grid), self.num_samples,
                  qkv.shape[4]]
         return self.noise_std * torch.randn(shape, dtype=dtype, device=qkv.device)

@@ -13,6 +13,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from evavit.ops import Eva1dCache, eva_attention_1d, eva_attention_1d_step, halo_size
+from evavit.ops.blocks import accumulation_dtype
 from evavit.ops.checks import check_chunks
 
 from .attention import GridAttention
@@ -156,7 +157,7 @@ class EvaAttention1d(GridAttention):
         q, k, v = self._project(x)
         noise: Optional[torch.Tensor] = None
         if self.training and self.noise_std > 0 and self.cell_size:
-            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            dtype = accumulation_dtype(q)
             shape = [q.shape[0], q.shape[1], -(-q.shape[2] // self.cell_size), 1, q.shape[3]]
             noise = self.noise_std * torch.randn(shape, dtype=dtype, device=q.device)
         x = eva_attention_1d(

@@ -10,7 +10,7 @@ from timm.layers import register_notrace_module
 from torch import nn
 
 from evavit.ops import lara_attention
-from evavit.ops.blocks import cell_means
+from evavit.ops.blocks import accumulation_dtype, cell_means
 from evavit.ops.checks import check_tokens, check_whole
 from evavit.ops.grid import cell_shape, static_size
 
@@ -122,7 +122,7 @@ class LaraAttention(GridAttention):
         noise: Optional[torch.Tensor] = None
         if self.training:
             shape = landmarks_q.shape
-            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            dtype = accumulation_dtype(q)
             drawn = self.num_samples // 2 if self.antithetic else self.num_samples
             noise = torch.randn([shape[0], shape[1], shape[2], drawn, shape[3]], dtype=dtype, device=q.device)
             if self.antithetic:

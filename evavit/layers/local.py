@@ -64,7 +64,7 @@ class LocalAttention(GridAttention):
                          attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         check_whole('window_size', window_size, 1)
         self.window_size = window_size
-        self.fused_attn = use_fused_attn(experimental=True)  # the kernels of EVA, which are experimental
+        self.fused_attn = use_fused_attn()  # the kernels of EVA
         self.rel_pos = RelPosBias((window_size, window_size), num_heads, **dd) if rel_pos_bias else None
 
     def extra_repr(self) -> str:

@@ -10,18 +10,9 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .blocks import accumulation_dtype, crop_bias, from_windows, to_windows, window_mask
 from .checks import check_eva_args, check_grid, check_partition
-from .grid import (
-    band_cells,
-    block_counts,
-    block_mask,
-    cell_shape,
-    from_blocks,
-    static_size,
-    to_bands,
-    to_blocks,
-    window_shape,
-)
+from .grid import band_cells, block_counts, cell_shape, static_size, to_bands, window_shape
 
 __all__ = ['eva_attention', 'eva_attention_packed', 'eva_backend', 'eva_num_cells']
 
@@ -39,11 +30,7 @@ def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
     return rows * cols
 
 
-def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _summarise(
+def summarise(
         cell_means: torch.Tensor,
         summary: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         norm_eps: float,
@@ -74,7 +61,7 @@ def _control_variates(
     their tokens, are products with one small 0/1 matrix for all channels: many times faster on a CPU than sums over
     the inner axes of blocks, forward and backward, and without a copy where q, k, v are views of one projection.
     """
-    dtype = _accumulation_dtype(q)
+    dtype = accumulation_dtype(q)
     B, h, d = q.shape[0], q.shape[1], q.shape[3]
     cell = cell_shape(feat_size, partition_grid)
     nH, nW = block_counts(feat_size, cell)
@@ -86,8 +73,8 @@ def _control_variates(
     k_bands = to_bands(k, feat_size, cell).to(dtype)
     q_means = torch.bmm(sum_cells, q_bands).view(B, nH, nW, h, d) / tokens_per_cell
     k_means = torch.bmm(sum_cells, k_bands).view(B, nH, nW, h, d) / tokens_per_cell
-    q_tilde = _summarise(q_means, summary_q, norm_eps)
-    k_tilde = _summarise(k_means, summary_k, norm_eps)
+    q_tilde = summarise(q_means, summary_q, norm_eps)
+    k_tilde = summarise(k_means, summary_k, norm_eps)
 
     omega = scale ** 0.5 * proposal_scale * (q_tilde + k_tilde)  # the mean of the proposal, (28)
     if noise is not None:
@@ -102,20 +89,6 @@ def _control_variates(
     weighted = to_bands(v, feat_size, cell).unflatten(2, [h, d]) * xi
     beta = torch.bmm(sum_cells, weighted.flatten(2))
     return k_tilde.flatten(1, 2).transpose(1, 2), beta.view(B, nH * nW, h, d).transpose(1, 2)
-
-
-def _to_windows(x: torch.Tensor, feat_size: List[int], window: Tuple[int, int]) -> torch.Tensor:
-    """Tokens `(B, h, N, d)` gathered by window: `(B, h, windows, tokens of a window, d)`."""
-    return to_blocks(x, feat_size, window).transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
-def _crop_bias(bias: torch.Tensor, window_size: int, window: Tuple[int, int]) -> torch.Tensor:
-    """The bias `(h, area, area)` of a window that the grid cuts to `window` tokens along both axes."""
-    if window[0] == window_size and window[1] == window_size:
-        return bias
-    side = [window_size, window_size]
-    bias = bias.unflatten(2, side).unflatten(1, side)[:, :window[0], :window[1], :window[0], :window[1]]
-    return bias.flatten(3, 4).flatten(1, 2)
 
 
 def _plain(
@@ -135,28 +108,27 @@ def _plain(
         norm_eps: float,
 ) -> torch.Tensor:
     """`eva_attention` in PyTorch's own operators; the arguments are checked, autocast is off."""
-    dtype = _accumulation_dtype(q)
+    dtype = accumulation_dtype(q)
     window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
     area = window[0] * window[1] if window_size > 0 else 0
     # float16 ends at 65,504, before the logits do; bfloat16 has the range of float32.
     logit_dtype = dtype if q.dtype == torch.float16 else q.dtype
-    queries = (_to_windows(q, feat_size, window) if window_size > 0 else q.unsqueeze(2)).to(logit_dtype)
+    queries = (to_windows(q, feat_size, window) if window_size > 0 else q.unsqueeze(2)).to(logit_dtype)
 
     logits: List[torch.Tensor] = []
     if window_size > 0:
-        keys = _to_windows(k, feat_size, window).to(logit_dtype)
+        keys = to_windows(k, feat_size, window).to(logit_dtype)
         # On a CPU a product of small matrices by a transposed view takes longer than the copy and the product together.
         local = (queries @ keys.transpose(-2, -1).contiguous()).to(dtype)
         if rel_pos_bias is not None:
-            bias = _crop_bias(rel_pos_bias, window_size, window).to(dtype).unsqueeze(1)
+            bias = crop_bias(rel_pos_bias, window_size, window).to(dtype).unsqueeze(1)
             # The gradient of a tensor that is expanded here is summed axis by axis, several times faster on a CPU.
             local = torch.add(bias.expand(-1, local.shape[2], -1, -1), local, alpha=scale)
         else:
             local = scale * local
-        mask = block_mask(feat_size, window, q.device)
+        mask = window_mask(feat_size, window, q.device)
         if mask is not None:
-            is_token = mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-            local = local.masked_fill_(~is_token.unsqueeze(1), float('-inf'))
+            local = local.masked_fill_(~mask.unsqueeze(1), float('-inf'))
         logits.append(local)
 
     beta: Optional[torch.Tensor] = None
@@ -175,12 +147,10 @@ def _plain(
         assert beta is not None
         return (attn.flatten(2, 3) @ beta.to(q.dtype)).to(q.dtype)
     attn_local, attn_cells = attn.split([area, attn.shape[-1] - area], -1)
-    out = attn_local @ _to_windows(v, feat_size, window)
+    out = attn_local @ to_windows(v, feat_size, window)
     if beta is not None:
         out += (attn_cells.flatten(2, 3) @ beta.to(q.dtype)).view_as(out)
-    nH, nW = block_counts(feat_size, window)
-    out = out.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4)
-    return from_blocks(out, feat_size).to(q.dtype)
+    return from_windows(out, feat_size, window).to(q.dtype)
 
 
 def eva_attention(

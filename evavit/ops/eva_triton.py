@@ -694,16 +694,14 @@ def _backward_tokens(
 
 # Programs that keep a large GPU busy; a constant, so that sums are split alike on every device.
 PROGRAMS = 768
-# num_warps, num_stages of the kernels, by measurement on an H100.
+# By measurement on an H100.
 LAUNCH = {
-    'forward_windows': (4, 3), 'forward_tokens': (4, 2), 'backward_shared': (4, 3),
-    'backward_summary': (4, 1), 'backward_tokens': (4, 2),
+    'forward_windows': dict(num_warps=4, num_stages=3),
+    'forward_tokens': dict(num_warps=4, num_stages=2),
+    'backward_shared': dict(num_warps=4, num_stages=3),
+    'backward_summary': dict(num_warps=4, num_stages=1),
+    'backward_tokens': dict(num_warps=4, num_stages=2),
 }
-
-
-def _launch(name: str) -> dict:
-    warps, stages = LAUNCH[name]
-    return {'num_warps': warps, 'num_stages': stages}
 
 
 def _ceil(a: int, b: int) -> int:
@@ -888,10 +886,10 @@ def _eva(
         grid = plan.B * chunks * plan.heads,
         if plan.one_tile:
             _forward_windows[grid](*args, **options, PACKED=q.stride() == k.stride() == v.stride(), EDGE=plan.edge,
-                                   CELLS=plan.cells > 0, **_launch('forward_windows'))
+                                   CELLS=plan.cells > 0, **LAUNCH['forward_windows'])
         else:
             _forward_tokens[grid](*args, **options, NT=plan.NT, NC=plan.NC, LOCAL=plan.local,
-                                  **_launch('forward_tokens'))
+                                  **LAUNCH['forward_tokens'])
     return outputs
 
 
@@ -969,7 +967,7 @@ def _eva_backward(
             q, out, grad, *q.stride(), *grad.stride(), lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts,
             plan.heads, plan.N, cells, splits, per_split, plan.rows, scale,
             D=D, BD=plan.BD, BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64), BC=plan.BC,
-            CELLS=cells > 0, PREC=plan.prec, **_launch('backward_shared'))
+            CELLS=cells > 0, PREC=plan.prec, **LAUNCH['backward_shared'])
         xi = dlog_xi = domega = dbeta = dmeans = delta
         if cells:
             xi, dlog_xi = torch.empty_like(delta), torch.empty_like(delta)
@@ -988,7 +986,7 @@ def _eva_backward(
                 means, domega, dk_tilde_parts, w_q, b_q, g_q, w_k, b_k, g_k, dmeans, dparams,
                 plan.rows, splits, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw,
                 scale ** 0.5 * proposal_scale, norm_eps,
-                D=D, BD=plan.BD, R=R, PREC=plan.summary_prec, **_launch('backward_summary'))
+                D=D, BD=plan.BD, R=R, PREC=plan.summary_prec, **LAUNCH['backward_summary'])
             dparams = _sum(dparams)
         else:
             dparams = empty(0, 0)
@@ -1009,7 +1007,7 @@ def _eva_backward(
             chunks, plan.rows, scale, scale ** 0.5,
             D=D, BD=plan.BD, WH=plan.wh, WW=plan.ww, CH=plan.ch, CW=plan.cw,
             BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC, PER_PROGRAM=per_program,
-            LOCAL=plan.local, BIAS=bias is not None, PREC=plan.prec, **_launch('backward_tokens'))
+            LOCAL=plan.local, BIAS=bias is not None, PREC=plan.prec, **LAUNCH['backward_tokens'])
         if bias is not None:
             dbias = plan.crop_bias(_sum(dbias_parts))
         else:

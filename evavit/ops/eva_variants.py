@@ -12,8 +12,9 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .blocks import accumulation_dtype
 from .checks import check_eva_variant_args, check_partition
-from .eva import _accumulation_dtype, eva_num_cells
+from .eva import eva_num_cells, summarise
 from .grid import (
     block_counts,
     block_mask,
@@ -46,10 +47,9 @@ def _sigma(mean: torch.Tensor, summary: List[torch.Tensor], norm_eps: float) -> 
     """σ of (26): the identity, a projection (weight, bias), or that and LayerNorm (and its weight, bias)."""
     if len(summary) == 0:
         return mean
-    projected = F.linear(mean.to(summary[0].dtype), summary[0], summary[1]).to(mean.dtype)
     if len(summary) == 2:
-        return projected
-    return F.layer_norm(projected, [mean.shape[-1]], summary[2].to(mean.dtype), summary[3].to(mean.dtype), norm_eps)
+        return F.linear(mean.to(summary[0].dtype), summary[0], summary[1]).to(mean.dtype)
+    return summarise(mean, (summary[0], summary[1], summary[2], summary[3]), norm_eps)
 
 
 def _mean(x: torch.Tensor, mask: Optional[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -86,7 +86,7 @@ def summarise_cells(
         proposal_mean: Of a learned proposal, broadcasts to `(B, h, G, d)`.
         noise: noise_std · ε, broadcasts to `(B, h, G, S, d)`; None for the mean alone.
     """
-    dtype = _accumulation_dtype(q)
+    dtype = accumulation_dtype(q)
     k_tilde = _sigma(_mean(k, mask, dtype), summary_k, norm_eps)
     mean = torch.zeros_like(k_tilde)
     if proposal == 'learned':
@@ -142,7 +142,7 @@ def attend(
         cells: Of all windows, or G = U · C_p of them, window after window; None for no cells.
         cell_mask: Who sees which cell, bool, broadcasts to `(B, h, U, A, C_p)`.
     """
-    dtype = _accumulation_dtype(queries)
+    dtype = accumulation_dtype(queries)
     # float16 ends at 65,504, before the logits do; bfloat16 has the range of float32.
     logit_dtype = dtype if queries.dtype == torch.float16 else queries.dtype
     out_dtype = queries.dtype

@@ -1,7 +1,7 @@
 """Data sets and loaders: timm's, with the checks that timm leaves out.
 
-A folder without images of a class, an image that cannot be read, or a validation folder with classes that the training
-folder lacks would change the labels or the counts without a word: here each is a UserError.
+A folder without images of a class, or a validation folder with classes that the training folder lacks, would change the
+labels without a word: here each is a UserError (`folders`). An image that cannot be read is counted (`images`).
 """
 
 import gzip
@@ -9,12 +9,12 @@ import logging
 import os
 import shutil
 import signal
+import tarfile
 import threading
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.utils.data
 from PIL import Image
 from timm.data import (
     ImageDataset,
@@ -25,53 +25,20 @@ from timm.data import (
     resolve_data_config,
 )
 from timm.data.readers.class_map import load_class_map
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.models import get_model_input_config
 
-from .errors import LocalError, UserError, first_line
+from .errors import UserError, first_line
+from .folders import SPLIT_NAMES, ClassFolders, find_split
+from .images import CheckedImages, CheckedStream
 from .options import nearest
 from .process import Draw, seed_at, seed_sample
 from .recipe import image_channels
 
 log = logging.getLogger(__name__)
 
-SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
-OTHER_IMAGES = {
-    ".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".pbm", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 TORCH_DATASETS = (
     "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "imagenet", "inaturalist", "places365",
     "image_folder")
-
-
-class StrictImageDataset(ImageDataset):
-    """timm's ImageDataset, but an image that cannot be read stops the run; its neighbour does not take its place."""
-
-    def __getitem__(self, index):
-        try:
-            stream, target, *_ = self.reader[index]
-            with stream:
-                image = Image.open(stream)
-                image = image.convert(self.input_img_mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or str(error).split(" <")[0] or type(error).__name__
-            name = self.reader.filename(index, absolute=True)
-            raise LocalError(f"{name} is not a readable image ({reason}); repair it or take it away") from None
-        return self.transform(image) if self.transform else image, target
-
-
-class ImageModeDataset(torch.utils.data.Dataset):
-    """A torchvision data set whose images come in one mode: its grey ones as RGB where the model has three channels."""
-
-    def __init__(self, dataset, mode):
-        self.dataset, self.mode, self.transform = dataset, mode, None
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        image, target = self.dataset[index]
-        image = image.convert(self.mode)
-        return self.transform(image) if self.transform else image, target
 
 
 class SeededDataset(torch.utils.data.Dataset):
@@ -98,7 +65,7 @@ class SeededDataset(torch.utils.data.Dataset):
 
 
 class Draws(torch.utils.data.Sampler):
-    """A sampler's indices from any place of the epoch, each with the seed of its draw.
+    """A sampler's indices from any place of the epoch to its last update's, each with the seed of its draw.
 
     The seed follows from the image's place among those of all processes: a global batch is augmented alike however many
     processes and workers share it.
@@ -106,13 +73,13 @@ class Draws(torch.utils.data.Sampler):
 
     def __init__(self, sampler, seed, rank, world_size):
         self.sampler, self.seed, self.rank, self.world_size = sampler, seed, rank, world_size
-        self.epoch = self.first = 0
+        self.epoch, self.first, self.last = 0, 0, None
 
     def __len__(self):
         return len(self.sampler)
 
     def __iter__(self):
-        for place, index in islice(enumerate(self.sampler), self.first, None):
+        for place, index in islice(enumerate(self.sampler), self.first, self.last):
             yield index, seed_at(self.seed, Draw.IMAGE, self.epoch, place * self.world_size + self.rank)
 
 
@@ -145,7 +112,7 @@ def _wait_for_parents_signal(parent):
 
 def _posterize(image, bits_to_keep, **_):
     """timm's posterize; RandAugment asks it for no bits at all now and then, which Pillow refuses since version 13."""
-    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
@@ -157,16 +124,13 @@ def open_dataset(settings, split, *, is_training=False, class_names=None, in_cha
     `class_names` are those that the training split or a checkpoint has: the labels then follow them.
     """
     mode = "RGB" if in_chans == 3 else "L"
-    prefix, slash, name = settings.dataset.partition("/")
-    if not slash:
-        if prefix:
-            raise UserError(f"unknown dataset {settings.dataset}: leave --dataset empty for an image folder, or write "
-                            f"torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/NAME")
-        return _open_folder(settings, split, class_names, mode)
-    _check_dataset_name(settings.dataset, prefix.lower(), name)
+    prefix = check_name(settings.dataset)
+    if not prefix:
+        dataset, names = _open_folder(settings, split, class_names)
+        return _checked(dataset, mode, settings, is_training), names
     if settings.class_map:
-        _class_map(settings.class_map, settings.data_dir or "")
-    if prefix.lower() == "torch":
+        read_class_map(settings.class_map, settings.data_dir)
+    if prefix == "torch":
         _unpack_raw_files(settings.data_dir)
     try:
         dataset = create_dataset(
@@ -182,99 +146,52 @@ def open_dataset(settings, split, *, is_training=False, class_names=None, in_cha
             input_img_mode=mode)
     except (AssertionError, RuntimeError, ValueError, OSError, ImportError) as error:
         raise UserError(f"dataset {settings.dataset}, {split}, in {settings.data_dir}: {first_line(error)}") from error
-    names = getattr(dataset, "classes", None)
-    if prefix.lower() == "torch":
-        dataset = ImageModeDataset(dataset, mode)
-    elif isinstance(dataset, ImageDataset):
-        dataset = StrictImageDataset(settings.data_dir, reader=dataset.reader, input_img_mode=mode)
-    return dataset, list(map(str, names)) if names else None
+    labels = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+    names = getattr(dataset, "classes", None) or sorted(labels, key=labels.get)
+    return _checked(dataset, mode, settings, is_training), list(map(str, names)) if names else None
 
 
-def _open_folder(settings, split, class_names, mode):
+def _checked(dataset, mode, settings, is_training):
+    """The data set with a count of its unreadable images; in training others take their place."""
+    if isinstance(dataset, IterableImageDataset):
+        return CheckedStream(dataset.reader, mode, settings.max_bad_images)
+    return CheckedImages(dataset, mode, settings.max_bad_images, settings.seed if is_training else None)
+
+
+def _open_folder(settings, split, class_names):
+    """timm's data set of a folder or tar file, and the names of its classes."""
     if not settings.data_dir:
         raise UserError("no data: give --data-dir DIR, a folder of images sorted into class folders")
     root = Path(settings.data_dir)
     if not root.exists():
         raise UserError(f"{root}: no such folder (--data-dir)")
     if root.is_file() and split in SPLIT_NAMES[0]:
-        raise UserError(f"{root}: a tar file holds one split; to train, give a folder with {split}/CLASS/IMAGE files")
+        raise UserError(f"{root}: a tar file holds one split; to train, give a folder with {split}.tar, or with "
+                        f"{split}/CLASS/IMAGE files")
     if root.is_dir():
-        root = _split_folder(root, split)
-        _check_class_folders(root)
-    class_to_idx = _class_map(settings.class_map, root) if settings.class_map else None
+        root = find_split(root, split)
+    class_to_idx = read_class_map(settings.class_map, settings.data_dir) if settings.class_map else None
     if class_names is not None and class_to_idx is None:
         class_to_idx = {name: index for index, name in enumerate(class_names)}
-    try:
-        dataset = create_dataset("", root=str(root), search_split=False, class_map=class_to_idx or "")
-    except (AssertionError, RuntimeError, OSError) as error:
-        raise UserError(f"{root}: {first_line(error)}") from error
-    reader = dataset.reader
-    if class_to_idx is not None and root.is_dir():
-        _check_known_classes(root, class_to_idx)
-    names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
-    return StrictImageDataset(str(root), reader=reader, input_img_mode=mode), names
+    if root.is_dir():
+        reader = ClassFolders(root, class_to_idx)
+        class_to_idx = reader.class_to_idx
+        dataset = ImageDataset(str(root), reader=reader)
+    else:
+        try:
+            dataset = create_dataset("", root=str(root), class_map=class_to_idx or "")
+        except (AssertionError, ValueError, OSError, tarfile.TarError) as error:
+            raise UserError(f"{root}: not a readable tar file of CLASS/IMAGE files ({first_line(error)})") from error
+        class_to_idx = dataset.reader.class_name_to_idx
+    return dataset, sorted(class_to_idx, key=class_to_idx.get)
 
 
-def _split_folder(root, split):
-    """root/split, or its other usual name; for validation also root itself, where it holds classes and no split."""
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-    synonyms = next((names for names in SPLIT_NAMES if split in names), ())
-    for name in (split, *synonyms):
-        if name in folders:
-            return root / name
-    if split in SPLIT_NAMES[1] and folders and not any(name in folders for names in SPLIT_NAMES for name in names):
-        log.info(f"{root} has no folder for a split: all of its images are taken for {split}")
-        return root
-    raise UserError(f"{root}: no folder {split}, but {', '.join(folders[:8]) or 'none at all'}; images belong in "
-                    f"{root / split}/CLASS/")
-
-
-def _check_class_folders(root):
-    """Each folder without subfolders is a class. timm makes classes of images elsewhere too, and passes over images of
-    other formats: here these are mistakes, as is a class without an image."""
-    endings = get_img_extensions()
-    classes = 0
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        ending_of = {name: os.path.splitext(name)[1].lower() for name in files}
-        others = sorted(name for name, ending in ending_of.items() if ending in OTHER_IMAGES)
-        if others:
-            raise UserError(f"{Path(folder, others[0])}{_and_more(others)}: only {', '.join(endings)} are read; "
-                            f"convert such images to PNG or JPEG, or take them away")
-        images = sorted(name for name, ending in ending_of.items() if ending in endings)
-        if Path(folder) == root:
-            if images:
-                raise UserError(f"{root / images[0]}{_and_more(images)}: an image outside of the class folders; move "
-                                f"it to {root}/CLASS/, or take it away")
-            continue
-        if subfolders:
-            if images:
-                raise UserError(f"{folder}: holds both images ({images[0]}{_and_more(images)}) and the folder "
-                                f"{min(subfolders)}; a class folder holds images alone")
-            continue
-        classes += 1
-        if not images:
-            raise UserError(f"{folder}: class folder without an image ({', '.join(endings)}); add some, or remove it")
-    if classes == 0:
-        raise UserError(f"{root}: no class folders; it should hold CLASS/IMAGE files")
-
-
-def _and_more(names):
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _check_known_classes(root, class_to_idx):
-    for folder, subfolders, _ in os.walk(root, followlinks=True):
-        name = os.path.basename(folder)
-        if not subfolders and Path(folder) != root and name not in class_to_idx:
-            raise UserError(f"{folder}: class {name} is not among the {len(class_to_idx)} known classes"
-                            f"{nearest(name, class_to_idx)}, those of training split, checkpoint or --class-map")
-
-
-def _class_map(path, root):
+def read_class_map(path, root):
+    """{class: label} of a text file, which lies at `path` or, as in timm, in the folder `root`."""
     if Path(path).suffix.lower() != ".txt":
         raise UserError(f"--class-map {path}: must be a .txt file with one class name a line")
     try:
-        file = path if os.path.exists(path) else Path(root, path)
+        file = path if os.path.exists(path) else Path(root or "", path)
         lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
         seen = {""}
         for number, name in enumerate(lines, 1):
@@ -282,18 +199,28 @@ def _class_map(path, root):
                 raise UserError(f"--class-map {path}: line {number} {f'repeats {name}' if name else 'is empty'}; it "
                                 f"should hold each class name once, one a line")
             seen.add(name)
-        return load_class_map(path, str(root))
+        return load_class_map(path, str(root or ""))
     except (AssertionError, OSError, ValueError) as error:
         raise UserError(f"--class-map {path}: {first_line(error)}") from error
 
 
-def _check_dataset_name(full, prefix, name):
+def check_name(dataset):
+    """The kind of a data set, '' for a folder or tar file. An unknown name is a UserError."""
     prefixes = ("torch", "hfds", "hfids", "tfds", "wds")
+    prefix, slash, name = dataset.partition("/")
+    prefix = prefix.lower()
+    if not slash:
+        if prefix:
+            raise UserError(f"unknown dataset {dataset}: leave --dataset empty for an image folder, or write "
+                            f"{', '.join(f'{kind}/NAME' for kind in prefixes)}")
+        return ""
     if prefix not in prefixes:
-        raise UserError(f"unknown dataset {full}{nearest(prefix, prefixes)}: it must begin with {', '.join(prefixes)}")
+        raise UserError(f"unknown dataset {dataset}{nearest(prefix, prefixes)}: it must begin with "
+                        f"{', '.join(prefixes)}")
     if prefix == "torch" and name.lower() not in (*TORCH_DATASETS, "inat", "folder"):
-        raise UserError(f"unknown dataset {full}{nearest(name.lower(), TORCH_DATASETS)}: timm reads torch/ data sets "
-                        f"{', '.join(TORCH_DATASETS)}")
+        raise UserError(f"unknown dataset {dataset}{nearest(name.lower(), TORCH_DATASETS)}: timm reads torch/ data "
+                        f"sets {', '.join(TORCH_DATASETS)}")
+    return prefix
 
 
 def _unpack_raw_files(root):
@@ -406,7 +333,9 @@ def epoch_batches(loader, settings, process, epoch, first=0):
         return islice(iter(loader), first, None)
     loader.sampler.set_epoch(order)
     draws = loader.batch_sampler.sampler
-    draws.epoch, draws.first = epoch, first * settings.batch_size
+    # Not the batches after the last update: workers would read some of them, and count the bad images there, or not.
+    last = len(loader) // settings.grad_accum_steps * settings.grad_accum_steps
+    draws.epoch, draws.first, draws.last = epoch, first * settings.batch_size, last * settings.batch_size
     return iter(loader)
 
 

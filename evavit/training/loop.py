@@ -16,6 +16,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import Preempted, UserError
+from .images import UNREADABLE
 from .process import Draw
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Position:
     grad_norm: float = 0.0
     skipped: int = 0        # updates of this epoch whose loss or gradient was not finite
     streak: int = 0         # the same, in a row up to now
+    bad: dict = dataclasses.field(default_factory=dict)  # unreadable images of this epoch, see `images.BadImages.met`
     seconds: float = 0.0    # time spent in this epoch, and the part of it in which the host waited for data
     waited: float = 0.0
 
@@ -54,6 +56,7 @@ class Run:
     mixup: Any
     settings: Any
     process: Any
+    bad: Any                # the training set's `images.BadImages`
     updates_per_epoch: int
     epochs: int
     images_per_update: int
@@ -214,12 +217,12 @@ def memory(device):
 def train_epoch(run, position, batches, requests, write, keep):
     """Train from `position` to the end of its epoch, moving `position` along. Returns the epoch's figures.
 
-    `batches` begins with the position's. `write(update, name, value)` takes the scalars every `log_interval` updates,
-    `keep(position)` saves where `requests` asks for it, which all processes learn in the same update. An update that is
-    not finite is skipped.
+    `batches` begins with the position's, and `run.bad` with the bad images that the position knows.
+    `write(update, name, value)` takes the scalars every `log_interval` updates, `keep(position)` saves where `requests`
+    asks for it, which all processes learn in the same update. An update that is not finite is skipped.
 
     Raises:
-        UserError: `max_skipped` updates in a row were not finite, or the data ended, in all processes alike.
+        UserError: `max_skipped` updates in a row were not finite, too many images were unreadable, or the data ended.
         Preempted: a signal asked to stop; the state has been kept.
     """
     task, settings, process = run.task, run.settings, run.process
@@ -236,6 +239,8 @@ def train_epoch(run, position, batches, requests, write, keep):
         if not any(asked):
             return
         ledger.enter(figures.take())  # everything that the weights have seen is in the position
+        run.bad.review(process)
+        position.bad = dict(run.bad.met)
         keep(position)
         if asked[1]:
             process.wait()  # for the first process to have written
@@ -265,6 +270,8 @@ def train_epoch(run, position, batches, requests, write, keep):
         about = update, run.optimizer.param_groups[0]["lr"]
         if run.schedule is not None:
             run.schedule.step_update(epoch * run.updates_per_epoch + update + 1)
+        done = update + 1
+        run.bad.review(process, together=done % settings.log_interval == 0 or done == run.updates_per_epoch)
         serve(ledger.enter(figures.put(about, torch.stack((loss, norm.float(), save, stop)))))
     serve(ledger.enter(figures.take()))
     counted, seconds = position.update - position.skipped, max(position.seconds, 1e-9)
@@ -272,6 +279,7 @@ def train_epoch(run, position, batches, requests, write, keep):
         loss=position.loss / counted if counted else math.nan,
         grad_norm=position.grad_norm / counted if counted else math.nan,
         skipped=position.skipped,
+        bad_images=len(run.bad.met),
         images_per_second=position.update * run.images_per_update / seconds,
         data_wait=position.waited / seconds)
 
@@ -303,26 +311,37 @@ def _forward_backward(run, images, target):
 
 @torch.no_grad()
 def evaluate(model, loader, evaluator_of, settings, process, name="validation", first_batch=None):
-    """Loss, top-1 and top-5 (percent) over every image once, whatever the number of processes.
+    """Loss, top-1 and top-5 (percent) over every image once, whatever the number of processes. Unreadable images are
+    left out: the number of images that comes back with the metrics is without them.
 
     `first_batch(images, target, output)` is called with the first batch.
     """
     model.eval()
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    evaluator = evaluator_of(max_samples=evaluation_sample_limit(loader))
+    evaluator = evaluator_of(max_samples=None)
+    bad, left = loader.dataset.bad, evaluation_sample_limit(loader)
+    bad.begin()
     progress = Progress(len(loader), settings.log_interval, process.primary)
     for step, (images, target) in enumerate(loader, 1):
         if settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(settings, process.device):
             output = model(images)
+        if left is not None:  # what comes after it makes the processes even
+            images, output, target, left = images[:left], output[:left], target[:left], max(0, left - len(target))
+        if bad.count:
+            readable = target != UNREADABLE
+            images, output, target = images[readable], output[readable], target[readable]
+            bad.review(process, together=False)
         evaluator.update(output, target)
-        if step == 1 and first_batch is not None:
+        if first_batch is not None and len(images):
             first_batch(images, target, output)
+            first_batch = None
         if progress.live:
             running = evaluator.summary()
             progress.show(step, (name, f"loss {running['loss']:.4f}  top-1 {running['top1']:.2f}"))
+    bad.review(process)
     metrics = dict(evaluator.compute(distributed=process.distributed))
     images = evaluator.counts[0].clone()
     if process.distributed:

@@ -101,6 +101,8 @@ OPTIONS = (
     Option("train_num_samples", int, None, "training images in an iterable data set that does not say", low=1),
     Option("val_num_samples", int, None, "validation images in an iterable data set that does not say", low=1),
     Option("num_samples", int, None, "images in an iterable data set that does not say", low=1, scripts=("validate",)),
+    Option("max_bad_images", float, 0.001, "unreadable images that an epoch may have, as a share of the data set; more "
+           "stop the run", low=0, high=1, scripts=BOTH),
     # model
     Option("model", str, None, "name of a model of evavit or timm", short="-m", scripts=ALL),
     Option("model_kwargs", dict, None, "arguments of the model, key=value …, joined key by key with the YAML file's",
@@ -114,9 +116,10 @@ OPTIONS = (
     Option("input_size", int, None, "channels, height and width, for images that are not square", count=3, low=1,
            scripts=ALL),
     Option("crop_pct", float, None, "share of the image that the centre crop of validation keeps", low=0.01,
+           high=1, scripts=ALL),
+    Option("mean", float, None, "mean of each channel, of values in 0…1", count="+", low=0, high=1, scripts=ALL),
+    Option("std", float, None, "standard deviation of each channel, of values in 0…1", count="+", low=1e-4, high=1,
            scripts=ALL),
-    Option("mean", float, None, "mean of each channel, of values in 0…1", count="+", scripts=ALL),
-    Option("std", float, None, "standard deviation of each channel", count="+", scripts=ALL),
     Option("interpolation", str, None, "resizing in validation, and in training unless train_interpolation is set",
            choices=("bilinear", "bicubic", "nearest", "lanczos"), scripts=ALL),
     Option("drop", float, None, "dropout before the classifier", low=0, high=1),
@@ -160,7 +163,7 @@ OPTIONS = (
     Option("no_aug", bool, False, "training images are resized and cropped like those of validation"),
     Option("train_interpolation", str, None, "resizing in training",
            choices=("random", "bilinear", "bicubic", "nearest", "lanczos")),
-    Option("scale", float, None, "range of the random crop's area; default 0.08 1.0", count=2, low=0),
+    Option("scale", float, None, "range of the random crop's area; default 0.08 1.0", count=2, low=0, high=1),
     Option("ratio", float, None, "range of the random crop's aspect ratio; default 0.75 1.333", count=2, low=0),
     Option("hflip", float, 0.5, "probability of a horizontal flip", low=0, high=1),
     Option("vflip", float, 0.0, "probability of a vertical flip", low=0, high=1),
@@ -196,6 +199,7 @@ OPTIONS = (
     Option("workers", int, 4, "data loading processes, for each training process", short="-j", low=0, scripts=BOTH),
     Option("pin_mem", bool, False, "page-locked memory for the copies to a GPU", scripts=BOTH),
     Option("seed", int, 42, "seed of weights, sample order, augmentation and noise", low=0, high=2**31 - 1),
+    Option("dry_run", bool, False, "print what the run would be, and stop; no image is read, no GPU touched"),
     # output
     Option("output", str, "output", "folder of the runs"),
     Option("experiment", str, None, "name of this run's folder in output; default: time, model, image size"),

@@ -7,6 +7,7 @@ repeated augmentation works without several processes.
 import logging
 import os
 import random
+import re
 import sys
 from dataclasses import dataclass
 from enum import IntEnum
@@ -54,12 +55,16 @@ class Process:
             tensor = tensor / self.world_size
         return tensor
 
+    def gather(self, item):
+        """The items of all processes, in the order of their ranks."""
+        items = [item] * self.world_size
+        if self.distributed:
+            dist.all_gather_object(items, item)
+        return items
+
     def agree(self, value, remark):
         """UserError with `remark(values)` in all processes, unless `value` is the same in each."""
-        values = [value]
-        if self.distributed:
-            values = [None] * self.world_size
-            dist.all_gather_object(values, value)
+        values = self.gather(value)
         if any(other != values[0] for other in values):
             raise UserError(remark(values))
 
@@ -103,12 +108,16 @@ def _restarted_rendezvous(_, **kwargs):
 dist.register_rendezvous_handler("restarted", _restarted_rendezvous)
 
 
+def check_device(device):
+    if device and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: takes cpu, cuda or cuda:N")
+
+
 def start_process(device=None):
     """Choose the device, join the group, and let only the first process log."""
+    check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: takes cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
     try:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import timm
@@ -40,27 +41,65 @@ def check_settings(settings):
     if s.resume == "auto" and not s.experiment:
         raise UserError("--resume auto looks in this run's folder: name it with --experiment")
     Requests(s.checkpoint_interval)
-    if s.torchcompile_mode and not s.torchcompile:
-        raise UserError("torchcompile_mode does nothing without torchcompile; add --torchcompile")
-    if s.bce_target_thresh is not None and not s.bce_loss:
-        raise UserError("bce_target_thresh does nothing without bce_loss; add --bce-loss")
     if s.smoothing >= 1:
         raise UserError(f"smoothing {s.smoothing:g} leaves nothing of the label: it must be less than 1")
     if s.clip_grad == 0:
         raise UserError("clip_grad 0 lets no gradient through: give a bound above 0, or leave it out for no clipping")
-    if s.sched == "step" and s.decay_epochs == 0:
-        raise UserError("decay_epochs 0: the step schedule needs a number of epochs above 0 between steps")
     if s.ratio and s.ratio[0] == 0:
         raise UserError(f"ratio {s.ratio}: an aspect ratio must be above 0")
+    if s.scale and s.scale[1] == 0:
+        raise UserError(f"scale {s.scale}: the crop's area must be above 0")
+    if s.layer_decay == 0:
+        raise UserError("layer_decay 0 trains nothing but the head: give a factor above 0, or leave it out")
+    _check_schedule(s)
+    _check_idle(s)
+    if not s.train_split or not s.val_split:
+        raise UserError("train_split and val_split name splits: they must not be empty")
+    if s.experiment and ".." in Path(s.experiment).parts:
+        raise UserError(f"experiment {s.experiment}: a folder inside of --output, so without ..")
+    if s.torchcompile:
+        check_compile_backend(s.torchcompile)
+    image_channels(s)
     optimizer = get_optimizer_info(s.opt.lower())
     if optimizer.second_order:
         raise UserError(f"opt {s.opt} needs second derivatives, which train.py does not compute; choose another --opt")
-    if s.opt_betas and optimizer.has_betas and len(s.opt_betas) != optimizer.num_betas:
+    if s.opt_betas and not optimizer.has_betas:
+        raise UserError(f"opt_betas {s.opt_betas}: {s.opt} has none; leave them out, or choose another --opt")
+    if s.opt_betas and len(s.opt_betas) != optimizer.num_betas:
         raise UserError(f"opt_betas {s.opt_betas}: {s.opt} takes {optimizer.num_betas} numbers")
     for name in ("scale", "ratio"):
         bounds = getattr(s, name)
         if bounds and bounds[0] > bounds[1]:
             raise UserError(f"{name} {bounds}: the first number is the smaller one")
+
+
+def _check_schedule(s):
+    if s.sched == "step" and not s.decay_epochs:
+        raise UserError(f"decay_epochs {s.decay_epochs}: the step schedule needs a number of epochs above 0 between "
+                        f"steps")
+    if s.sched == "multistep":
+        milestones = s.decay_milestones
+        if any(a >= b for a, b in pairwise(milestones)):
+            raise UserError(f"decay_milestones {milestones} must rise")
+        if milestones[-1] >= s.epochs:
+            raise UserError(f"decay_milestones {milestones}: the run ends after {s.epochs} epochs, before the last of "
+                            f"them")
+
+
+def _check_idle(s):
+    """Settings that do nothing without another one, or beside it."""
+    for name, given, other in (
+            ("torchcompile_mode", s.torchcompile_mode, "torchcompile"),
+            ("bce_target_thresh", s.bce_target_thresh is not None, "bce_loss"),
+            ("no_resume_opt", s.no_resume_opt, "resume"),
+            ("model_ema_warmup", s.model_ema_warmup, "model_ema")):
+        if given and not getattr(s, other):
+            raise UserError(f"{name} does nothing without {other}; add --{other.replace('_', '-')}")
+    if s.mixup_off_epoch and not mixes(s):
+        raise UserError("mixup_off_epoch does nothing without mixup or cutmix; leave it out")
+    if s.no_aug and (s.aa or s.reprob):
+        raise UserError(f"no_aug turns augmentation off: {f'aa {s.aa}' if s.aa else f'reprob {s.reprob:g}'} would do "
+                        f"nothing; leave one of them out")
 
 
 def mixes(settings):
@@ -130,8 +169,11 @@ FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")  # timm's names of opti
 LARGE = 200e6  # parameters above which no trial pass is made on the CPU
 
 
-def build_model(settings, num_classes):
-    """The model by its name, with the weights it starts from; whatever timm or the model refuses is a UserError."""
+def build_model(settings, num_classes, device=None):
+    """The model by its name, with the weights it starts from; whatever timm or the model refuses is a UserError.
+
+    With a device, such as meta, it is built there without those weights: to look at, not to train.
+    """
     train = vars(settings)
     kwargs = dict(settings.model_kwargs or {})
     for name, instead in OWN_OPTIONS.items():
@@ -146,23 +188,23 @@ def build_model(settings, num_classes):
             num_classes=num_classes,
             drop_rate=train.get("drop"),
             drop_path_rate=train.get("drop_path"),
-            **_pretrained_file(settings, num_classes),
+            **(dict(device=device) if device else _pretrained_file(settings, num_classes)),
             **kwargs)
         model = timm.create_model(**arguments)
+        if train.get("grad_checkpointing"):
+            model.set_grad_checkpointing(True)
     except UserError:
         raise
     except Exception as error:  # each model has its own errors for arguments that do not fit
         raise UserError(f"model {settings.model} {_shown(kwargs)}: {first_line(error)[:400]}") from error
-    if train.get("initial_checkpoint"):
+    if train.get("initial_checkpoint") and not device:
         load_weights(model, settings.initial_checkpoint)
-    if train.get("grad_checkpointing"):
-        model.set_grad_checkpointing(True)
     return model
 
 
 @torch.no_grad()
 def try_model(model, input_size, settings):
-    """Pass two empty images through the model on the CPU: arguments that only fail then are a UserError as well."""
+    """Pass two empty images through the model where it is: arguments that only fail then are a UserError as well."""
     if sum(p.numel() for p in model.parameters()) > LARGE:
         return
     training = model.training
@@ -170,7 +212,7 @@ def try_model(model, input_size, settings):
     about = f"model {settings.model} {_shown(settings.model_kwargs or {})}, images {'×'.join(map(str, input_size))}"
     try:
         with torch.random.fork_rng(devices=[]):
-            logits = model(torch.zeros(2, *input_size))
+            logits = model(torch.zeros(2, *input_size, device=next(model.parameters()).device))
     except Exception as error:  # each model has its own errors for images that do not fit
         raise UserError(f"{about}: {first_line(error)[:400]}") from error
     model.train(training)
@@ -283,7 +325,7 @@ def build_optimizer(model, settings, lr):
     try:
         return create_optimizer_v2(
             model, **{**optimizer_kwargs(settings), "lr": lr}, **(dict(fused=True) if fused else {}))
-    except (AssertionError, TypeError, ValueError, ImportError) as error:
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError, ImportError) as error:
         raise UserError(f"optimizer {settings.opt}: {first_line(error)}") from error
 
 
@@ -292,7 +334,7 @@ def build_schedule(optimizer, settings, updates_per_epoch):
     kwargs = {**scheduler_kwargs(settings), "decay_epochs": settings.decay_epochs}
     try:
         return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"schedule {settings.sched}: {first_line(error)}") from error
 
 

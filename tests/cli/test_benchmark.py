@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import MODEL as TINY
+from runs import QUICK
 
 from evavit import benchmarking
 from evavit.benchmarking import COLUMNS, Setting, bench_layer, bench_model, bench_op, is_done, store_rows, traffic
@@ -329,3 +331,22 @@ def test_models_on_a_gpu(call, tmp_path):
     rows = read(path)
     assert code == 0 and [row["backend"] for row in rows] == ["triton", "sdpa"] * 2, err
     assert all(float(row["peak_memory_mib"]) > 0 and float(row["img_per_s"]) > 0 for row in rows)
+
+
+def test_loader_and_step(call, images, tmp_path):
+    """--bench data: rates of the loader alone, of the step alone, of both; a row for each number of workers."""
+    flags = [*TINY, *QUICK, "--data-dir", images, "--num-classes", "3", "--seconds", "0.3", "--repeats", "1",
+             "--workers-list", "0", "1", "--results-file", tmp_path / "new" / "data.csv"]
+    code, _, err = call("benchmark", "--bench", "data", *flags)
+    assert code == 0, err
+    rows = read(tmp_path / "new" / "data.csv")
+    assert [(row["bench"], row["workers"], row["batch_size"], row["images"]) for row in rows] == [
+        ("data", "0", "4", "24"), ("data", "1", "4", "24")]
+    for row in rows:
+        alone, step, both = (float(row[name]) for name in ("img_per_s", "step_img_per_s", "both_img_per_s"))
+        assert min(alone, step, both) > 0 and 0 <= float(row["wait_share"]) <= 100
+        assert float(row["step_share"]) == pytest.approx(100 * step / alone, rel=0.01)
+    assert float(rows[0]["cpu_ms_per_img"]) > 0 and not rows[1]["cpu_ms_per_img"]
+    (tmp_path / "other.csv").write_text("a,b\n")
+    code, _, err = call("benchmark", "--bench", "data", *flags[:-1], tmp_path / "other.csv", "--loader-only")
+    assert code == 2 and "other columns" in err and err.count("\n") == 1

@@ -10,25 +10,12 @@ import time
 
 import pytest
 import torch
-from runs import DRAWN, MODEL, QUICK, ROOT, assert_same_run, command, rows, scalars, start, wait_for
+from runs import DRAWN, MODEL, QUICK, ROOT, assert_same_run, command, rows, scalars, signal_at, start, wait_for
 
 from evavit.training.errors import PREEMPTED
-from evavit.training.requests import Requests
 
 RESUMED = [*DRAWN, "--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates", "--grad-accum-steps", "2",
            "-b", "2", "--clip-grad", "1", "--resume", "auto"]
-
-
-def signal_at(monkeypatch, moments, number=signal.SIGTERM):
-    """Send this process a signal after each of these updates of the run."""
-    now = Requests.now
-
-    def signalled(requests, update, last):
-        if update in moments:
-            os.kill(os.getpid(), number)
-        return now(requests, update, last)
-
-    monkeypatch.setattr(Requests, "now", signalled)
 
 
 def test_a_stop_within_an_epoch_changes_nothing(train, call, images, tmp_path, monkeypatch):

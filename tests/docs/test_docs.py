@@ -11,6 +11,7 @@ import timm
 import torch
 
 import evavit  # noqa: F401
+from evavit.training import throughput
 from evavit.training.options import parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,8 +131,9 @@ def test_commands_parse(page, line, monkeypatch):
     assert given
 
 
-def test_benchmark_commands_parse():
+def test_benchmark_commands_parse(monkeypatch):
     """Flags and values of every command line that starts benchmark.py."""
+    monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location('evavit_script_benchmark', ROOT / 'benchmark.py')
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
@@ -139,15 +141,20 @@ def test_benchmark_commands_parse():
              if re.match(r' {4}python benchmark\.py ', line)]
     assert len(lines) >= 3
     for line in lines:
-        benchmark.parse(shlex.split(line)[2:])
+        words = shlex.split(line)[2:]
+        if words[:2] == ['--bench', 'data']:
+            throughput.parse(words[2:])
+        else:
+            benchmark.parse(words)
 
 
 def test_a_readme_command_was_found():
     assert len(commands('README.md')) >= 6
 
 
-def test_tables_are_fresh():
-    script = ROOT / 'tools' / 'tables.py'
+@pytest.mark.parametrize('name', ['tables.py', 'scaling.py'])
+def test_tables_are_fresh(name):
+    script = ROOT / 'tools' / name
     done = subprocess.run([sys.executable, script, '--check'], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -9,7 +9,6 @@ import timm
 import torch
 from timm.models import get_model_args, get_model_input_config
 from timm.optim import create_optimizer_v2
-from torch.utils.flop_counter import FlopCounterMode
 
 import evavit  # noqa: F401
 from evavit.layers import EvaAttention
@@ -34,18 +33,16 @@ def run(model, size=(224, 224), batch=1):
         return model(torch.randn(batch, 3, *size))
 
 
-@pytest.mark.parametrize('name, parameters, multiply_adds', [
-    ('eva_deit_tiny', '5.8', '1.2'),
-    ('eva_deit_small', '22.2', '4.4'),
-    ('eva_deit_tiny_784', '5.8', '4.6'),
-    ('eva_pvt_v2_b3', '36.1', '7.4'),
+@pytest.mark.parametrize('name, parameters', [
+    ('eva_deit_tiny', '5.8'),
+    ('eva_deit_small', '22.2'),
+    ('eva_deit_tiny_784', '5.8'),
+    ('eva_pvt_v2_b3', '36.1'),
 ])
-def test_published_size(name, parameters, multiply_adds):
-    model = timm.create_model(name, device='meta').eval()
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randn(1, 3, 224, 224, device='meta'))
+def test_published_parameters(name, parameters):
+    """The multiply-adds are held against the paper by tools/zoo.py, which tests/docs runs."""
+    model = timm.create_model(name, device='meta')
     assert f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}' == parameters
-    assert f'{counter.get_total_flops() / 2e9:.1f}' == multiply_adds
 
 
 def test_registered():

@@ -15,7 +15,7 @@ from evavit.training.errors import UserError
 def settings_of(**given):
     defaults = dict(data_dir=None, dataset="", dataset_download=False, class_map=None, batch_size=4, num_classes=None,
                     in_chans=None, img_size=None, input_size=None, mean=None, std=None, interpolation=None,
-                    crop_pct=None)
+                    crop_pct=None, max_bad_images=0.0, seed=0)
     return argparse.Namespace(**{**defaults, **given})
 
 

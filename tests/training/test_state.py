@@ -28,7 +28,7 @@ def run_of(*flags):
     optimizer.step()
     return loop.Run(
         task=ClassificationTask(model, verbose=False), optimizer=optimizer,
-        stepper=loop.Stepper(settings, ONE.device), schedule=None, mixup=None, settings=settings, process=ONE,
+        stepper=loop.Stepper(settings, ONE.device), schedule=None, mixup=None, settings=settings, process=ONE, bad=None,
         updates_per_epoch=10, epochs=3, images_per_update=4)
 
 

@@ -1,0 +1,181 @@
+"""How many images the loader gives a second, alone and beside the training step (`benchmark.py --bench data`)."""
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from ..benchmarking import origin
+from . import data, loop, recipe
+from .errors import UserError
+from .options import parse_settings
+from .process import start_process
+
+LEAST = 500_000  # images that a pass can draw: more than 16 processes read in half a minute
+
+
+def parse(argv):
+    """The measurement's own flags, and the settings: of train.py, which say what is loaded and how."""
+    parser = argparse.ArgumentParser(prog="benchmark.py --bench data", allow_abbrev=False, add_help=False)
+    parser.add_argument("--workers-list", type=int, nargs="+", help="numbers of loader processes to measure")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each of the repeats")
+    parser.add_argument("--repeats", type=int, default=3, help="the figures are the medians of so many passes")
+    parser.add_argument("--loader-only", action="store_true", help="leave the training step out")
+    parser.add_argument("--results-file", help="CSV file to append the rows to")
+    own, rest = parser.parse_known_args(argv)
+    return own, parse_settings("train", rest)[0]
+
+
+def main(argv):
+    """Print a row for each number of workers."""
+    own, settings = parse(argv)
+    recipe.check_settings(settings)
+    process = start_process(settings.device)
+    for workers in own.workers_list or [settings.workers]:
+        settings.workers = workers
+        row = measure(settings, process, own.seconds, own.repeats, own.loader_only) | origin(process.device)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        if own.results_file:
+            append(Path(own.results_file), row)
+    torch.distributed.destroy_process_group()
+
+
+def append(path, row):
+    """Put a row at the end of a CSV file, which is made if missing. UserError where it has other columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(row)
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            columns = next(csv.reader(file), [])
+        if set(columns) != set(row):
+            raise UserError(f"--results-file {path}: has other columns; name another file")
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def measure(settings, process, seconds, repeats, loader_only=False):
+    """One row. img_per_s is the loader's alone, its batches on the device and normalised; step_img_per_s that of the
+    training step on one fixed batch; step_share the loader's time in percent of the step's, above 100 where the loader
+    is the slower one; both_img_per_s that of training from the loader; wait_share the percentage of that time in which
+    the loop waits for a batch."""
+    train_set, _, names = data.open_training_sets(settings)
+    images = len(train_set)
+    model = recipe.build_model(settings, data.class_count(settings, names)).to(process.device)
+    model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
+    config = data.resolve_input(settings, model)
+    if not isinstance(train_set, torch.utils.data.IterableDataset):
+        train_set = Repeated(train_set, LEAST)
+    loader = data.train_loader(train_set, settings, config, process)
+    step = None if loader_only else _training_step(model, settings, process)
+    alone, cpus, both, waits, steps = [], [], [], [], []
+    for epoch in range(repeats):
+        rate, _, cpu = _pass(loader, settings, process, seconds, epoch)
+        alone.append(rate)
+        cpus.append(cpu)
+        if step:
+            rate, wait, _ = _pass(loader, settings, process, seconds, epoch, step)
+            both.append(rate)
+            waits.append(wait)
+            steps.append(_step_rate(step, settings, config, model, process, seconds / 3))
+    row = {
+        "bench": "data", "model": settings.model, "dataset": settings.dataset or "folder", "images": images,
+        "batch_size": settings.batch_size, "workers": settings.workers, "cpus": len(os.sched_getaffinity(0)),
+        "aa": settings.aa or "", "amp": settings.amp_dtype if settings.amp else "float32",
+        "img_per_s": round(statistics.median(alone), 1),
+        # Without workers all of the work is this process's: its processor time is the same on a machine that is shared.
+        "cpu_ms_per_img": "" if settings.workers else round(statistics.median(cpus), 2)}
+    if step:
+        step_rate = statistics.median(steps)
+        row |= {
+            "step_img_per_s": round(step_rate, 1), "step_share": round(100 * step_rate / statistics.median(alone), 1),
+            "both_img_per_s": round(statistics.median(both), 1), "wait_share": round(100 * statistics.median(waits), 1)}
+    return row
+
+
+def _training_step(model, settings, process):
+    optimizer = recipe.build_optimizer(model, settings, 1e-4)
+    mixup = recipe.build_mixup(settings, model.num_classes)
+    task = recipe.build_task(model.train(), settings, process.device)
+    recipe.compile_and_distribute(task, settings, process)
+
+    def step(images, target):
+        if mixup is not None:
+            images, target = mixup(images, target)
+        with loop.autocast(settings, process.device):
+            loss = task(images, target)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _synchronise(process):
+    if process.device.type == "cuda":
+        torch.cuda.synchronize(process.device)
+
+
+def _pass(loader, settings, process, seconds, epoch, step=None):
+    """Images a second, and the share of the time spent waiting, over about `seconds` after the workers' start: as many
+    batches as they hold ready are not counted, since they were made before the clock ran."""
+    held = 2 * settings.workers + 2
+    done, waited, start = 0, 0.0, None
+    asked = time.perf_counter()
+    for count, (images, target) in enumerate(data.epoch_batches(loader, settings, process, epoch)):
+        now = time.perf_counter()
+        if start is not None:
+            waited += now - asked
+            done += len(images)
+        if step is not None:
+            step(images, target)
+        if step is not None or (start is None and count >= held):
+            _synchronise(process)
+        if start is None and count >= held:
+            start, cpu = time.perf_counter(), time.process_time()
+        asked = time.perf_counter()
+        if start is not None and asked - start > seconds:
+            break
+    return done / (asked - start), waited / (asked - start), 1e3 * (time.process_time() - cpu) / max(1, done)
+
+
+class Repeated(torch.utils.data.Dataset):
+    """A small data set gone through again and again, so that one start of the workers serves a whole pass."""
+
+    def __init__(self, dataset, least):
+        self.dataset, self.length = dataset, max(len(dataset), least)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return self.dataset[index % len(self.dataset)]
+
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform):
+        self.dataset.transform = transform
+
+
+def _step_rate(step, settings, config, model, process, seconds):
+    images = torch.randn(settings.batch_size, *config["input_size"], device=process.device)
+    target = torch.randint(model.num_classes, (settings.batch_size,), device=process.device)
+    for _ in range(3):
+        step(images, target)
+    _synchronise(process)
+    start, done = time.perf_counter(), 0
+    while done < 2 or time.perf_counter() - start < seconds:
+        step(images.clone(), target)
+        _synchronise(process)
+        done += 1
+    return done * len(images) / (time.perf_counter() - start)

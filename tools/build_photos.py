@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Write photographs of ImageNet's usual size as an image folder: python tools/build_photos.py DIR [--images 256]
+
+JPEGs of 500 × 375 pixels, about 100 KB each: crops, mirrored and tinted, of the two photographs that scikit-learn
+carries. DIR/train and DIR/validation, ten classes without meaning. They are for timing the loader, not for learning.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+WIDTH, HEIGHT, CLASSES = 500, 375, 10
+
+
+def write(folder, count, seed):
+    photos = load_sample_images().images
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        target = folder / f"{number % CLASSES}"
+        target.mkdir(parents=True, exist_ok=True)
+        photo = photos[number % len(photos)]
+        top, left = rng.integers(photo.shape[0] - HEIGHT + 1), rng.integers(photo.shape[1] - WIDTH + 1)
+        crop = photo[top:top + HEIGHT, left:left + WIDTH][:, ::rng.choice((-1, 1))]
+        tinted = (crop * rng.uniform(0.8, 1.2, 3) + rng.normal(0, 4, crop.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(tinted).save(target / f"{number:05d}.jpg", quality=90)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=256, help="images to train on; an eighth as many to validate on")
+    args = parser.parse_args()
+    for split, count in (("train", args.images), ("validation", max(CLASSES, args.images // 8))):
+        write(args.folder / split, count, seed=len(split))
+    sizes = [path.stat().st_size for path in args.folder.glob("train/*/*.jpg")]
+    print(f"{args.folder}: {len(sizes)} images to train on, {np.mean(sizes) / 1024:.0f} KiB on average")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
