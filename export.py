@@ -108,9 +108,9 @@ def write(model, output, data_config, class_names, settings):
 def report_operators(output):
     operators = exporting.onnx_operators(output)
     log.info("operators: " + ", ".join(f"{name} ×{count}" for name, count in sorted(operators.items())))
-    foreign = sorted(set(operators) - exporting.TENSORRT_OPERATORS)
-    if foreign:
-        log.warning(f"TensorRT's parser may not read {', '.join(foreign)}")
+    objections = exporting.tensorrt_objections(output)
+    if objections:
+        log.warning(f"TensorRT's parser may not read {', '.join(objections)}")
 
 
 def check_forward(model, output, input_size, settings):

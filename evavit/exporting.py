@@ -5,7 +5,7 @@
 import copy
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Dict, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 from timm.utils.onnx import onnx_export
@@ -15,21 +15,29 @@ from evavit.layers.attention import GridAttention
 
 __all__ = [
     'PRECISIONS', 'TENSORRT_OPERATORS', 'fixed_image_size', 'load_exported', 'lower_precision', 'onnx_operators',
-    'relative_error', 'to_onnx', 'to_package', 'to_program',
+    'relative_error', 'tensorrt_objections', 'to_onnx', 'to_package', 'to_program',
 ]
 
 PRECISIONS = ('float32', 'bfloat16', 'float16', 'int8')
 MAX_BATCH = 1024  # upper end of the dynamic batch of programs and packages
 
-# What models like these are made of, and TensorRT's parser reads without a restriction that they meet: from the table
-# of operators of onnx-tensorrt for TensorRT 10.15. Resize is not among them, for it reads no cubic one.
-TENSORRT_OPERATORS = frozenset((
-    'Add', 'And', 'Cast', 'Concat', 'Constant', 'ConstantOfShape', 'Conv', 'Div', 'Equal', 'Erf', 'Exp', 'Expand',
-    'Floor', 'Gather', 'GatherElements', 'GatherND', 'Gelu', 'Gemm', 'GlobalAveragePool', 'Greater', 'Identity',
-    'LayerNormalization', 'Less', 'Log', 'MatMul', 'Max', 'Min', 'Mod', 'Mul', 'Neg', 'Not', 'Or', 'Pad', 'Pow',
-    'Range', 'Reciprocal', 'ReduceMax', 'ReduceMean', 'ReduceMin', 'ReduceProd', 'ReduceSum', 'Relu', 'Reshape',
-    'ScatterElements', 'ScatterND', 'Shape', 'Sigmoid', 'Slice', 'Softmax', 'Split', 'Sqrt', 'Squeeze', 'Sub', 'Tanh',
-    'Tile', 'Transpose', 'Trilu', 'Unsqueeze', 'Where'))
+# What models like these are made of, of the operators that TensorRT's parser reads, and what it asks of each: from the
+# table of onnx-tensorrt for TensorRT 10.15. Resize is not among them, for the parser reads no cubic one.
+_CONSTANT_AXES = 'axes must be constant'
+TENSORRT_OPERATORS: Dict[str, str] = {
+    **dict.fromkeys((
+        'Add', 'And', 'Cast', 'Ceil', 'Clip', 'Concat', 'Constant', 'ConstantOfShape', 'Conv', 'Div', 'Equal', 'Erf',
+        'Exp', 'Expand', 'Flatten', 'Floor', 'Gather', 'GatherElements', 'GatherND', 'Gelu', 'Gemm',
+        'GlobalAveragePool', 'Greater', 'GreaterOrEqual', 'Identity', 'Less', 'LessOrEqual', 'Log', 'MatMul', 'Max',
+        'Min', 'Mod', 'Mul', 'Neg', 'Not', 'Or', 'Pad', 'Pow', 'Range', 'Reciprocal', 'Relu', 'Reshape',
+        'ScatterElements', 'Shape', 'Sigmoid', 'Slice', 'Softmax', 'Split', 'Sqrt', 'Sub', 'Tanh', 'Tile',
+        'Transpose', 'Trilu', 'Where'), ''),
+    **dict.fromkeys(('ReduceMax', 'ReduceMean', 'ReduceMin', 'ReduceProd', 'ReduceSum', 'Squeeze', 'Unsqueeze'),
+                    _CONSTANT_AXES),
+    'LayerNormalization': 'the first output alone',
+    'ScatterND': 'no reduction',
+}
+TENSORRT_TYPES = ('FLOAT', 'FLOAT16', 'BFLOAT16', 'INT32', 'INT64', 'BOOL')
 
 
 def lower_precision(model: nn.Module, precision: str) -> nn.Module:
@@ -109,6 +117,31 @@ def onnx_operators(path: Path) -> Counter:
     nodes = [*file.graph.node, *(node for function in file.functions for node in function.node)]
     return Counter(f'{node.domain}::{node.op_type}' if node.domain not in ('', 'ai.onnx') else node.op_type
                    for node in nodes)
+
+
+def tensorrt_objections(path: Path) -> List[str]:
+    """What TensorRT's parser may not read in an ONNX file, by its published table: nothing if the list is empty.
+
+    Operators that are not in `TENSORRT_OPERATORS` or break what it asks of them, and types of numbers.
+    """
+    import onnx
+    file = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
+    constants = {tensor.name for tensor in file.graph.initializer}
+    constants |= {node.output[0] for node in file.graph.node if node.op_type == 'Constant'}
+    found = set(onnx_operators(path)) - set(TENSORRT_OPERATORS)
+    for node in file.graph.node:
+        rule = TENSORRT_OPERATORS.get(node.op_type, '')
+        if rule == _CONSTANT_AXES:
+            broken = not constants.issuperset(node.input[1:2])
+        else:
+            broken = rule and (len(node.output) > 1 or any(attribute.name == 'reduction' and attribute.s != b'none'
+                                                           for attribute in node.attribute))
+        if broken:
+            found.add(f'{node.op_type} ({rule})')
+    values = (*file.graph.input, *file.graph.value_info, *file.graph.output)
+    types = {onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type) for value in values}
+    types |= {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in file.graph.initializer}
+    return sorted(found | (types - set(TENSORRT_TYPES)))
 
 
 def to_program(model: nn.Module, input_size: Sequence[int]) -> torch.export.ExportedProgram:

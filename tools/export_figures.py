@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results' / 'export_cpu.csv'
 FORM_NAMES = {'pytorch': 'PyTorch', 'onnx': 'onnxruntime', 'aoti': 'package'}
 COLUMNS = ('model', 'form', 'precision', 'img_size', 'size_mib', 'cpu_ms', 'error', 'top1', 'images',
-           'device', 'torch', 'timm', 'evavit', 'commit', 'date')
-FORMS = {'pytorch': exporting.PRECISIONS, 'onnx': ('float32',), 'aoti': ('float32', 'bfloat16', 'int8')}
+           'operators', 'tensorrt', 'device', 'torch', 'timm', 'evavit', 'commit', 'date')
+FORMS = {'pytorch': exporting.PRECISIONS, 'onnx': ('float32', 'float16'), 'aoti': exporting.PRECISIONS}
 
 
 def photograph(size: int) -> torch.Tensor:
@@ -51,9 +51,9 @@ def cpu_ms(call, repeats: int) -> float:
 
 
 @torch.no_grad()
-def measure(name: str, model: torch.nn.Module, form: str, precision: str, folder: Path, repeats: int) -> dict:
-    """One row: a model in one form and precision."""
-    size = model.pretrained_cfg['input_size'][1]
+def measure(name: str, model: torch.nn.Module, size: int, form: str, precision: str, folder: Path,
+            repeats: int) -> dict:
+    """One row: a model in one form and precision, on images of `size` pixels a side."""
     images = photograph(size)
     expected = model(images)
     lower = exporting.lower_precision(model, precision)
@@ -66,7 +66,11 @@ def measure(name: str, model: torch.nn.Module, form: str, precision: str, folder
         run = exporting.load_exported(file)
     if precision != 'int8':
         images = images.to(getattr(torch, precision))
-    return dict(model=name, form=form, precision=precision, img_size=size,
+    row = dict(model=name, form=form, precision=precision, img_size=size)
+    if form == 'onnx':
+        row['operators'] = ' '.join(f'{name}:{count}' for name, count in sorted(exporting.onnx_operators(file).items()))
+        row['tensorrt'] = ', '.join(exporting.tensorrt_objections(file))
+    return dict(row,
                 size_mib=f'{file.stat().st_size / 2**20:.1f}',
                 error=f'{exporting.relative_error(run(images), expected):.1e}',
                 cpu_ms=f'{cpu_ms(lambda: run(images), repeats):.1f}')
@@ -132,8 +136,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', nargs='+', default=['eva_deit_tiny', 'eva_pvt_v2_b3'], choices=list(SOFTMAX_MODELS))
     parser.add_argument('--form', nargs='+', default=list(FORMS), choices=list(FORMS))
+    parser.add_argument('--precision', nargs='+', choices=exporting.PRECISIONS, help='default: all that a form has')
     parser.add_argument('--checkpoint', nargs='*', default=[], help='trained models, whose top-1 is taken')
     parser.add_argument('--data-dir', help='their data')
+    parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--repeats', type=int, default=15)
     parser.add_argument('--results-file', type=Path, required=True, help='CSV; rows are added')
     args = parser.parse_args()
@@ -156,10 +162,11 @@ def main() -> None:
         for ours in args.model if args.repeats else ():
             for name, kwargs in ((ours, {}), SOFTMAX_MODELS[ours]):
                 torch.manual_seed(0)
-                model = timm.create_model(name, **kwargs).eval()
-                for precision in FORMS[form]:
+                sized = {} if 'pvt' in name else dict(img_size=args.img_size)  # a pyramid takes any
+                model = timm.create_model(name, **sized, **kwargs).eval()
+                for precision in args.precision or FORMS[form]:
                     with tempfile.TemporaryDirectory() as folder:
-                        store(measure(name, model, form, precision, Path(folder), args.repeats))
+                        store(measure(name, model, args.img_size, form, precision, Path(folder), args.repeats))
 
 
 if __name__ == '__main__':
