@@ -40,7 +40,7 @@ def main(argv=None):
     torch.manual_seed(0)
     model = recipe.build_model(settings, settings.num_classes)
     if settings.checkpoint:
-        state.load_checkpoint(model, settings)
+        state.load_checkpoint(model, settings, resample=True)
     elif not settings.pretrained:
         log.warning("no --checkpoint: the weights are random, good for timing only")
     data_config = data.resolve_input(settings, model)
@@ -71,6 +71,7 @@ def check_settings(settings, output):
         raise UserError(f"{output}: there is no folder {output.parent}; make it first")
     if settings.checkpoint and settings.pretrained:
         raise UserError("--pretrained and --checkpoint both name weights: give one of them")
+    recipe.image_channels(settings)
     if settings.aten_fallback or settings.training:
         flag = "--aten-fallback" if settings.aten_fallback else "--training"
         raise UserError(f"{flag} belongs to timm's TorchScript exporter; here PyTorch's newer one writes graphs for "

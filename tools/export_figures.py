@@ -122,6 +122,22 @@ def table() -> str:
     return '\n'.join([*lines, '', _origin(rows)])
 
 
+def operators_table() -> str:
+    """How often each ONNX operator stands in each exported model, and what TensorRT's parser asks of it."""
+    rows = [row for row in _read() if row['operators']]
+    counts = [dict(entry.rsplit(':', 1) for entry in row['operators'].split()) for row in rows]
+    heads = [f'`{row["model"]}`, {row["precision"]}, {row["img_size"]}' for row in rows]
+    lines = [f'| operator | {" | ".join(heads)} | in TensorRT |', '|---' * (len(rows) + 2) + '|']
+    for name in sorted(set().union(*counts)):
+        rule = exporting.TENSORRT_OPERATORS.get(name)
+        reads = 'not known' if rule is None else f'yes; {rule}' if rule else 'yes'
+        lines.append(f'| {name} | {" | ".join(count.get(name, "–") for count in counts)} | {reads} |')
+    refused = {row['tensorrt'] for row in rows} - {''}
+    verdict = f'TensorRT\'s parser may not read: {"; ".join(sorted(refused))}.' if refused else \
+        'Nothing in these files that TensorRT\'s parser does not read, by its table, restrictions and types included.'
+    return '\n'.join([*lines, '', verdict])
+
+
 def precision_table() -> str:
     """Top-1 of trained models in each precision, for docs/deploy.md."""
     rows = [row for row in _read() if row['top1']]

@@ -107,6 +107,7 @@ TABLES = {
     'layer': (performance.layer, (PERFORMANCE,)),
     'cpu': (performance.cpu_models, (PERFORMANCE,)),
     'exported': (export_figures.table, ('docs/deploy.md',)),
+    'operators': (export_figures.operators_table, ('docs/deploy.md',)),
     'precision': (export_figures.precision_table, ('docs/deploy.md',)),
 }
 

@@ -261,7 +261,8 @@ def check_fit(model, state, path):
     name = f"{head}.weight"
     if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
         raise UserError(f"{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; "
-                        f"give data with the same classes, or start from its body with --pretrained-path")
+                        f"give --num-classes {state[name].shape[0]} or data with as many, or start from its body with "
+                        f"--pretrained-path")
     missing, surplus = [key for key in own if key not in state], [key for key in state if key not in own]
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     for keys, what in ((missing, "lacks"), (surplus, "has, unlike the model,"), (other, "has in another shape")):

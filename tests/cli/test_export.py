@@ -3,12 +3,16 @@ import importlib.util
 import json
 
 import pytest
+import safetensors.torch
 import timm
 import torch
-from runs import KWARGS, MODEL
+from PIL import Image
+from runs import KWARGS, MODEL, load_script
+from timm.data import create_transform, resolve_data_config
 
 from evavit import exporting
-from evavit.training import options
+from evavit.training import options, state
+from evavit.training.errors import run_script
 
 
 def needs(*packages):
@@ -46,7 +50,69 @@ def test_checkpoint_to_onnx(train, call, tmp_path):
     about = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert about['model'] == 'eva_deit_tiny' and json.loads(about['class_names']) == ['apple', 'pear', 'plum']
     assert json.loads(about['input_size']) == [3, 16, 16] and len(json.loads(about['mean'])) == 3
-    assert set(exporting.onnx_operators(path)) <= exporting.TENSORRT_OPERATORS
+    assert not exporting.tensorrt_objections(path)
+
+    # examples/classify.py reads pictures, classes and weights from the file alone.
+    picture = Image.fromarray(torch.randint(256, (40, 30, 3), dtype=torch.uint8).numpy())
+    classify = load_script('examples/classify')
+    session, about = classify.load(str(path))
+    with torch.no_grad():
+        expected = model(create_transform(**resolve_data_config({}, model=model))(picture)[None]).softmax(1)
+    assert about['class_names'] == ['apple', 'pear', 'plum']
+    got = torch.from_numpy(classify.classify(session, about, [picture])).float()
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_onnx
+@pytest.mark.parametrize('node, extra, objections', [
+    (('Relu', ['x'], ['y']), {}, []),
+    (('Resize', ['x', '', 'scales'], ['y']), dict(mode='cubic'), ['Resize']),
+    (('ReduceSum', ['x', 'axes'], ['y']), dict(keepdims=1), []),
+    (('ReduceSum', ['x', 'free'], ['y']), dict(keepdims=1), ['INT8', 'ReduceSum (axes must be constant)']),
+    (('Det', ['x'], ['y']), {}, ['Det']),
+    (('FusedGelu', ['x'], ['y']), dict(domain='com.microsoft'), ['com.microsoft::FusedGelu']),
+])
+def test_objections_of_tensorrt(tmp_path, node, extra, objections):
+    """Operators that its table lacks, restricted ones, other domains, and types of numbers."""
+    import onnx
+    from onnx import TensorProto, helper
+    inputs = [helper.make_tensor_value_info('x', TensorProto.FLOAT, [1, 1, 4, 4])]
+    if 'free' in node[1]:
+        inputs += [helper.make_tensor_value_info('free', TensorProto.INT64, [1]),
+                   helper.make_tensor_value_info('unused', TensorProto.INT8, [1])]
+    constants = [helper.make_tensor('axes', TensorProto.INT64, [1], [2]),
+                 helper.make_tensor('scales', TensorProto.FLOAT, [4], [1, 1, 2, 2])]
+    graph = helper.make_graph([helper.make_node(*node, **extra)], 'g', inputs,
+                              [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)], constants)
+    onnx.save(helper.make_model(graph), tmp_path / 'm.onnx')
+    assert exporting.tensorrt_objections(tmp_path / 'm.onnx') == objections
+
+
+def test_weights_of_another_image_size(tmp_path, monkeypatch, capsys):
+    """The position embedding of a plain model is resampled as timm does it, which a line says."""
+    written = []
+    script = load_script('export')
+    monkeypatch.setattr(script, 'write', lambda model, output, *rest: (written.append(model), output.touch()))
+    torch.save(timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).state_dict(), tmp_path / 'w.pth')
+    kwargs = [f'{key}={value}' for key, value in KWARGS.items() if key != 'img_size']
+    flags = [tmp_path / 'm.pt2', '-m', 'eva_deit_tiny', '--model-kwargs', *kwargs, '--num-classes', '3',
+             '--checkpoint', tmp_path / 'w.pth', '--input-size', '3', '20', '28', '--device', 'cpu']
+    assert run_script(script.main, [str(flag) for flag in flags]) == 0
+    assert 'pos_embed resampled from 1×16×16 to 1×35×16' in capsys.readouterr().out
+    sized = timm.create_model('eva_deit_tiny', num_classes=3, **{**KWARGS, 'img_size': (20, 28)}, pretrained=True,
+                              pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pth'), num_classes=3)).eval()
+    images = torch.randn(2, 3, 20, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(written[0](images), sized(images))
+
+
+def test_a_flag_for_the_size_wins_over_the_checkpoints(train, tmp_path):
+    """Whichever of the two ways a size was given in training."""
+    run = train('run', '--input-size', '3', '16', '16')
+    flags = ['--checkpoint', str(run / 'last.safetensors'), '--img-size', '20']
+    settings, given = options.parse_settings('export', flags)
+    state.complete_from_checkpoint(settings, given)
+    assert settings.img_size == 20 and settings.input_size is None
 
 
 @needs_onnx
@@ -58,7 +124,7 @@ def test_pyramid_in_float16(call, tmp_path):
                           'embed_dims=(16,32,48,64)', 'num_heads=(1,2,3,4)', 'window_size=4', 'partition_grid=4')
     assert code == 0, out + err
     assert 'random' in out and 'float16' in out and 'agrees with PyTorch' in out
-    assert set(exporting.onnx_operators(path)) <= exporting.TENSORRT_OPERATORS
+    assert not exporting.tensorrt_objections(path)
 
 
 @needs_onnx
@@ -140,6 +206,65 @@ def test_mistakes(call, tmp_path, monkeypatch, flags, message):
         pytest.skip('needs evavit[export]')
     code, _, err = call('export', *flags)
     assert code == 2 and message in err and len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def broken_files(folder):
+    """Files that are no checkpoint of the tiny model: {name: (flags beside --checkpoint, what the line must say)}."""
+    class Code:
+        def __reduce__(self):
+            return (print, ('this must not run',))
+
+    tiny = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).state_dict()
+    torch.save(timm.create_model('resnet18', num_classes=3).state_dict(), folder / 'resnet.pth')
+    torch.save(timm.create_model('eva_deit_tiny', num_classes=3, **{**KWARGS, 'depth': 3}).state_dict(),
+               folder / 'deeper.pth')
+    torch.save(tiny, folder / 'tiny.pth')
+    torch.save(dict(state_dict=dict(weight=Code())), folder / 'code.pth')
+    safetensors.torch.save_file(tiny, folder / 'tiny.safetensors')
+    for name in ('tiny.pth', 'tiny.safetensors'):
+        whole = (folder / name).read_bytes()
+        (folder / f'half_{name}').write_bytes(whole[:len(whole) // 2])
+    (folder / 'text.pth').write_text('no weights')
+    fit = [*MODEL, '--num-classes', '3']
+    return {
+        'resnet.pth': (fit, ['does not fit the model', '--model']),
+        'deeper.pth': (fit, ['does not fit the model', 'blocks.2', '--model-kwargs']),
+        'tiny.pth': ([*MODEL, '--num-classes', '5'], ['has 3 classes', 'has 5', '--num-classes 3']),
+        'code.pth': (fit, ['not a readable checkpoint', 'print']),
+        'half_tiny.pth': (fit, ['not a readable checkpoint']),
+        'half_tiny.safetensors': (fit, ['not a readable checkpoint']),
+        'text.pth': (fit, ['not a readable checkpoint']),
+    }
+
+
+def test_bad_weights(call, tmp_path, monkeypatch):
+    """Each is one line that names the file and what is wrong with it, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    for name, (flags, words) in broken_files(tmp_path).items():
+        code, out, err = call('export', 'm.pt2', '--checkpoint', name, *flags)
+        lines = err.splitlines()
+        assert code == 2 and len(lines) == 1 and all(word in lines[0] for word in [name, *words]), err
+        assert 'this must not run' not in out and not (tmp_path / 'm.pt2').exists()
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--img-size', '18'], ['18']),
+    (['--img-size', '0'], ['--img-size', '0', '≥ 1']),
+    (['--input-size', '3', '16'], ['--input-size']),
+    (['--input-size', '2', '16', '16'], ['2 image channels']),
+    (['--in-chans', '1', '--mean', '0.5', '0.5'], ['mean', '1 channel']),
+    (['--model-kwargs', 'num_heads=3'], ['num_heads 3']),
+    (['--device', 'tpu'], ['--device tpu']),
+    (['--num-classes', '0'], ['num_classes', '≥ 1']),
+    (['--batch-size', '0'], ['batch_size', '≥ 1']),
+    (['--opset', 'new'], ['opset', "'new'"]),
+    (['--pretrained'], ['eva_deit_tiny']),
+])
+def test_impossible_values(call, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call('export', 'm.pt2', *MODEL, *flags)
+    assert code == 2 and len(err.splitlines()) == 1 and all(word in err for word in words), err
     assert not list(tmp_path.iterdir())
 
 

@@ -23,6 +23,7 @@ FILE = re.compile(r'`((?:evavit|tools|tests|configs|docs|examples|results|\.ci)/
 # Packages that blocks may need → the extra that brings them, or None: documented, and run where it is installed.
 OPTIONAL = dict(onnx='export', onnxscript='export', onnxruntime='export', torchao='export',
                 segmentation_models_pytorch='dense', skimage='dense', detectron2=None)
+SLOW = 'exporting.to_package('  # a block that compiles takes a minute: `pytest -m slow tests/docs` runs it
 # Written by a run, or read from where the reader keeps it.
 NOT_OURS = {'args.yaml'}
 
@@ -67,7 +68,8 @@ def published(tmp_path_factory):
 
 
 @pytest.mark.parametrize('page, line, code', [
-    pytest.param(page, line, code, id=f'{page}:{line}') for page in PAGES for line, code in blocks(page, 'python')])
+    pytest.param(page, line, code, id=f'{page}:{line}', marks=[pytest.mark.slow] if SLOW in code else [])
+    for page in PAGES for line, code in blocks(page, 'python')])
 def test_python_runs(page, line, code, published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'published.pth').symlink_to(published)
