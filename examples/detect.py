@@ -60,9 +60,14 @@ def main() -> None:
     parser.add_argument('--detector', default='faster_rcnn', choices=list(DETECTORS))
     parser.add_argument('--steps', type=int, default=20)
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f'--steps {args.steps}: at least 1')
     torch.manual_seed(0)
     image, mask = coins()
-    model = build(args.model, args.detector, side=192)
+    try:
+        model = build(args.model, args.detector, side=192)
+    except (RuntimeError, ValueError) as error:
+        parser.error(f'--model {args.model}: {error}')
     begin = time.time()
     losses = train(model, image, mask, args.steps)
     with torch.no_grad():

@@ -8,12 +8,16 @@ import argparse
 import time
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
 from scipy import ndimage
-from skimage import data, filters, morphology, segmentation
 
 import evavit  # noqa: F401  (registers the models)
+
+try:
+    import segmentation_models_pytorch as smp
+    from skimage import data, filters, morphology, segmentation
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error.name} is not installed: pip install 'evavit[dense]'") from None
 
 SIDE = 128
 
@@ -76,9 +80,14 @@ def main() -> None:
     parser.add_argument('--decoder', default='Unet', choices=('Unet', 'FPN'))
     parser.add_argument('--steps', type=int, default=30)
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f'--steps {args.steps}: at least 1')
     torch.manual_seed(0)
     image, mask = coins()
-    model = smp.create_model(args.decoder, args.encoder, encoder_weights=None, classes=1)
+    try:
+        model = smp.create_model(args.decoder, args.encoder, encoder_weights=None, classes=1)
+    except (KeyError, RuntimeError, ValueError) as error:
+        parser.error(f'--encoder {args.encoder}: {error}; a pyramid is needed, such as tu-eva_pvt_v2_b3')
     begin = time.time()
     losses = train(model, image, mask, args.steps)
     print(f'{args.decoder} on {args.encoder}, {args.steps} steps in {time.time() - begin:.0f} s: loss '

@@ -54,6 +54,22 @@ def test_pyramid_features_at_any_size(height, width):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize('height, width', [(33, 65), (97, 51)])
+def test_maps_of_a_plain_model_at_any_size(height, width):
+    """`features_only` gives what `forward_intermediates` does."""
+    torch.manual_seed(0)
+    backbone = timm.create_model('eva_deit_tiny', dynamic_img_size=True, features_only=True, out_indices=(0, 1),
+                                 **PLAIN).eval()
+    images = torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        maps = backbone(images)
+        expected = backbone.model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    assert backbone.feature_info.reduction() == [16, 16]
+    for a, b in zip(maps, expected, strict=True):
+        assert a.shape == (2, 48, -(-height // 16), -(-width // 16))
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize('height, width', [(33, 65), (97, 51), (224, 100)])
 def test_plain_features_at_any_size(height, width):
     torch.manual_seed(0)

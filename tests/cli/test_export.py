@@ -57,7 +57,8 @@ def test_checkpoint_to_onnx(train, call, tmp_path):
     classify = load_script('examples/classify')
     session, about = classify.load(str(path))
     with torch.no_grad():
-        expected = model(create_transform(**resolve_data_config({}, model=model))(picture)[None]).softmax(1)
+        config = resolve_data_config(dict(input_size=(3, 16, 16)), model=model)
+        expected = model(create_transform(**config)(picture)[None]).softmax(1)
     assert about['class_names'] == ['apple', 'pear', 'plum']
     got = torch.from_numpy(classify.classify(session, about, [picture])).float()
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
@@ -84,7 +85,8 @@ def test_objections_of_tensorrt(tmp_path, node, extra, objections):
                  helper.make_tensor('scales', TensorProto.FLOAT, [4], [1, 1, 2, 2])]
     graph = helper.make_graph([helper.make_node(*node, **extra)], 'g', inputs,
                               [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)], constants)
-    onnx.save(helper.make_model(graph), tmp_path / 'm.onnx')
+    domains = [helper.make_opsetid('', 20), helper.make_opsetid('com.microsoft', 1)]
+    onnx.save(helper.make_model(graph, opset_imports=domains), tmp_path / 'm.onnx')
     assert exporting.tensorrt_objections(tmp_path / 'm.onnx') == objections
 
 

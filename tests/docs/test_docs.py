@@ -1,9 +1,11 @@
 """The documentation says what the code does: its Python runs, its links lead somewhere, its table is fresh."""
+import importlib
 import importlib.util
 import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,43 @@ def test_python_runs(page, line, code, published, tmp_path, monkeypatch):
             raise
         extra = OPTIONAL[error.name]
         pytest.skip(f'{error.name} is not installed' + (f': pip install evavit[{extra}]' if extra else ''))
+
+
+def block_with(page, text):
+    code, = [code for _, code in blocks(page, 'python') if text in code]
+    return code
+
+
+def test_configuration_of_mmpretrain():
+    """What `TIMMBackbone` would make of the documented keywords has the maps that the documented neck expects."""
+    names = {}
+    exec(block_with('docs/dense.md', 'TIMMBackbone'), names)
+    for name in names['custom_imports']['imports']:
+        importlib.import_module(name)
+    kwargs = {key: value for key, value in names['backbone'].items() if key != 'type'}
+    info = timm.create_model(kwargs.pop('model_name'), **kwargs).feature_info
+    assert info.channels() == names['neck']['in_channels'] and info.reduction() == [4, 8, 16, 32]
+
+
+def test_backbone_for_detectron2(monkeypatch):
+    """The documented class, where stand-ins take the place of detectron2's: names, channels, strides fit."""
+    backbone, fpn = types.ModuleType('backbone'), types.ModuleType('fpn')
+    backbone.Backbone, registered = torch.nn.Module, {}
+    backbone.ShapeSpec = lambda channels, stride: (channels, stride)
+    backbone.BACKBONE_REGISTRY = types.SimpleNamespace(
+        register=lambda: lambda function: registered.setdefault(function.__name__, function))
+    fpn.FPN, fpn.LastLevelMaxPool = (lambda *args, **kwargs: (args, kwargs)), object
+    for name, module in {'detectron2': types.ModuleType('detectron2'), 'detectron2.modeling': backbone,
+                         'detectron2.modeling.backbone': backbone, 'detectron2.modeling.backbone.fpn': fpn}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    exec(block_with('docs/dense.md', 'detectron2'), {'__name__': 'docs'})
+    cfg = types.SimpleNamespace(MODEL=types.SimpleNamespace(FPN=types.SimpleNamespace(OUT_CHANNELS=256)))
+    (pyramid, names, channels), _ = registered['build_eva_fpn'](cfg, None)
+    with torch.no_grad():
+        maps = pyramid.eval()(torch.randn(1, 3, 64, 96))
+    assert channels == 256 and list(maps) == names == list(pyramid.output_shape())
+    for name, (width, stride) in pyramid.output_shape().items():
+        assert maps[name].shape == (1, width, 64 // stride, 96 // stride)
 
 
 def test_python_is_found():

@@ -55,3 +55,19 @@ def test_detection_learns_coins(example, model, kwargs, detector, steps):
     with torch.no_grad():
         found, = network.eval()([image])
     assert found['boxes'].shape[1] == 4 and torch.isfinite(found['boxes']).all()
+
+
+@pytest.mark.parametrize('name, flags, words', [
+    ('segment', ['--encoder', 'tu-eva_deit_tiny'], ['tu-eva_deit_tiny', 'a pyramid is needed']),
+    ('segment', ['--encoder', 'tu-eva_pvt_v2_b9'], ['eva_pvt_v2_b9']),
+    ('segment', ['--steps', '0'], ['--steps 0']),
+    ('detect', ['--model', 'eva_deit_tin'], ['eva_deit_tin']),
+    ('detect', ['--model', 'linformer_deit_tiny'], ['linformer', 'one size']),
+])
+def test_mistakes(example, monkeypatch, capsys, name, flags, words):
+    module = example(name)
+    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *flags])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and all(word in line for word in words), line
