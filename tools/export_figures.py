@@ -27,9 +27,12 @@ from evavit.training.state import saved_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results' / 'export_cpu.csv'
+OPERATORS = ROOT / 'results' / 'onnx_operators.csv'
 FORM_NAMES = {'pytorch': 'PyTorch', 'onnx': 'onnxruntime', 'aoti': 'package'}
 COLUMNS = ('model', 'form', 'precision', 'img_size', 'size_mib', 'cpu_ms', 'error', 'top1', 'images',
-           'operators', 'tensorrt', 'device', 'torch', 'timm', 'evavit', 'commit', 'date')
+           'device', 'torch', 'timm', 'evavit', 'commit', 'date')
+OPERATOR_COLUMNS = ('model', 'precision', 'img_size', 'operators', 'tensorrt',
+                    'torch', 'timm', 'evavit', 'commit', 'date')
 FORMS = {'pytorch': exporting.PRECISIONS, 'onnx': ('float32', 'float16'), 'aoti': exporting.PRECISIONS}
 
 
@@ -53,7 +56,7 @@ def cpu_ms(call, repeats: int) -> float:
 @torch.no_grad()
 def measure(name: str, model: torch.nn.Module, size: int, form: str, precision: str, folder: Path,
             repeats: int) -> dict:
-    """One row: a model in one form and precision, on images of `size` pixels a side."""
+    """A model in one form and precision, on images of `size` pixels a side; an ONNX file with its operators, too."""
     images = photograph(size)
     expected = model(images)
     lower = exporting.lower_precision(model, precision)
@@ -69,7 +72,7 @@ def measure(name: str, model: torch.nn.Module, size: int, form: str, precision: 
     row = dict(model=name, form=form, precision=precision, img_size=size)
     if form == 'onnx':
         row['operators'] = ' '.join(f'{name}:{count}' for name, count in sorted(exporting.onnx_operators(file).items()))
-        row['tensorrt'] = ', '.join(exporting.tensorrt_objections(file))
+        row['tensorrt'] = '; '.join(exporting.tensorrt_objections(file))
     return dict(row,
                 size_mib=f'{file.stat().st_size / 2**20:.1f}',
                 error=f'{exporting.relative_error(run(images), expected):.1e}',
@@ -100,8 +103,8 @@ def judge(checkpoint: str, data_dir: str) -> list:
     return rows
 
 
-def _read() -> list:
-    with open(RESULTS, newline='') as stream:
+def _read(path: Path = RESULTS) -> list:
+    with open(path, newline='') as stream:
         return list(csv.DictReader(stream))
 
 
@@ -124,7 +127,7 @@ def table() -> str:
 
 def operators_table() -> str:
     """How often each ONNX operator stands in each exported model, and what TensorRT's parser asks of it."""
-    rows = [row for row in _read() if row['operators']]
+    rows = _read(OPERATORS)
     counts = [dict(entry.rsplit(':', 1) for entry in row['operators'].split()) for row in rows]
     heads = [f'`{row["model"]}`, {row["precision"]}, {row["img_size"]}' for row in rows]
     lines = [f'| operator | {" | ".join(heads)} | in TensorRT |', '|---' * (len(rows) + 2) + '|']
@@ -158,17 +161,23 @@ def main() -> None:
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--repeats', type=int, default=15)
     parser.add_argument('--results-file', type=Path, required=True, help='CSV; rows are added')
+    parser.add_argument('--operators-file', type=Path, help='CSV for the operators of ONNX files; rows are added')
     args = parser.parse_args()
     torch.set_num_threads(1)
     where = origin(torch.device('cpu'))
 
-    def store(row):
-        new = not args.results_file.exists()
-        with open(args.results_file, 'a', newline='') as stream:
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator='\n')
+    def append(path, columns, row):
+        new = not path.exists()
+        with open(path, 'a', newline='') as stream:
+            writer = csv.DictWriter(stream, columns, lineterminator='\n', extrasaction='ignore')
             if new:
                 writer.writeheader()
             writer.writerow(row | where)
+
+    def store(row):
+        append(args.results_file, COLUMNS, row)
+        if 'operators' in row and args.operators_file:
+            append(args.operators_file, OPERATOR_COLUMNS, row)
         print(row, flush=True)
 
     for checkpoint in args.checkpoint:
