@@ -306,13 +306,15 @@ def has_average(path):
 def complete_from_checkpoint(settings, given):
     """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
     saved = saved_settings(settings.checkpoint) if settings.checkpoint else {}
-    if given & {"img_size", "input_size"}:  # either says the size
+    kwargs = dict(saved.get("model_kwargs") or {})
+    if given & {"img_size", "input_size"}:  # either says the size, of which the run may have told the model itself
         given = given | {"img_size", "input_size"}
+        kwargs.pop("img_size", None)
     for name in FROM_CHECKPOINT:
         if name not in given and name in saved:
             setattr(settings, name, saved[name])
     if not saved or settings.model == saved.get("model"):
-        settings.model_kwargs = {**(saved.get("model_kwargs") or {}), **(settings.model_kwargs or {})}
+        settings.model_kwargs = {**kwargs, **(settings.model_kwargs or {})}
     return saved.get("class_names")
 
 

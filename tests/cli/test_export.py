@@ -109,12 +109,13 @@ def test_weights_of_another_image_size(tmp_path, monkeypatch, capsys):
 
 
 def test_a_flag_for_the_size_wins_over_the_checkpoints(train, tmp_path):
-    """Whichever of the two ways a size was given in training."""
+    """In whichever way a size was given in training: as either flag, or to the model."""
     run = train('run', '--input-size', '3', '16', '16')
     flags = ['--checkpoint', str(run / 'last.safetensors'), '--img-size', '20']
     settings, given = options.parse_settings('export', flags)
     state.complete_from_checkpoint(settings, given)
     assert settings.img_size == 20 and settings.input_size is None
+    assert settings.model_kwargs == {key: value for key, value in KWARGS.items() if key != 'img_size'}
 
 
 @needs_onnx
