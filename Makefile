@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "evavit needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --editable '.[test,quickstart,docs]'
+	$(PY) -m pip install --quiet --editable '.[test,quickstart,docs,export,dense]'
 	touch $(STAMP)
 
 QUICK := output/quickstart

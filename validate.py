@@ -22,14 +22,13 @@ from evavit.training.process import start_process
 
 log = logging.getLogger("evavit.validate")
 
-FROM_CHECKPOINT = (
-    "model", "num_classes", "in_chans", "img_size", "input_size", "crop_pct", "mean", "std", "interpolation")
-
 
 def main(argv=None):
     settings, given = parse_settings("validate", argv, __doc__)
     process = start_process(settings.device)
-    class_names = complete_from_checkpoint(settings, given)
+    class_names = state.complete_from_checkpoint(settings, given)
+    if settings.class_map:
+        class_names = None
     check_settings(settings)
 
     dataset, class_names = data.open_dataset(
@@ -39,7 +38,7 @@ def main(argv=None):
     settings.num_classes = model.num_classes
     data.class_count(settings, class_names)
     if settings.checkpoint:
-        load_checkpoint(model, settings)
+        state.load_checkpoint(model, settings)
     data_config = data.resolve_input(settings, model)
     recipe.try_model(model, data_config["input_size"], settings)
     loader = data.eval_loader(dataset, settings, data_config, process.device, settings.batch_size)
@@ -61,17 +60,6 @@ def main(argv=None):
         write_results(settings.results_file, result_row(settings, metrics, images, parameters, data_config))
 
 
-def complete_from_checkpoint(settings, given):
-    """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
-    saved = state.saved_settings(settings.checkpoint) if settings.checkpoint else {}
-    for name in FROM_CHECKPOINT:
-        if name not in given and name in saved:
-            setattr(settings, name, saved[name])
-    if not saved or settings.model == saved.get("model"):
-        settings.model_kwargs = {**(saved.get("model_kwargs") or {}), **(settings.model_kwargs or {})}
-    return None if settings.class_map else saved.get("class_names")
-
-
 def check_settings(settings):
     if not settings.model:
         raise UserError("no model: give --model NAME, or --checkpoint FILE of a run of train.py")
@@ -84,14 +72,6 @@ def check_settings(settings):
                         f"kept an average; leave the flag out")
     if settings.results_file and Path(settings.results_file).suffix not in (".csv", ".json"):
         raise UserError(f"--results-file {settings.results_file}: the name must end in .csv or .json")
-
-
-def load_checkpoint(model, settings):
-    weights = recipe.read_weights(settings.checkpoint, use_ema=settings.use_ema)
-    if settings.use_ema and not state.has_average(settings.checkpoint):
-        raise UserError(f"--use-ema: {settings.checkpoint} holds no averaged weights; leave the flag out")
-    recipe.check_fit(model, weights, settings.checkpoint)
-    model.load_state_dict(weights)
 
 
 def result_row(settings, metrics, images, parameters, data_config):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import attentions
+import export_figures
 import performance
 import timm
 import torch
@@ -107,6 +108,9 @@ TABLES = {
     'op': (performance.op, (PERFORMANCE,)),
     'layer': (performance.layer, (PERFORMANCE,)),
     'cpu': (performance.cpu_models, (PERFORMANCE,)),
+    'exported': (export_figures.table, ('docs/deploy.md',)),
+    'operators': (export_figures.operators_table, ('docs/deploy.md',)),
+    'precision': (export_figures.precision_table, ('docs/deploy.md',)),
 }
 
 

@@ -86,6 +86,7 @@ class Option:
 
 
 BOTH = ("train", "validate")
+ALL = (*BOTH, "export")
 
 OPTIONS = (
     # data
@@ -103,26 +104,25 @@ OPTIONS = (
     Option("max_bad_images", float, 0.001, "unreadable images that an epoch may have, as a share of the data set; more "
            "stop the run", low=0, high=1, scripts=BOTH),
     # model
-    Option("model", str, None, "name of a model of evavit or timm", scripts=BOTH),
+    Option("model", str, None, "name of a model of evavit or timm", short="-m", scripts=ALL),
     Option("model_kwargs", dict, None, "arguments of the model, key=value …, joined key by key with the YAML file's",
-           scripts=BOTH),
-    Option("pretrained", bool, False, "start from the weights that timm publishes for the model", scripts=BOTH),
+           scripts=ALL),
+    Option("pretrained", bool, False, "start from the weights that timm publishes for the model", scripts=ALL),
     Option("pretrained_path", str, None, "start from the weights in this file; a head with other classes is made anew"),
     Option("initial_checkpoint", str, None, "start from the weights in this file, with as many classes"),
     Option("linear_probe", bool, False, "train the classifier alone, on the features of the weights to start from"),
-    Option("num_classes", int, None, "classes of the model; default: those of the data set", low=1, scripts=BOTH),
-    Option("in_chans", int, None, "image channels, 3 (default) or 1", choices=(1, 3), scripts=BOTH),
-    Option("img_size", int, None, "image side in pixels; default: the model's", low=1, scripts=BOTH),
+    Option("num_classes", int, None, "classes of the model; default: those of the data set", low=1, scripts=ALL),
+    Option("in_chans", int, None, "image channels, 3 (default) or 1", choices=(1, 3), scripts=ALL),
+    Option("img_size", int, None, "image side in pixels; default: the model's", low=1, scripts=ALL),
     Option("input_size", int, None, "channels, height and width, for images that are not square", count=3, low=1,
-           scripts=BOTH),
+           scripts=ALL),
     Option("crop_pct", float, None, "share of the image that the centre crop of validation keeps", low=0.01,
-           high=1, scripts=BOTH),
-    Option("mean", float, None, "mean of each channel, of values in 0…1", count="+", low=0, high=1,
-           scripts=BOTH),
+           high=1, scripts=ALL),
+    Option("mean", float, None, "mean of each channel, of values in 0…1", count="+", low=0, high=1, scripts=ALL),
     Option("std", float, None, "standard deviation of each channel, of values in 0…1", count="+", low=1e-4, high=1,
-           scripts=BOTH),
+           scripts=ALL),
     Option("interpolation", str, None, "resizing in validation, and in training unless train_interpolation is set",
-           choices=("bilinear", "bicubic", "nearest", "lanczos"), scripts=BOTH),
+           choices=("bilinear", "bicubic", "nearest", "lanczos"), scripts=ALL),
     Option("drop", float, None, "dropout before the classifier", low=0, high=1),
     Option("drop_path", float, None, "stochastic depth of the last block, growing linearly from the first", low=0,
            high=1),
@@ -190,7 +190,7 @@ OPTIONS = (
     Option("model_ema_decay", float, 0.9998, "decay of the average", low=0, high=1),
     Option("model_ema_warmup", bool, False, "let the decay grow from 0"),
     # machine
-    Option("device", str, None, "cpu, cuda or cuda:N; default: cuda where there is one, else cpu", scripts=BOTH),
+    Option("device", str, None, "cpu, cuda or cuda:N; default: cuda where there is one, else cpu", scripts=ALL),
     Option("amp", bool, False, "automatic mixed precision", scripts=BOTH),
     Option("amp_dtype", str, "bfloat16", "low precision of amp", choices=("bfloat16", "float16"), scripts=BOTH),
     Option("torchcompile", str, None, "compile the model, with this backend", bare="inductor", scripts=BOTH),
@@ -213,9 +213,23 @@ OPTIONS = (
     Option("max_skipped", int, 10, "updates in a row without a finite loss and gradient, at which the run stops",
            low=1),
     Option("log_interval", int, 50, "updates between lines of the log", low=1, scripts=BOTH),
-    Option("checkpoint", str, None, "weights to judge: a checkpoint of train.py (.pth.tar, .safetensors) or any "
-           "file that fits the model", scripts=("validate",)),
-    Option("use_ema", bool, False, "judge the averaged weights of a .pth.tar checkpoint", scripts=("validate",)),
+    Option("checkpoint", str, None, "weights: a checkpoint of train.py (.pth.tar, .safetensors) or any "
+           "file that fits the model", scripts=("validate", "export")),
+    Option("use_ema", bool, False, "take the averaged weights of a .pth.tar checkpoint",
+           scripts=("validate", "export")),
+    # export
+    Option("batch_size", int, 1, "images in the check of the forward pass; the file takes any number", short="-b",
+           low=1, scripts=("export",)),
+    Option("opset", int, None, "version of ONNX's operators; default: the exporter's", low=18, scripts=("export",)),
+    Option("keep_init", bool, False, "weights are inputs of the ONNX graph as well", scripts=("export",)),
+    Option("aten_fallback", bool, False, "refused: the exporter that had it is not used", scripts=("export",)),
+    Option("dynamic_size", bool, False, "any height and width, for models without windows", scripts=("export",)),
+    Option("check_forward", bool, False, "compare the file's output with PyTorch's", scripts=("export",)),
+    Option("reparam", bool, False, "merge what a model only needs in training", scripts=("export",)),
+    Option("training", bool, False, "refused: graphs are for inference", scripts=("export",)),
+    Option("precision", str, "float32", "of the weights: ONNX float32 or float16, packages any",
+           choices=("float32", "bfloat16", "float16", "int8"), scripts=("export",)),
+    Option("verbose", bool, False, "pass on what the exporter says", scripts=("export",)),
     Option("results_file", str, None, "write the figures here, as .csv or .json", scripts=("validate",)),
 )
 

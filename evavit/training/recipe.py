@@ -285,7 +285,8 @@ def check_classes(model, state, path):
     name = f"{head}.weight"
     if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
         raise UserError(f"{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; "
-                        f"give data with the same classes, or start from its body with --pretrained-path")
+                        f"give --num-classes {state[name].shape[0]} or data with as many, or start from its body with "
+                        f"--pretrained-path")
 
 
 def check_fit(model, state, path):

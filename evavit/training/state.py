@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import socket
+import sys
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,10 @@ from .loop import Position, weights_are_finite
 from .recipe import check_fit, read_weights
 
 log = logging.getLogger(__name__)
+
+# What tells how a checkpoint is to be used, wherever no flag says otherwise.
+FROM_CHECKPOINT = (
+    "model", "num_classes", "in_chans", "img_size", "input_size", "crop_pct", "mean", "std", "interpolation")
 
 
 @contextmanager
@@ -387,3 +392,56 @@ def stored_metric(path):
         return None if metric in (None, "None") else float(metric)
     checkpoint = load_checkpoint_metadata(str(path)) if zipfile.is_zipfile(path) else {}
     return checkpoint.get("metric") if isinstance(checkpoint, dict) else None
+
+
+def complete_from_checkpoint(settings, given):
+    """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
+    saved = saved_settings(settings.checkpoint) if settings.checkpoint else {}
+    kwargs = dict(saved.get("model_kwargs") or {})
+    if given & {"img_size", "input_size"}:  # either says the size, of which the run may have told the model itself
+        given = given | {"img_size", "input_size"}
+        kwargs.pop("img_size", None)
+    for name in FROM_CHECKPOINT:
+        if name not in given and name in saved:
+            setattr(settings, name, saved[name])
+    if not saved or settings.model == saved.get("model"):
+        settings.model_kwargs = {**kwargs, **(settings.model_kwargs or {})}
+    return saved.get("class_names")
+
+
+def load_checkpoint(model, settings, resample=False):
+    """Load the weights that settings.checkpoint names, which must fit the model exactly.
+
+    With `resample`, those that belong to another image size are first brought to the model's, and named in the log.
+    """
+    weights = read_weights(settings.checkpoint, use_ema=settings.use_ema)
+    if settings.use_ema and not has_average(settings.checkpoint):
+        raise UserError(f"--use-ema: {settings.checkpoint} holds no averaged weights; leave the flag out")
+    if resample:
+        weights = _resampled(model, weights, settings.checkpoint)
+    check_fit(model, weights, settings.checkpoint)
+    model.load_state_dict(weights)
+
+
+def _resampled(model, weights, path):
+    """Weights brought to the model's image size by the `checkpoint_filter_fn` of its file, as timm does it."""
+    own = model.state_dict()
+    head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    # A file of another model, or for other classes, is left as it is: `check_fit` says what is wrong with it.
+    if fit is None or own.keys() != weights.keys() or own.get(f"{head}.weight", torch.empty(0)).shape != weights.get(
+            f"{head}.weight", torch.empty(0)).shape:
+        return weights
+    other = [name for name in own if own[name].shape != weights[name].shape]
+    if not other:
+        return weights
+    try:
+        fitted = fit(dict(weights), model)
+    except Exception as error:  # each model has its own errors for weights that do not fit
+        raise UserError(f"{path} does not fit the model: {first_line(error)[:200]}; check --model, --model-kwargs and "
+                        f"--img-size") from error
+    for name in other:
+        if name in fitted and fitted[name].shape == own[name].shape:
+            log.info(f"{name} resampled from {'×'.join(map(str, weights[name].shape))} to "
+                     f"{'×'.join(map(str, own[name].shape))}")
+    return fitted

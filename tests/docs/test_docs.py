@@ -1,10 +1,12 @@
 """The documentation says what the code does: its Python runs, its links lead somewhere, its table is fresh."""
+import importlib
 import importlib.util
 import math
 import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,10 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.md')
 FENCE = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\(([^)\s]+)\)')
 FILE = re.compile(r'`((?:evavit|tools|tests|configs|docs|examples|results|\.ci)/[\w./-]*|[\w-]+\.(?:py|yaml|md|toml))`')
+# Packages that blocks may need → the extra that brings them, or None: documented, and run where it is installed.
+OPTIONAL = dict(onnx='export', onnxscript='export', onnxruntime='export', torchao='export',
+                segmentation_models_pytorch='dense', skimage='dense', detectron2=None)
+SLOW = 'exporting.to_package('  # a block that compiles takes a minute: `pytest -m slow tests/docs` runs it
 # Written by a run, or read from where the reader keeps it.
 NOT_OURS = {'args.yaml'}
 
@@ -66,11 +72,56 @@ def published(tmp_path_factory):
 
 
 @pytest.mark.parametrize('page, line, code', [
-    pytest.param(page, line, code, id=f'{page}:{line}') for page in PAGES for line, code in blocks(page, 'python')])
+    pytest.param(page, line, code, id=f'{page}:{line}', marks=[pytest.mark.slow] if SLOW in code else [])
+    for page in PAGES for line, code in blocks(page, 'python')])
 def test_python_runs(page, line, code, published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'published.pth').symlink_to(published)
-    exec(compile('\n' * line + code, str(ROOT / page), 'exec'), {'__name__': 'docs'})
+    program = compile('\n' * line + code, str(ROOT / page), 'exec')
+    try:
+        exec(program, {'__name__': 'docs'})
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        extra = OPTIONAL[error.name]
+        pytest.skip(f'{error.name} is not installed' + (f': pip install evavit[{extra}]' if extra else ''))
+
+
+def block_with(page, text):
+    code, = [code for _, code in blocks(page, 'python') if text in code]
+    return code
+
+
+def test_configuration_of_mmpretrain():
+    """What `TIMMBackbone` would make of the documented keywords has the maps that the documented neck expects."""
+    names = {}
+    exec(block_with('docs/dense.md', 'TIMMBackbone'), names)
+    for name in names['custom_imports']['imports']:
+        importlib.import_module(name)
+    kwargs = {key: value for key, value in names['backbone'].items() if key != 'type'}
+    info = timm.create_model(kwargs.pop('model_name'), **kwargs).feature_info
+    assert info.channels() == names['neck']['in_channels'] and info.reduction() == [4, 8, 16, 32]
+
+
+def test_backbone_for_detectron2(monkeypatch):
+    """The documented class, where stand-ins take the place of detectron2's: names, channels, strides fit."""
+    backbone, fpn = types.ModuleType('backbone'), types.ModuleType('fpn')
+    backbone.Backbone, registered = torch.nn.Module, {}
+    backbone.ShapeSpec = lambda channels, stride: (channels, stride)
+    backbone.BACKBONE_REGISTRY = types.SimpleNamespace(
+        register=lambda: lambda function: registered.setdefault(function.__name__, function))
+    fpn.FPN, fpn.LastLevelMaxPool = (lambda *args, **kwargs: (args, kwargs)), object
+    for name, module in {'detectron2': types.ModuleType('detectron2'), 'detectron2.modeling': backbone,
+                         'detectron2.modeling.backbone': backbone, 'detectron2.modeling.backbone.fpn': fpn}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    exec(block_with('docs/dense.md', 'detectron2'), {'__name__': 'docs'})
+    cfg = types.SimpleNamespace(MODEL=types.SimpleNamespace(FPN=types.SimpleNamespace(OUT_CHANNELS=256)))
+    (pyramid, names, channels), _ = registered['build_eva_fpn'](cfg, None)
+    with torch.no_grad():
+        maps = pyramid.eval()(torch.randn(1, 3, 64, 96))
+    assert channels == 256 and list(maps) == names == list(pyramid.output_shape())
+    for name, (width, stride) in pyramid.output_shape().items():
+        assert maps[name].shape == (1, width, 64 // stride, 96 // stride)
 
 
 def test_python_is_found():
@@ -96,11 +147,12 @@ def test_links_and_paths_exist(page):
 
 
 def commands(page):
-    """Command lines that start train.py or validate.py, in bash blocks and indented lines."""
+    """Command lines that start train.py, validate.py or export.py, in bash blocks and indented lines."""
     shell = [code for _, code in blocks(page, 'bash')]
     shell.append('\n'.join(line[4:] if line.startswith('    ') else '' for line in prose(page).splitlines()))
     lines = [line for code in shell for line in code.replace('\\\n', ' ').splitlines()]
-    return [line.strip() for line in lines if re.match(r'\s*(python|torchrun)\b.*\b(train|validate)\.py\s', line)]
+    start = re.compile(r'\s*(python|torchrun)\b.*\b(train|validate|export)\.py\s')
+    return [line.strip() for line in lines if start.match(line)]
 
 
 @pytest.mark.parametrize('page, line', [
@@ -109,10 +161,12 @@ def test_commands_parse(page, line, monkeypatch):
     """The flags of every command line exist and take these values, as do the keys of the file that it names."""
     monkeypatch.chdir(ROOT)
     words = shlex.split(line, comments=True)
-    script = next(word for word in words if word in ('train.py', 'validate.py'))
+    script = next(word for word in words if word in ('train.py', 'validate.py', 'export.py'))
     flags = words[words.index(script) + 1:]
     if flags == ['--help']:
         return
+    if script == 'export.py':
+        del flags[0]  # the file to write
     if '-c' in flags and flags[flags.index('-c') + 1].startswith('output/'):  # a run's own settings
         position = flags.index('-c')
         del flags[position:position + 2]

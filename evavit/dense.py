@@ -1,0 +1,79 @@
+"""Backbones for detection: maps at strides 4 to 64 in torchvision's form, from a pyramid or from a plain model."""
+from collections import OrderedDict
+from typing import Dict, List
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+__all__ = ['DetectionBackbone', 'SimpleFeaturePyramid']
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Maps at four strides from a plain model's last one (`Exploring Plain Vision Transformer Backbones for Object
+    Detection`, arXiv 2203.16527, Section 3).
+
+    The map at stride s is brought to s/4, s/2, s and 2s by transposed convolutions and pooling; each then takes a 1 × 1
+    and a 3 × 3 convolution with LayerNorm.
+
+    Args:
+        in_channels: Channels of the map.
+        out_channels: Channels of each map that comes out.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int = 256) -> None:
+        super().__init__()
+        half, quarter = in_channels // 2, in_channels // 4
+        scales = [
+            ([nn.ConvTranspose2d(in_channels, half, 2, stride=2), LayerNorm2d(half), nn.GELU(),
+              nn.ConvTranspose2d(half, quarter, 2, stride=2)], quarter),
+            ([nn.ConvTranspose2d(in_channels, half, 2, stride=2)], half),
+            ([], in_channels),
+            ([nn.MaxPool2d(2)], in_channels),
+        ]
+        self.scales = nn.ModuleList(nn.Sequential(
+            *resize,
+            nn.Conv2d(channels, out_channels, 1, bias=False), LayerNorm2d(out_channels),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels),
+        ) for resize, channels in scales)
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """`(B, in_channels, H, W)` to four maps of out_channels: 4H × 4W, 2H × 2W, H × W and H/2 × W/2."""
+        return [scale(x) for scale in self.scales]
+
+
+class DetectionBackbone(nn.Module):
+    """A timm model as a backbone of torchvision's detectors: maps '0' to '3' and 'pool', each of `out_channels`.
+
+    Args:
+        features: A model made with `features_only=True`. The four maps of a pyramid go through a feature pyramid
+            network; the last map of a plain model (made with `dynamic_img_size=True`) through a `SimpleFeaturePyramid`.
+        out_channels: Channels of each map.
+
+    Raises:
+        ValueError: strides that a detector with five levels cannot be made of.
+    """
+
+    def __init__(self, features: nn.Module, out_channels: int = 256) -> None:
+        super().__init__()
+        strides, channels = features.feature_info.reduction(), features.feature_info.channels()
+        self.features = features
+        self.out_channels = out_channels
+        plain = len(set(strides)) == 1
+        if not plain and len(strides) != 4:
+            raise ValueError(f'maps at strides {strides}: a pyramid of four is needed, out_indices=(0, 1, 2, 3)')
+        self.simple = SimpleFeaturePyramid(channels[-1], out_channels) if plain else None
+        self.fpn = None if plain else FeaturePyramidNetwork(channels, out_channels)
+        self.pool = LastLevelMaxPool()
+
+    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Images `(B, 3, height, width)`, sides divisible by 32, to maps by their names, finest first."""
+        maps = self.features(images)
+        if self.simple is not None:
+            maps = self.simple(maps[-1])
+        else:
+            maps = list(self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps))).values())
+        maps, names = self.pool(maps, maps, [str(i) for i in range(len(maps))])
+        return OrderedDict(zip(names, maps, strict=True))

@@ -1,0 +1,180 @@
+"""Models in forms that run elsewhere: ONNX files, AOTInductor packages, exported programs, smaller weights.
+
+`export.py` is the command for this; docs/deploy.md says what each form is good for.
+"""
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence
+
+import torch
+from timm.utils.onnx import onnx_export
+from torch import nn
+
+from evavit.layers.attention import GridAttention
+
+__all__ = [
+    'PRECISIONS', 'TENSORRT_OPERATORS', 'fixed_image_size', 'load_exported', 'lower_precision', 'onnx_operators',
+    'relative_error', 'tensorrt_objections', 'to_onnx', 'to_package', 'to_program',
+]
+
+PRECISIONS = ('float32', 'bfloat16', 'float16', 'int8')
+MAX_BATCH = 1024  # upper end of the dynamic batch of programs and packages
+
+# What models like these are made of, of the operators that TensorRT's parser reads, and what it asks of each: from the
+# table of onnx-tensorrt for TensorRT 10.15. Resize is not among them, for the parser reads no cubic one.
+_CONSTANT_AXES = 'axes must be constant'
+TENSORRT_OPERATORS: Dict[str, str] = {
+    **dict.fromkeys((
+        'Add', 'And', 'Cast', 'Ceil', 'Clip', 'Concat', 'Constant', 'ConstantOfShape', 'Conv', 'Div', 'Equal', 'Erf',
+        'Exp', 'Expand', 'Flatten', 'Floor', 'Gather', 'GatherElements', 'GatherND', 'Gelu', 'Gemm',
+        'GlobalAveragePool', 'Greater', 'GreaterOrEqual', 'Identity', 'Less', 'LessOrEqual', 'Log', 'MatMul', 'Max',
+        'Min', 'Mod', 'Mul', 'Neg', 'Not', 'Or', 'Pad', 'Pow', 'Range', 'Reciprocal', 'Relu', 'Reshape',
+        'ScatterElements', 'Shape', 'Sigmoid', 'Slice', 'Softmax', 'Split', 'Sqrt', 'Sub', 'Tanh', 'Tile',
+        'Transpose', 'Trilu', 'Where'), ''),
+    **dict.fromkeys(('ReduceMax', 'ReduceMean', 'ReduceMin', 'ReduceProd', 'ReduceSum', 'Squeeze', 'Unsqueeze'),
+                    _CONSTANT_AXES),
+    'LayerNormalization': 'the first output alone',
+    'ScatterND': 'no reduction',
+}
+TENSORRT_TYPES = ('FLOAT', 'FLOAT16', 'BFLOAT16', 'INT32', 'INT64', 'BOOL')
+
+
+def lower_precision(model: nn.Module, precision: str) -> nn.Module:
+    """A copy of a model whose weights are smaller.
+
+    Args:
+        model: In float32.
+        precision: One of `PRECISIONS`. 'bfloat16' and 'float16': weights and arithmetic, the images too. 'int8': the
+            weights of the Linear layers, one scale for each output channel; arithmetic stays in float32.
+
+    Raises:
+        ValueError: unknown precision.
+        ModuleNotFoundError: 'int8' without torchao.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision {precision} is not one of {", ".join(PRECISIONS)}')
+    model = copy.deepcopy(model)
+    if precision == 'int8':
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        quantize_(model, Int8WeightOnlyConfig(version=2))
+        return model
+    return model.to(getattr(torch, precision))
+
+
+def fixed_image_size(model: nn.Module) -> bool:
+    """Whether an exported graph of this model holds for one image size: all that cut their tokens into windows."""
+    return any(isinstance(module, GridAttention) for module in model.modules())
+
+
+def _example(model: nn.Module, input_size: Sequence[int]) -> torch.Tensor:
+    weight = next(model.parameters())
+    # A batch of 1 would be taken for a constant.
+    return torch.zeros(2, *input_size, device=weight.device, dtype=weight.dtype)
+
+
+def to_onnx(
+        model: nn.Module,
+        path: Path,
+        input_size: Sequence[int],
+        opset: Optional[int] = None,
+        keep_initializers: bool = False,
+        dynamic_size: bool = False,
+        metadata: Optional[Dict[str, str]] = None,
+        verbose: bool = False,
+) -> None:
+    """Write a model in evaluation mode as ONNX: images `input0`, logits `output0`, any batch.
+
+    Args:
+        model: In float32 or float16.
+        path: File to write.
+        input_size: Channels, height and width of the images.
+        opset: Version of ONNX's operators; the exporter's own if None.
+        keep_initializers: Weights are inputs of the graph as well.
+        dynamic_size: Images of any height and width, for models that allow it.
+        metadata: Entries of the file's metadata.
+        verbose: Pass on what the exporter says.
+
+    Raises:
+        ValueError: `dynamic_size` with a model that has `fixed_image_size`.
+    """
+    import onnx
+    if dynamic_size and fixed_image_size(model):
+        raise ValueError('an exported graph of this model holds for one image size: windows and cells are cut for it')
+    onnx_export(model, str(path), _example(model, input_size), opset=opset, keep_initializers=keep_initializers,
+                dynamic_size=dynamic_size, use_dynamo=True, verbose=verbose, check=False)
+    if metadata:
+        file = onnx.load(str(path), load_external_data=False)
+        onnx.helper.set_model_props(file, metadata)
+        onnx.save(file, str(path))
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def onnx_operators(path: Path) -> Counter:
+    """How often each operator stands in an ONNX file; those of other domains than ONNX's as 'domain::name'."""
+    import onnx
+    file = onnx.load(str(path), load_external_data=False)
+    nodes = [*file.graph.node, *(node for function in file.functions for node in function.node)]
+    return Counter(f'{node.domain}::{node.op_type}' if node.domain not in ('', 'ai.onnx') else node.op_type
+                   for node in nodes)
+
+
+def tensorrt_objections(path: Path) -> List[str]:
+    """What TensorRT's parser may not read in an ONNX file, by its published table: nothing if the list is empty.
+
+    Operators that are not in `TENSORRT_OPERATORS` or break what it asks of them, and types of numbers.
+    """
+    import onnx
+    file = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
+    constants = {tensor.name for tensor in file.graph.initializer}
+    constants |= {node.output[0] for node in file.graph.node if node.op_type == 'Constant'}
+    found = set(onnx_operators(path)) - set(TENSORRT_OPERATORS)
+    for node in file.graph.node:
+        rule = TENSORRT_OPERATORS.get(node.op_type, '')
+        if rule == _CONSTANT_AXES:
+            broken = not constants.issuperset(node.input[1:2])
+        else:
+            broken = rule and (len(node.output) > 1 or any(attribute.name == 'reduction' and attribute.s != b'none'
+                                                           for attribute in node.attribute))
+        if broken:
+            found.add(f'{node.op_type} ({rule})')
+    values = (*file.graph.input, *file.graph.value_info, *file.graph.output)
+    types = {onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type) for value in values}
+    types |= {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in file.graph.initializer}
+    return sorted(found | (types - set(TENSORRT_TYPES)))
+
+
+def to_program(model: nn.Module, input_size: Sequence[int]) -> torch.export.ExportedProgram:
+    """A model in evaluation mode as a program of PyTorch's operators for one image size, with a batch of 1 to 1,024."""
+    batch = torch.export.Dim('batch', min=1, max=MAX_BATCH)
+    with torch.no_grad():
+        return torch.export.export(model.eval(), (_example(model, input_size),), dynamic_shapes=({0: batch},))
+
+
+def to_package(model: nn.Module, path: Path, input_size: Sequence[int]) -> None:
+    """Compile a model ahead of time for its device: a `.pt2` file with machine code and weights.
+
+    Loading it needs PyTorch, but neither this package, nor timm, nor a compiler.
+    """
+    torch._inductor.aoti_compile_and_package(to_program(model, input_size), package_path=str(path))
+
+
+def load_exported(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function in an ONNX file (by onnxruntime, on the CPU) or a package of `to_package`: images to logits.
+
+    onnxruntime takes as many threads as PyTorch has.
+    """
+    if Path(path).suffix == '.onnx':
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+        return lambda images: torch.from_numpy(session.run(None, {'input0': images.numpy()})[0])
+    package = torch._inductor.aoti_load_package(str(path))
+    return lambda images: package(images.contiguous())  # it reads memory as it was exported, and checks no strides
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest expected value."""
+    expected = expected.double()
+    return ((got.double() - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Classify pictures with a file of export.py: python examples/classify.py MODEL.onnx PICTURE ...
+
+Needs onnxruntime, NumPy and Pillow, and neither PyTorch nor timm nor this package: what the pictures must look like and
+what the classes are called stands in the file.
+"""
+import argparse
+import json
+import math
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def prepare(picture: Image.Image, about: dict) -> np.ndarray:
+    """A picture as the model takes it, `(1, C, H, W)`: resized, its centre cropped, normalised, as in validation.
+
+    Args:
+        picture: Any size and mode.
+        about: input_size (C, H, W), crop_pct, interpolation, mean and std, as in the file's metadata.
+    """
+    channels, height, width = about['input_size']
+    picture = picture.convert('L' if channels == 1 else 'RGB')
+    tall, wide = (math.floor(side / about['crop_pct']) for side in (height, width))
+    ratio = min(picture.height / tall, picture.width / wide)  # the picture then covers tall × wide
+    rounded = int if tall == wide else round
+    size = [tall if side == min(picture.size) and tall == wide else rounded(side / ratio) for side in picture.size]
+    picture = picture.resize(size, Image.Resampling[about['interpolation'].upper()])
+    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+    pixels = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32) / 255
+    mean, std = (np.float32(about[name]) for name in ('mean', 'std'))
+    return np.atleast_3d((pixels.reshape(height, width, channels) - mean) / std).transpose(2, 0, 1)[None]
+
+
+def load(path: str) -> tuple:
+    """The session, and what the file says of itself."""
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    about = session.get_modelmeta().custom_metadata_map
+    return session, {key: value if key == 'model' else json.loads(value) for key, value in about.items()}
+
+
+def classify(session: onnxruntime.InferenceSession, about: dict, pictures: list) -> np.ndarray:
+    """Probabilities `(pictures, classes)`."""
+    images = np.concatenate([prepare(picture, about) for picture in pictures])
+    half = session.get_inputs()[0].type == 'tensor(float16)'
+    logits = session.run(None, {'input0': images.astype(np.float16 if half else np.float32)})[0].astype(np.float64)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('model')
+    parser.add_argument('pictures', nargs='+')
+    args = parser.parse_args()
+    try:
+        session, about = load(args.model)
+        pictures = [Image.open(path) for path in args.pictures]
+        probabilities = classify(session, about, pictures)
+    except KeyError as error:
+        parser.error(f'{args.model} does not say {error}: it is no file of export.py')
+    except Exception as error:  # onnxruntime and Pillow have their own for files that they cannot read
+        parser.error(str(error))
+    names = about['class_names'] or range(probabilities.shape[1])
+    for path, row in zip(args.pictures, probabilities, strict=True):
+        best = np.argsort(-row)[:3]
+        print(f'{path}: ' + ', '.join(f'{names[i]} {100 * row[i]:.1f} %' for i in best))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""export.py: files with the answers of the model that they came from; one line on a mistake."""
+import importlib.util
+import json
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from runs import KWARGS, MODEL, load_script
+from timm.data import create_transform, resolve_data_config
+
+from evavit import exporting
+from evavit.training import options, state
+from evavit.training.errors import run_script
+
+
+def needs(*packages):
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f'{", ".join(missing)} missing: pip install evavit[export]')
+
+
+needs_onnx = needs('onnx', 'onnxscript', 'onnxruntime')
+# The flags of timm's onnx_export.py.
+TIMM = ('model', 'opset', 'keep_init', 'aten_fallback', 'dynamic_size', 'check_forward', 'batch_size', 'img_size',
+        'mean', 'std', 'num_classes', 'checkpoint', 'reparam', 'training', 'verbose')
+
+
+def test_flags_are_timms():
+    known = options.options_of('export')
+    assert set(TIMM) <= set(known)
+    assert known['model'].short == '-m' and known['batch_size'].short == '-b' and known['batch_size'].default == 1
+
+
+@needs_onnx
+def test_checkpoint_to_onnx(train, call, tmp_path):
+    """Model, classes and image settings come from the checkpoint; the file says them; any batch does."""
+    import onnx
+    checkpoint = train('run') / 'last.safetensors'
+    path = tmp_path / 'model.onnx'
+    code, out, err = call('export', path, '--checkpoint', checkpoint, '--check-forward', '-b', '5')
+    assert code == 0, out + err
+    assert 'agrees with PyTorch' in out and 'operators: Add ×' in out and 'TensorRT' not in out
+    model = timm.create_model('eva_deit_tiny', num_classes=3, checkpoint_path=str(checkpoint), **KWARGS).eval()
+    run = exporting.load_exported(path)
+    for batch in (1, 2, 7):
+        images = torch.randn(batch, 3, 16, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(run(images), model(images), atol=1e-4, rtol=1e-4)
+    about = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert about['model'] == 'eva_deit_tiny' and json.loads(about['class_names']) == ['apple', 'pear', 'plum']
+    assert json.loads(about['input_size']) == [3, 16, 16] and len(json.loads(about['mean'])) == 3
+    assert not exporting.tensorrt_objections(path)
+
+    # examples/classify.py reads pictures, classes and weights from the file alone.
+    picture = Image.fromarray(torch.randint(256, (40, 30, 3), dtype=torch.uint8).numpy())
+    classify = load_script('examples/classify')
+    session, about = classify.load(str(path))
+    with torch.no_grad():
+        config = resolve_data_config(dict(input_size=(3, 16, 16)), model=model)
+        expected = model(create_transform(**config)(picture)[None]).softmax(1)
+    assert about['class_names'] == ['apple', 'pear', 'plum']
+    got = torch.from_numpy(classify.classify(session, about, [picture])).float()
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_onnx
+@pytest.mark.parametrize('node, extra, objections', [
+    (('Relu', ['x'], ['y']), {}, []),
+    (('Resize', ['x', '', 'scales'], ['y']), dict(mode='cubic'), ['Resize']),
+    (('ReduceSum', ['x', 'axes'], ['y']), dict(keepdims=1), []),
+    (('ReduceSum', ['x', 'free'], ['y']), dict(keepdims=1), ['INT8', 'ReduceSum (axes must be constant)']),
+    (('Det', ['x'], ['y']), {}, ['Det']),
+    (('FusedGelu', ['x'], ['y']), dict(domain='com.microsoft'), ['com.microsoft::FusedGelu']),
+])
+def test_objections_of_tensorrt(tmp_path, node, extra, objections):
+    """Operators that its table lacks, restricted ones, other domains, and types of numbers."""
+    import onnx
+    from onnx import TensorProto, helper
+    inputs = [helper.make_tensor_value_info('x', TensorProto.FLOAT, [1, 1, 4, 4])]
+    if 'free' in node[1]:
+        inputs += [helper.make_tensor_value_info('free', TensorProto.INT64, [1]),
+                   helper.make_tensor_value_info('unused', TensorProto.INT8, [1])]
+    constants = [helper.make_tensor('axes', TensorProto.INT64, [1], [2]),
+                 helper.make_tensor('scales', TensorProto.FLOAT, [4], [1, 1, 2, 2])]
+    graph = helper.make_graph([helper.make_node(*node, **extra)], 'g', inputs,
+                              [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)], constants)
+    domains = [helper.make_opsetid('', 20), helper.make_opsetid('com.microsoft', 1)]
+    onnx.save(helper.make_model(graph, opset_imports=domains), tmp_path / 'm.onnx')
+    assert exporting.tensorrt_objections(tmp_path / 'm.onnx') == objections
+
+
+def test_weights_of_another_image_size(tmp_path, monkeypatch, capsys):
+    """The position embedding of a plain model is resampled as timm does it, which a line says."""
+    written = []
+    script = load_script('export')
+    monkeypatch.setattr(script, 'write', lambda model, output, *rest: (written.append(model), output.touch()))
+    torch.save(timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).state_dict(), tmp_path / 'w.pth')
+    kwargs = [f'{key}={value}' for key, value in KWARGS.items() if key != 'img_size']
+    flags = [tmp_path / 'm.pt2', '-m', 'eva_deit_tiny', '--model-kwargs', *kwargs, '--num-classes', '3',
+             '--checkpoint', tmp_path / 'w.pth', '--input-size', '3', '20', '28', '--device', 'cpu']
+    assert run_script(script.main, [str(flag) for flag in flags]) == 0
+    assert 'pos_embed resampled from 1×16×16 to 1×35×16' in capsys.readouterr().out
+    sized = timm.create_model('eva_deit_tiny', num_classes=3, **{**KWARGS, 'img_size': (20, 28)}, pretrained=True,
+                              pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pth'), num_classes=3)).eval()
+    images = torch.randn(2, 3, 20, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(written[0](images), sized(images))
+
+
+def test_a_flag_for_the_size_wins_over_the_checkpoints(train, tmp_path):
+    """In whichever way a size was given in training: as either flag, or to the model."""
+    run = train('run', '--input-size', '3', '16', '16')
+    flags = ['--checkpoint', str(run / 'last.safetensors'), '--img-size', '20']
+    settings, given = options.parse_settings('export', flags)
+    state.complete_from_checkpoint(settings, given)
+    assert settings.img_size == 20 and settings.input_size is None
+    assert settings.model_kwargs == {key: value for key, value in KWARGS.items() if key != 'img_size'}
+
+
+@needs_onnx
+def test_pyramid_in_float16(call, tmp_path):
+    """Windows and cells that do not divide the grid: padding and masks are in ONNX's operators, too."""
+    path = tmp_path / 'model.onnx'
+    code, out, err = call('export', path, '-m', 'eva_pvt_v2_b3', '--num-classes', '5', '--precision', 'float16',
+                          '--img-size', '72', '--check-forward', '--model-kwargs', 'depths=(1,1,1,1)',
+                          'embed_dims=(16,32,48,64)', 'num_heads=(1,2,3,4)', 'window_size=4', 'partition_grid=4')
+    assert code == 0, out + err
+    assert 'random' in out and 'float16' in out and 'agrees with PyTorch' in out
+    assert not exporting.tensorrt_objections(path)
+
+
+@needs_onnx
+def test_timms_flags_on_a_model_without_windows(call, tmp_path):
+    """Any image size where the model allows it; the version of the operators; weights as inputs."""
+    import onnx
+    path = tmp_path / 'model.onnx'
+    code, out, err = call('export', path, '-m', 'test_byobnet', '--num-classes', '5', '--dynamic-size', '--opset', '20',
+                          '--keep-init')
+    assert code == 0, out + err
+    file = onnx.load(path)
+    assert file.opset_import[0].version == 20
+    assert len(file.graph.input) > 1
+    assert exporting.load_exported(path)(torch.randn(3, 3, 96, 160)).shape == (3, 5)
+
+
+def test_int8_takes_a_quarter():
+    pytest.importorskip('torchao', reason='needs evavit[export]')
+    torch.manual_seed(0)
+    model = timm.create_model('eva_deit_tiny', depth=1, img_size=28, patch_size=4, window_size=3).eval()
+    images = torch.randn(2, 3, 28, 28)
+    small = exporting.lower_precision(model, 'int8')
+    with torch.no_grad():
+        error = exporting.relative_error(small(images), model(images))
+    assert 0 < error < 0.05
+    weight = small.blocks[0].mlp.fc1.weight
+    assert weight.qdata.dtype == torch.int8 and model.blocks[0].mlp.fc1.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize('precision, bound', [('bfloat16', 0.05), ('float16', 0.01)])
+def test_half_precision(precision, bound):
+    torch.manual_seed(0)
+    model = timm.create_model('eva_deit_tiny', **KWARGS).eval()
+    images = torch.randn(2, 3, 16, 16)
+    lower = exporting.lower_precision(model, precision)
+    with torch.no_grad():
+        logits = lower(images.to(getattr(torch, precision)))
+        assert logits.dtype == getattr(torch, precision)
+        assert 0 < exporting.relative_error(logits, model(images)) < bound
+    with pytest.raises(ValueError, match='precision int4 is not one of'):
+        exporting.lower_precision(model, 'int4')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('precision', exporting.PRECISIONS)
+def test_package(call, tmp_path, precision):
+    path = tmp_path / 'model.pt2'
+    code, out, err = call('export', path, *MODEL, '--num-classes', '3', '--precision', precision, '--check-forward',
+                          '--device', 'cpu')
+    assert code == 0, out + err
+    assert 'agrees with PyTorch' in out
+    if precision == 'float32':
+        run, images = exporting.load_exported(path), torch.randn(3, 3, 16, 16)
+        torch.testing.assert_close(run(images.to(memory_format=torch.channels_last)), run(images))
+
+
+@pytest.mark.parametrize('flags, message', [
+    ([], 'no output: the first word is the file to write'),
+    (['--model', 'eva_deit_tiny'], 'no output'),
+    (['m.tflite'], 'must end in .onnx'),
+    (['nowhere/m.onnx'], 'no folder nowhere'),
+    (['m.pt2'], 'no model: give --model NAME'),
+    (['m.pt2', '--opset', '18'], '--opset is for ONNX files'),
+    (['m.pt2', '--dynamic-size'], '--dynamic-size is for ONNX files'),
+    (['m.onnx', '--opset', '9'], 'opset, which takes a whole number ≥ 18'),
+    (['m.onnx', '--precision', 'int8'], '--precision int8 is for .pt2 packages'),
+    (['m.onnx', '--precision', 'int4'], 'one of float32'),
+    (['m.onnx', '--training'], '--training belongs to'),
+    (['m.onnx', '--aten-fallback'], '--aten-fallback belongs to'),
+    (['m.pt2', '--pretrained', '--checkpoint', 'x.pth'], 'both name weights'),
+    (['m.pt2', '--checkpoint', 'none.pth'], 'none.pth: no such checkpoint'),
+    (['m.pt2', '-m', 'eva_deit_tinny'], 'did you mean eva_deit_tiny?'),
+    (['m.pt2', '--quiet'], 'unknown flag --quiet'),
+    (['m.onnx', *MODEL, '--dynamic-size'], 'write a file for each size, with --img-size N'),
+])
+def test_mistakes(call, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    if importlib.util.find_spec('onnx') is None and flags and flags[0] == 'm.onnx':
+        pytest.skip('needs evavit[export]')
+    code, _, err = call('export', *flags)
+    assert code == 2 and message in err and len(err.splitlines()) == 1, err
+    assert not list(tmp_path.iterdir())
+
+
+def broken_files(folder):
+    """Files that are no checkpoint of the tiny model: {name: (flags beside --checkpoint, what the line must say)}."""
+    class Code:
+        def __reduce__(self):
+            return (print, ('this must not run',))
+
+    tiny = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).state_dict()
+    torch.save(timm.create_model('resnet18', num_classes=3).state_dict(), folder / 'resnet.pth')
+    torch.save(timm.create_model('eva_deit_tiny', num_classes=3, **{**KWARGS, 'depth': 3}).state_dict(),
+               folder / 'deeper.pth')
+    torch.save(tiny, folder / 'tiny.pth')
+    torch.save(dict(state_dict=dict(weight=Code())), folder / 'code.pth')
+    safetensors.torch.save_file(tiny, folder / 'tiny.safetensors')
+    for name in ('tiny.pth', 'tiny.safetensors'):
+        whole = (folder / name).read_bytes()
+        (folder / f'half_{name}').write_bytes(whole[:len(whole) // 2])
+    (folder / 'text.pth').write_text('no weights')
+    fit = [*MODEL, '--num-classes', '3']
+    return {
+        'resnet.pth': (fit, ['does not fit the model', '--model']),
+        'deeper.pth': (fit, ['does not fit the model', 'blocks.2', '--model-kwargs']),
+        'tiny.pth': ([*MODEL, '--num-classes', '5'], ['has 3 classes', 'has 5', '--num-classes 3']),
+        'code.pth': (fit, ['not a readable checkpoint', 'print']),
+        'half_tiny.pth': (fit, ['not a readable checkpoint']),
+        'half_tiny.safetensors': (fit, ['not a readable checkpoint']),
+        'text.pth': (fit, ['not a readable checkpoint']),
+    }
+
+
+def test_bad_weights(call, tmp_path, monkeypatch):
+    """Each is one line that names the file and what is wrong with it, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    for name, (flags, words) in broken_files(tmp_path).items():
+        code, out, err = call('export', 'm.pt2', '--checkpoint', name, *flags)
+        lines = err.splitlines()
+        assert code == 2 and len(lines) == 1 and all(word in lines[0] for word in [name, *words]), err
+        assert 'this must not run' not in out and not (tmp_path / 'm.pt2').exists()
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--img-size', '18'], ['18']),
+    (['--img-size', '0'], ['--img-size', '0', '≥ 1']),
+    (['--input-size', '3', '16'], ['--input-size']),
+    (['--input-size', '2', '16', '16'], ['2 image channels']),
+    (['--in-chans', '1', '--mean', '0.5', '0.5'], ['mean', '1 channel']),
+    (['--model-kwargs', 'num_heads=3'], ['num_heads 3']),
+    (['--device', 'tpu'], ['--device tpu']),
+    (['--num-classes', '0'], ['num_classes', '≥ 1']),
+    (['--batch-size', '0'], ['batch_size', '≥ 1']),
+    (['--opset', 'new'], ['opset', "'new'"]),
+    (['--pretrained'], ['eva_deit_tiny']),
+])
+def test_impossible_values(call, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call('export', 'm.pt2', *MODEL, *flags)
+    assert code == 2 and len(err.splitlines()) == 1 and all(word in err for word in words), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, package=None: None if name == 'onnxscript' else True)
+    code, _, err = call('export', tmp_path / 'm.onnx', *MODEL)
+    assert code == 2 and err == "error: onnxscript not installed: pip install 'evavit[export]'\n"

@@ -1,0 +1,42 @@
+"""The example of inference prepares pictures as timm does in validation, without timm."""
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_transform
+
+pytest.importorskip('onnxruntime', reason='needs evavit[export]')
+FILE = Path(__file__).resolve().parents[2] / 'examples' / 'classify.py'
+
+
+@pytest.fixture(scope='module')
+def example():
+    spec = importlib.util.spec_from_file_location('evavit_example_classify', FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('picture_size', [(640, 427), (123, 301), (224, 224), (40, 31)])
+@pytest.mark.parametrize('about', [
+    dict(input_size=(3, 224, 224), crop_pct=0.875, interpolation='bicubic', mean=(0.485, 0.456, 0.406),
+         std=(0.229, 0.224, 0.225)),
+    dict(input_size=(3, 160, 256), crop_pct=0.9, interpolation='bilinear', mean=(0.5,) * 3, std=(0.5,) * 3),
+    dict(input_size=(1, 28, 28), crop_pct=1.0, interpolation='nearest', mean=(0.3,), std=(0.2,)),
+], ids=['square', 'wide', 'grey'])
+def test_pictures_are_those_of_validation(example, about, picture_size):
+    from sklearn.datasets import load_sample_image
+    picture = Image.fromarray(load_sample_image('china.jpg')).resize(picture_size)
+    expected = create_transform(**about)(picture.convert('L') if about['input_size'][0] == 1 else picture)
+    np.testing.assert_allclose(example.prepare(picture, about)[0], expected.numpy(), atol=1e-5)
+
+
+def test_mistakes_are_one_clear_error(example, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'text.onnx').write_text('no model')
+    for words in (['nowhere.onnx', 'p.png'], [str(tmp_path / 'text.onnx'), 'p.png']):
+        monkeypatch.setattr('sys.argv', ['classify.py', *words])
+        with pytest.raises(SystemExit) as stop:
+            example.main()
+        assert stop.value.code == 2 and words[0] in capsys.readouterr().err

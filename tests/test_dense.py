@@ -1,0 +1,82 @@
+"""Backbones for detection: maps of the right sizes, at sizes of every kind, and features that follow the image."""
+import pytest
+import timm
+import torch
+
+import evavit  # noqa: F401
+from evavit.dense import DetectionBackbone, SimpleFeaturePyramid
+
+PYRAMID = dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4))
+PLAIN = dict(depth=2, embed_dim=48, num_heads=3)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', dict(PLAIN, dynamic_img_size=True, out_indices=(0, 1)))])
+@pytest.mark.parametrize('height, width', [(96, 160), (32, 64), (224, 96)])
+def test_maps_of_detection(name, kwargs, height, width):
+    backbone = DetectionBackbone(timm.create_model(name, features_only=True, **kwargs), 24).eval()
+    with torch.no_grad():
+        maps = backbone(torch.randn(1, 3, height, width))
+    assert list(maps) == ['0', '1', '2', '3', 'pool']
+    for stride, x in zip((4, 8, 16, 32, 64), maps.values(), strict=True):
+        assert x.shape == (1, 24, -(-height // stride), -(-width // stride)) and torch.isfinite(x).all()
+
+
+def test_every_scale_of_the_simple_pyramid_learns():
+    pyramid = SimpleFeaturePyramid(16, 8)
+    x = torch.randn(2, 16, 6, 4, requires_grad=True)
+    maps = pyramid(x)
+    assert [tuple(y.shape[2:]) for y in maps] == [(24, 16), (12, 8), (6, 4), (3, 2)]
+    for y in maps:
+        gradient, = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        assert gradient.abs().sum() > 0
+
+
+def test_a_pyramid_without_its_first_map_is_refused():
+    features = timm.create_model('eva_pvt_v2_b3', features_only=True, out_indices=(1, 2, 3), **PYRAMID)
+    with pytest.raises(ValueError, match=r'\[8, 16, 32\].*out_indices=\(0, 1, 2, 3\)'):
+        DetectionBackbone(features)
+
+
+@pytest.mark.parametrize('height, width', [(33, 65), (97, 51), (224, 100), (64, 448)])
+def test_pyramid_features_at_any_size(height, width):
+    """Odd sizes too; the whole model's intermediates are the feature backbone's maps."""
+    torch.manual_seed(0)
+    whole = timm.create_model('eva_pvt_v2_b3', **PYRAMID).eval()
+    backbone = timm.create_model('eva_pvt_v2_b3', features_only=True, **PYRAMID).eval()
+    backbone.load_state_dict({name.replace('stages.', 'stages_'): value for name, value in whole.state_dict().items()
+                              if not name.startswith('head')})
+    images = torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        maps, intermediates = backbone(images), whole.forward_intermediates(images, intermediates_only=True)
+    for stride, a, b in zip((4, 8, 16, 32), maps, intermediates, strict=True):
+        assert a.shape[2:] == (-(-height // stride), -(-width // stride))
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('height, width', [(33, 65), (97, 51)])
+def test_maps_of_a_plain_model_at_any_size(height, width):
+    """`features_only` gives what `forward_intermediates` does."""
+    torch.manual_seed(0)
+    backbone = timm.create_model('eva_deit_tiny', dynamic_img_size=True, features_only=True, out_indices=(0, 1),
+                                 **PLAIN).eval()
+    images = torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        maps = backbone(images)
+        expected = backbone.model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    assert backbone.feature_info.reduction() == [16, 16]
+    for a, b in zip(maps, expected, strict=True):
+        assert a.shape == (2, 48, -(-height // 16), -(-width // 16))
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('height, width', [(33, 65), (97, 51), (224, 100)])
+def test_plain_features_at_any_size(height, width):
+    torch.manual_seed(0)
+    whole = timm.create_model('eva_deit_tiny', dynamic_img_size=True, **PLAIN).eval()
+    images = torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        final, maps = whole.forward_intermediates(images, indices=[0, 1], norm=True)
+    grid = (-(-height // 16), -(-width // 16))
+    assert [tuple(x.shape) for x in maps] == [(2, 48, *grid)] * 2
+    torch.testing.assert_close(maps[1].flatten(2).transpose(1, 2), final)
