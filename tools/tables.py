@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import attentions
+import elpv
 import performance
 import timm
 import torch
@@ -105,6 +106,7 @@ TABLES = {
     'op': (performance.op, (PERFORMANCE,)),
     'layer': (performance.layer, (PERFORMANCE,)),
     'cpu': (performance.cpu_models, (PERFORMANCE,)),
+    'elpv': (elpv.table, ('docs/transfer.md',)),
 }
 
 
