@@ -2,7 +2,7 @@
 """Does pretraining help on few pictures? Solar cells (ELPV) after Fashion-MNIST, and from scratch.
 
     python tools/build_elpv.py data/elpv
-    python examples/elpv.py --data-dir data/elpv --fashion-mnist DIR --jobs 10 --results-file results/elpv_h100.csv
+    python examples/elpv.py --data-dir data/elpv --fashion-mnist DIR --jobs 12 --results-file results/elpv_h100.csv
 
 An EVA model (`eva_deit_tiny`) is trained on Fashion-MNIST at 28 pixels with patch 2, then fine-tuned on ELPV at 224
 with patch 16: the same 196 tokens, the patches resampled. Beside it the same model, timm's `resnet18` and timm's
@@ -199,7 +199,7 @@ def parse(argv):
     parser.add_argument("--results-file", type=Path, default=Path("output/elpv.csv"), metavar="CSV")
     parser.add_argument("--seeds", type=int, default=5, help="(5)")
     parser.add_argument("--epochs", type=int, default=10, help="of every run on ELPV (10)")
-    parser.add_argument("--pretrain-epochs", type=int, default=4, help="on Fashion-MNIST (4)")
+    parser.add_argument("--pretrain-epochs", type=int, default=5, help="on Fashion-MNIST (5)")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
     parser.add_argument("--workers", type=int, default=1, help="loading processes of each (1)")
     parser.add_argument("--pretrain-workers", type=int, default=6, help="loading processes of the pretraining (6)")
