@@ -9,9 +9,9 @@ every weight by 1 / N: an attention with its error has found nothing out.
 
 q, k and v come from the picture through random projections, not through trained ones (`image_qkv` says how), and what
 an attention learns is not trained either: the projection of EVA's summaries and LARA's landmarks is the identity, those
-of Linformer and Long-Short are random. Parts that softmax attention does not have, a bias, a convolution or norms of
-keys and values, are left out (`PLAIN`). The errors tell how near the attentions come by construction; Reformer, whose
-keys are its queries, is none that approximates softmax attention with other keys.
+of Linformer and Long-Short are random. Parts that softmax attention does not have, a bias, a convolution, norms of keys
+and values or a projection of spans, are left out (`PLAIN`). The errors tell how near the attentions come by
+construction; Reformer, whose keys are its queries, is none that approximates softmax attention with other keys.
 """
 import argparse
 import csv
@@ -36,7 +36,7 @@ __all__ = ['PLAIN', 'attention_matrix', 'image_qkv', 'make_attention', 'open_pic
 
 DIM, NUM_HEADS, PATCH = 192, 3, 16  # DeiT-Tiny
 # Options that take out what softmax attention does not have.
-PLAIN = dict(rel_pos_bias=False, conv_kernel_size=0, dual_ln=False)
+PLAIN = dict(rel_pos_bias=False, conv_kernel_size=0, dual_ln=False, pooling='max')
 
 
 def open_picture(path: Optional[str] = None) -> Image.Image:
@@ -245,6 +245,12 @@ def positive(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f'must be a whole number from 0 on, below 2⁶³, got {text!r}')
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
@@ -263,7 +269,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, tor
     add('--logit-std', type=positive, default=2., help="spread of a query's logits: sharpness (default: 2)")
     add('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32', help='of q, k, v (default: float32)')
     add('--device', help='cpu, cuda or cuda:N (default: cuda where there is one, else cpu)')
-    add('--seed', type=int, default=0, help='of the random projections and layers (default: 0)')
+    add('--seed', type=seed, default=0, help='of the random projections and layers (default: 0)')
     add('--repeats', type=whole, default=10, help='calls of which the median is taken (default: 10)')
     add('--warmup', type=whole, default=2, help='calls before them (default: 2)')
     add('--results-file', type=Path, metavar='FILE', help='CSV to write the rows to, with device, versions and commit')
@@ -276,6 +282,16 @@ def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, tor
         raise UserError(f'--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices; use --device cpu')
     if args.results_file and (args.results_file.suffix != '.csv' or args.results_file.is_dir()):
         raise UserError(f'--results-file {args.results_file}: must be a .csv file')
+    if args.results_file:  # now, and not after an hour of measuring
+        new = not args.results_file.exists()
+        try:
+            args.results_file.parent.mkdir(parents=True, exist_ok=True)
+            with open(args.results_file, 'a'):
+                pass
+            if new:
+                args.results_file.unlink()
+        except OSError as error:
+            raise UserError(f'--results-file {args.results_file}: {error.strerror}; name another one') from None
     return args, torch.device(name)
 
 
@@ -294,7 +310,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if args.results_file:
         shared = dict(image=args.image or 'china.jpg', logit_std=args.logit_std, batch_size=args.batch_size,
                       dtype=args.dtype, seed=args.seed) | origin(device)
-        args.results_file.parent.mkdir(parents=True, exist_ok=True)
         with open(args.results_file, 'w', newline='') as stream:
             writer = csv.DictWriter(stream, [*columns, *shared], lineterminator='\n')
             writer.writeheader()

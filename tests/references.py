@@ -202,15 +202,21 @@ def window_bias(table, tokens, width, window_size):
     return 0. if table is None else table[bias_rows(tokens, width, window_size)].permute(2, 0, 1)
 
 
-def combiner_loop(q, k, v, feat_size, bias_table=None, window_size=7):
-    """Combiner-Fixed with DeepSets-Max: one span of queries after the other, every other span summarised."""
+def combiner_loop(q, k, v, feat_size, bias_table=None, window_size=7, projections=None):
+    """Combiner-Fixed: one span of queries after the other, every other span summarised by a maximum; of the ReLU of
+    projections (W_q, W_k) for DeepSets-Max."""
     s = q.shape[-1] ** -0.5
     spans = grid_windows(feat_size, window_size)
     parts = list(zip(split(q, spans), split(k, spans), split(v, spans), strict=True))
     keys, values = [], []
+    W_q, W_k = (None, None) if projections is None else projections
+
+    def pooled(x, W):
+        return (x if W is None else F.relu(x @ W.T)).max(2, keepdim=True).values
+
     for q_m, k_m, v_m in parts:
-        inside = torch.softmax(s * (q_m.max(2, keepdim=True).values @ k_m.transpose(2, 3)), -1)
-        keys.append(k_m.max(2, keepdim=True).values)
+        inside = torch.softmax(s * pooled(q_m, W_q) @ k_m.transpose(2, 3), -1)
+        keys.append(pooled(k_m, W_k))
         values.append(inside @ v_m)
     outputs = []
     for number, (tokens, (q_n, k_m, v_m)) in enumerate(zip(spans, parts, strict=True)):

@@ -103,6 +103,9 @@ def test_half_precision_and_a_picture_of_ones_own(capsys, tmp_path):
     (['--logit-std', 'nan'], ['nan', 'above 0']),
     (['-b', '0'], ['0', 'at least 1']),
     (['--results-file', 'rows.txt'], ['rows.txt', '.csv']),
+    (['--results-file', f'{__file__}/rows.csv'], ['--results-file', 'rows.csv', 'another']),
+    (['--seed', '-1'], ['-1', 'whole number']),
+    (['--seed', str(10 ** 23)], ['below 2⁶³']),
     (['--tokns', '4'], ['--tokns']),
 ])
 def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, flags, words):

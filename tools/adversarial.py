@@ -80,11 +80,12 @@ def train(name, dtype, device, steps=200, small=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help="which (default: all four)")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="small models, for a CPU")
     flags, broken = parser.parse_args(), 0
-    for name in MODELS:
+    for name in flags.model:
         for dtype in DTYPES:
             result = train(name, dtype, flags.device, flags.steps, flags.small)
             broken += bool(result.bad or result.late)

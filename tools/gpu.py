@@ -35,6 +35,8 @@ MODELS = {  # the longest to compile first
 # Four models compile at one time, with workers of their own.
 ENVIRONMENT = {'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
                'PYTHONUNBUFFERED': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '4'}
+# The second replays CUDA graphs: there the processor's launches are in no figure.
+MODES = ('default', 'reduce-overhead')
 STEPS = ('test', 'sanitize', 'op', 'layer', 'models', 'page')
 
 
@@ -81,17 +83,22 @@ def measure(name: str, flags, target: Path) -> bool:
     return good
 
 
-def measure_models(names, target: Path) -> bool:
+def measure_models(names, modes, target: Path) -> bool:
     """Models compile side by side and are measured one at a time; more at once would not fit the memory."""
-    flags = ['--bench', 'train', 'infer', '--torchcompile', 'default', '--lock', str(WORK / 'lock')]
+    def one(task):
+        name, mode = task
+        return measure(f'{name}_{mode}', ['--bench', 'train', 'infer', '--torchcompile', mode,
+                                          '--lock', str(WORK / 'lock'), *MODELS[name]], target)
+
     with ThreadPoolExecutor(4) as pool:
-        return all(list(pool.map(lambda name: measure(name, [*flags, *MODELS[name]], target), names)))
+        return all(list(pool.map(one, [(name, mode) for mode in modes for name in names])))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS)
     parser.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS))
+    parser.add_argument('--torchcompile', nargs='+', choices=MODES, default=MODES, help='modes of the models')
     parser.add_argument('--results-file', type=Path, default=ROOT / 'results' / 'h100.csv')
     args = parser.parse_args()
 
@@ -106,7 +113,7 @@ def main() -> int:
         elif step in ('op', 'layer'):
             good &= measure(step, ['--bench', step], args.results_file)
         elif step == 'models':
-            good &= measure_models(args.models, args.results_file)
+            good &= measure_models(args.models, args.torchcompile, args.results_file)
         elif step == 'page':
             good &= start('page', [sys.executable, 'tools/tables.py'])
     return int(not good)

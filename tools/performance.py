@@ -13,6 +13,7 @@ PLOT = ROOT / 'docs' / 'images' / 'performance.svg'
 # inference. Measured before this code was written, with the published code's own modules, not by benchmark.py.
 PUBLISHED = {'eva_deit_tiny': (2446, 6817), 'eva_deit_tiny_784': (993, 2821), 'eva_pvt_v2_b3': (248, 1127)}
 COLOURS = {'triton': '#d1495b', 'plain': '#e9a6ae', 'flash': '#2e5e8c', 'cudnn': '#5b9bd5', 'efficient': '#9aa5b1'}
+MODES = {'no': 'eager', 'default': 'compiled', 'reduce-overhead': 'compiled, CUDA graphs'}
 NAMES = {'triton': 'EVA, kernels', 'plain': 'EVA, plain PyTorch', 'flash': 'SDPA, flash', 'cudnn': 'SDPA, cuDNN',
          'efficient': 'SDPA, memory-efficient'}
 
@@ -62,7 +63,7 @@ def speed_up(rows: List[Row], bench: str, tokens: int) -> Optional[float]:
 
 
 def models(rows: List[Row], bench: str, case: str, img_size: int, compiled: bool = True, column: str = 'img_per_s'):
-    """(EVA's, softmax's) figure of a model and the one beside it, in the faster path that was measured."""
+    """(EVA's, softmax's) figure of a model and the one beside it, each in the faster of the measured modes."""
     rows = [row for row in pick(rows, bench=bench, case=case, img_size=img_size)
             if (row['torchcompile'] != 'no') == compiled]
     return tuple(number(pick(rows, attention=which), column, max) for which in ('eva', 'softmax'))
@@ -200,7 +201,7 @@ def _model_table(rows: List[Row], published: bool) -> str:
             theirs = PUBLISHED.get(row['case']) if row['img_size'] == '224' else None
             lines.append('| ' + ' | '.join([
                 f'`{row["case"]}`' + (', plain' if published and eva['backend'] == 'plain' else ''), row['img_size'],
-                row['batch_size'], what + (', eager' if published and row['torchcompile'] == 'no' else ''),
+                row['batch_size'], what + (f', {MODES[row["torchcompile"]]}' if published else ''),
                 f'{float(eva["img_per_s"]):,.{0 if published else 1}f}',
                 f'{float(softmax[0]["img_per_s"]):,.{0 if published else 1}f}' if softmax else '–',
                 f'{float(eva["img_per_s"]) / float(softmax[0]["img_per_s"]):.2f}' if softmax else '–',

@@ -101,6 +101,7 @@ TABLES = {
     'ablations': (ablations, ('docs/ablations.md',)),
     'options': (zoo.options, ('docs/zoo.md',)),
     'zoo': (zoo.tables, ('docs/zoo.md',)),
+    'steps': (zoo.steps, ('docs/zoo.md',)),
     'measured': (performance.gpu_models, ('README.md', PERFORMANCE)),
     'reach': (performance.reach, (PERFORMANCE,)),
     'op': (performance.op, (PERFORMANCE,)),

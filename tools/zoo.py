@@ -1,11 +1,15 @@
-"""The attentions' options, and Tables 1 and 2 of the paper counted on our models, for `tables.py` beside this file.
+"""The attentions' options, and the paper's Tables 1, 2 and 6 on our models, for `tables.py` beside this file.
 
-Where a figure differs from the paper's in a digit that the paper prints, `REASONS` says why; a difference without a
-reason and a reason without a difference are errors.
+Parameters and multiply-adds are counted on the code; memory and time come from results/zoo_h100.csv, which
+`zoo_step.py` measures. Where a figure differs from the paper's in a digit that the paper prints, `REASONS` says why; a
+difference without a reason and a reason without a difference are errors.
 """
+import csv
 import inspect
 from functools import lru_cache, partial
+from pathlib import Path
 
+import performance
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +39,9 @@ PAPER = {
         'eva': (36.1, 7.4, '83.71'), 'softmax': (45.2, 6.9, '83.14'),
     },
 }
+# Table 6: memory (G) and milliseconds an iteration, of training DeiT-Tiny-784 on V100s.
+PAPER_STEP = {'performer': (8.1, 87), 'local': (7.8, 65), 'eva': (9.9, 94), 'softmax': (17.7, 99)}
+STEPS = Path(__file__).resolve().parent.parent / 'results' / 'zoo_h100.csv'
 UNITS = {'parameters': 'M', 'multiply-adds': 'G'}
 
 PERFORMER = ('128 features cost 4·N·128·C a layer: features of q and of k, keys by values, the output. {} features '
@@ -58,9 +65,9 @@ REASONS = {
         'The pseudo-inverse meets the m landmarks\' values, m × d; by the N × m weights first, it is 4.78 G.',
     ('lara_deit_tiny_784', 'multiply-adds'):
         'The density of each sample under each proposal is 0.006 G of it; without, 4.648 G.',
-    ('combiner_deit_tiny_784', 'multiply-adds'):
-        'Not explained: the window is 0.18 G and the 16 spans 0.06 G; what the paper\'s implementation adds to them is '
-        'not in the paper.',
+    ('combiner_deit_tiny_784', 'parameters'):
+        'DeepSets-Max (Table 9) projects the queries and keys of a head, 2·64² weights a layer. Without '
+        '(`pooling=\'max\'`) it is {combiner_m} M, but then {combiner_g} G.',
     ('long_short_deit_tiny_784', 'parameters'):
         'Table 9 gives a dynamic projection of 16; with 49 (`projection_dim=49`) it is {long_short_m} M.',
     ('long_short_deit_tiny_784', 'multiply-adds'): 'Likewise: with 49 it is {long_short_g} G.',
@@ -109,6 +116,7 @@ def tables() -> str:
     """A table a variant with all attentions, then the reasons of the differences."""
     facts = {}
     for key, (name, kwargs) in dict(deit_tiny=('deit_tiny_patch16_224', {}), pvt=('pvt_v2_b3', {}),
+                                    combiner=('combiner_deit_tiny_784', dict(pooling='max')),
                                     long_short=('long_short_deit_tiny_784', dict(projection_dim=49))).items():
         parameters, multiply_adds = count(name, **kwargs)
         facts |= {f'{key}_m': f'{parameters / 1e6:.2f}', f'{key}_g': f'{multiply_adds / 1e9:.3f}'}
@@ -146,3 +154,40 @@ def options() -> str:
         rows.append(f'| `{name}` | `{attention.__name__}` | {", ".join(own)} | '
                     f'{"of `img_size`, as made" if attention.fixed_grid else "any"} |')
     return '\n'.join(rows)
+
+
+def steps() -> str:
+    """Memory and time of a training step with each attention, eager and compiled, beside the paper's Table 6."""
+    measured = []
+    if STEPS.exists():
+        with open(STEPS, newline='') as stream:
+            # Beside EVA's model stands timm's softmax model, which is no attention of the zoo.
+            measured = [row for row in csv.DictReader(stream) if row['bench'] == 'train'
+                        and row['attention'] in ('', 'eva') and row['case'].endswith('_deit_tiny_784')]
+    if not measured:
+        return 'Not measured yet.'
+    batches = sorted({int(row['batch_size']) for row in measured})
+    if len(batches) > 1 or len({row['device'] for row in measured}) > 1:
+        raise SystemExit(f'error: {STEPS.name} mixes batch sizes {batches} or devices; keep one of each')
+    lines = ['| model | GiB, eager | ms, eager | GiB, compiled | ms, compiled | G in the paper | ms in the paper | '
+             'top-1 in the paper |', '|---|---|---|---|---|---|---|---|']
+    for attention in ATTENTIONS:
+        rows = performance.pick(measured, case=f'{attention}_deit_tiny_784')
+        cells = [f'`{attention}_deit_tiny_784`' + (', plain' if any(row['backend'] == 'plain' for row in rows) else '')]
+        for mode in ('no', 'default'):
+            cells += _step(performance.pick(rows, torchcompile=mode))
+        cells += [str(figure) for figure in PAPER_STEP.get(attention, ('–', '–'))]
+        cells.append(PAPER['deit_tiny_784'].get(attention, ('', '', '–'))[2])
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + (f'\n\nBatch {batches[0]}, {measured[0]["amp_dtype"]} autocast. '
+                               f'{performance.origins(measured)}')
+
+
+def _step(rows: list) -> list:
+    """GiB and milliseconds of a model in one mode; what became of it where it has none."""
+    figures = performance.pick(rows, status='ok')
+    if figures:
+        best = min(figures, key=lambda row: float(row['ms']))
+        memory = f'{float(best["peak_memory_mib"]) / 1024:.1f}' if best['peak_memory_mib'] else '–'
+        return [memory, f'{float(best["ms"]):.1f}']
+    return ['–', rows[0]['status'].replace('|', '/') if rows else 'not measured']

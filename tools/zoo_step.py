@@ -13,6 +13,7 @@ import fnmatch
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,18 +49,21 @@ def main() -> int:
     if args.eager_only:
         return int(failed)
     with tempfile.TemporaryDirectory() as folder:
+        storing = threading.Lock()
+
         def compiled(model):
             """A process and a file a model: side by side they would write over each other's rows."""
             file = Path(folder, f'{model}.csv')
-            store_rows(file, [row for row in read_rows(args.results_file) if row['case'] == model])
+            with storing:
+                store_rows(file, [row for row in read_rows(args.results_file) if row['case'] == model])
             done = subprocess.run([*base, '--model', model, '--torchcompile', '--lock', str(Path(folder, 'lock')),
                                    '--results-file', str(file)], cwd=ROOT, check=False)
-            return done.returncode, file
+            with storing:
+                store_rows(args.results_file, read_rows(file))
+            return done.returncode != 0
 
         with ThreadPoolExecutor(args.jobs) as pool:
-            for code, file in pool.map(compiled, models):
-                failed |= code != 0
-                store_rows(args.results_file, read_rows(file))
+            failed |= any(list(pool.map(compiled, models)))
     return int(failed)
 
 

@@ -7,6 +7,7 @@ from typing import List
 
 import torch
 from timm.layers import RelPosBias, register_notrace_module
+from torch import nn
 
 from evavit.ops.blocks import from_windows, joint_attention, softmax, to_windows, window_logits, window_mask
 from evavit.ops.checks import check_tokens, check_whole
@@ -25,28 +26,30 @@ class CombinerAttention(GridAttention):
     n sees the tokens of its own span Ω(n) directly and each other span through the expectation of its values under a
     distribution that the span's queries share, without a causal mask. With s = d^(-½):
 
-        q_Ω, k_Ω = max over m ∈ Ω of q_m, of k_m                               per channel (DeepSets-Max)
+        q_Ω, k_Ω = max over m ∈ Ω of ReLU(W_q q_m), of ReLU(W_k k_m)           per channel (DeepSets-Max)
         v_Ω      = Σ_m p(m | Ω) v_m,  p(m | Ω) = softmax over m ∈ Ω of s q_Ω·k_m      local expectation
         y_n      = softmax over [s q_n·k_m + b(n, m)  for m ∈ Ω(n)] ∪ [s q_n·k_Ω  for Ω ≠ Ω(n)]
                    applied to the values [v_m] ∪ [v_Ω]
 
-    Every token has a weight for every query. Time and memory grow with N·(A + N / A) for spans of A tokens: quadratic
-    with a small factor at a fixed A, N^(3/2) at A = √N. With spans of one token, or one span over the grid, this is
-    softmax attention. The bias b is the EVA paper's addition to every attention with a local part.
+    W_q and W_k are d × d, without a bias, shared by the heads. Every token has a weight for every query. Time and
+    memory grow with N·(A + N / A) for spans of A tokens: quadratic with a small factor at a fixed A, N^(3/2) at A = √N.
+    One span over the grid is softmax attention, and so are spans of one token with `pooling='max'`. The bias b is the
+    EVA paper's addition to every attention with a local part.
 
     Args:
         dim: Channels C.
         num_heads: Heads h; must divide dim.
         window_size: Side of the spans in tokens; 7 gives spans of 49, the EVA paper's number.
         rel_pos_bias: Learned relative position bias inside the span.
+        pooling: 'deepsets_max' for q_Ω and k_Ω as above, or 'max' for the maximum alone: W the identity, no ReLU.
         qkv_bias: Bias of the q, k, v projection.
         proj_bias: Bias of the output projection.
         attn_drop: Dropout rate of the attention weights, of tokens and spans alike.
         proj_drop: Dropout rate after the output projection.
 
     Raises:
-        ValueError: num_heads does not divide dim; window_size is not a whole number of at least 1; a dropout rate
-            outside 0 to 1.
+        ValueError: num_heads does not divide dim; window_size is not a whole number of at least 1; an unknown pooling;
+            a dropout rate outside 0 to 1.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class CombinerAttention(GridAttention):
             *,
             window_size: int = 7,
             rel_pos_bias: bool = True,
+            pooling: str = 'deepsets_max',
             qkv_bias: bool = True,
             proj_bias: bool = True,
             attn_drop: float = 0.,
@@ -67,11 +71,17 @@ class CombinerAttention(GridAttention):
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
                          attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         check_whole('window_size', window_size, 1)
+        if pooling not in ('deepsets_max', 'max'):
+            raise ValueError(f"pooling must be 'deepsets_max' or 'max', got {pooling!r}")
         self.window_size = window_size
+        self.pooling = pooling
+        projected = pooling == 'deepsets_max'
+        self.pool_q = nn.Linear(self.head_dim, self.head_dim, bias=False, **dd) if projected else None
+        self.pool_k = nn.Linear(self.head_dim, self.head_dim, bias=False, **dd) if projected else None
         self.rel_pos = RelPosBias((window_size, window_size), num_heads, **dd) if rel_pos_bias else None
 
     def extra_repr(self) -> str:
-        return f'num_heads={self.num_heads}, window_size={self.window_size}'
+        return f'num_heads={self.num_heads}, window_size={self.window_size}, pooling={self.pooling}'
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         q, k, v = qkv.unbind(0)
@@ -86,11 +96,13 @@ class CombinerAttention(GridAttention):
                               self.window_size)
 
         mask = window_mask(feat_size, window, q.device)
-        q_real, k_real = q, k
+        pool_q, pool_k = q, k  # the scale is in q already: W and ReLU hand it on
+        if self.pool_q is not None and self.pool_k is not None:
+            pool_q, pool_k = self.pool_q(q).relu().to(q.dtype), self.pool_k(k).relu().to(k.dtype)
         if mask is not None:
-            q_real = q.masked_fill(~mask.unsqueeze(-1), float('-inf'))
-            k_real = k.masked_fill(~mask.unsqueeze(-1), float('-inf'))
-        q_span, k_span = q_real.amax(3), k_real.amax(3)  # (B, h, spans, d)
+            pool_q = pool_q.masked_fill(~mask.unsqueeze(-1), float('-inf'))
+            pool_k = pool_k.masked_fill(~mask.unsqueeze(-1), float('-inf'))
+        q_span, k_span = pool_q.amax(3), pool_k.amax(3)  # (B, h, spans, d)
         inside = (k @ q_span.unsqueeze(-1)).squeeze(-1)  # (B, h, spans, area)
         if mask is not None:
             inside = inside.masked_fill(~mask, float('-inf'))

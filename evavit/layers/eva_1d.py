@@ -14,7 +14,7 @@ from torch import nn
 
 from evavit.ops import Eva1dCache, eva_attention_1d, eva_attention_1d_step, halo_size
 from evavit.ops.blocks import accumulation_dtype
-from evavit.ops.checks import check_chunks
+from evavit.ops.checks import check_chunks, check_whole
 
 from .attention import GridAttention
 from .eva import Summary
@@ -98,8 +98,8 @@ class EvaAttention1d(GridAttention):
         qkv_bias, proj_bias, proposal_scale, noise_std, attn_drop, proj_drop: As in `EvaAttention`.
 
     Raises:
-        ValueError: num_heads does not divide dim; sizes that are negative, both 0, or do not divide if causal; a
-            negative noise_std; a dropout rate outside 0 to 1; a max_distance too small for num_buckets.
+        ValueError: num_heads does not divide dim; sizes that are no whole numbers or negative, both 0, or do not divide
+            if causal; a negative noise_std; a dropout rate outside 0 to 1; a max_distance too small for num_buckets.
     """
 
     def __init__(
@@ -126,6 +126,9 @@ class EvaAttention1d(GridAttention):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
                          attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        for name, value, least in (('window_size', window_size, 0), ('cell_size', cell_size, 0),
+                                   ('num_buckets', num_buckets, 1)):
+            check_whole(name, value, least)
         check_chunks(window_size, cell_size, causal, overlap)
         if noise_std < 0:
             raise ValueError(f'noise_std must be 0 (no noise) or more, got {noise_std}')

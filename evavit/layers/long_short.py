@@ -88,8 +88,10 @@ class LongShortAttention(GridAttention):
         return (f'num_heads={self.num_heads}, window_size={self.window_size}, '
                 f'projection_dim={self.projection_dim}')
 
-    def _split_heads(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return x.to(like.dtype).unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
+    def _split_heads(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Rows `(B·N, C)` in the shape and dtype of `like`, `(B, h, N, d)`."""
+        B, h, N, d = like.shape
+        return rows.to(like.dtype).view(B, N, h, d).transpose(1, 2)
 
     def _normalise(
             self,
@@ -98,13 +100,17 @@ class LongShortAttention(GridAttention):
             k_bar: torch.Tensor,
             v_bar: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """DualLN, over the channels of all heads."""
+        """DualLN, over the channels of all heads.
+
+        On rows, not on `(B, N, C)`: torch.compile with backend 'aot_eager' plans the gradient of a LayerNorm with other
+        strides than it gets where images are not the outermost axis in memory.
+        """
         if self.norm_local is not None:
-            k = self._split_heads(self.norm_local(_merge_heads(k)), k)
-            v = self._split_heads(self.norm_local(_merge_heads(v)), v)
+            k = self._split_heads(self.norm_local(_merge_heads(k).flatten(0, 1)), k)
+            v = self._split_heads(self.norm_local(_merge_heads(v).flatten(0, 1)), v)
         if self.norm_global is not None:
-            k_bar = self._split_heads(self.norm_global(_merge_heads(k_bar)), k)
-            v_bar = self._split_heads(self.norm_global(_merge_heads(v_bar)), v)
+            k_bar = self._split_heads(self.norm_global(_merge_heads(k_bar).flatten(0, 1)), k_bar)
+            v_bar = self._split_heads(self.norm_global(_merge_heads(v_bar).flatten(0, 1)), v_bar)
         return k, v, k_bar, v_bar
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:

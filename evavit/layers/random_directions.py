@@ -22,7 +22,8 @@ class RandomDirections(nn.Module):
         orthogonal: Make them orthogonal in blocks of d (`evavit.ops.random_features.orthogonal_directions`).
         redraw_interval: Training steps between two draws, on average: each step redraws with probability
             1 / redraw_interval, which needs no counter of steps. 1 draws in each step; 0 trains with the directions of
-            evaluation.
+            evaluation. Above 1 the directions in use are in the state dict, `kept`, so that a run goes on with them
+            after a stop; weights with and without them load into one another.
     """
 
     def __init__(
@@ -43,21 +44,29 @@ class RandomDirections(nn.Module):
         shape = (num_heads, num_features, head_dim)
         self.register_buffer('fixed', torch.empty(shape, device=device, dtype=dtype), persistent=False)
         kept = torch.empty(shape, device=device, dtype=dtype) if redraw_interval > 1 else None
-        self.register_buffer('kept', kept, persistent=False)
+        self.register_buffer('kept', kept)
         self.reset_parameters()
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
         """Fill the buffers: there are no parameters."""
-        drawn = torch.randn(self.fixed.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        self.fixed.copy_(self._shaped(drawn))
+        self.init_non_persistent_buffers()
         if self.kept is not None:
             self.kept.copy_(self.fixed)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
-        """Fill the buffers."""
-        self.reset_parameters()
+        """Fill the directions of evaluation."""
+        drawn = torch.randn(self.fixed.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        self.fixed.copy_(self._shaped(drawn))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        key = f'{prefix}kept'
+        if self.kept is None:
+            state_dict.pop(key, None)  # of a run that kept its directions; evaluation has others anyway
+        else:
+            state_dict.setdefault(key, self.kept)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (f'num_features={self.fixed.shape[1]}, orthogonal={self.orthogonal}, '

@@ -83,9 +83,10 @@ def _control_variates(
     # log ξ(k̂_m, ω_c) = ω_c · k̂_m - ½ ‖k̂_m‖² with k̂ = s^½ k; its softmax over a cell weighs the values of β_c.
     omega = (scale ** 0.5 * omega).view(B * nH, nW, h * d)
     log_xi = k_bands * torch.baddbmm(k_bands, sum_cells.transpose(1, 2), omega, beta=-0.5 * scale)
-    log_xi = log_xi.view(B, nH, -1, h, d).sum(-1).transpose(2, 3).unsqueeze(3)  # (B, nH, h, 1, tokens of a band)
+    band = cell[0] * feat_size[1]  # written out: in an empty batch -1 could be anything
+    log_xi = log_xi.view(B, nH, band, h, d).sum(-1).transpose(2, 3).unsqueeze(3)  # (B, nH, h, 1, band)
     xi = log_xi.masked_fill(~in_cell.unsqueeze(1), float('-inf')).softmax(-1).sum(3)
-    xi = xi.transpose(2, 3).reshape(B * nH, -1, h, 1)
+    xi = xi.transpose(2, 3).reshape(B * nH, band, h, 1)
     weighted = to_bands(v, feat_size, cell).unflatten(2, [h, d]) * xi
     beta = torch.bmm(sum_cells, weighted.flatten(2))
     return k_tilde.flatten(1, 2).transpose(1, 2), beta.view(B, nH * nW, h, d).transpose(1, 2)
@@ -305,7 +306,8 @@ def _runs_fused(q: torch.Tensor, window_size: int, partition_grid: int, dropout_
         return False
     if noise is not None and noise.requires_grad:  # the kernels' backward has no gradient for it
         return False
-    return q.dim() == 4 and eva_backend(
+    # An empty batch has nothing to launch a kernel for.
+    return q.dim() == 4 and q.shape[0] > 0 and eva_backend(
         q.device, q.dtype, q.shape[-1], window_size, partition_grid, dropout_p) == 'triton'
 
 

@@ -188,7 +188,7 @@ def eva_attention_1d_step(
         The token's output `(B, h, 1, d)`, to rounding that of the whole sequence at once, and the new cache.
 
     Raises:
-        ValueError: more than one token, or arguments that do not fit each other.
+        ValueError: more than one token, a cache of other sequences, or arguments that do not fit each other.
     """
     halo = halo_size(window_size) if overlap else 0
     check_eva_1d_args(q, k, v, summary_q, summary_k, rel_pos_bias, window_size, cell_size, True, halo, None, None, 0.0)
@@ -199,6 +199,11 @@ def eva_attention_1d_step(
     if cache is None:
         none = q[:, :, :0]
         cache = Eva1dCache(0, none, none, [none, none, none], none, none)
+    B, h, _, d = q.shape
+    of_cache = [cache.keys.shape[i] for i in (0, 1, 3)]
+    if of_cache != [B, h, d]:
+        raise ValueError(f'the cache is of (batch, heads, head_dim) = {of_cache}, the token of {[B, h, d]}; begin a '
+                         f'new sequence with cache None')
     place = cache.length % window_size
     past = halo if place == 0 else cache.keys.shape[2]  # a new chunk keeps its context only
     keys = torch.cat([cache.keys[:, :, max(cache.keys.shape[2] - past, 0):], k], 2)

@@ -18,7 +18,7 @@ Products of half-precision tensors accumulate in float32, float32 tensors are mu
 """
 import functools
 import math
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import triton
@@ -747,7 +747,33 @@ class _Plan:
         # The default windows and cells in half precision: the forward's fast case.
         self.one_tile = self.local and self.NT == 1 and self.NC <= 1
         self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
+        self.compiled: Dict[tuple, Any] = {}
 
+    def launch(self, kernel, grid: Tuple[int, int, int], *args, **options) -> None:
+        """kernel[grid](*args, **options), where the options are the kernel's constexprs and Triton's own.
+
+        Triton looks into every argument of every launch to find the compiled kernel, which takes the processor longer
+        than most of these kernels take the GPU. What it found is kept for the next launch of the same kind.
+        """
+        passed, key = [], [id(kernel), args[0].get_device(), *options.values()]
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                address = x.data_ptr()
+                passed.append(address)
+                key += (x.dtype, address % 16)
+            else:
+                passed.append(x)
+                key.append(x)
+        key = tuple(key)
+        if key in self.compiled:
+            compiled, constants = self.compiled[key]
+            compiled[grid](*passed, *constants)
+        else:
+            compiled = kernel[grid](*args, **options)
+            if compiled is not None:  # None in Triton's interpreter
+                self.compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args):]]
+
+    @functools.cached_property
     def cell_tiles(self) -> Tuple[dict, dict]:
         """Tiles of the two cell kernels: G cells, T tokens of each; ONCE if that is all of their tokens.
 
@@ -780,9 +806,17 @@ class _Plan:
         """The bias `(h, NT · BM, NT · BM)` of this grid's windows, aligned to tiles."""
         side = self.NT * self.BM
         padded = torch.empty(self.heads, side, side, dtype=torch.float32, device=bias.device)
-        _pad_bias[(side // 16, side // 16, self.heads)](
+        self.launch(
+            _pad_bias, (side // 16, side // 16, self.heads),
             bias.contiguous(), padded, unit, side, SIDE=self.side, WH=self.wh, WW=self.ww, TILE=16)
         return padded
+
+    def sum(self, parts: torch.Tensor) -> torch.Tensor:
+        """Sum over the first axis of a float32 tensor."""
+        total = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
+        width = total.numel()
+        self.launch(_sum_parts, (_ceil(width, 32), 1, 1), parts, total, parts.shape[0], width, ROWS=64, COLS=32)
+        return total
 
     def crop_bias(self, dbias: torch.Tensor) -> torch.Tensor:
         """The adjoint of `pad_bias`, but for the unit."""
@@ -843,7 +877,14 @@ def _eva(
         k: Optional[torch.Tensor],
         v: Optional[torch.Tensor],
         feat_size: List[int],
-        summary: List[torch.Tensor],
+        w_q: Optional[torch.Tensor],
+        b_q: Optional[torch.Tensor],
+        g_q: Optional[torch.Tensor],
+        o_q: Optional[torch.Tensor],
+        w_k: Optional[torch.Tensor],
+        b_k: Optional[torch.Tensor],
+        g_k: Optional[torch.Tensor],
+        o_k: Optional[torch.Tensor],
         rel_pos_bias: Optional[torch.Tensor],
         noise: Optional[torch.Tensor],
         window_size: int,
@@ -856,7 +897,8 @@ def _eva(
     """Forward: y, and for the backward log-sum-exp `(B, h, N)`, k̃, β, ω `(B, h, C_p, d)`, means `(2, B, h, C_p, d)`.
 
     q, k, v are `(B, h, N, d)`; or q is all three, `(3, B, h, N, d)`, and k and v are None: then their gradient comes
-    back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty.
+    back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty. The
+    summaries' parameters come one by one, since autograd takes a list of tensors apart and together in Python.
     """
     q, k, v = _unpack(q, k, v)
     plan = _plan(q, feat_size, window_size, partition_grid)
@@ -866,9 +908,10 @@ def _eva(
     strides = (*q.stride(), *k.stride(), *v.stride())
     with _device(q):
         if plan.cells:
-            tile = plan.cell_tiles()[0]
-            _forward_cells[(plan.B * plan.heads, _ceil(plan.cells, tile['G']))](
-                q, k, v, *strides, *summary, noise if noise is not None else q,
+            tile = plan.cell_tiles[0]
+            plan.launch(
+                _forward_cells, (plan.B * plan.heads, _ceil(plan.cells, tile['G']), 1),
+                q, k, v, *strides, w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, noise if noise is not None else q,
                 k_tilde, beta, omega, means,
                 plan.heads, plan.H, plan.W, plan.n_cx, plan.cells, plan.ch, plan.cw, plan.rows,
                 scale ** 0.5, proposal_scale, norm_eps,
@@ -883,32 +926,24 @@ def _eva(
             plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks, scale)
         options = dict(D=plan.D, BD=plan.BD, WH=plan.wh, WW=plan.ww, BM=plan.BM, BC=plan.BC, PER_PROGRAM=per_program,
                        BIAS=has_bias, SAVE=save, PREC=plan.prec)
-        grid = plan.B * chunks * plan.heads,
+        grid = plan.B * chunks * plan.heads, 1, 1
         if plan.one_tile:
-            _forward_windows[grid](*args, **options, PACKED=q.stride() == k.stride() == v.stride(), EDGE=plan.edge,
-                                   CELLS=plan.cells > 0, **LAUNCH['forward_windows'])
+            plan.launch(_forward_windows, grid, *args, **options, PACKED=q.stride() == k.stride() == v.stride(),
+                        EDGE=plan.edge, CELLS=plan.cells > 0, **LAUNCH['forward_windows'])
         else:
-            _forward_tokens[grid](*args, **options, NT=plan.NT, NC=plan.NC, LOCAL=plan.local,
-                                  **LAUNCH['forward_tokens'])
+            plan.launch(_forward_tokens, grid, *args, **options, NT=plan.NT, NC=plan.NC, LOCAL=plan.local,
+                        **LAUNCH['forward_tokens'])
     return outputs
 
 
-def _eva_fake(q, k, v, feat_size, summary, rel_pos_bias, noise, window_size, partition_grid, scale, proposal_scale,
-              norm_eps, save):
+def _eva_fake(q, k, v, feat_size, w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, rel_pos_bias, noise, window_size,
+              partition_grid, scale, proposal_scale, norm_eps, save):
     q, k, v = _unpack(q, k, v)
     cells = 0
     if partition_grid > 0:
         rows, cols = block_counts(feat_size, cell_shape(feat_size, partition_grid))
         cells = rows * cols
     return _forward_outputs(q, cells, save)
-
-
-def _sum(parts: torch.Tensor) -> torch.Tensor:
-    """Sum over the first axis of a float32 tensor."""
-    total = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
-    width = total.numel()
-    _sum_parts[(_ceil(width, 32),)](parts, total, parts.shape[0], width, ROWS=64, COLS=32)
-    return total
 
 
 def _token_grads(q, k, v) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -941,15 +976,14 @@ def _eva_backward(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v (of a packed q: of all, and two empty tensors), of the summaries' parameters, float32
     `(2, d² + 3d)` packed, and of the bias, float32."""
-    grads = _token_grads(q, k, v)
-    dq, dk, dv = _unpack(grads[0], grads[1] if k is not None else None, grads[2] if k is not None else None)
+    inputs = q, k, v
     q, k, v = _unpack(q, k, v)
     plan = _plan(q, feat_size, window_size, partition_grid)
     D, cells = plan.D, plan.cells
     bias = rel_pos_bias if plan.local else None
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
     if q.numel() == 0:
-        return (*grads, q.new_zeros((2, D * D + 3 * D) if cells else (0, 0), dtype=torch.float32),
+        return (*_token_grads(*inputs), q.new_zeros((2, D * D + 3 * D) if cells else (0, 0), dtype=torch.float32),
                 q.new_zeros(dbias_shape, dtype=torch.float32))
 
     def empty(*shape, dtype=torch.float32):
@@ -963,7 +997,8 @@ def _eva_backward(
     delta = empty(plan.B, plan.heads, plan.N)
     dk_tilde_parts, dbeta_parts = empty(splits, plan.rows, D), empty(splits, plan.rows, D)
     with _device(q):
-        _backward_shared[(pairs * splits, max(plan.NC, 1))](
+        plan.launch(
+            _backward_shared, (pairs * splits, max(plan.NC, 1), 1),
             q, out, grad, *q.stride(), *grad.stride(), lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts,
             plan.heads, plan.N, cells, splits, per_split, plan.rows, scale,
             D=D, BD=plan.BD, BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64), BC=plan.BC,
@@ -972,8 +1007,9 @@ def _eva_backward(
         if cells:
             xi, dlog_xi = torch.empty_like(delta), torch.empty_like(delta)
             domega, dbeta = empty(plan.rows, D), empty(plan.rows, D, dtype=q.dtype)
-            tile = plan.cell_tiles()[1]
-            _backward_weights[(pairs, _ceil(cells, tile['G']))](
+            tile = plan.cell_tiles[1]
+            plan.launch(
+                _backward_weights, (pairs, _ceil(cells, tile['G']), 1),
                 k, v, *k.stride(), *v.stride(), omega, dbeta_parts, dbeta, domega, xi, dlog_xi,
                 plan.heads, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw, plan.rows, splits, scale ** 0.5,
                 D=D, BD=plan.BD, **tile)
@@ -982,14 +1018,19 @@ def _eva_backward(
             dparams = empty(programs, 2, D * D + 3 * D)
             dmeans = empty(2, plan.rows, D, dtype=q.dtype)
             w_q, b_q, g_q, _, w_k, b_k, g_k, _ = summary
-            _backward_summary[(programs, 2)](
+            plan.launch(
+                _backward_summary, (programs, 2, 1),
                 means, domega, dk_tilde_parts, w_q, b_q, g_q, w_k, b_k, g_k, dmeans, dparams,
                 plan.rows, splits, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw,
                 scale ** 0.5 * proposal_scale, norm_eps,
                 D=D, BD=plan.BD, R=R, PREC=plan.summary_prec, **LAUNCH['backward_summary'])
-            dparams = _sum(dparams)
+            dparams = plan.sum(dparams)
         else:
             dparams = empty(0, 0)
+        # The peak of memory is next: what is read no more goes first.
+        del dk_tilde_parts, dbeta_parts, domega
+        grads = _token_grads(*inputs)
+        dq, dk, dv = grads[0] if inputs[1] is None else grads
 
         per_program = plan.per_program(WINDOWS_BACKWARD)
         chunks = _ceil(plan.n_win, per_program)
@@ -999,7 +1040,8 @@ def _eva_backward(
             side = plan.NT * plan.BM
             make = torch.empty if plan.NT == 1 else torch.zeros
             dbias_parts = make((plan.B * chunks, plan.heads, side, side), dtype=torch.float32, device=q.device)
-        _backward_tokens[(plan.B * chunks * plan.heads,)](
+        plan.launch(
+            _backward_tokens, (plan.B * chunks * plan.heads, 1, 1),
             q, k, v, grad, *q.stride(), *k.stride(), *v.stride(), *grad.stride(),
             lse, delta, k_tilde, beta, plan.pad_bias(bias, LN2) if bias is not None else q,
             omega, dbeta, dmeans, xi, dlog_xi, dq, dk, dv, *dq.stride()[:3], dbias_parts,
@@ -1009,7 +1051,7 @@ def _eva_backward(
             BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC, PER_PROGRAM=per_program,
             LOCAL=plan.local, BIAS=bias is not None, PREC=plan.prec, **LAUNCH['backward_tokens'])
         if bias is not None:
-            dbias = plan.crop_bias(_sum(dbias_parts))
+            dbias = plan.crop_bias(plan.sum(dbias_parts))
         else:
             dbias = torch.zeros(dbias_shape, dtype=torch.float32, device=q.device)
     return (*grads, dparams, dbias)
@@ -1025,7 +1067,7 @@ def _eva_backward_fake(grad, q, k, v, out, lse, k_tilde, beta, omega, means, fea
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (q, k, v, feat_size, summary, rel_pos_bias, _, window_size, partition_grid, scale, proposal_scale, norm_eps,
+    (q, k, v, feat_size, *summary, rel_pos_bias, _, window_size, partition_grid, scale, proposal_scale, norm_eps,
      save) = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, rel_pos_bias, *output, *summary)
@@ -1034,7 +1076,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd_backward(ctx, grad, *_):
-    nones = [None] * 13
+    nones = [None] * 20
     if grad is None:
         return (*nones,)
     if not ctx.saved:
@@ -1042,18 +1084,16 @@ def _autograd_backward(ctx, grad, *_):
     q, k, v, rel_pos_bias, out, lse, k_tilde, beta, omega, means, *summary = ctx.saved_tensors
     feat_size, window_size, partition_grid, scale, proposal_scale, norm_eps = ctx.options
     dq, dk, dv, dparams, dbias = torch.ops.evavit.eva_backward(
-        grad, q, k, v, out, lse, k_tilde, beta, omega, means, feat_size, summary, rel_pos_bias,
-        window_size, partition_grid, scale, proposal_scale, norm_eps)
-    dsummary = []
-    if summary:
+        grad, q, k, v, out, lse, k_tilde, beta, omega, means, feat_size, summary if partition_grid else [],
+        rel_pos_bias, window_size, partition_grid, scale, proposal_scale, norm_eps)
+    dsummary = nones[:8]
+    if partition_grid:
         d = q.shape[-1]
-        for part in dparams.unbind(0):
-            weight, *vectors = part.split([d * d, d, d, d])
-            dsummary += [weight.view(d, d), *vectors]
-        dsummary = [g.to(p.dtype) for g, p in zip(dsummary, summary, strict=True)]
+        parts = [part.split([d * d, d, d, d]) for part in dparams.unbind(0)]
+        dsummary = [g.to(p.dtype).view(p.shape) for g, p in zip((*parts[0], *parts[1]), summary, strict=True)]
     packed = k is None
-    return (dq, None if packed else dk, None if packed else dv, None, dsummary,
-            None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype), *nones[6:])
+    return (dq, None if packed else dk, None if packed else dv, None, *dsummary,
+            None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype), *nones[13:])
 
 
 def _register(name: str, function, fake) -> None:
@@ -1087,7 +1127,7 @@ def eva_attention_fused(
 
     q may hold all three, `(3, B, h, N, d)`, with k and v None.
     """
-    summary: List[torch.Tensor] = []
+    summary: List[Optional[torch.Tensor]] = [None] * 8
     if partition_grid > 0 and summary_q is not None and summary_k is not None:
         summary = [x.contiguous() for x in (*summary_q, *summary_k)]
         noise = noise.contiguous() if noise is not None else None
@@ -1096,5 +1136,5 @@ def eva_attention_fused(
     tensors = [x for x in (q, k, v, rel_pos_bias, *summary) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return torch.ops.evavit.eva(
-        q, k, v, feat_size, summary, rel_pos_bias, noise, window_size, partition_grid,
+        q, k, v, feat_size, *summary, rel_pos_bias, noise, window_size, partition_grid,
         q.shape[-1] ** -0.5 if scale is None else scale, proposal_scale, norm_eps, save)[0]

@@ -165,7 +165,7 @@ def attend(
         else:
             count = cells.key.shape[2]
         sets = cells.key.shape[2] // count
-        queries = queries.reshape(B, h, sets, -1, d)
+        queries = queries.reshape(B, h, sets, U * A // sets, d)
         k_tilde = cells.key.to(logit_dtype).unflatten(2, [sets, count])
         coarse = (queries @ k_tilde.transpose(-2, -1)).to(dtype).reshape(B, h, U, A, count)
         if cell_mask is not None:
@@ -180,7 +180,7 @@ def attend(
     if values is not None:
         out = attn[..., :values.shape[3]].to(out_dtype) @ values
     if cells is not None:
-        weights = attn[..., attn.shape[-1] - count:].reshape(B, h, sets, -1, count)
+        weights = attn[..., attn.shape[-1] - count:].reshape(B, h, sets, U * A // sets, count)
         S = cells.value.shape[3]
         if S > 1:
             omega = cells.omega.to(logit_dtype).unflatten(2, [sets, count]).flatten(3, 4)

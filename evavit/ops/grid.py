@@ -24,7 +24,7 @@ def static_size(feat_size: List[int]) -> List[int]:
     if torch.jit.is_scripting():
         return feat_size
     else:
-        return [operator.index(feat_size[0]), operator.index(feat_size[1])]
+        return [operator.index(size) for size in feat_size]
 
 
 def fix_image_size(images: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from runs import DRAWN, MODEL, QUICK, ROOT, assert_same_run, command, rows, scalars, signal_at, start, wait_for
+from runs import DRAWN, KWARGS, MODEL, QUICK, ROOT, assert_same_run, command, rows, scalars, signal_at, start, wait_for
 
 from evavit.training.errors import PREEMPTED
 
@@ -44,6 +44,20 @@ def test_a_resumed_float16_run_keeps_its_scale(train, call, images, tmp_path, mo
     assert rows(whole) == rows(parts)
     a, b = (torch.load(folder / "last.pth.tar", weights_only=False)["amp_scaler"] for folder in (whole, parts))
     assert a == b and a["scale"] != 1
+
+
+def test_random_features_that_are_kept_go_on(train, call, images, tmp_path, monkeypatch):
+    """An attention that draws in some updates and keeps what it drew in others."""
+    kwargs = [f"{key}={value}" for key, value in KWARGS.items() if key not in ("window_size", "partition_grid")]
+    model = ["--model", "performer_deit_tiny", "--model-kwargs", *kwargs, "redraw_interval=4", "num_features=8"]
+    flags = ["--model-ema", "--model-ema-decay", "0.9", "--resume", "auto"]
+    whole = train("whole", *flags, model=model)
+    signal_at(monkeypatch, [8])
+    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "parts"]
+    code, _, _ = call("train", *model, *QUICK, *place, *flags)
+    assert code == PREEMPTED
+    monkeypatch.undo()
+    assert_same_run(whole, train("parts", *flags, model=model))
 
 
 def test_checkpoints_within_an_epoch(train, tmp_path, monkeypatch):

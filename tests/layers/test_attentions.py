@@ -76,6 +76,14 @@ def test_another_number_of_tokens_than_the_grid_is_refused(name):
 
 
 @each_attention
+def test_a_grid_of_three_numbers_is_refused(name):
+    if name == 'softmax':
+        pytest.skip('softmax attention does not look at the grid')
+    with pytest.raises(ValueError, match=r'feat_size must be \(height, width\)'):
+        make(name, (3, 4))(torch.randn(1, 12, 48), (3, 4, 1))
+
+
+@each_attention
 def test_a_seed_reproduces_training_and_evaluation_draws_nothing(name):
     layer, x = randomise(make(name), 0.1).train(), torch.randn(2, 196, 48)
 
@@ -250,6 +258,25 @@ def test_a_window_over_the_grid_without_bias_is_softmax(name, feat_size):
     torch.testing.assert_close(biased(x, feat_size), layer(x, feat_size))
 
 
+@pytest.mark.parametrize('name', ['performer', 'scatterbrain'])
+def test_directions_that_are_kept_go_on_after_a_reload(name):
+    x = torch.randn(1, 196, 48)
+    layer = make(name, redraw_interval=10 ** 6).train()
+    layer.directions.kept.normal_()  # as after a draw
+
+    def run(layer):
+        torch.manual_seed(1)
+        return layer(x, (14, 14))
+
+    again, anew = make(name, redraw_interval=10 ** 6).train(), make(name).eval()
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(run(again), run(layer))
+    anew.load_state_dict(layer.state_dict())  # nothing that evaluation asks for
+    assert torch.equal(run(anew), run(layer.eval()))
+    again.load_state_dict(anew.state_dict())
+    assert torch.equal(run(again.eval()), run(anew))
+
+
 def test_performer_approaches_softmax():
     x = torch.randn(2, 36, 48)
     few, many = (make('performer', num_features=count).eval() for count in (16, 16384))
@@ -277,7 +304,7 @@ def test_directions_are_redrawn_now_and_then(name):
     assert distinct(1)[0] == 60
     count, _, layer = distinct(10)
     assert 2 <= count <= 15  # 6 on average
-    assert 'directions.kept' not in layer.state_dict() and 'directions.fixed' not in layer.state_dict()
+    assert 'directions.kept' in layer.state_dict() and 'directions.fixed' not in layer.state_dict()
 
 
 def test_the_redraws_survive_a_graph_and_a_checkpoint():

@@ -54,6 +54,15 @@ def test_steps_reproduce_forward(kwargs):
     assert torch.equal(fork, again)
 
 
+@pytest.mark.parametrize('kwargs', [{}, dict(causal=True, overlap=True)])
+def test_an_empty_batch(kwargs):
+    layer, x = EvaAttention1d(48, 3, window_size=8, cell_size=2, **kwargs), torch.randn(0, 21, 48)
+    assert layer(x).shape == layer(x, torch.zeros(0, 21, dtype=torch.bool)).shape == x.shape
+    if layer.causal:
+        y, cache = layer.step(x[:, :1])
+        assert layer.step(x[:, 1:2], cache)[0].shape == y.shape == (0, 1, 48)
+
+
 def test_only_a_causal_layer_steps():
     with pytest.raises(ValueError, match='only a causal layer goes step by step'):
         make_layer(window_size=4, cell_size=2).step(torch.zeros(1, 1, 16, dtype=torch.float64))
@@ -108,6 +117,8 @@ def test_device_and_dtype_reach_everything():
     (dict(window_size=6, cell_size=4, causal=True), 'cell_size 4 does not divide window_size 6'),
     (dict(window_size=0, cell_size=0), 'window_size 0 leaves'),
     (dict(noise_std=-1.), 'noise_std must be'),
+    (dict(window_size=4.5), 'window_size must be a whole number of at least 0, got 4.5'),
+    (dict(cell_size=2.), 'cell_size must be a whole number'),
     (dict(num_buckets=2), 'max_distance must be above 0 for num_buckets 2'),
     (dict(max_distance=8), 'max_distance must be above 8 for num_buckets 32'),
 ])

@@ -25,6 +25,18 @@ def test_batch_entries_do_not_mix(name):
     torch.testing.assert_close(layer(x, FEAT_SIZE)[1:2], layer(x[1:2], FEAT_SIZE))
 
 
+@pytest.mark.parametrize('name, kwargs', [
+    *((name, {}) for name in ATTENTIONS), ('eva', dict(window_size=0)), ('eva', dict(overlap=True)),
+    ('eva', dict(num_samples=2)), ('eva', dict(partition='complement'))])
+def test_an_empty_batch(name, kwargs):
+    layer, x = make(name, **kwargs), tokens(batch=0, requires_grad=True)
+    for mode in (True, False):
+        y = layer.train(mode)(x, FEAT_SIZE)
+        assert y.shape == x.shape
+        y.sum().backward()
+    assert x.grad.shape == x.shape and not any(p.grad.any() for p in layer.parameters())
+
+
 @pytest.mark.parametrize('name', ['eva', 'softmax', 'combiner', 'reformer'])
 def test_weights_add_up_to_one_and_under_dropout_in_the_mean(name):
     layer = make(name, attn_drop=0.3).double()

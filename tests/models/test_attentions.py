@@ -81,10 +81,7 @@ def test_a_small_pyramid_trains_and_scripts(attention):
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
-@pytest.mark.parametrize('attention', [
-    pytest.param(name, marks=pytest.mark.xfail(name == 'long_short', strict=True, raises=RuntimeError, reason=(
-        "the compiled backward of long_short's second LayerNorm (dual_ln) expects other strides under aot_eager")))
-    for name in ATTENTIONS])
+@each_attention
 def test_a_small_deit_compiles_in_one_graph(attention):
     torch._dynamo.reset()
     model = timm.create_model(f'{attention}_deit_tiny', img_size=48, patch_size=8, embed_dim=48, depth=1, num_classes=5)

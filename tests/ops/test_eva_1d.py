@@ -211,3 +211,10 @@ def test_a_step_takes_one_token():
     q = torch.randn(1, 1, 2, 4)
     with pytest.raises(ValueError, match='a step takes one token, got 2'):
         eva_attention_1d_step(q, q, q, None, window_size=4, cell_size=0)
+
+
+def test_a_cache_of_other_sequences():
+    q = torch.randn(2, 1, 1, 4)
+    cache = eva_attention_1d_step(q, q, q, None, window_size=4, cell_size=0)[1]
+    with pytest.raises(ValueError, match=r'the cache is of .* = \[2, 1, 4\], the token of \[1, 1, 4\]'):
+        eva_attention_1d_step(q[:1], q[:1], q[:1], cache, window_size=4, cell_size=0)

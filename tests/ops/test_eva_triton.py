@@ -154,7 +154,7 @@ class TestOperator:
         qkv, summary, bias, noise, _ = make_case(*self.shape, torch.float32, d=16)
         leaves = [x.requires_grad_() for x in (qkv, *summary, bias)]
         packed = leaves[0].permute(2, 0, 3, 1, 4)
-        rest = ([14, 14], leaves[1:9], bias, noise, 7, 7, 0.25, 1., 1e-5, True)
+        rest = ([14, 14], *leaves[1:9], bias, noise, 7, 7, 0.25, 1., 1e-5, True)
         torch.library.opcheck(torch.ops.evavit.eva.default, (packed, None, None, *rest))
         torch.library.opcheck(torch.ops.evavit.eva.default, (*packed.unbind(0), *rest))
 

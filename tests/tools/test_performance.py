@@ -94,7 +94,7 @@ def test_tables(performance):
                         model_row('train', 'eva_deit_tiny_784', 'softmax', 2000, peak_memory_mib=1024,
                                   model='deit_tiny_patch16_224:patch_size=8:class_token=False:global_pool=avg')])
     assert '| 128 × 784 | 0.125 / 0.500 | 1.250 / 5.000 | – | – | – | 61 % / 50 % |' in performance.op()
-    assert ('| `eva_deit_tiny_784` | 224 | 8 | training | 3,000 | 2,000 | 1.50 | 2.0 | 1.0 | 993 | '
+    assert ('| `eva_deit_tiny_784` | 224 | 8 | training, compiled | 3,000 | 2,000 | 1.50 | 2.0 | 1.0 | 993 | '
             '`deit_tiny_patch16_224:patch_size=8` |') in performance.gpu_models()
 
 
@@ -140,14 +140,16 @@ def test_steps_of_a_gpu_machine(gpu, capsys):
     gpu.fails = {'test'}
     assert gpu.call() == 1
     assert list(gpu.commands)[:4] == ['test', 'sanitize', 'op', 'layer'] and list(gpu.commands)[-1] == 'page'
-    assert set(gpu.commands) - {'test', 'sanitize', 'op', 'layer', 'page'} == set(gpu.MODELS)
+    assert set(gpu.commands) - {'test', 'sanitize', 'op', 'layer', 'page'} == {
+        f'{name}_{mode}' for name in gpu.MODELS for mode in ('default', 'reduce-overhead')}
     with open(gpu.WORK / 'all' / 'rows.csv', newline='') as stream:
         assert [row['case'] for row in csv.DictReader(stream)] == ['14x14']
 
     gpu.fails = set()
     assert gpu.call('--steps', 'test', 'sanitize') == 0
     assert list(gpu.commands) == ['test']  # the one that failed
-    assert gpu.call('--steps', 'models', '--models', 'tiny', '896') == 0 and set(gpu.commands) == {'tiny', '896'}
+    assert gpu.call('--steps', 'models', '--models', 'tiny', '896', '--torchcompile', 'reduce-overhead') == 0
+    assert set(gpu.commands) == {'tiny_reduce-overhead', '896_reduce-overhead'}
     assert 'done before' in capsys.readouterr().out
 
 
@@ -158,9 +160,10 @@ def test_its_benches_parse(gpu):
     parsed = {name: benchmark.parse(command[2:]) for name, command in gpu.commands.items()}
     assert all(args.resume and args.results_file.parent == gpu.WORK for args in parsed.values())
     assert len({args.results_file for args in parsed.values()}) == len(parsed)  # they run side by side
-    assert all(args.torchcompile == 'default' and args.bench == ['train', 'infer'] and args.lock
-               for name, args in parsed.items() if name in gpu.MODELS)
-    assert {(args.model[0], args.img_size) for name, args in parsed.items() if name in gpu.MODELS} == {
+    models = {name: args for name, args in parsed.items() if name not in ('op', 'layer')}
+    assert all(args.torchcompile == name.partition('_')[2] and args.bench == ['train', 'infer'] and args.lock
+               for name, args in models.items())
+    assert {(args.model[0], args.img_size) for args in models.values()} == {
         ('eva_deit_tiny', None), ('eva_deit_small', None), ('eva_pvt_v2_b3', None),
         ('eva_deit_tiny_784', None), ('eva_deit_tiny_784', 448), ('eva_deit_tiny_784', 896)}
 
