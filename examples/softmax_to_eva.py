@@ -4,8 +4,9 @@
 Trains a small softmax ViT on scikit-learn's Digits (a minute or two on a core), takes its weights into the same model
 with EVA, and compares ways to start what EVA has beside softmax attention: the summaries, and the bias of the window.
 Printed for each: the error of the attention's output, mean over the layers on the softmax network's own tokens; the
-error of the logits; accuracy. No training follows. `--weights FILE` takes a file of a softmax ViT (timm's names)
-instead, and two photographs that scikit-learn carries: errors alone. Needs scikit-learn.
+error of the logits; accuracy. No training follows. `--pyramid` does it with a small PVT of timm, which shortens keys
+and values. `--weights FILE` takes a file of a softmax ViT (timm's names) instead of training, and two photographs that
+scikit-learn carries: errors alone. Needs scikit-learn.
 """
 import argparse
 import csv
@@ -24,14 +25,16 @@ from evavit.models import fit_checkpoint
 
 DIGITS = dict(in_chans=1, img_size=32, patch_size=4, embed_dim=96, depth=3, num_heads=3, num_classes=10)
 WINDOW = dict(window_size=4, partition_grid=4)  # on 8 × 8 tokens: windows of a quarter, cells of 2 × 2
+PYRAMID = dict(in_chans=1, embed_dims=(32, 64, 96, 128), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4),
+               mlp_ratios=(4, 4, 4, 4), num_classes=10)  # at 64 × 64 pixels: 16 × 16 tokens, 8 × 8, 4 × 4, 2 × 2
 
 
-def digits() -> tuple:
-    """Images `(1797, 1, 32, 32)` of mean 0 and deviation 1, and their labels; the last 360 are the test."""
+def digits(side: int = 32) -> tuple:
+    """Images `(1797, 1, side, side)` of mean 0 and deviation 1, and their labels; the last 360 are the test."""
     from sklearn.datasets import load_digits
     data = load_digits()
     images = torch.from_numpy(data.images).float().unsqueeze(1)
-    images = F.interpolate((images - images.mean()) / images.std(), size=32, mode="bicubic")
+    images = F.interpolate((images - images.mean()) / images.std(), size=side, mode="bicubic")
     return images, torch.from_numpy(data.target)
 
 
@@ -70,10 +73,19 @@ def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ep
     model.eval()
 
 
+def blocks(network: torch.nn.Module) -> list:
+    """The blocks that have EVA in an EVA model: all of a DeiT, those before the last stage of a pyramid."""
+    return [block for stage in network.stages[:-1] for block in stage.blocks] if hasattr(network, "stages") \
+        else list(network.blocks)
+
+
 def starts(softmax: torch.nn.Module, sizes: dict, window: dict) -> dict:
     """Models with EVA that hold the softmax network's weights, by how the rest starts."""
-    def model(**options):
-        return timm.create_model("eva_deit_tiny", **sizes, **window, **options).eval()
+    pyramid = "depths" in sizes
+
+    def model(attention="eva", **options):
+        name = f"{attention}_{'pvt_v2_b3' if pyramid else 'deit_tiny'}"
+        return timm.create_model(name, **sizes, **(window if attention == "eva" else {}), **options).eval()
 
     def converted(**options):
         ours = model(**options)
@@ -88,7 +100,7 @@ def starts(softmax: torch.nn.Module, sizes: dict, window: dict) -> dict:
 
     def identity_before_norm(network, length):
         """The projection the identity; LayerNorm gives every summary the length `length` times √d."""
-        for block in network.blocks:
+        for block in blocks(network):
             for summary, rows in zip((block.attn.summary_q, block.attn.summary_k), (0, 1), strict=True):
                 torch.nn.init.eye_(summary.proj.weight)
                 torch.nn.init.zeros_(summary.proj.bias)
@@ -102,12 +114,13 @@ def starts(softmax: torch.nn.Module, sizes: dict, window: dict) -> dict:
 
     def bias(network, shift):
         """The bias of the window as the conversion has it, and `shift`; None for no bias at all."""
-        for block in network.blocks:
+        for block in blocks(network):
             table = block.attn.rel_pos.relative_position_bias_table
             table.copy_(torch.zeros_like(table) if shift is None else table + shift)
         return network
 
-    return {
+    whole = {"softmax, keys and values not shortened": converted(attention="softmax")} if pyramid else {}
+    return whole | {
         "as from nothing": usual(converted()),
         "projection 1, LayerNorm weight 1": identity_before_norm(converted(), "one"),
         "projection 1, LayerNorm weight typical": identity_before_norm(converted(), "typical"),
@@ -125,11 +138,11 @@ def starts(softmax: torch.nn.Module, sizes: dict, window: dict) -> dict:
 def errors(softmax: torch.nn.Module, eva: torch.nn.Module, images: torch.Tensor) -> tuple:
     """Relative errors of EVA: of the attentions' outputs on the softmax network's tokens, and of the network's."""
     seen, layers = [], []
-    hooks = [block.attn.register_forward_pre_hook(lambda _, args: seen.append(args)) for block in softmax.blocks]
+    hooks = [block.attn.register_forward_pre_hook(lambda _, args: seen.append(args)) for block in blocks(softmax)]
     target = softmax(images)
     for hook in hooks:
         hook.remove()
-    for ours, theirs, (x, feat_size) in zip(eva.blocks, softmax.blocks, seen, strict=True):
+    for ours, theirs, (x, feat_size) in zip(blocks(eva), blocks(softmax), seen, strict=True):
         want = theirs.attn(x, feat_size)
         layers.append((ours.attn(x, feat_size) - want).norm() / want.norm())
     return torch.stack(layers).mean().item(), ((eva(images) - target).norm() / target.norm()).item()
@@ -152,19 +165,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pyramid", action="store_true", help="a small PVT instead of a ViT")
     parser.add_argument("--weights", metavar="FILE", help="a softmax ViT instead of training one on Digits")
-    parser.add_argument("--label", default="Digits, 64 tokens", help="what the rows are called")
+    parser.add_argument("--label", help="what the rows are called")
     parser.add_argument("--results-file", metavar="CSV", help="append the rows to this file")
     args = parser.parse_args()
     logging.getLogger("evavit").setLevel(logging.ERROR)  # eleven conversions are eleven tables
     torch.manual_seed(args.seed)
     if args.weights:
         softmax, sizes, images = from_file(args.weights)
+        args.label = args.label or args.weights
         labels, window = None, {}
     else:
-        images, labels = digits()
-        sizes, window = DIGITS, WINDOW
-        softmax = timm.create_model("softmax_deit_tiny", **sizes)
+        images, labels = digits(64 if args.pyramid else 32)
+        sizes, window = PYRAMID if args.pyramid else DIGITS, WINDOW
+        softmax = timm.create_model("pvt_v2_b3" if args.pyramid else "softmax_deit_tiny", **sizes)
+        args.label = args.label or ("Digits, PVT, 256 tokens" if args.pyramid else "Digits, 64 tokens")
         train(softmax, images[:-360], labels[:-360], args.epochs)
         images, labels = images[-360:], labels[-360:]
     with torch.no_grad():

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import attentions
+import elpv
 import export_figures
 import performance
 import timm
@@ -111,6 +112,7 @@ TABLES = {
     'exported': (export_figures.table, ('docs/deploy.md',)),
     'operators': (export_figures.operators_table, ('docs/deploy.md',)),
     'precision': (export_figures.precision_table, ('docs/deploy.md',)),
+    'elpv': (elpv.table, ('docs/transfer.md',)),
 }
 
 

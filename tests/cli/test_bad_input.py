@@ -53,6 +53,9 @@ TRAIN = {
     "steps of no epochs": (["--sched", "step", "--decay-epochs", "0"], ["decay_epochs 0"]),
     "clipping to nothing": (["--clip-grad", "0"], ["clip_grad 0", "leave it out"]),
     "no such body to start from": (["--pretrained-path", "nowhere.pth"], ["nowhere.pth"]),
+    "probe of nothing": (["--linear-probe"], ["linear_probe", "--pretrained-path"]),
+    "probe with layer decay": (["--linear-probe", "--layer-decay", "0.75", "--pretrained-path", "x.pth"],
+                               ["layer_decay 0.75", "linear_probe"]),
     "class map of another kind": (["--class-map", "classes.pkl"], ["classes.pkl", ".txt"]),
 }
 

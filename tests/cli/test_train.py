@@ -39,6 +39,23 @@ def test_a_run_starts_from_softmax_weights(train, tmp_path, capfd, flag, classes
             torch.testing.assert_close(value, source.state_dict()[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("model", [MODEL, ["--model", "resnet10t"]], ids=["eva", "batch norm"])
+def test_a_linear_probe_trains_the_classifier_alone(train, tmp_path, model):
+    kwargs = KWARGS if model is MODEL else {}
+    source = timm.create_model(model[1], num_classes=7, **kwargs)
+    torch.save(source.state_dict(), tmp_path / "source.pth")
+    folder = train("run", "--linear-probe", "--pretrained-path", tmp_path / "source.pth", "--epochs", "1", "--img-size",
+                   "16", "--drop-path", "0.1", model=model)
+    head = source.pretrained_cfg["classifier"]
+    after, before = weights(folder / "last.safetensors"), source.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        if not name.startswith(f"{head}."):
+            assert torch.equal(after[name], value), name
+    start = timm.create_model(model[1], num_classes=3, **kwargs).get_classifier()
+    assert after[f"{head}.weight"].shape == start.weight.shape and after[f"{head}.bias"].abs().max() > 0
+
+
 def test_weights_load_into_timm(train):
     folder = train("run")
     models = [timm.create_model("eva_deit_tiny", checkpoint_path=str(folder / name), num_classes=3, **KWARGS).eval()

@@ -40,3 +40,16 @@ def test_a_file_of_a_softmax_vit(tmp_path):
     softmax, sizes, photographs = example.from_file(str(tmp_path / "vit.pth"))
     assert sizes["depth"] == 1 and photographs.shape == (8, 3, 112, 112)
     assert torch.equal(softmax.blocks[0].ls1.gamma, model.blocks[0].ls1.gamma)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pyramid():
+    sizes = {**example.PYRAMID, "embed_dims": (16, 32, 48, 64), "mlp_ratios": (2, 2, 2, 2)}
+    softmax = timm.create_model("pvt_v2_b3", **sizes).eval()
+    args = argparse.Namespace(results_file=None)
+    images, labels = torch.randn(4, 1, 64, 64), torch.arange(4)
+    with torch.no_grad():
+        rows = {row["start"]: row for row in example.table(args, softmax, sizes, example.WINDOW, images, labels)}
+    # What timm's convolutions on keys and values did is lost to softmax attention too.
+    assert rows["softmax, keys and values not shortened"]["attention"] > 0.1
+    assert len(rows) == 13 and all(row["attention"] < 2 for row in rows.values())

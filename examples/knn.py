@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""How good are frozen features? Nearest neighbours among them, without any training.
+
+    python examples/knn.py --weights output/RUN/last.safetensors --model eva_deit_tiny --data-dir DIR
+
+DIR holds train/CLASS/IMAGE and validation/CLASS/IMAGE. A picture's feature is what the classifier would read. Those of
+the validation split are judged by the -k nearest of the training split in cosine distance, the nearer ones counting
+more. --weights takes what --pretrained-path of train.py takes; without it the features are those of random weights, for
+comparison. Other flags are those of validate.py (--model-kwargs, --img-size, --in-chans, --mean, -b, --amp, --device).
+Needs scikit-learn.
+"""
+
+import argparse
+import sys
+
+import torch
+from sklearn.metrics import balanced_accuracy_score, f1_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from evavit.training import data, loop, recipe
+from evavit.training.errors import UserError, run_script
+from evavit.training.options import parse_settings
+from evavit.training.process import start_process
+
+
+@torch.no_grad()
+def features(model, loader, settings, device):
+    """Features `(n, C)` and labels `(n)` of a split, on the CPU."""
+    found, labels = [], []
+    for images, target in loader:
+        with loop.autocast(settings, device):
+            found.append(model(images).float().cpu())  # the model has no classifier
+        labels.append(target.cpu())
+    return torch.cat(found), torch.cat(labels)
+
+
+def judge(settings, k):
+    """Top-1, balanced accuracy and macro F1 in percent, and the number of pictures looked up and judged."""
+    device = start_process(settings.device).device
+    torch.manual_seed(0)  # the weights, where no file gives them
+    train_set, names = data.open_dataset(settings, "train", in_chans=recipe.image_channels(settings))
+    eval_set, _ = data.open_dataset(settings, settings.split, class_names=names,
+                                    in_chans=recipe.image_channels(settings))
+    model = recipe.build_model(settings, 0).to(device).eval()
+    config = data.resolve_input(settings, model)
+    known, labels = features(model, data.eval_loader(train_set, settings, config, device, settings.batch_size),
+                             settings, device)
+    asked, truth = features(model, data.eval_loader(eval_set, settings, config, device, settings.batch_size),
+                            settings, device)
+    if k > len(known):
+        raise UserError(f"-k {k}: the training split has {len(known)} images")
+    guess = KNeighborsClassifier(k, metric="cosine", weights="distance").fit(known, labels).predict(asked)
+    figures = (float((guess == truth.numpy()).mean()), balanced_accuracy_score(truth, guess),
+               f1_score(truth, guess, average="macro", zero_division=0))
+    return [100 * figure for figure in figures], len(known), len(asked)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("-k", type=int, default=20, help="neighbours (20)")
+    parser.add_argument("--weights", metavar="FILE", help="weights of the model, its classifier is not used")
+    args, flags = parser.parse_known_args(argv)
+    settings, _ = parse_settings("validate", flags, __doc__)
+    if args.k < 1:
+        raise UserError(f"-k {args.k}: must be at least 1")
+    if not settings.model:
+        raise UserError("no model: give --model NAME")
+    settings.pretrained_path = args.weights
+    (top1, balanced, macro), known, asked = judge(settings, args.k)
+    print(f"{args.k} nearest of {known} images, {asked} judged: top-1 {top1:.2f}  balanced accuracy {balanced:.2f}  "
+          f"macro F1 {macro:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
