@@ -50,6 +50,8 @@ def table() -> str:
             if arm:
                 cells = [spread([float(row[figure]) for row in arm]) for figure in FIGURES]
                 lines.append(f'| {what} | {name} | {len(arm)} | {" | ".join(cells)} |')
+            elif found:
+                lines.append(f'| {what} | {name} | – | not measured | – | – |')
         if found:
             classes = {'type': 2, 'defect': 4}[task]
             majority = float(found[0]['majority'])
