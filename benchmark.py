@@ -25,6 +25,7 @@ import timm
 import torch
 
 from evavit import benchmarking
+from evavit.origin import origin
 from evavit.training import throughput
 from evavit.training.errors import UserError, run_script
 
@@ -151,7 +152,7 @@ def main(argv=None):
         device, getattr(torch, dtype), args.backend, args.repeats, args.warmup, lock=args.lock)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in PyTorch's matrix products
     planned = list(comparisons(args, setting))
-    where = benchmarking.origin(device)
+    where = origin(device)
     if "op" in args.bench:
         with setting.turn(alone=True):
             setting.copy_gb_per_s = benchmarking.copy_rate(device)

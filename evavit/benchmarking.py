@@ -12,13 +12,9 @@ import ast
 import contextlib
 import copy
 import csv
-import datetime
 import functools
-import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -38,10 +34,9 @@ from .layers import EvaAttention, SoftmaxAttention
 from .ops import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
 from .training.errors import UserError, first_line
 from .training.options import nearest
-from .version import __version__
 
 __all__ = ['BACKENDS', 'COLUMNS', 'GRIDS', 'HARMLESS', 'SOFTMAX_MODELS', 'Setting', 'bench_layer', 'bench_model',
-           'bench_op', 'copy_rate', 'default_batch', 'input_size', 'is_done', 'median_seconds', 'origin', 'parse_model',
+           'bench_op', 'copy_rate', 'default_batch', 'input_size', 'is_done', 'median_seconds', 'parse_model',
            'read_rows', 'store_rows', 'traffic']
 
 EVA_BACKENDS = ('triton', 'plain')
@@ -662,27 +657,6 @@ def bench_model(setting: Setting, kind: str, text: str, batch: int, img_size: Op
 # --------------------------------------------------------------------------------------------------------------------
 # Results files
 # --------------------------------------------------------------------------------------------------------------------
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return f'{platform.machine()} CPU'
-
-
-def origin(device: torch.device) -> Row:
-    """Device, versions, commit and date, for every row; COMMIT in the environment where there is no checkout."""
-    commit = os.environ.get('COMMIT', '')
-    if not commit:
-        with contextlib.suppress(OSError):  # no git
-            commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=Path(__file__).parent,
-                                    capture_output=True, text=True, check=False).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' \
-        else f'{_cpu_name()}, {torch.get_num_threads()} threads'
-    return dict(device=name, torch=torch.__version__, timm=timm.__version__, evavit=__version__,
-                commit=commit or 'unknown', date=datetime.date.today().isoformat())
-
 
 def _key(row: Row) -> Tuple[str, ...]:
     return tuple(str(row.get(column, '')) for column in KEY)

@@ -28,8 +28,9 @@ from PIL import Image, UnidentifiedImageError
 from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
-from .benchmarking import median_seconds, origin
+from .benchmarking import median_seconds
 from .layers import ATTENTIONS, GridAttention, attention_layer
+from .origin import origin
 from .training.errors import UserError, first_line, run_script
 
 __all__ = ['PLAIN', 'attention_matrix', 'image_qkv', 'make_attention', 'open_picture', 'relative_rms']

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from evavit.benchmarking import origin
+from evavit.origin import origin
 from evavit.training import data, loop, recipe
 from evavit.training.errors import UserError, run_script
 from evavit.training.options import parse_settings
@@ -178,7 +178,7 @@ def work(args, first, later):
                 yield job, error
         return
     context = multiprocessing.get_context("forkserver")  # its children have all of this imported, and no CUDA
-    context.set_forkserver_preload(["evavit.benchmarking", "evavit.training.data", "sklearn.metrics"])
+    context.set_forkserver_preload(["evavit.origin", "evavit.training.data", "sklearn.metrics"])
     with ProcessPoolExecutor(args.jobs, context, fork_loaders) as pool:
         pending = {pool.submit(run, job, args): job for job in first}
         if FIRST not in first:

@@ -22,7 +22,8 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models import get_model_input_config, load_checkpoint
 
 from evavit import exporting
-from evavit.benchmarking import SOFTMAX_MODELS, origin
+from evavit.benchmarking import SOFTMAX_MODELS
+from evavit.origin import origin
 from evavit.training.state import saved_settings
 
 ROOT = Path(__file__).resolve().parent.parent

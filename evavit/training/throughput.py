@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..benchmarking import origin
+from ..origin import origin
 from . import data, loop, recipe
 from .errors import UserError
 from .options import parse_settings
