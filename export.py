@@ -40,7 +40,7 @@ def main(argv=None):
     torch.manual_seed(0)
     model = recipe.build_model(settings, settings.num_classes)
     if settings.checkpoint:
-        state.load_checkpoint(model, settings, resample=True)
+        state.load_checkpoint(model, settings)
     elif not settings.pretrained:
         log.warning("no --checkpoint: the weights are random, good for timing only")
     data_config = data.resolve_input(settings, model)

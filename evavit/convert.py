@@ -101,30 +101,37 @@ _NO_COUNTERPART = re.compile(
     r'^(cls_token|dist_token|reg_token|head_dist\..*)$|\.attn\.(sr|norm)\.(weight|bias)$|relative_position_index$')
 
 
-def _softmax_sources(names: Iterable[str]) -> Dict[str, Tuple[str, ...]]:
+def _softmax_sources(names: Iterable[str], own: Iterable[str]) -> Dict[str, Tuple[str, ...]]:
     sources: Dict[str, Tuple[str, ...]] = {}
     for name in names:
         if _NO_COUNTERPART.search(name):
             continue
         new = _stage_name(name).replace('dwconv.dwconv.', 'dwconv.')
-        new = re.sub(r'^fc_norm\.', 'norm.', new) if 'norm.weight' not in names else new
+        new = re.sub(r'^fc_norm\.', 'norm.', new) if 'norm.weight' not in names and new not in own else new
         new = re.sub(r'\.attn\.(q|kv)\.', '.attn.qkv.', new)
         sources[new] = (*sources.get(new, ()), name)
     return {new: tuple(sorted(old, key=lambda name: '.kv.' in name)) for new, old in sources.items()}
 
 
-def weight_sources(state_dict: Dict[str, torch.Tensor]) -> Dict[str, Tuple[str, ...]]:
+def weight_sources(
+        state_dict: Dict[str, torch.Tensor],
+        own: Optional[Dict[str, torch.Tensor]] = None,
+) -> Dict[str, Tuple[str, ...]]:
     """This package's name of every tensor of a file that has a counterpart → the names that it is made from.
 
-    The file is one of ours, of timm's or DeiT's softmax models, or of the published EVA implementation.
+    The file is one of ours, of timm's or DeiT's softmax models, or of the published EVA implementation. `own` is the
+    state dict of the model that it is for, see `convert_softmax`.
     """
     if is_published_eva(state_dict):
         renamed = ((_published_name(name), name) for name in state_dict)
         return {new: (name,) for new, name in renamed if new is not None}
-    return _softmax_sources(state_dict)
+    return _softmax_sources(state_dict, own or {})
 
 
-def convert_softmax(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def convert_softmax(
+        state_dict: Dict[str, torch.Tensor],
+        own: Optional[Dict[str, torch.Tensor]] = None,
+) -> Dict[str, torch.Tensor]:
     """Names and layouts of timm's or DeiT's softmax models to ours; a file of ours stays as it is.
 
     Queries and the keys and values of a PVT become one `qkv`. Class, distillation and register tokens are dropped with
@@ -134,20 +141,24 @@ def convert_softmax(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tens
 
     Args:
         state_dict: Tensors by timm's or DeiT's name.
+        own: State dict of the model that they are for. With it, `fc_norm` stays after the pooling where the model has
+            one there, and as many positions as the model's and the extra tokens' are known to be both.
 
     Returns:
         Tensors by this package's name.
     """
     converted = {}
-    for name, sources in weight_sources(state_dict).items():
+    for name, sources in weight_sources(state_dict, own).items():
         values = [state_dict[source] for source in sources]
         converted[name] = torch.cat(values) if len(values) > 1 else values[0]
     position = converted.get('pos_embed')
     if position is not None and position.ndim == 3:
         extra = sum(state_dict[name].shape[1] for name in ('cls_token', 'dist_token', 'reg_token')
                     if name in state_dict)
-        # A model whose extra tokens have no position holds a row for each patch already: a square number.
-        if extra and math.isqrt(position.shape[1]) ** 2 != position.shape[1]:
+        # A model whose extra tokens have no position holds a row for each patch already: a square number. So may be
+        # the patches of another grid and the extra tokens together: 6 × 8 + 1.
+        both = own is not None and 'pos_embed' in own and position.shape[1] == own['pos_embed'].shape[1] + extra
+        if extra and (both or math.isqrt(position.shape[1]) ** 2 != position.shape[1]):
             converted['pos_embed'] = position[:, extra:]
     return converted
 

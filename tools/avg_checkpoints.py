@@ -57,7 +57,12 @@ def average(paths, use_ema=True):
 
 def save(weights, path):
     """Weights alone, in the form that the name's ending says."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if Path(path).suffix not in (".pth", ".safetensors"):
+        raise UserError(f"--output {path}: the name must end in .pth or .safetensors")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from error
     with replacing(path) as partial:
         if str(path).endswith(".safetensors"):
             safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, str(partial))

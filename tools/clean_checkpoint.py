@@ -13,7 +13,7 @@ from pathlib import Path
 from avg_checkpoints import save
 
 from evavit.training import recipe
-from evavit.training.errors import UserError, run_script
+from evavit.training.errors import run_script
 
 
 def main(argv=None):
@@ -24,8 +24,6 @@ def main(argv=None):
     parser.add_argument("--no-hash", action="store_true", help="leave the name as it is")
     args = parser.parse_args(argv)
     output = Path(args.output)
-    if output.suffix not in (".pth", ".safetensors"):
-        raise UserError(f"--output {output}: the name must end in .pth or .safetensors")
     weights = recipe.read_weights(args.checkpoint, use_ema=not args.no_use_ema)
     save(weights, output)
     if not args.no_hash:

@@ -38,10 +38,14 @@ def main(argv=None):
     names = saved.get("class_names")
     model = recipe.build_model(settings, saved.get("num_classes") or len(names))
     recipe.load_weights(model, args.checkpoint)
-    folder = save_folder(
-        model.eval(), args.output, data=args.data, licence=args.licence, recipe=saved, label_names=names,
-        metrics=read_metrics(args.results_file) if args.results_file else None,
-        data_config={name: saved[name] for name in PREPARATION if saved.get(name) is not None})
+    metrics = read_metrics(args.results_file) if args.results_file else None
+    try:
+        folder = save_folder(
+            model.eval(), args.output, data=args.data, licence=args.licence, recipe=saved, label_names=names,
+            metrics=metrics,
+            data_config={name: saved[name] for name in PREPARATION if saved.get(name) is not None})
+    except OSError as error:
+        raise UserError(f"--output {args.output}: cannot be written ({error.strerror})") from error
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 

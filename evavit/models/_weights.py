@@ -44,6 +44,8 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
             or a pickle that carries more than tensors, of which nothing is run.
     """
     try:
+        if not Path(path).is_file():  # timm would log a line of its own
+            raise FileNotFoundError(path)
         return load_state_dict(str(path), use_ema=use_ema)
     except Exception as error:  # each format has its own errors, which name neither the file nor, often, the fault
         raise RuntimeError(f'{path}: {_fault(Path(path), error)}') from error
@@ -192,9 +194,9 @@ def fit_checkpoint(
     file = _unwrap(state_dict)
     if not file or not all(isinstance(value, torch.Tensor) for value in file.values()):
         raise RuntimeError('this is not a file of weights: it holds no dictionary of tensors by name')
-    sources = weight_sources(file)
-    state = convert_published_eva(file) if is_published_eva(file) else convert_softmax(file)
     own = model.state_dict()
+    sources = weight_sources(file, own)
+    state = convert_published_eva(file) if is_published_eva(file) else convert_softmax(file, own)
     kind = type(model).__name__
     if not any(name in own for name in state if not name.startswith('head')):
         raise RuntimeError(f'these are not the weights of a {kind}: none of the {len(file)} names in the file fits, '
@@ -254,7 +256,18 @@ def _resize(state: Weights, model: nn.Module) -> Weights:
             raise RuntimeError(f'the file is for {patch.shape[1]} image channels, the model for '
                                f'{own[stem].shape[1]}; set in_chans={patch.shape[1]}') from error
         state = {**state, stem: patch}
-    return fit_token_projections(fit_bias_tables(model.resample_weights(state), model), model)
+    position = state.get('pos_embed')
+    if position is not None and 'pos_embed' in own and position.shape != own['pos_embed'].shape and (
+            position.ndim != 3 or math.isqrt(position.shape[1]) ** 2 != position.shape[1]):
+        raise RuntimeError(f"the file has pos_embed of {_size(position.shape)}, the model "
+                           f"{_size(own['pos_embed'].shape)}; positions are resampled from square grids alone: create "
+                           f"the model with the img_size and patch_size of the file, load it, then call "
+                           f"model.set_input_size(img_size=…)")
+    try:
+        state = fit_bias_tables(model.resample_weights(state), model)
+    except ValueError as error:  # timm's, on a table that belongs to no window
+        raise RuntimeError(f'the file does not fit: {error}') from error
+    return fit_token_projections(state, model)
 
 
 def _check_shapes(state: Weights, own: Weights, skip: Tuple[str, ...] = ()) -> None:

@@ -1,6 +1,7 @@
 """From settings to what is trained: model, task, optimizer, learning rate, mixup."""
 
 import logging
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -203,7 +204,8 @@ def build_model(settings, num_classes, device=None):
     except UserError:
         raise
     except Exception as error:  # each model has its own errors for arguments that do not fit
-        raise UserError(f"model {settings.model} {_shown(kwargs)}: {first_line(error)[:400]}") from error
+        file = f", weights {train['pretrained_path']}" if train.get("pretrained_path") and not device else ""
+        raise UserError(f"model {settings.model} {_shown(kwargs)}{file}: {first_line(error)[:400]}") from error
     if train.get("initial_checkpoint") and not device:
         load_weights(model, settings.initial_checkpoint)
     if train.get("linear_probe"):
@@ -266,17 +268,35 @@ def read_weights(path, use_ema=True):
         raise UserError(str(error)) from error
 
 
-def load_weights(model, path):
-    """Load the weights of a file with the model's classes. Models of evavit fit others to themselves, see
-    `evavit.models.fit_checkpoint`; any other must fit exactly. What does not fit is named."""
-    state = read_weights(path)
+def load_weights(model, path, use_ema=True):
+    """Load the weights of a file with the model's classes, for train.py, validate.py and export.py alike. Models of
+    evavit fit files of other sizes and softmax models to themselves, see `evavit.models.fit_checkpoint`; timm's take
+    their own weights of other sizes. The log says what was changed, an error what does not fit."""
+    state = read_weights(path, use_ema=use_ema)
     check_classes(model, state, path)
     try:
-        state = fit_strictly(state, model) if isinstance(model, OURS) else state
-    except RuntimeError as error:
-        raise UserError(f"{path}: {first_line(error)}") from error
+        state = fit_strictly(state, model) if isinstance(model, OURS) else _resampled(model, state)
+    except Exception as error:  # each model has its own errors for weights that do not fit
+        raise UserError(f"{path}: {first_line(error)[:400]}") from error
     check_fit(model, state, path)
     model.load_state_dict(state)
+
+
+def _resampled(model, weights):
+    """Weights brought to the image size of a model of timm's, by the `checkpoint_filter_fn` of its file."""
+    own = model.state_dict()
+    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if fit is None or own.keys() != weights.keys():
+        return weights  # `check_fit` says what is wrong with it
+    other = [name for name in own if own[name].shape != weights[name].shape]
+    if not other:
+        return weights
+    fitted = fit(dict(weights), model)
+    for name in other:
+        if name in fitted and fitted[name].shape == own[name].shape:
+            log.warning(f"{name} resampled from {'×'.join(map(str, weights[name].shape))} to "
+                        f"{'×'.join(map(str, own[name].shape))}")
+    return fitted
 
 
 def check_classes(model, state, path):

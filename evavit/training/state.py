@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import socket
-import sys
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +27,7 @@ from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
 from .errors import LocalError, UserError, first_line
 from .loop import Position, weights_are_finite
-from .recipe import check_fit, read_weights
+from .recipe import check_fit, load_weights, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -409,39 +408,10 @@ def complete_from_checkpoint(settings, given):
     return saved.get("class_names")
 
 
-def load_checkpoint(model, settings, resample=False):
-    """Load the weights that settings.checkpoint names, which must fit the model exactly.
-
-    With `resample`, those that belong to another image size are first brought to the model's, and named in the log.
-    """
-    weights = read_weights(settings.checkpoint, use_ema=settings.use_ema)
-    if settings.use_ema and not has_average(settings.checkpoint):
-        raise UserError(f"--use-ema: {settings.checkpoint} holds no averaged weights; leave the flag out")
-    if resample:
-        weights = _resampled(model, weights, settings.checkpoint)
-    check_fit(model, weights, settings.checkpoint)
-    model.load_state_dict(weights)
-
-
-def _resampled(model, weights, path):
-    """Weights brought to the model's image size by the `checkpoint_filter_fn` of its file, as timm does it."""
-    own = model.state_dict()
-    head = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    # A file of another model, or for other classes, is left as it is: `check_fit` says what is wrong with it.
-    if fit is None or own.keys() != weights.keys() or own.get(f"{head}.weight", torch.empty(0)).shape != weights.get(
-            f"{head}.weight", torch.empty(0)).shape:
-        return weights
-    other = [name for name in own if own[name].shape != weights[name].shape]
-    if not other:
-        return weights
-    try:
-        fitted = fit(dict(weights), model)
-    except Exception as error:  # each model has its own errors for weights that do not fit
-        raise UserError(f"{path} does not fit the model: {first_line(error)[:200]}; check --model, --model-kwargs and "
-                        f"--img-size") from error
-    for name in other:
-        if name in fitted and fitted[name].shape == own[name].shape:
-            log.info(f"{name} resampled from {'×'.join(map(str, weights[name].shape))} to "
-                     f"{'×'.join(map(str, own[name].shape))}")
-    return fitted
+def load_checkpoint(model, settings):
+    """Load the weights that settings.checkpoint names, fitted to the model as `recipe.load_weights` does it."""
+    if settings.use_ema:
+        read_weights(settings.checkpoint)  # says what is wrong with a file that cannot be read
+        if not has_average(settings.checkpoint):
+            raise UserError(f"--use-ema: {settings.checkpoint} holds no averaged weights; leave the flag out")
+    load_weights(model, settings.checkpoint, use_ema=settings.use_ema)

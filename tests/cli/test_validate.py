@@ -96,3 +96,16 @@ def test_weights_of_other_origin(judged, tmp_path):
     row = judged("--model", "vit_tiny_patch16_224", "--model-kwargs", *kwargs, "--num-classes", "3", "--checkpoint",
                  tmp_path / "plain.pth")
     assert row["images"] == 13 and 0 <= row["top1"] <= 100
+
+
+@pytest.mark.parametrize("name, size", [("eva_deit_tiny", 24), ("softmax_deit_tiny", 16), ("vit_tiny_patch16_224", 24)])
+def test_weights_are_fitted_as_in_training_and_export(judged, tmp_path, name, size):
+    """Another image size, and softmax weights in an EVA model."""
+    import timm
+
+    kwargs = dict(item.split("=") for item in MODEL[3:])
+    kwargs = {key: int(kwargs[key]) for key in ("patch_size", "embed_dim", "depth", "num_heads")}
+    torch.save(timm.create_model(name, img_size=16, num_classes=3, **kwargs).state_dict(), tmp_path / "file.pth")
+    row = judged("--model", name.replace("softmax", "eva"), "--img-size", size, "--num-classes", "3", "--model-kwargs",
+                 *(f"{key}={value}" for key, value in kwargs.items()), "--checkpoint", tmp_path / "file.pth")
+    assert row["img_size"] == size and row["images"] == 13

@@ -270,3 +270,42 @@ def test_the_table_groups_blocks():
 def test_softmax_names_are_left_alone():
     state = timm.create_model('eva_deit_tiny', **SMALL, **EVA).state_dict()
     assert list(convert_softmax(state)) == list(state)
+
+
+@pytest.mark.parametrize('name', ['softmax_deit_tiny', 'eva_deit_tiny'])
+def test_a_norm_after_the_pooling_stays_there(name, tmp_path):
+    source = randomise(timm.create_model('deit_tiny_patch16_224', class_token=False, global_pool='avg', fc_norm=True,
+                                         **SMALL))
+    model = overlay(name, source.state_dict(), tmp_path, fc_norm=True, num_classes=1000, **SMALL)
+    assert torch.equal(model.fc_norm.weight, source.fc_norm.weight)
+    x = image()
+    if name == 'softmax_deit_tiny':
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), source(x))
+
+
+def test_grids_that_are_not_square(tmp_path):
+    """6 × 8 patches and a class token are 49 positions, which are not 7 × 7 patches."""
+    wide = {**SMALL, 'img_size': (24, 32)}
+    source = timm.create_model('deit_tiny_patch16_224', **wide).state_dict()
+    fitted, _ = fit_checkpoint(source, timm.create_model('eva_deit_tiny', **wide, **EVA))
+    assert torch.equal(fitted['pos_embed'], source['pos_embed'][:, 1:])
+    own = timm.create_model('eva_deit_tiny', **wide, **EVA)
+    with pytest.raises(RuntimeError, match=r'pos_embed of 1×48×32, the model 1×64×32; .*set_input_size') as error:
+        fit_checkpoint(own.state_dict(), timm.create_model('eva_deit_tiny', **SMALL, **EVA))
+    assert '\n' not in str(error.value)
+    own.set_input_size(img_size=32)
+    assert own.pos_embed.shape == (1, 64, 32)
+
+
+def test_a_table_of_no_window_is_one_line():
+    state = timm.create_model('eva_deit_tiny', **SMALL, **EVA).state_dict()
+    state['blocks.0.attn.rel_pos.relative_position_bias_table'] = torch.zeros(50, 2)
+    with pytest.raises(RuntimeError, match='does not fit'):
+        fit_checkpoint(state, timm.create_model('eva_deit_tiny', **SMALL, **EVA))
+
+
+def test_a_missing_file_is_told_of_once(caplog):
+    with pytest.raises(RuntimeError, match='no such checkpoint'):
+        read_weights('nowhere.pth')
+    assert not caplog.records

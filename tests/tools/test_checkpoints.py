@@ -89,3 +89,18 @@ def test_folder_for_the_hub(run, tmp_path, capsys):
     bare = ["--checkpoint", tmp_path / "bare.pth", "--output", tmp_path / "no"]
     assert save(*bare, "--data", "x", "--licence", "x") == 2
     assert "holds no settings" in capsys.readouterr().err
+
+
+def test_outputs_that_cannot_be_written(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    checkpoint = run / "last.safetensors"
+    for name, flags, word in (
+            ("save_for_hub", ["--checkpoint", checkpoint, "--output", tmp_path / "file", "--data", "x", "--licence",
+                              "x"], "cannot be written"),
+            ("avg_checkpoints", ["--input", run, "--output", tmp_path / "file" / "mean.pth"], "cannot be written"),
+            ("avg_checkpoints", ["--input", run, "--output", tmp_path / "mean.txt"], ".pth or .safetensors"),
+            ("clean_checkpoint", ["--checkpoint", checkpoint, "--output", tmp_path / "mean.txt"],
+             ".pth or .safetensors")):
+        assert tool(name)(*flags) == 2
+        line = capsys.readouterr().err.strip()
+        assert line.startswith("error: --output") and word in line and "\n" not in line
