@@ -8,7 +8,6 @@ from the run's seed and position (see `loop.Position`), so a run continues alike
 
 import argparse
 import dataclasses
-import fcntl
 import json
 import logging
 import math
@@ -85,11 +84,12 @@ def claimed(folder):
         raise UserError(f"--output {folder}: cannot be written ({error.strerror})") from error
     with open(folder / ".lock", "r+", encoding="utf-8") as file:
         try:
+            import fcntl  # not on every system
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise LocalError(f"{folder}: another run is writing there ({file.read(200)}); let it end, or give another "
                              f"--experiment") from None
-        except OSError:  # a file system without locks
+        except (ImportError, OSError):  # a system, or a file system, without locks
             log.debug(f"{folder} cannot be locked")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
