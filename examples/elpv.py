@@ -18,13 +18,13 @@ import argparse
 import contextlib
 import csv
 import importlib.util
-import math
 import multiprocessing
 import platform
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 
@@ -157,10 +157,7 @@ def summary(rows):
 
 def spread(values):
     """Mean ± standard deviation (of a sample; of one value there is none)."""
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1f}"
-    return f"{mean:.1f} ± {math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)):.1f}"
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def fork_loaders():

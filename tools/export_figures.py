@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import performance
 import timm
 import torch
 from PIL import Image
@@ -109,13 +110,6 @@ def _read(path: Path = RESULTS) -> list:
         return list(csv.DictReader(stream))
 
 
-def _origin(rows: list) -> str:
-    """Device, versions and date of all rows, in a line."""
-    return '; '.join(dict.fromkeys(
-        f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}, commit {row["commit"]}, {row["date"]}'
-        for row in rows)) + '.'
-
-
 def table() -> str:
     """Size, time and error of each form, for docs/deploy.md."""
     rows = [row for row in _read() if row['cpu_ms']]
@@ -123,7 +117,7 @@ def table() -> str:
     for row in rows:
         lines.append(f'| `{row["model"]}` | {FORM_NAMES[row["form"]]} | {row["precision"]} | {row["size_mib"]} | '
                      f'{float(row["cpu_ms"]):,.0f} | {row["error"] if float(row["error"]) else "–"} |')
-    return '\n'.join([*lines, '', _origin(rows)])
+    return '\n'.join([*lines, '', performance.origins(rows)])
 
 
 def operators_table() -> str:
@@ -149,7 +143,7 @@ def precision_table() -> str:
     for row in rows:
         lines.append(f'| {row["model"]} | {row["precision"]} | {row["top1"]} | '
                      f'{row["error"] if float(row["error"]) else "–"} |')
-    return '\n'.join([*lines, '', _origin(rows)])
+    return '\n'.join([*lines, '', performance.origins(rows)])
 
 
 def main() -> None:
