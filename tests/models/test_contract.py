@@ -9,10 +9,12 @@ import timm
 import torch
 from timm.models import get_model_args, get_model_input_config
 from timm.optim import create_optimizer_v2
+from torch import nn
 
 import evavit  # noqa: F401
 from evavit.layers import EvaAttention
 from evavit.models import eva_deit, eva_pvt_v2
+from evavit.models.eva_deit import PatchProjection
 
 SMALL = {
     'eva_deit_tiny': dict(embed_dim=48, depth=3, num_heads=3),
@@ -215,6 +217,31 @@ def test_set_patch_size():
     model = create('eva_deit_tiny')
     model.set_input_size(patch_size=(8, 8))
     assert model.pos_embed.shape[1] == 784 and run(model).shape == (1, 1000)
+
+
+@pytest.mark.parametrize('size', [(32, 48), (35, 50)], ids=str)
+def test_patch_projection_is_the_convolution(size):
+    torch.manual_seed(0)
+    proj = PatchProjection(3, 8, kernel_size=(8, 16), stride=(8, 16), dtype=torch.float64)
+    conv = nn.Conv2d(3, 8, (8, 16), (8, 16), dtype=torch.float64)
+    conv.load_state_dict(proj.state_dict())
+    x, y = (torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.manual_seed(1)).requires_grad_()
+            for _ in range(2))
+    a, b = proj(x), conv(y)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(a)
+    for left, right in zip(torch.autograd.grad(a, [x, *proj.parameters()], grad),
+                           torch.autograd.grad(b, [y, *conv.parameters()], grad), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+def test_patch_projection_stays():
+    model = create('eva_deit_tiny')
+    before = set(model.state_dict())
+    model.set_input_size(patch_size=(8, 8))
+    assert isinstance(model.patch_embed.proj, PatchProjection) and set(model.state_dict()) == before
+    assert model.patch_embed.proj.weight.requires_grad
+    assert model._embed(torch.randn(1, 3, 224, 224))[0].is_contiguous()
 
 
 @each_model
