@@ -15,9 +15,12 @@ through its cell is known: so each gradient is written once and read never.
 
 Every sum runs in one fixed order, in a program or over partial sums in memory: no atomics, two runs agree to the bit.
 Products of half-precision tensors accumulate in float32, float32 tensors are multiplied in full float32.
+
+On Hopper `eva_gluon.py` has faster kernels for three of these, for the default windows and cells (`_Plan.gluon`).
 """
 import functools
 import math
+import warnings
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -103,6 +106,20 @@ def _pad_bias(bias, padded, unit, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: t
     mask = (i < WH * WW)[:, None] & (j < WH * WW)[None, :]
     x = tl.load(bias + row[:, None] * (SIDE * SIDE) + col[None, :], mask=mask, other=0.0).to(tl.float32) / unit
     tl.store(padded + tl.program_id(2) * S * S + i[:, None] * S + j[None, :], x)
+
+
+@triton.jit
+def _pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr):
+    """`_pad_bias` for one tile of 64, in the order in which the 128 threads of a warp group hold a tile of products: 4
+    values of a thread, threads, eighths of the columns. Keys that are none get what no logit outweighs."""
+    m = tl.program_id(0) * 256 + tl.arange(0, 256)
+    i = (m >> 7 & 3) * 16 + (m >> 1 & 1) * 8 + (m >> 4 & 7)
+    j = (m >> 9) * 8 + (m >> 2 & 3) * 2 + (m & 1)
+    bias += tl.program_id(2) * SIDE * SIDE * SIDE * SIDE
+    row, col = (i // WW) * SIDE + i % WW, (j // WW) * SIDE + j % WW
+    key = j < WH * WW
+    x = tl.load(bias + row * (SIDE * SIDE) + col, mask=key & (i < WH * WW), other=0.0).to(tl.float32) / unit
+    tl.store(padded + tl.program_id(2) * 4096 + m, tl.where(key, x, -(2.0 ** 100)))
 
 
 @triton.jit
@@ -416,10 +433,14 @@ def _backward_shared(
 @triton.jit
 def _backward_weights(
         k, v, skb, skh, skn, skd, svb, svh, svn, svd,
-        omega, dbeta_parts, dbeta, domega, xi, dlog_xi,
+        omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi,
         heads, H, W, n_cx, cells, ch, cw, cells_total, splits, scale_half,
-        D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, T: tl.constexpr, ONCE: tl.constexpr):
-    """Through β = Σ ξ v: ξ and d log ξ of every token, dω of G cells of one (image, head)."""
+        D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, T: tl.constexpr, ONCE: tl.constexpr,
+        OMEGA_HALF: tl.constexpr):
+    """Through β = Σ ξ v: ξ and d log ξ of every token, dω of G cells of one (image, head).
+
+    OMEGA_HALF: ω / s^½ in the dtype of the products of `eva_gluon` is written too.
+    """
     head = tl.program_id(0) % heads
     image = (tl.program_id(0) // heads).to(tl.int64)
     pair = image * heads + head
@@ -436,6 +457,8 @@ def _backward_weights(
     for i in range(splits):
         db += _load_rows(dbeta_parts, i * cells_total + row, cell_valid, D, 1, D, BD)
     _store_rows(dbeta, row, cell_valid, D, 1, db, D, BD)
+    if OMEGA_HALF:
+        _store_rows(omega_half, row, cell_valid, D, 1, om / scale_half, D, BD)
 
     if ONCE:
         n, valid = _cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
@@ -701,11 +724,33 @@ LAUNCH = {
     'backward_shared': dict(num_warps=4, num_stages=3),
     'backward_summary': dict(num_warps=4, num_stages=1),
     'backward_tokens': dict(num_warps=4, num_stages=2),
+    'gluon': dict(num_warps=4),
 }
+# The releases of Triton whose Gluon the kernels of `eva_gluon` are written in and compile with.
+GLUON_VERSIONS = (3, 6), (3, 9)
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@functools.cache
+def _gluon(device: int):
+    """The module `eva_gluon` where the CUDA device has Hopper's products and Triton has its Gluon, or None."""
+    if device < 0 or not isinstance(_forward_windows, triton.runtime.JITFunction):  # the CPU, Triton's interpreter
+        return None
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    version = tuple(int(part) for part in triton.__version__.split('.')[:2])
+    try:
+        if not GLUON_VERSIONS[0] <= version <= GLUON_VERSIONS[1]:
+            raise ImportError('not a release that they were tried with')
+        from . import eva_gluon
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f'EVA takes its slower kernels, without Gluon: Triton is {triton.__version__} ({error}), '
+                      f'Triton 3.6 to 3.9 has the faster ones', stacklevel=2)
+        return None
+    return eva_gluon
 
 
 class _Plan:
@@ -747,6 +792,9 @@ class _Plan:
         # The default windows and cells in half precision: the forward's fast case.
         self.one_tile = self.local and self.NT == 1 and self.NC <= 1
         self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
+        # What `eva_gluon` takes, but for the device and the strides.
+        self.gluon_sizes = self.one_tile and not full and self.D == 64 and self.BM == 64 and self.cells > 0
+        self.gluon_strides: Dict[tuple, bool] = {}
         self.compiled: Dict[tuple, Any] = {}
 
     def launch(self, kernel, grid: Tuple[int, int, int], *args, **options) -> None:
@@ -772,6 +820,34 @@ class _Plan:
             compiled = kernel[grid](*args, **options)
             if compiled is not None:  # None in Triton's interpreter
                 self.compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args):]]
+
+    def gluon(self, tokens: Tuple[torch.Tensor, ...], cells: Tuple[torch.Tensor, ...] = ()):
+        """The module `eva_gluon` where its kernels take these tensors of tokens `(B, h, N, d)` and of cells, or None.
+
+        They take half precision, heads of 64 channels, windows of 33 to 64 places (6 to 8 a side) and 1 to 64 cells.
+        They copy 16 bytes at a time: channels are next to each other, other strides are multiples of 16, as Triton
+        tells the compiler, and tensors start at multiples of 16 bytes. Offsets inside an image are 32 bits.
+        """
+        if not self.gluon_sizes:
+            return None
+        module = _gluon(tokens[0].get_device())
+        if module is None:
+            return None
+        strides = tuple([x.stride() for x in tokens])
+        if strides not in self.gluon_strides:
+            self.gluon_strides[strides] = all(
+                d == 1 and not any(x % 16 for x in rest) and self.N * rest[-1] < 2 ** 31 for *rest, d in strides)
+        if not self.gluon_strides[strides] or any(x.data_ptr() % 16 for x in (*tokens, *cells)):
+            return None
+        return module
+
+    @functools.cached_property
+    def window_cells(self) -> dict:
+        """The most rows and columns of cells that a window meets, and the tile that holds them."""
+        def spanned(tokens: int, cell: int, cells: int) -> int:
+            return min(_ceil(tokens - 1, cell) + 1, cells)
+        rows, cols = spanned(self.wh, self.ch, self.cells // self.n_cx), spanned(self.ww, self.cw, self.n_cx)
+        return dict(NCY=rows, NCX=cols, KE=max(16, triton.next_power_of_2(rows * cols)))
 
     @functools.cached_property
     def cell_tiles(self) -> Tuple[dict, dict]:
@@ -811,6 +887,14 @@ class _Plan:
             bias.contiguous(), padded, unit, side, SIDE=self.side, WH=self.wh, WW=self.ww, TILE=16)
         return padded
 
+    def pad_bias_fragments(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
+        """`pad_bias` in the order in which `eva_gluon` loads it."""
+        padded = torch.empty(self.heads, 64, 64, dtype=torch.float32, device=bias.device)
+        self.launch(
+            _pad_bias_fragments, (16, 1, self.heads),
+            bias.contiguous(), padded, unit, SIDE=self.side, WH=self.wh, WW=self.ww)
+        return padded
+
     def sum(self, parts: torch.Tensor) -> torch.Tensor:
         """Sum over the first axis of a float32 tensor."""
         total = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
@@ -838,8 +922,10 @@ def _plan(q: torch.Tensor, feat_size: List[int], window_size: int, partition_gri
     return _cached_plan(tuple(q.shape), q.dtype == torch.float32, tuple(feat_size), window_size, partition_grid)
 
 
+# By measurement on an H100.
 WINDOWS_FORWARD = 4
 WINDOWS_BACKWARD = 8
+WINDOWS_BACKWARD_GLUON = 16
 
 
 def _unpack(q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor]):
@@ -920,19 +1006,26 @@ def _eva(
         has_bias = plan.local and rel_pos_bias is not None
         per_program = plan.per_program(WINDOWS_FORWARD)
         chunks = _ceil(plan.n_win, per_program)
-        args = (
-            q, k, v, *strides, k_tilde, beta,
-            plan.pad_bias(rel_pos_bias, scale if plan.one_tile else LN2) if has_bias else q, out, lse,
-            plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks, scale)
-        options = dict(D=plan.D, BD=plan.BD, WH=plan.wh, WW=plan.ww, BM=plan.BM, BC=plan.BC, PER_PROGRAM=per_program,
-                       BIAS=has_bias, SAVE=save, PREC=plan.prec)
+        gluon = plan.gluon((q, k, v))
+        padded = q
+        if has_bias:
+            pad = plan.pad_bias if gluon is None else plan.pad_bias_fragments
+            padded = pad(rel_pos_bias, scale if plan.one_tile else LN2)
+        args = (k_tilde, beta, padded, out, lse,
+                plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks, scale)
+        options = dict(D=plan.D, WH=plan.wh, WW=plan.ww, PER_PROGRAM=per_program, BIAS=has_bias, SAVE=save)
+        tiles = dict(BD=plan.BD, BM=plan.BM, BC=plan.BC, PREC=plan.prec)
         grid = plan.B * chunks * plan.heads, 1, 1
-        if plan.one_tile:
-            plan.launch(_forward_windows, grid, *args, **options, PACKED=q.stride() == k.stride() == v.stride(),
-                        EDGE=plan.edge, CELLS=plan.cells > 0, **LAUNCH['forward_windows'])
+        if gluon is not None:
+            plan.launch(gluon._forward_windows_gluon, grid, q, k, v, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                        *args, **options, EDGE=plan.edge, **LAUNCH['gluon'])
+        elif plan.one_tile:
+            plan.launch(_forward_windows, grid, q, k, v, *strides, *args, **options, **tiles,
+                        PACKED=q.stride() == k.stride() == v.stride(), EDGE=plan.edge, CELLS=plan.cells > 0,
+                        **LAUNCH['forward_windows'])
         else:
-            plan.launch(_forward_tokens, grid, *args, **options, NT=plan.NT, NC=plan.NC, LOCAL=plan.local,
-                        **LAUNCH['forward_tokens'])
+            plan.launch(_forward_tokens, grid, q, k, v, *strides, *args, **options, **tiles,
+                        NT=plan.NT, NC=plan.NC, LOCAL=plan.local, **LAUNCH['forward_tokens'])
     return outputs
 
 
@@ -996,23 +1089,30 @@ def _eva_backward(
     splits = _ceil(plan.N, per_split)
     delta = empty(plan.B, plan.heads, plan.N)
     dk_tilde_parts, dbeta_parts = empty(splits, plan.rows, D), empty(splits, plan.rows, D)
+    gluon = plan.gluon((q, k, v, grad), (k_tilde, beta))
     with _device(q):
-        plan.launch(
-            _backward_shared, (pairs * splits, max(plan.NC, 1), 1),
-            q, out, grad, *q.stride(), *grad.stride(), lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts,
-            plan.heads, plan.N, cells, splits, per_split, plan.rows, scale,
-            D=D, BD=plan.BD, BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64), BC=plan.BC,
-            CELLS=cells > 0, PREC=plan.prec, **LAUNCH['backward_shared'])
-        xi = dlog_xi = domega = dbeta = dmeans = delta
+        shared = (lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts,
+                  plan.heads, plan.N, cells, splits, per_split, plan.rows, scale)
+        if gluon is not None:
+            plan.launch(gluon._backward_shared_gluon, (pairs * splits, 1, 1), q, out, grad, *q.stride()[:3],
+                        *grad.stride()[:3], *shared, D=D, T=32, **LAUNCH['gluon'])
+        else:
+            plan.launch(
+                _backward_shared, (pairs * splits, max(plan.NC, 1), 1),
+                q, out, grad, *q.stride(), *grad.stride(), *shared,
+                D=D, BD=plan.BD, BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64), BC=plan.BC,
+                CELLS=cells > 0, PREC=plan.prec, **LAUNCH['backward_shared'])
+        xi = dlog_xi = domega = dbeta = omega_half = dmeans = delta
         if cells:
             xi, dlog_xi = torch.empty_like(delta), torch.empty_like(delta)
             domega, dbeta = empty(plan.rows, D), empty(plan.rows, D, dtype=q.dtype)
+            omega_half = empty(plan.rows, D, dtype=q.dtype) if gluon is not None else dbeta
             tile = plan.cell_tiles[1]
             plan.launch(
                 _backward_weights, (pairs, _ceil(cells, tile['G']), 1),
-                k, v, *k.stride(), *v.stride(), omega, dbeta_parts, dbeta, domega, xi, dlog_xi,
+                k, v, *k.stride(), *v.stride(), omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi,
                 plan.heads, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw, plan.rows, splits, scale ** 0.5,
-                D=D, BD=plan.BD, **tile)
+                D=D, BD=plan.BD, OMEGA_HALF=gluon is not None, **tile)
             R = 32 if plan.BD > 64 or q.dtype == torch.float32 else 64
             programs = min(_ceil(plan.rows, R), 128)
             dparams = empty(programs, 2, D * D + 3 * D)
@@ -1032,7 +1132,7 @@ def _eva_backward(
         grads = _token_grads(*inputs)
         dq, dk, dv = grads[0] if inputs[1] is None else grads
 
-        per_program = plan.per_program(WINDOWS_BACKWARD)
+        per_program = plan.per_program(WINDOWS_BACKWARD if gluon is None else WINDOWS_BACKWARD_GLUON)
         chunks = _ceil(plan.n_win, per_program)
         dbias_parts = delta
         if bias is not None:
@@ -1040,16 +1140,27 @@ def _eva_backward(
             side = plan.NT * plan.BM
             make = torch.empty if plan.NT == 1 else torch.zeros
             dbias_parts = make((plan.B * chunks, plan.heads, side, side), dtype=torch.float32, device=q.device)
-        plan.launch(
-            _backward_tokens, (plan.B * chunks * plan.heads, 1, 1),
-            q, k, v, grad, *q.stride(), *k.stride(), *v.stride(), *grad.stride(),
-            lse, delta, k_tilde, beta, plan.pad_bias(bias, LN2) if bias is not None else q,
-            omega, dbeta, dmeans, xi, dlog_xi, dq, dk, dv, *dq.stride()[:3], dbias_parts,
-            plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells,
-            chunks, plan.rows, scale, scale ** 0.5,
-            D=D, BD=plan.BD, WH=plan.wh, WW=plan.ww, CH=plan.ch, CW=plan.cw,
-            BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC, PER_PROGRAM=per_program,
-            LOCAL=plan.local, BIAS=bias is not None, PREC=plan.prec, **LAUNCH['backward_tokens'])
+        padded = q
+        if bias is not None:
+            padded = plan.pad_bias(bias, LN2) if gluon is None else plan.pad_bias_fragments(bias, scale)
+        grid = plan.B * chunks * plan.heads, 1, 1
+        sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells, chunks, plan.rows, scale
+        options = dict(D=D, WH=plan.wh, WW=plan.ww, CH=plan.ch, CW=plan.cw, PER_PROGRAM=per_program,
+                       BIAS=bias is not None)
+        if gluon is not None:
+            plan.launch(
+                gluon._backward_tokens_gluon, grid, q, k, v, grad,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
+                lse, delta, k_tilde, beta, padded, omega_half, dbeta, dmeans, xi, dlog_xi,
+                dq, dk, dv, *dq.stride()[:3], dbias_parts, *sizes,
+                **options, **plan.window_cells, EDGE=plan.edge, **LAUNCH['gluon'])
+        else:
+            plan.launch(
+                _backward_tokens, grid, q, k, v, grad, *q.stride(), *k.stride(), *v.stride(), *grad.stride(),
+                lse, delta, k_tilde, beta, padded, omega, dbeta, dmeans, xi, dlog_xi,
+                dq, dk, dv, *dq.stride()[:3], dbias_parts, *sizes, scale ** 0.5,
+                **options, BD=plan.BD, BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC,
+                LOCAL=plan.local, PREC=plan.prec, **LAUNCH['backward_tokens'])
         if bias is not None:
             dbias = plan.crop_bias(plan.sum(dbias_parts))
         else:
