@@ -855,7 +855,12 @@ class _Plan:
 
         The forward takes many cells and few tokens, so that weights are loaded and projections done for many cells at
         once, as long as programs are enough. The backward takes whole cells, and few.
+
+        No tile has fewer elements than threads: where it has, warps hold the same elements, and write them to the same
+        places of shared memory at the same time.
         """
+        def filled(warps: int, G: int, T: int) -> int:
+            return min(warps, max(1, G * T * self.BD // 32))
         tokens = triton.next_power_of_2(self.ch * self.cw)
         cells = triton.next_power_of_2(max(self.cells, 1))
         shrink = max(64, self.BD) // 64 * (2 if self.full else 1)
@@ -865,12 +870,14 @@ class _Plan:
         G = min((512 if warps == 16 else 256) // shrink // T, cells)
         while G > 1 and pairs * _ceil(self.cells, G) < PROGRAMS // 4:
             G, T = G // 2, min(T * 2, tokens)
+        warps = filled(warps, G, T)
         forward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
         if warps == 16:  # what a processor's registers allow
             forward['maxnreg'] = 128
         T = min(tokens, 256 // shrink)
         G = min(max(1, 32 // T), cells)
-        backward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=2 if T * G <= 32 else 4, num_stages=1)
+        warps = filled(2 if T * G <= 32 else 4, G, T)
+        backward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
         return forward, backward
 
     def per_program(self, windows: int) -> int:
@@ -920,6 +927,12 @@ def _cached_plan(shape, full, feat_size, window_size, partition_grid) -> _Plan:
 
 def _plan(q: torch.Tensor, feat_size: List[int], window_size: int, partition_grid: int) -> _Plan:
     return _cached_plan(tuple(q.shape), q.dtype == torch.float32, tuple(feat_size), window_size, partition_grid)
+
+
+def takes_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], window_size: int,
+                partition_grid: int) -> bool:
+    """Whether `eva_attention_fused` runs the kernels of `eva_gluon` on these tensors, with a gradient like them."""
+    return _plan(q, feat_size, window_size, partition_grid).gluon((q, k, v)) is not None
 
 
 # By measurement on an H100.

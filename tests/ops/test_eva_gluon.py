@@ -83,6 +83,8 @@ class TestChoice:
         def tokens(row=192, offset=0):
             return memory[offset:].as_strided((2, 3, 196, 64), (196 * row, 64, row, 1))
         assert plan.gluon((tokens(), tokens(208), tokens(offset=8))) is eva_gluon
+        assert eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 7, 7)
+        assert not eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 5, 7)
         assert plan.gluon((tokens(), tokens(), tokens(200))) is None
         assert plan.gluon((tokens(), tokens(offset=4), tokens())) is None
         assert plan.gluon((tokens(),), (memory[1:],)) is None
