@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Run the fused kernels under compute-sanitizer: python tools/sanitize.py
 
-Forward and backward on small cases with odd grids, short windows, every tile and both precisions, under memcheck and
-racecheck; on a Hopper some of them take the kernels in Gluon, one window or several a program. Needs a CUDA device and NVIDIA's compute-sanitizer (part of the CUDA toolkit) on the path. The exit code is
-1 where a tool reports an error.
+Forward and backward on small cases with odd grids, short windows, every tile, both precisions, one window a program or
+several, under memcheck and racecheck; a Hopper runs kernels in Gluon for some of them. Needs a CUDA device and NVIDIA's
+compute-sanitizer (part of the CUDA toolkit) on the path. The exit code is 1 where a tool reports an error.
 """
 import argparse
 import os
