@@ -522,7 +522,7 @@ def _backward_summary(
         weight, bias, norm_weight = w_k, b_k, g_k
     dim = tl.arange(0, BD)
     inside = dim < D
-    dtype: tl.constexpr = means.dtype.element_ty
+    dtype: tl.constexpr = dmeans.dtype.element_ty
     g = tl.load(norm_weight + dim, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + dim, mask=inside, other=0.0).to(tl.float32)
     w = _load_weight(weight, D, BD)
@@ -535,7 +535,7 @@ def _backward_summary(
         row = r0 + tl.arange(0, R)
         valid = row < cells_total
         mean = _load_rows(means, which * cells_total + row, valid, D, 1, D, BD)
-        z = tl.dot(mean.to(tl.float32), tl.trans(w), input_precision=PREC) + b[None, :]
+        z = tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :]
         z_hat, inv = _normalise(z, eps, D, BD)
         d = omega_scale * _load_rows(domega, row, valid, D, 1, D, BD)
         if which == 1:
@@ -548,7 +548,7 @@ def _backward_summary(
         dz = tl.where(inside[None, :], dz * inv[:, None], 0.0)
         sum_b += tl.sum(dz, 0)
         dz = dz.to(dtype)
-        sum_w = tl.dot(tl.trans(dz), mean, sum_w, input_precision=PREC)
+        sum_w = tl.dot(tl.trans(dz), mean.to(dtype), sum_w, input_precision=PREC)
         c = row % cells
         count = tl.minimum(ch, H - (c // n_cx) * ch) * tl.minimum(cw, W - (c % n_cx) * cw)
         dmean = tl.dot(dz, w_half, input_precision=PREC) / count.to(tl.float32)[:, None]
@@ -967,7 +967,7 @@ def _forward_outputs(q, cells: int, save: bool) -> Tuple[torch.Tensor, ...]:
         q.new_empty(B, h, cells, d),
         q.new_empty(B, h, cells, d),
         q.new_empty(B, h, saved_cells, d, dtype=torch.float32),
-        q.new_empty(2, B, h, saved_cells, d),
+        q.new_empty(2, B, h, saved_cells, d, dtype=torch.float32),
     )
 
 
