@@ -995,6 +995,8 @@ def _eva(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward: y, and for the backward log-sum-exp `(B, h, N)`, k̃, β, ω `(B, h, C_p, d)`, means `(2, B, h, C_p, d)`.
 
+    All but y, k̃ and β are float32: the LayerNorm of rounded means is not that of the forward.
+
     q, k, v are `(B, h, N, d)`; or q is all three, `(3, B, h, N, d)`, and k and v are None: then their gradient comes
     back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty. The
     summaries' parameters come one by one, since autograd takes a list of tensors apart and together in Python.
