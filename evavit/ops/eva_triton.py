@@ -938,7 +938,6 @@ def takes_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: Li
 # By measurement on an H100.
 WINDOWS_FORWARD = 4
 WINDOWS_BACKWARD = 8
-WINDOWS_BACKWARD_GLUON = 16
 
 
 def _unpack(q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor]):
@@ -1147,7 +1146,7 @@ def _eva_backward(
         grads = _token_grads(*inputs)
         dq, dk, dv = grads[0] if inputs[1] is None else grads
 
-        per_program = plan.per_program(WINDOWS_BACKWARD if gluon is None else WINDOWS_BACKWARD_GLUON)
+        per_program = plan.per_program(WINDOWS_BACKWARD)
         chunks = _ceil(plan.n_win, per_program)
         dbias_parts = delta
         if bias is not None:
