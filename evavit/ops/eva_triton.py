@@ -821,8 +821,8 @@ class _Plan:
             if compiled is not None:  # None in Triton's interpreter
                 self.compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args):]]
 
-    def gluon(self, tokens: Tuple[torch.Tensor, ...], cells: Tuple[torch.Tensor, ...] = ()):
-        """The module `eva_gluon` where its kernels take these tensors of tokens `(B, h, N, d)` and of cells, or None.
+    def gluon(self, strides: Tuple[int, ...], *tensors: torch.Tensor):
+        """The module `eva_gluon` where its kernels take these tensors, or None; strides are of those `(B, h, N, d)`.
 
         They take half precision, heads of 64 channels, windows of 33 to 64 places (6 to 8 a side) and 1 to 64 cells.
         They copy 16 bytes at a time: channels are next to each other, other strides are multiples of 16, as Triton
@@ -830,16 +830,17 @@ class _Plan:
         """
         if not self.gluon_sizes:
             return None
-        module = _gluon(tokens[0].get_device())
+        module = _gluon(tensors[0].get_device())
         if module is None:
             return None
-        strides = tuple([x.stride() for x in tokens])
         if strides not in self.gluon_strides:
-            self.gluon_strides[strides] = all(
-                d == 1 and not any(x % 16 for x in rest) and self.N * rest[-1] < 2 ** 31 for *rest, d in strides)
-        if not self.gluon_strides[strides] or any(x.data_ptr() % 16 for x in (*tokens, *cells)):
-            return None
-        return module
+            self.gluon_strides[strides] = (
+                all(x == 1 for x in strides[3::4]) and all(self.N * x < 2 ** 31 for x in strides[2::4])
+                and not any(x % 16 for i, x in enumerate(strides) if i % 4 != 3))
+        addresses = 0
+        for x in tensors:
+            addresses |= x.data_ptr()
+        return module if self.gluon_strides[strides] and addresses % 16 == 0 else None
 
     @functools.cached_property
     def window_cells(self) -> dict:
@@ -932,7 +933,8 @@ def _plan(q: torch.Tensor, feat_size: List[int], window_size: int, partition_gri
 def takes_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], window_size: int,
                 partition_grid: int) -> bool:
     """Whether `eva_attention_fused` runs the kernels of `eva_gluon` on these tensors, with a gradient like them."""
-    return _plan(q, feat_size, window_size, partition_grid).gluon((q, k, v)) is not None
+    strides = (*q.stride(), *k.stride(), *v.stride())
+    return _plan(q, feat_size, window_size, partition_grid).gluon(strides, q, k, v) is not None
 
 
 # By measurement on an H100.
@@ -1020,7 +1022,7 @@ def _eva(
         has_bias = plan.local and rel_pos_bias is not None
         per_program = plan.per_program(WINDOWS_FORWARD)
         chunks = _ceil(plan.n_win, per_program)
-        gluon = plan.gluon((q, k, v))
+        gluon = plan.gluon(strides, q, k, v)
         padded = q
         if has_bias:
             pad = plan.pad_bias if gluon is None else plan.pad_bias_fragments
@@ -1031,11 +1033,11 @@ def _eva(
         tiles = dict(BD=plan.BD, BM=plan.BM, BC=plan.BC, PREC=plan.prec)
         grid = plan.B * chunks * plan.heads, 1, 1
         if gluon is not None:
-            plan.launch(gluon._forward_windows_gluon, grid, q, k, v, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                        *args, **options, EDGE=plan.edge, **LAUNCH['gluon'])
+            plan.launch(gluon._forward_windows_gluon, grid, q, k, v, *strides[:3], *strides[4:7], *strides[8:11], *args,
+                        **options, EDGE=plan.edge, **LAUNCH['gluon'])
         elif plan.one_tile:
             plan.launch(_forward_windows, grid, q, k, v, *strides, *args, **options, **tiles,
-                        PACKED=q.stride() == k.stride() == v.stride(), EDGE=plan.edge, CELLS=plan.cells > 0,
+                        PACKED=strides[:4] == strides[4:8] == strides[8:], EDGE=plan.edge, CELLS=plan.cells > 0,
                         **LAUNCH['forward_windows'])
         else:
             plan.launch(_forward_tokens, grid, q, k, v, *strides, *args, **options, **tiles,
@@ -1103,17 +1105,19 @@ def _eva_backward(
     splits = _ceil(plan.N, per_split)
     delta = empty(plan.B, plan.heads, plan.N)
     dk_tilde_parts, dbeta_parts = empty(splits, plan.rows, D), empty(splits, plan.rows, D)
-    gluon = plan.gluon((q, k, v, grad), (k_tilde, beta))
+    q_strides, grad_strides = q.stride(), grad.stride()
+    strides = (*q_strides, *k.stride(), *v.stride(), *grad_strides)
+    gluon = plan.gluon(strides, q, k, v, grad, k_tilde, beta)
     with _device(q):
         shared = (lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts,
                   plan.heads, plan.N, cells, splits, per_split, plan.rows, scale)
         if gluon is not None:
-            plan.launch(gluon._backward_shared_gluon, (pairs * splits, 1, 1), q, out, grad, *q.stride()[:3],
-                        *grad.stride()[:3], *shared, D=D, T=32, **LAUNCH['gluon'])
+            plan.launch(gluon._backward_shared_gluon, (pairs * splits, 1, 1), q, out, grad, *q_strides[:3],
+                        *grad_strides[:3], *shared, D=D, T=32, **LAUNCH['gluon'])
         else:
             plan.launch(
                 _backward_shared, (pairs * splits, max(plan.NC, 1), 1),
-                q, out, grad, *q.stride(), *grad.stride(), *shared,
+                q, out, grad, *q_strides, *grad_strides, *shared,
                 D=D, BD=plan.BD, BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64), BC=plan.BC,
                 CELLS=cells > 0, PREC=plan.prec, **LAUNCH['backward_shared'])
         xi = dlog_xi = domega = dbeta = omega_half = dmeans = delta
@@ -1124,7 +1128,7 @@ def _eva_backward(
             tile = plan.cell_tiles[1]
             plan.launch(
                 _backward_weights, (pairs, _ceil(cells, tile['G']), 1),
-                k, v, *k.stride(), *v.stride(), omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi,
+                k, v, *strides[4:12], omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi,
                 plan.heads, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw, plan.rows, splits, scale ** 0.5,
                 D=D, BD=plan.BD, OMEGA_HALF=gluon is not None, **tile)
             R = 32 if plan.BD > 64 or q.dtype == torch.float32 else 64
@@ -1164,13 +1168,13 @@ def _eva_backward(
         if gluon is not None:
             plan.launch(
                 gluon._backward_tokens_gluon, grid, q, k, v, grad,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3],
+                *strides[:3], *strides[4:7], *strides[8:11], *strides[12:15],
                 lse, delta, k_tilde, beta, padded, omega_half, dbeta, dmeans, xi, dlog_xi,
                 dq, dk, dv, *dq.stride()[:3], dbias_parts, *sizes,
                 **options, **plan.window_cells, EDGE=plan.edge, **LAUNCH['gluon'])
         else:
             plan.launch(
-                _backward_tokens, grid, q, k, v, grad, *q.stride(), *k.stride(), *v.stride(), *grad.stride(),
+                _backward_tokens, grid, q, k, v, grad, *strides,
                 lse, delta, k_tilde, beta, padded, omega, dbeta, dmeans, xi, dlog_xi,
                 dq, dk, dv, *dq.stride()[:3], dbias_parts, *sizes, scale ** 0.5,
                 **options, BD=plan.BD, BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC,

@@ -77,18 +77,23 @@ class TestChoice:
     def test_what_16_bytes_at_a_time_cannot_copy_takes_triton(self, monkeypatch):
         monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
         plan = eva_triton._plan(torch.empty(2, 3, 196, 64, dtype=torch.bfloat16), [14, 14], 7, 7)
-        memory = torch.empty(2 * 196 * 3 * 64 * 3, dtype=torch.bfloat16)
+        memory = torch.empty(2 * 196 * 256 + 256, dtype=torch.bfloat16)
         assert memory.data_ptr() % 16 == 0
 
         def tokens(row=192, offset=0):
             return memory[offset:].as_strided((2, 3, 196, 64), (196 * row, 64, row, 1))
-        assert plan.gluon((tokens(), tokens(208), tokens(offset=8))) is eva_gluon
+
+        def taken(q, k, v, *others):
+            return plan.gluon((*q.stride(), *k.stride(), *v.stride()), q, k, v, *others) is eva_gluon
+        assert taken(tokens(), tokens(208), tokens(offset=8))
+        assert not taken(tokens(), tokens(), tokens(200))
+        assert not taken(tokens(), tokens(offset=4), tokens())
+        assert not taken(tokens(), tokens(), tokens(), memory[1:])
+        assert not taken(tokens(), tokens()[..., :1].expand(2, 3, 196, 64), tokens())
+        far = 196 * 2 ** 24, 64, 2 ** 24, 1
+        assert plan.gluon((*tokens().stride(), *far), tokens()) is None
         assert eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 7, 7)
         assert not eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 5, 7)
-        assert plan.gluon((tokens(), tokens(), tokens(200))) is None
-        assert plan.gluon((tokens(), tokens(offset=4), tokens())) is None
-        assert plan.gluon((tokens(),), (memory[1:],)) is None
-        assert plan.gluon((tokens().expand(2, 3, 196, 64), tokens()[..., :1].expand(2, 3, 196, 64))) is None
 
     def test_gradient_that_cannot_be_copied(self, monkeypatch):
         monkeypatch.setattr('evavit.ops.eva._runs_fused', lambda *args: True)
