@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Run the fused kernels under compute-sanitizer: python tools/sanitize.py
 
-Forward and backward on small cases with odd grids, short windows, every tile and both precisions, under memcheck and
-racecheck. Needs a CUDA device and NVIDIA's compute-sanitizer (part of the CUDA toolkit) on the path. The exit code is
-1 where a tool reports an error.
+Forward and backward on small cases with odd grids, short windows, every tile, both precisions, one window a program or
+several, under memcheck and racecheck; a Hopper runs kernels in Gluon for some of them. Needs a CUDA device and NVIDIA's
+compute-sanitizer (part of the CUDA toolkit) on the path. The exit code is 1 where a tool reports an error.
 """
 import argparse
 import os
@@ -16,22 +16,30 @@ import torch
 from evavit.ops import eva_attention_packed, eva_backend, eva_num_cells
 
 TOOLS = ('memcheck', 'racecheck')
-# height, width, window_size, partition_grid, head dim, dtype
+# height, width, window_size, partition_grid, head dim, dtype, programs that are enough
 CASES = (
-    (9, 11, 7, 7, 32, torch.bfloat16),
-    (14, 14, 7, 7, 64, torch.bfloat16),
-    (5, 16, 7, 3, 48, torch.float16),
-    (9, 11, 7, 7, 64, torch.float32),
-    (20, 18, 16, 16, 16, torch.bfloat16),
-    (8, 7, 0, 7, 32, torch.bfloat16),
-    (8, 7, 7, 0, 32, torch.bfloat16),
+    (9, 11, 7, 7, 32, torch.bfloat16, 768),
+    (14, 14, 7, 7, 64, torch.bfloat16, 768),
+    (5, 16, 7, 3, 48, torch.float16, 768),
+    (9, 11, 7, 7, 64, torch.float32, 768),
+    (20, 18, 16, 16, 16, torch.bfloat16, 768),
+    (8, 7, 0, 7, 32, torch.bfloat16, 768),
+    (8, 7, 7, 0, 32, torch.bfloat16, 768),
+    (9, 11, 4, 3, 32, torch.bfloat16, 4),
+    (21, 21, 7, 7, 64, torch.bfloat16, 4),
+    (17, 20, 6, 3, 64, torch.float16, 4),
+    (16, 24, 8, 8, 64, torch.bfloat16, 4),
+    (7, 7, 7, 7, 64, torch.float16, 4),
 )
 
 
 def run_cases() -> None:
     """Every case once. Inputs are drawn on the CPU: little but our kernels runs on the device."""
-    for height, width, window_size, partition_grid, d, dtype in CASES:
+    from evavit.ops import eva_triton
+    in_gluon = 0
+    for height, width, window_size, partition_grid, d, dtype, programs in CASES:
         torch.manual_seed(0)
+        eva_triton.PROGRAMS = programs
         feat_size = [height, width]
         qkv = torch.randn(2, height * width, 3, 2, d).to('cuda', dtype).requires_grad_()
         leaves = [qkv]
@@ -47,11 +55,13 @@ def run_cases() -> None:
             leaves.append(options['rel_pos_bias'])
         if eva_backend(qkv.device, dtype, d, window_size, partition_grid) != 'triton':
             raise SystemExit('error: the fused kernels do not run here')
-        out = eva_attention_packed(qkv.permute(2, 0, 3, 1, 4), feat_size, fused=True, **options)
+        packed = qkv.permute(2, 0, 3, 1, 4)
+        in_gluon += eva_triton.takes_gluon(*packed.unbind(0), feat_size, window_size, partition_grid)
+        out = eva_attention_packed(packed, feat_size, fused=True, **options)
         grads = torch.autograd.grad(out, leaves, torch.randn(out.shape).to('cuda', dtype))
         torch.cuda.synchronize()
         assert all(x.isfinite().all() for x in (out.cpu(), *(grad.cpu() for grad in grads)))
-    print(f'{len(CASES)} cases ran')
+    print(f'{len(CASES)} cases ran, {in_gluon} of them with kernels in Gluon')
 
 
 def main() -> int:

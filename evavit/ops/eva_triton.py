@@ -15,9 +15,12 @@ through its cell is known: so each gradient is written once and read never.
 
 Every sum runs in one fixed order, in a program or over partial sums in memory: no atomics, two runs agree to the bit.
 Products of half-precision tensors accumulate in float32, float32 tensors are multiplied in full float32.
+
+On Hopper `eva_gluon.py` has faster kernels for three of these, for the default windows and cells (`_Plan.gluon`).
 """
 import functools
 import math
+import warnings
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -103,6 +106,20 @@ def _pad_bias(bias, padded, unit, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: t
     mask = (i < WH * WW)[:, None] & (j < WH * WW)[None, :]
     x = tl.load(bias + row[:, None] * (SIDE * SIDE) + col[None, :], mask=mask, other=0.0).to(tl.float32) / unit
     tl.store(padded + tl.program_id(2) * S * S + i[:, None] * S + j[None, :], x)
+
+
+@triton.jit
+def _pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr):
+    """`_pad_bias` for one tile of 64, in the order in which the 128 threads of a warp group hold a tile of products: 4
+    values of a thread, threads, eighths of the columns. Keys that are none get what no logit outweighs."""
+    m = tl.program_id(0) * 256 + tl.arange(0, 256)
+    i = (m >> 7 & 3) * 16 + (m >> 1 & 1) * 8 + (m >> 4 & 7)
+    j = (m >> 9) * 8 + (m >> 2 & 3) * 2 + (m & 1)
+    bias += tl.program_id(2) * SIDE * SIDE * SIDE * SIDE
+    row, col = (i // WW) * SIDE + i % WW, (j // WW) * SIDE + j % WW
+    key = j < WH * WW
+    x = tl.load(bias + row * (SIDE * SIDE) + col, mask=key & (i < WH * WW), other=0.0).to(tl.float32) / unit
+    tl.store(padded + tl.program_id(2) * 4096 + m, tl.where(key, x, -(2.0 ** 100)))
 
 
 @triton.jit
@@ -416,10 +433,14 @@ def _backward_shared(
 @triton.jit
 def _backward_weights(
         k, v, skb, skh, skn, skd, svb, svh, svn, svd,
-        omega, dbeta_parts, dbeta, domega, xi, dlog_xi,
+        omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi,
         heads, H, W, n_cx, cells, ch, cw, cells_total, splits, scale_half,
-        D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, T: tl.constexpr, ONCE: tl.constexpr):
-    """Through β = Σ ξ v: ξ and d log ξ of every token, dω of G cells of one (image, head)."""
+        D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, T: tl.constexpr, ONCE: tl.constexpr,
+        OMEGA_HALF: tl.constexpr):
+    """Through β = Σ ξ v: ξ and d log ξ of every token, dω of G cells of one (image, head).
+
+    OMEGA_HALF: ω / s^½ in the dtype of the products of `eva_gluon` is written too.
+    """
     head = tl.program_id(0) % heads
     image = (tl.program_id(0) // heads).to(tl.int64)
     pair = image * heads + head
@@ -436,6 +457,8 @@ def _backward_weights(
     for i in range(splits):
         db += _load_rows(dbeta_parts, i * cells_total + row, cell_valid, D, 1, D, BD)
     _store_rows(dbeta, row, cell_valid, D, 1, db, D, BD)
+    if OMEGA_HALF:
+        _store_rows(omega_half, row, cell_valid, D, 1, om / scale_half, D, BD)
 
     if ONCE:
         n, valid = _cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
@@ -499,7 +522,7 @@ def _backward_summary(
         weight, bias, norm_weight = w_k, b_k, g_k
     dim = tl.arange(0, BD)
     inside = dim < D
-    dtype: tl.constexpr = means.dtype.element_ty
+    dtype: tl.constexpr = dmeans.dtype.element_ty
     g = tl.load(norm_weight + dim, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + dim, mask=inside, other=0.0).to(tl.float32)
     w = _load_weight(weight, D, BD)
@@ -512,7 +535,7 @@ def _backward_summary(
         row = r0 + tl.arange(0, R)
         valid = row < cells_total
         mean = _load_rows(means, which * cells_total + row, valid, D, 1, D, BD)
-        z = tl.dot(mean.to(tl.float32), tl.trans(w), input_precision=PREC) + b[None, :]
+        z = tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :]
         z_hat, inv = _normalise(z, eps, D, BD)
         d = omega_scale * _load_rows(domega, row, valid, D, 1, D, BD)
         if which == 1:
@@ -525,7 +548,7 @@ def _backward_summary(
         dz = tl.where(inside[None, :], dz * inv[:, None], 0.0)
         sum_b += tl.sum(dz, 0)
         dz = dz.to(dtype)
-        sum_w = tl.dot(tl.trans(dz), mean, sum_w, input_precision=PREC)
+        sum_w = tl.dot(tl.trans(dz), mean.to(dtype), sum_w, input_precision=PREC)
         c = row % cells
         count = tl.minimum(ch, H - (c // n_cx) * ch) * tl.minimum(cw, W - (c % n_cx) * cw)
         dmean = tl.dot(dz, w_half, input_precision=PREC) / count.to(tl.float32)[:, None]
@@ -701,11 +724,33 @@ LAUNCH = {
     'backward_shared': dict(num_warps=4, num_stages=3),
     'backward_summary': dict(num_warps=4, num_stages=1),
     'backward_tokens': dict(num_warps=4, num_stages=2),
+    'gluon': dict(num_warps=4),
 }
+# The releases of Triton whose Gluon the kernels of `eva_gluon` are written in and compile with.
+GLUON_VERSIONS = (3, 6), (3, 9)
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@functools.cache
+def _gluon(device: int):
+    """The module `eva_gluon` where the CUDA device has Hopper's products and Triton has its Gluon, or None."""
+    if device < 0 or not isinstance(_forward_windows, triton.runtime.JITFunction):  # the CPU, Triton's interpreter
+        return None
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    version = tuple(int(part) for part in triton.__version__.split('.')[:2])
+    try:
+        if not GLUON_VERSIONS[0] <= version <= GLUON_VERSIONS[1]:
+            raise ImportError('not a release that they were tried with')
+        from . import eva_gluon
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f'EVA takes its slower kernels, without Gluon: Triton is {triton.__version__} ({error}), '
+                      f'Triton 3.6 to 3.9 has the faster ones', stacklevel=2)
+        return None
+    return eva_gluon
 
 
 class _Plan:
@@ -747,6 +792,9 @@ class _Plan:
         # The default windows and cells in half precision: the forward's fast case.
         self.one_tile = self.local and self.NT == 1 and self.NC <= 1
         self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
+        # What `eva_gluon` takes, but for the device and the strides.
+        self.gluon_sizes = self.one_tile and not full and self.D == 64 and self.BM == 64 and self.cells > 0
+        self.gluon_strides: Dict[tuple, bool] = {}
         self.compiled: Dict[tuple, Any] = {}
 
     def launch(self, kernel, grid: Tuple[int, int, int], *args, **options) -> None:
@@ -773,13 +821,47 @@ class _Plan:
             if compiled is not None:  # None in Triton's interpreter
                 self.compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args):]]
 
+    def gluon(self, strides: Tuple[int, ...], *tensors: torch.Tensor):
+        """The module `eva_gluon` where its kernels take these tensors, or None; strides are of those `(B, h, N, d)`.
+
+        They take half precision, heads of 64 channels, windows of 33 to 64 places (6 to 8 a side) and 1 to 64 cells.
+        They copy 16 bytes at a time: channels are next to each other, other strides are multiples of 16, as Triton
+        tells the compiler, and tensors start at multiples of 16 bytes. Offsets inside an image are 32 bits.
+        """
+        if not self.gluon_sizes:
+            return None
+        module = _gluon(tensors[0].get_device())
+        if module is None:
+            return None
+        if strides not in self.gluon_strides:
+            self.gluon_strides[strides] = (
+                all(x == 1 for x in strides[3::4]) and all(self.N * x < 2 ** 31 for x in strides[2::4])
+                and not any(x % 16 for i, x in enumerate(strides) if i % 4 != 3))
+        addresses = 0
+        for x in tensors:
+            addresses |= x.data_ptr()
+        return module if self.gluon_strides[strides] and addresses % 16 == 0 else None
+
+    @functools.cached_property
+    def window_cells(self) -> dict:
+        """The most rows and columns of cells that a window meets, and the tile that holds them."""
+        def spanned(tokens: int, cell: int, cells: int) -> int:
+            return min(_ceil(tokens - 1, cell) + 1, cells)
+        rows, cols = spanned(self.wh, self.ch, self.cells // self.n_cx), spanned(self.ww, self.cw, self.n_cx)
+        return dict(NCY=rows, NCX=cols, KE=max(16, triton.next_power_of_2(rows * cols)))
+
     @functools.cached_property
     def cell_tiles(self) -> Tuple[dict, dict]:
         """Tiles of the two cell kernels: G cells, T tokens of each; ONCE if that is all of their tokens.
 
         The forward takes many cells and few tokens, so that weights are loaded and projections done for many cells at
         once, as long as programs are enough. The backward takes whole cells, and few.
+
+        No tile has fewer elements than threads: where it has, warps hold the same elements, and write them to the same
+        places of shared memory at the same time.
         """
+        def filled(warps: int, G: int, T: int) -> int:
+            return min(warps, max(1, G * T * self.BD // 32))
         tokens = triton.next_power_of_2(self.ch * self.cw)
         cells = triton.next_power_of_2(max(self.cells, 1))
         shrink = max(64, self.BD) // 64 * (2 if self.full else 1)
@@ -789,12 +871,14 @@ class _Plan:
         G = min((512 if warps == 16 else 256) // shrink // T, cells)
         while G > 1 and pairs * _ceil(self.cells, G) < PROGRAMS // 4:
             G, T = G // 2, min(T * 2, tokens)
+        warps = filled(warps, G, T)
         forward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
         if warps == 16:  # what a processor's registers allow
             forward['maxnreg'] = 128
         T = min(tokens, 256 // shrink)
         G = min(max(1, 32 // T), cells)
-        backward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=2 if T * G <= 32 else 4, num_stages=1)
+        warps = filled(2 if T * G <= 32 else 4, G, T)
+        backward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
         return forward, backward
 
     def per_program(self, windows: int) -> int:
@@ -809,6 +893,14 @@ class _Plan:
         self.launch(
             _pad_bias, (side // 16, side // 16, self.heads),
             bias.contiguous(), padded, unit, side, SIDE=self.side, WH=self.wh, WW=self.ww, TILE=16)
+        return padded
+
+    def pad_bias_fragments(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
+        """`pad_bias` in the order in which `eva_gluon` loads it."""
+        padded = torch.empty(self.heads, 64, 64, dtype=torch.float32, device=bias.device)
+        self.launch(
+            _pad_bias_fragments, (16, 1, self.heads),
+            bias.contiguous(), padded, unit, SIDE=self.side, WH=self.wh, WW=self.ww)
         return padded
 
     def sum(self, parts: torch.Tensor) -> torch.Tensor:
@@ -838,6 +930,14 @@ def _plan(q: torch.Tensor, feat_size: List[int], window_size: int, partition_gri
     return _cached_plan(tuple(q.shape), q.dtype == torch.float32, tuple(feat_size), window_size, partition_grid)
 
 
+def takes_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], window_size: int,
+                partition_grid: int) -> bool:
+    """Whether `eva_attention_fused` runs the kernels of `eva_gluon` on these tensors, with a gradient like them."""
+    strides = (*q.stride(), *k.stride(), *v.stride())
+    return _plan(q, feat_size, window_size, partition_grid).gluon(strides, q, k, v) is not None
+
+
+# By measurement on an H100.
 WINDOWS_FORWARD = 4
 WINDOWS_BACKWARD = 8
 
@@ -868,7 +968,7 @@ def _forward_outputs(q, cells: int, save: bool) -> Tuple[torch.Tensor, ...]:
         q.new_empty(B, h, cells, d),
         q.new_empty(B, h, cells, d),
         q.new_empty(B, h, saved_cells, d, dtype=torch.float32),
-        q.new_empty(2, B, h, saved_cells, d),
+        q.new_empty(2, B, h, saved_cells, d, dtype=torch.float32),
     )
 
 
@@ -896,6 +996,8 @@ def _eva(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward: y, and for the backward log-sum-exp `(B, h, N)`, k̃, β, ω `(B, h, C_p, d)`, means `(2, B, h, C_p, d)`.
 
+    All but y, k̃ and β are float32: the LayerNorm of rounded means is not that of the forward.
+
     q, k, v are `(B, h, N, d)`; or q is all three, `(3, B, h, N, d)`, and k and v are None: then their gradient comes
     back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty. The
     summaries' parameters come one by one, since autograd takes a list of tensors apart and together in Python.
@@ -920,19 +1022,26 @@ def _eva(
         has_bias = plan.local and rel_pos_bias is not None
         per_program = plan.per_program(WINDOWS_FORWARD)
         chunks = _ceil(plan.n_win, per_program)
-        args = (
-            q, k, v, *strides, k_tilde, beta,
-            plan.pad_bias(rel_pos_bias, scale if plan.one_tile else LN2) if has_bias else q, out, lse,
-            plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks, scale)
-        options = dict(D=plan.D, BD=plan.BD, WH=plan.wh, WW=plan.ww, BM=plan.BM, BC=plan.BC, PER_PROGRAM=per_program,
-                       BIAS=has_bias, SAVE=save, PREC=plan.prec)
+        gluon = plan.gluon(strides, q, k, v)
+        padded = q
+        if has_bias:
+            pad = plan.pad_bias if gluon is None else plan.pad_bias_fragments
+            padded = pad(rel_pos_bias, scale if plan.one_tile else LN2)
+        args = (k_tilde, beta, padded, out, lse,
+                plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks, scale)
+        options = dict(D=plan.D, WH=plan.wh, WW=plan.ww, PER_PROGRAM=per_program, BIAS=has_bias, SAVE=save)
+        tiles = dict(BD=plan.BD, BM=plan.BM, BC=plan.BC, PREC=plan.prec)
         grid = plan.B * chunks * plan.heads, 1, 1
-        if plan.one_tile:
-            plan.launch(_forward_windows, grid, *args, **options, PACKED=q.stride() == k.stride() == v.stride(),
-                        EDGE=plan.edge, CELLS=plan.cells > 0, **LAUNCH['forward_windows'])
+        if gluon is not None:
+            plan.launch(gluon._forward_windows_gluon, grid, q, k, v, *strides[:3], *strides[4:7], *strides[8:11], *args,
+                        **options, EDGE=plan.edge, **LAUNCH['gluon'])
+        elif plan.one_tile:
+            plan.launch(_forward_windows, grid, q, k, v, *strides, *args, **options, **tiles,
+                        PACKED=strides[:4] == strides[4:8] == strides[8:], EDGE=plan.edge, CELLS=plan.cells > 0,
+                        **LAUNCH['forward_windows'])
         else:
-            plan.launch(_forward_tokens, grid, *args, **options, NT=plan.NT, NC=plan.NC, LOCAL=plan.local,
-                        **LAUNCH['forward_tokens'])
+            plan.launch(_forward_tokens, grid, q, k, v, *strides, *args, **options, **tiles,
+                        NT=plan.NT, NC=plan.NC, LOCAL=plan.local, **LAUNCH['forward_tokens'])
     return outputs
 
 
@@ -996,23 +1105,32 @@ def _eva_backward(
     splits = _ceil(plan.N, per_split)
     delta = empty(plan.B, plan.heads, plan.N)
     dk_tilde_parts, dbeta_parts = empty(splits, plan.rows, D), empty(splits, plan.rows, D)
+    q_strides, grad_strides = q.stride(), grad.stride()
+    strides = (*q_strides, *k.stride(), *v.stride(), *grad_strides)
+    gluon = plan.gluon(strides, q, k, v, grad, k_tilde, beta)
     with _device(q):
-        plan.launch(
-            _backward_shared, (pairs * splits, max(plan.NC, 1), 1),
-            q, out, grad, *q.stride(), *grad.stride(), lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts,
-            plan.heads, plan.N, cells, splits, per_split, plan.rows, scale,
-            D=D, BD=plan.BD, BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64), BC=plan.BC,
-            CELLS=cells > 0, PREC=plan.prec, **LAUNCH['backward_shared'])
-        xi = dlog_xi = domega = dbeta = dmeans = delta
+        shared = (lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts,
+                  plan.heads, plan.N, cells, splits, per_split, plan.rows, scale)
+        if gluon is not None:
+            plan.launch(gluon._backward_shared_gluon, (pairs * splits, 1, 1), q, out, grad, *q_strides[:3],
+                        *grad_strides[:3], *shared, D=D, T=32, **LAUNCH['gluon'])
+        else:
+            plan.launch(
+                _backward_shared, (pairs * splits, max(plan.NC, 1), 1),
+                q, out, grad, *q_strides, *grad_strides, *shared,
+                D=D, BD=plan.BD, BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64), BC=plan.BC,
+                CELLS=cells > 0, PREC=plan.prec, **LAUNCH['backward_shared'])
+        xi = dlog_xi = domega = dbeta = omega_half = dmeans = delta
         if cells:
             xi, dlog_xi = torch.empty_like(delta), torch.empty_like(delta)
             domega, dbeta = empty(plan.rows, D), empty(plan.rows, D, dtype=q.dtype)
+            omega_half = empty(plan.rows, D, dtype=q.dtype) if gluon is not None else dbeta
             tile = plan.cell_tiles[1]
             plan.launch(
                 _backward_weights, (pairs, _ceil(cells, tile['G']), 1),
-                k, v, *k.stride(), *v.stride(), omega, dbeta_parts, dbeta, domega, xi, dlog_xi,
+                k, v, *strides[4:12], omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi,
                 plan.heads, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw, plan.rows, splits, scale ** 0.5,
-                D=D, BD=plan.BD, **tile)
+                D=D, BD=plan.BD, OMEGA_HALF=gluon is not None, **tile)
             R = 32 if plan.BD > 64 or q.dtype == torch.float32 else 64
             programs = min(_ceil(plan.rows, R), 128)
             dparams = empty(programs, 2, D * D + 3 * D)
@@ -1040,16 +1158,27 @@ def _eva_backward(
             side = plan.NT * plan.BM
             make = torch.empty if plan.NT == 1 else torch.zeros
             dbias_parts = make((plan.B * chunks, plan.heads, side, side), dtype=torch.float32, device=q.device)
-        plan.launch(
-            _backward_tokens, (plan.B * chunks * plan.heads, 1, 1),
-            q, k, v, grad, *q.stride(), *k.stride(), *v.stride(), *grad.stride(),
-            lse, delta, k_tilde, beta, plan.pad_bias(bias, LN2) if bias is not None else q,
-            omega, dbeta, dmeans, xi, dlog_xi, dq, dk, dv, *dq.stride()[:3], dbias_parts,
-            plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells,
-            chunks, plan.rows, scale, scale ** 0.5,
-            D=D, BD=plan.BD, WH=plan.wh, WW=plan.ww, CH=plan.ch, CW=plan.cw,
-            BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC, PER_PROGRAM=per_program,
-            LOCAL=plan.local, BIAS=bias is not None, PREC=plan.prec, **LAUNCH['backward_tokens'])
+        padded = q
+        if bias is not None:
+            padded = plan.pad_bias(bias, LN2) if gluon is None else plan.pad_bias_fragments(bias, scale)
+        grid = plan.B * chunks * plan.heads, 1, 1
+        sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells, chunks, plan.rows, scale
+        options = dict(D=D, WH=plan.wh, WW=plan.ww, CH=plan.ch, CW=plan.cw, PER_PROGRAM=per_program,
+                       BIAS=bias is not None)
+        if gluon is not None:
+            plan.launch(
+                gluon._backward_tokens_gluon, grid, q, k, v, grad,
+                *strides[:3], *strides[4:7], *strides[8:11], *strides[12:15],
+                lse, delta, k_tilde, beta, padded, omega_half, dbeta, dmeans, xi, dlog_xi,
+                dq, dk, dv, *dq.stride()[:3], dbias_parts, *sizes,
+                **options, **plan.window_cells, EDGE=plan.edge, **LAUNCH['gluon'])
+        else:
+            plan.launch(
+                _backward_tokens, grid, q, k, v, grad, *strides,
+                lse, delta, k_tilde, beta, padded, omega, dbeta, dmeans, xi, dlog_xi,
+                dq, dk, dv, *dq.stride()[:3], dbias_parts, *sizes, scale ** 0.5,
+                **options, BD=plan.BD, BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC,
+                LOCAL=plan.local, PREC=plan.prec, **LAUNCH['backward_tokens'])
         if bias is not None:
             dbias = plan.crop_bias(plan.sum(dbias_parts))
         else:

@@ -1,0 +1,262 @@
+"""The kernels in Gluon: their arithmetic in PyTorch, that they compile, when they are chosen; on a GPU the results."""
+import itertools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from ops.test_eva_triton import check, make_case, poison, run  # noqa: F401
+
+from evavit.ops import eva_attention_packed
+
+triton = pytest.importorskip('triton')
+eva_triton = pytest.importorskip('evavit.ops.eva_triton')
+eva_gluon = pytest.importorskip('evavit.ops.eva_gluon')
+
+KERNELS = ['_forward_windows_gluon', '_backward_shared_gluon', '_backward_tokens_gluon']
+# feat_size, window_size, partition_grid: 49, 64, 4 and 1 cells; windows of 6, 7 and 8, one cut to 5 × 7; edges.
+SHAPES = [
+    ((14, 14), 7, 7), ((28, 28), 7, 7), ((13, 15), 7, 7), ((30, 30), 7, 7), ((24, 24), 6, 8), ((16, 24), 8, 8),
+    ((20, 17), 8, 2), ((7, 7), 7, 7), ((5, 16), 7, 3), ((14, 14), 7, 1),
+]
+
+
+def record(monkeypatch, really=False):
+    """Kernel, arguments and options of each launch from now on; on a CPU nothing is launched."""
+    launches, launch = [], eva_triton._Plan.launch
+
+    def recorded(plan, kernel, grid, *args, **options):
+        launches.append((kernel, args, options))
+        if really:
+            launch(plan, kernel, grid, *args, **options)
+    monkeypatch.setattr(eva_triton._Plan, 'launch', recorded)
+    return launches
+
+
+def chosen(launches):
+    """The kernels in Gluon among the launches."""
+    return [kernel.fn.__name__ for kernel, *_ in launches if kernel.fn.__name__ in KERNELS]
+
+
+def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', **kwargs):
+    """The launches of a training step as on a Hopper."""
+    monkeypatch.setattr('evavit.ops.eva._runs_fused', lambda *args: True)
+    monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
+    launches = record(monkeypatch)
+    run(make_case(*shape, dtype, device='cpu', **kwargs), *shape, fused=True, layout=layout)
+    return launches
+
+
+class TestChoice:
+    @pytest.mark.parametrize('shape', SHAPES, ids=str)
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+    def test_default_windows_and_cells(self, shape, dtype, monkeypatch):
+        assert chosen(launched_on_hopper(monkeypatch, shape, dtype, d=64)) == KERNELS
+
+    @pytest.mark.parametrize('layout', ['views', 'contiguous'])
+    def test_layouts(self, layout, monkeypatch):
+        assert chosen(launched_on_hopper(monkeypatch, SHAPES[0], torch.bfloat16, d=64, layout=layout)) == KERNELS
+
+    @pytest.mark.parametrize(('shape', 'dtype', 'd', 'layout'), [
+        (((14, 14), 7, 7), torch.float32, 64, 'packed'),
+        (((14, 14), 7, 7), torch.bfloat16, 32, 'packed'),
+        (((14, 14), 7, 7), torch.bfloat16, 64, 'transposed'),
+        (((14, 14), 7, 0), torch.bfloat16, 64, 'packed'),
+        (((14, 14), 0, 7), torch.bfloat16, 64, 'packed'),
+        (((14, 14), 7, 14), torch.bfloat16, 64, 'packed'),
+        (((14, 14), 14, 7), torch.bfloat16, 64, 'packed'),
+        (((14, 14), 5, 7), torch.bfloat16, 64, 'packed'),
+    ], ids=str)
+    def test_the_rest_takes_triton(self, shape, dtype, d, layout, monkeypatch):
+        launches = launched_on_hopper(monkeypatch, shape, dtype, d=d, layout=layout)
+        assert launches
+        assert chosen(launches) == []
+
+    def test_what_16_bytes_at_a_time_cannot_copy_takes_triton(self, monkeypatch):
+        monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
+        plan = eva_triton._plan(torch.empty(2, 3, 196, 64, dtype=torch.bfloat16), [14, 14], 7, 7)
+        memory = torch.empty(2 * 196 * 256 + 256, dtype=torch.bfloat16)
+        assert memory.data_ptr() % 16 == 0
+
+        def tokens(row=192, offset=0):
+            return memory[offset:].as_strided((2, 3, 196, 64), (196 * row, 64, row, 1))
+
+        def taken(q, k, v, *others):
+            return plan.gluon((*q.stride(), *k.stride(), *v.stride()), q, k, v, *others) is eva_gluon
+        assert taken(tokens(), tokens(208), tokens(offset=8))
+        assert not taken(tokens(), tokens(), tokens(200))
+        assert not taken(tokens(), tokens(offset=4), tokens())
+        assert not taken(tokens(), tokens(), tokens(), memory[1:])
+        assert not taken(tokens(), tokens()[..., :1].expand(2, 3, 196, 64), tokens())
+        far = 196 * 2 ** 24, 64, 2 ** 24, 1
+        assert plan.gluon((*tokens().stride(), *far), tokens()) is None
+        assert eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 7, 7)
+        assert not eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 5, 7)
+
+    def test_gradient_that_cannot_be_copied(self, monkeypatch):
+        monkeypatch.setattr('evavit.ops.eva._runs_fused', lambda *args: True)
+        monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
+        launches = record(monkeypatch)
+        qkv, summary, *_ = make_case((14, 14), 7, 7, torch.float16, d=64, device='cpu')
+        eva_attention_packed(qkv.requires_grad_().permute(2, 0, 3, 1, 4), [14, 14], summary[:4], summary[4:],
+                             fused=True).sum().backward()  # expanded from one number
+        assert chosen(launches) == KERNELS[:1]
+
+    def test_devices_and_releases(self, monkeypatch):
+        find = eva_triton._gluon.__wrapped__
+        assert find(-1) is None
+        monkeypatch.setattr(torch.version, 'hip', None)
+        for capability in (8, 0), (10, 0):
+            monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device, c=capability: c)
+            assert find(0) is None
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+        assert find(0) is eva_gluon
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match='no module|not have|import'):
+            patch.delattr('evavit.ops.eva_gluon')
+            patch.setitem(sys.modules, 'evavit.ops.eva_gluon', None)
+            assert find(0) is None
+        monkeypatch.setattr(triton, '__version__', '3.5.1')
+        with pytest.warns(UserWarning, match='Triton is 3.5.1'):
+            assert find(0) is None
+
+
+@pytest.mark.parametrize(('shape', 'dtype', 'bias'), [
+    (((28, 28), 7, 7), torch.bfloat16, True), (((13, 15), 7, 7), torch.float16, True),
+    (((7, 7), 7, 7), torch.bfloat16, False),
+], ids=str)
+def test_compiles_for_hopper(shape, dtype, bias, monkeypatch):
+    """Triton compiles for a device that is not there; its assembly holds what the kernels rely on."""
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+    names = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
+    launches = launched_on_hopper(monkeypatch, shape, dtype, d=64, bias=bias, B=1, h=1 if shape == SHAPES[7] else 2)
+    assert len(chosen(launches)) == 3
+    for kernel, args, options in launches:
+        if kernel.fn.__name__ not in KERNELS:
+            continue
+        values = dict(zip(kernel.arg_names, args, strict=False))
+        signature, attrs = {}, {}
+        for i, (name, value) in enumerate(values.items()):
+            if torch.is_tensor(value):
+                signature[name] = names[value.dtype]
+            elif value == 1:
+                signature[name] = 'constexpr'
+            else:
+                signature[name] = 'i32' if isinstance(value, int) else 'fp32'
+            if torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0):
+                attrs[i,] = [['tt.divisibility', 16]]
+        constants = {(i,): 1 for i, name in enumerate(signature) if signature[name] == 'constexpr'}
+        for i, name in enumerate(kernel.arg_names[len(args):], len(args)):
+            signature[name], constants[i,] = 'constexpr', options[name]
+        source = GluonASTSource(kernel, signature, constants, attrs)
+        ptx = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=4)).asm['ptx']
+        # Copies of 16 bytes that write zeros where the mask is false, not nothing.
+        copies = re.findall(r'^.*cp\.async\.c[ag].*$', ptx, re.MULTILINE)
+        assert copies
+        assert all(re.search(r'^\s*cp\.async\.cg.*, 0x10, %r\d+;$', copy) for copy in copies)
+        # Whoever waits for its copies waits for those of the others too, before anything else touches shared memory.
+        steps = re.findall(r'cp\.async\.wait_group|bar\.sync|cp\.async\.cg|fence\.proxy|wgmma\.mma|st\.shared|stmatrix'
+                           r'|ld\.shared|ldmatrix', ptx)
+        after = [b for a, b in itertools.pairwise(steps) if a == 'cp.async.wait_group']
+        assert len(after) >= 2
+        assert set(after) == {'bar.sync'}
+
+
+EMULATED = """
+import sys, types, torch
+sys.path[:0] = [{tests!r}]
+import evavit.ops.eva
+from evavit.ops import eva_gluon, eva_triton
+from ops.gluon_emulator import Emulator
+from ops.test_eva_triton import make_case, relative_rms, run
+emulator, reference_path = Emulator(eva_gluon), evavit.ops.eva._runs_fused
+launch, launched = eva_triton._Plan.launch, []
+def emulated(plan, kernel, grid, *args, **options):
+    if kernel not in emulator.kernels.values():
+        return launch(plan, kernel, grid, *args, **options)
+    launched.append(kernel.__name__)
+    del options['num_warps']
+    emulator.launch(kernel, grid, args, options)
+eva_triton._Plan.launch = emulated
+eva_triton._gluon = lambda device: types.SimpleNamespace(**emulator.kernels)
+eva_triton.PROGRAMS = 4  # several windows a program
+torch.manual_seed(0)
+for shape, bias, layout in [(((14, 14), 7, 7), True, 'packed'), (((17, 16), 6, 3), False, 'contiguous'),
+                            (((13, 15), 8, 8), True, 'views')]:
+    case = make_case(*shape, torch.float16, B=1, h=2, d=64, bias=bias, device='cpu')
+    reference = run(case, *shape, fused=False, dtype=torch.float64)
+    evavit.ops.eva._runs_fused = lambda *args: True
+    fused = run(case, *shape, fused=True, layout=layout)
+    evavit.ops.eva._runs_fused = reference_path
+    for name, value in fused.items():
+        error = relative_rms(value, reference[name])
+        assert error < 1e-3, (shape, name, error)
+assert launched == {kernels!r} * 3, launched
+print('agree')
+"""
+
+
+def test_arithmetic():
+    """Around the kernels in Gluon, by `gluon_emulator`, the others run in Triton's interpreter."""
+    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run([sys.executable, '-c', EMULATED.format(tests=tests, kernels=KERNELS)], text=True,
+                          capture_output=True, env={**os.environ, 'TRITON_INTERPRET': '1'}, check=False)
+    assert done.stdout.strip().endswith('agree'), done.stdout + done.stderr
+
+
+def is_hopper():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_hopper(), reason='needs a device of the Hopper family')
+class TestKernels:
+    """These certainly run the kernels in Gluon, or fail."""
+
+    @pytest.fixture(params=[None, 8], ids=['', 'many windows a program'])
+    def launches(self, request, monkeypatch, poison):  # noqa: F811
+        if request.param:
+            monkeypatch.setattr(eva_triton, 'PROGRAMS', request.param)
+        eva_triton._cached_plan.cache_clear()
+        yield record(monkeypatch, really=True)
+        eva_triton._cached_plan.cache_clear()
+
+    @pytest.mark.parametrize('shape', SHAPES, ids=str)
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+    def test_shapes(self, shape, dtype, launches):
+        check(make_case(*shape, dtype, d=64), shape, dtype)
+        assert chosen(launches) == KERNELS * 2
+
+    @pytest.mark.parametrize('layout', ['views', 'contiguous', 'transposed'])
+    @pytest.mark.parametrize(('bias', 'noise'), [(True, False), (False, True)])
+    @pytest.mark.parametrize('shape', [((14, 14), 7, 7), ((13, 15), 8, 3)], ids=str)
+    def test_layouts(self, layout, bias, noise, shape, launches):
+        check(make_case(*shape, torch.bfloat16, bias=bias, noise=noise, d=64), shape, torch.bfloat16, layout)
+        assert chosen(launches) == ([] if layout == 'transposed' else KERNELS * 2)
+
+    @pytest.mark.parametrize('shape', [((28, 28), 7, 7), ((30, 30), 7, 7)], ids=str)
+    def test_large_batches(self, shape, launches):
+        check(make_case(*shape, torch.bfloat16, B=48, h=4, d=64), shape, torch.bfloat16)
+        assert chosen(launches) == KERNELS * 2
+        assert max(options.get('PER_PROGRAM', 0) for *_, options in launches) >= 4
+
+    @pytest.mark.parametrize('shape', [((28, 28), 7, 7), ((13, 15), 7, 7)], ids=str)
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+    def test_large_inputs_stay_finite(self, shape, dtype, launches):
+        for name, value in run(make_case(*shape, dtype, d=64, factor=30.), *shape, fused=True).items():
+            assert value.isfinite().all(), name
+        assert chosen(launches) == KERNELS
+
+    def test_gradient_that_cannot_be_copied(self, launches):
+        """It takes the other kernels' backward, whose results must be the same but for rounding."""
+        shape = (14, 14), 7, 7
+        case = make_case(*shape, torch.bfloat16, d=64)
+        expected = run(case, *shape, fused=True)
+        memory = torch.empty(2, 196, 3 * 64 + 8, device='cuda', dtype=torch.bfloat16)
+        grad = memory[..., :192].unflatten(-1, (3, 64)).transpose(1, 2).copy_(case[-1])
+        got = run((*case[:-1], grad), *shape, fused=True)
+        assert chosen(launches) == KERNELS + KERNELS[:1]
+        for name, value in got.items():
+            assert (value - expected[name]).norm() <= 1e-2 * expected[name].norm(), name
