@@ -35,16 +35,15 @@ P6 = tl.constexpr(-0.00010458208)
 P7 = tl.constexpr(2.2236115e-05)
 P8 = tl.constexpr(-1.4038089e-06)
 HALF_LOG2E = tl.constexpr(0.7213475204444817)
-INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+LOG2_DENSITY = tl.constexpr(-1.3257480647361595)  # log2 1/√(2π)
 
 
 @triton.jit
-def _normal_cdf(z):
-    """Φ(z): half the instructions of erf."""
+def _normal_tail(z):
+    """a = |z|, at most 7, and Φ(-a): half the instructions of erf."""
     a = tl.minimum(tl.abs(z), 7.0)
     p = P0 + a * (P1 + a * (P2 + a * (P3 + a * (P4 + a * (P5 + a * (P6 + a * (P7 + a * P8)))))))
-    tail = tl.exp2(p)
-    return tl.where(z < 0, tail, 1.0 - tail)
+    return a, tl.exp2(p)
 
 
 @triton.jit
@@ -82,9 +81,9 @@ def _row(x, y, left, here, right, inside, H, C: tl.constexpr):
 
 
 @triton.jit
-def _taps(x0, x1, x2, w0, w1, w2):
-    """Three columns by a row of the weight."""
-    return x0.to(tl.float32) * w0 + x1.to(tl.float32) * w1 + x2.to(tl.float32) * w2
+def _taps(z, x0, x1, x2, w0, w1, w2):
+    """z and three columns by a row of the weight."""
+    return x0.to(tl.float32) * w0 + (x1.to(tl.float32) * w1 + (x2.to(tl.float32) * w2 + z))
 
 
 @triton.jit
@@ -95,8 +94,7 @@ def _convolve(x, weight, bias, out, lanes, H, W, strips, per_program,
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     inside = (c < C)[None, :]
     w0, w1, w2, w3, w4, w5, w6, w7, w8 = _weights(weight, c, not GELU, C, BC)
-    if GELU:
-        b = tl.load(bias + c[None, :], inside, 0.0).to(tl.float32)
+    b = tl.load(bias + c[None, :], inside, 0.0).to(tl.float32) if GELU else 0.0
     first = (tl.program_id(0) // blocks) * per_program
     for tile in range(first, tl.minimum(first + per_program, (lanes + P - 1) // P)):
         y, token, left, here, right = _lanes(tile, lanes, H, W, strips, R, P)
@@ -107,17 +105,17 @@ def _convolve(x, weight, bias, out, lanes, H, W, strips, per_program,
         a0, a1, a2 = _row(source - down, y - 1, left, here, right, inside, H, C)
         b0, b1, b2 = _row(source, y, left, here, right, inside, H, C)
         c0, c1, c2 = _row(source + down, y + 1, left, here, right, inside, H, C)
-        above = _taps(a0, a1, a2, w0, w1, w2)
+        above = _taps(b, a0, a1, a2, w0, w1, w2)
         for r in tl.static_range(R):
             if r < R - 1:
                 d0, d1, d2 = _row(source + (r + 2) * down, y + r + 2, left, here, right, inside, H, C)
-            z = above + _taps(b0, b1, b2, w3, w4, w5) + _taps(c0, c1, c2, w6, w7, w8)
+            z = _taps(_taps(above, b0, b1, b2, w3, w4, w5), c0, c1, c2, w6, w7, w8)
             if GELU:
-                z += b
-                z = z * _normal_cdf(z)
+                a, tail = _normal_tail(z)
+                z = tl.maximum(z, 0.0) - a * tail
             tl.store(target + r * down, z.to(out.dtype.element_ty), (here & (y + r < H))[:, None] & inside)
             if r < R - 1:
-                above = _taps(b0, b1, b2, w0, w1, w2)
+                above = _taps(b, b0, b1, b2, w0, w1, w2)
                 b0, b1, b2 = c0, c1, c2
                 c0, c1, c2 = d0, d1, d2
 
@@ -156,8 +154,10 @@ def _backward_z(x, grad, weight, bias, dz, parts, lanes, H, W, strips, per_progr
             if r < R - 1:
                 d0, d1, d2 = _row(source + (r + 2) * down, y + r + 2, left, here, right, inside, H, C)
                 next_dy = tl.load(grads + (r + 1) * down, (here & (y + r + 1 < H))[:, None] & inside, 0.0)
-            z = b + _taps(a0, a1, a2, w0, w1, w2) + _taps(b0, b1, b2, w3, w4, w5) + _taps(c0, c1, c2, w6, w7, w8)
-            slope = _normal_cdf(z) + z * INV_SQRT_2PI * tl.exp2(z * z * -HALF_LOG2E)
+            z = _taps(b, a0, a1, a2, w0, w1, w2)
+            z = _taps(_taps(z, b0, b1, b2, w3, w4, w5), c0, c1, c2, w6, w7, w8)
+            _, tail = _normal_tail(z)
+            slope = tl.where(z < 0, tail, 1.0 - tail) + z * tl.exp2(z * z * -HALF_LOG2E + LOG2_DENSITY)
             g = dy.to(tl.float32) * slope
             tl.store(target + r * down, g.to(dz.dtype.element_ty), (here & (y + r < H))[:, None] & inside)
             s0 += g * a0.to(tl.float32)
