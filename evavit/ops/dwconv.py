@@ -5,7 +5,7 @@ from typing import List
 import torch
 import torch.nn.functional as F
 
-__all__ = ['depthwise_gelu', 'depthwise_gelu_backend', 'runs_depthwise_gelu_fused']
+__all__ = ['depthwise_gelu', 'depthwise_gelu_backend']
 
 
 def depthwise_gelu(
@@ -43,7 +43,7 @@ def depthwise_gelu(
         raise ValueError(f'{C} channels need weight {[C, 1, 3, 3]} and bias {[C]}, got {list(weight.shape)} and '
                          f'{list(bias.shape)}')
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-        if fused and runs_depthwise_gelu_fused(x, weight):
+        if fused and _runs_fused(x, weight):
             return _fused(x, weight, bias, feat_size)
     # In memory this view is a channels-last image: there is nothing to copy.
     z = F.conv2d(x.transpose(1, 2).view(B, C, H, W), weight, bias, padding=1, groups=C)
@@ -73,8 +73,7 @@ def depthwise_gelu_backend(device: torch.device, dtype: torch.dtype) -> str:
     return 'triton' if fits and _has_triton() else 'plain'
 
 
-def runs_depthwise_gelu_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `depthwise_gelu` runs the kernels here and now, `fused` permitting."""
+def _runs_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
     # As for EVA: exported and traced graphs hold PyTorch's own operators.
     if torch.jit.is_tracing() or getattr(torch.compiler, '_is_exporting_flag', False):
         return False
