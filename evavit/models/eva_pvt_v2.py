@@ -25,7 +25,7 @@ from evavit.ops.grid import fix_image_size
 from ._register import register_variants
 from ._weights import fit_strictly, pretrained_filter, readable
 
-__all__ = ['GridPyramidVisionTransformerV2']
+__all__ = ['FusedMlp', 'GridPyramidVisionTransformerV2']
 
 # Options that an attention has in the pyramid unless they are given. LARA's published parameter count, 39.9 M, is that
 # of landmarks projected over all channels.
