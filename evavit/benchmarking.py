@@ -31,7 +31,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .layers import EvaAttention, SoftmaxAttention
-from .models.eva_pvt_v2 import FusedMlp
 from .ops import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
 from .training.errors import UserError, first_line
 from .training.options import nearest
@@ -559,7 +558,7 @@ def _set_fused(model: nn.Module, fused: bool) -> None:
     for module in model.modules():
         if isinstance(module, EvaAttention):
             module.fused_attn = fused
-        elif isinstance(module, FusedMlp):
+        elif hasattr(module, 'fused_mlp'):
             module.fused_mlp = fused
 
 

@@ -25,7 +25,7 @@ from evavit.ops.grid import fix_image_size
 from ._register import register_variants
 from ._weights import fit_strictly, pretrained_filter, readable
 
-__all__ = ['FusedMlp', 'GridPyramidVisionTransformerV2']
+__all__ = ['FusedMlpWithDepthwiseConv', 'GridPyramidVisionTransformerV2']
 
 # Options that an attention has in the pyramid unless they are given. LARA's published parameter count, 39.9 M, is that
 # of landmarks projected over all channels.
@@ -37,7 +37,7 @@ def _is_hooked(module: nn.Module) -> bool:
                 or module._backward_pre_hooks)
 
 
-class FusedMlp(MlpWithDepthwiseConv):
+class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
     """timm's MLP of PVT v2 with its depthwise convolution and exact GELU as one operator, `evavit.ops.depthwise_gelu`.
 
     That is one CUDA kernel where there can be one, unless timm's switch is off when the layer is made
@@ -131,7 +131,7 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
                 block.attn = layer(embed_dims[i], heads[i], qkv_bias=qkv_bias, attn_drop=attn_drop_rate,
                                    proj_drop=proj_drop_rate, **dd)
                 block.attn.apply(self._init_weights)
-                block.mlp = FusedMlp(block.mlp)
+                block.mlp = FusedMlpWithDepthwiseConv(block.mlp)
         self.nominal_size = to_2tuple(img_size or 224)
         if img_size is not None:
             self.set_input_size(img_size)

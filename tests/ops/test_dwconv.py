@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import evavit  # noqa: F401
-from evavit.models.eva_pvt_v2 import FusedMlp
+from evavit.models.eva_pvt_v2 import FusedMlpWithDepthwiseConv
 from evavit.ops import depthwise_gelu, depthwise_gelu_backend
 
 NAMES = ['out', 'x', 'weight', 'bias']
@@ -112,7 +112,7 @@ def test_kernels_in_the_interpreter():
 
 def make_mlp(act_layer=nn.GELU, device='cpu', **kwargs):
     mlp = timm.models.pvt_v2.MlpWithDepthwiseConv(12, 40, act_layer=act_layer, device=device, **kwargs)
-    return mlp, FusedMlp(mlp)
+    return mlp, FusedMlpWithDepthwiseConv(mlp)
 
 
 class TestMlp:
@@ -143,7 +143,7 @@ class TestMlp:
     def test_in_every_attention_s_pyramid(self):
         for name in ('eva_pvt_v2_b3', 'performer_pvt_v2_b3'):
             model = timm.create_model(name, depths=(1, 2, 1, 1), device='meta')
-            assert [type(block.mlp) for stage in model.stages for block in stage.blocks] == 5 * [FusedMlp]
+            assert [type(block.mlp) for stage in model.stages for block in stage.blocks] == 5 * [FusedMlpWithDepthwiseConv]
 
     def test_initial_weights_are_timm_s(self):
         small = dict(depths=(1, 1, 1, 1), embed_dims=(16, 16, 16, 16), num_heads=(1, 1, 1, 1), num_classes=2)
@@ -278,7 +278,7 @@ class TestKernels:
         x, outs = torch.randn(2, 3, 160, 224, device='cuda'), []
         for fused in (True, False):
             for module in model.modules():
-                if isinstance(module, FusedMlp):
+                if isinstance(module, FusedMlpWithDepthwiseConv):
                     module.fused_mlp = fused
             with torch.no_grad():
                 outs.append(model(x))
