@@ -143,7 +143,8 @@ class TestMlp:
     def test_in_every_attention_s_pyramid(self):
         for name in ('eva_pvt_v2_b3', 'performer_pvt_v2_b3'):
             model = timm.create_model(name, depths=(1, 2, 1, 1), device='meta')
-            assert [type(block.mlp) for stage in model.stages for block in stage.blocks] == 5 * [FusedMlpWithDepthwiseConv]
+            mlps = [block.mlp for stage in model.stages for block in stage.blocks]
+            assert [type(mlp) for mlp in mlps] == 5 * [FusedMlpWithDepthwiseConv]
 
     def test_initial_weights_are_timm_s(self):
         small = dict(depths=(1, 1, 1, 1), embed_dims=(16, 16, 16, 16), num_heads=(1, 1, 1, 1), num_classes=2)
