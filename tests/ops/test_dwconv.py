@@ -117,7 +117,8 @@ def make_mlp(act_layer=nn.GELU, device='cpu', **kwargs):
 
 class TestMlp:
     @pytest.mark.parametrize('kwargs', [{}, dict(extra_relu=True), dict(act_layer=nn.SiLU), dict(drop=0.3),
-                                        dict(act_layer=lambda: nn.GELU(approximate='tanh'))], ids=str)
+                                        dict(act_layer=lambda: nn.GELU(approximate='tanh'))],
+                             ids=['default', 'relu', 'silu', 'dropout', 'tanh'])
     def test_is_timm_s(self, kwargs):
         theirs, ours = make_mlp(**kwargs)
         assert list(ours.state_dict()) == list(theirs.state_dict())
