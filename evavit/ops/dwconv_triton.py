@@ -63,8 +63,9 @@ def _weights(weight, c, flip: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _lanes(tile, lanes, H, W, strips, R: tl.constexpr, P: tl.constexpr):
+def _lanes(tile, lanes, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
     """Of P lanes: the first row, the token there, and whether there are columns left of it, of its own, right of it."""
+    strips: tl.constexpr = (H + R - 1) // R
     f = tile * P + tl.arange(0, P)
     strip, column = f // W, f % W
     image, y = strip // strips, (strip % strips) * R
@@ -73,7 +74,7 @@ def _lanes(tile, lanes, H, W, strips, R: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _row(x, y, left, here, right, inside, H, C: tl.constexpr):
+def _row(x, y, left, here, right, inside, H: tl.constexpr, C: tl.constexpr):
     """Row y at columns -1, 0, 1 of each lane; x points at column 0."""
     row = (y >= 0) & (y < H)
     return (tl.load(x - C, (left & row)[:, None] & inside, 0.0), tl.load(x, (here & row)[:, None] & inside, 0.0),
@@ -87,8 +88,8 @@ def _taps(z, x0, x1, x2, w0, w1, w2):
 
 
 @triton.jit
-def _convolve(x, weight, bias, out, lanes, H, W, strips, per_program,
-              C: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GELU: tl.constexpr):
+def _convolve(x, weight, bias, out, lanes, per_program, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+              BC: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GELU: tl.constexpr):
     """GELU: gelu(conv(x) + bias). Otherwise the transposed convolution."""
     blocks: tl.constexpr = (C + BC - 1) // BC
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
@@ -97,10 +98,10 @@ def _convolve(x, weight, bias, out, lanes, H, W, strips, per_program,
     b = tl.load(bias + c[None, :], inside, 0.0).to(tl.float32) if GELU else 0.0
     first = (tl.program_id(0) // blocks) * per_program
     for tile in range(first, tl.minimum(first + per_program, (lanes + P - 1) // P)):
-        y, token, left, here, right = _lanes(tile, lanes, H, W, strips, R, P)
+        y, token, left, here, right = _lanes(tile, lanes, H, W, R, P)
         offset = token[:, None] * C + c[None, :]
         source, target = x + offset, out + offset
-        down = W * C
+        down: tl.constexpr = W * C
         # Rows are asked for two ahead of a store, which no load may overtake.
         a0, a1, a2 = _row(source - down, y - 1, left, here, right, inside, H, C)
         b0, b1, b2 = _row(source, y, left, here, right, inside, H, C)
@@ -121,7 +122,7 @@ def _convolve(x, weight, bias, out, lanes, H, W, strips, per_program,
 
 
 @triton.jit
-def _backward_z(x, grad, weight, bias, dz, parts, lanes, H, W, strips, per_program,
+def _backward_z(x, grad, weight, bias, dz, parts, lanes, per_program, H: tl.constexpr, W: tl.constexpr,
                 C: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
     """dz = dy · gelu'(conv(x) + bias), and a program's share of dweight and dbias, parts `(programs, 10, C)`."""
     blocks: tl.constexpr = (C + BC - 1) // BC
@@ -142,10 +143,10 @@ def _backward_z(x, grad, weight, bias, dz, parts, lanes, H, W, strips, per_progr
     program = tl.program_id(0) // blocks
     first = program * per_program
     for tile in range(first, tl.minimum(first + per_program, (lanes + P - 1) // P)):
-        y, token, left, here, right = _lanes(tile, lanes, H, W, strips, R, P)
+        y, token, left, here, right = _lanes(tile, lanes, H, W, R, P)
         offset = token[:, None] * C + c[None, :]
         source, target, grads = x + offset, dz + offset, grad + offset
-        down = W * C
+        down: tl.constexpr = W * C
         a0, a1, a2 = _row(source - down, y - 1, left, here, right, inside, H, C)
         b0, b1, b2 = _row(source, y, left, here, right, inside, H, C)
         c0, c1, c2 = _row(source + down, y + 1, left, here, right, inside, H, C)
@@ -196,9 +197,9 @@ def _backward_z(x, grad, weight, bias, dz, parts, lanes, H, W, strips, per_progr
 # Of each kernel: channels BC and lanes P of a tile, rows R of a strip, and programs at most, a constant, so that sums
 # are split alike on every device.
 LAUNCH = {
-    'forward': dict(BC=64, P=16, R=4, programs=4096, num_warps=8),
-    'backward_z': dict(BC=64, P=16, R=4, programs=1056, num_warps=8),
-    'backward_x': dict(BC=64, P=16, R=4, programs=4096, num_warps=8),
+    'forward': dict(BC=64, P=8, R=7, programs=4096, num_warps=4),
+    'backward_z': dict(BC=64, P=4, R=7, programs=1056, num_warps=4),
+    'backward_x': dict(BC=64, P=8, R=7, programs=4096, num_warps=4),
 }
 
 
@@ -212,8 +213,8 @@ class _Plan:
         self.launch = Launcher()
 
     @functools.lru_cache(maxsize=8)  # noqa: B019, plans are few and live in a cache themselves
-    def work(self, kernel: str) -> Tuple[int, Tuple[int, ...], dict]:
-        """Programs along the tokens, (lanes, H, W, strips of an image, tiles of a program) and a launch's options."""
+    def work(self, kernel: str) -> Tuple[int, Tuple[int, int], dict]:
+        """Programs along the tokens, lanes and tiles of a program, and the options of a launch."""
         options = dict(LAUNCH[kernel])
         programs = options.pop('programs')
         options['P'] = max(1, options['P'] * 2 // self.item_size)  # float32 takes the registers of two halves
@@ -223,7 +224,9 @@ class _Plan:
         lanes = self.B * strips * self.W
         tiles = ceil_div(lanes, options['P'])
         per_program = ceil_div(tiles, max(1, min(tiles, programs // ceil_div(self.C, options['BC']))))
-        return ceil_div(tiles, per_program), (lanes, self.H, self.W, strips, per_program), dict(C=self.C, **options)
+        # Sizes known to the compiler: a sixth fewer instructions and registers.
+        options.update(H=self.H, W=self.W, C=self.C)
+        return ceil_div(tiles, per_program), (lanes, per_program), options
 
     def convolve(self, kernel: str, x, weight, bias, out) -> None:
         programs, sizes, options = self.work(kernel)
