@@ -554,6 +554,14 @@ def _eva_layers(module: nn.Module) -> List[EvaAttention]:
     return [layer for layer in module.modules() if isinstance(layer, EvaAttention)]
 
 
+def _set_fused(model: nn.Module, fused: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, EvaAttention):
+            module.fused_attn = fused
+        elif hasattr(module, 'fused_mlp'):
+            module.fused_mlp = fused
+
+
 def _eva_backend(module: nn.Module) -> str:
     """The code that all EVA layers of a module take where they are, as they say themselves."""
     taken = {re.search(r'backend=(\w+)', layer.extra_repr()).group(1) for layer in _eva_layers(module)}
@@ -594,8 +602,7 @@ def bench_model(setting: Setting, kind: str, text: str, batch: int, img_size: Op
     def contender(name: str, kwargs: Dict[str, Any], attention: str, backend: str) -> Contender:
         model = _build(name, kwargs, img_size)
         model.to(device).train(kind == 'train')
-        for layer in _eva_layers(model):
-            layer.fused_attn = backend == 'triton'
+        _set_fused(model, backend == 'triton')
         row = dict(bench=kind, case=text, model=_describe(name, kwargs), attention=attention, backend=backend,
                    batch_size=batch, img_size=size[1], torchcompile=compile_mode or 'no')
         context = _force(backend)
@@ -607,8 +614,7 @@ def bench_model(setting: Setting, kind: str, text: str, batch: int, img_size: Op
                 raise NotAvailable
             judged = copy.deepcopy(model).eval()
             reference = copy.deepcopy(judged).double()
-            for layer in _eva_layers(reference):
-                layer.fused_attn = False
+            _set_fused(reference, False)
             with torch.no_grad():
                 with sdpa_kernel(SDPBackend.MATH):  # the contender's own may not take float64
                     expected.append(reference(images[:1].double()))

@@ -35,6 +35,18 @@ def golden():
     return read
 
 
+@pytest.fixture
+def poison():
+    """torch.empty holds NaN, so that what a kernel leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
 def pytest_collection_modifyitems(items):
     """Under `tools/soak.py` no test has a time limit of its own: it may run on a busy machine for hours."""
     if 'EVAVIT_PATIENCE' in os.environ:

@@ -6,29 +6,79 @@ Papers:
 
 The model is timm's PyramidVisionTransformerV2 with the attention of every block replaced: the chosen one in the first
 stages and softmax in the last, whose 49 tokens at 224 × 224 are one window. timm's blocks already hand `feat_size` to
-their attention, so nothing else changes.
+their attention, so nothing else changes but for the speed of its MLP.
 """
-from typing import Any, Dict, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Dict, Final, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import to_2tuple, to_ntuple
+from timm.layers import GELU, to_2tuple, to_ntuple, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._input import update_model_input_size
-from timm.models.pvt_v2 import PyramidVisionTransformerV2
+from timm.models.pvt_v2 import MlpWithDepthwiseConv, PyramidVisionTransformerV2
 from torch import nn
 
 from evavit.layers import ATTENTIONS, attention_layer, check_heads, pop_attention_kwargs
+from evavit.ops import depthwise_gelu, depthwise_gelu_backend
 from evavit.ops.grid import fix_image_size
 
 from ._register import register_variants
 from ._weights import fit_strictly, pretrained_filter, readable
 
-__all__ = ['GridPyramidVisionTransformerV2']
+__all__ = ['FusedMlpWithDepthwiseConv', 'GridPyramidVisionTransformerV2']
 
 # Options that an attention has in the pyramid unless they are given. LARA's published parameter count, 39.9 M, is that
 # of landmarks projected over all channels.
 OPTIONS = {'lara': dict(landmark_proj='channels')}
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
+class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
+    """timm's MLP of PVT v2 with its depthwise convolution and exact GELU as one operator, `evavit.ops.depthwise_gelu`.
+
+    That is one CUDA kernel where there can be one, unless timm's switch is off when the layer is made
+    (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment) or the layer's `fused_mlp` is set to
+    False; `extra_repr` names the code that runs. Under TorchScript and torch.fx, with another activation, and while
+    `dwconv` or `act` have hooks, the modules are called one by one, as in timm.
+
+    Args:
+        mlp: timm's MLP, whose modules this one takes over: parameters, their names and values stay.
+    """
+    fused_mlp: Final[bool]
+
+    def __init__(self, mlp: MlpWithDepthwiseConv) -> None:
+        nn.Module.__init__(self)
+        for name, module in mlp.named_children():
+            setattr(self, name, module)
+        self.fused_mlp = use_fused_attn()
+
+    @torch.jit.ignore
+    def _one_operator(self) -> bool:
+        """Whether what comes between the linears is a convolution and an exact GELU, and nobody looks between them."""
+        exact = isinstance(self.act, GELU) or (isinstance(self.act, nn.GELU) and self.act.approximate == 'none')
+        return (exact and isinstance(self.relu, nn.Identity) and type(self.dwconv) is nn.Conv2d
+                and not _is_hooked(self.dwconv) and not _is_hooked(self.act))
+
+    def extra_repr(self) -> str:
+        weight = self.dwconv.weight
+        fused = self.fused_mlp and self._one_operator()
+        return f"backend={depthwise_gelu_backend(weight.device, weight.dtype) if fused else 'plain'}"
+
+    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """Tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W) to tokens `(B, N, out_features)`."""
+        x = self.fc1(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+            if isinstance(x, torch.Tensor) and self._one_operator():  # torch.fx has a proxy, which tells nothing
+                x = depthwise_gelu(x, self.dwconv.weight, self.dwconv.bias, feat_size, self.fused_mlp)
+                return self.drop(self.fc2(self.drop(x)))
+        B, _, C = x.shape
+        x = self.relu(x.transpose(1, 2).view(B, C, feat_size[0], feat_size[1]))
+        x = self.act(self.dwconv(x).flatten(2).transpose(1, 2))
+        return self.drop(self.fc2(self.drop(x)))
 
 
 class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
@@ -81,6 +131,7 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
                 block.attn = layer(embed_dims[i], heads[i], qkv_bias=qkv_bias, attn_drop=attn_drop_rate,
                                    proj_drop=proj_drop_rate, **dd)
                 block.attn.apply(self._init_weights)
+                block.mlp = FusedMlpWithDepthwiseConv(block.mlp)
         self.nominal_size = to_2tuple(img_size or 224)
         if img_size is not None:
             self.set_input_size(img_size)

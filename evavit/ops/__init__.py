@@ -1,4 +1,5 @@
 """Pure tensor functions: no parameters, no state."""
+from .dwconv import depthwise_gelu, depthwise_gelu_backend
 from .eva import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
 from .eva_1d import Eva1dCache, eva_attention_1d, eva_attention_1d_step
 from .eva_exact import control_variate_coefficients, eva_estimator
@@ -11,6 +12,8 @@ from .scatterbrain import scatterbrain_attention
 __all__ = [
     'Eva1dCache',
     'control_variate_coefficients',
+    'depthwise_gelu',
+    'depthwise_gelu_backend',
     'eva_attention',
     'eva_attention_1d',
     'eva_attention_1d_step',

@@ -21,13 +21,14 @@ On Hopper `eva_gluon.py` has faster kernels for three of these, for the default 
 import functools
 import math
 import warnings
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .grid import block_counts, cell_shape, window_shape
+from .launch import Launcher, ceil_div, on_device, register_op, sum_parts
 
 __all__ = ['eva_attention_fused']
 
@@ -120,18 +121,6 @@ def _pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr
     key = j < WH * WW
     x = tl.load(bias + row * (SIDE * SIDE) + col, mask=key & (i < WH * WW), other=0.0).to(tl.float32) / unit
     tl.store(padded + tl.program_id(2) * 4096 + m, tl.where(key, x, -(2.0 ** 100)))
-
-
-@triton.jit
-def _sum_parts(parts, total, count, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """total[j] = Σ_i parts[i, j], in one fixed order."""
-    j = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    acc = tl.zeros([ROWS, COLS], tl.float32)
-    for i0 in range(0, count, ROWS):
-        i = i0 + tl.arange(0, ROWS)
-        acc += tl.load(parts + i[:, None].to(tl.int64) * width + j[None, :],
-                       mask=(i < count)[:, None] & (j < width)[None, :], other=0.0)
-    tl.store(total + j, tl.sum(acc, 0), mask=j < width)
 
 
 @triton.jit
@@ -730,10 +719,6 @@ LAUNCH = {
 GLUON_VERSIONS = (3, 6), (3, 9)
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 @functools.cache
 def _gluon(device: int):
     """The module `eva_gluon` where the CUDA device has Hopper's products and Triton has its Gluon, or None."""
@@ -775,10 +760,10 @@ class _Plan:
             n_wy, self.n_wx = block_counts(feat_size, (self.wh, self.ww))
             self.n_win = n_wy * self.n_wx
             self.BM = min(tile, max(16, triton.next_power_of_2(self.wh * self.ww)))
-            self.NT = _ceil(self.wh * self.ww, self.BM)
+            self.NT = ceil_div(self.wh * self.ww, self.BM)
         else:
             self.BM, self.NT, self.n_wx = tile, 1, 1
-            self.n_win = _ceil(self.N, tile)
+            self.n_win = ceil_div(self.N, tile)
 
         self.cells, self.n_cx, self.ch, self.cw, self.BC, self.NC = 0, 1, 1, 1, 16, 0
         if partition_grid > 0:
@@ -786,7 +771,7 @@ class _Plan:
             n_cy, self.n_cx = block_counts(feat_size, (self.ch, self.cw))
             self.cells = n_cy * self.n_cx
             self.BC = min(tile, max(16, triton.next_power_of_2(self.cells)))
-            self.NC = _ceil(self.cells, self.BC)
+            self.NC = ceil_div(self.cells, self.BC)
         self.rows = self.B * self.heads * self.cells
 
         # The default windows and cells in half precision: the forward's fast case.
@@ -795,31 +780,7 @@ class _Plan:
         # What `eva_gluon` takes, but for the device and the strides.
         self.gluon_sizes = self.one_tile and not full and self.D == 64 and self.BM == 64 and self.cells > 0
         self.gluon_strides: Dict[tuple, bool] = {}
-        self.compiled: Dict[tuple, Any] = {}
-
-    def launch(self, kernel, grid: Tuple[int, int, int], *args, **options) -> None:
-        """kernel[grid](*args, **options), where the options are the kernel's constexprs and Triton's own.
-
-        Triton looks into every argument of every launch to find the compiled kernel, which takes the processor longer
-        than most of these kernels take the GPU. What it found is kept for the next launch of the same kind.
-        """
-        passed, key = [], [id(kernel), args[0].get_device(), *options.values()]
-        for x in args:
-            if isinstance(x, torch.Tensor):
-                address = x.data_ptr()
-                passed.append(address)
-                key += (x.dtype, address % 16)
-            else:
-                passed.append(x)
-                key.append(x)
-        key = tuple(key)
-        if key in self.compiled:
-            compiled, constants = self.compiled[key]
-            compiled[grid](*passed, *constants)
-        else:
-            compiled = kernel[grid](*args, **options)
-            if compiled is not None:  # None in Triton's interpreter
-                self.compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args):]]
+        self.launch = Launcher()
 
     def gluon(self, strides: Tuple[int, ...], *tensors: torch.Tensor):
         """The module `eva_gluon` where its kernels take these tensors, or None; strides are of those `(B, h, N, d)`.
@@ -846,7 +807,7 @@ class _Plan:
     def window_cells(self) -> dict:
         """The most rows and columns of cells that a window meets, and the tile that holds them."""
         def spanned(tokens: int, cell: int, cells: int) -> int:
-            return min(_ceil(tokens - 1, cell) + 1, cells)
+            return min(ceil_div(tokens - 1, cell) + 1, cells)
         rows, cols = spanned(self.wh, self.ch, self.cells // self.n_cx), spanned(self.ww, self.cw, self.n_cx)
         return dict(NCY=rows, NCX=cols, KE=max(16, triton.next_power_of_2(rows * cols)))
 
@@ -869,7 +830,7 @@ class _Plan:
         pairs = self.B * self.heads
         warps = 16 if pairs >= PROGRAMS // 2 else 8 if pairs >= PROGRAMS // 8 else 4
         G = min((512 if warps == 16 else 256) // shrink // T, cells)
-        while G > 1 and pairs * _ceil(self.cells, G) < PROGRAMS // 4:
+        while G > 1 and pairs * ceil_div(self.cells, G) < PROGRAMS // 4:
             G, T = G // 2, min(T * 2, tokens)
         warps = filled(warps, G, T)
         forward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
@@ -905,10 +866,7 @@ class _Plan:
 
     def sum(self, parts: torch.Tensor) -> torch.Tensor:
         """Sum over the first axis of a float32 tensor."""
-        total = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
-        width = total.numel()
-        self.launch(_sum_parts, (_ceil(width, 32), 1, 1), parts, total, parts.shape[0], width, ROWS=64, COLS=32)
-        return total
+        return sum_parts(self.launch, parts)
 
     def crop_bias(self, dbias: torch.Tensor) -> torch.Tensor:
         """The adjoint of `pad_bias`, but for the unit."""
@@ -946,11 +904,6 @@ def _unpack(q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor
     if k is None or v is None:
         return q[0], q[1], q[2]
     return q, k, v
-
-
-def _device(x: torch.Tensor):
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else torch.cuda.device(-1)
 
 
 def _tokens_like(q: torch.Tensor) -> torch.Tensor:
@@ -1008,11 +961,11 @@ def _eva(
     if out.numel() == 0:
         return outputs
     strides = (*q.stride(), *k.stride(), *v.stride())
-    with _device(q):
+    with on_device(q):
         if plan.cells:
             tile = plan.cell_tiles[0]
             plan.launch(
-                _forward_cells, (plan.B * plan.heads, _ceil(plan.cells, tile['G']), 1),
+                _forward_cells, (plan.B * plan.heads, ceil_div(plan.cells, tile['G']), 1),
                 q, k, v, *strides, w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, noise if noise is not None else q,
                 k_tilde, beta, omega, means,
                 plan.heads, plan.H, plan.W, plan.n_cx, plan.cells, plan.ch, plan.cw, plan.rows,
@@ -1021,7 +974,7 @@ def _eva(
                 NOISE=noise is not None, SAVE=save, PREC=plan.summary_prec)
         has_bias = plan.local and rel_pos_bias is not None
         per_program = plan.per_program(WINDOWS_FORWARD)
-        chunks = _ceil(plan.n_win, per_program)
+        chunks = ceil_div(plan.n_win, per_program)
         gluon = plan.gluon(strides, q, k, v)
         padded = q
         if has_bias:
@@ -1100,15 +1053,15 @@ def _eva_backward(
 
     pairs = plan.B * plan.heads
     # Tokens of one image and head are split over programs until the card is full; a part is at least 256 tokens.
-    splits = max(1, min(_ceil(PROGRAMS, pairs), _ceil(plan.N, 256)))
-    per_split = _ceil(_ceil(plan.N, splits), 64) * 64
-    splits = _ceil(plan.N, per_split)
+    splits = max(1, min(ceil_div(PROGRAMS, pairs), ceil_div(plan.N, 256)))
+    per_split = ceil_div(ceil_div(plan.N, splits), 64) * 64
+    splits = ceil_div(plan.N, per_split)
     delta = empty(plan.B, plan.heads, plan.N)
     dk_tilde_parts, dbeta_parts = empty(splits, plan.rows, D), empty(splits, plan.rows, D)
     q_strides, grad_strides = q.stride(), grad.stride()
     strides = (*q_strides, *k.stride(), *v.stride(), *grad_strides)
     gluon = plan.gluon(strides, q, k, v, grad, k_tilde, beta)
-    with _device(q):
+    with on_device(q):
         shared = (lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts,
                   plan.heads, plan.N, cells, splits, per_split, plan.rows, scale)
         if gluon is not None:
@@ -1127,12 +1080,12 @@ def _eva_backward(
             omega_half = empty(plan.rows, D, dtype=q.dtype) if gluon is not None else dbeta
             tile = plan.cell_tiles[1]
             plan.launch(
-                _backward_weights, (pairs, _ceil(cells, tile['G']), 1),
+                _backward_weights, (pairs, ceil_div(cells, tile['G']), 1),
                 k, v, *strides[4:12], omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi,
                 plan.heads, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw, plan.rows, splits, scale ** 0.5,
                 D=D, BD=plan.BD, OMEGA_HALF=gluon is not None, **tile)
             R = 32 if plan.BD > 64 or q.dtype == torch.float32 else 64
-            programs = min(_ceil(plan.rows, R), 128)
+            programs = min(ceil_div(plan.rows, R), 128)
             dparams = empty(programs, 2, D * D + 3 * D)
             dmeans = empty(2, plan.rows, D, dtype=q.dtype)
             w_q, b_q, g_q, _, w_k, b_k, g_k, _ = summary
@@ -1151,7 +1104,7 @@ def _eva_backward(
         dq, dk, dv = grads[0] if inputs[1] is None else grads
 
         per_program = plan.per_program(WINDOWS_BACKWARD)
-        chunks = _ceil(plan.n_win, per_program)
+        chunks = ceil_div(plan.n_win, per_program)
         dbias_parts = delta
         if bias is not None:
             # Registers hold the sum over one tile; the sum over more is kept in memory, from zero.
@@ -1225,15 +1178,8 @@ def _autograd_backward(ctx, grad, *_):
             None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype), *nones[13:])
 
 
-def _register(name: str, function, fake) -> None:
-    # Not torch.library.custom_op: what it wraps around each call costs the processor as much as a launch.
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(name, ('cuda', 'cpu'), function)  # 'cpu' serves Triton's interpreter
-    torch.library.register_fake(name, fake)
-
-
-_register('evavit::eva', _eva, _eva_fake)
-_register('evavit::eva_backward', _eva_backward, _eva_backward_fake)
+register_op('evavit::eva', _eva, _eva_fake)
+register_op('evavit::eva_backward', _eva_backward, _eva_backward_fake)
 torch.library.register_autograd('evavit::eva', _autograd_backward, setup_context=_setup_context)
 
 

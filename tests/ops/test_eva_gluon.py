@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
-from ops.test_eva_triton import check, make_case, poison, run  # noqa: F401
+from ops.test_eva_triton import check, make_case, run
 
 from evavit.ops import eva_attention_packed
 
 triton = pytest.importorskip('triton')
 eva_triton = pytest.importorskip('evavit.ops.eva_triton')
 eva_gluon = pytest.importorskip('evavit.ops.eva_gluon')
+launching = pytest.importorskip('evavit.ops.launch')
 
 KERNELS = ['_forward_windows_gluon', '_backward_shared_gluon', '_backward_tokens_gluon']
 # feat_size, window_size, partition_grid: 49, 64, 4 and 1 cells; windows of 6, 7 and 8, one cut to 5 × 7; edges.
@@ -25,13 +26,13 @@ SHAPES = [
 
 def record(monkeypatch, really=False):
     """Kernel, arguments and options of each launch from now on; on a CPU nothing is launched."""
-    launches, launch = [], eva_triton._Plan.launch
+    launches, launch = [], launching.Launcher.__call__
 
-    def recorded(plan, kernel, grid, *args, **options):
+    def recorded(launcher, kernel, grid, *args, **options):
         launches.append((kernel, args, options))
         if really:
-            launch(plan, kernel, grid, *args, **options)
-    monkeypatch.setattr(eva_triton._Plan, 'launch', recorded)
+            launch(launcher, kernel, grid, *args, **options)
+    monkeypatch.setattr(launching.Launcher, '__call__', recorded)
     return launches
 
 
@@ -169,17 +170,19 @@ import sys, types, torch
 sys.path[:0] = [{tests!r}]
 import evavit.ops.eva
 from evavit.ops import eva_gluon, eva_triton
+from evavit.ops.launch import Launcher
 from ops.gluon_emulator import Emulator
-from ops.test_eva_triton import make_case, relative_rms, run
+from kernel_checks import relative_rms
+from ops.test_eva_triton import make_case, run
 emulator, reference_path = Emulator(eva_gluon), evavit.ops.eva._runs_fused
-launch, launched = eva_triton._Plan.launch, []
-def emulated(plan, kernel, grid, *args, **options):
+launch, launched = Launcher.__call__, []
+def emulated(launcher, kernel, grid, *args, **options):
     if kernel not in emulator.kernels.values():
-        return launch(plan, kernel, grid, *args, **options)
+        return launch(launcher, kernel, grid, *args, **options)
     launched.append(kernel.__name__)
     del options['num_warps']
     emulator.launch(kernel, grid, args, options)
-eva_triton._Plan.launch = emulated
+Launcher.__call__ = emulated
 eva_triton._gluon = lambda device: types.SimpleNamespace(**emulator.kernels)
 eva_triton.PROGRAMS = 4  # several windows a program
 torch.manual_seed(0)
@@ -216,7 +219,7 @@ class TestKernels:
     """These certainly run the kernels in Gluon, or fail."""
 
     @pytest.fixture(params=[None, 8], ids=['', 'many windows a program'])
-    def launches(self, request, monkeypatch, poison):  # noqa: F811
+    def launches(self, request, monkeypatch, poison):
         if request.param:
             monkeypatch.setattr(eva_triton, 'PROGRAMS', request.param)
         eva_triton._cached_plan.cache_clear()

@@ -5,15 +5,14 @@ import sys
 
 import pytest
 import torch
+from kernel_checks import DTYPES, gpu, relative_rms
 from torch.utils.checkpoint import checkpoint
 
 from evavit.layers import EvaAttention
 from evavit.ops import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 NAMES = ['out', 'q', 'k', 'v', *(f'{s}.{p}' for s in ('summary_q', 'summary_k')
                                  for p in ('weight', 'bias', 'norm_weight', 'norm_bias')), 'rel_pos_bias']
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Odd, short, non-square and padded grids; windows and cells of every kind.
 SHAPES = [
     # feat_size, window_size, partition_grid
@@ -61,10 +60,6 @@ def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layo
     return dict(zip(names, [out.detach(), *grads[0].unbind(2), *grads[1:]], strict=False))
 
 
-def relative_rms(value, reference):
-    return ((value.double() - reference).norm() / reference.norm().clamp_min(1e-30)).item()
-
-
 def check(case, shape, dtype, layout='packed'):
     reference = run(case, *shape, fused=False, dtype=torch.float64)
     if dtype == torch.float32:
@@ -85,18 +80,6 @@ def check(case, shape, dtype, layout='packed'):
         # the plain path is beyond the bound itself.
         assert error <= max(allowed, 1.25 * of_plain), f'{name}: {error:.1e}, plain {of_plain:.1e}'
         assert error <= max(2 * of_plain, allowed / 2), f'{name}: {error:.1e} is over twice plain {of_plain:.1e}'
-
-
-@pytest.fixture
-def poison():
-    """torch.empty holds NaN, so that what a kernel leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 class TestKernels:
@@ -219,7 +202,8 @@ import sys, torch
 sys.path[:0] = [{tests!r}]
 import evavit.ops.eva
 from evavit.ops import eva_triton
-from ops.test_eva_triton import make_case, relative_rms, run
+from kernel_checks import relative_rms
+from ops.test_eva_triton import make_case, run
 reference_path = evavit.ops.eva._runs_fused
 torch.manual_seed(0)
 for shape in [((9, 7), 4, 3), ((5, 6), 0, 3), ((6, 5), 5, 0), ((3, 3), 7, 2)]:
