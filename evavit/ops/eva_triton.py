@@ -18,13 +18,16 @@ Products of half-precision tensors accumulate in float32, float32 tensors are mu
 """
 import functools
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .grid import block_counts, cell_shape, window_shape
+from .launch import Launcher, register_op, sum_parts
+from .launch import ceil_div as _ceil
+from .launch import on_device as _device
 
 __all__ = ['eva_attention_fused']
 
@@ -103,18 +106,6 @@ def _pad_bias(bias, padded, unit, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: t
     mask = (i < WH * WW)[:, None] & (j < WH * WW)[None, :]
     x = tl.load(bias + row[:, None] * (SIDE * SIDE) + col[None, :], mask=mask, other=0.0).to(tl.float32) / unit
     tl.store(padded + tl.program_id(2) * S * S + i[:, None] * S + j[None, :], x)
-
-
-@triton.jit
-def _sum_parts(parts, total, count, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """total[j] = Σ_i parts[i, j], in one fixed order."""
-    j = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    acc = tl.zeros([ROWS, COLS], tl.float32)
-    for i0 in range(0, count, ROWS):
-        i = i0 + tl.arange(0, ROWS)
-        acc += tl.load(parts + i[:, None].to(tl.int64) * width + j[None, :],
-                       mask=(i < count)[:, None] & (j < width)[None, :], other=0.0)
-    tl.store(total + j, tl.sum(acc, 0), mask=j < width)
 
 
 @triton.jit
@@ -704,10 +695,6 @@ LAUNCH = {
 }
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 class _Plan:
     """Sizes of the grid, the tiles and the launches for one shape of arguments."""
 
@@ -747,31 +734,7 @@ class _Plan:
         # The default windows and cells in half precision: the forward's fast case.
         self.one_tile = self.local and self.NT == 1 and self.NC <= 1
         self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
-        self.compiled: Dict[tuple, Any] = {}
-
-    def launch(self, kernel, grid: Tuple[int, int, int], *args, **options) -> None:
-        """kernel[grid](*args, **options), where the options are the kernel's constexprs and Triton's own.
-
-        Triton looks into every argument of every launch to find the compiled kernel, which takes the processor longer
-        than most of these kernels take the GPU. What it found is kept for the next launch of the same kind.
-        """
-        passed, key = [], [id(kernel), args[0].get_device(), *options.values()]
-        for x in args:
-            if isinstance(x, torch.Tensor):
-                address = x.data_ptr()
-                passed.append(address)
-                key += (x.dtype, address % 16)
-            else:
-                passed.append(x)
-                key.append(x)
-        key = tuple(key)
-        if key in self.compiled:
-            compiled, constants = self.compiled[key]
-            compiled[grid](*passed, *constants)
-        else:
-            compiled = kernel[grid](*args, **options)
-            if compiled is not None:  # None in Triton's interpreter
-                self.compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args):]]
+        self.launch = Launcher()
 
     @functools.cached_property
     def cell_tiles(self) -> Tuple[dict, dict]:
@@ -813,10 +776,7 @@ class _Plan:
 
     def sum(self, parts: torch.Tensor) -> torch.Tensor:
         """Sum over the first axis of a float32 tensor."""
-        total = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
-        width = total.numel()
-        self.launch(_sum_parts, (_ceil(width, 32), 1, 1), parts, total, parts.shape[0], width, ROWS=64, COLS=32)
-        return total
+        return sum_parts(self.launch, parts)
 
     def crop_bias(self, dbias: torch.Tensor) -> torch.Tensor:
         """The adjoint of `pad_bias`, but for the unit."""
@@ -846,11 +806,6 @@ def _unpack(q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor
     if k is None or v is None:
         return q[0], q[1], q[2]
     return q, k, v
-
-
-def _device(x: torch.Tensor):
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else torch.cuda.device(-1)
 
 
 def _tokens_like(q: torch.Tensor) -> torch.Tensor:
@@ -1096,15 +1051,8 @@ def _autograd_backward(ctx, grad, *_):
             None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype), *nones[13:])
 
 
-def _register(name: str, function, fake) -> None:
-    # Not torch.library.custom_op: what it wraps around each call costs the processor as much as a launch.
-    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(name, ('cuda', 'cpu'), function)  # 'cpu' serves Triton's interpreter
-    torch.library.register_fake(name, fake)
-
-
-_register('evavit::eva', _eva, _eva_fake)
-_register('evavit::eva_backward', _eva_backward, _eva_backward_fake)
+register_op('evavit::eva', _eva, _eva_fake)
+register_op('evavit::eva_backward', _eva_backward, _eva_backward_fake)
 torch.library.register_autograd('evavit::eva', _autograd_backward, setup_context=_setup_context)
 
 
