@@ -5,10 +5,10 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-__all__ = ['mlp', 'mlp_backend']
+__all__ = ['mlp_gelu', 'mlp_gelu_backend']
 
 
-def mlp(
+def mlp_gelu(
         x: torch.Tensor,
         weight1: torch.Tensor,
         bias1: Optional[torch.Tensor],
@@ -27,7 +27,7 @@ def mlp(
         bias1: b₁ `(N)`, or None.
         weight2: W₂ `(C, N)`.
         bias2: b₂ `(C)`, or None.
-        fused: Use the Triton kernels where `mlp_backend` has them, plain PyTorch elsewhere.
+        fused: Use the Triton kernels where `mlp_gelu_backend` has them, plain PyTorch elsewhere.
 
     Returns:
         `(.., C)`, in the dtype that `F.linear` gives.
@@ -63,9 +63,9 @@ def _has_triton() -> bool:
     return _load_triton()
 
 
-def mlp_backend(device: torch.device, dtype: torch.dtype, in_features: int, hidden_features: int,
+def mlp_gelu_backend(device: torch.device, dtype: torch.dtype, in_features: int, hidden_features: int,
                 out_features: int) -> str:
-    """Which code `mlp` takes for such arguments, `fused` permitting: 'triton' or 'plain'.
+    """Which code `mlp_gelu` takes for such arguments, `fused` permitting: 'triton' or 'plain'.
 
     Triton wants a CUDA device, bfloat16 or float16 (autocast's dtype under autocast), and features that 16 divides. In
     float32 the products take longer than the bytes, so that there is nothing to win.
@@ -86,13 +86,15 @@ def _runs_fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, wei
     elif not x.dtype == weight1.dtype == bias1.dtype == weight2.dtype == bias2.dtype:
         return False  # `F.linear` says what it thinks of that
     # An empty batch has nothing to launch a kernel for.
-    return x.numel() > 0 and mlp_backend(x.device, dtype, x.shape[-1], weight1.shape[0], weight2.shape[0]) == 'triton'
+    return x.numel() > 0 and mlp_gelu_backend(
+        x.device, dtype, x.shape[-1], weight1.shape[0], weight2.shape[0]) == 'triton'
 
 
 def _fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor,
            bias2: torch.Tensor) -> torch.Tensor:
     from .mlp_triton import mlp_fused
-    if torch.is_autocast_enabled('cuda'):  # as autocast would cast them; the kernels add the first bias in its own dtype
+    # As autocast would cast them, but for the first bias: the kernels add it as it is.
+    if torch.is_autocast_enabled('cuda'):
         dtype = torch.get_autocast_dtype('cuda')
         x, weight1, weight2, bias2 = (t.to(dtype) for t in (x, weight1, weight2, bias2))
     return mlp_fused(x, weight1, bias1, weight2, bias2)

@@ -1,4 +1,4 @@
-"""The MLP of a transformer's block as fused kernels in Triton, forward and backward, behind `evavit.ops.mlp`.
+"""The MLP of a transformer's block as fused kernels in Triton, forward and backward, behind `evavit.ops.mlp_gelu`.
 
 The hidden layer, four times as wide as the tokens, is what the elementwise steps move. With D the bytes of the tokens
 `(M, K)` and 4D those of the hidden layer the steps around the products of the second linear move
@@ -216,7 +216,8 @@ torch.library.register_autograd('evavit::mlp', _autograd_backward, setup_context
 
 def mlp_fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor,
               bias2: torch.Tensor) -> torch.Tensor:
-    """`evavit.ops.mlp` by the kernels; arguments have been checked and are of one half-precision dtype, bias1 of any."""
+    """`evavit.ops.mlp_gelu` by the kernels; arguments have been checked and share one half-precision dtype, but for
+    bias1, of any."""
     tensors = [x, weight1, bias1, weight2, bias2]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
