@@ -1,4 +1,4 @@
-"""The attentions, one a file, every one `forward(x, feat_size)` on tokens `(B, N, C)`."""
+"""The attentions, one a file, every one `forward(x, feat_size)` on tokens `(B, N, C)`; and the MLP beside them."""
 import inspect
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Type
@@ -11,6 +11,7 @@ from .lara import LaraAttention
 from .linformer import LinformerAttention
 from .local import LocalAttention
 from .long_short import LongShortAttention
+from .mlp import FusedMlp
 from .nystromformer import NystromformerAttention
 from .performer import PerformerAttention
 from .reformer import ReformerAttention
@@ -22,6 +23,7 @@ __all__ = [
     'CombinerAttention',
     'EvaAttention',
     'EvaAttention1d',
+    'FusedMlp',
     'GridAttention',
     'LaraAttention',
     'LinformerAttention',

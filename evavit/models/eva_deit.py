@@ -15,7 +15,7 @@ A third is there for speed alone: `PatchProjection`, the patch embedding's convo
 Tokens stay `(B, N, C)` between the blocks. What would break the grid (class and register tokens, patch dropout,
 attention masks) is refused.
 """
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -27,7 +27,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 from torch.nn import functional as F
 
-from evavit.layers import ATTENTIONS, attention_layer, pop_attention_kwargs
+from evavit.layers import ATTENTIONS, FusedMlp, attention_layer, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
 from ._register import register_variants
@@ -87,6 +87,7 @@ class GridBlock(Block):
         attn_layer: Makes the attention, `attn_layer(dim, num_heads, qkv_bias=..., ...)`; its `forward(x, feat_size)`.
         qk_norm: Refused: the attentions normalise no single query or key.
         scale_attn_norm: Refused, likewise.
+        mlp_layer: Makes the MLP, with the arguments of timm's Mlp.
         **kwargs: Further arguments of timm's Block.
     """
 
@@ -101,6 +102,7 @@ class GridBlock(Block):
             proj_bias: bool = True,
             attn_drop: float = 0.,
             proj_drop: float = 0.,
+            mlp_layer: Type[nn.Module] = FusedMlp,
             device=None,
             dtype=None,
             **kwargs,
@@ -110,7 +112,7 @@ class GridBlock(Block):
         dd = {'device': device, 'dtype': dtype}
         # nn.Identity takes any arguments: no softmax attention is made only to be thrown away.
         super().__init__(dim, num_heads, attn_layer=nn.Identity, proj_bias=proj_bias, proj_drop=proj_drop,
-                         **kwargs, **dd)
+                         mlp_layer=mlp_layer, **kwargs, **dd)
         self.attn = attn_layer(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
                                attn_drop=attn_drop, proj_drop=proj_drop, **dd)
 
@@ -133,6 +135,7 @@ class GridVisionTransformer(VisionTransformer):
         img_size: Image size, height and width or one number for both.
         patch_size: Patch size, likewise; their quotient is the grid.
         embed_layer: The patch embedding, called as timm's PatchEmbed.
+        mlp_layer: The MLP of a block; timm's, with fused kernels where they can run, by default.
         **kwargs: Options of the attention (for EVA: window_size, partition_grid, proposal_scale, noise_std,
             rel_pos_bias; see the classes in `evavit.layers`) and further arguments of timm's VisionTransformer.
     """
@@ -151,6 +154,7 @@ class GridVisionTransformer(VisionTransformer):
             img_size: Union[int, Tuple[int, int]] = 224,
             patch_size: Union[int, Tuple[int, int]] = 16,
             embed_layer: Callable[..., nn.Module] = GridPatchEmbed,
+            mlp_layer: Type[nn.Module] = FusedMlp,
             **kwargs,
     ) -> None:
         refused = dict(class_token=class_token, reg_tokens=reg_tokens, patch_drop_rate=patch_drop_rate)
@@ -169,6 +173,7 @@ class GridVisionTransformer(VisionTransformer):
             embed_layer=embed_layer,
             attn_layer=attention_layer(attn_layer, feat_size, **attn_kwargs),
             block_fn=GridBlock,
+            mlp_layer=mlp_layer,
             global_pool=global_pool,
             fc_norm=fc_norm,
             class_token=False,

@@ -6,6 +6,7 @@ from .eva_exact import control_variate_coefficients, eva_estimator
 from .eva_mass import eva_attention_mass
 from .eva_variants import eva_attention_variant, halo_size
 from .lara import lara_attention
+from .mlp import mlp_gelu, mlp_gelu_backend
 from .random_features import random_feature_attention
 from .scatterbrain import scatterbrain_attention
 
@@ -25,6 +26,8 @@ __all__ = [
     'eva_num_cells',
     'halo_size',
     'lara_attention',
+    'mlp_gelu',
+    'mlp_gelu_backend',
     'random_feature_attention',
     'scatterbrain_attention',
 ]

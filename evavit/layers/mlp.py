@@ -1,0 +1,69 @@
+"""timm's MLP with fused kernels for its hidden layer."""
+from typing import Final
+
+import torch
+from timm.layers import GELU, Mlp, use_fused_attn
+from torch import nn
+
+from evavit.ops import mlp_gelu, mlp_gelu_backend
+
+__all__ = ['FusedMlp']
+
+
+class FusedMlp(Mlp):
+    """timm's `Mlp`, fc1, activation, dropout, norm, fc2, dropout, on tokens `(B, N, C)`.
+
+    With the exact GELU, two plain linears with biases, no norm and no active dropout, fused CUDA kernels run where they
+    can (`evavit.ops.mlp_gelu_backend`), unless timm's switch is off when the layer is made
+    (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment) or the layer's `fused_mlp` is set to
+    False. What hangs on the layers inside, as a hook, an adapter or quantized weights, is kept: such a layer is timm's
+    step by step. `extra_repr` names the code that runs.
+
+    Args:
+        *args: Arguments of timm's Mlp.
+        **kwargs: Likewise.
+    """
+    fused_mlp: Final[bool]
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.fused_mlp = use_fused_attn()
+
+    @torch.jit.ignore
+    def extra_repr(self) -> str:
+        backend = 'plain'
+        if self.fused_mlp and self._fits() and self.fc1.weight.dtype != torch.float64:
+            weight, (out_features, _) = self.fc1.weight, self.fc2.weight.shape
+            half = weight.dtype in (torch.bfloat16, torch.float16)
+            backend = mlp_gelu_backend(weight.device, weight.dtype if half else torch.bfloat16, *weight.shape[::-1],
+                                  out_features)
+            if not half and backend != 'plain':
+                backend += ' under autocast'
+        return f'backend={backend}'
+
+    @torch.jit.unused
+    def _fits(self) -> bool:
+        """No step but those of `evavit.ops.mlp_gelu`, and nothing that sees or changes a step."""
+        if self.training and (self.drop1.p > 0 or self.drop2.p > 0):
+            return False
+        if type(self.act) not in (nn.GELU, GELU) or getattr(self.act, 'approximate', 'none') != 'none':
+            return False
+        for module in (self.fc1, self.act, self.drop1, self.norm, self.fc2, self.drop2):
+            if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                    or module._backward_pre_hooks):
+                return False
+        for linear in (self.fc1, self.fc2):
+            if type(linear) is not nn.Linear or type(linear.weight) not in (torch.Tensor, nn.Parameter):
+                return False
+        return type(self.norm) is nn.Identity
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+            if self.fused_mlp and not isinstance(x, torch.fx.Proxy) and x.is_cuda and self._fits():
+                return mlp_gelu(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, fused=True)
+        x = self.fc1(x)
+        x = self.act(x)
+        x = self.drop1(x)
+        x = self.norm(x)
+        x = self.fc2(x)
+        return self.drop2(x)
