@@ -121,9 +121,10 @@ def _forward_windows_gluon(
         async_copy.wait_group(0)
         m0, coming = _window_start(win + 1, n_wx, H, W, fy, fx, WH, WW, EDGE)
         coming = (coming & (win + 1 < last))[:, None]
-        _copy(q_s.index(1 - now), q + ((fn * sqn + dim) + m0 * sqn), mask=coming)
-        _copy(k_s.index(1 - now), k + ((fn * skn + dim) + m0 * skn), mask=coming)
-        _copy(v_s.index(1 - now), v + ((fn * svn + dim) + m0 * svn), mask=coming)
+        if PER_PROGRAM > 1:  # else the second buffer is dead, its memory another's, and zeros would be copied there
+            _copy(q_s.index(1 - now), q + ((fn * sqn + dim) + m0 * sqn), mask=coming)
+            _copy(k_s.index(1 - now), k + ((fn * skn + dim) + m0 * skn), mask=coming)
+            _copy(v_s.index(1 - now), v + ((fn * svn + dim) + m0 * svn), mask=coming)
         async_copy.commit_group()
         q_i, k_i, v_i = q_s.index(now + zero), k_s.index(now + zero), v_s.index(now + zero)
 
@@ -363,10 +364,11 @@ def _backward_tokens_gluon(
         async_copy.commit_group()
         m0, coming = _window_start(win + 1, n_wx, H, W, fy, fx, WH, WW, EDGE)
         coming = (coming & (win + 1 < last))[:, None]
-        _copy(q_s.index(1 - now), q + ((fn * sqn + dim) + m0 * sqn), mask=coming)
-        _copy(k_s.index(1 - now), k + ((fn * skn + dim) + m0 * skn), mask=coming)
-        _copy(g_s.index(1 - now), grad + ((fn * sgn + dim) + m0 * sgn), mask=coming)
-        _copy(v_s.index(1 - now), v + ((fn * svn + dim) + m0 * svn), mask=coming)
+        if PER_PROGRAM > 1:  # see _forward_windows_gluon
+            _copy(q_s.index(1 - now), q + ((fn * sqn + dim) + m0 * sqn), mask=coming)
+            _copy(k_s.index(1 - now), k + ((fn * skn + dim) + m0 * skn), mask=coming)
+            _copy(g_s.index(1 - now), grad + ((fn * sgn + dim) + m0 * sgn), mask=coming)
+            _copy(v_s.index(1 - now), v + ((fn * svn + dim) + m0 * svn), mask=coming)
         async_copy.commit_group()
         # The window's vectors came in the turn before, the next one's are asked for now.
         lse_i, delta_i, w, dl = lse_next, delta_next * scale, xi_next, dlog_xi_next * scale

@@ -222,7 +222,8 @@ class TestKernels:
 
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     def test_large_inputs_stay_finite(self, dtype):
-        for name, value in run(make_case((9, 8), 64, dtype, factor=30., device='cuda'), (9, 8), fused=True).items():
+        case = make_case((9, 8), 64, dtype, factor=30., device='cuda')
+        for name, value in run(case, (9, 8), dtype=dtype, fused=True).items():
             assert value.isfinite().all(), name
 
     def test_views_and_expanded_gradients(self):
