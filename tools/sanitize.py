@@ -25,10 +25,13 @@ CASES = (
     (20, 18, 16, 16, 16, torch.bfloat16, 768),
     (8, 7, 0, 7, 32, torch.bfloat16, 768),
     (8, 7, 7, 0, 32, torch.bfloat16, 768),
+    (9, 11, 4, 3, 32, torch.bfloat16, 4),
     (21, 21, 7, 7, 64, torch.bfloat16, 4),
     (17, 20, 6, 7, 64, torch.float16, 4),
     (16, 24, 8, 8, 64, torch.bfloat16, 4),
     (7, 7, 7, 7, 64, torch.float16, 4),
+    (14, 21, 7, 7, 32, torch.bfloat16, 4),
+    (13, 15, 7, 3, 32, torch.float16, 4),
 )
 
 

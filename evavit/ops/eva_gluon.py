@@ -14,7 +14,7 @@ same, and these kernels
   where a gather loads a row for each token;
 * add a zero that the compiler does not know to what it would keep in registers (`zero`).
 
-One tile of 64 rows holds a window, another the cells; both have the head's 64 columns. `eva_triton._Plan.gluon`
+One tile of 64 rows holds a window, another the cells; both have the head's columns, 32 or 64. `eva_triton._Plan.gluon`
 checks what tensors these kernels take.
 
 Shared memory: a copy is seen by all threads after `wait_group` and the barrier that Triton puts behind it. Products
@@ -67,7 +67,8 @@ def _forward_windows_gluon(
     """(16) for PER_PROGRAM windows of one (image, head)."""
     dtype: gl.constexpr = q.dtype.element_ty
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    dot_a: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    thin: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    dot_a: gl.constexpr = gl.DotOperandLayout(0, thin, 2)
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
 
@@ -94,7 +95,8 @@ def _forward_windows_gluon(
     fn_0 = (fy * W + fx)[:, None]
     dim = gl.arange(0, D, layout=gl.SliceLayout(0, flat))[None, :]
     j = gl.arange(0, 64, layout=gl.SliceLayout(0, mma))
-    zeros = gl.zeros([64, D], gl.float32, layout=mma)
+    zeros = gl.zeros([64, D], gl.float32, layout=thin)
+    zeros_64 = gl.zeros([64, 64], gl.float32, layout=mma)
 
     kt_s = gl.allocate_shared_memory(dtype, [1, 64, D], tile)
     bt_s = gl.allocate_shared_memory(dtype, [1, 64, D], tile)
@@ -134,7 +136,7 @@ def _forward_windows_gluon(
         else:
             s = gl.zeros([64, 64], gl.float32, layout=mma)
         s = warpgroup_mma(q_i, k_i.permute((1, 0)), s, is_async=True)
-        t = warpgroup_mma(q_i, kt_s.index(zero).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        t = warpgroup_mma(q_i, kt_s.index(zero).permute((1, 0)), zeros_64, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         if EDGE or not BIAS:
             _, seen = _window_start(win, n_wx, H, W, j // WW, j % WW, WH, WW, EDGE)
@@ -152,7 +154,7 @@ def _forward_windows_gluon(
         p = gl.convert_layout(t.to(dtype), dot_a, assert_trivial=True)
         acc = warpgroup_mma(p, bt_s.index(zero), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        acc = acc * (1.0 / total)[:, None]
+        acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, thin), assert_trivial=True)[:, None]
         n0, inside = _window_start(win, n_wx, H, W, fy, fx, WH, WW, EDGE)
         inside = inside[:, None]
         at = (fn * (heads * D) + dim) + n0 * (heads * D)
@@ -174,7 +176,7 @@ def _backward_shared_gluon(
     Products are transposed, (cells, tokens): the weights of a tile are then operands as they are.
     """
     dtype: gl.constexpr = q.dtype.element_ty
-    wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, T, 16])
     dot_a: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
@@ -265,7 +267,8 @@ def _backward_tokens_gluon(
     """
     dtype: gl.constexpr = q.dtype.element_ty
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
-    dot_a: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    thin: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    dot_a: gl.constexpr = gl.DotOperandLayout(0, thin, 2)
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     col: gl.constexpr = gl.SliceLayout(0, mma)
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], dtype)
@@ -298,10 +301,14 @@ def _backward_tokens_gluon(
     qk_scale = scale * LOG2E
     n_cy = cells // n_cx
 
-    # Places of a window as rows of an accumulator (r, ry, rx), of a copy (fr, fy, fx) and of an operand (ay, ax).
+    # Places of a window as rows of products of 64 columns (r, ry, rx) and of D columns (ty, tx), of a copy (fr, fy, fx)
+    # and of an operand (ay, ax).
     r = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     ry, rx = r // WW, r % WW
     n_0 = ry * W + rx
+    tr = gl.arange(0, 64, layout=gl.SliceLayout(1, thin))
+    ty, tx = tr // WW, tr % WW
+    tn_0 = ty * W + tx
     fr = gl.arange(0, 64, layout=gl.SliceLayout(1, flat))
     fy, fx = fr // WW, fr % WW
     fn_0 = (fy * W + fx)[:, None]
@@ -311,7 +318,8 @@ def _backward_tokens_gluon(
     ac = gl.arange(0, KE, layout=gl.SliceLayout(0, dot_a))[None, :]
     er = gl.arange(0, KE, layout=gl.SliceLayout(1, flat))
     ey, ex = er // NCX, er % NCX
-    zeros = gl.zeros([64, D], gl.float32, layout=mma)
+    zeros = gl.zeros([64, D], gl.float32, layout=thin)
+    zeros_64 = gl.zeros([64, 64], gl.float32, layout=mma)
     if BIAS:
         sum_bias = gl.zeros([64, 64], gl.float32, layout=mma)
 
@@ -340,13 +348,14 @@ def _backward_tokens_gluon(
     _, valid = _window_start(first, n_wx, H, W, ry, rx, WH, WW, EDGE)
     lse_next = gl.load(lse + (n0 + n_0), mask=valid, other=float('inf'))
     delta_next = gl.load(delta + (n0 + n_0), mask=valid, other=0.0)
-    xi_next = gl.load(xi + (n0 + n_0), mask=valid, other=0.0)
-    dlog_xi_next = gl.load(dlog_xi + (n0 + n_0), mask=valid, other=0.0)
+    _, valid = _window_start(first, n_wx, H, W, ty, tx, WH, WW, EDGE)
+    xi_next = gl.load(xi + (n0 + tn_0), mask=valid, other=0.0)
+    dlog_xi_next = gl.load(dlog_xi + (n0 + tn_0), mask=valid, other=0.0)
 
     for win in range(first, last):
         zero = win >> 30  # see _forward_windows_gluon
         fn = fn_0 + zero
-        n = n_0 + zero
+        n, tn = n_0 + zero, tn_0 + zero
         now = (win - first) % 2
         y0, x0 = (win // n_wx) * WH, (win % n_wx) * WW
         cy0, cx0 = y0 // CH, x0 // CW
@@ -376,8 +385,10 @@ def _backward_tokens_gluon(
         valid = valid & (win + 1 < last)
         lse_next = gl.load(lse + (m0 + n), mask=valid, other=float('inf'))
         delta_next = gl.load(delta + (m0 + n), mask=valid, other=0.0)
-        xi_next = gl.load(xi + (m0 + n), mask=valid, other=0.0)
-        dlog_xi_next = gl.load(dlog_xi + (m0 + n), mask=valid, other=0.0)
+        _, valid = _window_start(win + 1, n_wx, H, W, ty, tx, WH, WW, EDGE)
+        valid = valid & (win + 1 < last)
+        xi_next = gl.load(xi + (m0 + tn), mask=valid, other=0.0)
+        dlog_xi_next = gl.load(dlog_xi + (m0 + tn), mask=valid, other=0.0)
         q_i, k_i, g_i, v_i = q_s.index(now + zero), k_s.index(now + zero), g_s.index(now + zero), v_s.index(now + zero)
 
         # Keys of the window. The scale of q·kᵀ is in ds, so in dq and dk, and until the end in the bias's gradient.
@@ -387,7 +398,7 @@ def _backward_tokens_gluon(
         else:
             s = gl.zeros([64, 64], gl.float32, layout=mma)
         s = warpgroup_mma(q_i, k_i.permute((1, 0)), s, is_async=True)
-        dp = warpgroup_mma(g_i, v_i.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp = warpgroup_mma(g_i, v_i.permute((1, 0)), zeros_64, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         if EDGE or not BIAS:
             j = gl.arange(0, 64, layout=col)
@@ -412,15 +423,15 @@ def _backward_tokens_gluon(
 
         # By log ξ = s^½ k·ω - ½ s ‖k‖² and by the mean.
         acc = warpgroup_mma(member, om_s.index(zero), zeros, use_acc=False)
-        acc = (acc - k_i.load(mma).to(gl.float32)) * dl[:, None]
+        acc = (acc - k_i.load(thin).to(gl.float32)) * dl[:, None]
         acc = warpgroup_mma(member, dmk_s.index(zero), acc, is_async=True)
         acc = warpgroup_mma(ds_s.permute((1, 0)), q_i, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         gl.store(dk + ((fn * sdn + dim) + n0 * sdn), gl.convert_layout(acc.to(dtype), flat), mask=inside)
 
         # No logit passes the log-sum-exp but those of cells that are none, whose k̃ is 0.
-        s = warpgroup_mma(q_i, kt_s.index(zero).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp = warpgroup_mma(g_i, bt_s.index(zero).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma(q_i, kt_s.index(zero).permute((1, 0)), zeros_64, use_acc=False, is_async=True)
+        dp = warpgroup_mma(g_i, bt_s.index(zero).permute((1, 0)), zeros_64, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         p = gl.exp2(gl.minimum(s * qk_scale - lse_i[:, None], 0.0))
         dp = warpgroup_mma_wait(0, deps=[dp])

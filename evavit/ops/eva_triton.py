@@ -778,14 +778,14 @@ class _Plan:
         self.one_tile = self.local and self.NT == 1 and self.NC <= 1
         self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
         # What `eva_gluon` takes, but for the device and the strides.
-        self.gluon_sizes = self.one_tile and not full and self.D == 64 and self.BM == 64 and self.cells > 0
+        self.gluon_sizes = self.one_tile and not full and self.D in (32, 64) and self.BM == 64 and self.cells > 0
         self.gluon_strides: Dict[tuple, bool] = {}
         self.launch = Launcher()
 
     def gluon(self, strides: Tuple[int, ...], *tensors: torch.Tensor):
         """The module `eva_gluon` where its kernels take these tensors, or None; strides are of those `(B, h, N, d)`.
 
-        They take half precision, heads of 64 channels, windows of 33 to 64 places (6 to 8 a side) and 1 to 64 cells.
+        They take half precision, heads of 32 or 64 channels, windows of 33 to 64 places (6 to 8 a side), 1 to 64 cells.
         They copy 16 bytes at a time: channels are next to each other, other strides are multiples of 16, as Triton
         tells the compiler, and tensors start at multiples of 16 bytes. Offsets inside an image are 32 bits.
         """
@@ -816,7 +816,8 @@ class _Plan:
         """Tiles of the two cell kernels: G cells, T tokens of each; ONCE if that is all of their tokens.
 
         The forward takes many cells and few tokens, so that weights are loaded and projections done for many cells at
-        once, as long as programs are enough. The backward takes whole cells, and few.
+        once, as long as programs are enough. The backward takes whole cells, and few. Products of narrow heads in half
+        precision are too small for many warps: a program of 16 has a processor to itself and nothing to do beside it.
 
         No tile has fewer elements than threads: where it has, warps hold the same elements, and write them to the same
         places of shared memory at the same time.
@@ -832,13 +833,16 @@ class _Plan:
         G = min((512 if warps == 16 else 256) // shrink // T, cells)
         while G > 1 and pairs * ceil_div(self.cells, G) < PROGRAMS // 4:
             G, T = G // 2, min(T * 2, tokens)
+        narrow = self.BD <= 32 and not self.full
+        if narrow:
+            warps, G, T = 2, min(16, cells), min(tokens, 4)
         warps = filled(warps, G, T)
         forward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
         if warps == 16:  # what a processor's registers allow
             forward['maxnreg'] = 128
         T = min(tokens, 256 // shrink)
         G = min(max(1, 32 // T), cells)
-        warps = filled(2 if T * G <= 32 else 4, G, T)
+        warps = filled(1 if narrow else 2 if T * G <= 32 else 4, G, T)
         backward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
         return forward, backward
 

@@ -62,7 +62,7 @@ class TestChoice:
 
     @pytest.mark.parametrize(('shape', 'dtype', 'd', 'layout'), [
         (((14, 14), 7, 7), torch.float32, 64, 'packed'),
-        (((14, 14), 7, 7), torch.bfloat16, 32, 'packed'),
+        (((14, 14), 7, 7), torch.bfloat16, 48, 'packed'),
         (((14, 14), 7, 7), torch.bfloat16, 64, 'transposed'),
         (((14, 14), 7, 0), torch.bfloat16, 64, 'packed'),
         (((14, 14), 0, 7), torch.bfloat16, 64, 'packed'),
@@ -123,16 +123,16 @@ class TestChoice:
             assert find(0) is None
 
 
-@pytest.mark.parametrize(('shape', 'dtype', 'bias'), [
-    (((28, 28), 7, 7), torch.bfloat16, True), (((13, 15), 7, 7), torch.float16, True),
-    (((7, 7), 7, 7), torch.bfloat16, False),
+@pytest.mark.parametrize(('shape', 'd', 'dtype', 'bias'), [
+    (((28, 28), 7, 7), 64, torch.bfloat16, True), (((13, 15), 7, 7), 64, torch.float16, True),
+    (((7, 7), 7, 7), 64, torch.bfloat16, False), (((30, 30), 7, 7), 32, torch.bfloat16, True),
 ], ids=str)
-def test_compiles_for_hopper(shape, dtype, bias, monkeypatch):
+def test_compiles_for_hopper(shape, d, dtype, bias, monkeypatch):
     """Triton compiles for a device that is not there; its assembly holds what the kernels rely on."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
     names = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
-    launches = launched_on_hopper(monkeypatch, shape, dtype, d=64, bias=bias, B=1, h=1 if shape == SHAPES[7] else 2)
+    launches = launched_on_hopper(monkeypatch, shape, dtype, d=d, bias=bias, B=1, h=1 if shape == SHAPES[7] else 2)
     assert len(chosen(launches)) == 3
     for kernel, args, options in launches:
         if kernel.fn.__name__ not in KERNELS:
@@ -153,10 +153,13 @@ def test_compiles_for_hopper(shape, dtype, bias, monkeypatch):
             signature[name], constants[i,] = 'constexpr', options[name]
         source = GluonASTSource(kernel, signature, constants, attrs)
         ptx = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=4)).asm['ptx']
-        # Copies of 16 bytes that write zeros where the mask is false, not nothing.
+        # Copies of 16 bytes that write zeros where the mask is false, not nothing; of the four tiles of 16 cells × 32
+        # channels only half of the threads have a part.
         copies = re.findall(r'^.*cp\.async\.c[ag].*$', ptx, re.MULTILINE)
         assert copies
-        assert all(re.search(r'^\s*cp\.async\.cg.*, 0x10, %r\d+;$', copy) for copy in copies)
+        assert all(re.search(r'cp\.async\.cg.*, 0x10, %r\d+;$', copy) for copy in copies)
+        partial = [copy for copy in copies if '@' in copy]
+        assert len(partial) == (4 if d == 32 and kernel.fn.__name__ == KERNELS[2] else 0)
         # Whoever waits for its copies waits for those of the others too, before anything else touches shared memory.
         steps = re.findall(r'cp\.async\.wait_group|bar\.sync|cp\.async\.cg|fence\.proxy|wgmma\.mma|st\.shared|stmatrix'
                            r'|ld\.shared|ldmatrix', ptx)
@@ -186,9 +189,9 @@ Launcher.__call__ = emulated
 eva_triton._gluon = lambda device: types.SimpleNamespace(**emulator.kernels)
 eva_triton.PROGRAMS = 4  # several windows a program
 torch.manual_seed(0)
-for shape, bias, layout in [(((14, 14), 7, 7), True, 'packed'), (((17, 16), 6, 3), False, 'contiguous'),
-                            (((13, 15), 8, 8), True, 'views')]:
-    case = make_case(*shape, torch.float16, B=1, h=2, d=64, bias=bias, device='cpu')
+for shape, d, bias, layout in [(((14, 14), 7, 7), 64, True, 'packed'), (((17, 16), 6, 3), 32, False, 'contiguous'),
+                               (((13, 15), 8, 8), 32, True, 'views')]:
+    case = make_case(*shape, torch.float16, B=1, h=2, d=d, bias=bias, device='cpu')
     reference = run(case, *shape, fused=False, dtype=torch.float64)
     evavit.ops.eva._runs_fused = lambda *args: True
     fused = run(case, *shape, fused=True, layout=layout)
@@ -230,6 +233,18 @@ class TestKernels:
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
     def test_shapes(self, shape, dtype, launches):
         check(make_case(*shape, dtype, d=64), shape, dtype)
+        assert chosen(launches) == KERNELS * 2
+
+    @pytest.mark.parametrize('shape', SHAPES, ids=str)
+    @pytest.mark.parametrize(('dtype', 'bias'), [(torch.bfloat16, True), (torch.float16, False)], ids=str)
+    def test_heads_of_32_channels(self, shape, dtype, bias, launches):
+        check(make_case(*shape, dtype, d=32, bias=bias), shape, dtype)
+        assert chosen(launches) == KERNELS * 2
+
+    @pytest.mark.parametrize(('side', 'heads', 'images'), [(56, 2, 24), (28, 4, 32), (14, 10, 64)])
+    def test_the_pyramid_s_sizes(self, side, heads, images, launches):
+        shape = (side, side), 7, 7
+        check(make_case(*shape, torch.bfloat16, B=images, h=heads, d=32), shape, torch.bfloat16)
         assert chosen(launches) == KERNELS * 2
 
     @pytest.mark.parametrize('layout', ['views', 'contiguous', 'transposed'])
