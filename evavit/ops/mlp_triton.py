@@ -87,7 +87,7 @@ def _backward_hidden(dy, x, weight1, bias1, weight2, dz, db_parts, M, N, stride_
 
 # Tiles, measured on an H100; where a width is not divisible by its tile the tile shrinks.
 FORWARD = dict(BM=128, BN=128, BK=64, STAGES=3, num_warps=8)
-BACKWARD = dict(BM=128, BN=128, BK=64, STAGES=3, num_warps=8)
+BACKWARD = dict(BM=128, BN=64, BK=64, STAGES=3, num_warps=4)
 _launch = Launcher()
 
 
