@@ -1,9 +1,10 @@
 """A depthwise 3 × 3 convolution and GELU on tokens of a 2D grid: what is between the linears of PVT v2's MLP."""
-import functools
 from typing import List
 
 import torch
 import torch.nn.functional as F
+
+from .fused import has_kernels, records_graph
 
 __all__ = ['depthwise_gelu', 'depthwise_gelu_backend']
 
@@ -50,32 +51,17 @@ def depthwise_gelu(
     return F.gelu(z.flatten(2).transpose(1, 2))
 
 
-@functools.lru_cache(maxsize=1)
-def _load_triton() -> bool:
-    try:
-        from . import dwconv_triton  # noqa: F401, registers the ops
-    except ImportError:
-        return False
-    return True
-
-
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return _load_triton()
-
-
 def depthwise_gelu_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Which code `depthwise_gelu` takes for such tokens, `fused` permitting: 'triton' or 'plain'.
 
     Triton wants a CUDA device and float32, bfloat16 or float16.
     """
     fits = device.type == 'cuda' and dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return 'triton' if fits and _has_triton() else 'plain'
+    return 'triton' if fits and has_kernels('dwconv_triton') else 'plain'
 
 
 def _runs_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    # As for EVA: exported and traced graphs hold PyTorch's own operators.
-    if torch.jit.is_tracing() or getattr(torch.compiler, '_is_exporting_flag', False):
+    if records_graph():
         return False
     # Without autocast a convolution refuses dtypes that differ. An empty batch has nothing to launch a kernel for.
     autocast = x.device.type == 'cuda' and torch.is_autocast_enabled('cuda')

@@ -4,7 +4,6 @@ A query attends exactly to the tokens of its own window, the set E, and to one s
 a key k̃_c in place of the cell's keys and a control variate β_c in place of its values. Equation numbers are the
 paper's; docs/math.md goes from the control variate to these lines. Everything is written for TorchScript as well.
 """
-import functools
 from typing import List, Optional, Tuple
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from .blocks import accumulation_dtype, crop_bias, from_windows, to_windows, window_mask
 from .checks import check_eva_args, check_grid, check_partition
+from .fused import has_kernels, records_graph
 from .grid import band_cells, block_counts, cell_shape, static_size, to_bands, window_shape
 
 __all__ = ['eva_attention', 'eva_attention_packed', 'eva_backend', 'eva_num_cells']
@@ -263,20 +263,6 @@ def eva_attention_packed(
                          proposal_scale, noise, dropout_p, norm_eps, fused)
 
 
-@functools.lru_cache(maxsize=1)
-def _load_triton() -> bool:
-    try:
-        from . import eva_triton  # noqa: F401, registers the ops
-    except ImportError:
-        return False
-    return True
-
-
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return _load_triton()
-
-
 def eva_backend(
         device: torch.device,
         dtype: torch.dtype,
@@ -295,14 +281,12 @@ def eva_backend(
     fits = (not variant and device.type == 'cuda' and dtype in (torch.float32, torch.bfloat16, torch.float16)
             and head_dim in (16, 32, 48, 64, 80, 96, 128)
             and window_size <= 16 and partition_grid <= 16 and dropout_p == 0.0)
-    return 'triton' if fits and _has_triton() else 'plain'
+    return 'triton' if fits and has_kernels('eva_triton') else 'plain'
 
 
 def _runs_fused(q: torch.Tensor, window_size: int, partition_grid: int, dropout_p: float,
                 noise: Optional[torch.Tensor]) -> bool:
-    # Exported and traced graphs hold PyTorch's own operators, so that they run where this package is not installed. The
-    # flag is read and `torch.compiler.is_exporting` not called: torch 2.11 says True to it under every torch.compile.
-    if torch.jit.is_tracing() or getattr(torch.compiler, '_is_exporting_flag', False):
+    if records_graph():
         return False
     if noise is not None and noise.requires_grad:  # the kernels' backward has no gradient for it
         return False

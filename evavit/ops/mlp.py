@@ -1,9 +1,10 @@
 """The MLP of a transformer's block: two linears and the exact GELU between them."""
-import functools
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
+
+from .fused import has_kernels, records_graph
 
 __all__ = ['mlp_gelu', 'mlp_gelu_backend']
 
@@ -49,20 +50,6 @@ def mlp_gelu(
     return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
 
-@functools.lru_cache(maxsize=1)
-def _load_triton() -> bool:
-    try:
-        from . import mlp_triton  # noqa: F401, registers the ops
-    except ImportError:
-        return False
-    return True
-
-
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return _load_triton()
-
-
 def mlp_gelu_backend(device: torch.device, dtype: torch.dtype, in_features: int, hidden_features: int,
                 out_features: int) -> str:
     """Which code `mlp_gelu` takes for such arguments, `fused` permitting: 'triton' or 'plain'.
@@ -72,13 +59,12 @@ def mlp_gelu_backend(device: torch.device, dtype: torch.dtype, in_features: int,
     """
     fits = (device.type == 'cuda' and dtype in (torch.bfloat16, torch.float16)
             and in_features % 16 == 0 and hidden_features % 16 == 0 and out_features % 16 == 0)
-    return 'triton' if fits and _has_triton() else 'plain'
+    return 'triton' if fits and has_kernels('mlp_triton') else 'plain'
 
 
 def _runs_fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor,
                 bias2: torch.Tensor) -> bool:
-    # As for EVA: exported and traced graphs hold PyTorch's own operators.
-    if torch.jit.is_tracing() or getattr(torch.compiler, '_is_exporting_flag', False):
+    if records_graph():
         return False
     dtype = x.dtype
     if x.device.type == 'cuda' and torch.is_autocast_enabled('cuda') and dtype != torch.float64:

@@ -74,7 +74,7 @@ def test_compiles_in_one_graph(kwargs):
 
 def test_backend_of_a_variant_is_plain_where_the_default_is_fused(monkeypatch):
     from evavit.ops import eva
-    monkeypatch.setattr(eva, '_has_triton', lambda: True)
+    monkeypatch.setattr(eva, 'has_kernels', lambda module: True)
     cuda = torch.device('cuda')
     assert eva.eva_backend(cuda, torch.float32, 64) == 'triton'
     assert eva.eva_backend(cuda, torch.float32, 64, variant=True) == 'plain'
