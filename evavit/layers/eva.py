@@ -27,6 +27,10 @@ __all__ = ['EvaAttention', 'HaloRelPosBias']
 _logger = logging.getLogger(__name__)
 
 
+class _HeldLinear(nn.Linear):
+    """A Linear whose parameters are read and which is never called: `quantize_dynamic` exchanges nn.Linear alone."""
+
+
 class Summary(nn.Module):
     """σ of Equation (26): what turns a cell's mean into its summary. `forward()` gives the parameters.
 
@@ -41,7 +45,7 @@ class Summary(nn.Module):
     def __init__(self, head_dim: int, kind: str = 'linear_ln', device=None, dtype=None) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.proj = nn.Linear(head_dim, head_dim, **dd) if kind != 'identity' else None
+        self.proj = _HeldLinear(head_dim, head_dim, **dd) if kind != 'identity' else None
         self.norm = nn.LayerNorm(head_dim, **dd) if kind == 'linear_ln' else None
 
     def forward(self) -> List[torch.Tensor]:
@@ -228,7 +232,7 @@ class EvaAttention(GridAttention):
             self.eval_noise.copy_((S / (S - 1)) ** 0.5 * (noise - noise.mean(0)))
 
     def extra_repr(self) -> str:
-        weight = self.qkv.weight
+        weight = next(self.qkv.parameters(), torch.empty(0))  # quantized or adapted layers may have no `weight`
         backend = eva_backend(weight.device, weight.dtype, self.head_dim, self.window_size, self.partition_grid,
                               self.attn_drop.p if self.training else 0.,
                               self.variant) if self.fused_attn else 'plain'

@@ -7,7 +7,18 @@ from torch import nn
 
 from evavit.ops import mlp_gelu, mlp_gelu_backend
 
-__all__ = ['FusedMlp']
+__all__ = ['FusedMlp', 'is_exact_gelu', 'is_hooked']
+
+
+def is_exact_gelu(act: nn.Module) -> bool:
+    """Whether a module is PyTorch's or timm's GELU without an approximation; a subclass may be anything."""
+    return type(act) in (nn.GELU, GELU) and getattr(act, 'approximate', 'none') == 'none'
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class says: hooks, or a `forward` put on the module itself."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks or 'forward' in module.__dict__)
 
 
 class FusedMlp(Mlp):
@@ -46,12 +57,10 @@ class FusedMlp(Mlp):
         """No step but those of `evavit.ops.mlp_gelu`, and nothing that sees or changes a step."""
         if self.training and (self.drop1.p > 0 or self.drop2.p > 0):
             return False
-        if type(self.act) not in (nn.GELU, GELU) or getattr(self.act, 'approximate', 'none') != 'none':
+        if not is_exact_gelu(self.act):
             return False
-        for module in (self.fc1, self.act, self.drop1, self.norm, self.fc2, self.drop2):
-            if (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                    or module._backward_pre_hooks):
-                return False
+        if any(is_hooked(module) for module in (self.fc1, self.act, self.drop1, self.norm, self.fc2, self.drop2)):
+            return False
         for linear in (self.fc1, self.fc2):
             if type(linear) is not nn.Linear or type(linear.weight) not in (torch.Tensor, nn.Parameter):
                 return False

@@ -41,10 +41,13 @@ class PatchProjection(nn.Conv2d):
 
     The same parameters and function as the convolution, `(B, in_chans, height, width)` to `(B, C, H, W)` with what
     fills no patch left out; its output lies in memory as `(B, H, W, C)`, as the tokens that it becomes. Libraries of
-    convolutions are slow at three channels: cuDNN takes 15 % of an inference of `eva_deit_tiny` on an H100.
+    convolutions are slow at three channels: cuDNN takes 15 % of an inference of `eva_deit_tiny` on an H100. Images of
+    other than in_chans channels are an AssertionError, as images of another size are in timm.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.shape[1] == self.in_channels,  # which torch.fx can trace
+                      f'Input channels ({x.shape[1]}) do not match the model ({self.in_channels}).')
         ph, pw = self.kernel_size
         H, W = x.shape[2] // ph, x.shape[3] // pw
         x = x[:, :, :H * ph, :W * pw].unflatten(3, [W, pw]).unflatten(2, [H, ph])

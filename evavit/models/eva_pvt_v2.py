@@ -12,13 +12,14 @@ from typing import Any, Dict, Final, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import GELU, to_2tuple, to_ntuple, use_fused_attn
+from timm.layers import to_2tuple, to_ntuple, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._input import update_model_input_size
 from timm.models.pvt_v2 import MlpWithDepthwiseConv, PyramidVisionTransformerV2
 from torch import nn
 
 from evavit.layers import ATTENTIONS, attention_layer, check_heads, pop_attention_kwargs
+from evavit.layers.mlp import is_exact_gelu, is_hooked
 from evavit.ops import depthwise_gelu, depthwise_gelu_backend
 from evavit.ops.grid import fix_image_size
 
@@ -32,18 +33,14 @@ __all__ = ['FusedMlpWithDepthwiseConv', 'GridPyramidVisionTransformerV2']
 OPTIONS = {'lara': dict(landmark_proj='channels')}
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)
-
-
 class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
     """timm's MLP of PVT v2 with its depthwise convolution and exact GELU as one operator, `evavit.ops.depthwise_gelu`.
 
     That is one CUDA kernel where there can be one, unless timm's switch is off when the layer is made
     (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment) or the layer's `fused_mlp` is set to
-    False; `extra_repr` names the code that runs. Under TorchScript and torch.fx, with another activation, and while
-    `dwconv` or `act` have hooks, the modules are called one by one, as in timm.
+    False; `extra_repr` names the code that runs. Under TorchScript and torch.fx, with another activation or another
+    convolution in the place of `dwconv`, and while `relu`, `dwconv` or `act` have hooks or a `forward` of their own,
+    the modules are called one by one, as in timm.
 
     Args:
         mlp: timm's MLP, whose modules this one takes over: parameters, their names and values stay.
@@ -58,15 +55,21 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
 
     @torch.jit.ignore
     def _one_operator(self) -> bool:
-        """Whether what comes between the linears is a convolution and an exact GELU, and nobody looks between them."""
-        exact = isinstance(self.act, GELU) or (isinstance(self.act, nn.GELU) and self.act.approximate == 'none')
-        return (exact and isinstance(self.relu, nn.Identity) and type(self.dwconv) is nn.Conv2d
-                and not _is_hooked(self.dwconv) and not _is_hooked(self.act))
+        """Whether what comes between the linears is `depthwise_gelu`'s, and nobody looks between its steps."""
+        if any(is_hooked(module) for module in (self.relu, self.dwconv, self.act)):
+            return False
+        if not is_exact_gelu(self.act) or type(self.relu) is not nn.Identity or type(self.dwconv) is not nn.Conv2d:
+            return False
+        conv = self.dwconv
+        one = conv.stride == conv.dilation == conv.padding == (1, 1) and conv.padding_mode == 'zeros'
+        return (one and conv.kernel_size == (3, 3) and conv.groups == conv.in_channels == conv.out_channels
+                and conv.bias is not None)
 
     def extra_repr(self) -> str:
-        weight = self.dwconv.weight
-        fused = self.fused_mlp and self._one_operator()
-        return f"backend={depthwise_gelu_backend(weight.device, weight.dtype) if fused else 'plain'}"
+        backend = 'plain'
+        if self.fused_mlp and self._one_operator():
+            backend = depthwise_gelu_backend(self.dwconv.weight.device, self.dwconv.weight.dtype)
+        return f'backend={backend}'
 
     def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         """Tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W) to tokens `(B, N, out_features)`."""

@@ -235,6 +235,44 @@ def test_patch_projection_is_the_convolution(size):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
+def test_images_of_other_channels():
+    model = create('eva_deit_tiny', img_size=32)
+    for other in (model, torch.jit.script(model)):
+        with pytest.raises((AssertionError, torch.jit.Error), match=r'channels \(1\) do not match the model \(3\)'):
+            other(torch.randn(2, 1, 32, 32))
+
+
+class Adapter(nn.Module):
+    """A Linear with a low-rank matrix beside it, which starts at zero."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.down, self.up = (nn.Linear(*sizes, bias=False) for sizes in
+                              ((linear.in_features, 2), (2, linear.out_features)))
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+@pytest.mark.filterwarnings('ignore:.*deprecated')  # torch.ao's way to quantize, which is still the usual one
+@pytest.mark.parametrize('name', ['eva_deit_tiny', 'eva_pvt_v2_b3'])
+def test_adapters_and_quantized_layers_in_the_place_of_linears(name):
+    torch.manual_seed(0)
+    model, x = create(name, img_size=64, num_classes=3), torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    torch.testing.assert_close(small(x), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+    assert 'DynamicQuantizedLinear' in repr(small)
+    for module in list(model.modules()):
+        for child in ('qkv', 'proj', 'fc1', 'fc2'):
+            if type(getattr(module, child, None)) is nn.Linear:
+                setattr(module, child, Adapter(getattr(module, child)))
+    torch.testing.assert_close(model(x), expected)
+    assert repr(model).count('Adapter') >= 4
+
+
 def test_patch_projection_stays():
     model = create('eva_deit_tiny')
     before = set(model.state_dict())

@@ -135,11 +135,34 @@ class TestMlp:
         _, mlp = make_mlp()
         x, seen = torch.randn(1, 15, 12), []
         expected = mlp(x, [5, 3])
-        for module in (mlp.dwconv, mlp.act):
+        for module in (mlp.relu, mlp.dwconv, mlp.act):
             handle = module.register_forward_hook(lambda module, args, out: seen.append(out))
             torch.testing.assert_close(mlp(x, [5, 3]), expected)
             handle.remove()
-        assert [tuple(out.shape) for out in seen] == [(1, 40, 5, 3), (1, 15, 40)]
+        assert [tuple(out.shape) for out in seen] == 2 * [(1, 40, 5, 3)] + [(1, 15, 40)]
+
+    def test_what_is_called_is_what_stands_there(self):
+        """Another convolution or activation in the place of the own one, as of dilated or adapted networks."""
+        x, convs = torch.randn(1, 15, 12), []
+        for options in (dict(padding=2, dilation=2), dict(padding=1, padding_mode='circular'), dict(padding=2),
+                        dict(padding=1, bias=False), dict(padding=1, groups=1), dict(padding='same')):
+            size = 5 if options == dict(padding=2) else 3
+            convs.append(nn.Conv2d(40, 40, size, **{'groups': 40, **options}))
+        for conv in (*convs, nn.Sequential(convs[0])):
+            theirs, ours = make_mlp()
+            theirs.dwconv = ours.dwconv = conv
+            assert 'backend=plain' in repr(ours)
+            torch.testing.assert_close(ours(x, [5, 3]), theirs(x, [5, 3]))
+
+        class Doubled(nn.GELU):
+            def forward(self, x):
+                return 2 * super().forward(x)
+        theirs, ours = make_mlp(Doubled)
+        torch.testing.assert_close(ours(x, [5, 3]), theirs(x, [5, 3]))
+
+        theirs, ours = make_mlp()
+        ours.dwconv.forward = lambda x: torch.zeros_like(x)  # so offloaded weights are fetched, for one
+        torch.testing.assert_close(ours(x, [5, 3]), ours.fc2.bias.expand(1, 15, 12))
 
     def test_in_every_attention_s_pyramid(self):
         for name in ('eva_pvt_v2_b3', 'performer_pvt_v2_b3'):
