@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from kernel_checks import gpu, relative_rms
 from timm.layers import Mlp, SwiGLU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from evavit.layers import FusedMlp
 from evavit.ops import mlp_gelu, mlp_gelu_backend
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 NAMES = ['out', 'x', 'weight1', 'bias1', 'weight2', 'bias2']
 HALVES = [torch.bfloat16, torch.float16]
 # Rows, and features in, hidden and out: odd numbers of rows, widths of few and of many tiles.
@@ -36,10 +36,6 @@ def run(case, *, fused, dtype=None):
     return dict(zip(NAMES, [out.detach(), *torch.autograd.grad(out, leaves, grad.detach())], strict=True))
 
 
-def relative_rms(value, reference):
-    return ((value.double() - reference).norm() / reference.norm().clamp_min(1e-30)).item()
-
-
 def check(case):
     reference, plain = run(case, fused=False, dtype=torch.float64), run(case, fused=False)
     for name, value in run(case, fused=True).items():
@@ -47,18 +43,6 @@ def check(case):
         error, of_plain = relative_rms(value, reference[name]), relative_rms(plain[name], reference[name])
         # A bias2's gradient of one row is copied, without error.
         assert error <= min(5e-3, 2 * of_plain + 1e-7), f'{name}: {error:.1e}, plain {of_plain:.1e}'
-
-
-@pytest.fixture
-def poison():
-    """torch.empty holds NaN, so that what a kernel leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 class TestKernels:
