@@ -25,6 +25,7 @@ from .launch import Launcher, ceil_div, on_device, register_op, sum_parts
 
 __all__ = ['depthwise_gelu_fused']
 
+
 @triton.jit
 def _weights(weight, c, flip: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
     """The nine taps `(1, BC)` of weight `(9, C)`; in reverse order for the transposed convolution."""

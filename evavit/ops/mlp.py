@@ -51,7 +51,7 @@ def mlp_gelu(
 
 
 def mlp_gelu_backend(device: torch.device, dtype: torch.dtype, in_features: int, hidden_features: int,
-                out_features: int) -> str:
+                     out_features: int) -> str:
     """Which code `mlp_gelu` takes for such arguments, `fused` permitting: 'triton' or 'plain'.
 
     Triton wants a CUDA device, bfloat16 or float16 (autocast's dtype under autocast), and features that 16 divides. In

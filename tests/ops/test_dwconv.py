@@ -1,13 +1,10 @@
 """The depthwise convolution and GELU: the plain path against a loop in float64, the kernels against the plain path."""
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-from kernel_checks import DTYPES, gpu, relative_rms
+from kernel_checks import DTYPES, agrees_in_the_interpreter, gpu, relative_rms
 from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -104,10 +101,7 @@ print('agree')
 
 def test_kernels_in_the_interpreter():
     pytest.importorskip('triton')
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, '-c', INTERPRETED.format(tests=tests)], text=True, capture_output=True,
-                          env={**os.environ, 'TRITON_INTERPRET': '1'}, check=False)
-    assert done.stdout.strip().endswith('agree'), done.stdout + done.stderr
+    agrees_in_the_interpreter(INTERPRETED)
 
 
 def make_mlp(act_layer=nn.GELU, device='cpu', **kwargs):

@@ -1,12 +1,11 @@
 """The kernels in Gluon: their arithmetic in PyTorch, that they compile, when they are chosen; on a GPU the results."""
 import itertools
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
+from kernel_checks import agrees_in_the_interpreter
 from ops.test_eva_triton import check, make_case, run
 
 from evavit.ops import eva_attention_packed
@@ -206,10 +205,7 @@ print('agree')
 
 def test_arithmetic():
     """Around the kernels in Gluon, by `gluon_emulator`, the others run in Triton's interpreter."""
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, '-c', EMULATED.format(tests=tests, kernels=KERNELS)], text=True,
-                          capture_output=True, env={**os.environ, 'TRITON_INTERPRET': '1'}, check=False)
-    assert done.stdout.strip().endswith('agree'), done.stdout + done.stderr
+    agrees_in_the_interpreter(EMULATED, kernels=KERNELS)
 
 
 def is_hopper():

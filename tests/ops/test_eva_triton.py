@@ -1,11 +1,8 @@
 """The fused kernels against plain PyTorch in float64, which test_eva.py holds against the loop."""
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from kernel_checks import DTYPES, gpu, relative_rms
+from kernel_checks import DTYPES, agrees_in_the_interpreter, gpu, relative_rms
 from torch.utils.checkpoint import checkpoint
 
 from evavit.layers import EvaAttention
@@ -222,10 +219,7 @@ print('agree')
 def test_kernels_in_the_interpreter():
     """Triton's interpreter runs the kernels' arithmetic without a GPU; it is chosen per process, so this starts one."""
     pytest.importorskip('triton')
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, '-c', INTERPRETED.format(tests=tests)], text=True, capture_output=True,
-                          env={**os.environ, 'TRITON_INTERPRET': '1'}, check=False)
-    assert done.stdout.strip().endswith('agree'), done.stdout + done.stderr
+    agrees_in_the_interpreter(INTERPRETED)
 
 
 def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):

@@ -1,13 +1,10 @@
 """The MLP's fused kernels against PyTorch in float64."""
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from kernel_checks import gpu, relative_rms
+from kernel_checks import agrees_in_the_interpreter, gpu, relative_rms
 from timm.layers import Mlp, SwiGLU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -231,8 +228,8 @@ INTERPRETED = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
 from evavit.ops import mlp_triton
-from ops.test_mlp import make_case, relative_rms, run
-import sys
+from kernel_checks import relative_rms
+from ops.test_mlp import make_case, run
 mlp = sys.modules['evavit.ops.mlp']
 torch.manual_seed(0)
 for shape in [(1, 16, 32, 16), (77, 48, 80, 32), (130, 16, 64, 48)]:
@@ -252,10 +249,7 @@ def test_kernels_in_the_interpreter():
     """Triton's interpreter runs the kernels' arithmetic without a GPU; it is chosen per process, so this starts one.
     In float16: the interpreter multiplies bfloat16's bits as if they were whole numbers."""
     pytest.importorskip('triton')
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run([sys.executable, '-c', INTERPRETED.format(tests=tests)], text=True, capture_output=True,
-                          env={**os.environ, 'TRITON_INTERPRET': '1'}, check=False)
-    assert done.stdout.strip().endswith('agree'), done.stdout + done.stderr
+    agrees_in_the_interpreter(INTERPRETED)
 
 
 def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
