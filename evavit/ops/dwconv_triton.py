@@ -267,9 +267,8 @@ def _autograd_backward(ctx, grad):
     return dx, dparams[:9].to(weight.dtype), dparams[9].to(bias.dtype), None
 
 
-register_op('evavit::depthwise_gelu', _forward, _forward_fake)
-register_op('evavit::depthwise_gelu_backward', _backward, _backward_fake)
-torch.library.register_autograd('evavit::depthwise_gelu', _autograd_backward, setup_context=_setup_context)
+register_op('depthwise_gelu', _forward, _forward_fake, _setup_context, _autograd_backward)
+register_op('depthwise_gelu_backward', _backward, _backward_fake)
 
 
 def depthwise_gelu_fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,

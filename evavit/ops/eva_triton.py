@@ -1182,9 +1182,8 @@ def _autograd_backward(ctx, grad, *_):
             None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype), *nones[13:])
 
 
-register_op('evavit::eva', _eva, _eva_fake)
-register_op('evavit::eva_backward', _eva_backward, _eva_backward_fake)
-torch.library.register_autograd('evavit::eva', _autograd_backward, setup_context=_setup_context)
+register_op('eva', _eva, _eva_fake, _setup_context, _autograd_backward)
+register_op('eva_backward', _eva_backward, _eva_backward_fake)
 
 
 def eva_attention_fused(

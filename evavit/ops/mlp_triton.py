@@ -178,9 +178,8 @@ def _autograd_backward(ctx, grad, *_):
     return dx, dw1, db1, dw2, db2, None
 
 
-register_op('evavit::mlp', _mlp, _mlp_fake)
-register_op('evavit::mlp_backward', _mlp_backward, _mlp_backward_fake)
-torch.library.register_autograd('evavit::mlp', _autograd_backward, setup_context=_setup_context)
+register_op('mlp', _mlp, _mlp_fake, _setup_context, _autograd_backward)
+register_op('mlp_backward', _mlp_backward, _mlp_backward_fake)
 
 
 def mlp_fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor,
