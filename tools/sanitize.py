@@ -53,7 +53,7 @@ def run_cases() -> None:
         if partition_grid:
             options['noise'] = torch.randn(2, 2, eva_num_cells(feat_size, partition_grid), d).cuda()
         if window_size:
-            options['rel_pos_bias'] = torch.randn(2, window_size ** 2, window_size ** 2).cuda().requires_grad_()
+            options['rel_pos_bias'] = torch.randn((2 * window_size - 1) ** 2, 2).cuda().requires_grad_()
             leaves.append(options['rel_pos_bias'])
         if eva_backend(qkv.device, dtype, d, window_size, partition_grid) != 'triton':
             raise SystemExit('error: the fused kernels do not run here')

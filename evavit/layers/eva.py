@@ -256,7 +256,7 @@ class EvaAttention(GridAttention):
             qkv, feat_size,
             summary_q,
             summary_k,
-            rel_pos_bias=self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            rel_pos_bias=self._bias(qkv),
             window_size=self.window_size,
             partition_grid=self.partition_grid,
             proposal_scale=self.proposal_scale,
@@ -264,6 +264,15 @@ class EvaAttention(GridAttention):
             dropout_p=self.attn_drop.p if self.training else 0.,
             fused=self.fused_attn,
         )
+
+    def _bias(self, qkv: torch.Tensor) -> Optional[torch.Tensor]:
+        """The bias, or its table where kernels may take it as it is."""
+        if self.rel_pos is None:
+            return None
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+            if self.fused_attn and qkv.is_cuda and type(self.rel_pos) is RelPosBias:
+                return self.rel_pos.relative_position_bias_table
+        return self.rel_pos.get_bias().squeeze(0)
 
     def _draw_noise(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         """noise_std · ε `(B, h, C_p, S, d)`, the first draw of a forward pass in training."""

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from .grid import block_counts, block_mask, from_blocks, to_blocks
 
 __all__ = [
-    'accumulation_dtype', 'cell_means', 'crop_bias', 'from_windows', 'joint_attention', 'softmax', 'to_windows',
-    'window_logits', 'window_mask',
+    'accumulation_dtype', 'cell_means', 'crop_bias', 'from_windows', 'joint_attention', 'softmax', 'table_bias',
+    'to_windows', 'window_logits', 'window_mask',
 ]
 
 
@@ -38,6 +38,15 @@ def window_mask(feat_size: List[int], window: Tuple[int, int], device: torch.dev
     """Which places of the windows hold a token: bool `(windows, tokens of a window)`, or None where all do."""
     mask = block_mask(feat_size, window, device)
     return mask if mask is None else mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def table_bias(table: torch.Tensor, window_size: int) -> torch.Tensor:
+    """The bias `(h, window_size², window_size²)` by a table `((2·window_size - 1)², h)` of differences of places."""
+    places = torch.arange(window_size, device=table.device)
+    step = places.unsqueeze(1) - places + window_size - 1
+    index = step[:, None, :, None] * (2 * window_size - 1) + step[None, :, None, :]
+    area = window_size * window_size  # TorchScript's ** is a float
+    return table[index.flatten()].view(area, area, -1).permute(2, 0, 1)
 
 
 def crop_bias(bias: torch.Tensor, window_size: int, window: Tuple[int, int]) -> torch.Tensor:

@@ -113,7 +113,13 @@ def check_eva_args(
         if noise is not None and list(noise.shape) != [B, h, num_cells, d]:
             raise ValueError(f'noise must be (batch, heads, cells, head_dim) = ({B}, {h}, {num_cells}, {d}), '
                              f'got {_shape(noise)}')
-    check_bias(h, window_size, rel_pos_bias)
+    if rel_pos_bias is not None and rel_pos_bias.dim() == 2:
+        places = (2 * window_size - 1) * (2 * window_size - 1)
+        if list(rel_pos_bias.shape) != [places, h]:
+            raise ValueError(f'rel_pos_bias, as a table, must be ((2·window_size - 1)², heads) = ({places}, {h}), got '
+                             f'{_shape(rel_pos_bias)}')
+    else:
+        check_bias(h, window_size, rel_pos_bias)
     check_dropout(dropout_p)
 
 

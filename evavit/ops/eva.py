@@ -9,7 +9,7 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .blocks import accumulation_dtype, crop_bias, from_windows, to_windows, window_mask
+from .blocks import accumulation_dtype, crop_bias, from_windows, table_bias, to_windows, window_mask
 from .checks import check_eva_args, check_grid, check_partition
 from .fused import has_kernels, records_graph
 from .grid import band_cells, block_counts, cell_shape, static_size, to_bands, window_shape
@@ -122,7 +122,8 @@ def _plain(
         # On a CPU a product of small matrices by a transposed view takes longer than the copy and the product together.
         local = (queries @ keys.transpose(-2, -1).contiguous()).to(dtype)
         if rel_pos_bias is not None:
-            bias = crop_bias(rel_pos_bias, window_size, window).to(dtype).unsqueeze(1)
+            bias = rel_pos_bias if rel_pos_bias.dim() == 3 else table_bias(rel_pos_bias, window_size)
+            bias = crop_bias(bias, window_size, window).to(dtype).unsqueeze(1)
             # The gradient of a tensor that is expanded here is summed axis by axis, several times faster on a CPU.
             local = torch.add(bias.expand(-1, local.shape[2], -1, -1), local, alpha=scale)
         else:
@@ -194,7 +195,8 @@ def eva_attention(
             bias `(d)`, shared by the heads. Needed unless partition_grid is 0.
         summary_k: The same for k's summary.
         rel_pos_bias: b, `(h, window_size², window_size²)`: [head, query's place, key's place] in raster order of a
-            whole window. None for no bias.
+            whole window; or `((2·window_size - 1)², h)`, the table of `timm.layers.RelPosBias` that b is taken from by
+            the difference of places, which spares the kernels the way through b. None for no bias.
         window_size: Side of a window in tokens; 0 leaves E empty.
         partition_grid: Cells asked for along each axis: a cell is ceil(L / partition_grid) tokens along an axis of L
             tokens; 0 for no cells.

@@ -98,29 +98,55 @@ def _split_bias(bias, dtype: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _pad_bias(bias, padded, unit, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TILE: tl.constexpr):
-    """A bias `(SIDE², SIDE²)` cropped to a window of WH × WW, in a unit, padded with zeros to `(S, S)`."""
-    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    j = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    bias += tl.program_id(2) * SIDE * SIDE * SIDE * SIDE
-    row, col = (i // WW) * SIDE + i % WW, (j // WW) * SIDE + j % WW
-    mask = (i < WH * WW)[:, None] & (j < WH * WW)[None, :]
-    x = tl.load(bias + row[:, None] * (SIDE * SIDE) + col[None, :], mask=mask, other=0.0).to(tl.float32) / unit
-    tl.store(padded + tl.program_id(2) * S * S + i[:, None] * S + j[None, :], x)
+def _bias_at(bias, i, j, mask, SIDE: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr):
+    """The bias of queries i and keys j of a window with rows of WW, for one head: the program's axis 2."""
+    head = tl.program_id(2)
+    if TABLE:  # (differences of places, heads)
+        place = (i // WW - j // WW + SIDE - 1) * (2 * SIDE - 1) + i % WW - j % WW + SIDE - 1
+        offset = place * tl.num_programs(2) + head
+    else:  # (heads, SIDE², SIDE²)
+        offset = ((head * SIDE * SIDE + (i // WW) * SIDE + i % WW) * SIDE + j // WW) * SIDE + j % WW
+    return tl.load(bias + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr):
+def _pad_bias(bias, padded, unit, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr,
+              TILE: tl.constexpr):
+    """The bias of a window of WH × WW in a unit, padded with zeros to `(S, S)`."""
+    i = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
+    j = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
+    x = _bias_at(bias, i, j, (i < WH * WW) & (j < WH * WW), SIDE, WW, TABLE) / unit
+    tl.store(padded + tl.program_id(2) * S * S + i * S + j, x)
+
+
+@triton.jit
+def _pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
+                        TABLE: tl.constexpr):
     """`_pad_bias` for one tile of 64, in the order in which the 128 threads of a warp group hold a tile of products: 4
     values of a thread, threads, eighths of the columns. Keys that are none get what no logit outweighs."""
     m = tl.program_id(0) * 256 + tl.arange(0, 256)
     i = (m >> 7 & 3) * 16 + (m >> 1 & 1) * 8 + (m >> 4 & 7)
     j = (m >> 9) * 8 + (m >> 2 & 3) * 2 + (m & 1)
-    bias += tl.program_id(2) * SIDE * SIDE * SIDE * SIDE
-    row, col = (i // WW) * SIDE + i % WW, (j // WW) * SIDE + j % WW
     key = j < WH * WW
-    x = tl.load(bias + row * (SIDE * SIDE) + col, mask=key & (i < WH * WW), other=0.0).to(tl.float32) / unit
+    x = _bias_at(bias, i, j, key & (i < WH * WW), SIDE, WW, TABLE) / unit
     tl.store(padded + tl.program_id(2) * 4096 + m, tl.where(key, x, -(2.0 ** 100)))
+
+
+@triton.jit
+def _table_grad(dbias, dtable, S, heads, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, E: tl.constexpr,
+                I: tl.constexpr):
+    """The gradient of a table of biases: its entry for a difference of places is the sum over the pairs of places of
+    a window of WH × WW that are so far apart, in one fixed order."""
+    e = tl.program_id(0) * E + tl.arange(0, E)
+    head = tl.program_id(1)
+    dy, dx = e // (2 * SIDE - 1) - (SIDE - 1), e % (2 * SIDE - 1) - (SIDE - 1)
+    acc = tl.zeros([E, I], tl.float32)
+    for i0 in range(0, WH * WW, I):
+        i = i0 + tl.arange(0, I)
+        y, x = (i // WW)[None, :] - dy[:, None], (i % WW)[None, :] - dx[:, None]  # the key's place
+        mask = (i < WH * WW)[None, :] & (y >= 0) & (y < WH) & (x >= 0) & (x < WW)
+        acc += tl.load(dbias + (head * S + i[None, :]) * S + y * WW + x, mask=mask, other=0.0)
+    tl.store(dtable + e * heads + head, tl.sum(acc, 1), mask=e < (2 * SIDE - 1) * (2 * SIDE - 1))
 
 
 @triton.jit
@@ -816,35 +842,40 @@ class _Plan:
         """Tiles of the two cell kernels: G cells, T tokens of each; ONCE if that is all of their tokens.
 
         The forward takes many cells and few tokens, so that weights are loaded and projections done for many cells at
-        once, as long as programs are enough. The backward takes whole cells, and few. Products of narrow heads in half
-        precision are too small for many warps: a program of 16 has a processor to itself and nothing to do beside it.
+        once, as long as programs are enough. The backward takes whole cells, and few. All by measurement on an H100.
 
         No tile has fewer elements than threads: where it has, warps hold the same elements, and write them to the same
         places of shared memory at the same time.
         """
-        def filled(warps: int, G: int, T: int) -> int:
-            return min(warps, max(1, G * T * self.BD // 32))
-        tokens = triton.next_power_of_2(self.ch * self.cw)
-        cells = triton.next_power_of_2(max(self.cells, 1))
+        area, pairs = self.ch * self.cw, self.B * self.heads
+        tokens, cells = triton.next_power_of_2(area), triton.next_power_of_2(max(self.cells, 1))
         shrink = max(64, self.BD) // 64 * (2 if self.full else 1)
-        T = min(tokens, 8)
-        pairs = self.B * self.heads
-        warps = 16 if pairs >= PROGRAMS // 2 else 8 if pairs >= PROGRAMS // 8 else 4
-        G = min((512 if warps == 16 else 256) // shrink // T, cells)
-        while G > 1 and pairs * ceil_div(self.cells, G) < PROGRAMS // 4:
-            G, T = G // 2, min(T * 2, tokens)
         narrow = self.BD <= 32 and not self.full
+
+        def tile(warps: int, G: int, T: int) -> dict:
+            warps = min(warps, max(1, G * T * self.BD // 32))
+            return dict(G=G, T=T, ONCE=area <= T, num_warps=warps, num_stages=1)
+
+        T = min(tokens, 4 if narrow or tokens <= 4 else 8)
         if narrow:
-            warps, G, T = 2, min(16, cells), min(tokens, 4)
-        warps = filled(warps, G, T)
-        forward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
-        if warps == 16:  # what a processor's registers allow
+            warps, G = (8, 64) if pairs >= PROGRAMS // 2 else (1, 8)
+        elif tokens <= 4:
+            warps, G = 4, 16 // min(shrink, 2)
+        else:
+            warps = 16 if pairs >= PROGRAMS // 2 else 8 if pairs >= PROGRAMS // 16 else 4
+            G = (512 if warps == 16 else 256) // shrink // T
+        G = min(G, cells)
+        while warps == 4 and G > 1 and pairs * ceil_div(self.cells, G) < PROGRAMS // 4:
+            G, T = G // 2, min(T * 2, tokens)
+        forward = tile(warps, G, T)
+        if warps >= 8 or tokens <= 4:  # registers for a second program on a processor
             forward['maxnreg'] = 128
-        T = min(tokens, 256 // shrink)
-        G = min(max(1, 32 // T), cells)
-        warps = filled(1 if narrow else 2 if T * G <= 32 else 4, G, T)
-        backward = dict(G=G, T=T, ONCE=self.ch * self.cw <= T, num_warps=warps, num_stages=1)
-        return forward, backward
+
+        most = 256 // shrink
+        T = min(tokens, most if tokens <= most else most // 2)
+        G = min(max(1, (16 if narrow else 8) // T), cells)
+        warps = 8 if tokens > most else 1 if T <= 16 or narrow else 2 if T <= 64 else 4
+        return forward, tile(warps, G, T)
 
     def per_program(self, windows: int) -> int:
         """Windows that one program walks: at most `windows`, fewer where the card would stay empty."""
@@ -852,12 +883,13 @@ class _Plan:
         return min(windows, triton.next_power_of_2(enough), self.n_win)
 
     def pad_bias(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
-        """The bias `(h, NT · BM, NT · BM)` of this grid's windows, aligned to tiles."""
+        """The bias `(h, NT · BM, NT · BM)` of this grid's windows, aligned to tiles; from a table as well."""
         side = self.NT * self.BM
         padded = torch.empty(self.heads, side, side, dtype=torch.float32, device=bias.device)
         self.launch(
             _pad_bias, (side // 16, side // 16, self.heads),
-            bias.contiguous(), padded, unit, side, SIDE=self.side, WH=self.wh, WW=self.ww, TILE=16)
+            bias.contiguous(), padded, unit, side,
+            SIDE=self.side, WH=self.wh, WW=self.ww, TABLE=bias.dim() == 2, TILE=16)
         return padded
 
     def pad_bias_fragments(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
@@ -865,16 +897,22 @@ class _Plan:
         padded = torch.empty(self.heads, 64, 64, dtype=torch.float32, device=bias.device)
         self.launch(
             _pad_bias_fragments, (16, 1, self.heads),
-            bias.contiguous(), padded, unit, SIDE=self.side, WH=self.wh, WW=self.ww)
+            bias.contiguous(), padded, unit, SIDE=self.side, WH=self.wh, WW=self.ww, TABLE=bias.dim() == 2)
         return padded
 
     def sum(self, parts: torch.Tensor) -> torch.Tensor:
         """Sum over the first axis of a float32 tensor."""
         return sum_parts(self.launch, parts)
 
-    def crop_bias(self, dbias: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `pad_bias`, but for the unit."""
+    def bias_grad(self, dbias: torch.Tensor, table: bool) -> torch.Tensor:
+        """The adjoint of `pad_bias`, but for the unit: the gradient of the bias, or of its table."""
         h, side, (wh, ww) = self.heads, self.side, (self.wh, self.ww)
+        if table:
+            entries = (2 * side - 1) ** 2
+            dtable = torch.empty(entries, h, dtype=dbias.dtype, device=dbias.device)
+            self.launch(_table_grad, (ceil_div(entries, 16), h, 1),
+                        dbias, dtable, dbias.shape[-1], h, SIDE=side, WH=wh, WW=ww, E=16, I=64)
+            return dtable
         dbias = dbias[:, :wh * ww, :wh * ww]
         if wh < side or ww < side:
             whole = dbias.new_zeros(h, side, side, side, side)
@@ -1137,7 +1175,7 @@ def _eva_backward(
                 **options, BD=plan.BD, BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC,
                 LOCAL=plan.local, PREC=plan.prec, **LAUNCH['backward_tokens'])
         if bias is not None:
-            dbias = plan.crop_bias(plan.sum(dbias_parts))
+            dbias = plan.bias_grad(plan.sum(dbias_parts), bias.dim() == 2)
         else:
             dbias = torch.zeros(dbias_shape, dtype=torch.float32, device=q.device)
     return (*grads, dparams, dbias)

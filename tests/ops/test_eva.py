@@ -261,6 +261,19 @@ def test_memory_for_the_backward_pass_is_linear():
     assert large < 1.2 * small
 
 
+@pytest.mark.parametrize(('feat_size', 'window_size'), [((8, 8), 4), ((5, 9), 3), ((4, 7), 6)])
+def test_table_of_biases(feat_size, window_size):
+    q, k, v = torch.randn(3, 2, 3, feat_size[0] * feat_size[1], 8, dtype=torch.float64)
+    table = torch.randn((2 * window_size - 1) ** 2, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for bias in table, bias_from_table(table, window_size, 3):
+        out = eva_attention(q, k, v, feat_size, rel_pos_bias=bias, window_size=window_size, partition_grid=0)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [table])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert results[0][1].abs().max() > 0.1
+
+
 @pytest.mark.parametrize('change, message', [
     (dict(window_size=0, partition_grid=0), 'nothing to attend to'),
     (dict(window_size=-1), 'window_size must be 0'),
@@ -268,6 +281,7 @@ def test_memory_for_the_backward_pass_is_linear():
     (dict(feat_size=(3, 5)), r'feat_size \(3, 5\) does not hold the 16 tokens'),
     (dict(summary_q=None), 'needs summary_q and summary_k'),
     (dict(rel_pos_bias=torch.zeros(2, 9, 9)), r'rel_pos_bias must be .*\(2, 16, 16\)'),
+    (dict(rel_pos_bias=torch.zeros(25, 2)), r'rel_pos_bias, as a table, must be .*\(49, 2\), got'),
     (dict(noise=torch.zeros(1, 2, 3, 8)), r'noise must be .*\(1, 2, 16, 8\)'),
     (dict(dropout_p=1.0), 'dropout_p must be'),
     (dict(k=torch.zeros(1, 2, 15, 8)), 'must have one shape'),

@@ -20,12 +20,13 @@ SHAPES = [
 
 def make_case(feat_size, window_size, partition_grid, dtype, *, B=2, h=3, d=32, bias=True, noise=True, factor=1.,
               device='cuda'):
-    """qkv `(B, N, 3, h, d)`, the eight parameters, the bias, the noise and a gradient of the output."""
+    """qkv `(B, N, 3, h, d)`, the eight parameters, the bias (or 'table'), the noise and a gradient of the output."""
     N, cells = feat_size[0] * feat_size[1], eva_num_cells(list(feat_size), partition_grid)
     qkv = (factor * torch.randn(B, N, 3, h, d)).to(dtype)
     summary = [t for _ in range(2 if partition_grid else 0)
                for t in (torch.randn(d, d) * d ** -0.5, *(x + 0.1 * torch.randn(d) for x in (0, 1, 0)))]
-    rel_pos_bias = torch.randn(h, window_size ** 2, window_size ** 2) if bias and window_size else None
+    shape = ((2 * window_size - 1) ** 2, h) if bias == 'table' else (h, window_size ** 2, window_size ** 2)
+    rel_pos_bias = torch.randn(shape) if bias and window_size else None
     epsilon = torch.randn(B, h, cells, d) if noise and cells else None
     grad = torch.randn(B, N, h, d).to(dtype).transpose(1, 2)
 
@@ -98,6 +99,11 @@ class TestKernels:
     def test_layouts(self, layout, bias, noise, poison):
         shape = ((14, 9), 7, 3)
         check(make_case(*shape, torch.bfloat16, bias=bias, noise=noise), shape, torch.bfloat16, layout)
+
+    @pytest.mark.parametrize('shape', [shape for shape in SHAPES if shape[1]], ids=str)
+    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
+    def test_table_of_biases(self, shape, dtype, poison):
+        check(make_case(*shape, dtype, bias='table'), shape, dtype)
 
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     def test_large_inputs_stay_finite(self, dtype):
@@ -203,15 +209,16 @@ from kernel_checks import relative_rms
 from ops.test_eva_triton import make_case, run
 reference_path = evavit.ops.eva._runs_fused
 torch.manual_seed(0)
-for shape in [((9, 7), 4, 3), ((5, 6), 0, 3), ((6, 5), 5, 0), ((3, 3), 7, 2)]:
-    case = make_case(*shape, torch.float32, B=1, h=2, d=16, device='cpu')
+for shape, bias in [(((9, 7), 4, 3), True), (((9, 7), 4, 3), 'table'), (((5, 6), 0, 3), True), (((6, 5), 5, 0), True),
+                    (((3, 3), 7, 2), True), (((10, 4), 9, 1), 'table')]:
+    case = make_case(*shape, torch.float32, B=1, h=2, d=16, bias=bias, device='cpu')
     reference = run(case, *shape, fused=False, dtype=torch.float64)
     evavit.ops.eva._runs_fused = lambda *args: True
     fused = run(case, *shape, fused=True)
     evavit.ops.eva._runs_fused = reference_path
     for name, value in fused.items():
         error = relative_rms(value, reference[name])
-        assert error < 1e-5, (shape, name, error)
+        assert error < 1e-5, (shape, bias, name, error)
 print('agree')
 """
 
