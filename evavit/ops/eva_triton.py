@@ -871,10 +871,9 @@ class _Plan:
         if warps >= 8 or tokens <= 4:  # registers for a second program on a processor
             forward['maxnreg'] = 128
 
-        most = 256 // shrink
-        T = min(tokens, most if tokens <= most else most // 2)
-        G = min(max(1, (16 if narrow else 8) // T), cells)
-        warps = 8 if tokens > most else 1 if T <= 16 or narrow else 2 if T <= 64 else 4
+        T = min(tokens, 256 // shrink)
+        G = min(max(1, 32 // T), cells)
+        warps = 1 if narrow else 2 if T * G <= 32 else 4
         return forward, tile(warps, G, T)
 
     def per_program(self, windows: int) -> int:
