@@ -856,11 +856,12 @@ class _Plan:
             warps = min(warps, max(1, G * T * self.BD // 32))
             return dict(G=G, T=T, ONCE=area <= T, num_warps=warps, num_stages=1)
 
-        T = min(tokens, 4 if narrow or tokens <= 4 else 8)
+        T = min(tokens, 4 if narrow else 8)
+        few = tokens <= 4 and shrink == 1 and not narrow
         if narrow:
             warps, G = (8, 64) if pairs >= PROGRAMS // 2 else (1, 8)
-        elif tokens <= 4:
-            warps, G = 4, 16 // min(shrink, 2)
+        elif few:
+            warps, G = 4, 16
         else:
             warps = 16 if pairs >= PROGRAMS // 2 else 8 if pairs >= PROGRAMS // 16 else 4
             G = (512 if warps == 16 else 256) // shrink // T
@@ -868,7 +869,7 @@ class _Plan:
         while warps == 4 and G > 1 and pairs * ceil_div(self.cells, G) < PROGRAMS // 4:
             G, T = G // 2, min(T * 2, tokens)
         forward = tile(warps, G, T)
-        if warps >= 8 or tokens <= 4:  # registers for a second program on a processor
+        if warps == 16 or (warps == 8 and shrink == 1) or few:  # what registers allow, or for one program more
             forward['maxnreg'] = 128
 
         T = min(tokens, 256 // shrink)
