@@ -18,6 +18,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package may not be installed here
 
@@ -101,6 +103,8 @@ def main() -> int:
     parser.add_argument('--torchcompile', nargs='+', choices=MODES, default=MODES, help='modes of the models')
     parser.add_argument('--results-file', type=Path, default=ROOT / 'results' / 'h100.csv')
     args = parser.parse_args()
+    if args.steps != ['page'] and not torch.cuda.is_available():  # a CPU's rows have no place among the GPU's
+        parser.error('no CUDA device here; --steps page works without one, make cpu-bench measures a CPU')
 
     good = True
     for step in (step for step in STEPS if step in args.steps):

@@ -4,7 +4,7 @@ from typing import List
 import torch
 import torch.nn.functional as F
 
-from .fused import has_kernels, records_graph
+from .fused import has_kernels, needs_plain
 
 __all__ = ['depthwise_gelu', 'depthwise_gelu_backend']
 
@@ -61,7 +61,7 @@ def depthwise_gelu_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _runs_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if records_graph():
+    if needs_plain():
         return False
     # Without autocast a convolution refuses dtypes that differ. An empty batch has nothing to launch a kernel for.
     autocast = x.device.type == 'cuda' and torch.is_autocast_enabled('cuda')

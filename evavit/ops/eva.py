@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .blocks import accumulation_dtype, crop_bias, from_windows, table_bias, to_windows, window_mask
 from .checks import check_eva_args, check_grid, check_partition
-from .fused import has_kernels, records_graph
+from .fused import has_kernels, needs_plain
 from .grid import band_cells, block_counts, cell_shape, static_size, to_bands, window_shape
 
 __all__ = ['eva_attention', 'eva_attention_packed', 'eva_backend', 'eva_num_cells']
@@ -288,7 +288,7 @@ def eva_backend(
 
 def _runs_fused(q: torch.Tensor, window_size: int, partition_grid: int, dropout_p: float,
                 noise: Optional[torch.Tensor]) -> bool:
-    if records_graph():
+    if needs_plain():
         return False
     if noise is not None and noise.requires_grad:  # the kernels' backward has no gradient for it
         return False

@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-__all__ = ['has_kernels', 'records_graph']
+__all__ = ['has_kernels', 'needs_plain']
 
 
 @functools.cache
@@ -22,10 +22,12 @@ def has_kernels(module: str) -> bool:
     return _loads(module)
 
 
-def records_graph() -> bool:
-    """Whether a graph is traced or exported.
+def needs_plain() -> bool:
+    """Whether only PyTorch's own operators will do: a graph is traced or exported, or torch.func or forward-mode
+    differentiation is at work, which would take the kernels' derivative for zero.
 
-    It holds PyTorch's own operators, so that it runs where this package is not installed. The flag is read and
-    `torch.compiler.is_exporting` not called: torch 2.11 says True to it under every torch.compile.
+    A graph then runs where this package is not installed. The flag is read and `torch.compiler.is_exporting` not
+    called: torch 2.11 says True to it under every torch.compile.
     """
-    return torch.jit.is_tracing() or getattr(torch.compiler, '_is_exporting_flag', False)
+    return (torch.jit.is_tracing() or getattr(torch.compiler, '_is_exporting_flag', False)
+            or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)

@@ -28,7 +28,8 @@ def register_op(short: str, function: Callable, fake: Callable, setup_context: O
         function: Computes it.
         fake: The same for tensors without data.
         setup_context: `setup_context(ctx, inputs, output)`, as in `torch.autograd.Function`.
-        backward: `backward(ctx, *grads)`, likewise.
+        backward: `backward(ctx, *grads)`, likewise. Without it a derivative raises RuntimeError, where PyTorch by
+            itself would leave it out of the sum.
     """
     # Not torch.library.custom_op and register_autograd: what they wrap around each call takes the processor longer
     # than the launches in it.
@@ -37,13 +38,16 @@ def register_op(short: str, function: Callable, fake: Callable, setup_context: O
     torch.library.impl(name, ('cuda', 'cpu'), function)  # 'cpu' serves Triton's interpreter
     torch.library.register_fake(name, fake)
     if backward is None:
-        return
+        def backward(ctx, *grads):
+            raise RuntimeError(f'{name} has no derivative. Second derivatives need the plain path: fused=False, or '
+                               f'timm.layers.set_fused_attn(False) before the model is made')
     op = getattr(torch.ops.evavit, short).default
 
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*inputs)
-        setup_context(ctx, inputs, output)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
         return output
 
     differentiable = type(f'{short}_function', (torch.autograd.Function,), {

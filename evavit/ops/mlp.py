@@ -4,7 +4,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from .fused import has_kernels, records_graph
+from .fused import has_kernels, needs_plain
 
 __all__ = ['mlp_gelu', 'mlp_gelu_backend']
 
@@ -64,7 +64,7 @@ def mlp_gelu_backend(device: torch.device, dtype: torch.dtype, in_features: int,
 
 def _runs_fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor,
                 bias2: torch.Tensor) -> bool:
-    if records_graph():
+    if needs_plain():
         return False
     dtype = x.dtype
     if x.device.type == 'cuda' and torch.is_autocast_enabled('cuda') and dtype != torch.float64:

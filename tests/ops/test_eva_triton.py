@@ -243,3 +243,38 @@ def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
     torch.compile(layer, backend=backend, fullgraph=True)(x, [3, 4])
     assert 'evavit.eva' in graphs[0]
     assert 'evavit' not in str(torch.export.export(layer, (x, [3, 4])).graph)
+
+
+DERIVATIVES = """
+import sys, torch
+import evavit.ops.eva
+from evavit.layers import EvaAttention
+evavit.ops.eva.eva_backend = lambda *args, **kwargs: 'triton'
+torch.manual_seed(0)
+layer = EvaAttention(32, 2, window_size=3, partition_grid=2).eval()
+layer.fused_attn = True
+x, tangent = torch.randn(1, 20, 32, requires_grad=True), torch.randn(1, 20, 32)
+loss = lambda x: layer(x, [5, 4]).square().sum()
+expected, = torch.autograd.grad(loss(x), x, create_graph=True)
+try:
+    torch.autograd.grad(expected.square().sum(), x, allow_unused=True)
+except RuntimeError as error:
+    assert 'evavit::eva_backward has no derivative' in str(error), error
+else:
+    raise AssertionError('a second derivative left out the kernels')
+expected, point = expected.detach(), x.detach()
+torch.testing.assert_close(torch.func.grad(loss)(point), expected, rtol=1e-4, atol=1e-5)
+slope = (expected * tangent).sum()
+torch.testing.assert_close(torch.func.jvp(loss, (point,), (tangent,))[1], slope, rtol=1e-4, atol=1e-5)
+forward = torch.autograd.forward_ad
+with forward.dual_level():
+    got = forward.unpack_dual(loss(forward.make_dual(point, tangent))).tangent
+torch.testing.assert_close(got, slope, rtol=1e-4, atol=1e-5)
+print('agree')
+"""
+
+
+def test_other_derivatives_are_right_or_refused():
+    """torch.func and forward mode take the plain path; a second derivative through the kernels says what to do."""
+    pytest.importorskip('triton')
+    agrees_in_the_interpreter(DERIVATIVES)

@@ -1,6 +1,7 @@
 """docs/performance.md: figures from rows, verdicts, plots that know their data; and the steps of `make gpu`."""
 import csv
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_plot_knows_its_data(performance):
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
     """tools/gpu.py in a folder of its own, with its commands recorded and not run; `fails` names those that fail."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     module = load(ROOT / 'tools' / 'gpu.py')
     module.commands, module.fails = {}, set()
     monkeypatch.setattr(module, 'WORK', tmp_path)
@@ -182,3 +184,17 @@ def test_sanitize_needs_a_gpu():
     done = subprocess.run([sys.executable, str(ROOT / 'tools' / 'sanitize.py')], capture_output=True, text=True,
                           env={'PYTHONPATH': str(ROOT)})
     assert done.returncode == 2 and done.stderr == 'error: no CUDA device\n'
+
+
+def test_bench_refuses_a_results_file_before_it_measures(tmp_path):
+    done = subprocess.run([sys.executable, 'benchmark.py', '--bench', 'op', '--device', 'cpu', '--results-file',
+                           str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.strip() == f'error: --results-file {tmp_path} is a folder; name a file'
+
+
+def test_gpu_steps_need_a_device():
+    done = subprocess.run([sys.executable, 'tools/gpu.py', '--steps', 'op'], capture_output=True, text=True,
+                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''}, check=False)
+    assert done.returncode == 2
+    assert 'no CUDA device here' in done.stderr
