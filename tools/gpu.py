@@ -104,7 +104,8 @@ def main() -> int:
     parser.add_argument('--results-file', type=Path, default=ROOT / 'results' / 'h100.csv')
     args = parser.parse_args()
     if args.steps != ['page'] and not torch.cuda.is_available():  # a CPU's rows have no place among the GPU's
-        parser.error('no CUDA device here; --steps page works without one, make cpu-bench measures a CPU')
+        print('error: no CUDA device here; --steps page works without one, make cpu-bench measures a CPU', file=sys.stderr)
+        return 2
 
     good = True
     for step in (step for step in STEPS if step in args.steps):

@@ -844,8 +844,8 @@ class _Plan:
         The forward takes many cells and few tokens, so that weights are loaded and projections done for many cells at
         once, as long as programs are enough. The backward takes whole cells, and few. All by measurement on an H100.
 
-        No tile has fewer elements than threads: where it has, warps hold the same elements, and write them to the same
-        places of shared memory at the same time.
+        No tile has fewer elements than threads, unless it has one warp: several would hold the same elements, and write
+        them to the same places of shared memory at the same time.
         """
         area, pairs = self.ch * self.cw, self.B * self.heads
         tokens, cells = triton.next_power_of_2(area), triton.next_power_of_2(max(self.cells, 1))

@@ -28,8 +28,7 @@ def register_op(short: str, function: Callable, fake: Callable, setup_context: O
         function: Computes it.
         fake: The same for tensors without data.
         setup_context: `setup_context(ctx, inputs, output)`, as in `torch.autograd.Function`.
-        backward: `backward(ctx, *grads)`, likewise. Without it a derivative raises RuntimeError, where PyTorch by
-            itself would leave it out of the sum.
+        backward: `backward(ctx, *grads)`, likewise. It has no derivative itself: create_graph raises RuntimeError.
     """
     # Not torch.library.custom_op and register_autograd: what they wrap around each call takes the processor longer
     # than the launches in it.
@@ -38,20 +37,23 @@ def register_op(short: str, function: Callable, fake: Callable, setup_context: O
     torch.library.impl(name, ('cuda', 'cpu'), function)  # 'cpu' serves Triton's interpreter
     torch.library.register_fake(name, fake)
     if backward is None:
-        def backward(ctx, *grads):
-            raise RuntimeError(f'{name} has no derivative. Second derivatives need the plain path: fused=False, or '
-                               f'timm.layers.set_fused_attn(False) before the model is made')
+        return
     op = getattr(torch.ops.evavit, short).default
 
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*inputs)
-        if setup_context is not None:
-            setup_context(ctx, inputs, output)
+        setup_context(ctx, inputs, output)
         return output
 
+    def backward_once(ctx, *grads):
+        if torch.is_grad_enabled():  # with create_graph; without a word its part of a second derivative would be zero
+            raise RuntimeError(f'{name} has no second derivative, which create_graph asks for; take the plain path: '
+                               f'fused=False, or timm.layers.set_fused_attn(False) before the model is made')
+        return backward(ctx, *grads)
+
     differentiable = type(f'{short}_function', (torch.autograd.Function,), {
-        'forward': staticmethod(forward), 'backward': staticmethod(backward)})
+        'forward': staticmethod(forward), 'backward': staticmethod(backward_once)})
 
     def with_gradient(*inputs):
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):

@@ -255,14 +255,14 @@ layer = EvaAttention(32, 2, window_size=3, partition_grid=2).eval()
 layer.fused_attn = True
 x, tangent = torch.randn(1, 20, 32, requires_grad=True), torch.randn(1, 20, 32)
 loss = lambda x: layer(x, [5, 4]).square().sum()
-expected, = torch.autograd.grad(loss(x), x, create_graph=True)
+expected, = torch.autograd.grad(loss(x), x)
 try:
-    torch.autograd.grad(expected.square().sum(), x, allow_unused=True)
+    torch.autograd.grad(loss(x), x, create_graph=True)
 except RuntimeError as error:
-    assert 'evavit::eva_backward has no derivative' in str(error), error
+    assert 'evavit::eva has no second derivative' in str(error), error
 else:
-    raise AssertionError('a second derivative left out the kernels')
-expected, point = expected.detach(), x.detach()
+    raise AssertionError('a second derivative would leave out the kernels')
+point = x.detach()
 torch.testing.assert_close(torch.func.grad(loss)(point), expected, rtol=1e-4, atol=1e-5)
 slope = (expected * tangent).sum()
 torch.testing.assert_close(torch.func.jvp(loss, (point,), (tangent,))[1], slope, rtol=1e-4, atol=1e-5)
