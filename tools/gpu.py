@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument('--results-file', type=Path, default=ROOT / 'results' / 'h100.csv')
     args = parser.parse_args()
     if args.steps != ['page'] and not torch.cuda.is_available():  # a CPU's rows have no place among the GPU's
-        print('error: no CUDA device here; --steps page works without one, make cpu-bench measures a CPU', file=sys.stderr)
+        print('error: no CUDA device here; --steps page needs none, make cpu-bench measures a CPU', file=sys.stderr)
         return 2
 
     good = True
