@@ -148,9 +148,11 @@ def main(argv=None):
     if args.resume and not args.results_file:
         raise UserError("--resume needs a --results-file to go on with")
     if args.results_file:
-        if args.results_file.is_dir():
-            raise UserError(f"--results-file {args.results_file} is a folder; name a file")
-        benchmarking.read_rows(args.results_file)  # says before anything is timed if it is another kind of file
+        try:
+            benchmarking.store_rows(args.results_file, [])  # what keeps it from being written is said before the timing
+        except OSError as error:
+            raise UserError(
+                f"--results-file {args.results_file} cannot be written ({error.strerror}); name another file") from None
     dtype = args.amp_dtype or ("bfloat16" if device.type == "cuda" else "float32")
     setting = benchmarking.Setting(
         device, getattr(torch, dtype), args.backend, args.repeats, args.warmup, lock=args.lock)

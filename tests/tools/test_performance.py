@@ -187,10 +187,16 @@ def test_sanitize_needs_a_gpu():
 
 
 def test_bench_refuses_a_results_file_before_it_measures(tmp_path):
-    done = subprocess.run([sys.executable, 'benchmark.py', '--bench', 'op', '--device', 'cpu', '--results-file',
-                           str(tmp_path)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr.strip() == f'error: --results-file {tmp_path} is a folder; name a file'
+    other = tmp_path / 'other.csv'
+    other.write_text('a,b\n1,2\n')
+    for path, message in [(tmp_path, 'cannot be written'), (other / 'mine.csv', 'cannot be written'),
+                          (other, 'has other columns')]:
+        done = subprocess.run([sys.executable, str(ROOT / 'benchmark.py'), '--bench', 'op', '--device', 'cpu',
+                               '--results-file', str(path)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, '')
+        assert done.stderr.startswith('error: ')
+        assert f'{path} {message}' in done.stderr and done.stderr.count('\n') == 1
+    assert other.read_text() == 'a,b\n1,2\n'
 
 
 def test_gpu_steps_need_a_device():
