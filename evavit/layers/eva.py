@@ -17,7 +17,7 @@ from evavit.ops import (
     eva_num_cells,
     halo_size,
 )
-from evavit.ops.blocks import accumulation_dtype
+from evavit.ops.blocks import accumulation_dtype, relative_position_index
 from evavit.ops.checks import check_partition
 
 from .attention import GridAttention
@@ -88,11 +88,8 @@ class HaloRelPosBias(nn.Module):
 
     def init_non_persistent_buffers(self) -> None:
         """Fill the index."""
-        w, o, device = self.window, self.halo, self.relative_position_index.device
-        query, key = torch.arange(w, device=device), torch.arange(-o, w + o, device=device)
-        offset = query.unsqueeze(1) - key + w + o - 1
-        index = offset[:, None, :, None] * (2 * (w + o) - 1) + offset[None, :, None, :]
-        self.relative_position_index.copy_(index.flatten())
+        index = self.relative_position_index
+        index.copy_(relative_position_index(self.window, self.halo, index.device))
 
     def get_bias(self) -> torch.Tensor:
         """The bias `(1, h, window_size², (window_size + 2·halo)²)`."""

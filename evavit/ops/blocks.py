@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from .grid import block_counts, block_mask, from_blocks, to_blocks
 
 __all__ = [
-    'accumulation_dtype', 'cell_means', 'crop_bias', 'from_windows', 'joint_attention', 'softmax', 'table_bias',
-    'to_windows', 'window_logits', 'window_mask',
+    'accumulation_dtype', 'cell_means', 'crop_bias', 'from_windows', 'joint_attention', 'relative_position_index',
+    'softmax', 'table_bias', 'to_windows', 'window_logits', 'window_mask',
 ]
 
 
@@ -40,13 +40,21 @@ def window_mask(feat_size: List[int], window: Tuple[int, int], device: torch.dev
     return mask if mask is None else mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
+def relative_position_index(window_size: int, halo: int, device: torch.device) -> torch.Tensor:
+    """Which row of a table of biases belongs to each pair of a query of a window and a key of the same window with
+    `halo` tokens of context on every side: with r = window_size + halo and (dy, dx) query minus key, row
+    (dy + r - 1)·(2r - 1) + dx + r - 1. `(window_size² · (window_size + 2·halo)²)`, in raster order, queries first."""
+    reach = window_size + halo
+    query, key = torch.arange(window_size, device=device), torch.arange(-halo, reach, device=device)
+    step = query.unsqueeze(1) - key + reach - 1
+    return (step[:, None, :, None] * (2 * reach - 1) + step[None, :, None, :]).flatten()
+
+
 def table_bias(table: torch.Tensor, window_size: int) -> torch.Tensor:
     """The bias `(h, window_size², window_size²)` by a table `((2·window_size - 1)², h)` of differences of places."""
-    places = torch.arange(window_size, device=table.device)
-    step = places.unsqueeze(1) - places + window_size - 1
-    index = step[:, None, :, None] * (2 * window_size - 1) + step[None, :, None, :]
     area = window_size * window_size  # TorchScript's ** is a float
-    return table[index.flatten()].view(area, area, -1).permute(2, 0, 1)
+    index = relative_position_index(window_size, 0, table.device)
+    return table[index].view(area, area, -1).permute(2, 0, 1)
 
 
 def crop_bias(bias: torch.Tensor, window_size: int, window: Tuple[int, int]) -> torch.Tensor:

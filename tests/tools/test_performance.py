@@ -200,7 +200,7 @@ def test_bench_refuses_a_results_file_before_it_measures(tmp_path):
 
 
 def test_gpu_steps_need_a_device():
-    done = subprocess.run([sys.executable, 'tools/gpu.py', '--steps', 'op'], capture_output=True, text=True,
-                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''}, check=False)
+    done = subprocess.run([sys.executable, str(ROOT / 'tools' / 'gpu.py'), '--steps', 'op'], capture_output=True,
+                          text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''}, check=False)
     assert done.returncode == 2
     assert 'no CUDA device here' in done.stderr
