@@ -28,11 +28,11 @@ from statistics import mean, stdev
 
 import torch
 
-from evavit.origin import origin
-from evavit.training import data, loop, recipe
-from evavit.training.errors import UserError, run_script
-from evavit.training.options import parse_settings
-from evavit.training.process import start_process
+from evavit.bench.results import origin
+from evavit.errors import UserError, run_script
+from evavit.training import build, data, loop
+from evavit.training.config import parse_settings
+from evavit.training.distributed import start_process
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("type", "defect")
@@ -104,8 +104,8 @@ def judge(folder):
     settings.pretrained_path = None
     device = start_process(settings.device).device
     train_set, eval_set, names = data.open_training_sets(settings)
-    model = recipe.build_model(settings, len(names))
-    recipe.load_weights(model, folder / "last.safetensors")
+    model = build.build_model(settings, len(names))
+    build.load_weights(model, folder / "last.safetensors")
     model.to(device).eval()
     loader = data.eval_loader(eval_set, settings, data.resolve_input(settings, model), device, settings.batch_size)
     truth, predicted = [], []
@@ -175,7 +175,7 @@ def work(args, first, later):
                 yield job, error
         return
     context = multiprocessing.get_context("forkserver")  # its children have all of this imported, and no CUDA
-    context.set_forkserver_preload(["evavit.origin", "evavit.training.data", "sklearn.metrics"])
+    context.set_forkserver_preload(["evavit.bench.results", "evavit.training.data", "sklearn.metrics"])
     with ProcessPoolExecutor(args.jobs, context, fork_loaders) as pool:
         pending = {pool.submit(run, job, args): job for job in first}
         if FIRST not in first:

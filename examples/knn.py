@@ -17,10 +17,10 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from evavit.training import data, loop, recipe
-from evavit.training.errors import UserError, run_script
-from evavit.training.options import parse_settings
-from evavit.training.process import start_process
+from evavit.errors import UserError, run_script
+from evavit.training import build, data, loop
+from evavit.training.config import parse_settings
+from evavit.training.distributed import start_process
 
 
 @torch.no_grad()
@@ -38,10 +38,10 @@ def judge(settings, k):
     """Top-1, balanced accuracy and macro F1 in percent, and the number of pictures looked up and judged."""
     device = start_process(settings.device).device
     torch.manual_seed(0)  # the weights, where no file gives them
-    train_set, names = data.open_dataset(settings, "train", in_chans=recipe.image_channels(settings))
+    train_set, names = data.open_dataset(settings, "train", in_chans=build.image_channels(settings))
     eval_set, _ = data.open_dataset(settings, settings.split, class_names=names,
-                                    in_chans=recipe.image_channels(settings))
-    model = recipe.build_model(settings, 0).to(device).eval()
+                                    in_chans=build.image_channels(settings))
+    model = build.build_model(settings, 0).to(device).eval()
     config = data.resolve_input(settings, model)
     known, labels = features(model, data.eval_loader(train_set, settings, config, device, settings.batch_size),
                              settings, device)

@@ -4,7 +4,7 @@ import random
 
 import yaml
 
-from evavit.training.options import OPTIONS, options_of
+from evavit.training.config import OPTIONS, options_of
 
 WRONG = {  # texts that a flag could carry, values that YAML could
     int: (["ten", "2.5", "1e3", "0x10", "--", "4,5", "", "None"], ["ten", 2.5, [4], {"a": 1}, True, float("nan")]),

@@ -1,7 +1,7 @@
 """Runs of train.py and validate.py for tests: tiny image folders, a tiny model, scripts as functions or commands."""
 
 import csv
-import importlib.util
+import importlib
 import os
 import signal
 import subprocess
@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from evavit.training.requests import Requests
+from evavit.training.signals import Requests
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("apple", "pear", "plum")
@@ -82,10 +82,7 @@ def write_bad_weights(folder):
 
 
 def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"evavit_script_{name}", ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"evavit.cli.{name}")
 
 
 def command_line(script, *flags, processes=1, launcher_flags=()):

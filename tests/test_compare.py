@@ -1,13 +1,13 @@
-"""python -m evavit.compare: what it measures is what it says, and every fault is one line."""
+"""python -m evavit.bench.compare: what it measures is what it says, and every fault is one line."""
 import csv
 
 import pytest
 import torch
 from PIL import Image
 
-from evavit import compare
+from evavit.bench import compare
+from evavit.errors import run_script
 from evavit.layers import ATTENTIONS
-from evavit.training.errors import run_script
 
 each_attention = pytest.mark.parametrize('name', ATTENTIONS)
 

@@ -78,6 +78,6 @@ def test_a_promise_that_held_is_not_checked_again(monkeypatch, capsys, tmp_path)
 def test_the_code_of_a_promise_is_what_it_runs():
     module = soak()
     found = {path for pattern in module.CODE for path in ROOT.glob(pattern)}
-    for name in ('train.py', 'evavit/training/state.py', 'tests/cli/test_resume.py', 'tools/adversarial.py'):
+    for name in ('train.py', 'evavit/training/checkpoint.py', 'tests/cli/test_resume.py', 'tools/adversarial.py'):
         assert ROOT / name in found
     assert module.code() == module.code()

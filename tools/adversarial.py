@@ -14,8 +14,8 @@ import timm
 import torch
 
 import evavit  # noqa: F401  (registers the models with timm)
+from evavit.training.config import parse_settings
 from evavit.training.loop import Stepper, autocast
-from evavit.training.options import parse_settings
 
 MODELS = ("eva_deit_tiny", "eva_deit_small", "eva_deit_tiny_784", "eva_pvt_v2_b3")
 DTYPES = ("bfloat16", "float16")

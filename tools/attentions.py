@@ -2,8 +2,8 @@
 """The pictures and tables of docs/attentions.md: python tools/attentions.py
 
 Draws docs/images/attentions/NAME.png for each attention of `evavit.layers.ATTENTIONS`: its matrix of weights on a
-14 × 14 grid, and one query's weights as a map, from `evavit.compare`'s queries and keys of scikit-learn's china.jpg.
-Negative weights are blue. `tools/tables.py` writes the tables, whose errors stand in results/compare_cpu.csv. Needs
+14 × 14 grid, and one query's weights as a map, from `evavit.bench.compare`'s queries and keys of scikit-learn's
+china.jpg. Negative weights are blue. `tools/tables.py` writes the tables, whose errors stand in results/compare_cpu.csv. Needs
 matplotlib and scikit-learn, which `pip install '.[docs,quickstart]'` brings.
 """
 import argparse
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from evavit.compare import (
+from evavit.bench.compare import (
     DIM,
     NUM_HEADS,
     attention_matrix,

@@ -11,9 +11,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from evavit.training import recipe
-from evavit.training.errors import UserError, run_script
-from evavit.training.state import replacing, stored_metric
+from evavit.errors import UserError, run_script
+from evavit.training import build
+from evavit.training.checkpoint import replacing, stored_metric
 
 
 def main(argv=None):
@@ -45,7 +45,7 @@ def average(paths, use_ema=True):
     """The mean of the weights of files, added in float64."""
     total, first = {}, None
     for path in paths:
-        state = recipe.read_weights(path, use_ema=use_ema)
+        state = build.read_weights(path, use_ema=use_ema)
         shapes = {name: value.shape for name, value in state.items()}
         first = first or (path, shapes, {name: value.dtype for name, value in state.items()})
         if shapes != first[1]:

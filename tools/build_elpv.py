@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from evavit.training.errors import UserError, run_script
+from evavit.errors import UserError, run_script
 
 BLOCK, EVERY = 60, 5
 TASKS = ("type", "defect")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from avg_checkpoints import save
 
-from evavit.training import recipe
-from evavit.training.errors import run_script
+from evavit.errors import run_script
+from evavit.training import build
 
 
 def main(argv=None):
@@ -24,7 +24,7 @@ def main(argv=None):
     parser.add_argument("--no-hash", action="store_true", help="leave the name as it is")
     args = parser.parse_args(argv)
     output = Path(args.output)
-    weights = recipe.read_weights(args.checkpoint, use_ema=not args.no_use_ema)
+    weights = build.read_weights(args.checkpoint, use_ema=not args.no_use_ema)
     save(weights, output)
     if not args.no_hash:
         digest = hashlib.sha256(output.read_bytes()).hexdigest()[:8]

@@ -22,10 +22,10 @@ from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models import get_model_input_config, load_checkpoint
 
-from evavit import exporting
-from evavit.benchmarking import SOFTMAX_MODELS
-from evavit.origin import origin
-from evavit.training.state import saved_settings
+from evavit import export as exporting
+from evavit.bench.models import SOFTMAX_MODELS
+from evavit.bench.results import origin
+from evavit.training.checkpoint import saved_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results' / 'export_cpu.csv'

@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package may not be installed here
 
-from evavit.benchmarking import read_rows, store_rows  # noqa: E402
+from evavit.bench.models import read_rows, store_rows  # noqa: E402
 
 GATHERING = threading.Lock()
 MODELS = {  # the longest to compile first

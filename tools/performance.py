@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional
 
-from evavit.benchmarking import SOFTMAX_MODELS
+from evavit.bench.models import SOFTMAX_MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 PLOT = ROOT / 'docs' / 'images' / 'performance.svg'

@@ -11,10 +11,10 @@ import json
 import sys
 from pathlib import Path
 
+from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
-from evavit.training import recipe, state
-from evavit.training.errors import UserError, run_script
-from evavit.training.options import parse_settings
+from evavit.training import build, checkpoint
+from evavit.training.config import parse_settings
 
 PREPARATION = ("mean", "std", "interpolation", "crop_pct")
 METRICS = ("top1", "top5", "loss", "images")
@@ -28,7 +28,7 @@ def main(argv=None):
     parser.add_argument("--licence", required=True, help="of the weights, such as apache-2.0")
     parser.add_argument("--results-file", help="metrics: the .csv or .json of validate.py")
     args = parser.parse_args(argv)
-    saved = state.saved_settings(args.checkpoint)
+    saved = checkpoint.saved_settings(args.checkpoint)
     if "model" not in saved:
         raise UserError(f"{args.checkpoint}: holds no settings of train.py; take one of its checkpoints, or call "
                         f"evavit.hub.save_folder with your own model")
@@ -36,8 +36,8 @@ def main(argv=None):
     for name in ("model", "model_kwargs", "in_chans", "img_size", "input_size"):
         setattr(settings, name, saved.get(name))
     names = saved.get("class_names")
-    model = recipe.build_model(settings, saved.get("num_classes") or len(names))
-    recipe.load_weights(model, args.checkpoint)
+    model = build.build_model(settings, saved.get("num_classes") or len(names))
+    build.load_weights(model, args.checkpoint)
     metrics = read_metrics(args.results_file) if args.results_file else None
     try:
         folder = save_folder(

@@ -23,7 +23,7 @@ import evavit  # noqa: F401  registers the models
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from evavit.benchmarking import read_rows, store_rows  # noqa: E402
+from evavit.bench.models import read_rows, store_rows  # noqa: E402
 
 
 def main() -> int:

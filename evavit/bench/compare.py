@@ -28,10 +28,11 @@ from PIL import Image, UnidentifiedImageError
 from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
-from .benchmarking import median_seconds
-from .layers import ATTENTIONS, GridAttention, attention_layer
-from .origin import origin
-from .training.errors import UserError, first_line, run_script
+from evavit.errors import UserError, first_line, run_script
+from evavit.layers import ATTENTIONS, GridAttention, attention_layer
+
+from .models import median_seconds
+from .results import origin
 
 __all__ = ['PLAIN', 'attention_matrix', 'image_qkv', 'make_attention', 'open_picture', 'relative_rms']
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..origin import origin
-from . import data, loop, recipe
-from .errors import UserError
-from .options import parse_settings
-from .process import start_process
+from evavit.errors import UserError
+from evavit.training import data, loop
+from evavit.training.config import parse_settings
+from evavit.training.distributed import start_process
+
+from .results import origin
 
 LEAST = 500_000  # images that a pass can draw: more than 16 processes read in half a minute
 
@@ -33,7 +34,7 @@ def parse(argv):
 def main(argv):
     """Print a row for each number of workers."""
     own, settings = parse(argv)
-    recipe.check_settings(settings)
+    build.check_settings(settings)
     process = start_process(settings.device)
     for workers in own.workers_list or [settings.workers]:
         settings.workers = workers
@@ -68,7 +69,7 @@ def measure(settings, process, seconds, repeats, loader_only=False):
     the loop waits for a batch."""
     train_set, _, names = data.open_training_sets(settings)
     images = len(train_set)
-    model = recipe.build_model(settings, data.class_count(settings, names)).to(process.device)
+    model = build.build_model(settings, data.class_count(settings, names)).to(process.device)
     model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
     config = data.resolve_input(settings, model)
     if not isinstance(train_set, torch.utils.data.IterableDataset):
@@ -101,10 +102,10 @@ def measure(settings, process, seconds, repeats, loader_only=False):
 
 
 def _training_step(model, settings, process):
-    optimizer = recipe.build_optimizer(model, settings, 1e-4)
-    mixup = recipe.build_mixup(settings, model.num_classes)
-    task = recipe.build_task(model.train(), settings, process.device)
-    recipe.compile_and_distribute(task, settings, process)
+    optimizer = build.build_optimizer(model, settings, 1e-4)
+    mixup = build.build_mixup(settings, model.num_classes)
+    task = build.build_task(model.train(), settings, process.device)
+    build.compile_and_distribute(task, settings, process)
 
     def step(images, target):
         if mixup is not None:

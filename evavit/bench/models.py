@@ -30,10 +30,10 @@ from timm.models import resolve_model_input_args
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .layers import EvaAttention, SoftmaxAttention
-from .ops import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
-from .training.errors import UserError, first_line
-from .training.options import nearest
+from evavit.errors import UserError, first_line
+from evavit.layers import EvaAttention, SoftmaxAttention
+from evavit.ops import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
+from evavit.training.config import nearest
 
 __all__ = ['BACKENDS', 'COLUMNS', 'GRIDS', 'HARMLESS', 'SOFTMAX_MODELS', 'Setting', 'bench_layer', 'bench_model',
            'bench_op', 'copy_rate', 'default_batch', 'input_size', 'is_done', 'median_seconds', 'parse_model',

@@ -10,7 +10,7 @@ from typing import Dict
 import timm
 import torch
 
-from .version import __version__
+from evavit.version import __version__
 
 __all__ = ['origin']
 

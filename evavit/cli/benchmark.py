@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Time EVA beside softmax attention: whole models, the attention layer, attention alone.
 
     python benchmark.py --bench train infer --model eva_deit_tiny_784 -b 128 --torchcompile --results-file h100.csv
@@ -24,10 +23,10 @@ from pathlib import Path
 import timm
 import torch
 
-from evavit import benchmarking
-from evavit.origin import origin
-from evavit.training import throughput
-from evavit.training.errors import UserError, run_script
+from evavit.bench import loader as throughput
+from evavit.bench import models as benchmarking
+from evavit.bench.results import origin
+from evavit.errors import UserError, run_script
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Write a classifier in a form that runs elsewhere: python export.py OUT.onnx --checkpoint FILE
 
 The end of the name chooses the form: .onnx for onnxruntime and TensorRT, .pt2 for a package compiled ahead of time,
@@ -15,11 +14,11 @@ from pathlib import Path
 import torch
 from timm.utils.model import reparameterize_model
 
-from evavit import exporting
-from evavit.training import data, recipe, state
-from evavit.training.errors import UserError, first_line, run_script
-from evavit.training.options import parse_settings
-from evavit.training.process import start_process
+from evavit import export as exporting
+from evavit.errors import UserError, first_line, run_script
+from evavit.training import build, checkpoint, data
+from evavit.training.config import parse_settings
+from evavit.training.distributed import start_process
 
 log = logging.getLogger("evavit.export")
 
@@ -33,18 +32,18 @@ def main(argv=None):
     settings, given = parse_settings("export", words, __doc__)
     check_settings(settings, output)
     process = start_process(settings.device if output.suffix == ".pt2" else "cpu")
-    class_names = state.complete_from_checkpoint(settings, given)
+    class_names = checkpoint.complete_from_checkpoint(settings, given)
     if not settings.model:
         raise UserError("no model: give --model NAME, or --checkpoint FILE of a run of train.py")
 
     torch.manual_seed(0)
-    model = recipe.build_model(settings, settings.num_classes)
+    model = build.build_model(settings, settings.num_classes)
     if settings.checkpoint:
-        state.load_checkpoint(model, settings)
+        checkpoint.load_checkpoint(model, settings)
     elif not settings.pretrained:
         log.warning("no --checkpoint: the weights are random, good for timing only")
     data_config = data.resolve_input(settings, model)
-    recipe.try_model(model, data_config["input_size"], settings)
+    build.try_model(model, data_config["input_size"], settings)
     if settings.reparam:
         model = reparameterize_model(model)
     if settings.dynamic_size and exporting.fixed_image_size(model):
@@ -71,7 +70,7 @@ def check_settings(settings, output):
         raise UserError(f"{output}: there is no folder {output.parent}; make it first")
     if settings.checkpoint and settings.pretrained:
         raise UserError("--pretrained and --checkpoint both name weights: give one of them")
-    recipe.image_channels(settings)
+    build.image_channels(settings)
     if settings.aten_fallback or settings.training:
         flag = "--aten-fallback" if settings.aten_fallback else "--training"
         raise UserError(f"{flag} belongs to timm's TorchScript exporter; here PyTorch's newer one writes graphs for "

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train an image classifier: python train.py -c configs/eva_deit_tiny.yaml --data-dir DIR
 
 Several GPUs of a machine: torchrun --nproc-per-node 8 train.py -c … --data-dir DIR
@@ -11,12 +10,12 @@ from contextlib import ExitStack
 import torch
 from timm.utils import world_info_from_env
 
-from evavit.training import data, loop, plan, recipe, state
-from evavit.training.errors import Preempted, run_script
-from evavit.training.journal import Journal
-from evavit.training.options import parse_settings
-from evavit.training.process import start_process
-from evavit.training.requests import Requests
+from evavit.errors import Preempted, run_script
+from evavit.training import build, checkpoint, data, dry_run, loop
+from evavit.training.config import parse_settings
+from evavit.training.distributed import start_process
+from evavit.training.metrics import Journal
+from evavit.training.signals import Requests
 
 log = logging.getLogger("evavit.train")
 
@@ -24,10 +23,10 @@ log = logging.getLogger("evavit.train")
 def main(argv=None):
     settings, _ = parse_settings("train", argv, __doc__)
     _, rank, processes = world_info_from_env()
-    rehearsal = plan.rehearse(settings, processes)
+    rehearsal = dry_run.rehearse(settings, processes)
     if settings.dry_run:
         if rank == 0:
-            print("\n".join(plan.describe(settings, rehearsal)))
+            print("\n".join(dry_run.describe(settings, rehearsal)))
         return
     # From here on: a signal while the run starts is heeded after the first update, when there is something to save.
     with Requests(settings.checkpoint_interval, rank == 0) as requests, ExitStack() as claims:
@@ -40,35 +39,35 @@ def run_training(settings, batch, requests, claims):
     train_set, eval_set, class_names = data.open_training_sets(settings)
     settings.num_classes = data.class_count(settings, class_names)
     process.seed(settings.seed)  # every process draws the same weights
-    model = recipe.build_model(settings, settings.num_classes)
+    model = build.build_model(settings, settings.num_classes)
     data_config = data.resolve_input(settings, model)
-    recipe.try_model(model, data_config["input_size"], settings)
+    build.try_model(model, data_config["input_size"], settings)
     model.to(process.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
     train_loader = data.train_loader(train_set, settings, data_config, process)
     eval_loader = data.eval_loader(
         eval_set, settings, data_config, process.device, settings.validation_batch_size or settings.batch_size)
     updates_per_epoch = data.updates_per_epoch(train_loader, settings, batch)
 
-    optimizer = recipe.build_optimizer(model, settings, batch.lr)
-    schedule, epochs = recipe.build_schedule(optimizer, settings, updates_per_epoch)
-    task = recipe.build_task(model, settings, process.device)
+    optimizer = build.build_optimizer(model, settings, batch.lr)
+    schedule, epochs = build.build_schedule(optimizer, settings, updates_per_epoch)
+    task = build.build_task(model, settings, process.device)
     run = loop.Run(
         task=task, optimizer=optimizer, stepper=loop.Stepper(settings, process.device), schedule=schedule,
-        mixup=recipe.build_mixup(settings, model.num_classes), settings=settings, process=process,
+        mixup=build.build_mixup(settings, model.num_classes), settings=settings, process=process,
         bad=train_set.bad, updates_per_epoch=updates_per_epoch, epochs=epochs, images_per_update=batch.total)
 
-    folder = plan.output_folder(settings, data_config)
+    folder = dry_run.output_folder(settings, data_config)
     if process.primary:
-        claims.enter_context(state.claimed(folder))
-    checkpoints = state.find_resume(settings, folder)
-    saver = state.Saver(run, class_names, folder) if process.primary else None
-    position = state.resume(checkpoints, run, saver)
-    recipe.compile_and_distribute(task, settings, process)
+        claims.enter_context(checkpoint.claimed(folder))
+    checkpoints = checkpoint.find_resume(settings, folder)
+    saver = checkpoint.Saver(run, class_names, folder) if process.primary else None
+    position = checkpoint.resume(checkpoints, run, saver)
+    build.compile_and_distribute(task, settings, process)
     if schedule is not None and checkpoints:
         schedule.step_update(run.done(position))
         schedule.step(position.epoch)
 
-    log.info(f"{settings.model}: {recipe.model_line(model)}; on {process.device}, {process.world_size} processes")
+    log.info(f"{settings.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes")
     log.info(f"{batch}")
     log.info(f"{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}")
     journal = Journal(folder, run, [str(batch)], position, class_names, data_config) if process.primary else None

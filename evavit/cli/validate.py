@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Judge a classifier: python validate.py --checkpoint output/RUN/model_best.pth.tar --data-dir DIR
 
 Model, classes and image settings come from the checkpoint, where train.py wrote it; flags win. Any timm model:
@@ -15,10 +14,10 @@ from pathlib import Path
 import torch
 from timm.task import ClassificationEvaluator
 
-from evavit.training import data, loop, recipe, state
-from evavit.training.errors import UserError, run_script
-from evavit.training.options import parse_settings
-from evavit.training.process import start_process
+from evavit.errors import UserError, run_script
+from evavit.training import build, checkpoint, data, loop
+from evavit.training.config import parse_settings
+from evavit.training.distributed import start_process
 
 log = logging.getLogger("evavit.validate")
 
@@ -26,28 +25,28 @@ log = logging.getLogger("evavit.validate")
 def main(argv=None):
     settings, given = parse_settings("validate", argv, __doc__)
     process = start_process(settings.device)
-    class_names = state.complete_from_checkpoint(settings, given)
+    class_names = checkpoint.complete_from_checkpoint(settings, given)
     if settings.class_map:
         class_names = None
     check_settings(settings)
 
     dataset, class_names = data.open_dataset(
-        settings, settings.split, class_names=class_names, in_chans=recipe.image_channels(settings),
+        settings, settings.split, class_names=class_names, in_chans=build.image_channels(settings),
         num_samples=settings.num_samples)
-    model = recipe.build_model(settings, settings.num_classes)
+    model = build.build_model(settings, settings.num_classes)
     settings.num_classes = model.num_classes
     data.class_count(settings, class_names)
     if settings.checkpoint:
-        state.load_checkpoint(model, settings)
+        checkpoint.load_checkpoint(model, settings)
     data_config = data.resolve_input(settings, model)
-    recipe.try_model(model, data_config["input_size"], settings)
+    build.try_model(model, data_config["input_size"], settings)
     loader = data.eval_loader(dataset, settings, data_config, process.device, settings.batch_size)
 
-    log.info(f"{settings.model}: {recipe.model_line(model)}; on {process.device}, {process.world_size} processes")
+    log.info(f"{settings.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes")
     parameters = sum(p.numel() for p in model.parameters())
     model.to(process.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
     if settings.torchcompile:
-        recipe.check_compile_backend(settings.torchcompile)
+        build.check_compile_backend(settings.torchcompile)
         model = torch.compile(model, backend=settings.torchcompile, mode=settings.torchcompile_mode)
 
     def evaluator_of(max_samples):

@@ -17,8 +17,8 @@ from evavit.ops import (
     eva_num_cells,
     halo_size,
 )
-from evavit.ops.blocks import accumulation_dtype, relative_position_index
 from evavit.ops.checks import check_partition
+from evavit.ops.grid import accumulation_dtype, relative_position_index
 
 from .attention import GridAttention
 

@@ -13,8 +13,8 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from evavit.ops import Eva1dCache, eva_attention_1d, eva_attention_1d_step, halo_size
-from evavit.ops.blocks import accumulation_dtype
 from evavit.ops.checks import check_chunks, check_whole
+from evavit.ops.grid import accumulation_dtype
 
 from .attention import GridAttention
 from .eva import Summary

@@ -10,9 +10,8 @@ from timm.layers import register_notrace_module
 from torch import nn
 
 from evavit.ops import lara_attention
-from evavit.ops.blocks import accumulation_dtype, cell_means
 from evavit.ops.checks import check_tokens, check_whole
-from evavit.ops.grid import cell_shape, static_size
+from evavit.ops.grid import accumulation_dtype, cell_means, cell_shape, static_size
 
 from .attention import GridAttention
 

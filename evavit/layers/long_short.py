@@ -9,9 +9,8 @@ import torch
 from timm.layers import RelPosBias, register_notrace_module
 from torch import nn
 
-from evavit.ops.blocks import from_windows, joint_attention, softmax, to_windows, window_logits
 from evavit.ops.checks import check_tokens, check_whole
-from evavit.ops.grid import static_size, window_shape
+from evavit.ops.grid import from_windows, joint_attention, softmax, static_size, to_windows, window_logits, window_shape
 
 from .attention import GridAttention
 

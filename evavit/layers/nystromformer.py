@@ -9,9 +9,8 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
-from evavit.ops.blocks import accumulation_dtype, cell_means, softmax
 from evavit.ops.checks import check_tokens, check_whole
-from evavit.ops.grid import cell_shape, static_size
+from evavit.ops.grid import accumulation_dtype, cell_means, cell_shape, softmax, static_size
 
 from .attention import GridAttention
 

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import nn
 
-from evavit.ops.blocks import accumulation_dtype
 from evavit.ops.checks import check_tokens, check_whole
-from evavit.ops.grid import static_size
+from evavit.ops.grid import accumulation_dtype, static_size
 
 from .attention import GridAttention
 

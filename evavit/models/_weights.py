@@ -12,7 +12,11 @@ from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 from torch import nn
 
-from evavit.convert import (
+from evavit.layers.eva import EvaAttention, HaloRelPosBias
+from evavit.layers.linformer import TokenProjection, resize_token_projection
+from evavit.ops.grid import cell_shape
+
+from ._foreign import (
     Change,
     changes_table,
     convert_published_eva,
@@ -21,9 +25,6 @@ from evavit.convert import (
     linear_summary,
     weight_sources,
 )
-from evavit.layers.eva import EvaAttention, HaloRelPosBias
-from evavit.layers.linformer import TokenProjection, resize_token_projection
-from evavit.ops.grid import cell_shape
 
 __all__ = ['fit_checkpoint', 'fit_strictly', 'pretrained_filter', 'read_weights', 'readable']
 

@@ -1,10 +1,10 @@
 """Pure tensor functions: no parameters, no state."""
 from .dwconv import depthwise_gelu, depthwise_gelu_backend
 from .eva import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
-from .eva_1d import Eva1dCache, eva_attention_1d, eva_attention_1d_step
-from .eva_exact import control_variate_coefficients, eva_estimator
-from .eva_mass import eva_attention_mass
-from .eva_variants import eva_attention_variant, halo_size
+from .eva.exact import control_variate_coefficients, eva_estimator
+from .eva.mass import eva_attention_mass
+from .eva.sequence import Eva1dCache, eva_attention_1d, eva_attention_1d_step
+from .eva.variants import eva_attention_variant, halo_size
 from .lara import lara_attention
 from .mlp import mlp_gelu, mlp_gelu_backend
 from .random_features import random_feature_attention

@@ -6,8 +6,8 @@ from typing import List, Optional
 
 import torch
 
-from .blocks import accumulation_dtype
 from .checks import check_dropout, check_landmarks, check_tokens
+from .grid import accumulation_dtype
 from .random_features import feature_averages, log_positive_features, weigh_samples
 
 __all__ = ['lara_attention']

@@ -15,8 +15,8 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .blocks import accumulation_dtype
 from .checks import check_directions, check_dropout, check_tokens
+from .grid import accumulation_dtype
 
 __all__ = [
     'feature_averages', 'log_positive_features', 'log_relu_features', 'orthogonal_directions',

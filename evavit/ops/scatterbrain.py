@@ -8,9 +8,8 @@ from typing import List, Optional
 import torch
 import torch.nn.functional as F
 
-from .blocks import accumulation_dtype, from_windows, to_windows, window_logits, window_mask
 from .checks import check_bias, check_directions, check_dropout, check_tokens
-from .grid import static_size, window_shape
+from .grid import accumulation_dtype, from_windows, static_size, to_windows, window_logits, window_mask, window_shape
 from .random_features import log_positive_features
 
 __all__ = ['scatterbrain_attention']

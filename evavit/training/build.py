@@ -16,11 +16,11 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import ClassificationTask
 
 from evavit import models
+from evavit.errors import UserError, first_line
 from evavit.models import GridPyramidVisionTransformerV2, GridVisionTransformer, fit_strictly
 
-from .errors import UserError, first_line
-from .options import nearest
-from .requests import Requests
+from .config import nearest
+from .signals import Requests
 
 log = logging.getLogger(__name__)
 

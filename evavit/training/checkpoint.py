@@ -24,9 +24,10 @@ import torch
 from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
 
-from .errors import LocalError, UserError, first_line
+from evavit.errors import LocalError, UserError, first_line
+
+from .build import check_fit, load_weights, read_weights
 from .loop import Position, weights_are_finite
-from .recipe import check_fit, load_weights, read_weights
 
 log = logging.getLogger(__name__)
 

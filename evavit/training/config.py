@@ -14,7 +14,7 @@ from typing import Any, Optional, Tuple
 
 import yaml
 
-from .errors import UserError
+from evavit.errors import UserError
 
 
 @dataclass(frozen=True)

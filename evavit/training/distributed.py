@@ -18,7 +18,7 @@ import torch.distributed as dist
 from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
 
-from .errors import UserError
+from evavit.errors import UserError
 
 log = logging.getLogger(__name__)
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"

@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import data, recipe
-from .errors import UserError, first_line
-from .process import check_device
+from evavit.errors import UserError, first_line
+
+from . import build, data
+from .distributed import check_device
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ ROUND = 512  # bytes: PyTorch's CUDA allocator gives memory in multiples of it
 class Rehearsal:
     """A run's settings, checked against each other."""
 
-    batch: recipe.BatchPlan
+    batch: build.BatchPlan
     model: torch.nn.Module          # on the meta device, or where it cannot be built there, on the CPU
     data_config: dict
     optimizer: torch.optim.Optimizer
@@ -52,9 +53,9 @@ def rehearse(settings, processes):
         settings: of train.py.
         processes: number of processes of the run.
     """
-    recipe.check_settings(settings)
+    build.check_settings(settings)
     check_device(settings.device)
-    batch = recipe.plan_batch(settings, processes)
+    batch = build.plan_batch(settings, processes)
     if settings.min_lr > batch.lr and settings.sched not in ("none", "constant"):
         raise UserError(f"min_lr {settings.min_lr:g} is above the learning rate {batch.lr:g} ({batch.lr_rule}); lower "
                         f"--min-lr")
@@ -63,19 +64,19 @@ def rehearse(settings, processes):
     _check_source(settings)
     classes = settings.num_classes or 2
     try:
-        model = recipe.build_model(settings, classes, device="meta")
+        model = build.build_model(settings, classes, device="meta")
         data_config = data.resolve_input(settings, model)
-        recipe.try_model(model, data_config["input_size"], settings)
+        build.try_model(model, data_config["input_size"], settings)
     except UserError:
         # Either a fault of the settings or a model that needs real tensors: on the CPU the first shows again.
-        model = recipe.build_model(settings, classes, device="cpu")
+        model = build.build_model(settings, classes, device="cpu")
         data_config = data.resolve_input(settings, model)
-        recipe.try_model(model, data_config["input_size"], settings)
-    optimizer = recipe.build_optimizer(model, settings, batch.lr)
-    recipe.build_schedule(optimizer, settings, updates_per_epoch=1000)
+        build.try_model(model, data_config["input_size"], settings)
+    optimizer = build.build_optimizer(model, settings, batch.lr)
+    build.build_schedule(optimizer, settings, updates_per_epoch=1000)
     if settings.num_classes:
-        recipe.build_mixup(settings, settings.num_classes)
-    recipe.build_task(model, SimpleNamespace(**{**vars(settings), "model_ema": False}), torch.device("cpu"))
+        build.build_mixup(settings, settings.num_classes)
+    build.build_task(model, SimpleNamespace(**{**vars(settings), "model_ema": False}), torch.device("cpu"))
     _check_augmentation(settings, data_config)
     return Rehearsal(batch, model, data_config, optimizer)
 
@@ -175,7 +176,7 @@ def describe(settings, rehearsal):
         ("global batch", str(batch).split("; lr ")[0].removeprefix("global batch ")),
         ("learning rate", f"{batch.lr:g} ({batch.lr_rule}), {settings.opt}, {settings.sched}"),
     ]
-    _, epochs = recipe.build_schedule(rehearsal.optimizer, settings, updates_per_epoch=1)
+    _, epochs = build.build_schedule(rehearsal.optimizer, settings, updates_per_epoch=1)
     if images is None:
         lines.append(("steps", f"unknown without data; {epochs} epochs"))
     else:
@@ -256,14 +257,14 @@ def step_memory(settings, rehearsal):
     the CPU's, whose choice of low precision is nearly CUDA's. What a kernel allocates inside itself is not seen.
     """
     size = (settings.batch_size, *rehearsal.data_config["input_size"])
-    model = recipe.build_model(settings, rehearsal.model.num_classes, device="meta").train()
-    mixing = recipe.mixes(settings)
+    model = build.build_model(settings, rehearsal.model.num_classes, device="meta").train()
+    mixing = build.mixes(settings)
     with ExitStack() as modes:
         modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = model.to_empty(device="cpu")
         weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
         gradients = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.requires_grad)
-        optimizer = recipe.build_optimizer(model, settings, rehearsal.batch.lr)
+        optimizer = build.build_optimizer(model, settings, rehearsal.batch.lr)
         images = torch.empty(size)
         target = torch.empty(size[0], model.num_classes) if mixing else torch.zeros(size[0], dtype=torch.long)
         memory = LiveMemory()

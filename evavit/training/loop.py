@@ -15,9 +15,10 @@ from timm.task import evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import Preempted, UserError
-from .images import UNREADABLE
-from .process import Draw
+from evavit.errors import Preempted, UserError
+from evavit.training.data.images import UNREADABLE
+
+from .distributed import Draw
 
 log = logging.getLogger(__name__)
 

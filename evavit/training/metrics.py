@@ -12,12 +12,12 @@ import torch
 from PIL import Image, ImageDraw
 from timm.utils import trim_summary, unwrap_model, update_summary
 
+from evavit.errors import LocalError, UserError
 from evavit.layers import EvaAttention
 
-from .errors import LocalError, UserError
+from .checkpoint import replacing
+from .config import save_settings
 from .loop import autocast
-from .options import save_settings
-from .state import replacing
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import re
 import signal
 import time
 
-from .errors import UserError
+from evavit.errors import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs import CLASSES, MODEL, QUICK, load_script, write_images
 
-from evavit.training.errors import run_script
+from evavit.errors import run_script
 
 
 @pytest.fixture(scope="session")

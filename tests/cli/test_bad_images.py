@@ -10,9 +10,9 @@ import pytest
 import torch
 from runs import DRAWN, MODEL, QUICK, assert_same_run, command, scalars, signal_at, weights, write_images
 
-from evavit.training import images as images_module
-from evavit.training import state
-from evavit.training.errors import PREEMPTED
+from evavit.errors import PREEMPTED
+from evavit.training import checkpoint
+from evavit.training.data import images as images_module
 
 ALLOW = ["--max-bad-images", "0.2"]
 
@@ -57,13 +57,13 @@ def test_a_few_are_named_and_replaced(train, call, folder, tmp_path, workers):
 def test_workers_and_restarts_see_the_same_images(train, tmp_path, monkeypatch):
     flags = [*ALLOW, "--epochs", "3", "--aa", "rand-m9-mstd0.5-inc1", "--workers", "2"]
     assert train("whole", *flags)[0] == 0
-    save_epoch = state.Saver.save_epoch
+    save_epoch = checkpoint.Saver.save_epoch
 
     def stop_after_one(saver, epoch, metric):
         save_epoch(saver, epoch, metric)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(state.Saver, "save_epoch", stop_after_one)
+    monkeypatch.setattr(checkpoint.Saver, "save_epoch", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         train("parts", *flags)
     torch.distributed.destroy_process_group()
@@ -84,7 +84,7 @@ def test_a_stop_with_bad_images_changes_nothing(train, tmp_path, monkeypatch, fl
         signal_at(monkeypatch, [moment])
         assert train("parts", *flags)[0] == PREEMPTED
         monkeypatch.undo()
-        known += state.read_checkpoint(tmp_path / "parts" / "last.pth.tar")["saver"]["position"]["bad"].values()
+        known += checkpoint.read_checkpoint(tmp_path / "parts" / "last.pth.tar")["saver"]["position"]["bad"].values()
     assert any("pear/3.png" in line or "plum/5.png" in line for line in known)
     assert train("parts", *flags)[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from runs import MODEL as TINY
 from runs import QUICK
 
-from evavit import benchmarking
-from evavit.benchmarking import COLUMNS, Setting, bench_layer, bench_model, bench_op, is_done, store_rows, traffic
+from evavit.bench import models as benchmarking
+from evavit.bench.models import COLUMNS, Setting, bench_layer, bench_model, bench_op, is_done, store_rows, traffic
 
 FEW = ["--device", "cpu", "--repeats", "2", "--warmup", "1"]
 MODEL = "eva_deit_tiny:depth=1:embed_dim=32:num_heads=2"

@@ -10,9 +10,9 @@ from PIL import Image
 from runs import KWARGS, MODEL, load_script
 from timm.data import create_transform, resolve_data_config
 
-from evavit import exporting
-from evavit.training import options, state
-from evavit.training.errors import run_script
+from evavit import export as exporting
+from evavit.errors import run_script
+from evavit.training import checkpoint, config
 
 
 def needs(*packages):
@@ -27,7 +27,7 @@ TIMM = ('model', 'opset', 'keep_init', 'aten_fallback', 'dynamic_size', 'check_f
 
 
 def test_flags_are_timms():
-    known = options.options_of('export')
+    known = config.options_of('export')
     assert set(TIMM) <= set(known)
     assert known['model'].short == '-m' and known['batch_size'].short == '-b' and known['batch_size'].default == 1
 
@@ -114,8 +114,8 @@ def test_a_flag_for_the_size_wins_over_the_checkpoints(train, tmp_path):
     """In whichever way a size was given in training: as either flag, or to the model."""
     run = train('run', '--input-size', '3', '16', '16')
     flags = ['--checkpoint', str(run / 'last.safetensors'), '--img-size', '20']
-    settings, given = options.parse_settings('export', flags)
-    state.complete_from_checkpoint(settings, given)
+    settings, given = config.parse_settings('export', flags)
+    checkpoint.complete_from_checkpoint(settings, given)
     assert settings.img_size == 20 and settings.input_size is None
     assert settings.model_kwargs == {key: value for key, value in KWARGS.items() if key != 'img_size'}
 

@@ -26,8 +26,8 @@ from runs import (
     wait_for,
 )
 
+from evavit.errors import PREEMPTED
 from evavit.training import data
-from evavit.training.errors import PREEMPTED
 
 RESUMED = [*DRAWN, "--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates", "--grad-accum-steps", "2",
            "-b", "2", "--clip-grad", "1", "--resume", "auto"]
@@ -78,10 +78,10 @@ def test_random_features_that_are_kept_go_on(train, call, images, tmp_path, monk
 def test_checkpoints_within_an_epoch(train, tmp_path, monkeypatch):
     """Every 4 updates of 6 an epoch, and at an epoch's last one, before its validation."""
     saved = []
-    from evavit.training import state
+    from evavit.training import checkpoint
 
-    save = state.Saver.save_position
-    monkeypatch.setattr(state.Saver, "save_position", lambda saver, position: (
+    save = checkpoint.Saver.save_position
+    monkeypatch.setattr(checkpoint.Saver, "save_position", lambda saver, position: (
         saved.append((position.epoch, position.update)), save(saver, position)))
     train("steps", "--checkpoint-interval", "4")
     assert saved == [(0, 4), (0, 6), (1, 2), (1, 6)]
@@ -150,7 +150,7 @@ def test_a_disk_that_the_curves_fill_ends_the_run_with_a_line(call, images, tmp_
 
 def test_a_loading_process_that_is_killed_ends_the_run_with_a_line(call, images, tmp_path, monkeypatch):
     """As the kernel does where memory runs out."""
-    from evavit.training.images import CheckedImages
+    from evavit.training.data.images import CheckedImages
 
     main, read = os.getpid(), CheckedImages.__getitem__
 

@@ -9,7 +9,7 @@ import yaml
 from runs import DRAWN, KWARGS, MODEL, PLAIN, QUICK, SOFTMAX, assert_same_run, rows, scalars, weights, write_images
 from timm.utils import load_checkpoint_metadata
 
-from evavit.training import state
+from evavit.training import checkpoint
 
 LONGER = ["--epochs", "4", "--warmup-epochs", "1"]
 
@@ -78,7 +78,7 @@ def test_saved_settings_repeat_the_run(train, call, tmp_path):
 
 def test_resume_auto_equals_the_uninterrupted_run(train, call, images, tmp_path, monkeypatch):
     whole = train("whole", *DRAWN, *LONGER)
-    save_epoch = state.Saver.save_epoch
+    save_epoch = checkpoint.Saver.save_epoch
 
     def stop_after_two(saver, position, metric):
         best = save_epoch(saver, position, metric)
@@ -86,7 +86,7 @@ def test_resume_auto_equals_the_uninterrupted_run(train, call, images, tmp_path,
             raise KeyboardInterrupt
         return best
 
-    monkeypatch.setattr(state.Saver, "save_epoch", stop_after_two)
+    monkeypatch.setattr(checkpoint.Saver, "save_epoch", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         train("parts", *DRAWN, *LONGER, "--resume", "auto")
     torch.distributed.destroy_process_group()

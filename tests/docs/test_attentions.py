@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evavit import compare
+from evavit.bench import compare
 from evavit.layers import ATTENTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,5 +51,5 @@ def test_errors_are_fresh(name, tool):
     with torch.no_grad():
         output = compare.make_attention(name, (14, 14)).attend(qkv, [14, 14])
     error = compare.relative_rms(output, compare.softmax_exactly(qkv))
-    remedy = f'run python -m evavit.compare --results-file {tool.ERRORS.relative_to(ROOT)}, then tools/tables.py'
+    remedy = f'run python -m evavit.bench.compare --results-file {tool.ERRORS.relative_to(ROOT)}, then tools/tables.py'
     assert abs(error - stored[name]) < 0.005 + 0.02 * stored[name], remedy

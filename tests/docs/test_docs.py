@@ -14,9 +14,9 @@ import timm
 import torch
 
 import evavit  # noqa: F401
-from evavit.training import throughput
-from evavit.training.options import parse_settings
-from evavit.training.recipe import plan_batch
+from evavit.bench import loader as throughput
+from evavit.training.build import plan_batch
+from evavit.training.config import parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob('*.md'), *ROOT.glob('docs/*.md')))

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("sklearn")
 from runs import CLASSES, write_images
 
-from evavit.training.errors import run_script
+from evavit.errors import run_script
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

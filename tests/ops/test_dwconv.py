@@ -75,7 +75,7 @@ INTERPRETED = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
 import evavit.ops.dwconv as dwconv
-from evavit.ops import dwconv_triton
+from evavit.ops.dwconv import triton as dwconv_triton
 from kernel_checks import relative_rms
 from ops.test_dwconv import make_case, run
 torch.manual_seed(0)
@@ -252,7 +252,7 @@ class TestKernels:
             assert relative_rms(value, reference[name]) < 1e-5, name
 
     def test_opcheck(self):
-        import evavit.ops.dwconv_triton  # noqa: F401, registers the operators
+        import evavit.ops.dwconv.triton  # noqa: F401, registers the operators
         x, weight, bias, _ = make_case((6, 5), 40, device='cuda')
         leaves = x.requires_grad_(), weight.reshape(40, 9).t().contiguous().requires_grad_(), bias.requires_grad_()
         torch.library.opcheck(torch.ops.evavit.depthwise_gelu.default, (*leaves, [6, 5]))

@@ -227,7 +227,7 @@ def test_models_take_it_unless_told_otherwise():
 INTERPRETED = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
-from evavit.ops import mlp_triton
+from evavit.ops.mlp import triton as mlp_triton
 from kernel_checks import relative_rms
 from ops.test_mlp import make_case, run
 mlp = sys.modules['evavit.ops.mlp']

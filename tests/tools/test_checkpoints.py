@@ -10,7 +10,7 @@ import timm
 import torch
 from runs import CLASSES, MODEL, QUICK, load_script, weights, write_images
 
-from evavit.training.errors import run_script
+from evavit.errors import run_script
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evavit.training.errors import run_script
+from evavit.errors import run_script
 
 ROOT = Path(__file__).parents[2]
 

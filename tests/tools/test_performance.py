@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evavit.benchmarking import COLUMNS, store_rows
+from evavit.bench.models import COLUMNS, store_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,7 +165,7 @@ def test_steps_of_a_gpu_machine(gpu, capsys):
 
 def test_its_benches_parse(gpu):
     assert gpu.call('--steps', 'op', 'layer', 'models') == 0
-    benchmark = load(ROOT / 'benchmark.py')
+    benchmark = load(ROOT / 'evavit' / 'cli' / 'benchmark.py')
     assert all(command[1] == 'benchmark.py' for command in gpu.commands.values())
     parsed = {name: benchmark.parse(command[2:]) for name, command in gpu.commands.items()}
     assert all(args.resume and args.results_file.parent == gpu.WORK for args in parsed.values())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evavit.benchmarking import COLUMNS, store_rows
+from evavit.bench.models import COLUMNS, store_rows
 from evavit.layers import ATTENTIONS
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'

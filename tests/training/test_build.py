@@ -7,9 +7,9 @@ import torch
 from timm.data import create_dataset
 from torch import nn
 
-from evavit.training import data, recipe
-from evavit.training.errors import UserError
-from evavit.training.options import parse_settings
+from evavit.errors import UserError
+from evavit.training import build, data
+from evavit.training.config import parse_settings
 
 PUBLISHED = dict(
     opt="adamw", opt_betas=[0.9, 0.999], opt_eps=1e-8, weight_decay=0.05, clip_grad=5.0, clip_mode="norm",
@@ -28,7 +28,7 @@ CONFIGS = dict(
 def config(request):
     def config(name, *flags):
         settings, _ = parse_settings("train", ["-c", str(request.config.rootpath / "configs" / f"{name}.yaml"), *flags])
-        recipe.check_settings(settings)
+        build.check_settings(settings)
         return settings
 
     return config
@@ -43,7 +43,7 @@ def test_published_numbers(config, name):
 
 @pytest.mark.parametrize("processes, batch, steps", [(8, 128, 1), (4, 256, 1), (1, 256, 4), (16, 64, 1), (2, 64, 8)])
 def test_global_batch_and_rate_for_any_number_of_processes(config, processes, batch, steps):
-    plan = recipe.plan_batch(config("eva_deit_tiny", "-b", str(batch), "--grad-accum-steps", str(steps)), processes)
+    plan = build.plan_batch(config("eva_deit_tiny", "-b", str(batch), "--grad-accum-steps", str(steps)), processes)
     assert plan.total == 1024 and plan.lr == pytest.approx(1e-3)
     assert f"{batch} per process × {processes} processes × {steps} accumulated" in str(plan)
 
@@ -51,26 +51,26 @@ def test_global_batch_and_rate_for_any_number_of_processes(config, processes, ba
 def test_wrong_global_batch_comes_with_a_remedy_that_works(config):
     for processes, batch in ((1, 128), (2, 96), (4, 1000), (8, 256)):
         with pytest.raises(UserError, match="-b ") as error:
-            recipe.plan_batch(config("eva_deit_tiny", "-b", str(batch)), processes)
+            build.plan_batch(config("eva_deit_tiny", "-b", str(batch)), processes)
         flags = str(error.value).split("; use ")[1].split(",")[0].split()
-        assert recipe.plan_batch(config("eva_deit_tiny", *flags), processes).total == 1024
+        assert build.plan_batch(config("eva_deit_tiny", *flags), processes).total == 1024
     with pytest.raises(UserError, match="does not divide among 3 processes"):
-        recipe.plan_batch(config("eva_deit_tiny"), 3)
+        build.plan_batch(config("eva_deit_tiny"), 3)
 
 
 @pytest.mark.parametrize("scale, factor", [("linear", 0.25), ("sqrt", 0.5)])
 def test_rate_follows_the_batch(config, scale, factor):
     settings = config("eva_deit_tiny", "-b", "256", "--global-batch-size", "256", "--lr-base-scale", scale)
-    assert recipe.plan_batch(settings, 1).lr == pytest.approx(1e-3 * factor)
+    assert build.plan_batch(settings, 1).lr == pytest.approx(1e-3 * factor)
     settings.lr = 0.02
-    assert recipe.plan_batch(settings, 1).lr == 0.02
+    assert build.plan_batch(settings, 1).lr == 0.02
 
 
 @pytest.mark.parametrize("by_update", [False, True])
 def test_rate_over_the_epochs(config, by_update):
     settings = config("eva_deit_tiny", *["--sched-on-updates"] * by_update)
-    optimizer = recipe.build_optimizer(nn.Linear(3, 3), settings, 1e-3)
-    schedule, epochs = recipe.build_schedule(optimizer, settings, updates_per_epoch=20)
+    optimizer = build.build_optimizer(nn.Linear(3, 3), settings, 1e-3)
+    schedule, epochs = build.build_schedule(optimizer, settings, updates_per_epoch=20)
     assert epochs == 300  # warm-up inside, no cool-down
 
     def rate(epoch):
@@ -93,8 +93,8 @@ def test_rate_over_the_epochs(config, by_update):
 @pytest.mark.parametrize("name", ["eva_deit_tiny", "eva_pvt_v2_b3"])
 def test_no_decay_on_biases_norms_and_what_the_model_excludes(config, name):
     settings = config(name)
-    model = recipe.build_model(settings, 10)
-    optimizer = recipe.build_optimizer(model, settings, 1e-3)
+    model = build.build_model(settings, 10)
+    optimizer = build.build_optimizer(model, settings, 1e-3)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     excluded = set(model.no_weight_decay())
     for key, parameter in model.named_parameters():
@@ -103,24 +103,24 @@ def test_no_decay_on_biases_norms_and_what_the_model_excludes(config, name):
 
 
 def test_drop_path_reaches_the_model(config):
-    model = recipe.build_model(config("eva_deit_tiny"), 10)
+    model = build.build_model(config("eva_deit_tiny"), 10)
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
 
 
 def test_mixed_targets_carry_the_smoothing(config):
     settings = config("eva_deit_tiny")
-    mixup = recipe.build_mixup(settings, 10)
+    mixup = build.build_mixup(settings, 10)
     images, targets = mixup(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
     assert images.shape == (4, 3, 8, 8) and targets.shape == (4, 10)
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
     assert targets.min() == pytest.approx(0.01)
     with pytest.raises(UserError, match="two classes"):
-        recipe.build_mixup(settings, 1)
+        build.build_mixup(settings, 1)
 
 
 @pytest.fixture
 def group_of_one():
-    from evavit.training.process import start_process
+    from evavit.training.distributed import start_process
 
     yield start_process("cpu")
     torch.distributed.destroy_process_group()

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from timm.task import ClassificationTask
 
-from evavit.training import loop, state
-from evavit.training.errors import LocalError, UserError
+from evavit.errors import LocalError, UserError
+from evavit.training import checkpoint, loop
+from evavit.training.config import parse_settings
+from evavit.training.distributed import Process
 from evavit.training.loop import Position
-from evavit.training.options import parse_settings
-from evavit.training.process import Process
 
 ONE = Process(torch.device("cpu"), 0, 0, 1)
 
@@ -37,7 +37,7 @@ def run_of(*flags):
 
 @pytest.fixture
 def saver(tmp_path):
-    return state.Saver(run_of(), ["a", "b"], tmp_path)
+    return checkpoint.Saver(run_of(), ["a", "b"], tmp_path)
 
 
 def test_best_and_last(saver, tmp_path):
@@ -74,7 +74,7 @@ def test_a_failed_write_leaves_the_last_checkpoint_whole(saver, tmp_path, monkey
 @pytest.mark.parametrize("name", ["last.pth.tar", "last.safetensors"])
 def test_settings_travel_with_the_weights(saver, tmp_path, name):
     saver.save_epoch(Position(1), 10.0)
-    saved = state.saved_settings(tmp_path / name)
+    saved = checkpoint.saved_settings(tmp_path / name)
     assert saved["model"] == "tiny" and saved["class_names"] == ["a", "b"]
     assert set(saved) == {*vars(parse_settings("train", [])[0]), "class_names"}
 
@@ -82,8 +82,8 @@ def test_settings_travel_with_the_weights(saver, tmp_path, name):
 def test_a_file_of_other_origin_has_no_settings(tmp_path):
     torch.save(dict(args=argparse.Namespace(model="x")), tmp_path / "ours.pth")
     torch.save(dict(weight=torch.ones(1)), tmp_path / "plain.pth")
-    assert state.saved_settings(tmp_path / "ours.pth") == dict(model="x")
-    assert state.saved_settings(tmp_path / "plain.pth") == {}
+    assert checkpoint.saved_settings(tmp_path / "ours.pth") == dict(model="x")
+    assert checkpoint.saved_settings(tmp_path / "plain.pth") == {}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(saver, tmp_path):
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(saver, tmp_path):
     child.start()
     child.join()
     assert child.exitcode == 0
-    assert state.read_checkpoint(tmp_path / "last.pth.tar")["epoch"] == 0
+    assert checkpoint.read_checkpoint(tmp_path / "last.pth.tar")["epoch"] == 0
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -135,22 +135,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saver, tmp_path,
     last = tmp_path / "last.pth.tar"
     change(last, how)
     with pytest.raises(UserError, match=r"last\.pth\.tar: not a"):
-        state.read_checkpoint(last)
+        checkpoint.read_checkpoint(last)
     with pytest.raises(UserError, match=r"last\.pth\.tar: not a"):  # a file that was asked for by name has no stand-in
-        state.resume(state.find_resume(argparse.Namespace(resume=str(last)), tmp_path), run_of(), None)
+        checkpoint.resume(checkpoint.find_resume(argparse.Namespace(resume=str(last)), tmp_path), run_of(), None)
 
-    candidates = state.find_resume(argparse.Namespace(resume="auto"), tmp_path)
+    candidates = checkpoint.find_resume(argparse.Namespace(resume="auto"), tmp_path)
     run = run_of()
     with caplog.at_level("WARNING", "evavit"):
-        position = state.resume(candidates, run, None)
-    assert state.read_checkpoint(tmp_path / "previous.pth.tar")["saver"]["position"]["update"] == 3
+        position = checkpoint.resume(candidates, run, None)
+    assert checkpoint.read_checkpoint(tmp_path / "previous.pth.tar")["saver"]["position"]["update"] == 3
     assert position.update == 3 and run.task.get_trainable_module().bias.tolist() == [3, 3]
     assert "last.pth.tar" in caplog.text and "going back to previous.pth.tar" in caplog.text
     assert not (tmp_path / "it ran").exists()
 
     change(tmp_path / "previous.pth.tar", how)
     with pytest.raises(UserError, match=r"previous\.pth\.tar: not a"):  # and no silent start from nothing
-        state.resume(candidates, run, None)
+        checkpoint.resume(candidates, run, None)
 
 
 def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch):
@@ -161,8 +161,8 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
     def play(folder, killed_at):
         folder.mkdir()
         run = run_of()
-        saver, calls = state.Saver(run, ["a", "b"], folder), 0
-        replace = state.os.replace
+        saver, calls = checkpoint.Saver(run, ["a", "b"], folder), 0
+        replace = checkpoint.os.replace
 
         def count(src, dst):
             nonlocal calls
@@ -171,7 +171,7 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
                 raise Killed
             replace(src, dst)
 
-        monkeypatch.setattr(state.os, "replace", count)
+        monkeypatch.setattr(checkpoint.os, "replace", count)
         for epoch, metric in enumerate((10.0, 30.0, 20.0, 40.0)):
             with torch.no_grad():
                 saver.model.bias.fill_(epoch)
@@ -179,9 +179,9 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
                 saver.save_epoch(Position(epoch + 1), metric)
             except Killed:
                 run = run_of()
-                saver = state.Saver(run, ["a", "b"], folder)
-                candidates = state.find_resume(argparse.Namespace(resume="auto"), folder)
-                done = state.resume(candidates, run, saver).epoch if candidates else 0
+                saver = checkpoint.Saver(run, ["a", "b"], folder)
+                candidates = checkpoint.find_resume(argparse.Namespace(resume="auto"), folder)
+                done = checkpoint.resume(candidates, run, saver).epoch if candidates else 0
                 if done == epoch:  # the epoch was not yet saved: it comes again
                     with torch.no_grad():
                         saver.model.bias.fill_(epoch)
@@ -217,7 +217,7 @@ def test_processes_that_see_different_checkpoints_stop(saver, tmp_path):
     run.process = argparse.Namespace(world_size=2, agree=agree, primary=False)
     for candidates in ([tmp_path / "last.pth.tar"], []):
         with pytest.raises(UserError, match="one folder that all machines see"):
-            state.resume(candidates, run, None)
+            checkpoint.resume(candidates, run, None)
 
 
 def test_a_position_whose_numbers_are_bad_is_not_saved(saver, tmp_path):
@@ -226,7 +226,7 @@ def test_a_position_whose_numbers_are_bad_is_not_saved(saver, tmp_path):
     with torch.no_grad():
         saver.model.bias.fill_(float("nan"))
     saver.save_position(Position(0, 7))
-    assert state.read_checkpoint(tmp_path / "last.pth.tar")["saver"]["position"]["update"] == 3
+    assert checkpoint.read_checkpoint(tmp_path / "last.pth.tar")["saver"]["position"]["update"] == 3
 
 
 @pytest.mark.parametrize("processes, images, updates, expected", [
@@ -237,7 +237,7 @@ def test_another_number_of_processes(saver, tmp_path, caplog, processes, images,
     run.process = argparse.Namespace(world_size=processes, agree=lambda *_: None, primary=True)
     run.images_per_update, run.updates_per_epoch = images, updates
     with caplog.at_level("INFO", "evavit"):
-        assert state.resume([tmp_path / "last.pth.tar"], run, None) == expected
+        assert checkpoint.resume([tmp_path / "last.pth.tar"], run, None) == expected
     assert ("restarts at epoch 2" in caplog.text) == (expected.update == 0)
     assert ("go on in the same order" in caplog.text) == (processes == 2 and expected.update > 0)
 
@@ -252,10 +252,10 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_pa
             saver.save_position(Position(0, update))
         change(tmp_path / "last.pth.tar", "half")
         run = run_of()
-        resumed = state.Saver(run, ["a", "b"], tmp_path)
+        resumed = checkpoint.Saver(run, ["a", "b"], tmp_path)
         auto = argparse.Namespace(resume="auto")
-        assert state.resume(state.find_resume(auto, tmp_path), run, resumed).update == 3
-        replace, calls = state.os.replace, []
+        assert checkpoint.resume(checkpoint.find_resume(auto, tmp_path), run, resumed).update == 3
+        replace, calls = checkpoint.os.replace, []
 
         def killed(src, dst, moment=moment, calls=calls, replace=replace):
             calls.append(dst)
@@ -264,10 +264,10 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_pa
             replace(src, dst)
 
         with monkeypatch.context() as patch:
-            patch.setattr(state.os, "replace", killed)
+            patch.setattr(checkpoint.os, "replace", killed)
             with contextlib.suppress(Killed):
                 resumed.save_position(Position(0, 9))
-        assert state.resume(state.find_resume(auto, tmp_path), run_of(), None).update in (3, 9), moment
+        assert checkpoint.resume(checkpoint.find_resume(auto, tmp_path), run_of(), None).update in (3, 9), moment
     assert (tmp_path / "last.pth.tar.damaged").is_file()
 
 
@@ -278,7 +278,7 @@ def test_the_flags_of_a_resumed_run_hold(saver, tmp_path, caplog):
     for group in run.optimizer.param_groups:
         group.update(lr=0.5, weight_decay=0.3)
     with caplog.at_level("WARNING", "evavit"):
-        state.resume([tmp_path / "last.pth.tar"], run, None)
+        checkpoint.resume([tmp_path / "last.pth.tar"], run, None)
     assert {(group["lr"], group["weight_decay"]) for group in run.optimizer.param_groups} == {(0.5, 0.3)}
     assert run.optimizer.state  # its moments are the checkpoint's
     assert "lr None → 0.5, weight_decay 0.05 → 0.3" in caplog.text.replace("weight_decay 0.05 → 0.3, lr None → 0.5",
@@ -286,7 +286,7 @@ def test_the_flags_of_a_resumed_run_hold(saver, tmp_path, caplog):
     assert "workers" not in caplog.text
     run.optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(1))]))
     with pytest.raises(UserError, match="1 groups of parameters, this run 2"):
-        state.resume([tmp_path / "last.pth.tar"], run, None)
+        checkpoint.resume([tmp_path / "last.pth.tar"], run, None)
 
 
 def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
@@ -294,14 +294,14 @@ def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
     (tmp_path / "other").mkdir()
     elsewhere = shutil.copy(tmp_path / "last.pth.tar", tmp_path / "other")
     with pytest.raises(UserError, match="holds another run than --resume"):
-        state.find_resume(argparse.Namespace(resume=elsewhere), tmp_path)
+        checkpoint.find_resume(argparse.Namespace(resume=elsewhere), tmp_path)
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
     """The lock goes with its process, however that ends."""
     def second(expected):
         try:
-            with state.claimed(tmp_path):
+            with checkpoint.claimed(tmp_path):
                 os._exit(0)
         except LocalError as error:
             os._exit(1 if f"another run is writing there (process {expected} on" in str(error) else 2)
@@ -312,10 +312,10 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
         child.join()
         return child.exitcode
 
-    with state.claimed(tmp_path):
+    with checkpoint.claimed(tmp_path):
         assert outcome() == 1
     assert outcome() == 0
-    with state.claimed(tmp_path):
+    with checkpoint.claimed(tmp_path):
         assert outcome() == 1
 
 

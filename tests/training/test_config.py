@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from evavit.training.errors import UserError
-from evavit.training.options import OPTIONS, options_of, parse_settings, save_settings
+from evavit.errors import UserError
+from evavit.training.config import OPTIONS, options_of, parse_settings, save_settings
 
 
 def settings_of(*argv, script="train"):

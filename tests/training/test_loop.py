@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from evavit.training.build import build_optimizer
+from evavit.training.config import parse_settings
 from evavit.training.loop import Stepper
-from evavit.training.options import parse_settings
-from evavit.training.recipe import build_optimizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ from typing import List
 import torch
 import torch.nn.functional as F
 
-from .fused import has_kernels, needs_plain
+from evavit.ops.backends import has_kernels, needs_plain
 
 __all__ = ['depthwise_gelu', 'depthwise_gelu_backend']
 
@@ -57,7 +57,7 @@ def depthwise_gelu_backend(device: torch.device, dtype: torch.dtype) -> str:
     Triton wants a CUDA device and float32, bfloat16 or float16.
     """
     fits = device.type == 'cuda' and dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return 'triton' if fits and has_kernels('dwconv_triton') else 'plain'
+    return 'triton' if fits and has_kernels('dwconv.triton') else 'plain'
 
 
 def _runs_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -70,7 +70,7 @@ def _runs_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-    from .dwconv_triton import depthwise_gelu_fused
+    from .triton import depthwise_gelu_fused
     if torch.is_autocast_enabled('cuda'):
         x = x.to(torch.get_autocast_dtype('cuda'))
     return depthwise_gelu_fused(x, weight, bias, feat_size)

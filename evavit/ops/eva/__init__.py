@@ -9,10 +9,22 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .blocks import accumulation_dtype, crop_bias, from_windows, table_bias, to_windows, window_mask
-from .checks import check_eva_args, check_grid, check_partition
-from .fused import has_kernels, needs_plain
-from .grid import band_cells, block_counts, cell_shape, static_size, to_bands, window_shape
+from evavit.ops.backends import has_kernels, needs_plain
+from evavit.ops.checks import check_eva_args, check_grid, check_partition
+from evavit.ops.grid import (
+    accumulation_dtype,
+    band_cells,
+    block_counts,
+    cell_shape,
+    crop_bias,
+    from_windows,
+    static_size,
+    table_bias,
+    to_bands,
+    to_windows,
+    window_mask,
+    window_shape,
+)
 
 __all__ = ['eva_attention', 'eva_attention_packed', 'eva_backend', 'eva_num_cells']
 
@@ -283,7 +295,7 @@ def eva_backend(
     fits = (not variant and device.type == 'cuda' and dtype in (torch.float32, torch.bfloat16, torch.float16)
             and head_dim in (16, 32, 48, 64, 80, 96, 128)
             and window_size <= 16 and partition_grid <= 16 and dropout_p == 0.0)
-    return 'triton' if fits and has_kernels('eva_triton') else 'plain'
+    return 'triton' if fits and has_kernels('eva.triton.operator') else 'plain'
 
 
 def _runs_fused(q: torch.Tensor, window_size: int, partition_grid: int, dropout_p: float,
@@ -299,7 +311,7 @@ def _runs_fused(q: torch.Tensor, window_size: int, partition_grid: int, dropout_
 
 def _fused(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid, scale, proposal_scale,
            noise, norm_eps) -> torch.Tensor:
-    from .eva_triton import eva_attention_fused
+    from .triton.operator import eva_attention_fused
     dtype = q.dtype
     if dtype == torch.float32 and torch.is_autocast_enabled('cuda'):  # as autocast would cast a matrix product
         autocast = torch.get_autocast_dtype('cuda')

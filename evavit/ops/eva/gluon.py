@@ -1,4 +1,4 @@
-"""Three kernels of `eva_triton.py` in Gluon, for Hopper and the default windows and cells.
+"""Three kernels of `triton/` in Gluon, for Hopper and the default windows and cells.
 
 Triton's compiler chooses where a tile is kept and when its copy is waited for. Its assembly showed what that costs
 here: what it calls a pipeline waits for the copies of a window right after they are issued, a latency of DRAM for
@@ -14,8 +14,8 @@ same, and these kernels
   where a gather loads a row for each token;
 * add a zero that the compiler does not know to what it would keep in registers (`zero`).
 
-One tile of 64 rows holds a window, another the cells; both have the head's columns, 32 or 64. `eva_triton._Plan.gluon`
-checks what tensors these kernels take.
+One tile of 64 rows holds a window, another the cells; both have the head's columns, 32 or 64.
+`triton.operator._Plan.gluon` checks what tensors these kernels take.
 
 Shared memory: a copy is seen by all threads after `wait_group` and the barrier that Triton puts behind it. Products
 read through another proxy: a fence stands between them and what threads or copies wrote. A buffer is written again

@@ -3,9 +3,16 @@ from typing import List, Optional, Tuple
 
 import torch
 
-from .blocks import accumulation_dtype, cell_means, from_windows, to_windows, window_logits
-from .eva import Summary, summarise
-from .grid import cell_shape, window_shape
+from evavit.ops.eva import Summary, summarise
+from evavit.ops.grid import (
+    accumulation_dtype,
+    cell_means,
+    cell_shape,
+    from_windows,
+    to_windows,
+    window_logits,
+    window_shape,
+)
 
 __all__ = ['eva_attention_mass']
 

@@ -1,15 +1,16 @@
 """EVA on sequences: chunks in place of windows, cells of consecutive tokens, causal if asked (Appendix D, Algorithm 2).
 
-The steps are those of `evavit/ops/eva_variants.py`, on a grid of one row, with masks for padding and for the future.
+The steps are those of `evavit/ops/eva/variants.py`, on a grid of one row, with masks for padding and for the future.
 docs/math.md, section 13, has the definition.
 """
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 
-from .checks import check_eva_1d_args
-from .eva_variants import CellSummaries, attend, halo_size, summarise_cells
-from .grid import from_blocks, halo_mask, to_halos
+from evavit.ops.checks import check_eva_1d_args
+from evavit.ops.grid import from_blocks, halo_mask, to_halos
+
+from .variants import CellSummaries, attend, halo_size, summarise_cells
 
 __all__ = ['Eva1dCache', 'eva_attention_1d', 'eva_attention_1d_step']
 

@@ -5,17 +5,17 @@
     summarise_cells   groups of tokens to what queries need of them: k̃, samples ω, their log-weights, values β
     attend            windows of queries to their E and to the cells, (16) for any number of samples
 
-`eva_attention_variant` puts them on the 2D grid, `evavit/ops/eva_1d.py` on a sequence.
+`eva_attention_variant` puts them on the 2D grid, `evavit/ops/eva/sequence.py` on a sequence.
 """
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
-from .blocks import accumulation_dtype
-from .checks import check_eva_variant_args, check_partition
-from .eva import eva_num_cells, summarise
-from .grid import (
+from evavit.ops.checks import check_eva_variant_args, check_partition
+from evavit.ops.eva import eva_num_cells, summarise
+from evavit.ops.grid import (
+    accumulation_dtype,
     block_counts,
     block_mask,
     cell_shape,

@@ -4,7 +4,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from .fused import has_kernels, needs_plain
+from evavit.ops.backends import has_kernels, needs_plain
 
 __all__ = ['mlp_gelu', 'mlp_gelu_backend']
 
@@ -59,7 +59,7 @@ def mlp_gelu_backend(device: torch.device, dtype: torch.dtype, in_features: int,
     """
     fits = (device.type == 'cuda' and dtype in (torch.bfloat16, torch.float16)
             and in_features % 16 == 0 and hidden_features % 16 == 0 and out_features % 16 == 0)
-    return 'triton' if fits and has_kernels('mlp_triton') else 'plain'
+    return 'triton' if fits and has_kernels('mlp.triton') else 'plain'
 
 
 def _runs_fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor,
@@ -78,7 +78,7 @@ def _runs_fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, wei
 
 def _fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor,
            bias2: torch.Tensor) -> torch.Tensor:
-    from .mlp_triton import mlp_fused
+    from .triton import mlp_fused
     # As autocast would cast them, but for the first bias: the kernels add it as it is.
     if torch.is_autocast_enabled('cuda'):
         dtype = torch.get_autocast_dtype('cuda')

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .gelu_triton import gelu, gelu_slope
-from .launch import Launcher, ceil_div, on_device, register_op, sum_parts
+from evavit.ops.common.gelu import gelu, gelu_slope
+from evavit.ops.common.launch import Launcher, ceil_div, on_device, register_op, sum_parts
 
 __all__ = ['mlp_fused']
 

@@ -27,12 +27,12 @@ from timm.data import (
 from timm.data.readers.class_map import load_class_map
 from timm.models import get_model_input_config
 
-from .errors import UserError, first_line
-from .folders import SPLIT_NAMES, ClassFolders, find_split
-from .images import CheckedImages, CheckedStream
-from .options import nearest
-from .process import Draw, seed_at, seed_sample
-from .recipe import image_channels
+from evavit.errors import UserError, first_line
+from evavit.training.data.folders import SPLIT_NAMES, ClassFolders, find_split
+from evavit.training.data.images import CheckedImages, CheckedStream
+from evavit.training.config import nearest
+from evavit.training.distributed import Draw, seed_at, seed_sample
+from evavit.training.build import image_channels
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
-from .errors import UserError
-from .options import nearest
+from evavit.errors import UserError
+from evavit.training.config import nearest
 
 log = logging.getLogger(__name__)
 

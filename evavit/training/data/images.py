@@ -22,7 +22,7 @@ from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset
 from timm.data.readers.reader_wds import WdsTargetKeyError
 
-from .errors import LocalError, UserError, first_line
+from evavit.errors import LocalError, UserError, first_line
 
 log = logging.getLogger(__name__)
 

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 from kernel_checks import agrees_in_the_interpreter
-from ops.test_eva_triton import check, make_case, run
+from ops.eva.test_triton import check, make_case, run
 
 from evavit.ops import eva_attention_packed
 
 triton = pytest.importorskip('triton')
-eva_triton = pytest.importorskip('evavit.ops.eva_triton')
-eva_gluon = pytest.importorskip('evavit.ops.eva_gluon')
-launching = pytest.importorskip('evavit.ops.launch')
+eva_triton = pytest.importorskip('evavit.ops.eva.triton.operator')
+eva_gluon = pytest.importorskip('evavit.ops.eva.gluon')
+launching = pytest.importorskip('evavit.ops.common.launch')
 
 KERNELS = ['_forward_windows_gluon', '_backward_shared_gluon', '_backward_tokens_gluon']
 # feat_size, window_size, partition_grid: 49, 64, 4 and 1 cells; windows of 6, 7 and 8, one cut to 5 × 7; edges.
@@ -114,8 +114,8 @@ class TestChoice:
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
         assert find(0) is eva_gluon
         with monkeypatch.context() as patch, pytest.warns(UserWarning, match='no module|not have|import'):
-            patch.delattr('evavit.ops.eva_gluon')
-            patch.setitem(sys.modules, 'evavit.ops.eva_gluon', None)
+            patch.delattr('evavit.ops.eva.gluon')
+            patch.setitem(sys.modules, 'evavit.ops.eva.gluon', None)
             assert find(0) is None
         monkeypatch.setattr(triton, '__version__', '3.5.1')
         with pytest.warns(UserWarning, match='Triton is 3.5.1'):
@@ -171,11 +171,12 @@ EMULATED = """
 import sys, types, torch
 sys.path[:0] = [{tests!r}]
 import evavit.ops.eva
-from evavit.ops import eva_gluon, eva_triton
-from evavit.ops.launch import Launcher
+from evavit.ops.eva import gluon as eva_gluon
+from evavit.ops.eva.triton import operator as eva_triton
+from evavit.ops.common.launch import Launcher
 from ops.gluon_emulator import Emulator
 from kernel_checks import relative_rms
-from ops.test_eva_triton import make_case, run
+from ops.eva.test_triton import make_case, run
 emulator, reference_path = Emulator(eva_gluon), evavit.ops.eva._runs_fused
 launch, launched = Launcher.__call__, []
 def emulated(launcher, kernel, grid, *args, **options):

@@ -204,9 +204,9 @@ INTERPRETED = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
 import evavit.ops.eva
-from evavit.ops import eva_triton
+from evavit.ops.eva.triton import operator as eva_triton
 from kernel_checks import relative_rms
-from ops.test_eva_triton import make_case, run
+from ops.eva.test_triton import make_case, run
 reference_path = evavit.ops.eva._runs_fused
 torch.manual_seed(0)
 for shape, bias in [(((9, 7), 4, 3), True), (((9, 7), 4, 3), 'table'), (((5, 6), 0, 3), True), (((6, 5), 5, 0), True),

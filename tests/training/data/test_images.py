@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_transform
 
-from evavit.training.errors import LocalError, UserError
-from evavit.training.images import UNREADABLE, BadImageError, BadImages, CheckedImages, decode, substitute
-from evavit.training.process import Process
+from evavit.errors import LocalError, UserError
+from evavit.training.data.images import UNREADABLE, BadImageError, BadImages, CheckedImages, decode, substitute
+from evavit.training.distributed import Process
 
 ALONE = Process(torch.device("cpu"), 0, 0, 1)
 GOOD, BAD = faults.good_files(), faults.bad_files()

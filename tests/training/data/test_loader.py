@@ -9,7 +9,7 @@ import timm
 from PIL import Image
 
 from evavit.training import data
-from evavit.training.errors import UserError
+from evavit.errors import UserError
 
 
 def settings_of(**given):

@@ -8,8 +8,8 @@ import pytest
 from runs import CLASSES, MODEL, QUICK, load_script, write_images
 
 from evavit.training import data
-from evavit.training.errors import run_script
-from evavit.training.options import parse_settings
+from evavit.errors import run_script
+from evavit.training.config import parse_settings
 
 
 def files(root):

@@ -27,8 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .grid import block_counts, cell_shape, window_shape
-from .launch import Launcher, ceil_div, on_device, register_op, sum_parts
+from evavit.ops.common.launch import Launcher, ceil_div, on_device, register_op, sum_parts
+from evavit.ops.grid import block_counts, cell_shape, window_shape
 
 __all__ = ['eva_attention_fused']
 
@@ -756,7 +756,7 @@ def _gluon(device: int):
     try:
         if not GLUON_VERSIONS[0] <= version <= GLUON_VERSIONS[1]:
             raise ImportError('not a release that they were tried with')
-        from . import eva_gluon
+        from evavit.ops.eva import gluon as eva_gluon
     except (ImportError, AttributeError) as error:
         warnings.warn(f'EVA takes its slower kernels, without Gluon: Triton is {triton.__version__} ({error}), '
                       f'Triton 3.6 to 3.9 has the faster ones', stacklevel=2)
