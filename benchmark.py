@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Time EVA beside softmax attention: python benchmark.py --help. The program is evavit/cli/benchmark.py."""
+
 import sys
 
 from evavit.cli.benchmark import main

@@ -3,7 +3,8 @@
 Arguments are those of `timm.create_model`: `checkpoint_path`, `pretrained_cfg_overlay`, `num_classes`, …; there is
 an entry point for every model of the package. `timm_model` takes the name as an argument, such as 'local-dir:FOLDER'.
 """
-dependencies = ["timm", "torch"]
+
+dependencies = ['timm', 'torch']
 
 import timm as _timm  # noqa: E402
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Train an image classifier: python train.py --help. The program is evavit/cli/train.py."""
+
 import sys
 
 from evavit.cli.train import main

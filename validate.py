@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Judge a classifier: python validate.py --help. The program is evavit/cli/validate.py."""
+
 import sys
 
 from evavit.cli.validate import main

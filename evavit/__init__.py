@@ -2,6 +2,7 @@
 
 Importing this package registers the models, so that `timm.create_model('eva_deit_tiny')` finds them.
 """
+
 from .layers import EvaAttention
 from .models import eva_deit_small, eva_deit_tiny, eva_deit_tiny_784, eva_pvt_v2_b3
 from .ops import eva_attention

@@ -1,4 +1,5 @@
 """`python -m evavit.compare`: errors of the attentions against softmax, see `evavit/bench/compare.py`."""
+
 import sys
 
 from evavit.bench.compare import main

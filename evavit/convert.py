@@ -1,4 +1,5 @@
 """Weights of the published EVA code and of softmax models: the public names of `evavit/models/_foreign.py`."""
+
 from evavit.models._foreign import (
     PUBLISHED_EVA_KWARGS,
     Change,

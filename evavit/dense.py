@@ -1,4 +1,5 @@
 """Backbones for detection: maps at strides 4 to 64 in torchvision's form, from a pyramid or from a plain model."""
+
 from collections import OrderedDict
 from typing import Dict, List
 
@@ -27,17 +28,29 @@ class SimpleFeaturePyramid(nn.Module):
         super().__init__()
         half, quarter = in_channels // 2, in_channels // 4
         scales = [
-            ([nn.ConvTranspose2d(in_channels, half, 2, stride=2), LayerNorm2d(half), nn.GELU(),
-              nn.ConvTranspose2d(half, quarter, 2, stride=2)], quarter),
+            (
+                [
+                    nn.ConvTranspose2d(in_channels, half, 2, stride=2),
+                    LayerNorm2d(half),
+                    nn.GELU(),
+                    nn.ConvTranspose2d(half, quarter, 2, stride=2),
+                ],
+                quarter,
+            ),
             ([nn.ConvTranspose2d(in_channels, half, 2, stride=2)], half),
             ([], in_channels),
             ([nn.MaxPool2d(2)], in_channels),
         ]
-        self.scales = nn.ModuleList(nn.Sequential(
-            *resize,
-            nn.Conv2d(channels, out_channels, 1, bias=False), LayerNorm2d(out_channels),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels),
-        ) for resize, channels in scales)
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                *resize,
+                nn.Conv2d(channels, out_channels, 1, bias=False),
+                LayerNorm2d(out_channels),
+                nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+                LayerNorm2d(out_channels),
+            )
+            for resize, channels in scales
+        )
 
     def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
         """`(B, in_channels, H, W)` to four maps of out_channels: 4H × 4W, 2H × 2W, H × W and H/2 × W/2."""

@@ -31,22 +31,23 @@ def one_line(error):
     """The last line of an exception's text, without the traceback that a data loader's worker puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[-1] if lines else type(error).__name__
-    prefix = f"{type(error).__module__}.{type(error).__name__}: "
-    return line[len(prefix):] if line.startswith(prefix) else line
+    prefix = f'{type(error).__module__}.{type(error).__name__}: '
+    return line[len(prefix) :] if line.startswith(prefix) else line
 
 
 def first_line(error):
     """An exception of a library, on one line: its headings joined with what follows."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return ' '.join(str(error).split()) or type(error).__name__
 
 
 def _lost_worker(error):
     """PyTorch's error on a loading process that was killed, as one line; another error is raised again."""
     text = first_line(error)
-    if not text.startswith("DataLoader worker"):
+    if not text.startswith('DataLoader worker'):
         raise error
-    return LocalError(f"{text.split(' It is possible')[0].rstrip('. ')}: where the system ran out of memory, lower "
-                      f"--workers or -b")
+    return LocalError(
+        f'{text.split(" It is possible")[0].rstrip(". ")}: where the system ran out of memory, lower --workers or -b'
+    )
 
 
 def run_script(main, argv=None):
@@ -64,7 +65,7 @@ def run_script(main, argv=None):
         code = 2
         _, rank, world_size = world_info_from_env()
         if rank == 0 or isinstance(error, LocalError):
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            print(f'error: {one_line(error)}', file=sys.stderr, flush=True)
         if world_size > 1:
             # The other processes may wait for this one in a collective: leave without waiting for them,
             # torchrun then ends them.

@@ -2,6 +2,7 @@
 
 `export.py` is the command for this; docs/deploy.md says what each form is good for.
 """
+
 import copy
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,17 @@ from torch import nn
 from evavit.layers.attention import GridAttention
 
 __all__ = [
-    'PRECISIONS', 'TENSORRT_OPERATORS', 'fixed_image_size', 'load_exported', 'lower_precision', 'onnx_operators',
-    'relative_error', 'tensorrt_objections', 'to_onnx', 'to_package', 'to_program',
+    'PRECISIONS',
+    'TENSORRT_OPERATORS',
+    'fixed_image_size',
+    'load_exported',
+    'lower_precision',
+    'onnx_operators',
+    'relative_error',
+    'tensorrt_objections',
+    'to_onnx',
+    'to_package',
+    'to_program',
 ]
 
 PRECISIONS = ('float32', 'bfloat16', 'float16', 'int8')
@@ -25,15 +35,69 @@ MAX_BATCH = 1024  # upper end of the dynamic batch of programs and packages
 # table of onnx-tensorrt for TensorRT 10.15. Resize is not among them, for the parser reads no cubic one.
 _CONSTANT_AXES = 'axes must be constant'
 TENSORRT_OPERATORS: Dict[str, str] = {
-    **dict.fromkeys((
-        'Add', 'And', 'Cast', 'Ceil', 'Clip', 'Concat', 'Constant', 'ConstantOfShape', 'Conv', 'Div', 'Equal', 'Erf',
-        'Exp', 'Expand', 'Flatten', 'Floor', 'Gather', 'GatherElements', 'GatherND', 'Gelu', 'Gemm',
-        'GlobalAveragePool', 'Greater', 'GreaterOrEqual', 'Identity', 'Less', 'LessOrEqual', 'Log', 'MatMul', 'Max',
-        'Min', 'Mod', 'Mul', 'Neg', 'Not', 'Or', 'Pad', 'Pow', 'Range', 'Reciprocal', 'Relu', 'Reshape',
-        'ScatterElements', 'Shape', 'Sigmoid', 'Slice', 'Softmax', 'Split', 'Sqrt', 'Sub', 'Tanh', 'Tile',
-        'Transpose', 'Trilu', 'Where'), ''),
-    **dict.fromkeys(('ReduceMax', 'ReduceMean', 'ReduceMin', 'ReduceProd', 'ReduceSum', 'Squeeze', 'Unsqueeze'),
-                    _CONSTANT_AXES),
+    **dict.fromkeys(
+        (
+            'Add',
+            'And',
+            'Cast',
+            'Ceil',
+            'Clip',
+            'Concat',
+            'Constant',
+            'ConstantOfShape',
+            'Conv',
+            'Div',
+            'Equal',
+            'Erf',
+            'Exp',
+            'Expand',
+            'Flatten',
+            'Floor',
+            'Gather',
+            'GatherElements',
+            'GatherND',
+            'Gelu',
+            'Gemm',
+            'GlobalAveragePool',
+            'Greater',
+            'GreaterOrEqual',
+            'Identity',
+            'Less',
+            'LessOrEqual',
+            'Log',
+            'MatMul',
+            'Max',
+            'Min',
+            'Mod',
+            'Mul',
+            'Neg',
+            'Not',
+            'Or',
+            'Pad',
+            'Pow',
+            'Range',
+            'Reciprocal',
+            'Relu',
+            'Reshape',
+            'ScatterElements',
+            'Shape',
+            'Sigmoid',
+            'Slice',
+            'Softmax',
+            'Split',
+            'Sqrt',
+            'Sub',
+            'Tanh',
+            'Tile',
+            'Transpose',
+            'Trilu',
+            'Where',
+        ),
+        '',
+    ),
+    **dict.fromkeys(
+        ('ReduceMax', 'ReduceMean', 'ReduceMin', 'ReduceProd', 'ReduceSum', 'Squeeze', 'Unsqueeze'), _CONSTANT_AXES
+    ),
     'LayerNormalization': 'the first output alone',
     'ScatterND': 'no reduction',
 }
@@ -57,6 +121,7 @@ def lower_precision(model: nn.Module, precision: str) -> nn.Module:
     model = copy.deepcopy(model)
     if precision == 'int8':
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
         quantize_(model, Int8WeightOnlyConfig(version=2))
         return model
     return model.to(getattr(torch, precision))
@@ -74,14 +139,14 @@ def _example(model: nn.Module, input_size: Sequence[int]) -> torch.Tensor:
 
 
 def to_onnx(
-        model: nn.Module,
-        path: Path,
-        input_size: Sequence[int],
-        opset: Optional[int] = None,
-        keep_initializers: bool = False,
-        dynamic_size: bool = False,
-        metadata: Optional[Dict[str, str]] = None,
-        verbose: bool = False,
+    model: nn.Module,
+    path: Path,
+    input_size: Sequence[int],
+    opset: Optional[int] = None,
+    keep_initializers: bool = False,
+    dynamic_size: bool = False,
+    metadata: Optional[Dict[str, str]] = None,
+    verbose: bool = False,
 ) -> None:
     """Write a model in evaluation mode as ONNX: images `input0`, logits `output0`, any batch.
 
@@ -99,10 +164,20 @@ def to_onnx(
         ValueError: `dynamic_size` with a model that has `fixed_image_size`.
     """
     import onnx
+
     if dynamic_size and fixed_image_size(model):
         raise ValueError('an exported graph of this model holds for one image size: windows and cells are cut for it')
-    onnx_export(model, str(path), _example(model, input_size), opset=opset, keep_initializers=keep_initializers,
-                dynamic_size=dynamic_size, use_dynamo=True, verbose=verbose, check=False)
+    onnx_export(
+        model,
+        str(path),
+        _example(model, input_size),
+        opset=opset,
+        keep_initializers=keep_initializers,
+        dynamic_size=dynamic_size,
+        use_dynamo=True,
+        verbose=verbose,
+        check=False,
+    )
     if metadata:
         file = onnx.load(str(path), load_external_data=False)
         onnx.helper.set_model_props(file, metadata)
@@ -113,10 +188,12 @@ def to_onnx(
 def onnx_operators(path: Path) -> Counter:
     """How often each operator stands in an ONNX file; those of other domains than ONNX's as 'domain::name'."""
     import onnx
+
     file = onnx.load(str(path), load_external_data=False)
     nodes = [*file.graph.node, *(node for function in file.functions for node in function.node)]
-    return Counter(f'{node.domain}::{node.op_type}' if node.domain not in ('', 'ai.onnx') else node.op_type
-                   for node in nodes)
+    return Counter(
+        f'{node.domain}::{node.op_type}' if node.domain not in ('', 'ai.onnx') else node.op_type for node in nodes
+    )
 
 
 def tensorrt_objections(path: Path) -> List[str]:
@@ -125,6 +202,7 @@ def tensorrt_objections(path: Path) -> List[str]:
     Operators that are not in `TENSORRT_OPERATORS` or break what it asks of them, and types of numbers.
     """
     import onnx
+
     file = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
     constants = {tensor.name for tensor in file.graph.initializer}
     constants |= {node.output[0] for node in file.graph.node if node.op_type == 'Constant'}
@@ -134,8 +212,10 @@ def tensorrt_objections(path: Path) -> List[str]:
         if rule == _CONSTANT_AXES:
             broken = not constants.issuperset(node.input[1:2])
         else:
-            broken = rule and (len(node.output) > 1 or any(attribute.name == 'reduction' and attribute.s != b'none'
-                                                           for attribute in node.attribute))
+            broken = rule and (
+                len(node.output) > 1
+                or any(attribute.name == 'reduction' and attribute.s != b'none' for attribute in node.attribute)
+            )
         if broken:
             found.add(f'{node.op_type} ({rule})')
     values = (*file.graph.input, *file.graph.value_info, *file.graph.output)
@@ -166,6 +246,7 @@ def load_exported(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     if Path(path).suffix == '.onnx':
         import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])

@@ -1,4 +1,5 @@
 """Weights out: a folder in the form of the Hugging Face Hub, with a model card that says what the weights are."""
+
 from pathlib import Path
 from typing import Any, Dict, Optional
 
@@ -10,16 +11,16 @@ import evavit
 
 __all__ = ['model_card', 'publish', 'save_folder']
 
-_CITATION = '''@inproceedings{zheng2023eva,
+_CITATION = """@inproceedings{zheng2023eva,
   title     = {Efficient Attention via Control Variates},
   author    = {Zheng, Lin and Yuan, Jianbo and Wang, Chong and Kong, Lingpeng},
   booktitle = {International Conference on Learning Representations (ICLR)},
   year      = {2023},
   eprint    = {2302.04542},
   eprinttype = {arXiv}
-}'''
+}"""
 
-_USAGE = '''```python
+_USAGE = """```python
 import timm
 import torch
 from PIL import Image
@@ -32,23 +33,42 @@ image = Image.open("picture.jpg").convert({mode!r})
 with torch.no_grad():
     probabilities = model(transform(image).unsqueeze(0)).softmax(-1)
 ```
-'''
+"""
 
 # Settings of train.py that say what a training was, in the order of the card.
-_RECIPE = ('epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'weight_decay', 'sched', 'warmup_epochs',
-           'drop_path', 'smoothing', 'mixup', 'cutmix', 'aa', 'reprob', 'model_ema', 'model_ema_decay',
-           'clip_grad', 'seed', 'pretrained_path', 'initial_checkpoint')
+_RECIPE = (
+    'epochs',
+    'batch_size',
+    'grad_accum_steps',
+    'opt',
+    'lr',
+    'weight_decay',
+    'sched',
+    'warmup_epochs',
+    'drop_path',
+    'smoothing',
+    'mixup',
+    'cutmix',
+    'aa',
+    'reprob',
+    'model_ema',
+    'model_ema_decay',
+    'clip_grad',
+    'seed',
+    'pretrained_path',
+    'initial_checkpoint',
+)
 
 
 def model_card(
-        model: torch.nn.Module,
-        *,
-        source: str,
-        data: str,
-        licence: str,
-        recipe: Optional[Dict[str, Any]] = None,
-        metrics: Optional[Dict[str, Any]] = None,
-        description: Optional[str] = None,
+    model: torch.nn.Module,
+    *,
+    source: str,
+    data: str,
+    licence: str,
+    recipe: Optional[Dict[str, Any]] = None,
+    metrics: Optional[Dict[str, Any]] = None,
+    description: Optional[str] = None,
 ) -> Dict[str, Any]:
     """What timm's `generate_readme` and `push_to_hf_hub` make a model card of.
 
@@ -94,12 +114,12 @@ def _config(label_names: Optional[list], licence: str) -> Dict[str, Any]:
 
 
 def save_folder(
-        model: torch.nn.Module,
-        folder: str,
-        *,
-        data_config: Optional[Dict[str, Any]] = None,
-        label_names: Optional[list] = None,
-        **card: Any,
+    model: torch.nn.Module,
+    folder: str,
+    *,
+    data_config: Optional[Dict[str, Any]] = None,
+    label_names: Optional[list] = None,
+    **card: Any,
 ) -> Path:
     """Write weights (`model.safetensors`), `config.json` and the model card `README.md` to a folder.
 
@@ -114,27 +134,37 @@ def save_folder(
         **card: data, licence, recipe, metrics and description of `model_card`.
     """
     path = Path(folder)
-    save_for_hf(model, str(path), model_config=_config(label_names, card['licence']), safe_serialization=True,
-                data_config=data_config)
+    save_for_hf(
+        model,
+        str(path),
+        model_config=_config(label_names, card['licence']),
+        safe_serialization=True,
+        data_config=data_config,
+    )
     readme = generate_readme(model_card(model, **{'source': f'local-dir:{path}', **card}), path.name)
     (path / 'README.md').write_text(readme, encoding='utf-8')
     return path
 
 
 def publish(
-        model: torch.nn.Module,
-        repo_id: str,
-        *,
-        data_config: Optional[Dict[str, Any]] = None,
-        label_names: Optional[list] = None,
-        private: bool = False,
-        **card: Any,
+    model: torch.nn.Module,
+    repo_id: str,
+    *,
+    data_config: Optional[Dict[str, Any]] = None,
+    label_names: Optional[list] = None,
+    private: bool = False,
+    **card: Any,
 ):
     """Upload to the Hugging Face Hub with the same card, through timm's `push_to_hf_hub`; see `save_folder`.
 
     A token of the Hub's own login is used. An existing model card is left as it is.
     """
     return push_to_hf_hub(
-        model, repo_id, private=private, safe_serialization=True, data_config=data_config,
+        model,
+        repo_id,
+        private=private,
+        safe_serialization=True,
+        data_config=data_config,
         model_config=_config(label_names, card['licence']),
-        model_card=model_card(model, **{'source': f'hf-hub:{repo_id}', **card}))
+        model_card=model_card(model, **{'source': f'hf-hub:{repo_id}', **card}),
+    )

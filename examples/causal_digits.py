@@ -6,6 +6,7 @@ small Transformer with `EvaAttention1d(causal=True)` predicts each from those be
 give fewer bits per pixel than any model of single pixels can; new digits then come one pixel at a time, through
 `EvaAttention1d.step`. Needs scikit-learn.
 """
+
 import argparse
 import math
 import time
@@ -22,6 +23,7 @@ LEVELS, PIXELS = 17, 64
 def load() -> tuple:
     """Grey levels of the training and the test images, `(images, 64)`; the last 360 images are the test."""
     from sklearn.datasets import load_digits
+
     images = torch.from_numpy(load_digits().data).long()
     return images[:-360], images[-360:]
 
@@ -32,8 +34,9 @@ class CausalBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, window_size: int, cell_size: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = EvaAttention1d(dim, num_heads, window_size=window_size, cell_size=cell_size, causal=True,
-                                   overlap=True)
+        self.attn = EvaAttention1d(
+            dim, num_heads, window_size=window_size, cell_size=cell_size, causal=True, overlap=True
+        )
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
@@ -92,7 +95,7 @@ def train(model: nn.Module, images: torch.Tensor, epochs: int, lr: float = 3e-3,
         start = step * batch_size % (len(images) - batch_size + 1)
         if start < batch_size:
             images = images[torch.randperm(len(images))]
-        batch = images[start:start + batch_size]
+        batch = images[start : start + batch_size]
         loss = F.cross_entropy(model(batch).flatten(0, 1), batch.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -119,30 +122,34 @@ def unigram_bits_per_pixel(images: torch.Tensor, test: torch.Tensor, by_position
 
 def draw(images: torch.Tensor) -> str:
     """Images side by side as text."""
-    shades = " .:-=+*#%@"
+    shades = ' .:-=+*#%@'
     rows = images.view(-1, 8, 8).transpose(0, 1)
-    return "\n".join("  ".join("".join(2 * shades[min(level * 10 // LEVELS, 9)] for level in line) for line in row)
-                     for row in rows.tolist())
+    return '\n'.join(
+        '  '.join(''.join(2 * shades[min(level * 10 // LEVELS, 9)] for level in line) for line in row)
+        for row in rows.tolist()
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=5, help="digits to draw")
+    parser.add_argument('--epochs', type=int, default=15)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--samples', type=int, default=5, help='digits to draw')
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     images, test = load()
     model = PixelModel()
     begin = time.time()
     train(model, images, args.epochs)
-    print(f"trained {args.epochs} epochs in {time.time() - begin:.0f} s")
-    print(f"bits per pixel on {len(test)} test images: causal EVA {bits_per_pixel(model, test):.3f}, "
-          f"a distribution for each position {unigram_bits_per_pixel(images, test, by_position=True):.3f}, "
-          f"one for all pixels {unigram_bits_per_pixel(images, test):.3f}")
+    print(f'trained {args.epochs} epochs in {time.time() - begin:.0f} s')
+    print(
+        f'bits per pixel on {len(test)} test images: causal EVA {bits_per_pixel(model, test):.3f}, '
+        f'a distribution for each position {unigram_bits_per_pixel(images, test, by_position=True):.3f}, '
+        f'one for all pixels {unigram_bits_per_pixel(images, test):.3f}'
+    )
     if args.samples:
         print(draw(model.sample(args.samples, torch.Generator().manual_seed(args.seed))))
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

@@ -4,6 +4,7 @@
 Needs onnxruntime, NumPy and Pillow, and neither PyTorch nor timm nor this package: what the pictures must look like and
 what the classes are called stands in the file.
 """
+
 import argparse
 import json
 import math

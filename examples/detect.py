@@ -4,6 +4,7 @@
 A pyramid through a feature pyramid network, or a plain model through a simple feature pyramid, is the backbone of
 Faster R-CNN or RetinaNet, trained for some steps on crops of a photograph of coins. Needs evavit[dense].
 """
+
 import argparse
 import time
 
@@ -32,14 +33,26 @@ def targets(masks: torch.Tensor) -> list:
     found = []
     for mask in masks:
         places = ndimage.find_objects(ndimage.label(mask.numpy())[0])
-        boxes = torch.tensor([[x.start, y.start, x.stop, y.stop] for y, x in places
-                              if min(x.stop - x.start, y.stop - y.start) >= 8]).reshape(-1, 4).float()
+        boxes = (
+            torch.tensor(
+                [[x.start, y.start, x.stop, y.stop] for y, x in places if min(x.stop - x.start, y.stop - y.start) >= 8]
+            )
+            .reshape(-1, 4)
+            .float()
+        )
         found.append(dict(boxes=boxes, labels=torch.ones(len(boxes), dtype=torch.int64)))
     return found
 
 
-def train(model: torch.nn.Module, image: torch.Tensor, mask: torch.Tensor, steps: int, batch: int = 2,
-          side: int = 192, lr: float = 3e-4) -> list:
+def train(
+    model: torch.nn.Module,
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    steps: int,
+    batch: int = 2,
+    side: int = 192,
+    lr: float = 3e-4,
+) -> list:
     """AdamW on the sum of the detector's losses; returns that of each step."""
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01), []
     model.train()
@@ -72,8 +85,10 @@ def main() -> None:
     losses = train(model, image, mask, args.steps)
     with torch.no_grad():
         found = model.eval()([image])[0]
-    print(f'{args.detector} on {args.model}, {args.steps} steps in {time.time() - begin:.0f} s: loss {losses[0]:.2f} '
-          f'to {sum(losses[-5:]) / len(losses[-5:]):.2f}; {len(found["boxes"])} boxes on the whole photograph')
+    print(
+        f'{args.detector} on {args.model}, {args.steps} steps in {time.time() - begin:.0f} s: loss {losses[0]:.2f} '
+        f'to {sum(losses[-5:]) / len(losses[-5:]):.2f}; {len(found["boxes"])} boxes on the whole photograph'
+    )
 
 
 if __name__ == '__main__':

@@ -38,38 +38,46 @@ def judge(settings, k):
     """Top-1, balanced accuracy and macro F1 in percent, and the number of pictures looked up and judged."""
     device = start_process(settings.device).device
     torch.manual_seed(0)  # the weights, where no file gives them
-    train_set, names = data.open_dataset(settings, "train", in_chans=build.image_channels(settings))
-    eval_set, _ = data.open_dataset(settings, settings.split, class_names=names,
-                                    in_chans=build.image_channels(settings))
+    train_set, names = data.open_dataset(settings, 'train', in_chans=build.image_channels(settings))
+    eval_set, _ = data.open_dataset(
+        settings, settings.split, class_names=names, in_chans=build.image_channels(settings)
+    )
     model = build.build_model(settings, 0).to(device).eval()
     config = data.resolve_input(settings, model)
-    known, labels = features(model, data.eval_loader(train_set, settings, config, device, settings.batch_size),
-                             settings, device)
-    asked, truth = features(model, data.eval_loader(eval_set, settings, config, device, settings.batch_size),
-                            settings, device)
+    known, labels = features(
+        model, data.eval_loader(train_set, settings, config, device, settings.batch_size), settings, device
+    )
+    asked, truth = features(
+        model, data.eval_loader(eval_set, settings, config, device, settings.batch_size), settings, device
+    )
     if k > len(known):
-        raise UserError(f"-k {k}: the training split has {len(known)} images")
-    guess = KNeighborsClassifier(k, metric="cosine", weights="distance").fit(known, labels).predict(asked)
-    figures = (float((guess == truth.numpy()).mean()), balanced_accuracy_score(truth, guess),
-               f1_score(truth, guess, average="macro", zero_division=0))
+        raise UserError(f'-k {k}: the training split has {len(known)} images')
+    guess = KNeighborsClassifier(k, metric='cosine', weights='distance').fit(known, labels).predict(asked)
+    figures = (
+        float((guess == truth.numpy()).mean()),
+        balanced_accuracy_score(truth, guess),
+        f1_score(truth, guess, average='macro', zero_division=0),
+    )
     return [100 * figure for figure in figures], len(known), len(asked)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("-k", type=int, default=20, help="neighbours (20)")
-    parser.add_argument("--weights", metavar="FILE", help="weights of the model, its classifier is not used")
+    parser.add_argument('-k', type=int, default=20, help='neighbours (20)')
+    parser.add_argument('--weights', metavar='FILE', help='weights of the model, its classifier is not used')
     args, flags = parser.parse_known_args(argv)
-    settings, _ = parse_settings("validate", flags, __doc__)
+    settings, _ = parse_settings('validate', flags, __doc__)
     if args.k < 1:
-        raise UserError(f"-k {args.k}: must be at least 1")
+        raise UserError(f'-k {args.k}: must be at least 1')
     if not settings.model:
-        raise UserError("no model: give --model NAME")
+        raise UserError('no model: give --model NAME')
     settings.pretrained_path = args.weights
     (top1, balanced, macro), known, asked = judge(settings, args.k)
-    print(f"{args.k} nearest of {known} images, {asked} judged: top-1 {top1:.2f}  balanced accuracy {balanced:.2f}  "
-          f"macro F1 {macro:.2f}")
+    print(
+        f'{args.k} nearest of {known} images, {asked} judged: top-1 {top1:.2f}  balanced accuracy {balanced:.2f}  '
+        f'macro F1 {macro:.2f}'
+    )
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(run_script(main))

@@ -4,6 +4,7 @@
 `tu-eva_pvt_v2_b3` is the encoder of a U-Net or an FPN, trained from random weights on crops of the left half of a
 photograph of coins and judged on the right half. Needs evavit[dense].
 """
+
 import argparse
 import time
 
@@ -43,13 +44,20 @@ def crops(image: torch.Tensor, mask: torch.Tensor, count: int, side: int = SIDE)
         y = int(torch.randint(image.shape[1] - side + 1, ()))
         x = int(torch.randint(image.shape[2] // 2 - side + 1, ()))
         flip = [-1] if torch.rand(()) < 0.5 else []
-        images.append(image[:, y:y + side, x:x + side].flip(flip))
-        masks.append(mask[y:y + side, x:x + side].flip(flip))
+        images.append(image[:, y : y + side, x : x + side].flip(flip))
+        masks.append(mask[y : y + side, x : x + side].flip(flip))
     return torch.stack(images), torch.stack(masks)
 
 
-def train(model: torch.nn.Module, image: torch.Tensor, mask: torch.Tensor, steps: int, batch: int = 4,
-          lr: float = 1e-3, side: int = SIDE) -> list:
+def train(
+    model: torch.nn.Module,
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    steps: int,
+    batch: int = 4,
+    lr: float = 1e-3,
+    side: int = SIDE,
+) -> list:
     """AdamW on cross-entropy and Dice; returns the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     dice, entropy, losses = smp.losses.DiceLoss('binary'), torch.nn.BCEWithLogitsLoss(), []
@@ -90,9 +98,11 @@ def main() -> None:
         parser.error(f'--encoder {args.encoder}: {error}; a pyramid is needed, such as tu-eva_pvt_v2_b3')
     begin = time.time()
     losses = train(model, image, mask, args.steps)
-    print(f'{args.decoder} on {args.encoder}, {args.steps} steps in {time.time() - begin:.0f} s: loss '
-          f'{losses[0]:.2f} to {losses[-1]:.2f}, IoU on the right half {overlap(model, image, mask):.2f} '
-          f'(everything a coin: {mask[:, mask.shape[1] // 2:].mean():.2f})')
+    print(
+        f'{args.decoder} on {args.encoder}, {args.steps} steps in {time.time() - begin:.0f} s: loss '
+        f'{losses[0]:.2f} to {losses[-1]:.2f}, IoU on the right half {overlap(model, image, mask):.2f} '
+        f'(everything a coin: {mask[:, mask.shape[1] // 2 :].mean():.2f})'
+    )
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """What all tests share."""
+
 import os
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
 """What tests of kernels share; the fixture `poison` is in conftest.py."""
+
 import os
 import subprocess
 import sys
@@ -20,6 +21,11 @@ def agrees_in_the_interpreter(code, **names):
     `{tests}` in it is this folder, the others are `names`.
     """
     tests = os.path.dirname(os.path.abspath(__file__))
-    done = subprocess.run([sys.executable, '-c', code.format(tests=tests, **names)], text=True, capture_output=True,
-                          env={**os.environ, 'TRITON_INTERPRET': '1'}, check=False)
+    done = subprocess.run(
+        [sys.executable, '-c', code.format(tests=tests, **names)],
+        text=True,
+        capture_output=True,
+        env={**os.environ, 'TRITON_INTERPRET': '1'},
+        check=False,
+    )
     assert done.stdout.strip().endswith('agree'), done.stdout + done.stderr

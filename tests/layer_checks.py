@@ -1,4 +1,5 @@
 """What every attention layer is held to, whatever it computes between its projections."""
+
 import torch
 
 GRIDS = [(14, 14), (13, 13), (7, 20), (5, 3), (1, 1)]
@@ -23,8 +24,7 @@ def assert_matches(layer, loop, feat_size, batch=2, tolerance=1e-10):
 
     `loop` returns `(B, h, N, d)`. Both run in the mode the layer is in, each after the same seed.
     """
-    x = torch.randn(batch, feat_size[0] * feat_size[1], layer.proj.in_features, dtype=torch.float64,
-                    requires_grad=True)
+    x = torch.randn(batch, feat_size[0] * feat_size[1], layer.proj.in_features, dtype=torch.float64, requires_grad=True)
     leaves = [x, *layer.parameters()]
     torch.manual_seed(1)
     output = layer(x, feat_size)
@@ -32,6 +32,9 @@ def assert_matches(layer, loop, feat_size, batch=2, tolerance=1e-10):
     expected = layer.proj(loop(layer, x).transpose(1, 2).reshape(x.shape))
     assert (output - expected).norm() <= tolerance * expected.norm()
     grad = torch.randn_like(output)
-    for value, reference in zip(torch.autograd.grad(output, leaves, grad),
-                                torch.autograd.grad(expected, leaves, grad, materialize_grads=True), strict=True):
+    for value, reference in zip(
+        torch.autograd.grad(output, leaves, grad),
+        torch.autograd.grad(expected, leaves, grad, materialize_grads=True),
+        strict=True,
+    ):
         assert (value - reference).norm() <= tolerance * max(reference.norm().item(), 0.01 * grad.norm().item())

@@ -1,4 +1,5 @@
 """References written from the definition: one cell, one window at a time, in float64."""
+
 import math
 from itertools import chain
 
@@ -17,15 +18,21 @@ def grid_cells(feat_size, partition_grid):
     if partition_grid == 0:
         return []
     H, W = feat_size
-    return [[y * W + x for y in rows for x in cols]
-            for rows in axis_cells(H, partition_grid) for cols in axis_cells(W, partition_grid)]
+    return [
+        [y * W + x for y in rows for x in cols]
+        for rows in axis_cells(H, partition_grid)
+        for cols in axis_cells(W, partition_grid)
+    ]
 
 
 def grid_windows(feat_size, window_size):
     """Token numbers of every window, windows in raster order."""
     H, W = feat_size
-    return [[y * W + x for y in range(top, min(top + window_size, H)) for x in range(left, min(left + window_size, W))]
-            for top in range(0, H, window_size) for left in range(0, W, window_size)]
+    return [
+        [y * W + x for y in range(top, min(top + window_size, H)) for x in range(left, min(left + window_size, W))]
+        for top in range(0, H, window_size)
+        for left in range(0, W, window_size)
+    ]
 
 
 def bias_rows(tokens, width, window_size):
@@ -55,8 +62,8 @@ def phi(x, directions, kind='positive'):
     S = directions.shape[1]
     omegas = [omega[None, :, None] for omega in directions.unbind(1)]
     if kind == 'relu':
-        return torch.stack([((x * omega).sum(-1) / S ** 0.5).relu() + 1e-3 for omega in omegas], -1)
-    return torch.stack([xi(x, omega) for omega in omegas], -1) / S ** 0.5
+        return torch.stack([((x * omega).sum(-1) / S**0.5).relu() + 1e-3 for omega in omegas], -1)
+    return torch.stack([xi(x, omega) for omega in omegas], -1) / S**0.5
 
 
 def performer_loop(q, k, v, directions, kind='positive'):
@@ -81,13 +88,13 @@ def lara_loop(q, k, v, landmarks_q, landmarks_k, weighting, noise=None):
     def density(omega, mean):
         return torch.exp(-0.5 * ((omega - mean) ** 2).sum(-1))
 
-    numerator, denominator = 0., 0.
+    numerator, denominator = 0.0, 0.0
     for c, mean in enumerate(means):
         for eps in noise[:, :, c].unbind(2):
             omega = mean + eps
             keys = xi(k, omega[:, :, None])
             f = (keys[..., None] * v).sum(2) / keys.sum(2)[..., None]
-            target = density(omega, 0.)[..., None] * xi(q, omega[:, :, None]) * keys.sum(2)[..., None]  # (B, h, N)
+            target = density(omega, 0.0)[..., None] * xi(q, omega[:, :, None]) * keys.sum(2)[..., None]  # (B, h, N)
             balance = density(omega, mean) / sum(density(omega, other) for other in means)
             if weighting == 'optimal':
                 alpha = (balance[..., None] + affinity[:, :, c] - affinity.mean(2)).clamp(min=1e-8)
@@ -111,33 +118,47 @@ def scatterbrain_loop(q, k, v, feat_size, directions, bias_table=None, window_si
         if bias_table is not None:
             window = window * torch.exp(bias_table[bias_rows(tokens, feat_size[1], window_size)].permute(2, 0, 1))
         rows, cols = torch.tensor(tokens)[:, None], torch.tensor(tokens)
-        similarity = similarity.index_put((torch.arange(q.shape[0])[:, None, None, None],
-                                           torch.arange(q.shape[1])[:, None, None], rows, cols), window)
+        similarity = similarity.index_put(
+            (torch.arange(q.shape[0])[:, None, None, None], torch.arange(q.shape[1])[:, None, None], rows, cols), window
+        )
     return similarity @ v / similarity.sum(-1, keepdim=True)
+
+
 def in_order(outputs, groups):
     """Outputs of groups of tokens, back in raster order."""
     return torch.cat(outputs, 2)[:, :, torch.tensor(list(chain(*groups))).argsort()]
 
 
-def eva_loop(q, k, v, feat_size, summary_q=None, summary_k=None, bias_table=None, window_size=7, partition_grid=7,
-             proposal_scale=1.0, noise=None):
+def eva_loop(
+    q,
+    k,
+    v,
+    feat_size,
+    summary_q=None,
+    summary_k=None,
+    bias_table=None,
+    window_size=7,
+    partition_grid=7,
+    proposal_scale=1.0,
+    noise=None,
+):
     """EVA for q, k, v `(B, h, N, d)`: one cell after the other, then one window of queries after the other.
 
     summary_q, summary_k: (W, b, LayerNorm weight, LayerNorm bias); bias_table `((2·window_size - 1)², h)`; noise
     `(B, h, C_p, d)`, which stands for noise_std · ε.
     """
     d = q.shape[-1]
-    s = d ** -0.5
+    s = d**-0.5
     k_tildes, betas = [], []
     cells = grid_cells(feat_size, partition_grid)
     if cells:
         (W_q, b_q, g_q, o_q), (W_k, b_k, g_k, o_k) = summary_q, summary_k
-        noises = [0.] * len(cells) if noise is None else noise.unbind(2)
+        noises = [0.0] * len(cells) if noise is None else noise.unbind(2)
         for q_c, k_c, v_c, noise_c in zip(split(q, cells), split(k, cells), split(v, cells), noises, strict=True):
             q_tilde = F.layer_norm(q_c.mean(2) @ W_q.T + b_q, (d,), g_q, o_q)
             k_tilde = F.layer_norm(k_c.mean(2) @ W_k.T + b_k, (d,), g_k, o_k)
-            omega = s ** 0.5 * proposal_scale * (q_tilde + k_tilde) + noise_c
-            k_hat = s ** 0.5 * k_c
+            omega = s**0.5 * proposal_scale * (q_tilde + k_tilde) + noise_c
+            k_hat = s**0.5 * k_c
             log_xi = torch.einsum('bhd,bhmd->bhm', omega, k_hat) - 0.5 * k_hat.square().sum(-1)
             betas.append(torch.einsum('bhm,bhmd->bhd', torch.softmax(log_xi, -1), v_c))
             k_tildes.append(k_tilde)
@@ -191,7 +212,7 @@ def nystromformer_loop(q, k, v, feat_size, landmark_grid=7, iterations=6, kernel
             if kernels is not None:
                 reach = kernels.shape[1] // 2
                 padded = F.pad(V, [0, 0, reach, reach])
-                y = y + sum(weight * padded[j:j + len(V)] for j, weight in enumerate(kernels[head]))
+                y = y + sum(weight * padded[j : j + len(V)] for j, weight in enumerate(kernels[head]))
             heads.append(y)
         images.append(torch.stack(heads))
     return torch.stack(images)
@@ -199,7 +220,7 @@ def nystromformer_loop(q, k, v, feat_size, landmark_grid=7, iterations=6, kernel
 
 def window_bias(table, tokens, width, window_size):
     """Bias `(h, queries, keys)` among tokens of a window, or 0 without a table."""
-    return 0. if table is None else table[bias_rows(tokens, width, window_size)].permute(2, 0, 1)
+    return 0.0 if table is None else table[bias_rows(tokens, width, window_size)].permute(2, 0, 1)
 
 
 def combiner_loop(q, k, v, feat_size, bias_table=None, window_size=7, projections=None):
@@ -231,17 +252,20 @@ def combiner_loop(q, k, v, feat_size, bias_table=None, window_size=7, projection
 def long_short_loop(q, k, v, feat_size, projection, norms=None, bias_table=None, window_size=7):
     """Long-short attention; projection (W `(h·r, C)`, b), norms ((weight, bias) of LN_L, of LN_G) over C channels."""
     B, h, _, d = q.shape
-    s = d ** -0.5
+    s = d**-0.5
     logits = merge_heads(k) @ projection[0].T + projection[1]
     r = logits.shape[-1] // h
-    P = torch.stack([torch.softmax(logits[..., head * r:(head + 1) * r], 1) for head in range(h)], 1)  # (B, h, N, r)
+    P = torch.stack([torch.softmax(logits[..., head * r : (head + 1) * r], 1) for head in range(h)], 1)  # (B, h, N, r)
     k_bar, v_bar = P.transpose(2, 3) @ k, P.transpose(2, 3) @ v
     if norms is not None:
+
         def normalise(x, norm):
             return F.layer_norm(merge_heads(x), (h * d,), *norm).view(B, -1, h, d).transpose(1, 2)
 
-        k, v, k_bar, v_bar = (normalise(x, norm) for x, norm in zip(
-            (k, v, k_bar, v_bar), (norms[0], norms[0], norms[1], norms[1]), strict=True))
+        k, v, k_bar, v_bar = (
+            normalise(x, norm)
+            for x, norm in zip((k, v, k_bar, v_bar), (norms[0], norms[0], norms[1], norms[1]), strict=True)
+        )
     windows = grid_windows(feat_size, window_size)
     outputs = []
     for tokens in windows:
@@ -291,53 +315,77 @@ def sigma(mean, summary):
     return F.layer_norm(mean, mean.shape[-1:], *summary[2:]) if len(summary) == 4 else mean
 
 
-def eva_variant_loop(q, k, v, feat_size, summary_q=None, summary_k=None, bias_table=None, window_size=7,
-                     partition_grid=7, partition='all', proposal='qk', proposal_mean=None, overlap=False,
-                     proposal_scale=1.0, noise=None, noise_std=1.0):
+def eva_variant_loop(
+    q,
+    k,
+    v,
+    feat_size,
+    summary_q=None,
+    summary_k=None,
+    bias_table=None,
+    window_size=7,
+    partition_grid=7,
+    partition='all',
+    proposal='qk',
+    proposal_mean=None,
+    overlap=False,
+    proposal_scale=1.0,
+    noise=None,
+    noise_std=1.0,
+):
     """EVA's ablations: window by window, cell by cell, sample by sample, with plain exponentials.
 
     summary_q, summary_k: the tensors of `sigma`; bias_table `((2·(window_size + halo) - 1)², h)`; noise
     `(B, h, C_p, S, d)`, which stands for noise_std · ε.
     """
     (N, d), W = q.shape[2:], feat_size[1]
-    s = d ** -0.5
+    s = d**-0.5
     halo = max(1, window_size // 2) if overlap else 0
     outputs = torch.zeros_like(q)
     for window in grid_windows(feat_size, window_size) if window_size else [list(range(N))]:
         E = []
         if window_size:
             ys, xs = [n // W for n in window], [n % W for n in window]
-            E = [y * W + x for y in range(max(0, min(ys) // window_size * window_size - halo),
-                                          min(feat_size[0], min(ys) + window_size + halo))
-                 for x in range(max(0, min(xs) - halo), min(W, min(xs) + window_size + halo))]
+            E = [
+                y * W + x
+                for y in range(
+                    max(0, min(ys) // window_size * window_size - halo), min(feat_size[0], min(ys) + window_size + halo)
+                )
+                for x in range(max(0, min(xs) - halo), min(W, min(xs) + window_size + halo))
+            ]
         q_W = q[:, :, window]
         logits, values = [], []
         for m in E:
-            logit = s * (q_W * k[:, :, m:m + 1]).sum(-1)
+            logit = s * (q_W * k[:, :, m : m + 1]).sum(-1)
             if bias_table is not None:
                 reach = window_size + halo
                 rows = [(n // W - m // W + reach - 1) * (2 * reach - 1) + n % W - m % W + reach - 1 for n in window]
                 logit = logit + bias_table[rows].T
             logits.append(logit)
-            values.append(v[:, :, m:m + 1].expand_as(q_W))
+            values.append(v[:, :, m : m + 1].expand_as(q_W))
         for c, cell in enumerate(grid_cells(feat_size, partition_grid)):
             kept = [m for m in cell if partition == 'all' or m not in E]
             if not kept:
                 continue
             k_tilde = sigma(k[:, :, kept].mean(2), summary_k)
-            mean = {'qk': lambda: sigma(q[:, :, kept].mean(2), summary_q) + k_tilde,  # noqa: B023
-                    'q': lambda: sigma(q[:, :, kept].mean(2), summary_q),  # noqa: B023
-                    'zero': lambda: torch.zeros_like(k_tilde),  # noqa: B023
-                    'learned': lambda: proposal_mean[:, c // cells_across(W, partition_grid),  # noqa: B023
-                                                     c % cells_across(W, partition_grid)]}[proposal]()  # noqa: B023
-            mu = s ** 0.5 * proposal_scale * mean
-            q_hat, k_hat = s ** 0.5 * q_W, s ** 0.5 * k[:, :, kept]
-            numerator = denominator = 0.
+            mean = {
+                'qk': lambda: sigma(q[:, :, kept].mean(2), summary_q) + k_tilde,  # noqa: B023
+                'q': lambda: sigma(q[:, :, kept].mean(2), summary_q),  # noqa: B023
+                'zero': lambda: torch.zeros_like(k_tilde),  # noqa: B023
+                'learned': lambda: proposal_mean[
+                    :,
+                    c // cells_across(W, partition_grid),  # noqa: B023
+                    c % cells_across(W, partition_grid),  # noqa: B023
+                ],
+            }[proposal]()
+            mu = s**0.5 * proposal_scale * mean
+            q_hat, k_hat = s**0.5 * q_W, s**0.5 * k[:, :, kept]
+            numerator = denominator = 0.0
             for i in range(1 if noise is None else noise.shape[3]):
                 eps = torch.zeros_like(mu) if noise is None else noise[:, :, c, i]
                 omega = mu + eps
                 # N(ω; 0, I) / N(ω; μ, noise_std² I) without the constants that the ratio loses
-                weight = torch.exp(-0.5 * omega.square().sum(-1) + 0.5 * eps.square().sum(-1) / noise_std ** 2)
+                weight = torch.exp(-0.5 * omega.square().sum(-1) + 0.5 * eps.square().sum(-1) / noise_std**2)
                 xi_q = torch.exp(torch.einsum('bhd,bhad->bha', omega, q_hat) - 0.5 * q_hat.square().sum(-1))
                 xi_k = torch.exp(torch.einsum('bhd,bhmd->bhm', omega, k_hat) - 0.5 * k_hat.square().sum(-1))
                 scores = weight[..., None] * xi_q
@@ -374,12 +422,12 @@ def relative_errors(output, leaves, expected, expected_leaves):
 def estimator_loop(q, k, v, cells, omega, log_ratio):
     """Equation (15), query by query, token by token: g_m and h_m with plain exponentials. cells `(N, M)`."""
     (B, h, N, d), M = q.shape, k.shape[2]
-    s = d ** -0.5
-    q, k_hat = s ** 0.5 * q, s ** 0.5 * k
+    s = d**-0.5
+    q, k_hat = s**0.5 * q, s**0.5 * k
     outputs = []
     for n in range(N):
         kernel = torch.stack([torch.exp((q[:, :, n] * k_hat[:, :, m]).sum(-1)) for m in range(M)], -1)
-        Z, y = kernel.sum(-1), 0.
+        Z, y = kernel.sum(-1), 0.0
         for c in range(-1, int(cells.max()) + 1):
             tokens = [m for m in range(M) if cells[n, m] == c]
             if c == -1:
@@ -398,8 +446,21 @@ def estimator_loop(q, k, v, cells, omega, log_ratio):
     return torch.stack(outputs, 2)
 
 
-def eva_1d_loop(q, k, v, summary_q=None, summary_k=None, bias=None, window_size=4, cell_size=2, causal=False,
-                overlap=False, padding=None, proposal_scale=1.0, noise=None):
+def eva_1d_loop(
+    q,
+    k,
+    v,
+    summary_q=None,
+    summary_k=None,
+    bias=None,
+    window_size=4,
+    cell_size=2,
+    causal=False,
+    overlap=False,
+    padding=None,
+    proposal_scale=1.0,
+    noise=None,
+):
     """EVA on sequences, sequence by sequence, token by token, over lists of positions.
 
     bias: function of (query's position, key's position) to a logit for each head; padding: bool `(B, N)`.
@@ -415,10 +476,11 @@ def eva_1d_loop(q, k, v, summary_q=None, summary_k=None, bias=None, window_size=
             if not tokens:
                 continue
             k_tilde = sigma(k[b, :, tokens].mean(1), summary_k)
-            omega = s ** 0.5 * proposal_scale * (sigma(q[b, :, tokens].mean(1), summary_q) + k_tilde)
+            omega = s**0.5 * proposal_scale * (sigma(q[b, :, tokens].mean(1), summary_q) + k_tilde)
             omega = omega + (0 if noise is None else noise[b, :, c, 0])
-            xi = [torch.exp((omega * s ** 0.5 * k[b, :, m]).sum(-1) - 0.5 * s * k[b, :, m].square().sum(-1))
-                  for m in tokens]
+            xi = [
+                torch.exp((omega * s**0.5 * k[b, :, m]).sum(-1) - 0.5 * s * k[b, :, m].square().sum(-1)) for m in tokens
+            ]
             beta = sum(x[:, None] * v[b, :, m] for x, m in zip(xi, tokens, strict=True)) / sum(xi)[:, None]
             summaries.append(((c + 1) * cell_size - 1, k_tilde, beta))
         rows = []

@@ -17,7 +17,7 @@ from PIL import Image
 from evavit.training.signals import Requests
 
 ROOT = Path(__file__).parents[1]
-CLASSES = ("apple", "pear", "plum")
+CLASSES = ('apple', 'pear', 'plum')
 
 
 def write_images(folder, counts, side=16):
@@ -29,35 +29,64 @@ def write_images(folder, counts, side=16):
         for number in range(count):
             pixels = rng.integers(0, 120, (side, side, 3))
             pixels[..., index % 3] += 120
-            Image.fromarray(pixels.astype(np.uint8)).save(target / f"{number}.png")
+            Image.fromarray(pixels.astype(np.uint8)).save(target / f'{number}.png')
 
 
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, window_size=2, partition_grid=2)
-SOFTMAX = {key: value for key, value in KWARGS.items() if key not in ("window_size", "partition_grid")}
-MODEL = ["--model", "eva_deit_tiny", "--model-kwargs", *(f"{key}={value}" for key, value in KWARGS.items())]
-QUICK = ["-b", "4", "--epochs", "2", "--warmup-epochs", "0", "--lr", "1e-3", "--workers", "0", "--device", "cpu",
-         "--log-interval", "1"]
-DRAWN = ["--aa", "rand-m9-mstd0.5-inc1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25", "--drop-path", "0.2",
-         "--workers", "2", "--model-ema", "--model-ema-decay", "0.9"]  # every generator draws
-PLAIN = ["--no-aug", "--hflip", "0", "--color-jitter", "0", "--drop-path", "0"]  # only the images' order is drawn
+SOFTMAX = {key: value for key, value in KWARGS.items() if key not in ('window_size', 'partition_grid')}
+MODEL = ['--model', 'eva_deit_tiny', '--model-kwargs', *(f'{key}={value}' for key, value in KWARGS.items())]
+QUICK = [
+    '-b',
+    '4',
+    '--epochs',
+    '2',
+    '--warmup-epochs',
+    '0',
+    '--lr',
+    '1e-3',
+    '--workers',
+    '0',
+    '--device',
+    'cpu',
+    '--log-interval',
+    '1',
+]
+DRAWN = [
+    '--aa',
+    'rand-m9-mstd0.5-inc1',
+    '--mixup',
+    '0.8',
+    '--cutmix',
+    '1',
+    '--reprob',
+    '0.25',
+    '--drop-path',
+    '0.2',
+    '--workers',
+    '2',
+    '--model-ema',
+    '--model-ema-decay',
+    '0.9',
+]  # every generator draws
+PLAIN = ['--no-aug', '--hflip', '0', '--color-jitter', '0', '--drop-path', '0']  # only the images' order is drawn
 
 
-PATIENCE = float(os.environ.get("EVAVIT_PATIENCE", 1))  # times the waiting that takes a run to hang, see tools/soak.py
+PATIENCE = float(os.environ.get('EVAVIT_PATIENCE', 1))  # times the waiting that takes a run to hang, see tools/soak.py
 
 
 class Code:
     """What a pickle runs on loading."""
 
     def __reduce__(self):
-        return print, ("this must not run",)
+        return print, ('this must not run',)
 
 
 def write_bad_weights(folder):
     """Files that are no weights: {path: words of the line that says so}."""
-    whole = {ending: Path(folder, f"whole.{ending}") for ending in ("pth", "safetensors")}
-    state = {"weight": torch.randn(64, 64)}
-    torch.save(state, whole["pth"])
-    safetensors.torch.save_file(state, whole["safetensors"])
+    whole = {ending: Path(folder, f'whole.{ending}') for ending in ('pth', 'safetensors')}
+    state = {'weight': torch.randn(64, 64)}
+    torch.save(state, whole['pth'])
+    safetensors.torch.save_file(state, whole['safetensors'])
     files = {}
 
     def bad(name, content, *words):
@@ -65,33 +94,33 @@ def write_bad_weights(folder):
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
-            torch.save(content, path, _use_new_zipfile_serialization="old" not in name)
+            torch.save(content, path, _use_new_zipfile_serialization='old' not in name)
         files[path] = (name, *words)
 
     for ending, file in whole.items():
         content = file.read_bytes()
-        bad(f"half.{ending}", content[:len(content) // 2], "cut short")
-        bad(f"empty.{ending}", b"", "empty")
-        bad(f"page.{ending}", b"<html>not found</html>", "not" if ending == "pth" else "too large")
-    bad("code.pth", dict(state_dict=dict(weight=Code())), "more than tensors (builtins.print)", "safetensors")
-    bad("old_code.pth", dict(state_dict=dict(weight=Code())), "more than tensors", "safetensors")
-    bad("list.pth", [1, 2], "no dictionary")
+        bad(f'half.{ending}', content[: len(content) // 2], 'cut short')
+        bad(f'empty.{ending}', b'', 'empty')
+        bad(f'page.{ending}', b'<html>not found</html>', 'not' if ending == 'pth' else 'too large')
+    bad('code.pth', dict(state_dict=dict(weight=Code())), 'more than tensors (builtins.print)', 'safetensors')
+    bad('old_code.pth', dict(state_dict=dict(weight=Code())), 'more than tensors', 'safetensors')
+    bad('list.pth', [1, 2], 'no dictionary')
     for file in whole.values():
         file.unlink()
     return files
 
 
 def load_script(name):
-    return importlib.import_module(f"evavit.cli.{name}")
+    return importlib.import_module(f'evavit.cli.{name}')
 
 
 def command_line(script, *flags, processes=1, launcher_flags=()):
     """The words and the environment that start a script as a user does, with torchrun for several processes."""
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *launcher_flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONUNBUFFERED": "1"}
-    return [*launcher, str(ROOT / f"{script}.py"), *map(str, flags)], environment
+        launcher += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), *launcher_flags]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR', 'PYTHONUNBUFFERED': '1'}
+    return [*launcher, str(ROOT / f'{script}.py'), *map(str, flags)], environment
 
 
 def command(script, *flags, **launch):
@@ -104,15 +133,16 @@ def wait_for(path, process, seconds=120):
     """Wait until a started run has written the file."""
     end = time.monotonic() + seconds * PATIENCE
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, f"{path} did not appear"
+        assert process.poll() is None and time.monotonic() < end, f'{path} did not appear'
         time.sleep(0.02)
 
 
 def start(*words, session=True, **launch):
     """A run under way, by default as a process group of its own; see `command_line`."""
     line, environment = command_line(*words, **launch)
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=session)
+    return subprocess.Popen(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=session
+    )
 
 
 def signal_at(monkeypatch, moments, number=signal.SIGTERM):
@@ -124,13 +154,13 @@ def signal_at(monkeypatch, moments, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
         return now(requests, update, last)
 
-    monkeypatch.setattr(Requests, "now", signalled)
+    monkeypatch.setattr(Requests, 'now', signalled)
 
 
 def rows(folder):
     """Rows of summary.csv, less the columns that tell of time."""
-    timed = ("train_images_per_second", "train_data_wait")
-    with open(folder / "summary.csv", newline="") as file:
+    timed = ('train_images_per_second', 'train_data_wait')
+    with open(folder / 'summary.csv', newline='') as file:
         return [{key: value for key, value in row.items() if key not in timed} for row in csv.DictReader(file)]
 
 
@@ -141,27 +171,27 @@ def assert_same_run(a, b):
     """
     compared = 0
     assert rows(a) == rows(b)
-    for name in ("last.pth.tar", "model_best.pth.tar"):
+    for name in ('last.pth.tar', 'model_best.pth.tar'):
         one, other = (torch.load(folder / name, weights_only=False) for folder in (a, b))
-        assert one["epoch"] == other["epoch"] and one["metric"] == other["metric"]
-        for kind in ("state_dict", "state_dict_ema"):
+        assert one['epoch'] == other['epoch'] and one['metric'] == other['metric']
+        for kind in ('state_dict', 'state_dict_ema'):
             assert one[kind].keys() == other[kind].keys()
             for key, value in one[kind].items():
-                assert torch.equal(value, other[kind][key]), f"{name}: {key}"
+                assert torch.equal(value, other[kind][key]), f'{name}: {key}'
                 compared += value.numel()
-        assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
-        for key, state in one["optimizer"]["state"].items():
+        assert one['optimizer']['param_groups'] == other['optimizer']['param_groups']
+        for key, state in one['optimizer']['state'].items():
             for part, value in state.items():
-                assert torch.equal(value, other["optimizer"]["state"][key][part]), f"{name}: {part} {key}"
+                assert torch.equal(value, other['optimizer']['state'][key][part]), f'{name}: {part} {key}'
                 compared += value.numel()
         for checkpoint in (one, other):
-            for timed in ("seconds", "waited"):
-                del checkpoint["saver"]["position"][timed]
-        assert one["saver"] == other["saver"]
-    for name in ("last.safetensors", "model_best.safetensors"):
+            for timed in ('seconds', 'waited'):
+                del checkpoint['saver']['position'][timed]
+        assert one['saver'] == other['saver']
+    for name in ('last.safetensors', 'model_best.safetensors'):
         one, other = weights(a / name), weights(b / name)
         assert all(torch.equal(one[key], other[key]) for key in one)
-    for name in ("train/loss", "train/lr", "train/grad_norm", "eval/loss", "eval/top1"):
+    for name in ('train/loss', 'train/lr', 'train/grad_norm', 'eval/loss', 'eval/top1'):
         one, other = scalars(a, name), scalars(b, name)
         assert one == other, name
         compared += len(one)

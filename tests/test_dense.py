@@ -1,4 +1,5 @@
 """Backbones for detection: maps of the right sizes, at sizes of every kind, and features that follow the image."""
+
 import pytest
 import timm
 import torch
@@ -10,8 +11,10 @@ PYRAMID = dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2
 PLAIN = dict(depth=2, embed_dim=48, num_heads=3)
 
 
-@pytest.mark.parametrize('name, kwargs', [
-    ('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', dict(PLAIN, dynamic_img_size=True, out_indices=(0, 1)))])
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', dict(PLAIN, dynamic_img_size=True, out_indices=(0, 1)))],
+)
 @pytest.mark.parametrize('height, width', [(96, 160), (32, 64), (224, 96)])
 def test_maps_of_detection(name, kwargs, height, width):
     backbone = DetectionBackbone(timm.create_model(name, features_only=True, **kwargs), 24).eval()
@@ -28,7 +31,7 @@ def test_every_scale_of_the_simple_pyramid_learns():
     maps = pyramid(x)
     assert [tuple(y.shape[2:]) for y in maps] == [(24, 16), (12, 8), (6, 4), (3, 2)]
     for y in maps:
-        gradient, = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
         assert gradient.abs().sum() > 0
 
 
@@ -44,8 +47,13 @@ def test_pyramid_features_at_any_size(height, width):
     torch.manual_seed(0)
     whole = timm.create_model('eva_pvt_v2_b3', **PYRAMID).eval()
     backbone = timm.create_model('eva_pvt_v2_b3', features_only=True, **PYRAMID).eval()
-    backbone.load_state_dict({name.replace('stages.', 'stages_'): value for name, value in whole.state_dict().items()
-                              if not name.startswith('head')})
+    backbone.load_state_dict(
+        {
+            name.replace('stages.', 'stages_'): value
+            for name, value in whole.state_dict().items()
+            if not name.startswith('head')
+        }
+    )
     images = torch.randn(2, 3, height, width)
     with torch.no_grad():
         maps, intermediates = backbone(images), whole.forward_intermediates(images, intermediates_only=True)
@@ -58,8 +66,9 @@ def test_pyramid_features_at_any_size(height, width):
 def test_maps_of_a_plain_model_at_any_size(height, width):
     """`features_only` gives what `forward_intermediates` does."""
     torch.manual_seed(0)
-    backbone = timm.create_model('eva_deit_tiny', dynamic_img_size=True, features_only=True, out_indices=(0, 1),
-                                 **PLAIN).eval()
+    backbone = timm.create_model(
+        'eva_deit_tiny', dynamic_img_size=True, features_only=True, out_indices=(0, 1), **PLAIN
+    ).eval()
     images = torch.randn(2, 3, height, width)
     with torch.no_grad():
         maps = backbone(images)

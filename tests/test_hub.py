@@ -1,4 +1,5 @@
 """Weights out: a folder for the Hugging Face Hub and back, exactly; its card; torch.hub."""
+
 import json
 import re
 import subprocess
@@ -14,17 +15,40 @@ import evavit  # noqa: F401
 from evavit.hub import model_card, publish, save_folder
 
 ROOT = Path(__file__).parents[1]
-PLAIN = ('eva_deit_tiny', dict(img_size=(32, 48), patch_size=4, embed_dim=32, depth=2, num_heads=2, window_size=4,
-                               partition_grid=4, in_chans=1, num_classes=3, proposal_scale=0.5))
-PYRAMID = ('eva_pvt_v2_b3', dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4),
-                                 mlp_ratios=(2, 2, 2, 2), num_classes=3))
+PLAIN = (
+    'eva_deit_tiny',
+    dict(
+        img_size=(32, 48),
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        window_size=4,
+        partition_grid=4,
+        in_chans=1,
+        num_classes=3,
+        proposal_scale=0.5,
+    ),
+)
+PYRAMID = (
+    'eva_pvt_v2_b3',
+    dict(
+        depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4), mlp_ratios=(2, 2, 2, 2), num_classes=3
+    ),
+)
 
 
 @pytest.mark.parametrize('name, kwargs', [PLAIN, PYRAMID], ids=['plain', 'pyramid'])
 def test_a_folder_gives_the_same_model_back(tmp_path, name, kwargs):
     model = timm.create_model(name, **kwargs).eval()
-    folder = save_folder(model, tmp_path / 'mine', data='Digits', licence='bsd-3-clause', label_names=['a', 'b', 'c'],
-                         data_config=dict(mean=(0.3,) * kwargs.get('in_chans', 3), crop_pct=1.0))
+    folder = save_folder(
+        model,
+        tmp_path / 'mine',
+        data='Digits',
+        licence='bsd-3-clause',
+        label_names=['a', 'b', 'c'],
+        data_config=dict(mean=(0.3,) * kwargs.get('in_chans', 3), crop_pct=1.0),
+    )
     assert sorted(path.name for path in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     x = torch.randn(2, kwargs.get('in_chans', 3), *kwargs.get('img_size', (64, 64)))
@@ -35,15 +59,22 @@ def test_a_folder_gives_the_same_model_back(tmp_path, name, kwargs):
     assert again.pretrained_cfg['label_names'] == ['a', 'b', 'c']
     assert again.pretrained_cfg['license'] == 'bsd-3-clause'
     other = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=7)
-    assert other.head.weight.shape[0] == 7 and torch.equal(other.state_dict()[next(iter(model.state_dict()))],
-                                                           next(iter(model.state_dict().values())))
+    assert other.head.weight.shape[0] == 7 and torch.equal(
+        other.state_dict()[next(iter(model.state_dict()))], next(iter(model.state_dict().values()))
+    )
 
 
 def test_the_card_says_what_the_weights_are(tmp_path, monkeypatch):
     name, kwargs = PLAIN
     model = timm.create_model(name, **kwargs)
-    folder = save_folder(model, tmp_path / 'mine', data='Digits: 1,437 scans', licence='bsd-3-clause',
-                         recipe=dict(epochs=20, lr=2.5e-3, mixup=0.0, workers=4), metrics=dict(top1=96.1))
+    folder = save_folder(
+        model,
+        tmp_path / 'mine',
+        data='Digits: 1,437 scans',
+        licence='bsd-3-clause',
+        recipe=dict(epochs=20, lr=2.5e-3, mixup=0.0, workers=4),
+        metrics=dict(top1=96.1),
+    )
     card = (folder / 'README.md').read_text()
     head = card.split('---')[1]
     assert 'license: bsd-3-clause' in head and '- evavit' in head
@@ -52,6 +83,7 @@ def test_the_card_says_what_the_weights_are(tmp_path, monkeypatch):
     assert 'workers' not in card  # no part of a recipe
     # The code on the card runs.
     from PIL import Image
+
     Image.new('RGB', (40, 40)).save(tmp_path / 'picture.jpg')
     monkeypatch.chdir(tmp_path)
     scope = {}
@@ -60,8 +92,9 @@ def test_the_card_says_what_the_weights_are(tmp_path, monkeypatch):
 
 
 def test_a_card_without_figures_says_so():
-    details = model_card(timm.create_model(PLAIN[0], **PLAIN[1]), source='hf-hub:me/mine', data='x',
-                         licence='mit')['details']
+    details = model_card(timm.create_model(PLAIN[0], **PLAIN[1]), source='hf-hub:me/mine', data='x', licence='mit')[
+        'details'
+    ]
     assert details['Recipe'] == details['Metrics'] == 'not given'
 
 
@@ -81,6 +114,7 @@ def test_upload_is_the_same_folder(tmp_path, monkeypatch):
 
         def upload_folder(self, folder_path, **kwargs):
             import shutil
+
             shutil.copytree(folder_path, uploaded)
 
     monkeypatch.setattr(timm_hub, 'HfApi', Api)
@@ -99,7 +133,7 @@ def test_torch_hub(tmp_path):
     model = timm.create_model(name, **kwargs)
     torch.save(model.state_dict(), tmp_path / 'mine.pth')
     save_folder(model, tmp_path / 'folder', data='x', licence='mit')
-    code = f'''
+    code = f"""
 import torch
 kwargs = {kwargs!r}
 file = {str(tmp_path / 'mine.pth')!r}
@@ -108,7 +142,7 @@ two = torch.hub.load({str(ROOT)!r}, 'timm_model', 'local-dir:{tmp_path}/folder',
 state = torch.load(file)
 for model in (one, two):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
-'''
+"""
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -1,11 +1,13 @@
 """The soak's table and docs/reliability.md name tests that exist, the same ones."""
+
 import importlib.util
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8')
-         for path in ROOT.glob('tests/**/test_*.py')}
+TESTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in ROOT.glob('tests/**/test_*.py')
+}
 
 
 def soak():
@@ -38,9 +40,12 @@ def test_every_test_that_the_page_names_is_in_the_soak():
     for promise in soak().PROMISES:
         files, _, words = promise.tests.partition(' -k ')
         words = re.split(r' or ', words.strip("'"))
-        selected |= {name for file in files.split()
-                     for name in re.findall(r'^def (test_\w+)', TESTS[file], re.MULTILINE)
-                     if any(word in name for word in words)}
+        selected |= {
+            name
+            for file in files.split()
+            for name in re.findall(r'^def (test_\w+)', TESTS[file], re.MULTILINE)
+            if any(word in name for word in words)
+        }
     assert not set(re.findall(r'`(test_\w+)`', page)) - selected
 
 
@@ -48,8 +53,11 @@ def test_a_broken_promise_is_said(monkeypatch, capsys, tmp_path):
     module = soak()
     for name, body in (('kept', 'record_property("figure", "42 of 42")'), ('broken', 'assert False')):
         (tmp_path / f'test_{name}.py').write_text(f'def test_it(record_property):\n    {body}\n')
-    monkeypatch.setattr(module, 'PROMISES', [module.Promise(f'{name} promise', str(tmp_path / f'test_{name}.py'))
-                                             for name in ('kept', 'broken')])
+    monkeypatch.setattr(
+        module,
+        'PROMISES',
+        [module.Promise(f'{name} promise', str(tmp_path / f'test_{name}.py')) for name in ('kept', 'broken')],
+    )
     monkeypatch.setattr(module, 'KEPT', tmp_path / 'soak.json')
     assert module.main(['kept']) == 0 and 'holds   kept promise: 42 of 42' in capsys.readouterr().out
     assert module.main(['broken']) == 1 and 'BROKEN  broken promise' in capsys.readouterr().out

@@ -3,9 +3,10 @@
 
 Draws docs/images/attentions/NAME.png for each attention of `evavit.layers.ATTENTIONS`: its matrix of weights on a
 14 × 14 grid, and one query's weights as a map, from `evavit.bench.compare`'s queries and keys of scikit-learn's
-china.jpg. Negative weights are blue. `tools/tables.py` writes the tables, whose errors stand in results/compare_cpu.csv. Needs
-matplotlib and scikit-learn, which `pip install '.[docs,quickstart]'` brings.
+china.jpg. Negative weights are blue. `tools/tables.py` writes the tables, whose errors stand in
+results/compare_cpu.csv. Needs matplotlib and scikit-learn, which `pip install '.[docs,quickstart]'` brings.
 """
+
 import argparse
 import csv
 import inspect
@@ -33,32 +34,40 @@ FEAT_SIZE = [14, 14]
 QUERY = (9, 4)  # row, column
 HEAD = 0
 # Colours: 48 for weights from 1e-5 to 1e-1 on a log scale, 16 for negative ones of the same sizes.
-POSITIVE, NEGATIVE, LOWEST, HIGHEST = 48, 16, -5., -1.
+POSITIVE, NEGATIVE, LOWEST, HIGHEST = 48, 16, -5.0, -1.0
 
 # What the code does not say by itself: how time grows with N, what a query n sees, and what runs it fast. w is the side
 # of a window, m the tokens of a chunk.
 FACTS = {
-    'eva': ('N·(w² + C)', 'the tokens of its window one by one, the rest as at most 49 cells',
-            'Triton kernels'),
+    'eva': ('N·(w² + C)', 'the tokens of its window one by one, the rest as at most 49 cells', 'Triton kernels'),
     'softmax': ('N²', 'every token one by one', '`scaled_dot_product_attention`'),
     'local': ('N·w²', 'the tokens of its window and no other', "EVA's Triton kernels"),
     'performer': ('N·S', 'every token through S = 128 random features', 'no'),
     'lara': ('N·C', 'every token through C = 49 samples, one for each landmark', 'no'),
-    'scatterbrain': ('N·(w² + S)', 'the tokens of its window one by one, the rest through S = 96 random features',
-                     'no'),
+    'scatterbrain': (
+        'N·(w² + S)',
+        'the tokens of its window one by one, the rest through S = 96 random features',
+        'no',
+    ),
     'nystromformer': ('N·C + C³', 'every token through C = 49 landmarks', 'no'),
     'combiner': ('N·(w² + N / w²)', 'the tokens of its window one by one, every other window as one', 'no'),
     'long_short': ('N·(w² + r)', 'the tokens of its window one by one, and r = 16 averages of all tokens', 'no'),
-    'linformer': ('N·r', 'r = 128 learned combinations of all tokens',
-                  '`scaled_dot_product_attention` after the projection'),
-    'reformer': ('N·R·m + N·log N', 'tokens that share its bucket in one of R = 4 rounds of hashing, within chunks',
-                 'no'),
+    'linformer': (
+        'N·r',
+        'r = 128 learned combinations of all tokens',
+        '`scaled_dot_product_attention` after the projection',
+    ),
+    'reformer': (
+        'N·R·m + N·log N',
+        'tokens that share its bucket in one of R = 4 rounds of hashing, within chunks',
+        'no',
+    ),
 }
 
 
 def multiply_adds(layer: GridAttention, side: int) -> float:
     """Millions of multiply-adds between the projections, one image of side × side tokens."""
-    qkv = torch.empty(3, 1, NUM_HEADS, side ** 2, DIM // NUM_HEADS, device='meta')
+    qkv = torch.empty(3, 1, NUM_HEADS, side**2, DIM // NUM_HEADS, device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         layer.attend(qkv, [side, side])
     return flops.get_total_flops() / 2e6
@@ -67,8 +76,11 @@ def multiply_adds(layer: GridAttention, side: int) -> float:
 def own_options(name: str) -> str:
     """The options of the attention's own, with their defaults."""
     shared = inspect.signature(GridAttention).parameters
-    own = {key: parameter.default for key, parameter in inspect.signature(ATTENTIONS[name]).parameters.items()
-           if parameter.kind is parameter.KEYWORD_ONLY and key not in shared and key != 'feat_size'}
+    own = {
+        key: parameter.default
+        for key, parameter in inspect.signature(ATTENTIONS[name]).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and key not in shared and key != 'feat_size'
+    }
     return ', '.join(f'`{key}={value!r}`' for key, value in own.items()) or '–'
 
 
@@ -86,8 +98,13 @@ def table() -> str:
         extra = sum(p.numel() for p in layers[0].parameters()) - softmax
         counts = [f'{multiply_adds(layer, side):,.0f} M' for layer, side in zip(layers, (28, 56), strict=True)]
         sizes = 'made for one, resampled to others' if attention.fixed_grid else 'yes'
-        lines.append('| ' + ' | '.join([
-            f'[`{name}`](#{name})', complexity, sees, f'{extra:,}'.replace('-', '−'), *counts, sizes, fused]) + ' |')
+        lines.append(
+            '| '
+            + ' | '.join(
+                [f'[`{name}`](#{name})', complexity, sees, f'{extra:,}'.replace('-', '−'), *counts, sizes, fused]
+            )
+            + ' |'
+        )
     return '\n'.join(lines)
 
 
@@ -101,9 +118,14 @@ def error_table() -> str:
     """Error and memory by number of tokens."""
     rows = errors()
     counts = sorted({tokens for _, tokens in rows})
-    lines = ['| attention | ' + ' | '.join(f'error, {count:,} tokens' for count in counts)
-             + ' | ' + ' | '.join(f'MiB, {count:,} tokens' for count in counts) + ' |',
-             '|---' * (2 * len(counts) + 1) + '|']
+    lines = [
+        '| attention | '
+        + ' | '.join(f'error, {count:,} tokens' for count in counts)
+        + ' | '
+        + ' | '.join(f'MiB, {count:,} tokens' for count in counts)
+        + ' |',
+        '|---' * (2 * len(counts) + 1) + '|',
+    ]
     for name in ('mean', *ATTENTIONS):
         cells = [rows[name, count] for count in counts]
         shown = [f'`{name}`' if name in ATTENTIONS else 'mean of the values']
@@ -123,8 +145,9 @@ def gallery() -> str:
         if name != 'softmax':
             lines.append(f'Error against softmax on this picture: {error:.2f}.')
         lines.append(f'Options: {own_options(name)}.')
-        sections.append(f'### {name}\n\n' + '\n'.join(lines)
-                        + f'\n\n![Weights of {name}](images/attentions/{name}.png)')
+        sections.append(
+            f'### {name}\n\n' + '\n'.join(lines) + f'\n\n![Weights of {name}](images/attentions/{name}.png)'
+        )
     return '\n\n'.join(sections)
 
 
@@ -154,10 +177,11 @@ def colours(matrix: torch.Tensor) -> torch.Tensor:
 
 def palette() -> list:
     import matplotlib
+
     magma, blues = matplotlib.colormaps['magma'], matplotlib.colormaps['Blues']
     colors = [magma(i / (POSITIVE - 1)) for i in range(POSITIVE)]
     colors += [blues(0.35 + 0.65 * i / (NEGATIVE - 1)) for i in range(NEGATIVE)]
-    return [round(255 * part) for color in [*colors, (1., 1., 1., 1.)] for part in color[:3]]
+    return [round(255 * part) for color in [*colors, (1.0, 1.0, 1.0, 1.0)] for part in color[:3]]
 
 
 def picture(name: str) -> Image.Image:
@@ -169,9 +193,9 @@ def picture(name: str) -> Image.Image:
     right = numbers[QUERY[0] * W + QUERY[1]].view(H, W).repeat_interleave(size, 0).repeat_interleave(size, 1).clone()
     white = POSITIVE + NEGATIVE
     y, x = QUERY[0] * size, QUERY[1] * size
-    inside = right[y + 2:y + size - 2, x + 2:x + size - 2].clone()
-    right[y:y + size, x:x + size] = white
-    right[y + 2:y + size - 2, x + 2:x + size - 2] = inside
+    inside = right[y + 2 : y + size - 2, x + 2 : x + size - 2].clone()
+    right[y : y + size, x : x + size] = white
+    right[y + 2 : y + size - 2, x + 2 : x + size - 2] = inside
     whole = torch.cat([left, torch.full((left.shape[0], 10), white, dtype=torch.uint8), right], 1)
     image = Image.frombytes('P', (whole.shape[1], whole.shape[0]), bytes(whole.flatten().tolist()))
     image.putpalette(palette())

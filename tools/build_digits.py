@@ -17,24 +17,25 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 SIDE = 32
-COUNTS = {"train": 1437, "validation": 360}
+COUNTS = {'train': 1437, 'validation': 360}
 
 
 def build(folder):
-    if {split: len(list(folder.glob(f"{split}/*/*.png"))) for split in COUNTS} == COUNTS:
+    if {split: len(list(folder.glob(f'{split}/*/*.png'))) for split in COUNTS} == COUNTS:
         return False
     digits = load_digits()
     indices = np.arange(len(digits.target))
     train, validation = train_test_split(
-        indices, test_size=COUNTS["validation"], random_state=0, stratify=digits.target)
-    partial = folder.with_name(folder.name + ".partial")
+        indices, test_size=COUNTS['validation'], random_state=0, stratify=digits.target
+    )
+    partial = folder.with_name(folder.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True)
-    for split, members in (("train", train), ("validation", validation)):
+    for split, members in (('train', train), ('validation', validation)):
         for index in members:
             target = partial / split / str(digits.target[index])
             target.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray((digits.images[index] * (255 / 16)).round().astype(np.uint8))  # values are 0…16
-            image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(target / f"{index:04d}.png")
+            image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(target / f'{index:04d}.png')
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return True
@@ -42,12 +43,12 @@ def build(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument('folder', type=Path)
     folder = parser.parse_args().folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    done = "built" if build(folder) else "already there"
-    print(f"{folder}: {' + '.join(map(str, COUNTS.values()))} images, {done}")
+    done = 'built' if build(folder) else 'already there'
+    print(f'{folder}: {" + ".join(map(str, COUNTS.values()))} images, {done}')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(main())

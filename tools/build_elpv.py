@@ -25,35 +25,38 @@ from PIL import Image
 from evavit.errors import UserError, run_script
 
 BLOCK, EVERY = 60, 5
-TASKS = ("type", "defect")
+TASKS = ('type', 'defect')
 QUALITY = 90
 
 
 def find_package():
     """The data folder of the installed package."""
-    spec = importlib.util.find_spec("elpv_dataset")
+    spec = importlib.util.find_spec('elpv_dataset')
     if spec is None:
-        raise UserError("the package elpv-dataset is not installed: pip install elpv-dataset, or --source FOLDER with "
-                        "its labels.csv and images/")
-    return Path(next(iter(spec.submodule_search_locations)), "data")
+        raise UserError(
+            'the package elpv-dataset is not installed: pip install elpv-dataset, or --source FOLDER with '
+            'its labels.csv and images/'
+        )
+    return Path(next(iter(spec.submodule_search_locations)), 'data')
 
 
 def read_labels(source):
     """(file, {task: class}, split) of every picture, in the order of the files."""
     try:
-        lines = sorted(line.split() for line in Path(source, "labels.csv").read_text().splitlines() if line.strip())
-        rows = [(name, dict(type=kind, defect=f"p{round(100 * float(chance)):03d}")) for name, chance, kind in lines]
+        lines = sorted(line.split() for line in Path(source, 'labels.csv').read_text().splitlines() if line.strip())
+        rows = [(name, dict(type=kind, defect=f'p{round(100 * float(chance)):03d}')) for name, chance, kind in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: no labels.csv of lines 'file probability type' ({error})") from error
-    return [(*row, "validation" if number // BLOCK % EVERY == EVERY - 1 else "train")
-            for number, row in enumerate(rows)]
+    return [
+        (*row, 'validation' if number // BLOCK % EVERY == EVERY - 1 else 'train') for number, row in enumerate(rows)
+    ]
 
 
 def build(folder, source, side, images=None):
     """Write the folders, with at most `images` pictures of each class and split. Returns {(task, split): counts}."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True)
-    counts = {(task, split): Counter() for task in TASKS for split in ("train", "validation")}
+    counts = {(task, split): Counter() for task in TASKS for split in ('train', 'validation')}
     for name, labels, split in read_labels(source):
         picture = None
         for task in TASKS:
@@ -61,16 +64,16 @@ def build(folder, source, side, images=None):
             if images is not None and count[labels[task]] >= images:
                 continue
             count[labels[task]] += 1
-            target = Path(partial, task, split, labels[task], Path(name).stem + ".jpg")
+            target = Path(partial, task, split, labels[task], Path(name).stem + '.jpg')
             target.parent.mkdir(parents=True, exist_ok=True)
             if picture is not None:
                 os.link(picture, target)  # the same file in the other task
                 continue
             try:
                 with Image.open(source / name) as image:
-                    image.convert("L").resize((side, side), Image.Resampling.BICUBIC).save(target, quality=QUALITY)
+                    image.convert('L').resize((side, side), Image.Resampling.BICUBIC).save(target, quality=QUALITY)
             except OSError as error:
-                raise UserError(f"{source / name}: cannot be read ({error})") from error
+                raise UserError(f'{source / name}: cannot be read ({error})') from error
             picture = target
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -79,21 +82,23 @@ def build(folder, source, side, images=None):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--source", type=Path, help="folder of labels.csv and images/ (the installed package's)")
-    parser.add_argument("--side", type=int, default=224, help="pixels (224; the photographs have 300)")
-    parser.add_argument("--images", type=int, help="of each class and split at most so many, for a trial")
+    parser.add_argument('folder', type=Path, metavar='DIR')
+    parser.add_argument('--source', type=Path, help="folder of labels.csv and images/ (the installed package's)")
+    parser.add_argument('--side', type=int, default=224, help='pixels (224; the photographs have 300)')
+    parser.add_argument('--images', type=int, help='of each class and split at most so many, for a trial')
     args = parser.parse_args(argv)
     if args.side < 1 or (args.images is not None and args.images < 1):
-        raise UserError("--side and --images must be at least 1")
+        raise UserError('--side and --images must be at least 1')
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     counts = build(args.folder, args.source or find_package(), args.side, args.images)
     for (task, split), count in counts.items():
         total, (name, most) = count.total(), count.most_common(1)[0]
-        print(f"{args.folder}/{task}/{split}: {total} images, "
-              + ", ".join(f"{number} {kind}" for kind, number in sorted(count.items()))
-              + f"; always {name}: {100 * most / total:.1f} %")
+        print(
+            f'{args.folder}/{task}/{split}: {total} images, '
+            + ', '.join(f'{number} {kind}' for kind, number in sorted(count.items()))
+            + f'; always {name}: {100 * most / total:.1f} %'
+        )
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(run_script(main))

@@ -20,25 +20,25 @@ def write(folder, count, seed):
     photos = load_sample_images().images
     rng = np.random.default_rng(seed)
     for number in range(count):
-        target = folder / f"{number % CLASSES}"
+        target = folder / f'{number % CLASSES}'
         target.mkdir(parents=True, exist_ok=True)
         photo = photos[number % len(photos)]
         top, left = rng.integers(photo.shape[0] - HEIGHT + 1), rng.integers(photo.shape[1] - WIDTH + 1)
-        crop = photo[top:top + HEIGHT, left:left + WIDTH][:, ::rng.choice((-1, 1))]
+        crop = photo[top : top + HEIGHT, left : left + WIDTH][:, :: rng.choice((-1, 1))]
         tinted = (crop * rng.uniform(0.8, 1.2, 3) + rng.normal(0, 4, crop.shape)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(tinted).save(target / f"{number:05d}.jpg", quality=90)
+        Image.fromarray(tinted).save(target / f'{number:05d}.jpg', quality=90)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=256, help="images to train on; an eighth as many to validate on")
+    parser.add_argument('folder', type=Path)
+    parser.add_argument('--images', type=int, default=256, help='images to train on; an eighth as many to validate on')
     args = parser.parse_args()
-    for split, count in (("train", args.images), ("validation", max(CLASSES, args.images // 8))):
+    for split, count in (('train', args.images), ('validation', max(CLASSES, args.images // 8))):
         write(args.folder / split, count, seed=len(split))
-    sizes = [path.stat().st_size for path in args.folder.glob("train/*/*.jpg")]
-    print(f"{args.folder}: {len(sizes)} images to train on, {np.mean(sizes) / 1024:.0f} KiB on average")
+    sizes = [path.stat().st_size for path in args.folder.glob('train/*/*.jpg')]
+    print(f'{args.folder}: {len(sizes)} images to train on, {np.mean(sizes) / 1024:.0f} KiB on average')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(main())

@@ -6,6 +6,7 @@ our models in timm's families (timm_backend.py), and fails on any failure and on
 The four models with EVA are tested in full. Every other attention is tested with its `_deit_tiny` on the tests that are
 cheap; with --all each of its models is tested in full, which takes an hour or more of processor time.
 """
+
 import argparse
 import fnmatch
 import json
@@ -38,17 +39,27 @@ TESTS = {
     'test_model_forward_fx_torchscript': 1,
 }
 # timm has two tests of configuration and classifier, by the beginning of a name.
-CFGS, CFGS_NON_STD = {'test_model_default_cfgs': 1, 'test_model_forward_features': 1}, {
-    'test_model_default_cfgs_non_std': 1}
-CHEAP = ('test_model_forward', 'test_model_backward', 'test_model_forward_intermediates_features',
-         'test_model_forward_intermediates', 'test_model_forward_torchscript')
+CFGS, CFGS_NON_STD = (
+    {'test_model_default_cfgs': 1, 'test_model_forward_features': 1},
+    {'test_model_default_cfgs_non_std': 1},
+)
+CHEAP = (
+    'test_model_forward',
+    'test_model_backward',
+    'test_model_forward_intermediates_features',
+    'test_model_forward_intermediates',
+    'test_model_forward_torchscript',
+)
 
 
 def tests_of(model, only=None):
     """Ids of the tests that a model has to pass."""
     tests = TESTS | (CFGS if 'pvt' in model and not model.startswith('eva_') else CFGS_NON_STD)
-    return {f'{test}[{model}]' if batch is None else f'{test}[{batch}-{model}]'
-            for test, batch in tests.items() if only is None or test in only}
+    return {
+        f'{test}[{model}]' if batch is None else f'{test}[{batch}-{model}]'
+        for test, batch in tests.items()
+        if only is None or test in only
+    }
 
 
 def fetch_timm(version: str) -> Path:
@@ -56,8 +67,22 @@ def fetch_timm(version: str) -> Path:
     source = CACHE / f'timm-{version}'
     if not (source / 'tests' / 'test_models.py').exists():
         CACHE.mkdir(exist_ok=True)
-        subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm',
-                        '--dest', str(CACHE), f'timm=={version}'], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                '-m',
+                'pip',
+                'download',
+                '--quiet',
+                '--no-deps',
+                '--no-binary',
+                'timm',
+                '--dest',
+                str(CACHE),
+                f'timm=={version}',
+            ],
+            check=True,
+        )
         with tarfile.open(CACHE / f'timm-{version}.tar.gz') as archive:
             if hasattr(tarfile, 'data_filter'):
                 archive.extractall(CACHE, filter='data')
@@ -76,11 +101,15 @@ def main() -> int:
     names = [f'{attention}_{variant}' for attention in ATTENTIONS for variant in (*DEIT, *PVT)]
     only = CHEAP if args.cheap else None
     if args.models or args.all:
-        wanted = {name: only for name in names
-                  if args.all or any(fnmatch.fnmatch(name, pattern) for pattern in args.models)}
+        wanted = {
+            name: only for name in names if args.all or any(fnmatch.fnmatch(name, pattern) for pattern in args.models)
+        }
     else:
-        wanted = {name: None if name.startswith('eva_') else CHEAP
-                  for name in names if name.startswith('eva_') or name.endswith('_deit_tiny')}
+        wanted = {
+            name: None if name.startswith('eva_') else CHEAP
+            for name in names
+            if name.startswith('eva_') or name.endswith('_deit_tiny')
+        }
     if not wanted:
         print(f'contract: no model is called {" or ".join(args.models)}')
         return 2
@@ -88,13 +117,33 @@ def main() -> int:
     source = fetch_timm(timm.__version__)
     report = CACHE / 'report.xml'
     report.unlink(missing_ok=True)
-    environment = dict(os.environ, TIMEOUT='600', CONTRACT=json.dumps(wanted),
-                       PYTHONPATH=os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get('PYTHONPATH')])]))
+    environment = dict(
+        os.environ,
+        TIMEOUT='600',
+        CONTRACT=json.dumps(wanted),
+        PYTHONPATH=os.pathsep.join([str(TOOLS), *filter(None, [os.environ.get('PYTHONPATH')])]),
+    )
     environment.pop('GITHUB_ACTIONS', None)  # timm leaves tests out where it is set
     pytest = subprocess.run(
-        [sys.executable, '-m', 'pytest', 'tests/test_models.py', '-q', '-n', args.jobs, '-p', 'timm_backend',
-         '-p', 'no:cacheprovider', '-W', 'ignore', f'--junitxml={report}'],
-        cwd=source, env=environment)
+        [
+            sys.executable,
+            '-m',
+            'pytest',
+            'tests/test_models.py',
+            '-q',
+            '-n',
+            args.jobs,
+            '-p',
+            'timm_backend',
+            '-p',
+            'no:cacheprovider',
+            '-W',
+            'ignore',
+            f'--junitxml={report}',
+        ],
+        cwd=source,
+        env=environment,
+    )
 
     if not report.exists():
         print(f'contract: pytest ended with {pytest.returncode} and wrote no report')
@@ -104,9 +153,11 @@ def main() -> int:
     expected = set().union(*(tests_of(*item) for item in wanted.items()))
     missing = sorted(expected - passed)
     in_full = [name for name, tests in wanted.items() if tests is None]
-    print(f'contract: timm {timm.__version__}, {len(passed)} of its tests passed, {len(expected)} listed: '
-          f'{len(in_full)} models in full ({", ".join(in_full) or "none"}), {len(wanted) - len(in_full)} on '
-          f'{len(CHEAP)} tests ({", ".join(name for name in wanted if name not in in_full) or "none"})')
+    print(
+        f'contract: timm {timm.__version__}, {len(passed)} of its tests passed, {len(expected)} listed: '
+        f'{len(in_full)} models in full ({", ".join(in_full) or "none"}), {len(wanted) - len(in_full)} on '
+        f'{len(CHEAP)} tests ({", ".join(name for name in wanted if name not in in_full) or "none"})'
+    )
     for name in missing:
         print(f'contract: did not pass: {name}')
     return 1 if missing or pytest.returncode else 0

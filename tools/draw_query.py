@@ -5,6 +5,7 @@ Left, the sets: the tokens of the query's window and the cells of the grid, take
 weights: how much each token's value counts in the query's output, by a random `EvaAttention` (queries and keys through
 the same projection) on a smooth random input. Needs matplotlib, which `pip install '.[docs]'` brings.
 """
+
 import argparse
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def token_weights(feat_size, query):
     picture = F.interpolate(torch.randn(1, dim, 9, 9, dtype=torch.double), size=feat_size, mode='bicubic')
     x = F.layer_norm(picture.flatten(2).transpose(1, 2), [dim])
     torch.nn.init.orthogonal_(attention.qkv.weight[:dim].detach(), gain=0.75)
-    attention.qkv.weight.data[dim:2 * dim] = attention.qkv.weight.data[:dim]  # like attends to like
+    attention.qkv.weight.data[dim : 2 * dim] = attention.qkv.weight.data[:dim]  # like attends to like
     kept = {}
     attend = attention.attend
 
@@ -53,12 +54,13 @@ def token_weights(feat_size, query):
     attention.attend = attend_to
     attention(x, feat_size)
     n = query[0] * feat_size[1] + query[1]
-    weights, = torch.autograd.grad(kept['y'][0, 0, n, 0], kept['v'])
+    (weights,) = torch.autograd.grad(kept['y'][0, 0, n, 0], kept['v'])
     return weights[0, 0, :, 0].view(feat_size[0], feat_size[1])
 
 
 def draw(path):
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
@@ -81,8 +83,9 @@ def draw(path):
 
     for y in range(SIDE):
         for x in range(SIDE):
-            sets.add_patch(Rectangle((x + 0.09, y + 0.09), 0.82, 0.82, linewidth=0,
-                                     facecolor=ORANGE if local[y, x] else GREY))
+            sets.add_patch(
+                Rectangle((x + 0.09, y + 0.09), 0.82, 0.82, linewidth=0, facecolor=ORANGE if local[y, x] else GREY)
+            )
     for number in range(rows * cols):
         y, x = (cells == number).nonzero().double().mean(0).add(0.5).tolist()
         sets.plot(x, y, 'o', color=BLUE, markersize=6.5, markeredgecolor='white', markeredgewidth=0.8, zorder=4)
@@ -94,25 +97,71 @@ def draw(path):
         for number in range(rows * cols):
             inside = (cells == number).nonzero()
             (y, x), (h, w) = inside.min(0).values.tolist(), (inside.max(0).values - inside.min(0).values + 1).tolist()
-            axes.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=line, linewidth=1.1 if axes is sets else 0.35,
-                                     alpha=0.85 if axes is sets else 0.6, zorder=2))
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=2,
-                                 edgecolor=ORANGE, zorder=3))
-        axes.plot(QUERY[1] + 0.5, QUERY[0] + 0.5, '*', color=INK if axes is sets else 'white', markersize=11,
-                  markeredgecolor='white' if axes is sets else INK, markeredgewidth=0.8, zorder=5)
+            axes.add_patch(
+                Rectangle(
+                    (x, y),
+                    w,
+                    h,
+                    fill=False,
+                    edgecolor=line,
+                    linewidth=1.1 if axes is sets else 0.35,
+                    alpha=0.85 if axes is sets else 0.6,
+                    zorder=2,
+                )
+            )
+        axes.add_patch(
+            Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=2, edgecolor=ORANGE, zorder=3)
+        )
+        axes.plot(
+            QUERY[1] + 0.5,
+            QUERY[0] + 0.5,
+            '*',
+            color=INK if axes is sets else 'white',
+            markersize=11,
+            markeredgecolor='white' if axes is sets else INK,
+            markeredgewidth=0.8,
+            zorder=5,
+        )
     sets.set_title(f'A query attends to {int(local.sum())} tokens and {rows * cols} cells', pad=6)
     heat.set_title(f'The weights of all {SIDE} × {SIDE} tokens, log scale', pad=6)
-    sets.legend(handles=[
-        Line2D([], [], marker='*', color=INK, linestyle='', markersize=10, label='the query'),
-        Line2D([], [], marker='s', color=ORANGE, linestyle='', markersize=8,
-               label=f'tokens of its {WINDOW_SIZE} × {WINDOW_SIZE} window, one by one'),
-        Line2D([], [], marker='o', color=BLUE, linestyle='', markersize=6.5,
-               label=f'cells of {cell[0]} × {cell[1]} tokens, each as one key and value'),
-    ], loc='upper left', bbox_to_anchor=(-0.02, 0.005), frameon=False, borderpad=0.2, labelspacing=0.35)
-    heat.text(0, SIDE + 0.75, 'A random layer on a smooth random input. Token by token\n'
-              'in the window, through the control variates elsewhere;\n'
-              f'from {weights.min():.0e} to {weights.max():.1g}, and all together 1.',
-              va='top', color=INK, linespacing=1.45)
+    sets.legend(
+        handles=[
+            Line2D([], [], marker='*', color=INK, linestyle='', markersize=10, label='the query'),
+            Line2D(
+                [],
+                [],
+                marker='s',
+                color=ORANGE,
+                linestyle='',
+                markersize=8,
+                label=f'tokens of its {WINDOW_SIZE} × {WINDOW_SIZE} window, one by one',
+            ),
+            Line2D(
+                [],
+                [],
+                marker='o',
+                color=BLUE,
+                linestyle='',
+                markersize=6.5,
+                label=f'cells of {cell[0]} × {cell[1]} tokens, each as one key and value',
+            ),
+        ],
+        loc='upper left',
+        bbox_to_anchor=(-0.02, 0.005),
+        frameon=False,
+        borderpad=0.2,
+        labelspacing=0.35,
+    )
+    heat.text(
+        0,
+        SIDE + 0.75,
+        'A random layer on a smooth random input. Token by token\n'
+        'in the window, through the control variates elsewhere;\n'
+        f'from {weights.min():.0e} to {weights.max():.1g}, and all together 1.',
+        va='top',
+        color=INK,
+        linespacing=1.45,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches='tight', pad_inches=0.08, facecolor='white', metadata={'Software': None})
     print(f'{path}: {path.stat().st_size / 1024:.0f} KB')

@@ -1,4 +1,5 @@
 """The table of docs/transfer.md that compares starts on ELPV, from results/elpv_h100.csv (examples/elpv.py)."""
+
 import csv
 from pathlib import Path
 from statistics import mean, stdev
@@ -55,14 +56,23 @@ def table() -> str:
         if found:
             classes = {'type': 2, 'defect': 4}[task]
             majority = float(found[0]['majority'])
-            lines.append(f'| {what} | always the largest class | – | {majority:.1f} | {100 / classes:.1f} | '
-                         f'{2 * majority / (100 + majority) * 100 / classes:.1f} |')
+            lines.append(
+                f'| {what} | always the largest class | – | {majority:.1f} | {100 / classes:.1f} | '
+                f'{2 * majority / (100 + majority) * 100 / classes:.1f} |'
+            )
     tuned = [row for row in rows if row['task'] in TASKS]
     before = [row for row in rows if row['task'] == 'fashion_mnist']
-    lines += ['', f'{says(tuned, "epochs")} epochs of {says(tuned, "train_images")} pictures in batches of '
-                  f'{says(tuned, "batch_size")}, judged on {says(tuned, "images")}.'
-              + (f' The pretraining: {says(before, "epochs")} epochs, top-1 '
-                 f'{float(before[-1]["top1"]):.1f} on Fashion-MNIST.' if before else '')
-              + f' {says(rows, "device")}; torch {says(rows, "torch")}, timm {says(rows, "timm")}, evavit '
-                f'{says(rows, "evavit", "commit")}, {says(rows, "date")}.']
+    lines += [
+        '',
+        f'{says(tuned, "epochs")} epochs of {says(tuned, "train_images")} pictures in batches of '
+        f'{says(tuned, "batch_size")}, judged on {says(tuned, "images")}.'
+        + (
+            f' The pretraining: {says(before, "epochs")} epochs, top-1 '
+            f'{float(before[-1]["top1"]):.1f} on Fashion-MNIST.'
+            if before
+            else ''
+        )
+        + f' {says(rows, "device")}; torch {says(rows, "torch")}, timm {says(rows, "timm")}, evavit '
+        f'{says(rows, "evavit", "commit")}, {says(rows, "date")}.',
+    ]
     return '\n'.join(lines)

@@ -6,6 +6,7 @@ which other work on the machine changes less than the clock's; the error is that
 float32 in PyTorch, relative to the largest. With --checkpoint FILE … and --data-dir: top-1 of trained models in every
 precision.
 """
+
 import argparse
 import csv
 import sys
@@ -31,16 +32,42 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'results' / 'export_cpu.csv'
 OPERATORS = ROOT / 'results' / 'onnx_operators.csv'
 FORM_NAMES = {'pytorch': 'PyTorch', 'onnx': 'onnxruntime', 'aoti': 'package'}
-COLUMNS = ('model', 'form', 'precision', 'img_size', 'size_mib', 'cpu_ms', 'error', 'top1', 'images',
-           'device', 'torch', 'timm', 'evavit', 'commit', 'date')
-OPERATOR_COLUMNS = ('model', 'precision', 'img_size', 'operators', 'tensorrt',
-                    'torch', 'timm', 'evavit', 'commit', 'date')
+COLUMNS = (
+    'model',
+    'form',
+    'precision',
+    'img_size',
+    'size_mib',
+    'cpu_ms',
+    'error',
+    'top1',
+    'images',
+    'device',
+    'torch',
+    'timm',
+    'evavit',
+    'commit',
+    'date',
+)
+OPERATOR_COLUMNS = (
+    'model',
+    'precision',
+    'img_size',
+    'operators',
+    'tensorrt',
+    'torch',
+    'timm',
+    'evavit',
+    'commit',
+    'date',
+)
 FORMS = {'pytorch': exporting.PRECISIONS, 'onnx': ('float32', 'float16'), 'aoti': exporting.PRECISIONS}
 
 
 def photograph(size: int) -> torch.Tensor:
     """A photograph that comes with scikit-learn, `(1, 3, size, size)`, normalised."""
     from sklearn.datasets import load_sample_image
+
     pixels = np.asarray(Image.fromarray(load_sample_image('china.jpg')).resize((size, size)), dtype=np.float32)
     return (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.45) / 0.23
 
@@ -52,12 +79,13 @@ def cpu_ms(call, repeats: int) -> float:
         begin = time.process_time()
         call()
         times.append(1000 * (time.process_time() - begin))
-    return median(times[repeats // 3:])
+    return median(times[repeats // 3 :])
 
 
 @torch.no_grad()
-def measure(name: str, model: torch.nn.Module, size: int, form: str, precision: str, folder: Path,
-            repeats: int) -> dict:
+def measure(
+    name: str, model: torch.nn.Module, size: int, form: str, precision: str, folder: Path, repeats: int
+) -> dict:
     """A model in one form and precision, on images of `size` pixels a side; an ONNX file with its operators, too."""
     images = photograph(size)
     expected = model(images)
@@ -75,33 +103,49 @@ def measure(name: str, model: torch.nn.Module, size: int, form: str, precision: 
     if form == 'onnx':
         row['operators'] = ' '.join(f'{name}:{count}' for name, count in sorted(exporting.onnx_operators(file).items()))
         row['tensorrt'] = '; '.join(exporting.tensorrt_objections(file))
-    return dict(row,
-                size_mib=f'{file.stat().st_size / 2**20:.1f}',
-                error=f'{exporting.relative_error(run(images), expected):.1e}',
-                cpu_ms=f'{cpu_ms(lambda: run(images), repeats):.1f}')
+    return dict(
+        row,
+        size_mib=f'{file.stat().st_size / 2**20:.1f}',
+        error=f'{exporting.relative_error(run(images), expected):.1e}',
+        cpu_ms=f'{cpu_ms(lambda: run(images), repeats):.1f}',
+    )
 
 
 @torch.no_grad()
 def judge(checkpoint: str, data_dir: str) -> list:
     """Top-1 of a trained model on the validation split, in every precision."""
     saved = saved_settings(checkpoint)
-    model = timm.create_model(saved['model'], num_classes=saved['num_classes'], in_chans=saved['in_chans'] or 3,
-                              **(saved['model_kwargs'] or {})).eval()
+    model = timm.create_model(
+        saved['model'],
+        num_classes=saved['num_classes'],
+        in_chans=saved['in_chans'] or 3,
+        **(saved['model_kwargs'] or {}),
+    ).eval()
     load_checkpoint(model, checkpoint)
     settings = {key: saved[key] for key in ('mean', 'std', 'interpolation', 'crop_pct')}
     config = resolve_data_config({**settings, 'input_size': get_model_input_config(model)['input_size']}, model=model)
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    dataset = create_dataset('', data_dir, split='validation', input_img_mode=mode,
-                             transform=create_transform(**config))
+    dataset = create_dataset(
+        '', data_dir, split='validation', input_img_mode=mode, transform=create_transform(**config)
+    )
     images, labels = zip(*dataset, strict=True)
     images, labels = torch.stack(images), torch.tensor(labels)
     expected, rows = model(images), []
     for precision in exporting.PRECISIONS:
         logits = exporting.lower_precision(model, precision)(
-            images if precision == 'int8' else images.to(getattr(torch, precision))).float()
-        rows.append(dict(model=f'{saved["model"]}, depth {len(model.blocks)}', form='pytorch', precision=precision,
-                         img_size=images.shape[-1], error=f'{exporting.relative_error(logits, expected):.1e}',
-                         top1=f'{100 * (logits.argmax(1) == labels).double().mean():.2f}', images=len(images)))
+            images if precision == 'int8' else images.to(getattr(torch, precision))
+        ).float()
+        rows.append(
+            dict(
+                model=f'{saved["model"]}, depth {len(model.blocks)}',
+                form='pytorch',
+                precision=precision,
+                img_size=images.shape[-1],
+                error=f'{exporting.relative_error(logits, expected):.1e}',
+                top1=f'{100 * (logits.argmax(1) == labels).double().mean():.2f}',
+                images=len(images),
+            )
+        )
     return rows
 
 
@@ -115,8 +159,10 @@ def table() -> str:
     rows = [row for row in _read() if row['cpu_ms']]
     lines = ['| model | form | precision | MiB | CPU ms | error |', '|---|---|---|---|---|---|']
     for row in rows:
-        lines.append(f'| `{row["model"]}` | {FORM_NAMES[row["form"]]} | {row["precision"]} | {row["size_mib"]} | '
-                     f'{float(row["cpu_ms"]):,.0f} | {row["error"] if float(row["error"]) else "–"} |')
+        lines.append(
+            f'| `{row["model"]}` | {FORM_NAMES[row["form"]]} | {row["precision"]} | {row["size_mib"]} | '
+            f'{float(row["cpu_ms"]):,.0f} | {row["error"] if float(row["error"]) else "–"} |'
+        )
     return '\n'.join([*lines, '', performance.origins(rows)])
 
 
@@ -131,8 +177,12 @@ def operators_table() -> str:
         reads = 'not known' if rule is None else f'yes; {rule}' if rule else 'yes'
         lines.append(f'| {name} | {" | ".join(count.get(name, "–") for count in counts)} | {reads} |')
     refused = {row['tensorrt'] for row in rows} - {''}
-    verdict = f'TensorRT\'s parser may not read: {"; ".join(sorted(refused))}.' if refused else \
-        'Nothing in these files that TensorRT\'s parser does not read, by its table, restrictions and types included.'
+    verdict = (
+        f"TensorRT's parser may not read: {'; '.join(sorted(refused))}."
+        if refused
+        else "Nothing in these files that TensorRT's parser does not read, by its table, restrictions and types "
+        'included.'
+    )
     return '\n'.join([*lines, '', verdict])
 
 
@@ -141,8 +191,9 @@ def precision_table() -> str:
     rows = [row for row in _read() if row['top1']]
     lines = ['| model | precision | top-1 | error of the logits |', '|---|---|---|---|']
     for row in rows:
-        lines.append(f'| {row["model"]} | {row["precision"]} | {row["top1"]} | '
-                     f'{row["error"] if float(row["error"]) else "–"} |')
+        lines.append(
+            f'| {row["model"]} | {row["precision"]} | {row["top1"]} | {row["error"] if float(row["error"]) else "–"} |'
+        )
     return '\n'.join([*lines, '', performance.origins(rows)])
 
 

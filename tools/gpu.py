@@ -7,6 +7,7 @@ machine is not done again: after a stop, the same line goes on. Logs and rows ar
 rows go from there into the results file, in place of those of the same comparisons. COMMIT in the environment names
 the commit where there is no git.
 """
+
 import argparse
 import hashlib
 import os
@@ -35,8 +36,11 @@ MODELS = {  # the longest to compile first
     'small': ('--model', 'eva_deit_small', '-b', '256'),
 }
 # Four models compile at one time, with workers of their own.
-ENVIRONMENT = {'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
-               'PYTHONUNBUFFERED': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '4'}
+ENVIRONMENT = {
+    'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
+    'PYTHONUNBUFFERED': '1',
+    'TORCHINDUCTOR_COMPILE_THREADS': '4',
+}
 # The second replays CUDA graphs: there the processor's launches are in no figure.
 MODES = ('default', 'reduce-overhead')
 STEPS = ('test', 'sanitize', 'op', 'layer', 'models', 'page')
@@ -59,8 +63,9 @@ def start(name: str, command) -> bool:
     """Run a command with its output in a log; whether it ended well."""
     begin = time.monotonic()
     with open(WORK / f'{name}.log', 'w') as log:
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                              env={**os.environ, **ENVIRONMENT}).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
+        ).returncode
     text = (WORK / f'{name}.log').read_text()
     print(f'== {name}: exit code {code}, {time.monotonic() - begin:.0f} s\n{text[-3000:]}', flush=True)
     return code == 0
@@ -87,10 +92,14 @@ def measure(name: str, flags, target: Path) -> bool:
 
 def measure_models(names, modes, target: Path) -> bool:
     """Models compile side by side and are measured one at a time; more at once would not fit the memory."""
+
     def one(task):
         name, mode = task
-        return measure(f'{name}_{mode}', ['--bench', 'train', 'infer', '--torchcompile', mode,
-                                          '--lock', str(WORK / 'lock'), *MODELS[name]], target)
+        return measure(
+            f'{name}_{mode}',
+            ['--bench', 'train', 'infer', '--torchcompile', mode, '--lock', str(WORK / 'lock'), *MODELS[name]],
+            target,
+        )
 
     with ThreadPoolExecutor(4) as pool:
         return all(list(pool.map(one, [(name, mode) for mode in modes for name in names])))

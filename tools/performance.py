@@ -1,4 +1,5 @@
 """What tools/tables.py puts into docs/performance.md: goals and figures, tables, plots, all from results/*.csv."""
+
 import csv
 import hashlib
 from pathlib import Path
@@ -14,8 +15,13 @@ PLOT = ROOT / 'docs' / 'images' / 'performance.svg'
 PUBLISHED = {'eva_deit_tiny': (2446, 6817), 'eva_deit_tiny_784': (993, 2821), 'eva_pvt_v2_b3': (248, 1127)}
 COLOURS = {'triton': '#d1495b', 'plain': '#e9a6ae', 'flash': '#2e5e8c', 'cudnn': '#5b9bd5', 'efficient': '#9aa5b1'}
 MODES = {'no': 'eager', 'default': 'compiled', 'reduce-overhead': 'compiled, CUDA graphs'}
-NAMES = {'triton': 'EVA, kernels', 'plain': 'EVA, plain PyTorch', 'flash': 'SDPA, flash', 'cudnn': 'SDPA, cuDNN',
-         'efficient': 'SDPA, memory-efficient'}
+NAMES = {
+    'triton': 'EVA, kernels',
+    'plain': 'EVA, plain PyTorch',
+    'flash': 'SDPA, flash',
+    'cudnn': 'SDPA, cuDNN',
+    'efficient': 'SDPA, memory-efficient',
+}
 
 Row = Dict[str, str]
 
@@ -64,16 +70,22 @@ def speed_up(rows: List[Row], bench: str, tokens: int) -> Optional[float]:
 
 def models(rows: List[Row], bench: str, case: str, img_size: int, compiled: bool = True, column: str = 'img_per_s'):
     """(EVA's, softmax's) figure of a model and the one beside it, each in the faster of the measured modes."""
-    rows = [row for row in pick(rows, bench=bench, case=case, img_size=img_size)
-            if (row['torchcompile'] != 'no') == compiled]
+    rows = [
+        row
+        for row in pick(rows, bench=bench, case=case, img_size=img_size)
+        if (row['torchcompile'] != 'no') == compiled
+    ]
     return tuple(number(pick(rows, attention=which), column, max) for which in ('eva', 'softmax'))
 
 
 def spread(rows: List[Row], bench: str) -> Optional[float]:
     """How much longer a token takes at the worst length than at the best, of 784 to 65,536; None unless both ends are
     there."""
-    times = {int(row['tokens']): float(row['ms']) / (int(row['batch_size']) * int(row['tokens']))
-             for row in attention(rows, bench) if row['backend'] == 'triton' and int(row['tokens']) >= 784}
+    times = {
+        int(row['tokens']): float(row['ms']) / (int(row['batch_size']) * int(row['tokens']))
+        for row in attention(rows, bench)
+        if row['backend'] == 'triton' and int(row['tokens']) >= 784
+    }
     return max(times.values()) / min(times.values()) - 1 if {784, 65536} <= times.keys() else None
 
 
@@ -81,41 +93,101 @@ def goals() -> List[tuple]:
     """(what, at least or at most, goal, figure or None, unit) of every line that this code was built to reach."""
     gpu, cpu, lines = gpu_rows(), cpu_rows(), []
     for bench, what, targets in (
-            ('op', 'attention alone', (1.3, 2.5, 6, 18)), ('layer', 'the layer', (1.1, 1.4, 2, 4))):
+        ('op', 'attention alone', (1.3, 2.5, 6, 18)),
+        ('layer', 'the layer', (1.1, 1.4, 2, 4)),
+    ):
         for tokens, goal in zip((196, 784, 3136, 12544), targets, strict=True):
-            lines.append((f'{what}, forward + backward, {tokens:,} tokens: speed over the best SDPA backend', '≥', goal,
-                          speed_up(gpu, bench, tokens), '×'))
+            lines.append(
+                (
+                    f'{what}, forward + backward, {tokens:,} tokens: speed over the best SDPA backend',
+                    '≥',
+                    goal,
+                    speed_up(gpu, bench, tokens),
+                    '×',
+                )
+            )
     for direction, goal in (('forward', 60), ('backward', 50)):
         for tokens in (196, 784, 3136, 12544):
             figure = number(pick(attention(gpu, 'op', tokens), backend='triton'), f'{direction}_of_copy')
-            lines.append((f'attention alone, {direction}, {tokens:,} tokens: share of a copy\'s bandwidth', '≥', goal,
-                          None if figure is None else 100 * figure, ' %'))
+            lines.append(
+                (
+                    f"attention alone, {direction}, {tokens:,} tokens: share of a copy's bandwidth",
+                    '≥',
+                    goal,
+                    None if figure is None else 100 * figure,
+                    ' %',
+                )
+            )
     for tokens in (196, 784, 3136, 12544):
         rows = attention(gpu, 'layer', tokens)
-        lines.append((f'the layer, {tokens:,} tokens: peak memory of forward + backward over Flash SDPA\'s', '≤', 1,
-                      ratio(*(number(pick(rows, backend=name), 'peak_memory_mib') for name in ('triton', 'flash'))),
-                      '×'))
+        lines.append(
+            (
+                f"the layer, {tokens:,} tokens: peak memory of forward + backward over Flash SDPA's",
+                '≤',
+                1,
+                ratio(*(number(pick(rows, backend=name), 'peak_memory_mib') for name in ('triton', 'flash'))),
+                '×',
+            )
+        )
     for case, img_size, bench, goal in (
-            ('eva_deit_tiny_784', 224, 'train', 1.35), ('eva_deit_tiny_784', 224, 'infer', 1.5),
-            ('eva_deit_tiny', 224, 'train', 1.05), ('eva_deit_tiny', 224, 'infer', 1.0),
-            ('eva_pvt_v2_b3', 224, 'train', 1.2), ('eva_pvt_v2_b3', 224, 'infer', 1.1),
-            ('eva_deit_tiny_784', 448, 'train', 3), ('eva_deit_tiny_784', 448, 'infer', 3),
-            ('eva_deit_tiny_784', 896, 'train', 8), ('eva_deit_tiny_784', 896, 'infer', 8)):
+        ('eva_deit_tiny_784', 224, 'train', 1.35),
+        ('eva_deit_tiny_784', 224, 'infer', 1.5),
+        ('eva_deit_tiny', 224, 'train', 1.05),
+        ('eva_deit_tiny', 224, 'infer', 1.0),
+        ('eva_pvt_v2_b3', 224, 'train', 1.2),
+        ('eva_pvt_v2_b3', 224, 'infer', 1.1),
+        ('eva_deit_tiny_784', 448, 'train', 3),
+        ('eva_deit_tiny_784', 448, 'infer', 3),
+        ('eva_deit_tiny_784', 896, 'train', 8),
+        ('eva_deit_tiny_784', 896, 'infer', 8),
+    ):
         what = 'training' if bench == 'train' else 'inference'
-        lines.append((f'`{case}` at {img_size} px, {what}, both compiled: speed over timm\'s softmax model', '≥', goal,
-                      ratio(*models(gpu, bench, case, img_size)), '×'))
+        lines.append(
+            (
+                f"`{case}` at {img_size} px, {what}, both compiled: speed over timm's softmax model",
+                '≥',
+                goal,
+                ratio(*models(gpu, bench, case, img_size)),
+                '×',
+            )
+        )
     for case, (published, _) in PUBLISHED.items():
-        lines.append((f'`{case}`, training: speed over the published code', '≥', 4,
-                      ratio(models(gpu, 'train', case, 224)[0], published), '×'))
+        lines.append(
+            (
+                f'`{case}`, training: speed over the published code',
+                '≥',
+                4,
+                ratio(models(gpu, 'train', case, 224)[0], published),
+                '×',
+            )
+        )
     for bench, what in (('op', 'attention alone'), ('layer', 'the layer')):
         figure = spread(gpu, bench)
-        lines.append((f'{what}: difference in time per token, 784 to 65,536 tokens', '≤', 20,
-                      None if figure is None else 100 * figure, ' %'))
-    for case, bench, goal in (('eva_deit_tiny_784', 'infer', 0.6), ('eva_deit_tiny_784', 'train', 0.75),
-                              ('eva_deit_tiny', 'infer', 1.05), ('eva_pvt_v2_b3', 'infer', 1.0)):
+        lines.append(
+            (
+                f'{what}: difference in time per token, 784 to 65,536 tokens',
+                '≤',
+                20,
+                None if figure is None else 100 * figure,
+                ' %',
+            )
+        )
+    for case, bench, goal in (
+        ('eva_deit_tiny_784', 'infer', 0.6),
+        ('eva_deit_tiny_784', 'train', 0.75),
+        ('eva_deit_tiny', 'infer', 1.05),
+        ('eva_pvt_v2_b3', 'infer', 1.0),
+    ):
         what = 'training step' if bench == 'train' else 'inference'
-        lines.append((f'`{case}` on 2 CPU cores, {what}: time over timm\'s softmax model', '≤', goal,
-                      ratio(*models(cpu, bench, case, 224, compiled=False, column='ms')), '×'))
+        lines.append(
+            (
+                f"`{case}` on 2 CPU cores, {what}: time over timm's softmax model",
+                '≤',
+                goal,
+                ratio(*models(cpu, bench, case, 224, compiled=False, column='ms')),
+                '×',
+            )
+        )
     return lines
 
 
@@ -132,13 +204,24 @@ def reach() -> str:
         shown = '–' if figure is None else f'{figure:.0f}{unit}' if unit == ' %' else f'{figure:.2f}{unit}'
         lines.append(f'| {what} | {sense} {goal:g}{unit} | {shown} | {verdict(sense, goal, figure)} |')
     verdicts = [verdict(*line[1:4]) for line in goals()]
-    return '\n'.join(lines) + (f'\n\n{len(verdicts)} lines: {verdicts.count("reached")} reached, '
-                               f'{verdicts.count("**short**")} short, {verdicts.count("not measured")} not measured.')
+    return '\n'.join(lines) + (
+        f'\n\n{len(verdicts)} lines: {verdicts.count("reached")} reached, '
+        f'{verdicts.count("**short**")} short, {verdicts.count("not measured")} not measured.'
+    )
 
 
 def origins(rows: Iterable[Row]) -> str:
-    return '; '.join(sorted({f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}, commit {row["commit"]}, '
-                             f'{row["date"]}' for row in rows})) + '.'
+    return (
+        '; '.join(
+            sorted(
+                {
+                    f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}, commit {row["commit"]}, {row["date"]}'
+                    for row in rows
+                }
+            )
+        )
+        + '.'
+    )
 
 
 def _times(bench: str) -> str:
@@ -156,8 +239,11 @@ def _times(bench: str) -> str:
             cells.append(f'{float(found[0]["forward_ms"]):.3f} / {float(found[0]["ms"]):.3f}' if found else '–')
         kernels, flash = pick(here, backend='triton'), pick(here, backend='flash')
         if bench == 'op':
-            cells.append(' / '.join(f'{100 * float(kernels[0][f"{way}_of_copy"]):.0f} %' for way in (
-                'forward', 'backward')) if kernels and kernels[0]['forward_of_copy'] else '–')
+            cells.append(
+                ' / '.join(f'{100 * float(kernels[0][f"{way}_of_copy"]):.0f} %' for way in ('forward', 'backward'))
+                if kernels and kernels[0]['forward_of_copy']
+                else '–'
+            )
         else:
             cells += [f'{float(found[0]["peak_memory_mib"]):.0f}' if found else '–' for found in (kernels, flash)]
         lines.append(f'| {here[0]["batch_size"]} × {tokens:,} | ' + ' | '.join(cells) + ' |')
@@ -184,8 +270,17 @@ def _model_table(rows: List[Row], published: bool) -> str:
     rows = [row for row in rows if row['bench'] in ('train', 'infer')]
     if not rows:
         return 'Not measured yet.'
-    columns = ['model', 'images', 'batch', 'what', 'EVA, img/s', 'softmax, img/s', 'ratio', *(
-        ['EVA, GiB', 'softmax, GiB', 'published EVA, img/s'] if published else []), 'beside it']
+    columns = [
+        'model',
+        'images',
+        'batch',
+        'what',
+        'EVA, img/s',
+        'softmax, img/s',
+        'ratio',
+        *(['EVA, GiB', 'softmax, GiB', 'published EVA, img/s'] if published else []),
+        'beside it',
+    ]
     lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
     seen = []
     for row in rows:
@@ -196,17 +291,28 @@ def _model_table(rows: List[Row], published: bool) -> str:
         for eva in pick(rows, **key, attention='eva'):
             softmax = pick(rows, **key, attention='softmax')
             what = 'training' if row['bench'] == 'train' else 'inference'
-            memory = [f'{float(found["peak_memory_mib"]) / 1024:.1f}' if found and found['peak_memory_mib'] else '–'
-                      for found in (eva, softmax[0] if softmax else None)]
+            memory = [
+                f'{float(found["peak_memory_mib"]) / 1024:.1f}' if found and found['peak_memory_mib'] else '–'
+                for found in (eva, softmax[0] if softmax else None)
+            ]
             theirs = PUBLISHED.get(row['case']) if row['img_size'] == '224' else None
-            lines.append('| ' + ' | '.join([
-                f'`{row["case"]}`' + (', plain' if published and eva['backend'] == 'plain' else ''), row['img_size'],
-                row['batch_size'], what + (f', {MODES[row["torchcompile"]]}' if published else ''),
-                f'{float(eva["img_per_s"]):,.{0 if published else 1}f}',
-                f'{float(softmax[0]["img_per_s"]):,.{0 if published else 1}f}' if softmax else '–',
-                f'{float(eva["img_per_s"]) / float(softmax[0]["img_per_s"]):.2f}' if softmax else '–',
-                *([*memory, f'{theirs[row["bench"] == "infer"]:,}' if theirs else '–'] if published else []),
-                f'`{_short(softmax[0])}`' if softmax else '–']) + ' |')
+            lines.append(
+                '| '
+                + ' | '.join(
+                    [
+                        f'`{row["case"]}`' + (', plain' if published and eva['backend'] == 'plain' else ''),
+                        row['img_size'],
+                        row['batch_size'],
+                        what + (f', {MODES[row["torchcompile"]]}' if published else ''),
+                        f'{float(eva["img_per_s"]):,.{0 if published else 1}f}',
+                        f'{float(softmax[0]["img_per_s"]):,.{0 if published else 1}f}' if softmax else '–',
+                        f'{float(eva["img_per_s"]) / float(softmax[0]["img_per_s"]):.2f}' if softmax else '–',
+                        *([*memory, f'{theirs[row["bench"] == "infer"]:,}' if theirs else '–'] if published else []),
+                        f'`{_short(softmax[0])}`' if softmax else '–',
+                    ]
+                )
+                + ' |'
+            )
     return '\n'.join(lines) + '\n\n' + origins(rows)
 
 
@@ -240,9 +346,18 @@ def cpu_models() -> str:
 # Plots
 # --------------------------------------------------------------------------------------------------------------------
 
+
 def plotted() -> List[Row]:
-    columns = ('bench', 'backend', 'batch_size', 'tokens', 'ms', 'peak_memory_mib', 'forward_of_copy',
-               'backward_of_copy')
+    columns = (
+        'bench',
+        'backend',
+        'batch_size',
+        'tokens',
+        'ms',
+        'peak_memory_mib',
+        'forward_of_copy',
+        'backward_of_copy',
+    )
     return [{name: row[name] for name in columns} for bench in ('op', 'layer') for row in attention(gpu_rows(), bench)]
 
 
@@ -258,21 +373,36 @@ def plot_is_fresh() -> bool:
 def draw() -> None:
     """Time and memory a token against tokens, and the achieved fraction of a copy's bandwidth."""
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({'svg.hashsalt': 'evavit', 'font.size': 9, 'axes.spines.top': False,
-                         'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': 0.25})
+    plt.rcParams.update(
+        {
+            'svg.hashsalt': 'evavit',
+            'font.size': 9,
+            'axes.spines.top': False,
+            'axes.spines.right': False,
+            'axes.grid': True,
+            'grid.alpha': 0.25,
+        }
+    )
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 6.8))
 
     def curves(ax, bench, column, scale):
         for backend, name in NAMES.items():
             rows = sorted(pick(plotted(), bench=bench, backend=backend), key=lambda row: int(row['tokens']))
             rows = [row for row in rows if row[column]]
-            ax.plot([int(row['tokens']) for row in rows],
-                    [scale * float(row[column]) / (int(row['batch_size']) * int(row['tokens'])) for row in rows],
-                    'o-', color=COLOURS[backend], label=name, markersize=3.5, linewidth=1.6,
-                    zorder=3 if backend == 'triton' else 2)
+            ax.plot(
+                [int(row['tokens']) for row in rows],
+                [scale * float(row[column]) / (int(row['batch_size']) * int(row['tokens'])) for row in rows],
+                'o-',
+                color=COLOURS[backend],
+                label=name,
+                markersize=3.5,
+                linewidth=1.6,
+                zorder=3 if backend == 'triton' else 2,
+            )
 
     for ax, bench, title in ((axes[0, 0], 'op', 'Attention alone'), (axes[0, 1], 'layer', 'The layer')):
         curves(ax, bench, 'ms', 1e6)
@@ -282,12 +412,27 @@ def draw() -> None:
     rows = sorted(pick(plotted(), bench='op', backend='triton'), key=lambda row: int(row['tokens']))
     for way, goal, style in (('forward', 60, '-'), ('backward', 50, '--')):
         known = [row for row in rows if row[f'{way}_of_copy']]
-        axes[1, 1].plot([int(row['tokens']) for row in known], [100 * float(row[f'{way}_of_copy']) for row in known],
-                        'o', linestyle=style, color=COLOURS['triton'], label=f'{way}', markersize=3.5, linewidth=1.6)
+        axes[1, 1].plot(
+            [int(row['tokens']) for row in known],
+            [100 * float(row[f'{way}_of_copy']) for row in known],
+            'o',
+            linestyle=style,
+            color=COLOURS['triton'],
+            label=f'{way}',
+            markersize=3.5,
+            linewidth=1.6,
+        )
         axes[1, 1].axhline(goal, color='#555555', linestyle=style, linewidth=0.8)
-        axes[1, 1].annotate(f'goal, {way}', (1, goal), xycoords=('axes fraction', 'data'), ha='right', va='bottom',
-                            fontsize=8, color='#555555')
-    axes[1, 1].set(title='EVA\'s kernels', ylabel='bandwidth, % of a copy', ylim=(0, 100))
+        axes[1, 1].annotate(
+            f'goal, {way}',
+            (1, goal),
+            xycoords=('axes fraction', 'data'),
+            ha='right',
+            va='bottom',
+            fontsize=8,
+            color='#555555',
+        )
+    axes[1, 1].set(title="EVA's kernels", ylabel='bandwidth, % of a copy', ylim=(0, 100))
     for ax in axes.flat:
         ax.set(xscale='log', xlabel='tokens an image')
         ax.set_xticks([196, 784, 3136, 12544, 65536], ['196', '784', '3,136', '12,544', '65,536'])

@@ -5,6 +5,7 @@ Forward and backward on small cases with odd grids, short windows, both precisio
 under memcheck and racecheck; a Hopper runs kernels in Gluon for some of them. Needs a CUDA device and NVIDIA's
 compute-sanitizer (part of the CUDA toolkit) on the path. The exit code is 1 where a tool reports an error.
 """
+
 import argparse
 import os
 import shutil
@@ -38,6 +39,7 @@ CASES = (
 def run_cases() -> None:
     """Every case once. Inputs are drawn on the CPU: little but our kernels runs on the device."""
     from evavit.ops.eva.triton import operator as eva_triton
+
     in_gluon = 0
     for height, width, window_size, partition_grid, d, dtype, programs in CASES:
         torch.manual_seed(0)
@@ -47,8 +49,10 @@ def run_cases() -> None:
         leaves = [qkv]
         options = dict(window_size=window_size, partition_grid=partition_grid)
         for name in ('summary_q', 'summary_k') if partition_grid else ():
-            options[name] = tuple(x.cuda().requires_grad_() for x in (
-                torch.randn(d, d) * d ** -0.5, torch.zeros(d), torch.ones(d), torch.zeros(d)))
+            options[name] = tuple(
+                x.cuda().requires_grad_()
+                for x in (torch.randn(d, d) * d**-0.5, torch.zeros(d), torch.ones(d), torch.zeros(d))
+            )
             leaves += options[name]
         if partition_grid:
             options['noise'] = torch.randn(2, 2, eva_num_cells(feat_size, partition_grid), d).cuda()
@@ -74,8 +78,10 @@ def main() -> int:
         return 0
     sanitizer = shutil.which('compute-sanitizer')
     if not torch.cuda.is_available() or sanitizer is None:
-        print('error: ' + ('compute-sanitizer is not on the path' if torch.cuda.is_available() else 'no CUDA device'),
-              file=sys.stderr)
+        print(
+            'error: ' + ('compute-sanitizer is not on the path' if torch.cuda.is_available() else 'no CUDA device'),
+            file=sys.stderr,
+        )
         return 2
     this = [sys.executable, __file__, '--run']
     if subprocess.run(this).returncode:  # compiles the kernels, too
@@ -84,8 +90,11 @@ def main() -> int:
     for tool in TOOLS:
         # Without PyTorch's cache every tensor has an allocation of its own, whose ends memcheck knows.
         done = subprocess.run(
-            [sanitizer, '--tool', tool, '--error-exitcode', '9', *this], capture_output=True, text=True,
-            env={**os.environ, 'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'})
+            [sanitizer, '--tool', tool, '--error-exitcode', '9', *this],
+            capture_output=True,
+            text=True,
+            env={**os.environ, 'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'},
+        )
         print(f'{tool}: ' + (done.stdout.strip() or done.stderr.strip())[-4000:], flush=True)
         failed |= done.returncode != 0
     return int(failed)

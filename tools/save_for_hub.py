@@ -5,6 +5,7 @@ python tools/save_for_hub.py --checkpoint output/RUN/model_best.safetensors --ou
 Model, recipe, classes and image settings come from the checkpoint, which train.py wrote; metrics from what validate.py
 wrote with --results-file. FOLDER loads with timm.create_model("local-dir:FOLDER", pretrained=True).
 """
+
 import argparse
 import csv
 import json
@@ -16,50 +17,58 @@ from evavit.hub import save_folder
 from evavit.training import build, checkpoint
 from evavit.training.config import parse_settings
 
-PREPARATION = ("mean", "std", "interpolation", "crop_pct")
-METRICS = ("top1", "top5", "loss", "images")
+PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')
+METRICS = ('top1', 'top5', 'loss', 'images')
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--output", required=True, metavar="FOLDER")
-    parser.add_argument("--data", required=True, help="what the weights were trained on")
-    parser.add_argument("--licence", required=True, help="of the weights, such as apache-2.0")
-    parser.add_argument("--results-file", help="metrics: the .csv or .json of validate.py")
+    parser.add_argument('--checkpoint', required=True)
+    parser.add_argument('--output', required=True, metavar='FOLDER')
+    parser.add_argument('--data', required=True, help='what the weights were trained on')
+    parser.add_argument('--licence', required=True, help='of the weights, such as apache-2.0')
+    parser.add_argument('--results-file', help='metrics: the .csv or .json of validate.py')
     args = parser.parse_args(argv)
     saved = checkpoint.saved_settings(args.checkpoint)
-    if "model" not in saved:
-        raise UserError(f"{args.checkpoint}: holds no settings of train.py; take one of its checkpoints, or call "
-                        f"evavit.hub.save_folder with your own model")
-    settings, _ = parse_settings("validate", [], None)
-    for name in ("model", "model_kwargs", "in_chans", "img_size", "input_size"):
+    if 'model' not in saved:
+        raise UserError(
+            f'{args.checkpoint}: holds no settings of train.py; take one of its checkpoints, or call '
+            f'evavit.hub.save_folder with your own model'
+        )
+    settings, _ = parse_settings('validate', [], None)
+    for name in ('model', 'model_kwargs', 'in_chans', 'img_size', 'input_size'):
         setattr(settings, name, saved.get(name))
-    names = saved.get("class_names")
-    model = build.build_model(settings, saved.get("num_classes") or len(names))
+    names = saved.get('class_names')
+    model = build.build_model(settings, saved.get('num_classes') or len(names))
     build.load_weights(model, args.checkpoint)
     metrics = read_metrics(args.results_file) if args.results_file else None
     try:
         folder = save_folder(
-            model.eval(), args.output, data=args.data, licence=args.licence, recipe=saved, label_names=names,
+            model.eval(),
+            args.output,
+            data=args.data,
+            licence=args.licence,
+            recipe=saved,
+            label_names=names,
             metrics=metrics,
-            data_config={name: saved[name] for name in PREPARATION if saved.get(name) is not None})
+            data_config={name: saved[name] for name in PREPARATION if saved.get(name) is not None},
+        )
     except OSError as error:
-        raise UserError(f"--output {args.output}: cannot be written ({error.strerror})") from error
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+        raise UserError(f'--output {args.output}: cannot be written ({error.strerror})') from error
+    print(f'{folder}: {", ".join(sorted(path.name for path in folder.iterdir()))}')
 
 
 def read_metrics(path):
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"--results-file {path}: no such file")
+        raise UserError(f'--results-file {path}: no such file')
     try:
-        with open(path, newline="") as file:
-            row = json.load(file) if path.suffix == ".json" else next(csv.DictReader(file))
+        with open(path, newline='') as file:
+            row = json.load(file) if path.suffix == '.json' else next(csv.DictReader(file))
         return {name: row[name] for name in METRICS}
     except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise UserError(f"--results-file {path}: not what validate.py writes") from error
+        raise UserError(f'--results-file {path}: not what validate.py writes') from error
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(run_script(main))

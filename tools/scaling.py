@@ -16,50 +16,59 @@ from tables import ROOT, replace
 
 import evavit  # noqa: F401  (registers the models)
 
-MODELS = ("eva_deit_tiny", "eva_deit_small", "eva_deit_tiny_784", "eva_pvt_v2_b3")
+MODELS = ('eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3')
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 IMAGES, EPOCHS = 1_281_167, 300
 
 
 def assumptions():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if a table is stale")
-    parser.add_argument("--node", type=int, default=8, help="GPUs of one machine")
-    parser.add_argument("--node-gb", type=float, default=300, help="GB/s a GPU sends within a machine (NVLink 4: 450)")
-    parser.add_argument("--net-gb", type=float, default=40, help="GB/s a GPU sends between machines (400 Gbit/s: 50)")
-    parser.add_argument("--latency", type=float, default=15, help="microseconds of one hop of an all-reduce")
-    parser.add_argument("--buckets", type=int, default=0, help="all-reduces a step; 0: one for each 25 MiB, DDP's way")
-    parser.add_argument("--overlap", type=float, default=0.7, help="share of the backward pass that hides them")
-    parser.add_argument("--backward", type=float, default=2 / 3, help="share of the step that is backward pass")
-    parser.add_argument("--kilobytes", type=float, default=110, help="of one ImageNet JPEG")
-    parser.add_argument("--loader", type=float, default=loader_rate(), help="images a second that a CPU core prepares; "
-                        "measured in results/data_cpu.csv")
-    parser.add_argument("--price", type=float, default=2.5, help="dollars of a GPU for an hour")
-    parser.add_argument("--fixed", type=float, default=5, help="ms of a step that do not shrink with the batch")
+    parser.add_argument('--check', action='store_true', help='write nothing, fail if a table is stale')
+    parser.add_argument('--node', type=int, default=8, help='GPUs of one machine')
+    parser.add_argument('--node-gb', type=float, default=300, help='GB/s a GPU sends within a machine (NVLink 4: 450)')
+    parser.add_argument('--net-gb', type=float, default=40, help='GB/s a GPU sends between machines (400 Gbit/s: 50)')
+    parser.add_argument('--latency', type=float, default=15, help='microseconds of one hop of an all-reduce')
+    parser.add_argument('--buckets', type=int, default=0, help="all-reduces a step; 0: one for each 25 MiB, DDP's way")
+    parser.add_argument('--overlap', type=float, default=0.7, help='share of the backward pass that hides them')
+    parser.add_argument('--backward', type=float, default=2 / 3, help='share of the step that is backward pass')
+    parser.add_argument('--kilobytes', type=float, default=110, help='of one ImageNet JPEG')
+    parser.add_argument(
+        '--loader',
+        type=float,
+        default=loader_rate(),
+        help='images a second that a CPU core prepares; measured in results/data_cpu.csv',
+    )
+    parser.add_argument('--price', type=float, default=2.5, help='dollars of a GPU for an hour')
+    parser.add_argument('--fixed', type=float, default=5, help='ms of a step that do not shrink with the batch')
     return parser.parse_args()
 
 
 def loader_rate():
     """Images a second of one core, from the processor time an image takes."""
-    with open(ROOT / "results" / "data_cpu.csv", newline="") as stream:
-        return 1e3 / float([row["cpu_ms_per_img"] for row in csv.DictReader(stream) if row["cpu_ms_per_img"]][-1])
+    with open(ROOT / 'results' / 'data_cpu.csv', newline='') as stream:
+        return 1e3 / float([row['cpu_ms_per_img'] for row in csv.DictReader(stream) if row['cpu_ms_per_img']][-1])
 
 
 def measured():
     """{model: (batch, seconds of its step)} of the compiled models at 224 pixels, each in the faster mode."""
     figures = {}
-    with open(ROOT / "results" / "h100.csv", newline="") as stream:
+    with open(ROOT / 'results' / 'h100.csv', newline='') as stream:
         for row in csv.DictReader(stream):
-            if (row["bench"] == "train" and row["status"] == "ok" and row["torchcompile"] != "no"
-                    and row["model"] in MODELS and row["img_size"] == "224"):
-                figure = int(row["batch_size"]), int(row["batch_size"]) / float(row["img_per_s"])
-                figures[row["model"]] = min(figure, figures.get(row["model"], figure), key=lambda x: x[1] / x[0])
+            if (
+                row['bench'] == 'train'
+                and row['status'] == 'ok'
+                and row['torchcompile'] != 'no'
+                and row['model'] in MODELS
+                and row['img_size'] == '224'
+            ):
+                figure = int(row['batch_size']), int(row['batch_size']) / float(row['img_per_s'])
+                figures[row['model']] = min(figure, figures.get(row['model'], figure), key=lambda x: x[1] / x[0])
     return figures
 
 
 def gradient_bytes(model):
     """float32 gradients: DDP sends them as they are, under bfloat16 autocast too."""
-    return 4 * sum(p.numel() for p in timm.create_model(model, device="meta").parameters())
+    return 4 * sum(p.numel() for p in timm.create_model(model, device='meta').parameters())
 
 
 def all_reduce(size, gpus, a):
@@ -90,42 +99,44 @@ def step(model, gpus, per_gpu, figures, a):
 
 
 def row(*cells):
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return '| ' + ' | '.join(map(str, cells)) + ' |'
 
 
 def heading(*cells):
-    return row(*cells) + "\n" + "|" + "---|" * len(cells)
+    return row(*cells) + '\n' + '|' + '---|' * len(cells)
 
 
 def strong(figures, a):
     """The recipe's global batch of 1,024, spread over the GPUs."""
-    lines = [heading("GPUs", "images a GPU", *(f"`{model}`" for model in MODELS))]
+    lines = [heading('GPUs', 'images a GPU', *(f'`{model}`' for model in MODELS))]
     for gpus in GPUS:
         cells = []
         for model in MODELS:
             compute, sent, open_ = step(model, gpus, 1024 / gpus, figures, a)
-            cells.append(f"{1e3 * compute:.1f} + {1e3 * open_:.1f} ({1e3 * sent:.1f}), "
-                         f"{100 * step(model, 1, 1024, figures, a)[0] / gpus / (compute + open_):.0f} %")
-        lines.append(row(gpus, f"{1024 / gpus:g}", *cells))
-    return "\n".join(lines)
+            cells.append(
+                f'{1e3 * compute:.1f} + {1e3 * open_:.1f} ({1e3 * sent:.1f}), '
+                f'{100 * step(model, 1, 1024, figures, a)[0] / gpus / (compute + open_):.0f} %'
+            )
+        lines.append(row(gpus, f'{1024 / gpus:g}', *cells))
+    return '\n'.join(lines)
 
 
 def weak(figures, a):
     """The measured batch on each GPU: the global batch grows."""
-    lines = [heading("GPUs", *(f"`{model}` ({figures[model][0]} a GPU)" for model in MODELS))]
+    lines = [heading('GPUs', *(f'`{model}` ({figures[model][0]} a GPU)' for model in MODELS))]
     for gpus in GPUS:
         cells = []
         for model in MODELS:
             compute, sent, open_ = step(model, gpus, figures[model][0], figures, a)
             rate = gpus * figures[model][0] / (compute + open_)
-            cells.append(f"{rate:,.0f} img/s, {100 * compute / (compute + open_):.0f} % ({100 * sent / compute:.1f} %)")
+            cells.append(f'{rate:,.0f} img/s, {100 * compute / (compute + open_):.0f} % ({100 * sent / compute:.1f} %)')
         lines.append(row(gpus, *cells))
-    return "\n".join(lines)
+    return '\n'.join(lines)
 
 
 def runs(figures, a):
     """The published recipe of 300 epochs at a global batch of 1,024: hours and dollars."""
-    lines = [heading("model", "gradients", *(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in (1, 8, 16, 32, 64)))]
+    lines = [heading('model', 'gradients', *(f'{gpus} GPU{"s" * (gpus > 1)}' for gpus in (1, 8, 16, 32, 64)))]
     for model in MODELS:
         cells = []
         for gpus in (1, 8, 16, 32, 64):
@@ -134,56 +145,74 @@ def runs(figures, a):
             compute, _, open_ = step(model, gpus, per_gpu, figures, a)
             updates = EPOCHS * (IMAGES // 1024)
             hours = updates * (1024 / gpus / per_gpu * compute + open_) / 3600
-            cells.append(f"{hours:,.1f} h, ${hours * gpus * a.price:,.0f}")
-        lines.append(row(f"`{model}`", f"{gradient_bytes(model) / 1e6:.1f} MB", *cells))
-    return "\n".join(lines)
+            cells.append(f'{hours:,.1f} h, ${hours * gpus * a.price:,.0f}')
+        lines.append(row(f'`{model}`', f'{gradient_bytes(model) / 1e6:.1f} MB', *cells))
+    return '\n'.join(lines)
 
 
 def inputs(figures, a):
     """What a GPU and a machine of `node` GPUs must be fed with at the measured rate."""
-    lines = [heading("model", "img/s a GPU", "MB/s a GPU", f"MB/s a machine of {a.node}", "cores a GPU",
-                     "GB/s of 1,024 GPUs")]
+    lines = [
+        heading(
+            'model', 'img/s a GPU', 'MB/s a GPU', f'MB/s a machine of {a.node}', 'cores a GPU', 'GB/s of 1,024 GPUs'
+        )
+    ]
     for model in MODELS:
         batch, seconds = figures[model]
         rate = batch / seconds
         read = rate * a.kilobytes * 1e3
-        lines.append(row(f"`{model}`", f"{rate:,.0f}", f"{read / 1e6:,.0f}", f"{a.node * read / 1e6:,.0f}",
-                         f"{rate / a.loader:.0f}", f"{1024 * read / 1e9:,.0f}"))
-    return "\n".join(lines)
+        lines.append(
+            row(
+                f'`{model}`',
+                f'{rate:,.0f}',
+                f'{read / 1e6:,.0f}',
+                f'{a.node * read / 1e6:,.0f}',
+                f'{rate / a.loader:.0f}',
+                f'{1024 * read / 1e9:,.0f}',
+            )
+        )
+    return '\n'.join(lines)
 
 
 def stated(figures, a):
     """The assumptions, as the tables above were made with."""
-    lines = [heading("assumption", "flag", "value")]
-    for flag, unit in (("node", "GPUs a machine"), ("node_gb", "GB/s a GPU sends within a machine"),
-                       ("net_gb", "GB/s a GPU sends between machines"), ("latency", "µs a hop of an all-reduce"),
-                       ("overlap", "of the backward pass hides communication"),
-                       ("backward", "of a step is backward pass"), ("fixed", "ms of a step do not shrink"),
-                       ("kilobytes", "kB a JPEG"), ("loader", "img/s a CPU core prepares"), ("price", "$ a GPU hour")):
-        lines.append(row(unit, f"`--{flag.replace('_', '-')}`", f"{getattr(a, flag):.3g}"))
-    return "\n".join(lines)
+    lines = [heading('assumption', 'flag', 'value')]
+    for flag, unit in (
+        ('node', 'GPUs a machine'),
+        ('node_gb', 'GB/s a GPU sends within a machine'),
+        ('net_gb', 'GB/s a GPU sends between machines'),
+        ('latency', 'µs a hop of an all-reduce'),
+        ('overlap', 'of the backward pass hides communication'),
+        ('backward', 'of a step is backward pass'),
+        ('fixed', 'ms of a step do not shrink'),
+        ('kilobytes', 'kB a JPEG'),
+        ('loader', 'img/s a CPU core prepares'),
+        ('price', '$ a GPU hour'),
+    ):
+        lines.append(row(unit, f'`--{flag.replace("_", "-")}`', f'{getattr(a, flag):.3g}'))
+    return '\n'.join(lines)
 
 
-TABLES = {"assumptions": stated, "runs": runs, "strong": strong, "weak": weak, "inputs": inputs}
+TABLES = {'assumptions': stated, 'runs': runs, 'strong': strong, 'weak': weak, 'inputs': inputs}
 
 
 def main():
     a = assumptions()
-    page = ROOT / "docs" / "scaling.md"
-    text = fresh = page.read_text(encoding="utf-8")
+    page = ROOT / 'docs' / 'scaling.md'
+    text = fresh = page.read_text(encoding='utf-8')
     figures = measured()
     for marker, make in TABLES.items():
         fresh = replace(fresh, marker, make(figures, a))
     if fresh == text:
-        print(f"{page.name}: up to date")
+        print(f'{page.name}: up to date')
     elif a.check:
-        print(f"{page.name}: a table is stale; run python tools/scaling.py")
+        print(f'{page.name}: a table is stale; run python tools/scaling.py')
         return 1
     else:
-        page.write_text(fresh, encoding="utf-8")
-        print(f"{page.name}: written")
+        page.write_text(fresh, encoding='utf-8')
+        print(f'{page.name}: written')
     return 0
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(main())

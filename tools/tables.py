@@ -6,6 +6,7 @@ them. Measured figures come from results/, by `performance.py`; the plot carries
 between two markers such as `<!-- models -->` and `<!-- /models -->`. With --check nothing is written; the exit code is
 1 if a table or the plot is stale.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -51,8 +52,12 @@ def shape(model: torch.nn.Module) -> tuple:
         tokens = [(224 // info['reduction']) ** 2 for info in model.feature_info]
     else:
         blocks, tokens = [list(model.blocks)], [model.patch_embed.num_patches]
-    rows = (tokens, [b[0].norm1.normalized_shape[0] for b in blocks], [len(b) for b in blocks],
-            [b[0].attn.num_heads for b in blocks])
+    rows = (
+        tokens,
+        [b[0].norm1.normalized_shape[0] for b in blocks],
+        [len(b) for b in blocks],
+        [b[0].attn.num_heads for b in blocks],
+    )
     return tuple(' / '.join(f'{value:,}' for value in row) for row in rows)
 
 
@@ -69,10 +74,22 @@ def models() -> str:
         softmax = paper['softmax'][2] + (' †' if 'pvt' in variant else '')
         model = timm.create_model(name, device='meta')
         parameters, multiply_adds = zoo.count(name)
-        lines.append('| ' + ' | '.join([
-            f'`{name}`', *shape(model),
-            f'{parameters / 1e6:.2f} M', f'{paper_parameters} M',
-            f'{multiply_adds / 1e9:.2f} G', f'{paper_flops} G', top1, softmax]) + ' |')
+        lines.append(
+            '| '
+            + ' | '.join(
+                [
+                    f'`{name}`',
+                    *shape(model),
+                    f'{parameters / 1e6:.2f} M',
+                    f'{paper_parameters} M',
+                    f'{multiply_adds / 1e9:.2f} G',
+                    f'{paper_flops} G',
+                    top1,
+                    softmax,
+                ]
+            )
+            + ' |'
+        )
     return '\n'.join(lines)
 
 
@@ -87,8 +104,10 @@ def ablations() -> str:
         parameters, multiply_adds = zoo.count('eva_deit_tiny_784', **kwargs)
         paper_parameters, paper_flops = (f'{paper[0]} M', f'{paper[1]} G') if paper else ('–', '–')
         keywords = ', '.join(f'`{key}={value!r}`' for key, value in kwargs.items()) or '–'
-        lines.append(f'| {table} | {what} | {keywords} | {parameters / 1e6:.2f} M | {paper_parameters} | '
-                     f'{multiply_adds / 1e9:.2f} G | {paper_flops} | {top1} |')
+        lines.append(
+            f'| {table} | {what} | {keywords} | {parameters / 1e6:.2f} M | {paper_parameters} | '
+            f'{multiply_adds / 1e9:.2f} G | {paper_flops} | {top1} |'
+        )
     return '\n'.join(lines)
 
 

@@ -5,6 +5,7 @@ family whose classes it is made of, and its name is taken for that family's: wha
 `performer_deit_tiny`. So the tests of the family run on it. CONTRACT in the environment, JSON of models and the tests
 wanted of each (null: all that timm has), leaves the rest out.
 """
+
 import json
 import os
 

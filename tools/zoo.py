@@ -4,6 +4,7 @@ Parameters and multiply-adds are counted on the code; memory and time come from 
 `zoo_step.py` measures. Where a figure differs from the paper's in a digit that the paper prints, `REASONS` says why; a
 difference without a reason and a reason without a difference are errors.
 """
+
 import csv
 import inspect
 from functools import lru_cache, partial
@@ -22,21 +23,36 @@ from evavit.ops.grid import block_counts, cell_shape
 # Tables 1 and 2 of the paper: parameters (M), FLOPs (G, multiply-adds), top-1 on ImageNet-1k.
 PAPER = {
     'deit_tiny': {
-        'local': (5.7, 1.1, '67.10'), 'performer': (5.7, 1.2, '65.92'), 'lara': (5.8, 1.2, '71.48'),
-        'eva': (5.8, 1.2, '73.00'), 'softmax': (5.7, 1.3, '72.98'),
+        'local': (5.7, 1.1, '67.10'),
+        'performer': (5.7, 1.2, '65.92'),
+        'lara': (5.8, 1.2, '71.48'),
+        'eva': (5.8, 1.2, '73.00'),
+        'softmax': (5.7, 1.3, '72.98'),
     },
     'deit_small': {
-        'local': (22.0, 4.3, '74.06'), 'performer': (22.0, 4.4, '74.29'), 'lara': (22.2, 4.5, '79.48'),
-        'eva': (22.2, 4.4, '80.65'), 'softmax': (22.0, 4.6, '80.36'),
+        'local': (22.0, 4.3, '74.06'),
+        'performer': (22.0, 4.4, '74.29'),
+        'lara': (22.2, 4.5, '79.48'),
+        'eva': (22.2, 4.4, '80.65'),
+        'softmax': (22.0, 4.6, '80.36'),
     },
     'deit_tiny_784': {
-        'performer': (5.7, 4.9, '67.19'), 'local': (5.7, 4.4, '70.62'), 'scatterbrain': (5.7, 5.2, '73.50'),
-        'nystromformer': (5.7, 4.8, '74.20'), 'lara': (5.8, 4.6, '75.02'), 'combiner': (5.7, 4.7, '75.56'),
-        'long_short': (6.1, 5.0, '76.41'), 'eva': (5.8, 4.6, '76.67'), 'softmax': (5.7, 7.0, '77.16'),
+        'performer': (5.7, 4.9, '67.19'),
+        'local': (5.7, 4.4, '70.62'),
+        'scatterbrain': (5.7, 5.2, '73.50'),
+        'nystromformer': (5.7, 4.8, '74.20'),
+        'lara': (5.8, 4.6, '75.02'),
+        'combiner': (5.7, 4.7, '75.56'),
+        'long_short': (6.1, 5.0, '76.41'),
+        'eva': (5.8, 4.6, '76.67'),
+        'softmax': (5.7, 7.0, '77.16'),
     },
     'pvt_v2_b3': {
-        'local': (36.0, 7.2, '83.34'), 'performer': (36.0, 8.2, '82.40'), 'lara': (39.9, 7.7, '83.47'),
-        'eva': (36.1, 7.4, '83.71'), 'softmax': (45.2, 6.9, '83.14'),
+        'local': (36.0, 7.2, '83.34'),
+        'performer': (36.0, 8.2, '82.40'),
+        'lara': (39.9, 7.7, '83.47'),
+        'eva': (36.1, 7.4, '83.71'),
+        'softmax': (45.2, 6.9, '83.14'),
     },
 }
 # Table 6: memory (G) and milliseconds an iteration, of training DeiT-Tiny-784 on V100s.
@@ -44,32 +60,48 @@ PAPER_STEP = {'performer': (8.1, 87), 'local': (7.8, 65), 'eva': (9.9, 94), 'sof
 STEPS = Path(__file__).resolve().parent.parent / 'results' / 'zoo_h100.csv'
 UNITS = {'parameters': 'M', 'multiply-adds': 'G'}
 
-PERFORMER = ('128 features cost 4·N·128·C a layer: features of q and of k, keys by values, the output. {} features '
-             'would give the paper\'s figure; it names their number (128, Table 9) for DeiT-Tiny-784 alone.')
+PERFORMER = (
+    '128 features cost 4·N·128·C a layer: features of q and of k, keys by values, the output. {} features '
+    "would give the paper's figure; it names their number (128, Table 9) for DeiT-Tiny-784 alone."
+)
 REASONS = {
-    ('softmax_deit_tiny', 'multiply-adds'): 'timm\'s `deit_tiny_patch16_224`, with a class token, is {deit_tiny_g} G.',
-    ('local_deit_small', 'parameters'): '22.050 M are softmax\'s, 0.012 M are bias tables.',
+    ('softmax_deit_tiny', 'multiply-adds'): "timm's `deit_tiny_patch16_224`, with a class token, is {deit_tiny_g} G.",
+    ('local_deit_small', 'parameters'): "22.050 M are softmax's, 0.012 M are bias tables.",
     ('performer_deit_tiny', 'multiply-adds'): PERFORMER.format('45 to 99'),
     ('performer_deit_small', 'multiply-adds'): PERFORMER.format('36 to 63'),
-    ('performer_deit_tiny_784', 'multiply-adds'):
-        '128 features (Table 9) cost 4·N·128·C a layer: features of q and of k, keys by values, the output. The '
-        'paper\'s figure is three of these products.',
+    (
+        'performer_deit_tiny_784',
+        'multiply-adds',
+    ): '128 features (Table 9) cost 4·N·128·C a layer: features of q and of k, keys by values, the output. The '
+    "paper's figure is three of these products.",
     ('performer_pvt_v2_b3', 'multiply-adds'): PERFORMER.format('141 to 152'),
-    ('softmax_pvt_v2_b3', 'parameters'):
-        'The paper\'s row is the original, with downsampled keys and values: timm\'s `pvt_v2_b3` has {pvt_m} M.',
-    ('softmax_pvt_v2_b3', 'multiply-adds'): 'Likewise: timm\'s `pvt_v2_b3` is {pvt_g} G.',
-    ('scatterbrain_deit_tiny_784', 'multiply-adds'):
-        'Keys by values are summed by window once, and the sums outside of a window are sums of those. The same '
-        'product once more over all tokens gives 5.24 G.',
-    ('nystromformer_deit_tiny_784', 'multiply-adds'):
-        'The pseudo-inverse meets the m landmarks\' values, m × d; by the N × m weights first, it is 4.78 G.',
-    ('lara_deit_tiny_784', 'multiply-adds'):
-        'The density of each sample under each proposal is 0.006 G of it; without, 4.648 G.',
-    ('combiner_deit_tiny_784', 'parameters'):
-        'DeepSets-Max (Table 9) projects the queries and keys of a head, 2·64² weights a layer. Without '
-        '(`pooling=\'max\'`) it is {combiner_m} M, but then {combiner_g} G.',
-    ('long_short_deit_tiny_784', 'parameters'):
-        'Table 9 gives a dynamic projection of 16; with 49 (`projection_dim=49`) it is {long_short_m} M.',
+    (
+        'softmax_pvt_v2_b3',
+        'parameters',
+    ): "The paper's row is the original, with downsampled keys and values: timm's `pvt_v2_b3` has {pvt_m} M.",
+    ('softmax_pvt_v2_b3', 'multiply-adds'): "Likewise: timm's `pvt_v2_b3` is {pvt_g} G.",
+    (
+        'scatterbrain_deit_tiny_784',
+        'multiply-adds',
+    ): 'Keys by values are summed by window once, and the sums outside of a window are sums of those. The same '
+    'product once more over all tokens gives 5.24 G.',
+    (
+        'nystromformer_deit_tiny_784',
+        'multiply-adds',
+    ): "The pseudo-inverse meets the m landmarks' values, m × d; by the N × m weights first, it is 4.78 G.",
+    (
+        'lara_deit_tiny_784',
+        'multiply-adds',
+    ): 'The density of each sample under each proposal is 0.006 G of it; without, 4.648 G.',
+    (
+        'combiner_deit_tiny_784',
+        'parameters',
+    ): 'DeepSets-Max (Table 9) projects the queries and keys of a head, 2·64² weights a layer. Without '
+    "(`pooling='max'`) it is {combiner_m} M, but then {combiner_g} G.",
+    (
+        'long_short_deit_tiny_784',
+        'parameters',
+    ): 'Table 9 gives a dynamic projection of 16; with 49 (`projection_dim=49`) it is {long_short_m} M.',
     ('long_short_deit_tiny_784', 'multiply-adds'): 'Likewise: with 49 it is {long_short_g} G.',
 }
 
@@ -83,7 +115,8 @@ def count(name: str, **kwargs) -> tuple:
     """
     depths = PVT['pvt_v2_b3']['depths'] if 'pvt' in name else (DEIT['deit_tiny']['depth'],)
     model = timm.create_model(
-        name, device='meta', **(dict(depths=(1,) * len(depths)) if 'pvt' in name else dict(depth=1)), **kwargs).eval()
+        name, device='meta', **(dict(depths=(1,) * len(depths)) if 'pvt' in name else dict(depth=1)), **kwargs
+    ).eval()
     sums = {}
     for path, module in model.named_modules():
         if isinstance(module, EvaAttention) and module.partition_grid and not module.variant:
@@ -115,15 +148,21 @@ def compared(ours: float, paper: float) -> tuple:
 def tables() -> str:
     """A table a variant with all attentions, then the reasons of the differences."""
     facts = {}
-    for key, (name, kwargs) in dict(deit_tiny=('deit_tiny_patch16_224', {}), pvt=('pvt_v2_b3', {}),
-                                    combiner=('combiner_deit_tiny_784', dict(pooling='max')),
-                                    long_short=('long_short_deit_tiny_784', dict(projection_dim=49))).items():
+    for key, (name, kwargs) in dict(
+        deit_tiny=('deit_tiny_patch16_224', {}),
+        pvt=('pvt_v2_b3', {}),
+        combiner=('combiner_deit_tiny_784', dict(pooling='max')),
+        long_short=('long_short_deit_tiny_784', dict(projection_dim=49)),
+    ).items():
         parameters, multiply_adds = count(name, **kwargs)
         facts |= {f'{key}_m': f'{parameters / 1e6:.2f}', f'{key}_g': f'{multiply_adds / 1e9:.3f}'}
     lines, reasons, used = [], [], set()
     for variant, paper in PAPER.items():
-        lines += ['', '| model | parameters | paper | difference | multiply-adds | paper | difference | '
-                      'top-1 in the paper |', '|---|---|---|---|---|---|---|---|']
+        lines += [
+            '',
+            '| model | parameters | paper | difference | multiply-adds | paper | difference | top-1 in the paper |',
+            '|---|---|---|---|---|---|---|---|',
+        ]
         for attention in ATTENTIONS:
             name = f'{attention}_{variant}'
             *published, top1 = paper.get(attention, (None, None, '–'))
@@ -133,8 +172,10 @@ def tables() -> str:
                 difference = '' if theirs is None else compared(ours, theirs)
                 if difference:
                     if (name, what) not in REASONS:
-                        raise SystemExit(f'error: {name}: {ours:.3f} {unit} {what}, the paper has {theirs}; REASONS in '
-                                         f'tools/zoo.py does not say why')
+                        raise SystemExit(
+                            f'error: {name}: {ours:.3f} {unit} {what}, the paper has {theirs}; REASONS in '
+                            f'tools/zoo.py does not say why'
+                        )
                     used.add((name, what))
                     reasons.append(f'* `{name}`, {what}: {REASONS[name, what].format(**facts)}')
                 cells += [f'{ours:.2f} {unit}', '–' if theirs is None else f'{theirs} {unit}', difference]
@@ -149,10 +190,15 @@ def options() -> str:
     shared = inspect.signature(GridAttention).parameters
     rows = ['| attention | class | own options | image sizes |', '|---|---|---|---|']
     for name, attention in ATTENTIONS.items():
-        own = [f'`{key}={parameter.default!r}`' for key, parameter in inspect.signature(attention).parameters.items()
-               if key not in shared and key != 'feat_size' and parameter.kind is parameter.KEYWORD_ONLY]
-        rows.append(f'| `{name}` | `{attention.__name__}` | {", ".join(own)} | '
-                    f'{"of `img_size`, as made" if attention.fixed_grid else "any"} |')
+        own = [
+            f'`{key}={parameter.default!r}`'
+            for key, parameter in inspect.signature(attention).parameters.items()
+            if key not in shared and key != 'feat_size' and parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        rows.append(
+            f'| `{name}` | `{attention.__name__}` | {", ".join(own)} | '
+            f'{"of `img_size`, as made" if attention.fixed_grid else "any"} |'
+        )
     return '\n'.join(rows)
 
 
@@ -162,15 +208,23 @@ def steps() -> str:
     if STEPS.exists():
         with open(STEPS, newline='') as stream:
             # Beside EVA's model stands timm's softmax model, which is no attention of the zoo.
-            measured = [row for row in csv.DictReader(stream) if row['bench'] == 'train'
-                        and row['attention'] in ('', 'eva') and row['case'].endswith('_deit_tiny_784')]
+            measured = [
+                row
+                for row in csv.DictReader(stream)
+                if row['bench'] == 'train'
+                and row['attention'] in ('', 'eva')
+                and row['case'].endswith('_deit_tiny_784')
+            ]
     if not measured:
         return 'Not measured yet.'
     batches = sorted({int(row['batch_size']) for row in measured})
     if len(batches) > 1 or len({row['device'] for row in measured}) > 1:
         raise SystemExit(f'error: {STEPS.name} mixes batch sizes {batches} or devices; keep one of each')
-    lines = ['| model | GiB, eager | ms, eager | GiB, compiled | ms, compiled | G in the paper | ms in the paper | '
-             'top-1 in the paper |', '|---|---|---|---|---|---|---|---|']
+    lines = [
+        '| model | GiB, eager | ms, eager | GiB, compiled | ms, compiled | G in the paper | ms in the paper | '
+        'top-1 in the paper |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
     for attention in ATTENTIONS:
         rows = performance.pick(measured, case=f'{attention}_deit_tiny_784')
         cells = [f'`{attention}_deit_tiny_784`' + (', plain' if any(row['backend'] == 'plain' for row in rows) else '')]
@@ -179,8 +233,9 @@ def steps() -> str:
         cells += [str(figure) for figure in PAPER_STEP.get(attention, ('–', '–'))]
         cells.append(PAPER['deit_tiny_784'].get(attention, ('', '', '–'))[2])
         lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) + (f'\n\nBatch {batches[0]}, {measured[0]["amp_dtype"]} autocast. '
-                               f'{performance.origins(measured)}')
+    return '\n'.join(lines) + (
+        f'\n\nBatch {batches[0]}, {measured[0]["amp_dtype"]} autocast. {performance.origins(measured)}'
+    )
 
 
 def _step(rows: list) -> list:

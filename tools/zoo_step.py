@@ -8,6 +8,7 @@ torch.compile, some of them compiling side by side while one at a time is measur
 columns and are written as they come, so a run cut short leaves what it measured, and the same line goes on from there;
 a model that fails has a row that says why. The exit code is 1 if a model failed.
 """
+
 import argparse
 import fnmatch
 import subprocess
@@ -35,21 +36,44 @@ def main() -> int:
     parser.add_argument('--repeats', default='20')
     parser.add_argument('--jobs', type=int, default=4, help='models that compile side by side (default: 4)')
     parser.add_argument('--eager-only', action='store_true', help='leave torch.compile out')
-    parser.add_argument('--lock', type=Path, help='one measurement at a time by this file, for other processes that '
-                                                  'measure on the same device (default: one of its own)')
+    parser.add_argument(
+        '--lock',
+        type=Path,
+        help='one measurement at a time by this file, for other processes that '
+        'measure on the same device (default: one of its own)',
+    )
     parser.add_argument('--results-file', type=Path, default=ROOT / 'results' / 'zoo_h100.csv')
     args = parser.parse_args()
     models = fnmatch.filter(timm.list_models(), args.model)
     if not models:
         print(f'error: no model is called {args.model}', file=sys.stderr)
         return 2
-    base = [sys.executable, str(ROOT / 'benchmark.py'), '--bench', 'train', '-b', args.batch_size, '--amp-dtype',
-            args.amp_dtype, '--device', args.device, '--repeats', args.repeats, '--warmup', '3', '--resume']
+    base = [
+        sys.executable,
+        str(ROOT / 'benchmark.py'),
+        '--bench',
+        'train',
+        '-b',
+        args.batch_size,
+        '--amp-dtype',
+        args.amp_dtype,
+        '--device',
+        args.device,
+        '--repeats',
+        args.repeats,
+        '--warmup',
+        '3',
+        '--resume',
+    ]
 
     with tempfile.TemporaryDirectory() as folder:
         base += ['--lock', str(args.lock or Path(folder, 'lock'))]
-        failed = subprocess.run([*base, '--model', *models, '--results-file', str(args.results_file)],
-                                cwd=ROOT, check=False).returncode != 0
+        failed = (
+            subprocess.run(
+                [*base, '--model', *models, '--results-file', str(args.results_file)], cwd=ROOT, check=False
+            ).returncode
+            != 0
+        )
         if args.eager_only:
             return int(failed)
         storing = threading.Lock()
@@ -59,8 +83,9 @@ def main() -> int:
             file = Path(folder, f'{model}.csv')
             with storing:
                 store_rows(file, [row for row in read_rows(args.results_file) if row['case'] == model])
-            done = subprocess.run([*base, '--model', model, '--torchcompile', '--results-file', str(file)],
-                                  cwd=ROOT, check=False)
+            done = subprocess.run(
+                [*base, '--model', model, '--torchcompile', '--results-file', str(file)], cwd=ROOT, check=False
+            )
             with storing:
                 store_rows(args.results_file, read_rows(file))
             return done.returncode != 0

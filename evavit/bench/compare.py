@@ -13,6 +13,7 @@ of Linformer and Long-Short are random. Parts that softmax attention does not ha
 and values or a projection of spans, are left out (`PLAIN`). The errors tell how near the attentions come by
 construction; Reformer, whose keys are its queries, is none that approximates softmax attention with other keys.
 """
+
 import argparse
 import csv
 import inspect
@@ -51,8 +52,9 @@ def open_picture(path: Optional[str] = None) -> Image.Image:
         try:
             from sklearn.datasets import load_sample_image
         except ImportError:
-            raise UserError("the sample picture is scikit-learn's: pip install scikit-learn, or name one "
-                            'with --image') from None
+            raise UserError(
+                "the sample picture is scikit-learn's: pip install scikit-learn, or name one with --image"
+            ) from None
         return Image.fromarray(load_sample_image('china.jpg'))
     try:
         return Image.open(path).convert('RGB')
@@ -60,7 +62,7 @@ def open_picture(path: Optional[str] = None) -> Image.Image:
         raise UserError(f'--image {path}: {first_line(error)}') from None
 
 
-def image_qkv(picture: Image.Image, feat_size: Sequence[int], logit_std: float = 2., seed: int = 0) -> torch.Tensor:
+def image_qkv(picture: Image.Image, feat_size: Sequence[int], logit_std: float = 2.0, seed: int = 0) -> torch.Tensor:
     """Queries, keys and values `(3, 1, 3, N, 64)` of a picture, in float32.
 
     The picture is resized to H × W patches of 16 × 16 pixels. A patch becomes 192 channels by a random orthogonal
@@ -82,8 +84,9 @@ def image_qkv(picture: Image.Image, feat_size: Sequence[int], logit_std: float =
         q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
         return q * r.diagonal().sign()  # signs are the library's choice otherwise
 
-    pixels = torch.frombuffer(bytearray(picture.resize((PATCH * W, PATCH * H), Image.Resampling.BICUBIC).tobytes()),
-                              dtype=torch.uint8).view(H, PATCH, W, PATCH, 3)
+    pixels = torch.frombuffer(
+        bytearray(picture.resize((PATCH * W, PATCH * H), Image.Resampling.BICUBIC).tobytes()), dtype=torch.uint8
+    ).view(H, PATCH, W, PATCH, 3)
     patches = pixels.permute(0, 2, 1, 3, 4).reshape(H * W, -1).float()
     x = patches @ orthogonal(patches.shape[1], DIM)
     x = (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6)
@@ -92,7 +95,8 @@ def image_qkv(picture: Image.Image, feat_size: Sequence[int], logit_std: float =
     common, for_q, for_k, for_v = (orthogonal(DIM, DIM) for _ in range(4))
     q, k, v = (
         (x @ weight).view(H * W, NUM_HEADS, DIM // NUM_HEADS).transpose(0, 1).unsqueeze(0)
-        for weight in ((common + for_q) / 2 ** 0.5, (common + for_k) / 2 ** 0.5, for_v))
+        for weight in ((common + for_q) / 2**0.5, (common + for_k) / 2**0.5, for_v)
+    )
     rows = q[:, :, torch.randperm(H * W, generator=generator)[:256]]  # enough queries to measure the logits
     spread = (rows @ k.transpose(2, 3) * (DIM // NUM_HEADS) ** -0.5).std(-1, correction=0).mean().clamp(min=1e-6)
     factor = (logit_std / spread) ** 0.5
@@ -107,8 +111,11 @@ def make_attention(name: str, feat_size: Sequence[int], seed: int = 0) -> GridAt
     options = {key: value for key, value in PLAIN.items() if key in own}
     layer = attention_layer(name, feat_size, **options)(DIM, NUM_HEADS).eval()
     for module in layer.modules():
-        if isinstance(module, nn.Linear) and module not in (layer.qkv, layer.proj) and (
-                module.in_features == module.out_features):
+        if (
+            isinstance(module, nn.Linear)
+            and module not in (layer.qkv, layer.proj)
+            and (module.in_features == module.out_features)
+        ):
             nn.init.eye_(module.weight)
             nn.init.zeros_(module.bias)
     return layer
@@ -196,10 +203,13 @@ def compare(name: str, qkv: torch.Tensor, feat_size: List[int], expected: torch.
         layer.eval()
 
     seconds = median_seconds([forward, step], device, args.repeats, args.warmup)
-    return row | dict(zip(
-        ('forward_ms', 'forward_backward_ms', 'memory_mib'),
-        (f'{1e3 * seconds[0]:.3f}', f'{1e3 * seconds[1]:.3f}', f'{peak_bytes(step, device) / 2 ** 20:.1f}'),
-        strict=True))
+    return row | dict(
+        zip(
+            ('forward_ms', 'forward_backward_ms', 'memory_mib'),
+            (f'{1e3 * seconds[0]:.3f}', f'{1e3 * seconds[1]:.3f}', f'{peak_bytes(step, device) / 2**20:.1f}'),
+            strict=True,
+        )
+    )
 
 
 def compare_all(args, device: torch.device, dtype: torch.dtype) -> Iterator[Dict[str, object]]:
@@ -213,8 +223,14 @@ def compare_all(args, device: torch.device, dtype: torch.dtype) -> Iterator[Dict
             try:
                 yield compare(name, qkv, feat_size, expected, args)
             except (torch.cuda.OutOfMemoryError, MemoryError):
-                yield dict(tokens=feat_size[0] * feat_size[1], attention=name, error='out of memory', forward_ms='',
-                           forward_backward_ms='', memory_mib='')
+                yield dict(
+                    tokens=feat_size[0] * feat_size[1],
+                    attention=name,
+                    error='out of memory',
+                    forward_ms='',
+                    forward_backward_ms='',
+                    memory_mib='',
+                )
                 torch.cuda.empty_cache()
 
 
@@ -225,7 +241,7 @@ def grid(text: str) -> List[int]:
         if len(sides) == 2:
             return [int(side) for side in sides]
         side = math.isqrt(int(text))
-        if side ** 2 == int(text):
+        if side**2 == int(text):
             return [side, side]
         raise argparse.ArgumentTypeError(f'{text} is no square; write the grid, such as {side}x{int(text) // side}')
     raise argparse.ArgumentTypeError(f'must be a number of tokens or a grid such as 28x28, got {text!r}')
@@ -248,7 +264,7 @@ def positive(text: str) -> float:
 
 
 def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2 ** 63:
+    if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f'must be a whole number from 0 on, below 2⁶³, got {text!r}')
     return int(text)
 
@@ -259,16 +275,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, torch.device]:
-    parser = Parser(prog='python -m evavit.compare', description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog='python -m evavit.compare',
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add('--tokens', type=grid, nargs='+', default=[[14, 14], [28, 28], [56, 56]],
-        help='numbers of tokens, squares, or grids such as 28x42 (default: 196 784 3136)')
-    add('--attentions', nargs='+', choices=list(ATTENTIONS), default=list(ATTENTIONS), metavar='NAME',
-        help=f'which to compare (default: all): {", ".join(ATTENTIONS)}')
+    add(
+        '--tokens',
+        type=grid,
+        nargs='+',
+        default=[[14, 14], [28, 28], [56, 56]],
+        help='numbers of tokens, squares, or grids such as 28x42 (default: 196 784 3136)',
+    )
+    add(
+        '--attentions',
+        nargs='+',
+        choices=list(ATTENTIONS),
+        default=list(ATTENTIONS),
+        metavar='NAME',
+        help=f'which to compare (default: all): {", ".join(ATTENTIONS)}',
+    )
     add('--image', metavar='FILE', help='a picture (default: a photograph of a temple that scikit-learn carries)')
     add('-b', '--batch-size', type=whole, default=1, help='images in time and memory (default: 1)')
-    add('--logit-std', type=positive, default=2., help="spread of a query's logits: sharpness (default: 2)")
+    add('--logit-std', type=positive, default=2.0, help="spread of a query's logits: sharpness (default: 2)")
     add('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32', help='of q, k, v (default: float32)')
     add('--device', help='cpu, cuda or cuda:N (default: cuda where there is one, else cpu)')
     add('--seed', type=seed, default=0, help='of the random projections and layers (default: 0)')
@@ -302,16 +333,23 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args, device = parse(argv)
     dtype = getattr(torch, args.dtype)
     columns = {'tokens': 7, 'attention': 14, 'error': 8, 'forward_ms': 12, 'forward_backward_ms': 20, 'memory_mib': 11}
-    print(f'{args.image or "china.jpg of scikit-learn"}, {args.dtype} on {device}, batch {args.batch_size}, '
-          f'standard deviation of the logits {args.logit_std:g}')
+    print(
+        f'{args.image or "china.jpg of scikit-learn"}, {args.dtype} on {device}, batch {args.batch_size}, '
+        f'standard deviation of the logits {args.logit_std:g}'
+    )
     print(''.join(f'{name:>{width}}' for name, width in columns.items()))
     rows = []
     for row in compare_all(args, device, dtype):
         print(''.join(f'{row[name]:>{width}}' for name, width in columns.items()), flush=True)
         rows.append(row)
     if args.results_file:
-        shared = dict(image=args.image or 'china.jpg', logit_std=args.logit_std, batch_size=args.batch_size,
-                      dtype=args.dtype, seed=args.seed) | origin(device)
+        shared = dict(
+            image=args.image or 'china.jpg',
+            logit_std=args.logit_std,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            seed=args.seed,
+        ) | origin(device)
         with open(args.results_file, 'w', newline='') as stream:
             writer = csv.DictWriter(stream, [*columns, *shared], lineterminator='\n')
             writer.writeheader()

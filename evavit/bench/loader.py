@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from evavit.errors import UserError
-from evavit.training import data, loop
+from evavit.training import build, data, loop
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
@@ -21,14 +21,14 @@ LEAST = 500_000  # images that a pass can draw: more than 16 processes read in h
 
 def parse(argv):
     """The measurement's own flags, and the settings: of train.py, which say what is loaded and how."""
-    parser = argparse.ArgumentParser(prog="benchmark.py --bench data", allow_abbrev=False, add_help=False)
-    parser.add_argument("--workers-list", type=int, nargs="+", help="numbers of loader processes to measure")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of each of the repeats")
-    parser.add_argument("--repeats", type=int, default=3, help="the figures are the medians of so many passes")
-    parser.add_argument("--loader-only", action="store_true", help="leave the training step out")
-    parser.add_argument("--results-file", help="CSV file to append the rows to")
+    parser = argparse.ArgumentParser(prog='benchmark.py --bench data', allow_abbrev=False, add_help=False)
+    parser.add_argument('--workers-list', type=int, nargs='+', help='numbers of loader processes to measure')
+    parser.add_argument('--seconds', type=float, default=10.0, help='length of each of the repeats')
+    parser.add_argument('--repeats', type=int, default=3, help='the figures are the medians of so many passes')
+    parser.add_argument('--loader-only', action='store_true', help='leave the training step out')
+    parser.add_argument('--results-file', help='CSV file to append the rows to')
     own, rest = parser.parse_known_args(argv)
-    return own, parse_settings("train", rest)[0]
+    return own, parse_settings('train', rest)[0]
 
 
 def main(argv):
@@ -39,7 +39,7 @@ def main(argv):
     for workers in own.workers_list or [settings.workers]:
         settings.workers = workers
         row = measure(settings, process, own.seconds, own.repeats, own.loader_only) | origin(process.device)
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
         if own.results_file:
             append(Path(own.results_file), row)
     torch.distributed.destroy_process_group()
@@ -50,13 +50,13 @@ def append(path, row):
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = list(row)
     if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline='', encoding='utf-8') as file:
             columns = next(csv.reader(file), [])
         if set(columns) != set(row):
-            raise UserError(f"--results-file {path}: has other columns; name another file")
+            raise UserError(f'--results-file {path}: has other columns; name another file')
     new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+    with open(path, 'a', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, columns, lineterminator='\n')
         if new:
             writer.writeheader()
         writer.writerow(row)
@@ -87,17 +87,27 @@ def measure(settings, process, seconds, repeats, loader_only=False):
             waits.append(wait)
             steps.append(_step_rate(step, settings, config, model, process, seconds / 3))
     row = {
-        "bench": "data", "model": settings.model, "dataset": settings.dataset or "folder", "images": images,
-        "batch_size": settings.batch_size, "workers": settings.workers, "cpus": len(os.sched_getaffinity(0)),
-        "aa": settings.aa or "", "amp": settings.amp_dtype if settings.amp else "float32",
-        "img_per_s": round(statistics.median(alone), 1),
+        'bench': 'data',
+        'model': settings.model,
+        'dataset': settings.dataset or 'folder',
+        'images': images,
+        'batch_size': settings.batch_size,
+        'workers': settings.workers,
+        'cpus': len(os.sched_getaffinity(0)),
+        'aa': settings.aa or '',
+        'amp': settings.amp_dtype if settings.amp else 'float32',
+        'img_per_s': round(statistics.median(alone), 1),
         # Without workers all of the work is this process's: its processor time is the same on a machine that is shared.
-        "cpu_ms_per_img": "" if settings.workers else round(statistics.median(cpus), 2)}
+        'cpu_ms_per_img': '' if settings.workers else round(statistics.median(cpus), 2),
+    }
     if step:
         step_rate = statistics.median(steps)
         row |= {
-            "step_img_per_s": round(step_rate, 1), "step_share": round(100 * step_rate / statistics.median(alone), 1),
-            "both_img_per_s": round(statistics.median(both), 1), "wait_share": round(100 * statistics.median(waits), 1)}
+            'step_img_per_s': round(step_rate, 1),
+            'step_share': round(100 * step_rate / statistics.median(alone), 1),
+            'both_img_per_s': round(statistics.median(both), 1),
+            'wait_share': round(100 * statistics.median(waits), 1),
+        }
     return row
 
 
@@ -111,7 +121,7 @@ def _training_step(model, settings, process):
         if mixup is not None:
             images, target = mixup(images, target)
         with loop.autocast(settings, process.device):
-            loss = task(images, target)["loss"]
+            loss = task(images, target)['loss']
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -120,7 +130,7 @@ def _training_step(model, settings, process):
 
 
 def _synchronise(process):
-    if process.device.type == "cuda":
+    if process.device.type == 'cuda':
         torch.cuda.synchronize(process.device)
 
 
@@ -169,7 +179,7 @@ class Repeated(torch.utils.data.Dataset):
 
 
 def _step_rate(step, settings, config, model, process, seconds):
-    images = torch.randn(settings.batch_size, *config["input_size"], device=process.device)
+    images = torch.randn(settings.batch_size, *config['input_size'], device=process.device)
     target = torch.randint(model.num_classes, (settings.batch_size,), device=process.device)
     for _ in range(3):
         step(images, target)

@@ -8,6 +8,7 @@ On a CUDA device attention and layers are timed as replays of a CUDA graph, each
 cache, so that neither Python nor a warm cache is measured (`eager_*`: without a graph); models are timed call after
 call, as they run. On a CPU the contenders take turns.
 """
+
 import ast
 import contextlib
 import copy
@@ -35,13 +36,31 @@ from evavit.layers import EvaAttention, SoftmaxAttention
 from evavit.ops import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
 from evavit.training.config import nearest
 
-__all__ = ['BACKENDS', 'COLUMNS', 'GRIDS', 'HARMLESS', 'SOFTMAX_MODELS', 'Setting', 'bench_layer', 'bench_model',
-           'bench_op', 'copy_rate', 'default_batch', 'input_size', 'is_done', 'median_seconds', 'parse_model',
-           'read_rows', 'store_rows', 'traffic']
+__all__ = [
+    'BACKENDS',
+    'COLUMNS',
+    'GRIDS',
+    'HARMLESS',
+    'SOFTMAX_MODELS',
+    'Setting',
+    'bench_layer',
+    'bench_model',
+    'bench_op',
+    'copy_rate',
+    'default_batch',
+    'input_size',
+    'is_done',
+    'median_seconds',
+    'parse_model',
+    'read_rows',
+    'store_rows',
+    'traffic',
+]
 
 EVA_BACKENDS = ('triton', 'plain')
 SDPA_BACKENDS = {
-    'flash': SDPBackend.FLASH_ATTENTION, 'cudnn': SDPBackend.CUDNN_ATTENTION,
+    'flash': SDPBackend.FLASH_ATTENTION,
+    'cudnn': SDPBackend.CUDNN_ATTENTION,
     'efficient': SDPBackend.EFFICIENT_ATTENTION,
 }
 # 'sdpa' leaves the choice to PyTorch.
@@ -52,7 +71,7 @@ GRIDS = {14: 256, 28: 128, 56: 32, 80: 16, 112: 8, 160: 4, 224: 2, 256: 2}
 TOKENS = 100_352
 
 # Attention weights that the float64 reference of softmax holds at one time: half a GiB.
-BLOCK_ELEMENTS = 2 ** 26
+BLOCK_ELEMENTS = 2**26
 
 # timm's softmax models that stand beside EVA's: mean pooling, no class token.
 DEIT = dict(class_token=False, global_pool='avg')
@@ -73,10 +92,35 @@ ERROR_BOUNDS = {
 }
 
 COLUMNS = (
-    'bench', 'case', 'model', 'attention', 'backend', 'batch_size', 'img_size', 'tokens', 'width', 'heads',
-    'amp_dtype', 'torchcompile', 'status', 'error', 'forward_ms', 'ms', 'eager_forward_ms', 'eager_ms', 'img_per_s',
-    'peak_memory_mib', 'forward_of_copy', 'backward_of_copy', 'copy_gb_per_s',
-    'device', 'torch', 'timm', 'evavit', 'commit', 'date',
+    'bench',
+    'case',
+    'model',
+    'attention',
+    'backend',
+    'batch_size',
+    'img_size',
+    'tokens',
+    'width',
+    'heads',
+    'amp_dtype',
+    'torchcompile',
+    'status',
+    'error',
+    'forward_ms',
+    'ms',
+    'eager_forward_ms',
+    'eager_ms',
+    'img_per_s',
+    'peak_memory_mib',
+    'forward_of_copy',
+    'backward_of_copy',
+    'copy_gb_per_s',
+    'device',
+    'torch',
+    'timm',
+    'evavit',
+    'commit',
+    'date',
 )
 # What a comparison is known by in a results file.
 KEY = ('bench', 'case', 'batch_size', 'img_size', 'tokens', 'width', 'heads', 'amp_dtype', 'torchcompile', 'device')
@@ -111,6 +155,7 @@ class Setting:
         copy_gb_per_s: Bytes read and written a second by a copy, see `copy_rate`; None leaves the bandwidth out.
         lock: A file. Processes that name the same one compile and check side by side and measure one at a time.
     """
+
     device: torch.device
     dtype: torch.dtype
     backends: Sequence[str] = ()
@@ -134,6 +179,7 @@ class Setting:
             yield
         else:
             import fcntl  # not on every system
+
             with open(self.lock, 'a') as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
                 yield
@@ -148,6 +194,7 @@ class Contender:
 
     `calls` are made by `prepare`, after the check; their names are columns.
     """
+
     row: Row
     check: Callable[[], float]
     prepare: Callable[[], Dict[str, Callable[[], object]]]
@@ -159,9 +206,10 @@ class Contender:
 # Clocks
 # --------------------------------------------------------------------------------------------------------------------
 
+
 def _cuda_seconds(call: Callable[[], object], repeats: int, warmup: int, flush: bool) -> float:
     """Median seconds of a call on the current CUDA device; with flush, the cache is emptied before each."""
-    scratch = torch.empty(2 ** 26 if flush else 0, dtype=torch.int32, device='cuda')
+    scratch = torch.empty(2**26 if flush else 0, dtype=torch.int32, device='cuda')
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(warmup):
@@ -180,8 +228,9 @@ def _cuda_seconds(call: Callable[[], object], repeats: int, warmup: int, flush: 
     return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
-def median_seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int, warmup: int,
-                   flush: bool = False) -> List[float]:
+def median_seconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int, warmup: int, flush: bool = False
+) -> List[float]:
     """Median seconds of each call. On a CPU the calls take turns, so that what slows the machine slows them alike."""
     if device.type == 'cuda':
         return [_cuda_seconds(call, repeats, warmup, flush) for call in calls]
@@ -201,7 +250,7 @@ def copy_rate(device: torch.device) -> Optional[float]:
     """Bytes read and written a second, in GB/s, that a copy of 1 GiB reaches on a CUDA device; else None."""
     if device.type != 'cuda':
         return None
-    source = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _cuda_seconds(lambda: target.copy_(source), 30, 5, flush=False) / 1e9
 
@@ -230,7 +279,7 @@ def _peak_mib(call: Callable[[], object], device: torch.device) -> Optional[floa
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def traffic(batch: int, tokens: int, width: int, dtype: torch.dtype) -> Tuple[int, int]:
@@ -242,6 +291,7 @@ def traffic(batch: int, tokens: int, width: int, dtype: torch.dtype) -> Tuple[in
 # --------------------------------------------------------------------------------------------------------------------
 # Comparing
 # --------------------------------------------------------------------------------------------------------------------
+
 
 def _worst_error(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """The largest relative RMS of any pair; NaN wins."""
@@ -285,10 +335,15 @@ def _compare(setting: Setting, contenders: List[Contender], bound: Callable[[Row
                 traceback.print_exc()
         if setting.cuda:
             torch.cuda.empty_cache()
-    for column in (ready[0].calls if ready else ()):
+    for column in ready[0].calls if ready else ():
         with setting.turn(alone=True):
-            seconds = median_seconds([contender.calls[column] for contender in ready], setting.device, setting.repeats,
-                                     setting.warmup, flush=ready[0].row['bench'] in ('op', 'layer'))
+            seconds = median_seconds(
+                [contender.calls[column] for contender in ready],
+                setting.device,
+                setting.repeats,
+                setting.warmup,
+                flush=ready[0].row['bench'] in ('op', 'layer'),
+            )
         for contender, value in zip(ready, seconds, strict=True):
             contender.row[column] = round(1e3 * value, 4)
     return [contender.row for contender in contenders]
@@ -305,12 +360,15 @@ def _within(context: Callable[[], Any], call: Callable[[], object]) -> Callable[
     def inside():
         with context():
             return call()
+
     return inside
 
 
-def _timed_calls(setting: Setting, context: Callable[[], Any], forward: Callable[[], object],
-                 step: Callable[[], object]) -> Dict[str, Callable[[], object]]:
+def _timed_calls(
+    setting: Setting, context: Callable[[], Any], forward: Callable[[], object], step: Callable[[], object]
+) -> Dict[str, Callable[[], object]]:
     """The columns of a forward without gradients and of forward and backward."""
+
     @torch.no_grad()
     def infer():
         return forward()
@@ -353,7 +411,7 @@ class _Exact(torch.autograd.Function):
 
 def default_batch(side: int, device: torch.device) -> int:
     """Images a batch of a grid: at one number of tokens, a sixteenth of it on a CPU."""
-    batch = GRIDS.get(side, max(1, TOKENS // side ** 2))
+    batch = GRIDS.get(side, max(1, TOKENS // side**2))
     return batch if device.type == 'cuda' else max(1, batch // 16)
 
 
@@ -362,8 +420,16 @@ def _attention_backends(setting: Setting) -> Sequence[str]:
 
 
 def _row(bench: str, backend: str, batch: int, side: int, heads: int, width: int) -> Row:
-    return dict(bench=bench, case=f'{side}x{side}', attention='eva' if backend in EVA_BACKENDS else 'softmax',
-                backend=backend, batch_size=batch, tokens=side * side, width=width, heads=heads)
+    return dict(
+        bench=bench,
+        case=f'{side}x{side}',
+        attention='eva' if backend in EVA_BACKENDS else 'softmax',
+        backend=backend,
+        batch_size=batch,
+        tokens=side * side,
+        width=width,
+        heads=heads,
+    )
 
 
 def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: int = 64) -> List[Row]:
@@ -385,8 +451,11 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
     qkv = torch.randn(batch, N, 3, heads, d, device=device).to(dtype).permute(2, 0, 3, 1, 4)
     noise = torch.randn(batch, heads, eva_num_cells(feat_size, 7), d, device=device)
     dy = torch.randn(batch, N, heads, d, device=device).to(dtype).transpose(1, 2)
-    summary = [x.to(device) for _ in range(2) for x in (
-        torch.randn(d, d) * d ** -0.5, torch.zeros(d), torch.ones(d), torch.zeros(d))]
+    summary = [
+        x.to(device)
+        for _ in range(2)
+        for x in (torch.randn(d, d) * d**-0.5, torch.zeros(d), torch.ones(d), torch.zeros(d))
+    ]
     bias = RelPosBias((7, 7), heads).get_bias().squeeze(0).detach().to(device)
 
     def calls(backend: str, dtype: torch.dtype):
@@ -395,8 +464,13 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
         if backend in EVA_BACKENDS:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             parameters = [x.detach().to(wide).requires_grad_() for x in (*summary, bias)]
-            options = dict(summary_q=tuple(parameters[:4]), summary_k=tuple(parameters[4:8]),
-                           rel_pos_bias=parameters[8], noise=noise.to(wide), fused=backend == 'triton')
+            options = dict(
+                summary_q=tuple(parameters[:4]),
+                summary_k=tuple(parameters[4:8]),
+                rel_pos_bias=parameters[8],
+                noise=noise.to(wide),
+                fused=backend == 'triton',
+            )
 
             def forward():
                 if backend == 'triton':
@@ -412,6 +486,7 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
 
         def step():
             return torch.autograd.grad(forward(), [*leaves, *parameters], dy.to(dtype))
+
         return forward, step
 
     references: Dict[str, List[torch.Tensor]] = {}
@@ -428,14 +503,19 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
             if backend == 'triton' and eva_backend(device, dtype, d) != 'triton':
                 raise NotAvailable
             if row['attention'] not in references:
-                references[row['attention']] = tokens(*calls(
-                    'plain' if backend in EVA_BACKENDS else backend, torch.float64), packed=False)
+                references[row['attention']] = tokens(
+                    *calls('plain' if backend in EVA_BACKENDS else backend, torch.float64), packed=False
+                )
             return _worst_error(tokens(*calls(backend, dtype), backend == 'triton'), references[row['attention']])
+
         context = _force(backend)
         return Contender(row, check, lambda: _timed_calls(setting, context, *calls(backend, dtype)), context=context)
 
-    rows = _compare(setting, [contender(backend) for backend in _attention_backends(setting)],
-                    lambda row: ERROR_BOUNDS['plain' if row['backend'] == 'plain' else 'op'][dtype])
+    rows = _compare(
+        setting,
+        [contender(backend) for backend in _attention_backends(setting)],
+        lambda row: ERROR_BOUNDS['plain' if row['backend'] == 'plain' else 'op'][dtype],
+    )
     forward_bytes, backward_bytes = traffic(batch, N, heads * d, dtype)
     for row in rows:
         if setting.copy_gb_per_s and row['status'] == 'ok':
@@ -468,7 +548,8 @@ def bench_layer(setting: Setting, batch: int, side: int, heads: int = 3, head_di
         context = _force(backend)
         torch.manual_seed(0)
         layer = (EvaAttention if backend in EVA_BACKENDS else SoftmaxAttention)(
-            heads * head_dim, heads, device=device).train()
+            heads * head_dim, heads, device=device
+        ).train()
         layer.fused_attn = backend != 'plain'
         judged = copy.deepcopy(layer).eval()
 
@@ -493,13 +574,17 @@ def bench_layer(setting: Setting, batch: int, side: int, heads: int = 3, head_di
 
         return Contender(row, check, lambda: _timed_calls(setting, context, forward, step), context=context)
 
-    return _compare(setting, [contender(backend) for backend in _attention_backends(setting)],
-                    lambda row: ERROR_BOUNDS['layer'][setting.dtype])
+    return _compare(
+        setting,
+        [contender(backend) for backend in _attention_backends(setting)],
+        lambda row: ERROR_BOUNDS['layer'][setting.dtype],
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Models
 # --------------------------------------------------------------------------------------------------------------------
+
 
 def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
     """'name:key=value:key=value' to a name and its arguments; UserError for a name that timm does not know."""
@@ -581,8 +666,9 @@ def _model_contenders(text: str, setting: Setting, img_size: Optional[int]) -> L
     return contenders
 
 
-def bench_model(setting: Setting, kind: str, text: str, batch: int, img_size: Optional[int] = None,
-                compile_mode: str = '') -> List[Row]:
+def bench_model(
+    setting: Setting, kind: str, text: str, batch: int, img_size: Optional[int] = None, compile_mode: str = ''
+) -> List[Row]:
     """Images a second of a model and, beside an EVA model, of timm's softmax model of its size.
 
     Args:
@@ -603,8 +689,16 @@ def bench_model(setting: Setting, kind: str, text: str, batch: int, img_size: Op
         model = _build(name, kwargs, img_size)
         model.to(device).train(kind == 'train')
         _set_fused(model, backend == 'triton')
-        row = dict(bench=kind, case=text, model=_describe(name, kwargs), attention=attention, backend=backend,
-                   batch_size=batch, img_size=size[1], torchcompile=compile_mode or 'no')
+        row = dict(
+            bench=kind,
+            case=text,
+            model=_describe(name, kwargs),
+            attention=attention,
+            backend=backend,
+            batch_size=batch,
+            img_size=size[1],
+            torchcompile=compile_mode or 'no',
+        )
         context = _force(backend)
         images = torch.randn(batch, *size, device=device)
         expected: List[torch.Tensor] = []
@@ -648,10 +742,14 @@ def bench_model(setting: Setting, kind: str, text: str, batch: int, img_size: Op
             if not train().isfinite():
                 raise WrongResult('a loss that is not finite')
             return {'ms': _within(context, train)}
+
         return Contender(row, check, prepare, context)
 
-    rows = _compare(setting, [contender(*which) for which in _model_contenders(text, setting, img_size)],
-                    lambda row: ERROR_BOUNDS['model'][setting.dtype])
+    rows = _compare(
+        setting,
+        [contender(*which) for which in _model_contenders(text, setting, img_size)],
+        lambda row: ERROR_BOUNDS['model'][setting.dtype],
+    )
     for row in rows:
         if row['status'] == 'ok':
             row['img_per_s'] = round(1e3 * batch / row['ms'], 1)
@@ -663,6 +761,7 @@ def bench_model(setting: Setting, kind: str, text: str, batch: int, img_size: Op
 # --------------------------------------------------------------------------------------------------------------------
 # Results files
 # --------------------------------------------------------------------------------------------------------------------
+
 
 def _key(row: Row) -> Tuple[str, ...]:
     return tuple(str(row.get(column, '')) for column in KEY)

@@ -1,4 +1,5 @@
 """Where a figure comes from: what every row of a results file says beside it."""
+
 import contextlib
 import datetime
 import os
@@ -28,9 +29,23 @@ def origin(device: torch.device) -> Dict[str, str]:
     commit = os.environ.get('COMMIT', '')
     if not commit:
         with contextlib.suppress(OSError):  # no git
-            commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=Path(__file__).parent,
-                                    capture_output=True, text=True, check=False).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' \
+            commit = subprocess.run(
+                ['git', 'rev-parse', '--short', 'HEAD'],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                check=False,
+            ).stdout.strip()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == 'cuda'
         else f'{_cpu_name()}, {torch.get_num_threads()} threads'
-    return dict(device=name, torch=torch.__version__, timm=timm.__version__, evavit=__version__,
-                commit=commit or 'unknown', date=datetime.date.today().isoformat())
+    )
+    return dict(
+        device=name,
+        torch=torch.__version__,
+        timm=timm.__version__,
+        evavit=__version__,
+        commit=commit or 'unknown',
+        date=datetime.date.today().isoformat(),
+    )

@@ -28,12 +28,12 @@ from evavit.bench import models as benchmarking
 from evavit.bench.results import origin
 from evavit.errors import UserError, run_script
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
 
 def positive(text):
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text}')
     return int(text)
 
 
@@ -45,26 +45,36 @@ class Parser(argparse.ArgumentParser):
 def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--bench", nargs="+", choices=("train", "infer", "layer", "op"), default=["train"], help="what to time")
-    add("--model", "-m", nargs="+", default=[], help="models (default: eva_deit_tiny), with arguments after colons")
-    add("--model-list", help="more models: a file with one a line, or names and wildcards with commas between them")
-    add("-b", "--batch-size", type=positive, help="images (default: models 64; op and layer by the grid, at one number"
-        " of tokens)")
-    add("--img-size", type=positive, help="train, infer: side of the images (default: the model's)")
-    add("--grid", type=positive, nargs="+", help="op, layer: sides of token grids (default: 14 to 256; CPU: 14, 28)")
-    add("--dim", type=positive, default=192, help="op, layer: channels (default: 192)")
-    add("--num-heads", type=positive, default=3, help="op, layer: heads (default: 3)")
-    add("--backend", nargs="+", choices=benchmarking.BACKENDS, default=[], help="contenders: EVA's triton and plain;"
+    add('--bench', nargs='+', choices=('train', 'infer', 'layer', 'op'), default=['train'], help='what to time')
+    add('--model', '-m', nargs='+', default=[], help='models (default: eva_deit_tiny), with arguments after colons')
+    add('--model-list', help='more models: a file with one a line, or names and wildcards with commas between them')
+    add(
+        '-b',
+        '--batch-size',
+        type=positive,
+        help='images (default: models 64; op and layer by the grid, at one number of tokens)',
+    )
+    add('--img-size', type=positive, help="train, infer: side of the images (default: the model's)")
+    add('--grid', type=positive, nargs='+', help='op, layer: sides of token grids (default: 14 to 256; CPU: 14, 28)')
+    add('--dim', type=positive, default=192, help='op, layer: channels (default: 192)')
+    add('--num-heads', type=positive, default=3, help='op, layer: heads (default: 3)')
+    add(
+        '--backend',
+        nargs='+',
+        choices=benchmarking.BACKENDS,
+        default=[],
+        help="contenders: EVA's triton and plain;"
         " softmax's flash, cudnn, efficient, and sdpa, where PyTorch chooses (default: what the device has; for models"
-        " EVA's faster one and sdpa)")
-    add("--amp-dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
-    add("--torchcompile", nargs="?", const="default", default="", choices=MODES, help="compile the models")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--repeats", type=positive, default=30, help="calls of which the median is taken (default: 30)")
-    add("--warmup", type=positive, default=5, help="calls before them (default: 5)")
-    add("--results-file", type=Path, help="CSV; rows of the same comparison are replaced")
-    add("--resume", action="store_true", help="leave out what the results file has of this device and commit")
-    add("--lock", type=Path, help="a file: runs that name the same one compile side by side, and measure one at a time")
+        " EVA's faster one and sdpa)",
+    )
+    add('--amp-dtype', choices=('float32', 'bfloat16', 'float16'), help='default: bfloat16, on a CPU float32')
+    add('--torchcompile', nargs='?', const='default', default='', choices=MODES, help='compile the models')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--repeats', type=positive, default=30, help='calls of which the median is taken (default: 30)')
+    add('--warmup', type=positive, default=5, help='calls before them (default: 5)')
+    add('--results-file', type=Path, help='CSV; rows of the same comparison are replaced')
+    add('--resume', action='store_true', help='leave out what the results file has of this device and commit')
+    add('--lock', type=Path, help='a file: runs that name the same one compile side by side, and measure one at a time')
     return parser.parse_args(argv)
 
 
@@ -72,19 +82,21 @@ def find_device(args):
     try:
         device = torch.device(args.device)
     except RuntimeError:
-        raise UserError(f"--device {args.device}: no such device; choose cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device}: only cpu and cuda are measured")
-    if device.type == "cuda":
+        raise UserError(f'--device {args.device}: no such device; choose cpu or cuda') from None
+    if device.type not in ('cpu', 'cuda'):
+        raise UserError(f'--device {args.device}: only cpu and cuda are measured')
+    if device.type == 'cuda':
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise UserError(f"--device {args.device}: this machine has {count} CUDA devices"
-                                 + ("" if count else "; use --device cpu"))
+            raise UserError(
+                f'--device {args.device}: this machine has {count} CUDA devices'
+                + ('' if count else '; use --device cpu')
+            )
         torch.cuda.set_device(device.index or 0)
     else:
-        for backend in ("triton", "cudnn", "efficient"):
+        for backend in ('triton', 'cudnn', 'efficient'):
             if backend in args.backend:
-                raise UserError(f"--backend {backend} needs a CUDA device; a CPU has plain and sdpa")
+                raise UserError(f'--backend {backend} needs a CUDA device; a CPU has plain and sdpa')
     return device
 
 
@@ -94,13 +106,13 @@ def find_models(args):
     if args.model_list and os.path.isfile(args.model_list):
         texts += [line.strip() for line in Path(args.model_list).read_text().splitlines() if line.strip()]
     elif args.model_list:
-        texts += args.model_list.split(",")
+        texts += args.model_list.split(',')
     models = []
-    for text in texts or ["eva_deit_tiny"]:
-        if "*" in text or "?" in text:
+    for text in texts or ['eva_deit_tiny']:
+        if '*' in text or '?' in text:
             found = fnmatch.filter(timm.list_models(), text)
             if not found:
-                raise UserError(f"no model is called {text}")
+                raise UserError(f'no model is called {text}')
             models += found
         else:
             benchmarking.parse_model(text)
@@ -110,71 +122,102 @@ def find_models(args):
 
 def comparisons(args, setting):
     """(what the rows of a comparison share, function that makes them), of all that the flags ask for."""
-    shared = {"amp_dtype": setting.dtype_name}
+    shared = {'amp_dtype': setting.dtype_name}
     models = find_models(args)
     for bench in args.bench:
-        if bench in ("op", "layer"):
+        if bench in ('op', 'layer'):
             if args.dim % args.num_heads:
-                raise UserError(f"--num-heads {args.num_heads} does not divide --dim {args.dim}")
-            measure = benchmarking.bench_op if bench == "op" else benchmarking.bench_layer
+                raise UserError(f'--num-heads {args.num_heads} does not divide --dim {args.dim}')
+            measure = benchmarking.bench_op if bench == 'op' else benchmarking.bench_layer
             for side in args.grid or (benchmarking.GRIDS if setting.cuda else (14, 28)):
                 batch = args.batch_size or benchmarking.default_batch(side, setting.device)
-                key = dict(bench=bench, case=f"{side}x{side}", batch_size=batch, tokens=side ** 2, width=args.dim,
-                           heads=args.num_heads)
+                key = dict(
+                    bench=bench,
+                    case=f'{side}x{side}',
+                    batch_size=batch,
+                    tokens=side**2,
+                    width=args.dim,
+                    heads=args.num_heads,
+                )
                 yield key | shared, partial(measure, setting, batch, side, args.num_heads, args.dim // args.num_heads)
         else:
             for text in models:
                 batch = args.batch_size or 64
-                key = dict(bench=bench, case=text, batch_size=batch, torchcompile=args.torchcompile or "no",
-                           img_size=benchmarking.input_size(text, args.img_size)[1])
-                yield key | shared, partial(
-                    benchmarking.bench_model, setting, bench, text, batch, args.img_size, args.torchcompile)
+                key = dict(
+                    bench=bench,
+                    case=text,
+                    batch_size=batch,
+                    torchcompile=args.torchcompile or 'no',
+                    img_size=benchmarking.input_size(text, args.img_size)[1],
+                )
+                yield (
+                    key | shared,
+                    partial(benchmarking.bench_model, setting, bench, text, batch, args.img_size, args.torchcompile),
+                )
 
 
 def report(row):
-    shown = ("bench", "case", "model", "attention", "backend", "batch_size", "img_size", "tokens", "status", "error",
-             "forward_ms", "ms", "img_per_s", "peak_memory_mib", "forward_of_copy", "backward_of_copy")
-    print("  ".join(f"{name} {row[name]}" for name in shown if row.get(name, "") != ""), flush=True)
+    shown = (
+        'bench',
+        'case',
+        'model',
+        'attention',
+        'backend',
+        'batch_size',
+        'img_size',
+        'tokens',
+        'status',
+        'error',
+        'forward_ms',
+        'ms',
+        'img_per_s',
+        'peak_memory_mib',
+        'forward_of_copy',
+        'backward_of_copy',
+    )
+    print('  '.join(f'{name} {row[name]}' for name in shown if row.get(name, '') != ''), flush=True)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:2] == ["--bench", "data"]:
+    if argv[:2] == ['--bench', 'data']:
         throughput.main(argv[2:])
         return
     args = parse(argv)
     device = find_device(args)
     if args.resume and not args.results_file:
-        raise UserError("--resume needs a --results-file to go on with")
+        raise UserError('--resume needs a --results-file to go on with')
     if args.results_file:
         try:
             benchmarking.store_rows(args.results_file, [])  # what keeps it from being written is said before the timing
         except OSError as error:
             raise UserError(
-                f"--results-file {args.results_file} cannot be written ({error.strerror}); name another file") from None
-    dtype = args.amp_dtype or ("bfloat16" if device.type == "cuda" else "float32")
+                f'--results-file {args.results_file} cannot be written ({error.strerror}); name another file'
+            ) from None
+    dtype = args.amp_dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
     setting = benchmarking.Setting(
-        device, getattr(torch, dtype), args.backend, args.repeats, args.warmup, lock=args.lock)
+        device, getattr(torch, dtype), args.backend, args.repeats, args.warmup, lock=args.lock
+    )
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in PyTorch's matrix products
     planned = list(comparisons(args, setting))
     where = origin(device)
-    if "op" in args.bench:
+    if 'op' in args.bench:
         with setting.turn(alone=True):
             setting.copy_gb_per_s = benchmarking.copy_rate(device)
     red = False
     for key, measure in planned:
         if args.resume and benchmarking.is_done(args.results_file, key | where):
-            print(f"{key['bench']} {key['case']}: in {args.results_file} already")
+            print(f'{key["bench"]} {key["case"]}: in {args.results_file} already')
             continue
         rows = [row | where for row in measure()]
         for row in rows:
             report(row)
         if args.results_file:  # after every comparison, so that a run cut short leaves what it measured
             benchmarking.store_rows(args.results_file, rows)
-        red |= any(row["status"] not in benchmarking.HARMLESS for row in rows)
+        red |= any(row['status'] not in benchmarking.HARMLESS for row in rows)
     if red:
         raise SystemExit(1)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(run_script(main))

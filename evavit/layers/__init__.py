@@ -1,4 +1,5 @@
 """The attentions, one a file, every one `forward(x, feat_size)` on tokens `(B, N, C)`; and the MLP beside them."""
+
 import inspect
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Type
@@ -68,8 +69,11 @@ def pop_attention_kwargs(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
         raise ValueError(f'unknown attention {name!r}; choose from {", ".join(ATTENTIONS)}')
     own = inspect.signature(ATTENTIONS[name]).parameters
     shared = inspect.signature(GridAttention).parameters
-    return {key: kwargs.pop(key) for key, parameter in own.items()
-            if parameter.kind is parameter.KEYWORD_ONLY and key not in shared and key != 'feat_size' and key in kwargs}
+    return {
+        key: kwargs.pop(key)
+        for key, parameter in own.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and key not in shared and key != 'feat_size' and key in kwargs
+    }
 
 
 def attention_layer(name: str, feat_size: Optional[Sequence[int]] = None, **options) -> Callable[..., GridAttention]:

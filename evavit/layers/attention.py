@@ -1,4 +1,5 @@
 """What the attentions share: the projections around a function of q, k, v on the token grid."""
+
 from typing import List
 
 import torch
@@ -38,16 +39,16 @@ class GridAttention(nn.Module):
     fixed_grid = False
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)

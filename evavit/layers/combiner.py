@@ -3,6 +3,7 @@
 Paper: `Combiner: Full Attention Transformer with Sparse Computation Cost`, Ren et al., NeurIPS 2021 -
 https://arxiv.org/abs/2107.05768
 """
+
 from typing import List
 
 import torch
@@ -61,23 +62,24 @@ class CombinerAttention(GridAttention):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            window_size: int = 7,
-            rel_pos_bias: bool = True,
-            pooling: str = 'deepsets_max',
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int = 7,
+        rel_pos_bias: bool = True,
+        pooling: str = 'deepsets_max',
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         check_whole('window_size', window_size, 1)
         if pooling not in ('deepsets_max', 'max'):
             raise ValueError(f"pooling must be 'deepsets_max' or 'max', got {pooling!r}")
@@ -96,12 +98,17 @@ class CombinerAttention(GridAttention):
         feat_size = static_size(feat_size)
         check_tokens(q, k, v, feat_size)
         window = window_shape(feat_size, self.window_size)
-        q = to_windows(q * self.head_dim ** -0.5, feat_size, window)
+        q = to_windows(q * self.head_dim**-0.5, feat_size, window)
         k = to_windows(k, feat_size, window)
         v = to_windows(v, feat_size, window)
-        local = window_logits(q, k, feat_size, window,
-                              self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
-                              self.window_size)
+        local = window_logits(
+            q,
+            k,
+            feat_size,
+            window,
+            self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            self.window_size,
+        )
 
         mask = window_mask(feat_size, window, q.device)
         pool_q, pool_k = q, k  # the scale is in q already: W and ReLU hand it on
@@ -119,5 +126,5 @@ class CombinerAttention(GridAttention):
         spans = (q.flatten(2, 3) @ k_span.transpose(-2, -1)).unflatten(2, [q.shape[2], q.shape[3]])
         own = torch.eye(q.shape[2], dtype=torch.bool, device=q.device).unsqueeze(1)
         spans = spans.masked_fill(own, float('-inf'))
-        out = joint_attention(local, spans, v, v_span, self.attn_drop.p if self.training else 0.)
+        out = joint_attention(local, spans, v, v_span, self.attn_drop.p if self.training else 0.0)
         return from_windows(out, feat_size, window)

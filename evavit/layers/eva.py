@@ -2,6 +2,7 @@
 
 Paper: `Efficient Attention via Control Variates`, Zheng et al., ICLR 2023 - https://arxiv.org/abs/2302.04542
 """
+
 import logging
 from typing import Final, List, Optional, Tuple, Union
 
@@ -76,14 +77,15 @@ class HaloRelPosBias(nn.Module):
         self.window_size = (reach, reach)  # of the window whose table has these rows
         self.window, self.halo, self.num_heads = window_size, halo, num_heads
         self.relative_position_bias_table = nn.Parameter(
-            torch.empty((2 * reach - 1) ** 2, num_heads, device=device, dtype=dtype))
-        index = torch.empty(window_size ** 2 * (window_size + 2 * halo) ** 2, dtype=torch.long, device=device)
+            torch.empty((2 * reach - 1) ** 2, num_heads, device=device, dtype=dtype)
+        )
+        index = torch.empty(window_size**2 * (window_size + 2 * halo) ** 2, dtype=torch.long, device=device)
         self.register_buffer('relative_position_index', index, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise the table and the index."""
-        trunc_normal_(self.relative_position_bias_table, std=.02)
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
@@ -138,44 +140,51 @@ class EvaAttention(GridAttention):
             least 0, or both 0; a negative noise_std; a dropout rate outside 0 to 1; an ablation that does not exist
             or has nothing to act on.
     """
+
     fused_attn: Final[bool]
     variant: Final[bool]
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            window_size: int = 7,
-            partition_grid: int = 7,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            proposal_scale: float = 1.0,
-            noise_std: float = 1.0,
-            rel_pos_bias: bool = True,
-            partition: str = 'all',
-            summary: str = 'linear_ln',
-            num_samples: int = 1,
-            proposal: str = 'qk',
-            overlap: bool = False,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int = 7,
+        partition_grid: int = 7,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proposal_scale: float = 1.0,
+        noise_std: float = 1.0,
+        rel_pos_bias: bool = True,
+        partition: str = 'all',
+        summary: str = 'linear_ln',
+        num_samples: int = 1,
+        proposal: str = 'qk',
+        overlap: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        for name, value in (('window_size', window_size), ('partition_grid', partition_grid),
-                            ('num_samples', num_samples)):
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
+        for name, value in (
+            ('window_size', window_size),
+            ('partition_grid', partition_grid),
+            ('num_samples', num_samples),
+        ):
             if not isinstance(value, int):
                 raise ValueError(f'{name} must be a whole number, got {value!r}')
         check_partition(window_size, partition_grid)
         if noise_std < 0:
             raise ValueError(f'noise_std must be 0 (no noise) or more, got {noise_std}')
-        ablations = [('partition', partition, ('all', 'complement')),
-                     ('summary', summary, ('linear_ln', 'linear', 'identity')),
-                     ('proposal', proposal, ('qk', 'q', 'zero', 'learned'))]
+        ablations = [
+            ('partition', partition, ('all', 'complement')),
+            ('summary', summary, ('linear_ln', 'linear', 'identity')),
+            ('proposal', proposal, ('qk', 'q', 'zero', 'learned')),
+        ]
         for name, value, choices in ablations:
             if value not in choices:
                 raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
@@ -184,8 +193,10 @@ class EvaAttention(GridAttention):
         if num_samples < 1:
             raise ValueError(f'num_samples must be at least 1, got {num_samples}')
         if num_samples > 1 and (not partition_grid or noise_std == 0):
-            raise ValueError(f'num_samples {num_samples} needs cells and a noise_std above 0, got partition_grid '
-                             f'{partition_grid} and noise_std {noise_std}')
+            raise ValueError(
+                f'num_samples {num_samples} needs cells and a noise_std above 0, got partition_grid '
+                f'{partition_grid} and noise_std {noise_std}'
+            )
         if overlap and not window_size:
             raise ValueError('overlap needs windows; got window_size 0')
         self.window_size = window_size
@@ -201,14 +212,18 @@ class EvaAttention(GridAttention):
         self.fused_attn = use_fused_attn()
         if attn_drop > 0 and self.fused_attn:
             _logger.warning(
-                'attn_drop %g: training takes plain PyTorch, the fused kernels have no such dropout', attn_drop)
+                'attn_drop %g: training takes plain PyTorch, the fused kernels have no such dropout', attn_drop
+            )
         needs_q = partition_grid and proposal in ('qk', 'q')
         self.summary_q = Summary(self.head_dim, summary, **dd) if needs_q else None
         self.summary_k = Summary(self.head_dim, summary, **dd) if partition_grid else None
         self.rel_pos: Union[RelPosBias, HaloRelPosBias, None] = None
         if window_size and rel_pos_bias:
-            self.rel_pos = (HaloRelPosBias(window_size, halo_size(window_size), num_heads, **dd) if overlap
-                            else RelPosBias((window_size, window_size), num_heads, **dd))
+            self.rel_pos = (
+                HaloRelPosBias(window_size, halo_size(window_size), num_heads, **dd)
+                if overlap
+                else RelPosBias((window_size, window_size), num_heads, **dd)
+            )
         learned = (num_heads, partition_grid, partition_grid, self.head_dim)
         self.proposal_mean = nn.Parameter(torch.empty(learned, **dd)) if proposal == 'learned' else None
         eval_noise = torch.empty(num_samples, self.head_dim, device=device) if num_samples > 1 else None
@@ -218,7 +233,7 @@ class EvaAttention(GridAttention):
     def reset_parameters(self) -> None:
         """Initialise what this module holds itself: a learned proposal (as timm's position embeddings), fixed noise."""
         if self.proposal_mean is not None:
-            trunc_normal_(self.proposal_mean, std=.02)
+            trunc_normal_(self.proposal_mean, std=0.02)
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
@@ -230,13 +245,31 @@ class EvaAttention(GridAttention):
 
     def extra_repr(self) -> str:
         weight = next(self.qkv.parameters(), torch.empty(0))  # quantized or adapted layers may have no `weight`
-        backend = eva_backend(weight.device, weight.dtype, self.head_dim, self.window_size, self.partition_grid,
-                              self.attn_drop.p if self.training else 0.,
-                              self.variant) if self.fused_attn else 'plain'
-        ablations = (f'partition={self.partition}, summary={self.summary}, num_samples={self.num_samples}, '
-                     f'proposal={self.proposal}, overlap={self.overlap}, ') if self.variant else ''
-        return (f'num_heads={self.num_heads}, window_size={self.window_size}, partition_grid={self.partition_grid}, '
-                f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}, {ablations}backend={backend}')
+        backend = (
+            eva_backend(
+                weight.device,
+                weight.dtype,
+                self.head_dim,
+                self.window_size,
+                self.partition_grid,
+                self.attn_drop.p if self.training else 0.0,
+                self.variant,
+            )
+            if self.fused_attn
+            else 'plain'
+        )
+        ablations = (
+            (
+                f'partition={self.partition}, summary={self.summary}, num_samples={self.num_samples}, '
+                f'proposal={self.proposal}, overlap={self.overlap}, '
+            )
+            if self.variant
+            else ''
+        )
+        return (
+            f'num_heads={self.num_heads}, window_size={self.window_size}, partition_grid={self.partition_grid}, '
+            f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}, {ablations}backend={backend}'
+        )
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         if self.variant:
@@ -250,7 +283,8 @@ class EvaAttention(GridAttention):
             if self.training and self.noise_std > 0:
                 noise = self._draw_noise(qkv, feat_size).squeeze(3)
         return eva_attention_packed(
-            qkv, feat_size,
+            qkv,
+            feat_size,
             summary_q,
             summary_k,
             rel_pos_bias=self._bias(qkv),
@@ -258,7 +292,7 @@ class EvaAttention(GridAttention):
             partition_grid=self.partition_grid,
             proposal_scale=self.proposal_scale,
             noise=noise,
-            dropout_p=self.attn_drop.p if self.training else 0.,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
             fused=self.fused_attn,
         )
 
@@ -274,8 +308,13 @@ class EvaAttention(GridAttention):
     def _draw_noise(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         """noise_std · ε `(B, h, C_p, S, d)`, the first draw of a forward pass in training."""
         dtype = accumulation_dtype(qkv)
-        shape = [qkv.shape[1], qkv.shape[2], eva_num_cells(feat_size, self.partition_grid), self.num_samples,
-                 qkv.shape[4]]
+        shape = [
+            qkv.shape[1],
+            qkv.shape[2],
+            eva_num_cells(feat_size, self.partition_grid),
+            self.num_samples,
+            qkv.shape[4],
+        ]
         return self.noise_std * torch.randn(shape, dtype=dtype, device=qkv.device)
 
     def _attend_variant(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
@@ -286,7 +325,10 @@ class EvaAttention(GridAttention):
         elif self.eval_noise is not None:
             noise = self.noise_std * self.eval_noise.view(1, 1, 1, self.num_samples, self.head_dim)
         return eva_attention_variant(
-            q, k, v, feat_size,
+            q,
+            k,
+            v,
+            feat_size,
             self.summary_q() if self.summary_q is not None else None,
             self.summary_k() if self.summary_k is not None else None,
             rel_pos_bias=self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
@@ -299,7 +341,7 @@ class EvaAttention(GridAttention):
             proposal_scale=self.proposal_scale,
             noise=noise,
             noise_std=self.noise_std,
-            dropout_p=self.attn_drop.p if self.training else 0.,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
         )
 
     @torch.jit.ignore
@@ -308,7 +350,9 @@ class EvaAttention(GridAttention):
         share the latter: three tensors `(B, h, N)`, see `evavit.ops.eva_attention_mass`."""
         q, k, _ = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
         return eva_attention_mass(
-            q, k, feat_size,
+            q,
+            k,
+            feat_size,
             self.summary_k() if self.summary_k is not None else None,
             self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
             self.window_size,

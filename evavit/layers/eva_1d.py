@@ -5,6 +5,7 @@ Papers:
   * `Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer`, Raffel et al., JMLR 2020 -
     https://arxiv.org/abs/1910.10683 (the buckets of the bias)
 """
+
 import math
 from typing import Optional, Tuple
 
@@ -37,31 +38,50 @@ class T5RelPosBias(nn.Module):
         causal: No buckets for keys that come later.
     """
 
-    def __init__(self, window_size: int, context: Tuple[int, int], num_heads: int, *, num_buckets: int = 32,
-                 max_distance: int = 128, causal: bool = False, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        window_size: int,
+        context: Tuple[int, int],
+        num_heads: int,
+        *,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        causal: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         exact = num_buckets // (2 if causal else 4)
         if exact < 1 or max_distance <= exact:
-            raise ValueError(f'max_distance must be above {exact} for num_buckets {num_buckets}, which must be at '
-                             f'least {2 if causal else 4}; got max_distance {max_distance}')
+            raise ValueError(
+                f'max_distance must be above {exact} for num_buckets {num_buckets}, which must be at '
+                f'least {2 if causal else 4}; got max_distance {max_distance}'
+            )
         self.window_size, self.context, self.causal = window_size, context, causal
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.relative_position_bias_table = nn.Parameter(
-            torch.empty(num_buckets, num_heads, device=device, dtype=dtype))
-        self.register_buffer('bucket', torch.empty(window_size, sum(context) + window_size, dtype=torch.long,
-                                                   device=device), persistent=False)
+            torch.empty(num_buckets, num_heads, device=device, dtype=dtype)
+        )
+        self.register_buffer(
+            'bucket',
+            torch.empty(window_size, sum(context) + window_size, dtype=torch.long, device=device),
+            persistent=False,
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise the table and the buckets."""
-        trunc_normal_(self.relative_position_bias_table, std=.02)
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
         """Fill in the buckets."""
         w, (before, after) = self.window_size, self.context
-        self.bucket.copy_(torch.tensor([[self.bucket_of(key - query) for key in range(-before, w + after)]
-                                        for query in range(w)]).view_as(self.bucket))
+        self.bucket.copy_(
+            torch.tensor(
+                [[self.bucket_of(key - query) for key in range(-before, w + after)] for query in range(w)]
+            ).view_as(self.bucket)
+        )
 
     def bucket_of(self, offset: int) -> int:
         """The bucket of an offset, key minus query."""
@@ -103,31 +123,35 @@ class EvaAttention1d(GridAttention):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            window_size: int = 128,
-            cell_size: int = 8,
-            causal: bool = False,
-            overlap: bool = False,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            proposal_scale: float = 1.0,
-            noise_std: float = 1.0,
-            rel_pos_bias: bool = True,
-            num_buckets: int = 32,
-            max_distance: int = 128,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int = 128,
+        cell_size: int = 8,
+        causal: bool = False,
+        overlap: bool = False,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        proposal_scale: float = 1.0,
+        noise_std: float = 1.0,
+        rel_pos_bias: bool = True,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        for name, value, least in (('window_size', window_size, 0), ('cell_size', cell_size, 0),
-                                   ('num_buckets', num_buckets, 1)):
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
+        for name, value, least in (
+            ('window_size', window_size, 0),
+            ('cell_size', cell_size, 0),
+            ('num_buckets', num_buckets, 1),
+        ):
             check_whole(name, value, least)
         check_chunks(window_size, cell_size, causal, overlap)
         if noise_std < 0:
@@ -141,14 +165,26 @@ class EvaAttention1d(GridAttention):
         self.summary_q = Summary(self.head_dim, **dd) if cell_size else None
         self.summary_k = Summary(self.head_dim, **dd) if cell_size else None
         halo = halo_size(window_size) if overlap else 0
-        self.rel_pos = T5RelPosBias(
-            window_size, (halo, 0 if causal else halo), num_heads, num_buckets=num_buckets, max_distance=max_distance,
-            causal=causal, **dd) if window_size and rel_pos_bias else None
+        self.rel_pos = (
+            T5RelPosBias(
+                window_size,
+                (halo, 0 if causal else halo),
+                num_heads,
+                num_buckets=num_buckets,
+                max_distance=max_distance,
+                causal=causal,
+                **dd,
+            )
+            if window_size and rel_pos_bias
+            else None
+        )
 
     def extra_repr(self) -> str:
-        return (f'num_heads={self.num_heads}, window_size={self.window_size}, cell_size={self.cell_size}, '
-                f'causal={self.causal}, overlap={self.overlap}, proposal_scale={self.proposal_scale:g}, '
-                f'noise_std={self.noise_std:g}')
+        return (
+            f'num_heads={self.num_heads}, window_size={self.window_size}, cell_size={self.cell_size}, '
+            f'causal={self.causal}, overlap={self.overlap}, proposal_scale={self.proposal_scale:g}, '
+            f'noise_std={self.noise_std:g}'
+        )
 
     def forward(self, x: torch.Tensor, key_padding_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Attend over tokens `(B, N, C)`.
@@ -164,8 +200,15 @@ class EvaAttention1d(GridAttention):
             shape = [q.shape[0], q.shape[1], -(-q.shape[2] // self.cell_size), 1, q.shape[3]]
             noise = self.noise_std * torch.randn(shape, dtype=dtype, device=q.device)
         x = eva_attention_1d(
-            q, k, v, **self._shared(), causal=self.causal, key_padding_mask=key_padding_mask, noise=noise,
-            dropout_p=self.attn_drop.p if self.training else 0.)
+            q,
+            k,
+            v,
+            **self._shared(),
+            causal=self.causal,
+            key_padding_mask=key_padding_mask,
+            noise=noise,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+        )
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def step(self, x: torch.Tensor, cache: Optional[Eva1dCache] = None) -> Tuple[torch.Tensor, Eva1dCache]:

@@ -3,6 +3,7 @@
 Paper: `Linear Complexity Randomized Self-attention Mechanism`, Zheng et al., ICML 2022 -
 https://arxiv.org/abs/2204.04667
 """
+
 from typing import List, Optional
 
 import torch
@@ -74,29 +75,32 @@ class LaraAttention(GridAttention):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            landmark_grid: int = 7,
-            landmark_proj: str = 'head',
-            weighting: str = 'optimal',
-            num_samples: int = 1,
-            antithetic: bool = False,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        landmark_grid: int = 7,
+        landmark_proj: str = 'head',
+        weighting: str = 'optimal',
+        num_samples: int = 1,
+        antithetic: bool = False,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         check_whole('landmark_grid', landmark_grid, 1)
         check_whole('num_samples', num_samples, 1)
-        for name, value, choices in (('landmark_proj', landmark_proj, ('head', 'channels')),
-                                     ('weighting', weighting, ('optimal', 'balance', 'biased'))):
+        for name, value, choices in (
+            ('landmark_proj', landmark_proj, ('head', 'channels')),
+            ('weighting', weighting, ('optimal', 'balance', 'biased')),
+        ):
             if value not in choices:
                 raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
         if antithetic and num_samples % 2:
@@ -110,8 +114,10 @@ class LaraAttention(GridAttention):
         self.landmarks_k = Landmarks(landmark_dim, landmark_grid, **dd)
 
     def extra_repr(self) -> str:
-        return (f'num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, weighting={self.weighting}, '
-                f'num_samples={self.num_samples}, antithetic={self.antithetic}')
+        return (
+            f'num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, weighting={self.weighting}, '
+            f'num_samples={self.num_samples}, antithetic={self.antithetic}'
+        )
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         q, k, v = qkv.unbind(0)
@@ -126,5 +132,14 @@ class LaraAttention(GridAttention):
             noise = torch.randn([shape[0], shape[1], shape[2], drawn, shape[3]], dtype=dtype, device=q.device)
             if self.antithetic:
                 noise = torch.cat([noise, -noise], 3)
-        return lara_attention(q, k, v, feat_size, landmarks_q, landmarks_k, self.weighting, noise,
-                              dropout_p=self.attn_drop.p if self.training else 0.)
+        return lara_attention(
+            q,
+            k,
+            v,
+            feat_size,
+            landmarks_q,
+            landmarks_k,
+            self.weighting,
+            noise,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+        )

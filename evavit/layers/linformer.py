@@ -2,6 +2,7 @@
 
 Paper: `Linformer: Self-Attention with Linear Complexity`, Wang et al., 2020 - https://arxiv.org/abs/2006.04768
 """
+
 from typing import List, Sequence, Tuple
 
 import torch
@@ -73,26 +74,28 @@ class LinformerAttention(GridAttention):
         ValueError: num_heads does not divide dim; projection_dim is not a whole number of at least 1; feat_size is not
             two positive numbers; a dropout rate outside 0 to 1. In the forward pass: another grid than feat_size.
     """
+
     fixed_grid = True
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            feat_size: Sequence[int] = (14, 14),
-            projection_dim: int = 128,
-            share_kv: bool = False,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        feat_size: Sequence[int] = (14, 14),
+        projection_dim: int = 128,
+        share_kv: bool = False,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         check_whole('projection_dim', projection_dim, 1)
         check_grid(list(feat_size))
         self.projection_dim = projection_dim
@@ -101,8 +104,10 @@ class LinformerAttention(GridAttention):
         self.project_v = None if share_kv else TokenProjection(projection_dim, self.feat_size, **dd)
 
     def extra_repr(self) -> str:
-        return (f'num_heads={self.num_heads}, feat_size={self.feat_size}, projection_dim={self.projection_dim}, '
-                f'share_kv={self.project_v is None}')
+        return (
+            f'num_heads={self.num_heads}, feat_size={self.feat_size}, projection_dim={self.projection_dim}, '
+            f'share_kv={self.project_v is None}'
+        )
 
     @torch.jit.ignore
     def set_feat_size(self, feat_size: Sequence[int]) -> None:
@@ -119,8 +124,10 @@ class LinformerAttention(GridAttention):
         feat_size = static_size(feat_size)
         check_tokens(q, k, v, feat_size)
         if feat_size[0] != self.feat_size[0] or feat_size[1] != self.feat_size[1]:
-            raise ValueError(f'this Linformer is made for a grid of {self.feat_size[0]} × {self.feat_size[1]} tokens, '
-                             f'got {feat_size[0]} × {feat_size[1]}; call set_feat_size, or set_input_size of the model')
+            raise ValueError(
+                f'this Linformer is made for a grid of {self.feat_size[0]} × {self.feat_size[1]} tokens, '
+                f'got {feat_size[0]} × {feat_size[1]}; call set_feat_size, or set_input_size of the model'
+            )
         k = self.project_k(k)
         v = self.project_v(v) if self.project_v is not None else self.project_k(v)
-        return F.scaled_dot_product_attention(q.to(v.dtype), k, v, dropout_p=self.attn_drop.p if self.training else 0.)
+        return F.scaled_dot_product_attention(q.to(v.dtype), k, v, dropout_p=self.attn_drop.p if self.training else 0.0)

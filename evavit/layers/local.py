@@ -4,6 +4,7 @@ Papers: `Generating Long Sequences with Sparse Transformers`, Child et al., 2019
 two dimensions with a relative position bias as in `Swin Transformer` (windows never shifted), Liu et al., 2021 -
 https://arxiv.org/abs/2103.14030
 """
+
 from typing import Final, List
 
 import torch
@@ -43,25 +44,27 @@ class LocalAttention(GridAttention):
         ValueError: num_heads does not divide dim; a window_size that is not a whole number of at least 1; a dropout
             rate outside 0 to 1.
     """
+
     fused_attn: Final[bool]
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            window_size: int = 7,
-            rel_pos_bias: bool = True,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int = 7,
+        rel_pos_bias: bool = True,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         check_whole('window_size', window_size, 1)
         self.window_size = window_size
         self.fused_attn = use_fused_attn()  # the kernels of EVA
@@ -72,10 +75,11 @@ class LocalAttention(GridAttention):
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         return eva_attention_packed(
-            qkv, feat_size,
+            qkv,
+            feat_size,
             rel_pos_bias=self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
             window_size=self.window_size,
             partition_grid=0,
-            dropout_p=self.attn_drop.p if self.training else 0.,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
             fused=self.fused_attn,
         )

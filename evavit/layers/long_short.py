@@ -3,6 +3,7 @@
 Paper: `Long-Short Transformer: Efficient Transformers for Language and Vision`, Zhu et al., NeurIPS 2021 -
 https://arxiv.org/abs/2107.02192
 """
+
 from typing import List, Tuple
 
 import torch
@@ -56,24 +57,25 @@ class LongShortAttention(GridAttention):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            window_size: int = 7,
-            projection_dim: int = 16,
-            dual_ln: bool = True,
-            rel_pos_bias: bool = True,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int = 7,
+        projection_dim: int = 16,
+        dual_ln: bool = True,
+        rel_pos_bias: bool = True,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         check_whole('window_size', window_size, 1)
         check_whole('projection_dim', projection_dim, 1)
         self.window_size = window_size
@@ -84,8 +86,7 @@ class LongShortAttention(GridAttention):
         self.rel_pos = RelPosBias((window_size, window_size), num_heads, **dd) if rel_pos_bias else None
 
     def extra_repr(self) -> str:
-        return (f'num_heads={self.num_heads}, window_size={self.window_size}, '
-                f'projection_dim={self.projection_dim}')
+        return f'num_heads={self.num_heads}, window_size={self.window_size}, projection_dim={self.projection_dim}'
 
     def _split_heads(self, rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Rows `(B·N, C)` in the shape and dtype of `like`, `(B, h, N, d)`."""
@@ -93,11 +94,11 @@ class LongShortAttention(GridAttention):
         return rows.to(like.dtype).view(B, N, h, d).transpose(1, 2)
 
     def _normalise(
-            self,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            k_bar: torch.Tensor,
-            v_bar: torch.Tensor,
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_bar: torch.Tensor,
+        v_bar: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """DualLN, over the channels of all heads.
 
@@ -121,11 +122,16 @@ class LongShortAttention(GridAttention):
         k, v, k_bar, v_bar = self._normalise(k, v, p @ k, p @ v)
 
         window = window_shape(feat_size, self.window_size)
-        q = to_windows(q * self.head_dim ** -0.5, feat_size, window)
+        q = to_windows(q * self.head_dim**-0.5, feat_size, window)
         v = to_windows(v, feat_size, window)
-        local = window_logits(q, to_windows(k, feat_size, window), feat_size, window,
-                              self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
-                              self.window_size)
+        local = window_logits(
+            q,
+            to_windows(k, feat_size, window),
+            feat_size,
+            window,
+            self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            self.window_size,
+        )
         shared = (q.flatten(2, 3) @ k_bar.transpose(-2, -1)).unflatten(2, [q.shape[2], q.shape[3]])
-        out = joint_attention(local, shared, v, v_bar, self.attn_drop.p if self.training else 0.)
+        out = joint_attention(local, shared, v, v_bar, self.attn_drop.p if self.training else 0.0)
         return from_windows(out, feat_size, window)

@@ -1,4 +1,5 @@
 """timm's MLP with fused kernels for its hidden layer."""
+
 from typing import Final
 
 import torch
@@ -17,8 +18,13 @@ def is_exact_gelu(act: nn.Module) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of a module does more than its class says: hooks, or a `forward` put on the module itself."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or 'forward' in module.__dict__)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or 'forward' in module.__dict__
+    )
 
 
 class FusedMlp(Mlp):
@@ -34,6 +40,7 @@ class FusedMlp(Mlp):
         *args: Arguments of timm's Mlp.
         **kwargs: Likewise.
     """
+
     fused_mlp: Final[bool]
 
     def __init__(self, *args, **kwargs) -> None:
@@ -46,8 +53,9 @@ class FusedMlp(Mlp):
         if self.fused_mlp and self._fits() and self.fc1.weight.dtype != torch.float64:
             weight, (out_features, _) = self.fc1.weight, self.fc2.weight.shape
             half = weight.dtype in (torch.bfloat16, torch.float16)
-            backend = mlp_gelu_backend(weight.device, weight.dtype if half else torch.bfloat16, *weight.shape[::-1],
-                                  out_features)
+            backend = mlp_gelu_backend(
+                weight.device, weight.dtype if half else torch.bfloat16, *weight.shape[::-1], out_features
+            )
             if not half and backend != 'plain':
                 backend += ' under autocast'
         return f'backend={backend}'

@@ -3,6 +3,7 @@
 Paper: `Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attention`, Xiong et al., AAAI 2021 -
 https://arxiv.org/abs/2102.03902
 """
+
 from typing import List, Optional
 
 import torch
@@ -66,23 +67,24 @@ class NystromformerAttention(GridAttention):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            landmark_grid: int = 7,
-            pinv_iterations: int = 6,
-            conv_kernel_size: int = 33,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        landmark_grid: int = 7,
+        pinv_iterations: int = 6,
+        conv_kernel_size: int = 33,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         check_whole('landmark_grid', landmark_grid, 1)
         check_whole('pinv_iterations', pinv_iterations, 1)
         check_whole('conv_kernel_size', conv_kernel_size, 0)
@@ -90,12 +92,22 @@ class NystromformerAttention(GridAttention):
             raise ValueError(f'conv_kernel_size must be odd, or 0 for no convolution, got {conv_kernel_size}')
         self.landmark_grid = landmark_grid
         self.pinv_iterations = pinv_iterations
-        self.conv = nn.Conv2d(num_heads, num_heads, (conv_kernel_size, 1), padding=(conv_kernel_size // 2, 0),
-                              groups=num_heads, bias=False, **dd) if conv_kernel_size else None
+        self.conv = (
+            nn.Conv2d(
+                num_heads,
+                num_heads,
+                (conv_kernel_size, 1),
+                padding=(conv_kernel_size // 2, 0),
+                groups=num_heads,
+                bias=False,
+                **dd,
+            )
+            if conv_kernel_size
+            else None
+        )
 
     def extra_repr(self) -> str:
-        return (f'num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, '
-                f'pinv_iterations={self.pinv_iterations}')
+        return f'num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, pinv_iterations={self.pinv_iterations}'
 
     def _landmark_values(self, q_l: torch.Tensor, k_l: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """softmax(Q̃ K̃ᵀ)⁺ · (softmax(Q̃ Kᵀ) V), `(B, h, m, d)`: small matrices, at least float32 throughout."""
@@ -109,7 +121,7 @@ class NystromformerAttention(GridAttention):
         q, k, v = qkv.unbind(0)
         feat_size = static_size(feat_size)
         check_tokens(q, k, v, feat_size)
-        q = q * self.head_dim ** -0.5
+        q = q * self.head_dim**-0.5
         cell = cell_shape(feat_size, self.landmark_grid)
         q_l, k_l = cell_means(q, feat_size, cell), cell_means(k, feat_size, cell)
 

@@ -2,6 +2,7 @@
 
 Paper: `Rethinking Attention with Performers`, Choromanski et al., ICLR 2021 - https://arxiv.org/abs/2009.14794
 """
+
 from typing import List
 
 import torch
@@ -45,24 +46,25 @@ class PerformerAttention(GridAttention):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            num_features: int = 128,
-            feature_kind: str = 'positive',
-            orthogonal: bool = True,
-            redraw_interval: int = 1,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_features: int = 128,
+        feature_kind: str = 'positive',
+        orthogonal: bool = True,
+        redraw_interval: int = 1,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         if feature_kind not in ('positive', 'relu'):
             raise ValueError(f"feature_kind must be 'positive' or 'relu', got {feature_kind!r}")
         self.feature_kind = feature_kind
@@ -73,5 +75,12 @@ class PerformerAttention(GridAttention):
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         q, k, v = qkv.unbind(0)
-        return random_feature_attention(q, k, v, feat_size, self.directions(), self.feature_kind,
-                                        dropout_p=self.attn_drop.p if self.training else 0.)
+        return random_feature_attention(
+            q,
+            k,
+            v,
+            feat_size,
+            self.directions(),
+            self.feature_kind,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+        )

@@ -1,4 +1,5 @@
 """The directions of random features as a part of a layer: drawn anew in training, fixed in evaluation."""
+
 import torch
 from torch import nn
 
@@ -27,14 +28,14 @@ class RandomDirections(nn.Module):
     """
 
     def __init__(
-            self,
-            num_heads: int,
-            num_features: int,
-            head_dim: int,
-            orthogonal: bool = True,
-            redraw_interval: int = 1,
-            device=None,
-            dtype=None,
+        self,
+        num_heads: int,
+        num_features: int,
+        head_dim: int,
+        orthogonal: bool = True,
+        redraw_interval: int = 1,
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
         check_whole('num_features', num_features, 1)
@@ -69,8 +70,9 @@ class RandomDirections(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return (f'num_features={self.fixed.shape[1]}, orthogonal={self.orthogonal}, '
-                f'redraw_interval={self.redraw_interval}')
+        return (
+            f'num_features={self.fixed.shape[1]}, orthogonal={self.orthogonal}, redraw_interval={self.redraw_interval}'
+        )
 
     def _shaped(self, gaussian: torch.Tensor) -> torch.Tensor:
         return orthogonal_directions(gaussian) if self.orthogonal else gaussian

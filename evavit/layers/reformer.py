@@ -2,6 +2,7 @@
 
 Paper: `Reformer: The Efficient Transformer`, Kitaev et al., ICLR 2020 - https://arxiv.org/abs/2001.04451
 """
+
 from typing import List
 
 import torch
@@ -55,29 +56,31 @@ class ReformerAttention(GridAttention):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            num_hashes: int = 4,
-            chunk_size: int = 64,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_hashes: int = 4,
+        chunk_size: int = 64,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         check_whole('num_hashes', num_hashes, 1)
         check_whole('chunk_size', chunk_size, 1)
         self.num_hashes = num_hashes
         self.chunk_size = chunk_size
         self.qkv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)  # queries are keys: no rows for these
-        self.register_buffer('rotations', torch.empty(num_hashes, self.head_dim, MAX_BUCKETS // 2, **dd),
-                             persistent=False)
+        self.register_buffer(
+            'rotations', torch.empty(num_hashes, self.head_dim, MAX_BUCKETS // 2, **dd), persistent=False
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,7 +138,7 @@ class ReformerAttention(GridAttention):
 
         meetings = torch.zeros([1], dtype=torch.int16, device=q.device)
         for r in range(self.num_hashes):
-            ahead = places_q[..., r:r + 1] - places_k[..., r:r + 1].transpose(-2, -1)
+            ahead = places_q[..., r : r + 1] - places_k[..., r : r + 1].transpose(-2, -1)
             meetings = meetings + (ahead >> 1 == 0)
         own = torch.arange(self.num_hashes, device=q.device).view(1, 1, -1, 1, 1, 1)
         place_s = torch.gather(places_q, 5, own.expand(q.shape[0], q.shape[1], -1, chunks, m, -1))

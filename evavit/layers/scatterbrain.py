@@ -3,6 +3,7 @@
 Paper: `Scatterbrain: Unifying Sparse and Low-rank Attention Approximation`, Chen et al., NeurIPS 2021 -
 https://arxiv.org/abs/2110.15343; with windows as the sparse part as in EVA's paper, Appendix E.1 and G.5
 """
+
 from typing import List
 
 import torch
@@ -50,25 +51,26 @@ class ScatterbrainAttention(GridAttention):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            *,
-            num_features: int = 96,
-            window_size: int = 7,
-            rel_pos_bias: bool = True,
-            orthogonal: bool = True,
-            redraw_interval: int = 1,
-            qkv_bias: bool = True,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        num_features: int = 96,
+        window_size: int = 7,
+        rel_pos_bias: bool = True,
+        orthogonal: bool = True,
+        redraw_interval: int = 1,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                         attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
         check_whole('window_size', window_size, 1)
         self.window_size = window_size
         self.directions = RandomDirections(num_heads, num_features, self.head_dim, orthogonal, redraw_interval, **dd)
@@ -80,8 +82,12 @@ class ScatterbrainAttention(GridAttention):
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         q, k, v = qkv.unbind(0)
         return scatterbrain_attention(
-            q, k, v, feat_size, self.directions(),
+            q,
+            k,
+            v,
+            feat_size,
+            self.directions(),
             rel_pos_bias=self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
             window_size=self.window_size,
-            dropout_p=self.attn_drop.p if self.training else 0.,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
         )

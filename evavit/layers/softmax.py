@@ -1,4 +1,5 @@
 """Softmax attention over the whole grid, through PyTorch's scaled_dot_product_attention."""
+
 from typing import Final, List
 
 import torch
@@ -17,6 +18,7 @@ class SoftmaxAttention(GridAttention):
     Arguments are those of `GridAttention`. `timm.layers.set_fused_attn` chooses between
     `scaled_dot_product_attention` and the explicit softmax.
     """
+
     fused_attn: Final[bool]
 
     def __init__(self, dim: int, num_heads: int, **kwargs) -> None:
@@ -25,8 +27,8 @@ class SoftmaxAttention(GridAttention):
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         q, k, v = qkv.unbind(0)
-        dropout_p = self.attn_drop.p if self.training else 0.
+        dropout_p = self.attn_drop.p if self.training else 0.0
         if self.fused_attn:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
-        attn = (q * self.head_dim ** -0.5) @ k.transpose(-2, -1)
+        attn = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
         return self.attn_drop(attn.softmax(-1)) @ v

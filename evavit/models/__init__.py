@@ -1,4 +1,5 @@
 """The backbones, registered with timm on import."""
+
 from ._weights import fit_checkpoint, fit_strictly, read_weights
 from .eva_deit import GridVisionTransformer, eva_deit_small, eva_deit_tiny, eva_deit_tiny_784
 from .eva_pvt_v2 import GridPyramidVisionTransformerV2, eva_pvt_v2_b3

@@ -1,4 +1,5 @@
 """Foreign checkpoints, made to fit the modules of this package. Plain dictionaries in and out; no model is needed."""
+
 import math
 import re
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
@@ -53,8 +54,11 @@ def _expand_bias_table(table: torch.Tensor) -> torch.Tensor:
 def _stage_name(name: str) -> str:
     """The published PVT counts stages from 1 in its names; timm's PVT nests them from 0."""
     head, _, tail = name.partition('.')
-    for prefix, template in (('patch_embed', 'stages.{}.downsample'), ('block', 'stages.{}.blocks'),
-                             ('norm', 'stages.{}.norm')):
+    for prefix, template in (
+        ('patch_embed', 'stages.{}.downsample'),
+        ('block', 'stages.{}.blocks'),
+        ('norm', 'stages.{}.norm'),
+    ):
         number = head.removeprefix(prefix)
         if number != head and number.isdigit():
             stage = int(number) - 1
@@ -98,7 +102,8 @@ def convert_published_eva(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torc
 # Parts of timm's and DeiT's softmax models that nothing here corresponds to: tokens beside the grid and what reads
 # them, and the convolutions with which PVT shortens keys and values.
 _NO_COUNTERPART = re.compile(
-    r'^(cls_token|dist_token|reg_token|head_dist\..*)$|\.attn\.(sr|norm)\.(weight|bias)$|relative_position_index$')
+    r'^(cls_token|dist_token|reg_token|head_dist\..*)$|\.attn\.(sr|norm)\.(weight|bias)$|relative_position_index$'
+)
 
 
 def _softmax_sources(names: Iterable[str], own: Iterable[str]) -> Dict[str, Tuple[str, ...]]:
@@ -114,8 +119,8 @@ def _softmax_sources(names: Iterable[str], own: Iterable[str]) -> Dict[str, Tupl
 
 
 def weight_sources(
-        state_dict: Dict[str, torch.Tensor],
-        own: Optional[Dict[str, torch.Tensor]] = None,
+    state_dict: Dict[str, torch.Tensor],
+    own: Optional[Dict[str, torch.Tensor]] = None,
 ) -> Dict[str, Tuple[str, ...]]:
     """This package's name of every tensor of a file that has a counterpart → the names that it is made from.
 
@@ -129,8 +134,8 @@ def weight_sources(
 
 
 def convert_softmax(
-        state_dict: Dict[str, torch.Tensor],
-        own: Optional[Dict[str, torch.Tensor]] = None,
+    state_dict: Dict[str, torch.Tensor],
+    own: Optional[Dict[str, torch.Tensor]] = None,
 ) -> Dict[str, torch.Tensor]:
     """Names and layouts of timm's or DeiT's softmax models to ours; a file of ours stays as it is.
 
@@ -153,8 +158,9 @@ def convert_softmax(
         converted[name] = torch.cat(values) if len(values) > 1 else values[0]
     position = converted.get('pos_embed')
     if position is not None and position.ndim == 3:
-        extra = sum(state_dict[name].shape[1] for name in ('cls_token', 'dist_token', 'reg_token')
-                    if name in state_dict)
+        extra = sum(
+            state_dict[name].shape[1] for name in ('cls_token', 'dist_token', 'reg_token') if name in state_dict
+        )
         # A model whose extra tokens have no position holds a row for each patch already: a square number. So may be
         # the patches of another grid and the extra tokens together: 6 × 8 + 1.
         both = own is not None and 'pos_embed' in own and position.shape[1] == own['pos_embed'].shape[1] + extra
@@ -165,14 +171,14 @@ def convert_softmax(
 
 # Size of the constant part of what the LayerNorm sees, in deviations of the queries or keys (see `linear_summary`).
 # From 8 on the error of the attention hardly falls; bfloat16 rounds the constant part, which speaks for a small one.
-_LINEAR_RATIO = 8.
+_LINEAR_RATIO = 8.0
 
 
 def linear_summary(
-        weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        num_heads: int,
-        norm: Optional[Tuple[torch.Tensor, torch.Tensor]] = None,
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    num_heads: int,
+    norm: Optional[Tuple[torch.Tensor, torch.Tensor]] = None,
 ) -> Dict[str, torch.Tensor]:
     """A summary σ(x) = LN(W x + b) that is nearly the identity: a cell's summary is then its mean query or key.
 
@@ -226,6 +232,7 @@ class Change(NamedTuple):
 
     Actions are 'taken', 'renamed', 'merged', 'resized', 'fresh' and 'dropped'.
     """
+
     name: str
     action: str
     detail: str = ''
@@ -238,8 +245,11 @@ def changes_table(changes: List[Change]) -> str:
         name = re.sub(r'\.(weight|bias)$', '', re.sub(r'\.\d+\.', '.*.', change.name))
         key = (name, change.action, change.detail)
         rows[key] = rows.get(key, 0) + 1
-    cells = [('action', 'tensors', 'name', ''),
-             *((action, str(count), name, detail) for (name, action, detail), count in rows.items())]
+    cells = [
+        ('action', 'tensors', 'name', ''),
+        *((action, str(count), name, detail) for (name, action, detail), count in rows.items()),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in cells)
+    return '\n'.join(
+        '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )

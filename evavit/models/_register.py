@@ -1,4 +1,5 @@
 """Entry points for every attention of the table: `{attention}_{variant}`."""
+
 import sys
 from typing import Any, Callable, Dict
 
@@ -10,9 +11,9 @@ __all__ = ['register_variants']
 
 
 def register_variants(
-        create: Callable[..., Any],
-        variants: Dict[str, Dict[str, Any]],
-        descriptions: Dict[str, str],
+    create: Callable[..., Any],
+    variants: Dict[str, Dict[str, Any]],
+    descriptions: Dict[str, str],
 ) -> None:
     """Register a family's variants with timm, once for each attention of `evavit.layers.ATTENTIONS`.
 
@@ -32,10 +33,10 @@ def register_variants(
 
 
 def _entry_point(
-        create: Callable[..., Any],
-        attention: str,
-        variant: str,
-        model_args: Dict[str, Any],
+    create: Callable[..., Any],
+    attention: str,
+    variant: str,
+    model_args: Dict[str, Any],
 ) -> Callable[..., Any]:
     name = f'{attention}_{variant}'
 

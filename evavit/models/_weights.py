@@ -1,4 +1,5 @@
 """What the families share when weights come in: every file becomes a state dict of the model, with a report."""
+
 import contextlib
 import logging
 import math
@@ -70,8 +71,10 @@ def _fault(path: Path, error: Exception) -> str:
     if 'weights_only' in text or 'Weights only' in text:
         carried = re.search(r'[Uu]nsupported globals?: (.+?)\. |GLOBAL (\S+)', text)
         names = f' ({carried[1] or carried[2]})' if carried else ''
-        return f'not a readable checkpoint: it carries more than tensors{names}, and what a pickle carries may be ' \
-               f'code, so none of it is loaded; ask for the weights as .safetensors'
+        return (
+            f'not a readable checkpoint: it carries more than tensors{names}, and what a pickle carries may be '
+            f'code, so none of it is loaded; ask for the weights as .safetensors'
+        )
     if isinstance(error, (AttributeError, TypeError)):
         return 'not a readable checkpoint: it holds no dictionary of tensors by name'
     return f'not a readable checkpoint: damaged, or of another kind ({text[:200] or type(error).__name__})'
@@ -159,7 +162,7 @@ def _add_fresh(state: Weights, model: nn.Module, new_head: bool) -> Dict[str, st
         if isinstance(attn, EvaAttention) and missing:
             start = _start_attention(name, attn, state, model.block_grid(name))
         for key in missing:
-            part = key[len(name) + 1:]
+            part = key[len(name) + 1 :]
             if part in start:
                 state[key], fresh[key] = start[part], 'starts near softmax attention'
             elif not part.startswith(('qkv.', 'proj.')):
@@ -175,9 +178,9 @@ def _add_fresh(state: Weights, model: nn.Module, new_head: bool) -> Dict[str, st
 
 
 def fit_checkpoint(
-        state_dict: Weights,
-        model: nn.Module,
-        new_head: bool = True,
+    state_dict: Weights,
+    model: nn.Module,
+    new_head: bool = True,
 ) -> Tuple[Weights, List[Change]]:
     """Make a state dict of a model from a file: ours of any size, timm's or DeiT's softmax, or the published EVA's.
 
@@ -200,13 +203,17 @@ def fit_checkpoint(
     state = convert_published_eva(file) if is_published_eva(file) else convert_softmax(file, own)
     kind = type(model).__name__
     if not any(name in own for name in state if not name.startswith('head')):
-        raise RuntimeError(f'these are not the weights of a {kind}: none of the {len(file)} names in the file fits, '
-                           f'the first one is {next(iter(file))}')
+        raise RuntimeError(
+            f'these are not the weights of a {kind}: none of the {len(file)} names in the file fits, '
+            f'the first one is {next(iter(file))}'
+        )
     classes = [values['head.weight'].shape[0] if 'head.weight' in values else None for values in (state, own)]
     if not new_head and None not in classes and classes[0] != classes[1]:
-        raise RuntimeError(f'the file has {classes[0]} classes, the model {classes[1]}; create the model with '
-                           f'num_classes={classes[0]}, or load the file as pretrained_cfg_overlay=dict(file=…), which '
-                           f'starts the classifier anew')
+        raise RuntimeError(
+            f'the file has {classes[0]} classes, the model {classes[1]}; create the model with '
+            f'num_classes={classes[0]}, or load the file as pretrained_cfg_overlay=dict(file=…), which '
+            f'starts the classifier anew'
+        )
     if classes[1] is None:
         state = {name: value for name, value in state.items() if not name.startswith('head.')}
     state = _resize(state, model)
@@ -254,16 +261,24 @@ def _resize(state: Weights, model: nn.Module) -> Weights:
         try:
             patch = adapt_input_conv(own[stem].shape[1], patch, base_chans=patch.shape[1])
         except NotImplementedError as error:
-            raise RuntimeError(f'the file is for {patch.shape[1]} image channels, the model for '
-                               f'{own[stem].shape[1]}; set in_chans={patch.shape[1]}') from error
+            raise RuntimeError(
+                f'the file is for {patch.shape[1]} image channels, the model for '
+                f'{own[stem].shape[1]}; set in_chans={patch.shape[1]}'
+            ) from error
         state = {**state, stem: patch}
     position = state.get('pos_embed')
-    if position is not None and 'pos_embed' in own and position.shape != own['pos_embed'].shape and (
-            position.ndim != 3 or math.isqrt(position.shape[1]) ** 2 != position.shape[1]):
-        raise RuntimeError(f"the file has pos_embed of {_size(position.shape)}, the model "
-                           f"{_size(own['pos_embed'].shape)}; positions are resampled from square grids alone: create "
-                           f"the model with the img_size and patch_size of the file, load it, then call "
-                           f"model.set_input_size(img_size=…)")
+    if (
+        position is not None
+        and 'pos_embed' in own
+        and position.shape != own['pos_embed'].shape
+        and (position.ndim != 3 or math.isqrt(position.shape[1]) ** 2 != position.shape[1])
+    ):
+        raise RuntimeError(
+            f'the file has pos_embed of {_size(position.shape)}, the model '
+            f'{_size(own["pos_embed"].shape)}; positions are resampled from square grids alone: create '
+            f'the model with the img_size and patch_size of the file, load it, then call '
+            f'model.set_input_size(img_size=…)'
+        )
     try:
         state = fit_bias_tables(model.resample_weights(state), model)
     except ValueError as error:  # timm's, on a table that belongs to no window
@@ -274,13 +289,17 @@ def _resize(state: Weights, model: nn.Module) -> Weights:
 def _check_shapes(state: Weights, own: Weights, skip: Tuple[str, ...] = ()) -> None:
     for name, value in state.items():
         if name in own and name not in skip and value.shape != own[name].shape:
-            raise RuntimeError(f"the file has {name} of {_size(value.shape)}, the model {_size(own[name].shape)}; "
-                               f"check the model's name and its arguments (widths, heads, image channels)")
+            raise RuntimeError(
+                f'the file has {name} of {_size(value.shape)}, the model {_size(own[name].shape)}; '
+                f"check the model's name and its arguments (widths, heads, image channels)"
+            )
 
 
 def _check_names(state: Weights, own: Weights, kind: str) -> None:
-    for names, what in (([name for name in own if name not in state], 'lacks'),
-                        ([name for name in state if name not in own], 'has, unlike the model,')):
+    for names, what in (
+        ([name for name in own if name not in state], 'lacks'),
+        ([name for name in state if name not in own], 'has, unlike the model,'),
+    ):
         if names:
             more = f' and {len(names) - 1} more' if len(names) > 1 else ''
             hint = 'init_values=1e-5, for LayerScale' if '.ls1.' in names[0] else "the model's name and its arguments"

@@ -1,4 +1,4 @@
-""" DeiT with an attention that sees the token grid: EVA and the attentions it is compared with
+"""DeiT with an attention that sees the token grid: EVA and the attentions it is compared with
 
 Papers:
   * `Efficient Attention via Control Variates` - https://arxiv.org/abs/2302.04542 (settings: Appendix E.2)
@@ -15,6 +15,7 @@ A third is there for speed alone: `PatchProjection`, the patch embedding's convo
 Tokens stay `(B, N, C)` between the blocks. What would break the grid (class and register tokens, patch dropout,
 attention masks) is refused.
 """
+
 from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
 
 import torch
@@ -46,11 +47,13 @@ class PatchProjection(nn.Conv2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        torch._assert(x.shape[1] == self.in_channels,  # which torch.fx can trace
-                      f'Input channels ({x.shape[1]}) do not match the model ({self.in_channels}).')
+        torch._assert(
+            x.shape[1] == self.in_channels,  # which torch.fx can trace
+            f'Input channels ({x.shape[1]}) do not match the model ({self.in_channels}).',
+        )
         ph, pw = self.kernel_size
         H, W = x.shape[2] // ph, x.shape[3] // pw
-        x = x[:, :, :H * ph, :W * pw].unflatten(3, [W, pw]).unflatten(2, [H, ph])
+        x = x[:, :, : H * ph, : W * pw].unflatten(3, [W, pw]).unflatten(2, [H, ph])
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
@@ -63,9 +66,9 @@ class GridPatchEmbed(PatchEmbed):
         self.proj = self._as_product(self.proj)
 
     def set_input_size(
-            self,
-            img_size: Optional[Union[int, Tuple[int, int]]] = None,
-            patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+        self,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        patch_size: Optional[Union[int, Tuple[int, int]]] = None,
     ) -> None:
         """As in timm, which makes a new convolution for another patch size."""
         super().set_input_size(img_size, patch_size)
@@ -75,8 +78,14 @@ class GridPatchEmbed(PatchEmbed):
     def _as_product(conv: nn.Conv2d) -> nn.Conv2d:
         if isinstance(conv, PatchProjection):
             return conv
-        proj = PatchProjection(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride,
-                               bias=conv.bias is not None, device='meta')
+        proj = PatchProjection(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            bias=conv.bias is not None,
+            device='meta',
+        )
         proj.weight, proj.bias = conv.weight, conv.bias
         return proj.train(conv.training)
 
@@ -95,29 +104,38 @@ class GridBlock(Block):
     """
 
     def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            attn_layer: Callable[..., nn.Module],
-            qkv_bias: bool = False,
-            qk_norm: bool = False,
-            scale_attn_norm: bool = False,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            mlp_layer: Type[nn.Module] = FusedMlp,
-            device=None,
-            dtype=None,
-            **kwargs,
+        self,
+        dim: int,
+        num_heads: int,
+        attn_layer: Callable[..., nn.Module],
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        mlp_layer: Type[nn.Module] = FusedMlp,
+        device=None,
+        dtype=None,
+        **kwargs,
     ) -> None:
         if qk_norm or scale_attn_norm:
             raise ValueError('qk_norm and scale_attn_norm are not part of these attentions; leave them out')
         dd = {'device': device, 'dtype': dtype}
         # nn.Identity takes any arguments: no softmax attention is made only to be thrown away.
-        super().__init__(dim, num_heads, attn_layer=nn.Identity, proj_bias=proj_bias, proj_drop=proj_drop,
-                         mlp_layer=mlp_layer, **kwargs, **dd)
-        self.attn = attn_layer(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias,
-                               attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        super().__init__(
+            dim,
+            num_heads,
+            attn_layer=nn.Identity,
+            proj_bias=proj_bias,
+            proj_drop=proj_drop,
+            mlp_layer=mlp_layer,
+            **kwargs,
+            **dd,
+        )
+        self.attn = attn_layer(
+            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+        )
 
     def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), feat_size)))
@@ -144,31 +162,34 @@ class GridVisionTransformer(VisionTransformer):
     """
 
     def __init__(
-            self,
-            *,
-            attn_layer: str = 'eva',
-            global_pool: str = 'avg',
-            fc_norm: Optional[bool] = False,
-            class_token: bool = False,
-            reg_tokens: int = 0,
-            patch_drop_rate: float = 0.,
-            dynamic_img_size: bool = False,
-            dynamic_img_pad: Optional[bool] = None,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            patch_size: Union[int, Tuple[int, int]] = 16,
-            embed_layer: Callable[..., nn.Module] = GridPatchEmbed,
-            mlp_layer: Type[nn.Module] = FusedMlp,
-            **kwargs,
+        self,
+        *,
+        attn_layer: str = 'eva',
+        global_pool: str = 'avg',
+        fc_norm: Optional[bool] = False,
+        class_token: bool = False,
+        reg_tokens: int = 0,
+        patch_drop_rate: float = 0.0,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: Optional[bool] = None,
+        img_size: Union[int, Tuple[int, int]] = 224,
+        patch_size: Union[int, Tuple[int, int]] = 16,
+        embed_layer: Callable[..., nn.Module] = GridPatchEmbed,
+        mlp_layer: Type[nn.Module] = FusedMlp,
+        **kwargs,
     ) -> None:
         refused = dict(class_token=class_token, reg_tokens=reg_tokens, patch_drop_rate=patch_drop_rate)
         for name, value in refused.items():
             if value:
-                raise ValueError(f'{name}={value} breaks the grid of tokens that windows and cells are cut from; '
-                                 f'leave it out')
+                raise ValueError(
+                    f'{name}={value} breaks the grid of tokens that windows and cells are cut from; leave it out'
+                )
         attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
         if dynamic_img_size and ATTENTIONS[attn_layer].fixed_grid:
-            raise ValueError(f'dynamic_img_size=True: the attention {attn_layer!r} is made for one size of image; '
-                             f'leave it out and give img_size')
+            raise ValueError(
+                f'dynamic_img_size=True: the attention {attn_layer!r} is made for one size of image; '
+                f'leave it out and give img_size'
+            )
         feat_size = [size // patch for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)]
         super().__init__(
             img_size=img_size,
@@ -194,9 +215,9 @@ class GridVisionTransformer(VisionTransformer):
 
     @torch.jit.ignore
     def set_input_size(
-            self,
-            img_size: Optional[Union[int, Tuple[int, int]]] = None,
-            patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+        self,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        patch_size: Optional[Union[int, Tuple[int, int]]] = None,
     ) -> None:
         """Change the size of the images or the patches; what depends on the grid is resampled to the new one."""
         super().set_input_size(img_size=img_size, patch_size=patch_size)
@@ -242,16 +263,16 @@ class GridVisionTransformer(VisionTransformer):
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-            output_dict: bool = False,
-            attn_mask: Optional[torch.Tensor] = None,
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Optional[torch.Tensor] = None,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
         """Features of chosen blocks on the way to the final ones; timm's interface.
 
@@ -274,7 +295,7 @@ class GridVisionTransformer(VisionTransformer):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         x, feat_size = self._embed(x)
-        blocks = self.blocks[:max_index + 1] if stop_early and not torch.jit.is_scripting() else self.blocks
+        blocks = self.blocks[: max_index + 1] if stop_early and not torch.jit.is_scripting() else self.blocks
         intermediates = []
         for i, blk in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -317,10 +338,18 @@ def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs) -> GridVi
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     return {
-        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
-        'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj', 'classifier': 'head', 'license': 'apache-2.0',
+        'url': url,
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': None,
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
         **kwargs,
     }
 
@@ -331,11 +360,16 @@ VARIANTS = {
     'deit_tiny_784': dict(patch_size=8, embed_dim=192, depth=12, num_heads=3),
 }
 
-default_cfgs = generate_default_cfgs({
-    f'{attention}_{variant}': _cfg() for attention in ATTENTIONS for variant in VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {f'{attention}_{variant}': _cfg() for attention in ATTENTIONS for variant in VARIANTS}
+)
 
-register_variants(_create_eva_deit, VARIANTS, {
-    'deit_tiny': 'DeiT-Tiny with {}: 196 tokens (patch 16) at 224 × 224.',
-    'deit_small': 'DeiT-Small with {}: 196 tokens (patch 16) at 224 × 224.',
-    'deit_tiny_784': 'DeiT-Tiny-784 with {}: 784 tokens (patch 8) at 224 × 224.',
-})
+register_variants(
+    _create_eva_deit,
+    VARIANTS,
+    {
+        'deit_tiny': 'DeiT-Tiny with {}: 196 tokens (patch 16) at 224 × 224.',
+        'deit_small': 'DeiT-Small with {}: 196 tokens (patch 16) at 224 × 224.',
+        'deit_tiny_784': 'DeiT-Tiny-784 with {}: 784 tokens (patch 8) at 224 × 224.',
+    },
+)

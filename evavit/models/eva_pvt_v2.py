@@ -1,4 +1,4 @@
-""" PVT v2 with an attention that sees the token grid, in place of attention over downsampled keys and values
+"""PVT v2 with an attention that sees the token grid, in place of attention over downsampled keys and values
 
 Papers:
   * `Efficient Attention via Control Variates` - https://arxiv.org/abs/2302.04542 (settings: Appendix E.2)
@@ -8,6 +8,7 @@ The model is timm's PyramidVisionTransformerV2 with the attention of every block
 stages and softmax in the last, whose 49 tokens at 224 × 224 are one window. timm's blocks already hand `feat_size` to
 their attention, so nothing else changes but for the speed of its MLP.
 """
+
 from typing import Any, Dict, Final, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
@@ -45,6 +46,7 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
     Args:
         mlp: timm's MLP, whose modules this one takes over: parameters, their names and values stay.
     """
+
     fused_mlp: Final[bool]
 
     def __init__(self, mlp: MlpWithDepthwiseConv) -> None:
@@ -62,8 +64,12 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
             return False
         conv = self.dwconv
         one = conv.stride == conv.dilation == conv.padding == (1, 1) and conv.padding_mode == 'zeros'
-        return (one and conv.kernel_size == (3, 3) and conv.groups == conv.in_channels == conv.out_channels
-                and conv.bias is not None)
+        return (
+            one
+            and conv.kernel_size == (3, 3)
+            and conv.groups == conv.in_channels == conv.out_channels
+            and conv.bias is not None
+        )
 
     def extra_repr(self) -> str:
         backend = 'plain'
@@ -101,19 +107,19 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
     """
 
     def __init__(
-            self,
-            *,
-            attn_layer: str = 'eva',
-            embed_dims: Tuple[int, ...] = (64, 128, 320, 512),
-            num_heads: Union[int, Tuple[int, ...]] = (2, 4, 10, 16),
-            qkv_bias: bool = True,
-            attn_drop_rate: float = 0.,
-            proj_drop_rate: float = 0.,
-            img_size: Optional[Union[int, Tuple[int, int]]] = None,
-            dynamic_img_size: bool = True,
-            device=None,
-            dtype=None,
-            **kwargs,
+        self,
+        *,
+        attn_layer: str = 'eva',
+        embed_dims: Tuple[int, ...] = (64, 128, 320, 512),
+        num_heads: Union[int, Tuple[int, ...]] = (2, 4, 10, 16),
+        qkv_bias: bool = True,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        dynamic_img_size: bool = True,
+        device=None,
+        dtype=None,
+        **kwargs,
     ) -> None:
         if not dynamic_img_size:
             raise ValueError('dynamic_img_size=False: this model takes images of any size; leave the argument out')
@@ -125,14 +131,22 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
         heads = to_ntuple(len(embed_dims))(num_heads)
         for dim, stage_heads in zip(embed_dims, heads, strict=True):
             check_heads(dim, stage_heads)
-        super().__init__(embed_dims=embed_dims, num_heads=heads, sr_ratios=1, qkv_bias=qkv_bias,
-                         proj_drop_rate=proj_drop_rate, **kwargs, **dd)
+        super().__init__(
+            embed_dims=embed_dims,
+            num_heads=heads,
+            sr_ratios=1,
+            qkv_bias=qkv_bias,
+            proj_drop_rate=proj_drop_rate,
+            **kwargs,
+            **dd,
+        )
         for i, (stage, feat_size) in enumerate(zip(self.stages, self._feat_sizes(img_size or 224), strict=True)):
             last = i == len(self.stages) - 1
             layer = attention_layer('softmax') if last else attention_layer(attn_layer, feat_size, **attn_kwargs)
             for block in stage.blocks:
-                block.attn = layer(embed_dims[i], heads[i], qkv_bias=qkv_bias, attn_drop=attn_drop_rate,
-                                   proj_drop=proj_drop_rate, **dd)
+                block.attn = layer(
+                    embed_dims[i], heads[i], qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd
+                )
                 block.attn.apply(self._init_weights)
                 block.mlp = FusedMlpWithDepthwiseConv(block.mlp)
         self.nominal_size = to_2tuple(img_size or 224)
@@ -209,21 +223,37 @@ def _create_eva_pvt_v2(variant: str, pretrained: bool = False, **kwargs) -> Grid
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     return {
-        'url': url, 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj', 'classifier': 'head', 'license': 'apache-2.0',
+        'url': url,
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
         **kwargs,
     }
 
 
 VARIANTS = {'pvt_v2_b3': dict(depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16))}
 
-default_cfgs = generate_default_cfgs({
-    f'{attention}_{variant}': _cfg(fixed_input_size=ATTENTIONS[attention].fixed_grid)
-    for attention in ATTENTIONS for variant in VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {
+        f'{attention}_{variant}': _cfg(fixed_input_size=ATTENTIONS[attention].fixed_grid)
+        for attention in ATTENTIONS
+        for variant in VARIANTS
+    }
+)
 
-register_variants(_create_eva_pvt_v2, VARIANTS, {
-    'pvt_v2_b3': 'PVT-v2-b3 with {} in stages 1-3 and softmax in stage 4; head dim 32, 3,136 tokens in stage 1 at '
-                 '224 × 224.',
-})
+register_variants(
+    _create_eva_pvt_v2,
+    VARIANTS,
+    {
+        'pvt_v2_b3': 'PVT-v2-b3 with {} in stages 1-3 and softmax in stage 4; head dim 32, 3,136 tokens in stage 1 at '
+        '224 × 224.',
+    },
+)

@@ -1,4 +1,5 @@
 """Pure tensor functions: no parameters, no state."""
+
 from .dwconv import depthwise_gelu, depthwise_gelu_backend
 from .eva import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
 from .eva.exact import control_variate_coefficients, eva_estimator

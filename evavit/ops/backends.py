@@ -1,4 +1,5 @@
 """Whether fused kernels can run: what the operators share that have some beside a path in plain PyTorch."""
+
 import functools
 import importlib
 
@@ -29,5 +30,9 @@ def needs_plain() -> bool:
     A graph then runs where this package is not installed. The flag is read and `torch.compiler.is_exporting` not
     called: torch 2.11 says True to it under every torch.compile.
     """
-    return (torch.jit.is_tracing() or getattr(torch.compiler, '_is_exporting_flag', False)
-            or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+    return (
+        torch.jit.is_tracing()
+        or getattr(torch.compiler, '_is_exporting_flag', False)
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

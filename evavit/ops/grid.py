@@ -4,6 +4,7 @@ Tokens come as `(B, h, N, d)` with `feat_size = (H, W)` and N = H·W in raster o
 `(bh, bw)` tokens; blocks start at multiples of its size from the top-left corner, and those at the bottom and right
 edge may be short. Windows and cells are both blocks: windows of a fixed size, cells of a size that follows the grid.
 """
+
 import operator
 from typing import List, Optional, Tuple
 
@@ -95,7 +96,7 @@ def from_blocks(x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
     The memory of the result is laid out as `(B, N, h, d)`, so that merging the heads into channels copies nothing.
     """
     x = x.permute(0, 2, 3, 4, 5, 1, 6)
-    x = x.flatten(3, 4).flatten(1, 2)[:, :feat_size[0], :feat_size[1]]
+    x = x.flatten(3, 4).flatten(1, 2)[:, : feat_size[0], : feat_size[1]]
     return x.flatten(1, 2).transpose(1, 2)
 
 
@@ -159,8 +160,9 @@ def to_halos(x: torch.Tensor, feat_size: List[int], block: Tuple[int, int], halo
     return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
 
-def halo_mask(feat_size: List[int], block: Tuple[int, int], halo: Tuple[int, int],
-              device: torch.device) -> torch.Tensor:
+def halo_mask(
+    feat_size: List[int], block: Tuple[int, int], halo: Tuple[int, int], device: torch.device
+) -> torch.Tensor:
     """Which places of `to_halos` hold a token: bool `(blocks, area)`."""
     tokens = torch.ones([1, 1, feat_size[0] * feat_size[1], 1], device=device)
     return to_halos(tokens, feat_size, block, halo)[0, 0, :, :, 0] > 0
@@ -216,17 +218,17 @@ def crop_bias(bias: torch.Tensor, window_size: int, window: Tuple[int, int]) -> 
     if window[0] == window_size and window[1] == window_size:
         return bias
     side = [window_size, window_size]
-    bias = bias.unflatten(2, side).unflatten(1, side)[:, :window[0], :window[1], :window[0], :window[1]]
+    bias = bias.unflatten(2, side).unflatten(1, side)[:, : window[0], : window[1], : window[0], : window[1]]
     return bias.flatten(3, 4).flatten(1, 2)
 
 
 def window_logits(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        feat_size: List[int],
-        window: Tuple[int, int],
-        rel_pos_bias: Optional[torch.Tensor],
-        window_size: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    feat_size: List[int],
+    window: Tuple[int, int],
+    rel_pos_bias: Optional[torch.Tensor],
+    window_size: int,
 ) -> torch.Tensor:
     """Logits q·k + b inside windows, -inf for places without a token.
 
@@ -250,11 +252,11 @@ def window_logits(
 
 
 def joint_attention(
-        local: torch.Tensor,
-        shared: torch.Tensor,
-        v_local: torch.Tensor,
-        v_shared: torch.Tensor,
-        dropout_p: float,
+    local: torch.Tensor,
+    shared: torch.Tensor,
+    v_local: torch.Tensor,
+    v_shared: torch.Tensor,
+    dropout_p: float,
 ) -> torch.Tensor:
     """One softmax over the tokens of a query's window and over what all windows share.
 

@@ -2,6 +2,7 @@
 
 Everything is written for TorchScript as well.
 """
+
 from typing import List, Optional
 
 import torch
@@ -13,12 +14,20 @@ from .random_features import feature_averages, log_positive_features, weigh_samp
 __all__ = ['lara_attention']
 
 
-def _lara_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, landmarks_q: torch.Tensor,
-                    landmarks_k: torch.Tensor, weighting: str, noise: Optional[torch.Tensor], scale: float,
-                    dropout_p: float) -> torch.Tensor:
+def _lara_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    landmarks_q: torch.Tensor,
+    landmarks_k: torch.Tensor,
+    weighting: str,
+    noise: Optional[torch.Tensor],
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
     dtype = accumulation_dtype(q)
     landmarks_q, landmarks_k = landmarks_q.to(dtype), landmarks_k.to(dtype)
-    mean = scale ** 0.5 * (landmarks_q + landmarks_k)  # μ_c
+    mean = scale**0.5 * (landmarks_q + landmarks_k)  # μ_c
     proposals, samples = mean.shape[2], 1
     omega = mean
     if noise is not None:
@@ -42,22 +51,22 @@ def _lara_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, landmarks
     else:
         log_weights = log_weights - log_mixture.unsqueeze(-2)
         if weighting == 'biased':
-            affinity = scale ** 0.5 * q.to(dtype) @ mean.transpose(-2, -1)
+            affinity = scale**0.5 * q.to(dtype) @ mean.transpose(-2, -1)
             log_weights = log_weights + (affinity.repeat_interleave(samples, -1) if samples > 1 else affinity)
     return weigh_samples(log_weights, averages, dropout_p)
 
 
 def lara_attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        feat_size: List[int],
-        landmarks_q: torch.Tensor,
-        landmarks_k: torch.Tensor,
-        weighting: str = 'optimal',
-        noise: Optional[torch.Tensor] = None,
-        scale: Optional[float] = None,
-        dropout_p: float = 0.0,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    landmarks_q: torch.Tensor,
+    landmarks_k: torch.Tensor,
+    weighting: str = 'optimal',
+    noise: Optional[torch.Tensor] = None,
+    scale: Optional[float] = None,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """LARA, linear randomized attention (Zheng et al., ICML 2022, arXiv 2204.04667): random features whose directions
     come from C proposals that follow the input, weighted by multiple importance sampling.

@@ -10,6 +10,7 @@ with q̂, k̂ = s^½ q, s^½ k and log w_nj = log ξ(q̂_n, ω_j) + log Σ_m ξ(
 logarithms: a maximum is subtracted wherever something is exponentiated, no sum is ever 0, and none needs an ε.
 Everything is written for TorchScript as well.
 """
+
 from typing import List, Optional, Tuple
 
 import torch
@@ -19,8 +20,12 @@ from .checks import check_directions, check_dropout, check_tokens
 from .grid import accumulation_dtype
 
 __all__ = [
-    'feature_averages', 'log_positive_features', 'log_relu_features', 'orthogonal_directions',
-    'random_feature_attention', 'weigh_samples',
+    'feature_averages',
+    'log_positive_features',
+    'log_relu_features',
+    'orthogonal_directions',
+    'random_feature_attention',
+    'weigh_samples',
 ]
 
 
@@ -49,14 +54,14 @@ def log_positive_features(x: torch.Tensor, directions: torch.Tensor, scale: floa
         `(B, h, N, S)` in the accumulation dtype: float32, or float64 for float64.
     """
     dtype = accumulation_dtype(x)
-    x = scale ** 0.5 * x.to(dtype)
+    x = scale**0.5 * x.to(dtype)
     return x @ directions.to(dtype).transpose(-2, -1) - 0.5 * (x * x).sum(-1, keepdim=True)
 
 
 def log_relu_features(x: torch.Tensor, directions: torch.Tensor, scale: float, eps: float = 1e-3) -> torch.Tensor:
     """log(ReLU(ω·scale^½ x / S^½) + eps): the generalised attention of the Performer's paper, which is no softmax."""
     dtype = accumulation_dtype(x)
-    projected = (scale ** 0.5 * x.to(dtype)) @ directions.to(dtype).transpose(-2, -1)
+    projected = (scale**0.5 * x.to(dtype)) @ directions.to(dtype).transpose(-2, -1)
     return ((directions.shape[-2] ** -0.5 * projected).relu() + eps).log()
 
 
@@ -81,8 +86,15 @@ def weigh_samples(log_weights: torch.Tensor, averages: torch.Tensor, dropout_p: 
     return attn @ averages
 
 
-def _random_feature_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, directions: torch.Tensor, kind: str,
-                              scale: float, dropout_p: float) -> torch.Tensor:
+def _random_feature_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    directions: torch.Tensor,
+    kind: str,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
     if kind == 'relu':
         log_q, log_k = log_relu_features(q, directions, scale), log_relu_features(k, directions, scale)
     else:
@@ -92,14 +104,14 @@ def _random_feature_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def random_feature_attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        feat_size: List[int],
-        directions: torch.Tensor,
-        kind: str = 'positive',
-        scale: Optional[float] = None,
-        dropout_p: float = 0.0,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    directions: torch.Tensor,
+    kind: str = 'positive',
+    scale: Optional[float] = None,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """Attention through random features (Performer), Equation (4) of the EVA paper.
 

@@ -2,6 +2,7 @@
 
 Everything is written for TorchScript as well.
 """
+
 import math
 from typing import List, Optional
 
@@ -23,9 +24,17 @@ def _sum_of_others(x: torch.Tensor) -> torch.Tensor:
     return before + after
 
 
-def _scatterbrain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int],
-                            directions: torch.Tensor, rel_pos_bias: Optional[torch.Tensor], window_size: int,
-                            scale: float, dropout_p: float) -> torch.Tensor:
+def _scatterbrain_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    directions: torch.Tensor,
+    rel_pos_bias: Optional[torch.Tensor],
+    window_size: int,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
     dtype = accumulation_dtype(q)
     window = window_shape(feat_size, window_size)
     area = window[0] * window[1]
@@ -48,8 +57,14 @@ def _scatterbrain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, f
     # φ(q)·φ(k) is a mean over the directions, which counts beside exact weights: hence - log S.
     far = to_windows(log_q, feat_size, window) + (log_total.unsqueeze(3) + peak - math.log(directions.shape[-2]))
     logit_dtype = dtype if q.dtype == torch.float16 else q.dtype  # float16 ends at 65,504, before the logits do
-    near = window_logits(scale * to_windows(q, feat_size, window).to(logit_dtype),
-                         to_windows(k, feat_size, window).to(logit_dtype), feat_size, window, rel_pos_bias, window_size)
+    near = window_logits(
+        scale * to_windows(q, feat_size, window).to(logit_dtype),
+        to_windows(k, feat_size, window).to(logit_dtype),
+        feat_size,
+        window,
+        rel_pos_bias,
+        window_size,
+    )
     attn = torch.cat([near, far], -1).softmax(-1).to(q.dtype)
     if dropout_p > 0.0:
         attn = F.dropout(attn, dropout_p)
@@ -58,15 +73,15 @@ def _scatterbrain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, f
 
 
 def scatterbrain_attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        feat_size: List[int],
-        directions: torch.Tensor,
-        rel_pos_bias: Optional[torch.Tensor] = None,
-        window_size: int = 7,
-        scale: Optional[float] = None,
-        dropout_p: float = 0.0,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    directions: torch.Tensor,
+    rel_pos_bias: Optional[torch.Tensor] = None,
+    window_size: int = 7,
+    scale: Optional[float] = None,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """Scatterbrain (Chen et al., NeurIPS 2021, arXiv 2110.15343): exact inside the query's window E^n, positive random
     features elsewhere; Equation (30) of the EVA paper, Appendix G.5.
@@ -109,6 +124,7 @@ def scatterbrain_attention(
     if not torch.jit.is_scripting():  # noqa: SIM102
         if not q.is_meta and torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):
-                return _scatterbrain_attention(q, k, v, feat_size, directions, rel_pos_bias, window_size, scale,
-                                               dropout_p)
+                return _scatterbrain_attention(
+                    q, k, v, feat_size, directions, rel_pos_bias, window_size, scale, dropout_p
+                )
     return _scatterbrain_attention(q, k, v, feat_size, directions, rel_pos_bias, window_size, scale, dropout_p)

@@ -33,7 +33,16 @@ log = logging.getLogger(__name__)
 
 # What tells how a checkpoint is to be used, wherever no flag says otherwise.
 FROM_CHECKPOINT = (
-    "model", "num_classes", "in_chans", "img_size", "input_size", "crop_pct", "mean", "std", "interpolation")
+    'model',
+    'num_classes',
+    'in_chans',
+    'img_size',
+    'input_size',
+    'crop_pct',
+    'mean',
+    'std',
+    'interpolation',
+)
 
 
 @contextmanager
@@ -43,19 +52,21 @@ def replacing(path):
     Raises:
         LocalError: the file cannot be written, as on a full disk. What was at `path` is still there.
     """
-    partial = Path(f"{path}.partial")
+    partial = Path(f'{path}.partial')
     try:
         partial.unlink(missing_ok=True)
         yield partial
-        with open(partial, "rb+") as file:
+        with open(partial, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
         _sync_folder(partial.parent)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # PyTorch's own for a write that fails
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise LocalError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)[:200]}); "
-                         f"what was saved before is whole: make room and go on with --resume auto") from error
+        raise LocalError(
+            f'{path}: cannot be written ({getattr(error, "strerror", None) or first_line(error)[:200]}); '
+            f'what was saved before is whole: make room and go on with --resume auto'
+        ) from error
 
 
 def _sync_folder(folder):
@@ -80,20 +91,22 @@ def claimed(folder):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
+        (folder / '.lock').touch()
     except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written ({error.strerror})") from error
-    with open(folder / ".lock", "r+", encoding="utf-8") as file:
+        raise UserError(f'--output {folder}: cannot be written ({error.strerror})') from error
+    with open(folder / '.lock', 'r+', encoding='utf-8') as file:
         try:
             import fcntl  # not on every system
+
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise LocalError(f"{folder}: another run is writing there ({file.read(200)}); let it end, or give another "
-                             f"--experiment") from None
+            raise LocalError(
+                f'{folder}: another run is writing there ({file.read(200)}); let it end, or give another --experiment'
+            ) from None
         except (ImportError, OSError):  # a system, or a file system, without locks
-            log.debug(f"{folder} cannot be locked")
+            log.debug(f'{folder} cannot be locked')
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()
         yield
 
@@ -110,12 +123,13 @@ class Saver(CheckpointSaver):
             amp_scaler=run.stepper if run.stepper.scaling else None,
             checkpoint_dir=str(folder),
             recovery_dir=str(folder),
-            decreasing=settings.eval_metric == "loss",
+            decreasing=settings.eval_metric == 'loss',
             max_history=settings.checkpoint_hist,
-            task=task)
+            task=task,
+        )
         self.plan = plan_of(run)
         self.position = Position()
-        self.last = Path(folder, "last.pth.tar")
+        self.last = Path(folder, 'last.pth.tar')
 
     def save_epoch(self, position, metric):
         """Write the state at the start of an epoch, with the metric of the one before; returns the best and its epoch.
@@ -124,36 +138,38 @@ class Saver(CheckpointSaver):
         """
         self.position, epoch = position, position.epoch - 1
         if not math.isfinite(metric):
-            raise UserError(f"{self.args.eval_metric} {metric:g} after epoch {epoch}: not saved")
+            raise UserError(f'{self.args.eval_metric} {metric:g} after epoch {epoch}: not saved')
         best = self.save_checkpoint(epoch, metric)
-        self._save_weights("last.safetensors", epoch, metric)
+        self._save_weights('last.safetensors', epoch, metric)
         if self.best_epoch == epoch:
-            self._save_weights("model_best.safetensors", epoch, metric)
+            self._save_weights('model_best.safetensors', epoch, metric)
         return best
 
     def save_position(self, position):
         """Write the state within an epoch, unless its numbers have gone bad."""
         if position.streak or not weights_are_finite(self.task):
-            log.warning(f"update {position.update} of epoch {position.epoch} is not saved: loss, gradient or weights "
-                        f"are not finite")
+            log.warning(
+                f'update {position.update} of epoch {position.epoch} is not saved: loss, gradient or weights '
+                f'are not finite'
+            )
             return
         self.position = position
-        whole = str(self.last.with_name("tmp.pth.tar"))
+        whole = str(self.last.with_name('tmp.pth.tar'))
         self._save(whole, position.epoch - 1)
         self._replace(whole, str(self.last))
 
     def state_dict(self, epoch=None, metric=None):
-        return {**super().state_dict(epoch, metric), "position": dataclasses.asdict(self.position), "plan": self.plan}
+        return {**super().state_dict(epoch, metric), 'position': dataclasses.asdict(self.position), 'plan': self.plan}
 
     def load_state_dict(self, state_dict):
-        super().load_state_dict({**state_dict, "pending": (None, None)})
+        super().load_state_dict({**state_dict, 'pending': (None, None)})
         if self.best_metric is not None and math.isnan(self.best_metric):
             self.best_metric = self.best_epoch = None
 
     def _save_weights(self, name, epoch, metric):
         model = unwrap_model(self.task.get_trainable_module(ema=self.task.has_ema()))
         weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        about = dict(format="pt", epoch=str(epoch), metric=str(metric), args=json.dumps(vars(self.args)))
+        about = dict(format='pt', epoch=str(epoch), metric=str(metric), args=json.dumps(vars(self.args)))
         with replacing(self.last.with_name(name)) as partial:
             safetensors.torch.save_file(weights, str(partial), metadata=about)
             shutil.copymode(self.last, partial)  # safetensors makes a file that only its owner can read
@@ -164,7 +180,7 @@ class Saver(CheckpointSaver):
 
     def _replace(self, src, dst):
         if os.path.exists(dst):
-            self._duplicate(dst, self.last.with_name("previous.pth.tar"))
+            self._duplicate(dst, self.last.with_name('previous.pth.tar'))
         os.replace(src, dst)
         _sync_folder(self.checkpoint_dir)
 
@@ -175,8 +191,11 @@ class Saver(CheckpointSaver):
 
 def plan_of(run):
     """What decides which images an update sees."""
-    return dict(images_per_update=run.images_per_update, updates_per_epoch=run.updates_per_epoch,
-                processes=run.process.world_size)
+    return dict(
+        images_per_update=run.images_per_update,
+        updates_per_epoch=run.updates_per_epoch,
+        processes=run.process.world_size,
+    )
 
 
 def find_resume(settings, folder):
@@ -185,19 +204,19 @@ def find_resume(settings, folder):
     A folder that holds a run is not overwritten, unless it goes on from one of its own checkpoints.
     """
     folder = Path(folder)
-    if settings.resume and settings.resume != "auto":
+    if settings.resume and settings.resume != 'auto':
         chosen = Path(settings.resume)
         if not chosen.is_file():
-            raise UserError(f"--resume {chosen}: no such checkpoint")
-        if (folder / "last.pth.tar").is_file() and chosen.resolve().parent != folder.resolve():
-            raise UserError(f"{folder} holds another run than --resume {chosen}: choose another --experiment")
+            raise UserError(f'--resume {chosen}: no such checkpoint')
+        if (folder / 'last.pth.tar').is_file() and chosen.resolve().parent != folder.resolve():
+            raise UserError(f'{folder} holds another run than --resume {chosen}: choose another --experiment')
         return [chosen]
-    kept = sorted(folder.glob("checkpoint-*.pth.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = [path for path in (folder / "last.pth.tar", folder / "previous.pth.tar", *kept) if path.is_file()]
-    if found and settings.resume != "auto":
-        raise UserError(f"{folder} already holds a run: continue it with --resume auto, or choose another --experiment")
-    if not found and settings.resume == "auto":
-        log.info(f"no checkpoint in {folder} yet: starting fresh")
+    kept = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = [path for path in (folder / 'last.pth.tar', folder / 'previous.pth.tar', *kept) if path.is_file()]
+    if found and settings.resume != 'auto':
+        raise UserError(f'{folder} already holds a run: continue it with --resume auto, or choose another --experiment')
+    if not found and settings.resume == 'auto':
+        log.info(f'no checkpoint in {folder} yet: starting fresh')
     return found
 
 
@@ -209,55 +228,80 @@ def resume(candidates, run, saver):
         UserError: none is whole, one does not fit this run, or the processes do not see the same one.
     """
     if not candidates:
-        _agree(run, "none", Position())
+        _agree(run, 'none', Position())
         return Position()
     path, checkpoint, damaged = _first_whole(candidates)
     settings, task = run.settings, run.task
-    check_fit(unwrap_model(task.get_trainable_module()), clean_state_dict(checkpoint["state_dict"]), path)
+    check_fit(unwrap_model(task.get_trainable_module()), clean_state_dict(checkpoint['state_dict']), path)
     full = not settings.no_resume_opt
     if full:
         _check_optimizer(path, checkpoint, settings)
     try:
-        task.load_checkpoint_state(clean_state_dict(checkpoint["state_dict"]), checkpoint.get("task_state"))
+        task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
         if task.has_ema():
-            average = checkpoint.get("state_dict_ema") or checkpoint["state_dict"]
-            task.load_checkpoint_state(clean_state_dict(average), checkpoint.get("task_state_ema"), ema=True)
+            average = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
+            task.load_checkpoint_state(clean_state_dict(average), checkpoint.get('task_state_ema'), ema=True)
         if full:
             _load_optimizer(run, checkpoint)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this run: {first_line(error)[:300]}; resume with the settings it was "
-                        f"written with, or the weights alone with --no-resume-opt") from error
+        raise UserError(
+            f'{path} does not fit this run: {first_line(error)[:300]}; resume with the settings it was '
+            f'written with, or the weights alone with --no-resume-opt'
+        ) from error
     position = _position(path, checkpoint, run)
     _agree(run, path, position)
-    log.info(f"resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}")
+    log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
     _tell_changes(path, checkpoint, settings)
     if saver is not None:
         _set_aside(damaged)
-    if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and "saver" in checkpoint:
-        saver.load_state_dict(checkpoint["saver"])
-        if not position.update and checkpoint.get("metric") is not None:
-            saver.save_epoch(position, checkpoint["metric"])
+    if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and 'saver' in checkpoint:
+        saver.load_state_dict(checkpoint['saver'])
+        if not position.update and checkpoint.get('metric') is not None:
+            saver.save_epoch(position, checkpoint['metric'])
     return position
 
 
 def _agree(run, path, position):
-    run.process.agree((str(path), dataclasses.astuple(position)), lambda seen: (
-        f"the processes would continue from different checkpoints ({' and '.join(sorted({one[0] for one in seen}))}): "
-        f"--output must be one folder that all machines see"))
+    run.process.agree(
+        (str(path), dataclasses.astuple(position)),
+        lambda seen: (
+            f'the processes would continue from different checkpoints '
+            f'({" and ".join(sorted({one[0] for one in seen}))}): '
+            f'--output must be one folder that all machines see'
+        ),
+    )
 
 
 UNTOLD = {  # settings that may change from start to start without changing what is trained
-    "data_dir", "output", "experiment", "resume", "no_resume_opt", "device", "workers", "pin_mem", "log_interval",
-    "checkpoint_interval", "checkpoint_hist", "max_skipped", "max_bad_images", "dry_run", "dataset_download",
-    "num_classes", "validation_batch_size"}
+    'data_dir',
+    'output',
+    'experiment',
+    'resume',
+    'no_resume_opt',
+    'device',
+    'workers',
+    'pin_mem',
+    'log_interval',
+    'checkpoint_interval',
+    'checkpoint_hist',
+    'max_skipped',
+    'max_bad_images',
+    'dry_run',
+    'dataset_download',
+    'num_classes',
+    'validation_batch_size',
+}
 
 
 def _tell_changes(path, checkpoint, settings):
     """A line on the settings that this run has and the checkpoint's had not."""
-    before = checkpoint.get("args")
+    before = checkpoint.get('args')
     before = vars(before) if isinstance(before, argparse.Namespace) else {}
-    changed = [f"{name} {before[name]} → {value}" for name, value in vars(settings).items()
-               if name in before and name not in UNTOLD and before[name] != value]
+    changed = [
+        f'{name} {before[name]} → {value}'
+        for name, value in vars(settings).items()
+        if name in before and name not in UNTOLD and before[name] != value
+    ]
     if changed:
         log.warning(f"warning: other settings than those of {path}, this run's hold: {', '.join(changed)}")
 
@@ -265,7 +309,7 @@ def _tell_changes(path, checkpoint, settings):
 def _set_aside(damaged):
     """Else the next save would put the damaged last checkpoint in the place of the whole one before it."""
     for path in damaged:
-        os.replace(path, f"{path}.damaged")
+        os.replace(path, f'{path}.damaged')
 
 
 def _first_whole(candidates):
@@ -276,7 +320,7 @@ def _first_whole(candidates):
         except UserError as error:
             if number + 1 == len(candidates):
                 raise
-            log.warning(f"{error}: going back to {candidates[number + 1].name}, the one before")
+            log.warning(f'{error}: going back to {candidates[number + 1].name}, the one before')
 
 
 def read_checkpoint(path):
@@ -285,57 +329,65 @@ def read_checkpoint(path):
     Raises:
         UserError: the file is cut short, damaged, of another kind, or carries code.
     """
-    if path.suffix == ".safetensors":
-        raise UserError(f"--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from "
-                        f"them with --initial-checkpoint")
+    if path.suffix == '.safetensors':
+        raise UserError(
+            f'--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from '
+            f'them with --initial-checkpoint'
+        )
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
         if damaged:
-            raise UserError(f"{path}: not a readable checkpoint (its part {damaged} is damaged)")
+            raise UserError(f'{path}: not a readable checkpoint (its part {damaged} is damaged)')
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except UserError:
         raise
     except Exception as error:  # each format has its own errors for a broken file
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise UserError(f"{path}: not a checkpoint of train.py (it has no state_dict)")
-    saved = checkpoint.get("saver") or {}
+        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
+        raise UserError(f'{path}: not a checkpoint of train.py (it has no state_dict)')
+    saved = checkpoint.get('saver') or {}
     try:
-        if "position" in saved:
-            Position(**saved["position"])
-            changed = saved["plan"].keys() ^ {"images_per_update", "updates_per_epoch", "processes"}
+        if 'position' in saved:
+            Position(**saved['position'])
+            changed = saved['plan'].keys() ^ {'images_per_update', 'updates_per_epoch', 'processes'}
         else:
-            changed = None if isinstance(checkpoint.get("epoch", -1), int) else {"epoch"}
+            changed = None if isinstance(checkpoint.get('epoch', -1), int) else {'epoch'}
     except (AttributeError, KeyError, TypeError) as error:
         changed = first_line(error)
     if changed:
-        raise UserError(f"{path}: not a checkpoint of this train.py (its position is of another form: {changed})")
+        raise UserError(f'{path}: not a checkpoint of this train.py (its position is of another form: {changed})')
     return checkpoint
 
 
 def _check_optimizer(path, checkpoint, settings):
     """Weights alone, or another optimizer's state, are nothing to continue from."""
-    if "epoch" not in checkpoint or "optimizer" not in checkpoint:
-        raise UserError(f"--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from "
-                        f"them with --initial-checkpoint")
-    before = getattr(checkpoint.get("args"), "opt", settings.opt)
+    if 'epoch' not in checkpoint or 'optimizer' not in checkpoint:
+        raise UserError(
+            f'--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from '
+            f'them with --initial-checkpoint'
+        )
+    before = getattr(checkpoint.get('args'), 'opt', settings.opt)
     if before != settings.opt:
-        raise UserError(f"{path} was written with opt {before}, this run has {settings.opt}; continue with --opt "
-                        f"{before}, or take the weights alone with --no-resume-opt")
+        raise UserError(
+            f'{path} was written with opt {before}, this run has {settings.opt}; continue with --opt '
+            f'{before}, or take the weights alone with --no-resume-opt'
+        )
 
 
 # What the flags decide in an optimizer; "fused" follows the device, see `recipe.build_optimizer`.
-FROM_FLAGS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "fused")
+FROM_FLAGS = ('lr', 'initial_lr', 'weight_decay', 'betas', 'eps', 'momentum', 'fused')
 
 
 def _load_optimizer(run, checkpoint):
-    state, groups = checkpoint["optimizer"], run.optimizer.param_groups
-    if len(groups) != len(state["param_groups"]):
-        raise ValueError(f"it has {len(state['param_groups'])} groups of parameters, this run {len(groups)} "
-                         f"(--layer-decay, --weight-decay 0)")
-    for group, saved in zip(groups, state["param_groups"], strict=True):
+    state, groups = checkpoint['optimizer'], run.optimizer.param_groups
+    if len(groups) != len(state['param_groups']):
+        raise ValueError(
+            f'it has {len(state["param_groups"])} groups of parameters, this run {len(groups)} '
+            f'(--layer-decay, --weight-decay 0)'
+        )
+    for group, saved in zip(groups, state['param_groups'], strict=True):
         saved.update((name, group[name]) for name in FROM_FLAGS if name in group)
     run.optimizer.load_state_dict(state)
     scaler = checkpoint.get(run.stepper.state_dict_key)
@@ -345,68 +397,72 @@ def _load_optimizer(run, checkpoint):
 
 def _position(path, checkpoint, run):
     """The place to go on from. Within an epoch it counts only where an update sees the same images as before."""
-    saved = checkpoint.get("saver") or {}
-    if "position" not in saved:
-        return Position(epoch=checkpoint.get("epoch", -1) + 1)
-    position, then, now = Position(**saved["position"]), saved["plan"], plan_of(run)
-    changed = f"{path} was written by {then['processes']} processes with {then['images_per_update']} images an update"
-    if position.update and any(then[key] != now[key] for key in ("images_per_update", "updates_per_epoch")):
-        log.info(f"{changed}, here {now['processes']} have {now['images_per_update']}: the order of the images "
-                 f"restarts at epoch {position.epoch}")
+    saved = checkpoint.get('saver') or {}
+    if 'position' not in saved:
+        return Position(epoch=checkpoint.get('epoch', -1) + 1)
+    position, then, now = Position(**saved['position']), saved['plan'], plan_of(run)
+    changed = f'{path} was written by {then["processes"]} processes with {then["images_per_update"]} images an update'
+    if position.update and any(then[key] != now[key] for key in ('images_per_update', 'updates_per_epoch')):
+        log.info(
+            f'{changed}, here {now["processes"]} have {now["images_per_update"]}: the order of the images '
+            f'restarts at epoch {position.epoch}'
+        )
         return Position(epoch=position.epoch)
-    if then["processes"] != now["processes"]:
-        log.info(f"{changed}, here there are {now['processes']}: the images go on in the same order, what each process "
-                 f"draws for itself (mixup, erasing, drop path, noise) is another")
+    if then['processes'] != now['processes']:
+        log.info(
+            f'{changed}, here there are {now["processes"]}: the images go on in the same order, what each process '
+            f'draws for itself (mixup, erasing, drop path, noise) is another'
+        )
     return position
 
 
 def saved_settings(path):
     """The settings that train.py stored in a checkpoint, {} for a file of other origin."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f'{path}: no such checkpoint')
     path = str(path)
     try:
-        if path.endswith(".safetensors"):
-            with safetensors.safe_open(path, framework="pt") as file:
-                return json.loads((file.metadata() or {}).get("args", "{}"))
+        if path.endswith('.safetensors'):
+            with safetensors.safe_open(path, framework='pt') as file:
+                return json.loads((file.metadata() or {}).get('args', '{}'))
         # What train.py writes is a zip archive. Anything else, older files of PyTorch's too, has no settings; whether
         # it has weights is for who reads those to say.
         checkpoint = load_checkpoint_metadata(path) if zipfile.is_zipfile(path) else {}
     except Exception as error:  # each format has its own errors for a broken file
         read_weights(path)
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)[:200]})") from error
-    args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
+        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
+    args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
 def has_average(path):
-    return zipfile.is_zipfile(path) and load_checkpoint_metadata(str(path)).get("state_dict_ema") is not None
+    return zipfile.is_zipfile(path) and load_checkpoint_metadata(str(path)).get('state_dict_ema') is not None
 
 
 def stored_metric(path):
     """What a checkpoint was ranked by, None where that is not in the file."""
     saved_settings(path)  # a file that cannot be read ends in one line here
-    if str(path).endswith(".safetensors"):
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metric = (file.metadata() or {}).get("metric")
-        return None if metric in (None, "None") else float(metric)
+    if str(path).endswith('.safetensors'):
+        with safetensors.safe_open(str(path), framework='pt') as file:
+            metric = (file.metadata() or {}).get('metric')
+        return None if metric in (None, 'None') else float(metric)
     checkpoint = load_checkpoint_metadata(str(path)) if zipfile.is_zipfile(path) else {}
-    return checkpoint.get("metric") if isinstance(checkpoint, dict) else None
+    return checkpoint.get('metric') if isinstance(checkpoint, dict) else None
 
 
 def complete_from_checkpoint(settings, given):
     """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
     saved = saved_settings(settings.checkpoint) if settings.checkpoint else {}
-    kwargs = dict(saved.get("model_kwargs") or {})
-    if given & {"img_size", "input_size"}:  # either says the size, of which the run may have told the model itself
-        given = given | {"img_size", "input_size"}
-        kwargs.pop("img_size", None)
+    kwargs = dict(saved.get('model_kwargs') or {})
+    if given & {'img_size', 'input_size'}:  # either says the size, of which the run may have told the model itself
+        given = given | {'img_size', 'input_size'}
+        kwargs.pop('img_size', None)
     for name in FROM_CHECKPOINT:
         if name not in given and name in saved:
             setattr(settings, name, saved[name])
-    if not saved or settings.model == saved.get("model"):
+    if not saved or settings.model == saved.get('model'):
         settings.model_kwargs = {**kwargs, **(settings.model_kwargs or {})}
-    return saved.get("class_names")
+    return saved.get('class_names')
 
 
 def load_checkpoint(model, settings):
@@ -414,5 +470,5 @@ def load_checkpoint(model, settings):
     if settings.use_ema:
         read_weights(settings.checkpoint)  # says what is wrong with a file that cannot be read
         if not has_average(settings.checkpoint):
-            raise UserError(f"--use-ema: {settings.checkpoint} holds no averaged weights; leave the flag out")
+            raise UserError(f'--use-ema: {settings.checkpoint} holds no averaged weights; leave the flag out')
     load_weights(model, settings.checkpoint, use_ema=settings.use_ema)

@@ -21,7 +21,7 @@ from timm.utils.distributed import init_distributed_device_so
 from evavit.errors import UserError
 
 log = logging.getLogger(__name__)
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+RESTARTS = 'TORCHELASTIC_RESTART_COUNT'
 
 
 class Draw(IntEnum):
@@ -101,44 +101,44 @@ def seed_sample(seed):
 def _restarted_rendezvous(_, **kwargs):
     """env://, with keys of its own for each restart by torchrun: its store still holds the addresses of the processes
     that died, and new ones would wait for those."""
-    for store, rank, world_size in dist.rendezvous("env://", **kwargs):
-        yield dist.PrefixStore(f"restart {os.environ[RESTARTS]}", store), rank, world_size
+    for store, rank, world_size in dist.rendezvous('env://', **kwargs):
+        yield dist.PrefixStore(f'restart {os.environ[RESTARTS]}', store), rank, world_size
 
 
-dist.register_rendezvous_handler("restarted", _restarted_rendezvous)
+dist.register_rendezvous_handler('restarted', _restarted_rendezvous)
 
 
 def check_device(device):
-    if device and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"--device {device}: takes cpu, cuda or cuda:N")
+    if device and not re.fullmatch(r'cpu|cuda(:\d+)?', device):
+        raise UserError(f'--device {device}: takes cpu, cuda or cuda:N')
 
 
 def start_process(device=None):
     """Choose the device, join the group, and let only the first process log."""
     check_device(device)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = device.split(":")[0]
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    kind = device.split(':')[0]
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise UserError(f'--device {device}: PyTorch sees no CUDA device here; use --device cpu')
     try:
-        joined = init_distributed_device_so(device, dist_url="restarted://" if RESTARTS in os.environ else None)
+        joined = init_distributed_device_so(device, dist_url='restarted://' if RESTARTS in os.environ else None)
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {' '.join(str(error).split())[:300]}") from error
-    if not joined["distributed"] and not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    process = Process(torch.device(joined["device"]), joined["global_rank"], joined["local_rank"], joined["world_size"])
+        raise UserError(f'--device {device}: {" ".join(str(error).split())[:300]}') from error
+    if not joined['distributed'] and not dist.is_initialized():
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    process = Process(torch.device(joined['device']), joined['global_rank'], joined['local_rank'], joined['world_size'])
     _start_log(process.primary)
     return process
 
 
 def _start_log(primary):
     """Lines of this package go to standard output of the first process; libraries only warn."""
-    package = logging.getLogger("evavit")
+    package = logging.getLogger('evavit')
     package.handlers.clear()
     package.propagate = False
     if primary:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(logging.Formatter('%(message)s'))
         package.addHandler(handler)
         package.setLevel(logging.INFO)
     else:

@@ -32,14 +32,14 @@ class Position:
     """
 
     epoch: int = 0
-    update: int = 0         # updates of this epoch that are done, skipped ones too
-    lr: float = 0.0         # learning rate of the epoch's first update
-    loss: float = 0.0       # sums over the updates that were not skipped
+    update: int = 0  # updates of this epoch that are done, skipped ones too
+    lr: float = 0.0  # learning rate of the epoch's first update
+    loss: float = 0.0  # sums over the updates that were not skipped
     grad_norm: float = 0.0
-    skipped: int = 0        # updates of this epoch whose loss or gradient was not finite
-    streak: int = 0         # the same, in a row up to now
+    skipped: int = 0  # updates of this epoch whose loss or gradient was not finite
+    streak: int = 0  # the same, in a row up to now
     bad: dict = dataclasses.field(default_factory=dict)  # unreadable images of this epoch, see `images.BadImages.met`
-    seconds: float = 0.0    # time spent in this epoch, and the part of it in which the host waited for data
+    seconds: float = 0.0  # time spent in this epoch, and the part of it in which the host waited for data
     waited: float = 0.0
 
     def next_epoch(self):
@@ -57,7 +57,7 @@ class Run:
     mixup: Any
     settings: Any
     process: Any
-    bad: Any                # the training set's `images.BadImages`
+    bad: Any  # the training set's `images.BadImages`
     updates_per_epoch: int
     epochs: int
     images_per_update: int
@@ -72,7 +72,7 @@ class Stepper(NativeScaler):
     the scale moves under float16 and is 1 otherwise."""
 
     def __init__(self, settings, device):
-        self.scaling = settings.amp and settings.amp_dtype == "float16"
+        self.scaling = settings.amp and settings.amp_dtype == 'float16'
         self.clip_grad, self.clip_mode = settings.clip_grad, settings.clip_mode
         self._scaler = torch.amp.GradScaler(device.type, **({} if self.scaling else dict(init_scale=1.0)))
 
@@ -107,7 +107,7 @@ class Figures:
 
     def put(self, about, values):
         """Hand in the figures of an update; returns those that are ready, as (about, list of floats), or None."""
-        if values.device.type != "cuda":
+        if values.device.type != 'cuda':
             return about, values.tolist()
         ready = self.take()
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -135,10 +135,10 @@ class Progress:
         self.last = 0.0
 
     def show(self, done, text):
-        text = f"{text[0]} {done}/{self.total}  {text[1]}"
+        text = f'{text[0]} {done}/{self.total}  {text[1]}'
         if self.live and (time.monotonic() - self.last > 0.1 or done == self.total):
             self.last = time.monotonic()
-            print(f"\r\033[K{text}", end="\n" if done == self.total else "", flush=True)
+            print(f'\r\033[K{text}', end='\n' if done == self.total else '', flush=True)
         elif self.shown and not self.live and (done % self.interval == 0 or done == self.total):
             log.info(text)
 
@@ -182,15 +182,27 @@ class Ledger:
         window = max(now - self.mark, 1e-9)
         rate, share = (done - self.marked) * run.images_per_update / window, self.waited_before / window
         if done % settings.log_interval == 0 or done == run.updates_per_epoch:
-            scalars = dict(loss=loss, lr=lr, grad_norm=norm, images_per_second=rate, data_wait=share,
-                           memory_gib=memory(run.process.device), skipped=position.skipped)
+            scalars = dict(
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                images_per_second=rate,
+                data_wait=share,
+                memory_gib=memory(run.process.device),
+                skipped=position.skipped,
+            )
             for name, value in scalars.items():
-                self.write(run.done(position), f"train/{name}", value)
+                self.write(run.done(position), f'train/{name}', value)
         per_update = (now - self.began) / (done - self.first)
         left = timedelta(seconds=round(per_update * (run.epochs * run.updates_per_epoch - run.done(position))))
-        self.progress.show(done, (f"epoch {position.epoch}",
-                                  f"loss {loss:.4f}  lr {lr:.3g}  gradient {norm:.3g}  {rate:.0f} img/s  data "
-                                  f"{100 * share:.0f} %  {left} left"))
+        self.progress.show(
+            done,
+            (
+                f'epoch {position.epoch}',
+                f'loss {loss:.4f}  lr {lr:.3g}  gradient {norm:.3g}  {rate:.0f} img/s  data '
+                f'{100 * share:.0f} %  {left} left',
+            ),
+        )
         if done % settings.log_interval == 0:
             self.mark, self.marked, self.waited_before = now, done, 0.0
         return save > 0, stop > 0
@@ -198,20 +210,24 @@ class Ledger:
     def _skip(self, update, lr, loss, norm):
         position, limit = self.position, self.run.settings.max_skipped
         position.skipped, position.streak = position.skipped + 1, position.streak + 1
-        where = (f"loss {loss:g}, gradient norm {norm:g} in update {update} of epoch {position.epoch} (update "
-                 f"{self.run.done(position) - 1} of the run, lr {lr:g})")
+        where = (
+            f'loss {loss:g}, gradient norm {norm:g} in update {update} of epoch {position.epoch} (update '
+            f'{self.run.done(position) - 1} of the run, lr {lr:g})'
+        )
         if position.streak < limit:
-            log.warning(f"{where}: skipped, {position.streak} in a row")
+            log.warning(f'{where}: skipped, {position.streak} in a row')
             return
-        raise UserError(f"{where}, {position.streak} in a row: stopped, the last checkpoint is kept; try a lower --lr, "
-                        f"--clip-grad, or --amp-dtype bfloat16")
+        raise UserError(
+            f'{where}, {position.streak} in a row: stopped, the last checkpoint is kept; try a lower --lr, '
+            f'--clip-grad, or --amp-dtype bfloat16'
+        )
 
 
 def memory(device):
     """Most memory in use so far, in GiB: the tensors' on a GPU, else the process's."""
-    if device.type == "cuda":
+    if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
@@ -239,7 +255,7 @@ def train_epoch(run, position, batches, requests, write, keep):
     epoch, steps = position.epoch, settings.grad_accum_steps
     ledger, figures = Ledger(run, position, write), Figures()
     if position.update == 0:
-        position.lr = run.optimizer.param_groups[0]["lr"]
+        position.lr = run.optimizer.param_groups[0]['lr']
 
     def serve(asked):
         if not any(asked):
@@ -250,8 +266,10 @@ def train_epoch(run, position, batches, requests, write, keep):
         keep(position)
         if asked[1]:
             process.wait()  # for the first process to have written
-            raise Preempted(f"asked to stop: epoch {epoch}, update {position.update} of {run.updates_per_epoch}; go on "
-                            f"with --resume auto")
+            raise Preempted(
+                f'asked to stop: epoch {epoch}, update {position.update} of {run.updates_per_epoch}; go on '
+                f'with --resume auto'
+            )
 
     for update in range(position.update, run.updates_per_epoch):
         loss = torch.zeros((), device=process.device)
@@ -259,8 +277,10 @@ def train_epoch(run, position, batches, requests, write, keep):
             with ledger.waiting():
                 images, target = next(batches, (None, None))
             if images is None:
-                raise UserError(f"the training data ended before update {update} of {run.updates_per_epoch}; "
-                                f"set --train-num-samples")
+                raise UserError(
+                    f'the training data ended before update {update} of {run.updates_per_epoch}; '
+                    f'set --train-num-samples'
+                )
             process.seed(settings.seed, Draw.STEP, epoch, update * steps + step)
             if settings.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -271,9 +291,10 @@ def train_epoch(run, position, batches, requests, write, keep):
         asked = requests.now(epoch * run.updates_per_epoch + update + 1, update + 1 == run.updates_per_epoch)
         loss, save, stop = process.mean(torch.stack((loss, *(loss.new_full((), float(flag)) for flag in asked))))
         norm = run.stepper.step(
-            run.optimizer, loss, parameters, task.get_clip_parameters(exclude_head="agc" in settings.clip_mode))
+            run.optimizer, loss, parameters, task.get_clip_parameters(exclude_head='agc' in settings.clip_mode)
+        )
         task.update_ema(step=epoch * run.updates_per_epoch + update + 1)
-        about = update, run.optimizer.param_groups[0]["lr"]
+        about = update, run.optimizer.param_groups[0]['lr']
         if run.schedule is not None:
             run.schedule.step_update(epoch * run.updates_per_epoch + update + 1)
         done = update + 1
@@ -287,14 +308,21 @@ def train_epoch(run, position, batches, requests, write, keep):
         skipped=position.skipped,
         bad_images=len(run.bad.met),
         images_per_second=position.update * run.images_per_update / seconds,
-        data_wait=position.waited / seconds)
+        data_wait=position.waited / seconds,
+    )
 
 
 def weights_are_finite(task):
     """Of parameters and buffers, such as the running statistics of a batch norm; those of the average too."""
     modules = [task.get_trainable_module()] + ([task.get_trainable_module(ema=True)] if task.has_ema() else [])
-    return torch.stack([value.isfinite().all() for module in modules for value in module.state_dict().values()
-                        if value.is_floating_point()]).all()
+    return torch.stack(
+        [
+            value.isfinite().all()
+            for module in modules
+            for value in module.state_dict().values()
+            if value.is_floating_point()
+        ]
+    ).all()
 
 
 def check_finite(task, judged, process, epoch, lr):
@@ -302,23 +330,25 @@ def check_finite(task, judged, process, epoch, lr):
 
     The update that breaks the weights shows in the next one's loss; the last of an epoch has no next one.
     """
-    bad = [f"validation {name} {value:g}" for name, value in judged.items() if not math.isfinite(value)]
+    bad = [f'validation {name} {value:g}' for name, value in judged.items() if not math.isfinite(value)]
     if process.mean(weights_are_finite(task).float()) < 1:
-        bad.append("weights that are not finite")
+        bad.append('weights that are not finite')
     if bad:
-        raise UserError(f"{', '.join(bad)} after epoch {epoch} (lr {lr:g}): stopped, the last checkpoint is kept; try "
-                        f"a lower --lr, --clip-grad, or --amp-dtype bfloat16")
+        raise UserError(
+            f'{", ".join(bad)} after epoch {epoch} (lr {lr:g}): stopped, the last checkpoint is kept; try '
+            f'a lower --lr, --clip-grad, or --amp-dtype bfloat16'
+        )
 
 
 def _forward_backward(run, images, target):
     with autocast(run.settings, run.process.device):
-        loss = run.task(images, target)["loss"] / run.settings.grad_accum_steps
+        loss = run.task(images, target)['loss'] / run.settings.grad_accum_steps
     run.stepper.backward(loss)
     return loss.detach()
 
 
 @torch.no_grad()
-def evaluate(model, loader, evaluator_of, settings, process, name="validation", first_batch=None):
+def evaluate(model, loader, evaluator_of, settings, process, name='validation', first_batch=None):
     """Loss, top-1 and top-5 (percent) over every image once, whatever the number of processes. Unreadable images are
     left out: the number of images that comes back with the metrics is without them.
 
@@ -348,11 +378,11 @@ def evaluate(model, loader, evaluator_of, settings, process, name="validation", 
             first_batch = None
         if progress.live:
             running = evaluator.summary()
-            progress.show(step, (name, f"loss {running['loss']:.4f}  top-1 {running['top1']:.2f}"))
+            progress.show(step, (name, f'loss {running["loss"]:.4f}  top-1 {running["top1"]:.2f}'))
     bad.review(process)
     images = evaluator.counts[0].clone()
     if process.distributed:
         torch.distributed.all_reduce(images)
     if not images:
-        raise UserError(f"{name}: none of its {len(loader.dataset)} images can be read; there is nothing to judge by")
+        raise UserError(f'{name}: none of its {len(loader.dataset)} images can be read; there is nothing to judge by')
     return dict(evaluator.compute(distributed=process.distributed)), int(images)

@@ -45,10 +45,10 @@ class Journal:
         self.run, self.class_names, self.data_config = run, class_names, data_config
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_settings(run.settings, folder / "args.yaml", remarks)
+            save_settings(run.settings, folder / 'args.yaml', remarks)
         except OSError as error:
-            raise UserError(f"--output {folder}: cannot be written ({error.strerror})") from error
-        self.summary, self.shown = Path(folder, "summary.csv"), None
+            raise UserError(f'--output {folder}: cannot be written ({error.strerror})') from error
+        self.summary, self.shown = Path(folder, 'summary.csv'), None
         if self.summary.exists():
             self._trim_summary(position.epoch)
         with self._written():
@@ -58,20 +58,20 @@ class Journal:
         try:
             self._rewrite_summary(lambda name: trim_summary(name, epoch))
         except (ValueError, csv.Error) as error:  # a run that can go on does, its figures so far are TensorBoard's too
-            damaged = f"{self.summary}.damaged"
-            log.warning(f"warning: {self.summary} is no summary of a run ({str(error)[:80]}): kept as {damaged}")
+            damaged = f'{self.summary}.damaged'
+            log.warning(f'warning: {self.summary} is no summary of a run ({str(error)[:80]}): kept as {damaged}')
             os.replace(self.summary, damaged)
 
     def _fit_summary(self, name, columns):
         """A run that goes on with other settings may have other columns: those of the rows so far come last."""
         if not os.path.exists(name):
             return
-        with open(name, newline="", encoding="utf-8") as file:
+        with open(name, newline='', encoding='utf-8') as file:
             rows = list(csv.DictReader(file))
         if rows and list(rows[0]) != columns:
-            with open(name, "w", newline="", encoding="utf-8") as file:
+            with open(name, 'w', newline='', encoding='utf-8') as file:
                 others = [key for key in rows[0] if key not in columns]
-                writer = csv.DictWriter(file, columns + others, extrasaction="ignore")
+                writer = csv.DictWriter(file, columns + others, extrasaction='ignore')
                 writer.writeheader()
                 writer.writerows(rows)
 
@@ -81,8 +81,10 @@ class Journal:
         try:
             yield
         except OSError as error:
-            raise LocalError(f"{self.summary.parent}: the curves cannot be written ({error.strerror}); what was saved "
-                             f"before is whole: make room and go on with --resume auto") from error
+            raise LocalError(
+                f'{self.summary.parent}: the curves cannot be written ({error.strerror}); what was saved '
+                f'before is whole: make room and go on with --resume auto'
+            ) from error
 
     def _rewrite_summary(self, change):
         with replacing(self.summary) as partial:
@@ -101,7 +103,7 @@ class Journal:
 
     def epoch(self, position, trained, judged, lr):
         """Enter the epoch that ends at `position`, the start of the next one."""
-        columns = ["epoch", *(f"train_{name}" for name in trained), *(f"eval_{name}" for name in judged), "lr"]
+        columns = ['epoch', *(f'train_{name}' for name in trained), *(f'eval_{name}' for name in judged), 'lr']
 
         def enter(name):
             self._fit_summary(name, columns)
@@ -110,13 +112,13 @@ class Journal:
         self._rewrite_summary(enter)
         update = self.run.done(position)
         for name, value in judged.items():
-            self.scalar(update, f"eval/{name}", value)
+            self.scalar(update, f'eval/{name}', value)
         if self.shown:  # no image, where none of this process's share can be read
             with self._written():
-                self.writer.add_image("validation", self._picture(*self.shown), update)
+                self.writer.add_image('validation', self._picture(*self.shown), update)
             for layer, figures in attention_health(self.run, self.shown[0]).items():
                 for name, value in figures.items():
-                    self.scalar(update, f"{name}/{layer}", value)
+                    self.scalar(update, f'{name}/{layer}', value)
         self.shown = None
         self.flush()
 
@@ -135,18 +137,18 @@ class Journal:
     def _picture(self, images, target, labels, chances):
         """Images `(n, C, H, W)` side by side, under each what was predicted, and the truth where that is wrong."""
         device = images.device
-        mean, std = (torch.tensor(self.data_config[key], device=device).view(-1, 1, 1) for key in ("mean", "std"))
+        mean, std = (torch.tensor(self.data_config[key], device=device).view(-1, 1, 1) for key in ('mean', 'std'))
         pixels = ((images.float() * std + mean).clamp(0, 1) * 255).byte().expand(-1, 3, -1, -1)
         side, caption, columns = 128, 26, 4
         rows = -(-len(pixels) // columns)
-        sheet = Image.new("RGB", (columns * side, rows * (side + caption)))
+        sheet = Image.new('RGB', (columns * side, rows * (side + caption)))
         draw = ImageDraw.Draw(sheet)
         for number, (image, truth, label, chance) in enumerate(zip(pixels, target, labels, chances, strict=True)):
             left, top = number % columns * side, number // columns * (side + caption)
             picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
             sheet.paste(picture.resize((side, side), Image.Resampling.BILINEAR), (left, top))
             right, colour = truth == label, (120, 255, 120) if truth == label else (255, 120, 120)
-            lines = [f"{self._name(label)} {100 * chance:.0f} %", "" if right else f"is {self._name(truth)}"]
+            lines = [f'{self._name(label)} {100 * chance:.0f} %', '' if right else f'is {self._name(truth)}']
             for line, text in enumerate(lines):
                 draw.text((left + 2, top + side + 12 * line), text[:20], fill=colour)
         return np.asarray(sheet).transpose(2, 0, 1)
@@ -160,14 +162,18 @@ def attention_health(run, images):
     with an ablation have other weights and are left out.
     """
     model = unwrap_model(run.task.get_trainable_module())
-    layers = {module: name for name, module in model.named_modules()
-              if isinstance(module, EvaAttention) and not module.variant}
+    layers = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, EvaAttention) and not module.variant
+    }
     found = {}
 
     def look(layer, args):
         exact, cells, effective = layer.attention_mass(*args)
-        found[layers[layer]] = dict(mass_on_E=exact.mean().item(), mass_on_cells=cells.mean().item(),
-                                    effective_cells=effective.mean().item())
+        found[layers[layer]] = dict(
+            mass_on_E=exact.mean().item(), mass_on_cells=cells.mean().item(), effective_cells=effective.mean().item()
+        )
 
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     training = model.training

@@ -21,10 +21,10 @@ class Requests:
     """
 
     def __init__(self, interval, primary=True):
-        number = re.fullmatch(r"(\d+)(m?)|(\d+\.\d+)(m)", interval or "1")
+        number = re.fullmatch(r'(\d+)(m?)|(\d+\.\d+)(m)', interval or '1')
         value = float(number[1] or number[3]) if number else 0.0
         if not value:
-            raise UserError(f"checkpoint_interval {interval!r}: takes a number of updates (500) or of minutes (10m)")
+            raise UserError(f'checkpoint_interval {interval!r}: takes a number of updates (500) or of minutes (10m)')
         minutes = bool(number[2] or number[4])
         self.updates = int(value) if interval and not minutes else None
         self.seconds = 60 * value if interval and minutes else None
@@ -46,8 +46,9 @@ class Requests:
 
     def now(self, update, last):
         """(save, stop) after `update` updates of the run; `last` is the epoch's last one, saved before validation."""
-        due = ((self.updates is not None and (last or update % self.updates == 0))
-               or (self.seconds is not None and (last or time.monotonic() - self.saved >= self.seconds)))
+        due = (self.updates is not None and (last or update % self.updates == 0)) or (
+            self.seconds is not None and (last or time.monotonic() - self.saved >= self.seconds)
+        )
         if due:
             self.saved = time.monotonic()
         return due and self.primary, self.stop

@@ -7,12 +7,12 @@ from runs import CLASSES, MODEL, QUICK, load_script, write_images
 from evavit.errors import run_script
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope='session')
 def images(tmp_path_factory):
     """24 images to train on and 13 to validate on: batches of 4 and two processes do not divide them evenly."""
-    root = tmp_path_factory.mktemp("images")
-    write_images(root / "train", dict.fromkeys(CLASSES, 8))
-    write_images(root / "val", dict(zip(CLASSES, (5, 4, 4), strict=True)))
+    root = tmp_path_factory.mktemp('images')
+    write_images(root / 'train', dict.fromkeys(CLASSES, 8))
+    write_images(root / 'val', dict(zip(CLASSES, (5, 4, 4), strict=True)))
     return root
 
 
@@ -42,8 +42,8 @@ def train(call, images, tmp_path):
     """train(name, *flags) → the folder of a finished run of the tiny model."""
 
     def train(name, *flags, model=MODEL):
-        place = ["--data-dir", images, "--output", tmp_path, "--experiment", name]
-        code, out, err = call("train", *model, *QUICK, *place, *flags)
+        place = ['--data-dir', images, '--output', tmp_path, '--experiment', name]
+        code, out, err = call('train', *model, *QUICK, *place, *flags)
         assert code == 0, out + err
         return tmp_path / name
 

@@ -14,113 +14,127 @@ from evavit.errors import PREEMPTED
 from evavit.training import checkpoint
 from evavit.training.data import images as images_module
 
-ALLOW = ["--max-bad-images", "0.2"]
+ALLOW = ['--max-bad-images', '0.2']
 
 
 @pytest.fixture
 def folder(tmp_path):
     """24 images to train on, of which two are broken, and 13 to validate on, of which one is."""
-    root = tmp_path / "data"
-    write_images(root / "train", dict(apple=8, pear=8, plum=8))
-    write_images(root / "val", dict(apple=5, pear=4, plum=4))
+    root = tmp_path / 'data'
+    write_images(root / 'train', dict(apple=8, pear=8, plum=8))
+    write_images(root / 'val', dict(apple=5, pear=4, plum=4))
     bad = faults.bad_files()
-    (root / "train" / "pear" / "3.png").write_bytes(bad["truncated.png"][0])
-    (root / "train" / "plum" / "5.png").write_bytes(bad["bomb.png"][0])
-    (root / "val" / "apple" / "2.png").write_bytes(bad["zeros.jpg"][0])
+    (root / 'train' / 'pear' / '3.png').write_bytes(bad['truncated.png'][0])
+    (root / 'train' / 'plum' / '5.png').write_bytes(bad['bomb.png'][0])
+    (root / 'val' / 'apple' / '2.png').write_bytes(bad['zeros.jpg'][0])
     return root
 
 
 @pytest.fixture
 def train(call, folder, tmp_path):
     def train(name, *flags):
-        return call("train", *MODEL, *QUICK, "--data-dir", folder, "--output", tmp_path, "--experiment", name, *flags)
+        return call('train', *MODEL, *QUICK, '--data-dir', folder, '--output', tmp_path, '--experiment', name, *flags)
 
     return train
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize('workers', [0, 2])
 def test_a_few_are_named_and_replaced(train, call, folder, tmp_path, workers):
-    code, out, err = train("run", *ALLOW, "--workers", workers)
-    assert code == 0 and err == "", err
-    warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
+    code, out, err = train('run', *ALLOW, '--workers', workers)
+    assert code == 0 and err == '', err
+    warnings = [line for line in out.splitlines() if line.startswith('warning: ')]
     assert len(warnings) == 3  # once a run, not once an epoch
-    assert all(any(name in line for line in warnings) for name in ("pear/3.png", "plum/5.png", "apple/2.png"))
-    assert re.search(r"left out, 2 of 24 in this epoch, 4 allowed", out)
-    header, *rows = (tmp_path / "run" / "summary.csv").read_text().splitlines()
-    column = header.split(",").index("train_bad_images")
-    assert [row.split(",")[column] for row in rows] == ["2", "2"]
-    code, out, err = call("validate", "--checkpoint", tmp_path / "run" / "last.safetensors", "--data-dir", folder,
-                          *ALLOW, "--workers", workers)
-    assert code == 0 and "(12 images)" in out and "apple/2.png" in out, err
+    assert all(any(name in line for line in warnings) for name in ('pear/3.png', 'plum/5.png', 'apple/2.png'))
+    assert re.search(r'left out, 2 of 24 in this epoch, 4 allowed', out)
+    header, *rows = (tmp_path / 'run' / 'summary.csv').read_text().splitlines()
+    column = header.split(',').index('train_bad_images')
+    assert [row.split(',')[column] for row in rows] == ['2', '2']
+    code, out, err = call(
+        'validate',
+        '--checkpoint',
+        tmp_path / 'run' / 'last.safetensors',
+        '--data-dir',
+        folder,
+        *ALLOW,
+        '--workers',
+        workers,
+    )
+    assert code == 0 and '(12 images)' in out and 'apple/2.png' in out, err
 
 
 def test_workers_and_restarts_see_the_same_images(train, tmp_path, monkeypatch):
-    flags = [*ALLOW, "--epochs", "3", "--aa", "rand-m9-mstd0.5-inc1", "--workers", "2"]
-    assert train("whole", *flags)[0] == 0
+    flags = [*ALLOW, '--epochs', '3', '--aa', 'rand-m9-mstd0.5-inc1', '--workers', '2']
+    assert train('whole', *flags)[0] == 0
     save_epoch = checkpoint.Saver.save_epoch
 
     def stop_after_one(saver, epoch, metric):
         save_epoch(saver, epoch, metric)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.Saver, "save_epoch", stop_after_one)
+    monkeypatch.setattr(checkpoint.Saver, 'save_epoch', stop_after_one)
     with pytest.raises(KeyboardInterrupt):
-        train("parts", *flags)
+        train('parts', *flags)
     torch.distributed.destroy_process_group()
     monkeypatch.undo()
-    assert train("parts", *flags, "--resume", "auto")[0] == 0
-    a, b = (weights(tmp_path / name / "last.safetensors") for name in ("whole", "parts"))
+    assert train('parts', *flags, '--resume', 'auto')[0] == 0
+    a, b = (weights(tmp_path / name / 'last.safetensors') for name in ('whole', 'parts'))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("flags, moments", [
-    (["-b", "2", "--grad-accum-steps", "5"], (1, 4)),  # two batches of twelve are left over in each epoch
-    (["-b", "4", "--aug-repeats", "3"], (2, 9))])  # an image before the stop comes again after it
+@pytest.mark.parametrize(
+    'flags, moments',
+    [
+        (['-b', '2', '--grad-accum-steps', '5'], (1, 4)),  # two batches of twelve are left over in each epoch
+        (['-b', '4', '--aug-repeats', '3'], (2, 9)),
+    ],
+)  # an image before the stop comes again after it
 def test_a_stop_with_bad_images_changes_nothing(train, tmp_path, monkeypatch, flags, moments):
-    flags = [*DRAWN, *ALLOW, "--epochs", "3", "--resume", "auto", *flags]
-    assert train("whole", *flags)[0] == 0
+    flags = [*DRAWN, *ALLOW, '--epochs', '3', '--resume', 'auto', *flags]
+    assert train('whole', *flags)[0] == 0
     known = []
     for moment in moments:
         signal_at(monkeypatch, [moment])
-        assert train("parts", *flags)[0] == PREEMPTED
+        assert train('parts', *flags)[0] == PREEMPTED
         monkeypatch.undo()
-        known += checkpoint.read_checkpoint(tmp_path / "parts" / "last.pth.tar")["saver"]["position"]["bad"].values()
-    assert any("pear/3.png" in line or "plum/5.png" in line for line in known)
-    assert train("parts", *flags)[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+        known += checkpoint.read_checkpoint(tmp_path / 'parts' / 'last.pth.tar')['saver']['position']['bad'].values()
+    assert any('pear/3.png' in line or 'plum/5.png' in line for line in known)
+    assert train('parts', *flags)[0] == 0
+    assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
 
 
-@pytest.mark.parametrize("script", ["train", "validate"])
+@pytest.mark.parametrize('script', ['train', 'validate'])
 def test_too_many_stop_with_a_line(script, train, call, folder, tmp_path):
-    if script == "train":
-        code, _, err = train("run", "--max-bad-images", "0.05")
-        assert "2 of 24" in err and "--max-bad-images 0.05 allows 1" in err
+    if script == 'train':
+        code, _, err = train('run', '--max-bad-images', '0.05')
+        assert '2 of 24' in err and '--max-bad-images 0.05 allows 1' in err
     else:
-        assert train("run", *ALLOW)[0] == 0
-        code, _, err = call("validate", "--checkpoint", tmp_path / "run" / "last.safetensors", "--data-dir", folder,
-                            "--workers", "0")
-        assert "1 of 13" in err and "apple/2.png" in err and "--max-bad-images 0.001 allows 0" in err
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+        assert train('run', *ALLOW)[0] == 0
+        code, _, err = call(
+            'validate', '--checkpoint', tmp_path / 'run' / 'last.safetensors', '--data-dir', folder, '--workers', '0'
+        )
+        assert '1 of 13' in err and 'apple/2.png' in err and '--max-bad-images 0.001 allows 0' in err
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1
 
 
 def test_two_processes_agree(folder, tmp_path):
     """Both broken images of training and the one of validation, each read by one process, are counted in both."""
-    place = ["--data-dir", folder, "--output", tmp_path]
-    done = command("train", *MODEL, *QUICK, *place, "--experiment", "two", "-b", "2", *ALLOW, processes=2)
+    place = ['--data-dir', folder, '--output', tmp_path]
+    done = command('train', *MODEL, *QUICK, *place, '--experiment', 'two', '-b', '2', *ALLOW, processes=2)
     assert done.returncode == 0, done.stderr
-    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 3 and "2 of 24 in this epoch" in done.stdout
-    assert all(any(name in line for line in warnings) for name in ("pear/3.png", "plum/5.png", "apple/2.png"))
-    assert list(scalars(tmp_path / "two", "eval/loss")) == [6, 12]
-    done = command("train", *MODEL, *QUICK, *place, "--experiment", "stop", "-b", "2", "--max-bad-images", "0.05",
-                   processes=2)
-    assert done.returncode != 0 and re.search(r"exitcode *: 2", done.stderr)
-    assert done.stderr.count("error: ") >= 1 and "2 of 24 in this epoch are not" in done.stderr
+    warnings = [line for line in done.stdout.splitlines() if line.startswith('warning: ')]
+    assert len(warnings) == 3 and '2 of 24 in this epoch' in done.stdout
+    assert all(any(name in line for line in warnings) for name in ('pear/3.png', 'plum/5.png', 'apple/2.png'))
+    assert list(scalars(tmp_path / 'two', 'eval/loss')) == [6, 12]
+    done = command(
+        'train', *MODEL, *QUICK, *place, '--experiment', 'stop', '-b', '2', '--max-bad-images', '0.05', processes=2
+    )
+    assert done.returncode != 0 and re.search(r'exitcode *: 2', done.stderr)
+    assert done.stderr.count('error: ') >= 1 and '2 of 24 in this epoch are not' in done.stderr
 
 
 def test_a_file_that_vanishes(train, folder, monkeypatch):
     """Between two epochs, as on a shared disk that is being tidied."""
-    victim = folder / "train" / "apple" / "6.png"
+    victim = folder / 'train' / 'apple' / '6.png'
     begin = images_module.BadImages.begin
     calls = []
 
@@ -130,31 +144,31 @@ def test_a_file_that_vanishes(train, folder, monkeypatch):
         if len(calls) == 3:
             victim.unlink()
 
-    monkeypatch.setattr(images_module.BadImages, "begin", vanish)
-    code, out, _ = train("run", *ALLOW, "--workers", "2")
-    assert code == 0 and f"{victim} is not a readable image (No such file or directory); left out, " in out
+    monkeypatch.setattr(images_module.BadImages, 'begin', vanish)
+    code, out, _ = train('run', *ALLOW, '--workers', '2')
+    assert code == 0 and f'{victim} is not a readable image (No such file or directory); left out, ' in out
 
 
-@pytest.mark.parametrize("place", ["train/back", "train/pear/back"])
+@pytest.mark.parametrize('place', ['train/back', 'train/pear/back'])
 def test_a_circle_of_links_is_left_out(train, folder, place):
-    (folder / place).symlink_to(folder / "train", target_is_directory=True)
-    (folder / "train" / "plum" / "self.png").symlink_to("self.png")
-    os.mkfifo(folder / "train" / "plum" / "pipe.png")
-    code, out, err = train("run", *ALLOW)
+    (folder / place).symlink_to(folder / 'train', target_is_directory=True)
+    (folder / 'train' / 'plum' / 'self.png').symlink_to('self.png')
+    os.mkfifo(folder / 'train' / 'plum' / 'pipe.png')
+    code, out, err = train('run', *ALLOW)
     assert code == 0, err
-    assert f"1 links that lead back to a folder around them, left out: {folder / place}" in out
-    assert f"1 names of images that are no files, left out: {folder / 'train' / 'plum' / 'pipe.png'}" in out
-    assert "25 images, " in out and "self.png is not a readable image (Too many levels of symbolic links)" in out
+    assert f'1 links that lead back to a folder around them, left out: {folder / place}' in out
+    assert f'1 names of images that are no files, left out: {folder / "train" / "plum" / "pipe.png"}' in out
+    assert '25 images, ' in out and 'self.png is not a readable image (Too many levels of symbolic links)' in out
 
 
 def test_a_class_without_images_keeps_its_label(train, folder, tmp_path):
     """Where --class-map fixes the labels; else it is an error (test_bad_input.py)."""
-    (folder / "train" / "cherry").mkdir()
-    (tmp_path / "classes.txt").write_text("cherry\napple\npear\nplum\n")
-    code, out, err = train("run", *ALLOW, "--class-map", tmp_path / "classes.txt")
+    (folder / 'train' / 'cherry').mkdir()
+    (tmp_path / 'classes.txt').write_text('cherry\napple\npear\nplum\n')
+    code, out, err = train('run', *ALLOW, '--class-map', tmp_path / 'classes.txt')
     assert code == 0, err
-    assert f"warning: {folder / 'train' / 'cherry'}: class folder without an image" in out
-    assert weights(tmp_path / "run" / "last.safetensors")["head.weight"].shape[0] == 4
+    assert f'warning: {folder / "train" / "cherry"}: class folder without an image' in out
+    assert weights(tmp_path / 'run' / 'last.safetensors')['head.weight'].shape[0] == 4
 
 
 @pytest.mark.slow
@@ -165,20 +179,21 @@ def test_training_on_mutated_files(call, folder, tmp_path, record_property):
     contents = list(faults.good_files().values())
     for number in range(500):
         content = faults.mutate(contents[number % len(contents)], rng)
-        (folder / "train" / "plum" / f"m{number}.png").write_bytes(content)
-        shutil.copy(folder / "train" / "plum" / "0.png", folder / "train" / "plum" / f"g{number}.png")
-    flags = ["-b", "16", "--epochs", "1", "--workers", "2", "--max-bad-images", "0.6"]
-    code, _, err = call("train", *MODEL, *QUICK, "--data-dir", folder, "--output", tmp_path, "--experiment", "run",
-                        *flags)
+        (folder / 'train' / 'plum' / f'm{number}.png').write_bytes(content)
+        shutil.copy(folder / 'train' / 'plum' / '0.png', folder / 'train' / 'plum' / f'g{number}.png')
+    flags = ['-b', '16', '--epochs', '1', '--workers', '2', '--max-bad-images', '0.6']
+    code, _, err = call(
+        'train', *MODEL, *QUICK, '--data-dir', folder, '--output', tmp_path, '--experiment', 'run', *flags
+    )
     assert code == 0, err
-    header, row = (tmp_path / "run" / "summary.csv").read_text().splitlines()
-    bad = int(row.split(",")[header.split(",").index("train_bad_images")])
+    header, row = (tmp_path / 'run' / 'summary.csv').read_text().splitlines()
+    bad = int(row.split(',')[header.split(',').index('train_bad_images')])
     assert 300 < bad < 480
-    record_property("figure", f"500 mutated image files: {bad} refused and named, no crash, no hang")
+    record_property('figure', f'500 mutated image files: {bad} refused and named, no crash, no hang')
 
 
 def test_a_validation_without_one_readable_image_stops_with_a_line(train, folder):
-    for image in (folder / "val").glob("*/*.png"):
-        image.write_bytes(b"")
-    code, _, err = train("run", "--max-bad-images", "1")
-    assert code == 2 and "validation: none of its 13 images can be read" in err and err.count("\n") == 1
+    for image in (folder / 'val').glob('*/*.png'):
+        image.write_bytes(b'')
+    code, _, err = train('run', '--max-bad-images', '1')
+    assert code == 2 and 'validation: none of its 13 images can be read' in err and err.count('\n') == 1

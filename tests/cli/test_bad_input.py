@@ -10,84 +10,86 @@ from runs import KWARGS, MODEL, QUICK, SOFTMAX, Code, command, weights, write_ba
 
 # flags beside --data-dir, and what the line must say
 TRAIN = {
-    "unknown flag": (["--epoch", "3"], ["--epoch", "did you mean --epochs"]),
-    "stray word": (["sometimes"], ["sometimes"]),
-    "wrong type": (["--lr", "fast"], ["--lr", "fast", "a number"]),
-    "out of range": (["--epochs", "0"], ["--epochs", "0", "≥ 1"]),
-    "not a choice": (["--sched", "cosin"], ["--sched", "cosin", "cosine"]),
-    "not key=value": (["--model-kwargs", "depth"], ["depth", "key=value"]),
-    "unknown model": (["--model", "eva_deit_tin"], ["eva_deit_tin", "eva_deit_tiny"]),
-    "unknown argument of the model": (["--model-kwargs", "windows=3"], ["windows"]),
-    "no window and no cells": (["--model-kwargs", "window_size=0", "partition_grid=0"], ["window_size=0"]),
-    "heads that do not divide": (["--model-kwargs", "num_heads=5"], ["5", "16"]),
-    "unknown dataset": (["--dataset", "torch/fashion_mnits"], ["torch/fashion_mnits", "mean fashion_mnist"]),
-    "unknown kind of dataset": (["--dataset", "folder"], ["folder"]),
-    "dataset that is not there": (["--dataset", "torch/fashion_mnist"], ["torch/fashion_mnist"]),
-    "unknown optimizer": (["--opt", "adamv"], ["adamv", "adam"]),
-    "more classes than the data": (["--num-classes", "7"], ["7", "3 classes"]),
-    "fewer classes than the data": (["--num-classes", "2"], ["2", "3 classes"]),
-    "global batch": (["--global-batch-size", "1024"], ["1024", "-b 4 --grad-accum-steps 256"]),
-    "batch above the data": (["-b", "32"], ["24 images", "32"]),
-    "odd batch with mixup": (["--mixup", "0.5", "-b", "3"], ["batch_size 3", "even"]),
-    "warm-up longer than the run": (["--warmup-epochs", "2"], ["warmup_epochs 2", "epochs 2"]),
-    "no such config": (["-c", "nowhere.yaml"], ["nowhere.yaml"]),
-    "no such checkpoint to resume": (["--resume", "nowhere.pth.tar"], ["nowhere.pth.tar"]),
-    "no such checkpoint to start from": (["--initial-checkpoint", "nowhere.pth"], ["nowhere.pth"]),
-    "no such device": (["--device", "gpu"], ["gpu", "cuda"]),
-    "unknown policy": (["--aa", "random"], ["random"]),
-    "unknown compiler": (["--torchcompile", "inductr"], ["inductr", "inductor"]),
-    "three means for one channel": (["--in-chans", "1", "--mean", "0.5", "0.5", "0.5"], ["mean", "1 channel"]),
-    "image size that does not fit the model": (["--img-size", "32"], ["32"]),
-    "patch of no pixels": (["--model-kwargs", "patch_size=0"], ["patch_size=0"]),
-    "patch above the image": (["--model-kwargs", "patch_size=32"], ["patch_size=32"]),
-    "no pooling": (["--model-kwargs", "global_pool=''"], ["global_pool="]),
-    "device as an argument of the model": (["--model-kwargs", "device=meta"], ["--device"]),
-    "checkpoint as an argument of the model": (["--model-kwargs", "checkpoint_path=/nope"], ["--initial-checkpoint"]),
-    "four channels": (["--model-kwargs", "in_chans=4"], ["4 image channels", "1 or 3"]),
-    "four channels of input": (["--input-size", "4", "16", "16"], ["4 image channels", "1 or 3"]),
-    "smoothing away the label": (["--smoothing", "1"], ["smoothing 1", "less than 1"]),
-    "one beta": (["--opt-betas", "0.9"], ["opt_betas [0.9]", "2 numbers"]),
-    "three betas": (["--opt-betas", "0.9", "0.99", "0.999"], ["opt_betas", "2 numbers"]),
-    "second-order optimizer": (["--opt", "adahessian"], ["adahessian", "--opt"]),
-    "ratio of nothing": (["--ratio", "0", "1"], ["ratio", "above 0"]),
-    "steps of no epochs": (["--sched", "step", "--decay-epochs", "0"], ["decay_epochs 0"]),
-    "clipping to nothing": (["--clip-grad", "0"], ["clip_grad 0", "leave it out"]),
-    "no such body to start from": (["--pretrained-path", "nowhere.pth"], ["nowhere.pth"]),
-    "probe of nothing": (["--linear-probe"], ["linear_probe", "--pretrained-path"]),
-    "probe with layer decay": (["--linear-probe", "--layer-decay", "0.75", "--pretrained-path", "x.pth"],
-                               ["layer_decay 0.75", "linear_probe"]),
-    "class map of another kind": (["--class-map", "classes.pkl"], ["classes.pkl", ".txt"]),
+    'unknown flag': (['--epoch', '3'], ['--epoch', 'did you mean --epochs']),
+    'stray word': (['sometimes'], ['sometimes']),
+    'wrong type': (['--lr', 'fast'], ['--lr', 'fast', 'a number']),
+    'out of range': (['--epochs', '0'], ['--epochs', '0', '≥ 1']),
+    'not a choice': (['--sched', 'cosin'], ['--sched', 'cosin', 'cosine']),
+    'not key=value': (['--model-kwargs', 'depth'], ['depth', 'key=value']),
+    'unknown model': (['--model', 'eva_deit_tin'], ['eva_deit_tin', 'eva_deit_tiny']),
+    'unknown argument of the model': (['--model-kwargs', 'windows=3'], ['windows']),
+    'no window and no cells': (['--model-kwargs', 'window_size=0', 'partition_grid=0'], ['window_size=0']),
+    'heads that do not divide': (['--model-kwargs', 'num_heads=5'], ['5', '16']),
+    'unknown dataset': (['--dataset', 'torch/fashion_mnits'], ['torch/fashion_mnits', 'mean fashion_mnist']),
+    'unknown kind of dataset': (['--dataset', 'folder'], ['folder']),
+    'dataset that is not there': (['--dataset', 'torch/fashion_mnist'], ['torch/fashion_mnist']),
+    'unknown optimizer': (['--opt', 'adamv'], ['adamv', 'adam']),
+    'more classes than the data': (['--num-classes', '7'], ['7', '3 classes']),
+    'fewer classes than the data': (['--num-classes', '2'], ['2', '3 classes']),
+    'global batch': (['--global-batch-size', '1024'], ['1024', '-b 4 --grad-accum-steps 256']),
+    'batch above the data': (['-b', '32'], ['24 images', '32']),
+    'odd batch with mixup': (['--mixup', '0.5', '-b', '3'], ['batch_size 3', 'even']),
+    'warm-up longer than the run': (['--warmup-epochs', '2'], ['warmup_epochs 2', 'epochs 2']),
+    'no such config': (['-c', 'nowhere.yaml'], ['nowhere.yaml']),
+    'no such checkpoint to resume': (['--resume', 'nowhere.pth.tar'], ['nowhere.pth.tar']),
+    'no such checkpoint to start from': (['--initial-checkpoint', 'nowhere.pth'], ['nowhere.pth']),
+    'no such device': (['--device', 'gpu'], ['gpu', 'cuda']),
+    'unknown policy': (['--aa', 'random'], ['random']),
+    'unknown compiler': (['--torchcompile', 'inductr'], ['inductr', 'inductor']),
+    'three means for one channel': (['--in-chans', '1', '--mean', '0.5', '0.5', '0.5'], ['mean', '1 channel']),
+    'image size that does not fit the model': (['--img-size', '32'], ['32']),
+    'patch of no pixels': (['--model-kwargs', 'patch_size=0'], ['patch_size=0']),
+    'patch above the image': (['--model-kwargs', 'patch_size=32'], ['patch_size=32']),
+    'no pooling': (['--model-kwargs', "global_pool=''"], ['global_pool=']),
+    'device as an argument of the model': (['--model-kwargs', 'device=meta'], ['--device']),
+    'checkpoint as an argument of the model': (['--model-kwargs', 'checkpoint_path=/nope'], ['--initial-checkpoint']),
+    'four channels': (['--model-kwargs', 'in_chans=4'], ['4 image channels', '1 or 3']),
+    'four channels of input': (['--input-size', '4', '16', '16'], ['4 image channels', '1 or 3']),
+    'smoothing away the label': (['--smoothing', '1'], ['smoothing 1', 'less than 1']),
+    'one beta': (['--opt-betas', '0.9'], ['opt_betas [0.9]', '2 numbers']),
+    'three betas': (['--opt-betas', '0.9', '0.99', '0.999'], ['opt_betas', '2 numbers']),
+    'second-order optimizer': (['--opt', 'adahessian'], ['adahessian', '--opt']),
+    'ratio of nothing': (['--ratio', '0', '1'], ['ratio', 'above 0']),
+    'steps of no epochs': (['--sched', 'step', '--decay-epochs', '0'], ['decay_epochs 0']),
+    'clipping to nothing': (['--clip-grad', '0'], ['clip_grad 0', 'leave it out']),
+    'no such body to start from': (['--pretrained-path', 'nowhere.pth'], ['nowhere.pth']),
+    'probe of nothing': (['--linear-probe'], ['linear_probe', '--pretrained-path']),
+    'probe with layer decay': (
+        ['--linear-probe', '--layer-decay', '0.75', '--pretrained-path', 'x.pth'],
+        ['layer_decay 0.75', 'linear_probe'],
+    ),
+    'class map of another kind': (['--class-map', 'classes.pkl'], ['classes.pkl', '.txt']),
 }
 
 
 def only_line(err):
     lines = [line for line in err.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert len(lines) == 1 and lines[0].startswith('error: '), err
     return lines[0]
 
 
-@pytest.mark.parametrize("fault", TRAIN)
+@pytest.mark.parametrize('fault', TRAIN)
 def test_train_refuses(fault, call, images, tmp_path):
     flags, words = TRAIN[fault]
-    kwargs = flags if flags[0] == "--model-kwargs" else []
+    kwargs = flags if flags[0] == '--model-kwargs' else []
     rest = [] if kwargs else flags
-    code, _, err = call("train", *MODEL, *kwargs, *QUICK, "--data-dir", images, "--output", tmp_path / "out", *rest)
+    code, _, err = call('train', *MODEL, *kwargs, *QUICK, '--data-dir', images, '--output', tmp_path / 'out', *rest)
     line = only_line(err)
     assert code == 2 and all(word in line for word in words), line
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.pth.tar"))
+    assert not (tmp_path / 'out').exists() or not list((tmp_path / 'out').rglob('*.pth.tar'))
 
 
 @pytest.fixture
 def folder(images, tmp_path):
-    return shutil.copytree(images, tmp_path / "folder")
+    return shutil.copytree(images, tmp_path / 'folder')
 
 
 @pytest.fixture
 def refused(call, folder):
-    def refused(*flags, script="train"):
-        place = [*QUICK, "--output", folder.parent, "--experiment", "run"] if script == "train" else []
-        code, out, err = call(script, *MODEL, "--data-dir", folder, *place, *flags)
-        assert "this must not run" not in out
+    def refused(*flags, script='train'):
+        place = [*QUICK, '--output', folder.parent, '--experiment', 'run'] if script == 'train' else []
+        code, out, err = call(script, *MODEL, '--data-dir', folder, *place, *flags)
+        assert 'this must not run' not in out
         assert code == 2
         return only_line(err)
 
@@ -95,222 +97,255 @@ def refused(call, folder):
 
 
 def test_missing_folder(refused, folder):
-    assert "nowhere" in refused("--data-dir", folder / "nowhere")
+    assert 'nowhere' in refused('--data-dir', folder / 'nowhere')
 
 
 def test_missing_split(refused, folder):
-    shutil.rmtree(folder / "val")
-    assert "validation" in refused()  # and not a silent validation on the training images
+    shutil.rmtree(folder / 'val')
+    assert 'validation' in refused()  # and not a silent validation on the training images
 
 
 def test_empty_class(refused, folder):
-    for image in (folder / "train" / "pear").iterdir():
+    for image in (folder / 'train' / 'pear').iterdir():
         image.unlink()
-    assert str(folder / "train" / "pear") in refused()
+    assert str(folder / 'train' / 'pear') in refused()
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("place, words", [
-    ("0.png", ["0.png", "outside"]), ("pear/sub/0.png", ["pear", "sub"]), ("pear/0.WEBP", ["0.WEBP", "JPEG"])])
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize(
+    'place, words',
+    [('0.png', ['0.png', 'outside']), ('pear/sub/0.png', ['pear', 'sub']), ('pear/0.WEBP', ['0.WEBP', 'JPEG'])],
+)
 def test_images_that_timm_would_misplace_or_drop(refused, folder, split, place, words):
     target = folder / split / place
     target.parent.mkdir(exist_ok=True)
-    shutil.copy(folder / split / "apple" / "0.png", target)
+    shutil.copy(folder / split / 'apple' / '0.png', target)
     line = refused()
     assert str(folder / split) in line and all(word in line for word in words), line
 
 
 def test_class_of_validation_that_training_lacks(refused, folder):
-    (folder / "val" / "pear").rename(folder / "val" / "peach")
-    assert "peach" in refused()
+    (folder / 'val' / 'pear').rename(folder / 'val' / 'peach')
+    assert 'peach' in refused()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("content", [b"", b"no image", "half", "link"], ids=["empty", "text", "truncated", "dangling"])
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('content', [b'', b'no image', 'half', 'link'], ids=['empty', 'text', 'truncated', 'dangling'])
 def test_unreadable_image(refused, folder, content, workers):
-    image = folder / "train" / "plum" / "3.png"
-    if content == "link":
+    image = folder / 'train' / 'plum' / '3.png'
+    if content == 'link':
         image.unlink()
-        image.symlink_to(folder / "nowhere.png")
+        image.symlink_to(folder / 'nowhere.png')
     else:
-        image.write_bytes(image.read_bytes()[:200] if content == "half" else content)
-    assert str(image) in refused("--workers", workers)
+        image.write_bytes(image.read_bytes()[:200] if content == 'half' else content)
+    assert str(image) in refused('--workers', workers)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("lerning_rate: 3", ["lerning_rate"]),
-    ("warmup_epoch: 3", ["warmup_epoch", "warmup_epochs"]),
-    ("lr: fast", ["lr", "'fast'", "a number"]),
-    ("amp: 1", ["amp", "true or false"]),
-    ("epochs: 2.5", ["epochs", "2.5", "whole number"]),
-    ("epochs: null", ["epochs", "None"]),
-    ("scale: 0.5", ["scale", "0.5", "2 numbers"]),
-    ("scale: [0.9, 0.1]", ["scale", "smaller"]),
-    ("model_kwargs: 3", ["model_kwargs", "3"]),
-    ("- 1\n- 2", ["list"]),
-    ("a: [", ["YAML"]),
-    ("lr: 1\nepochs: 3\nlr: 2", ["lr", "twice", "line 3"]),
-    ("model_kwargs:\n  depth: 1\n  depth: 2", ["depth", "twice"]),
-])
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('lerning_rate: 3', ['lerning_rate']),
+        ('warmup_epoch: 3', ['warmup_epoch', 'warmup_epochs']),
+        ('lr: fast', ['lr', "'fast'", 'a number']),
+        ('amp: 1', ['amp', 'true or false']),
+        ('epochs: 2.5', ['epochs', '2.5', 'whole number']),
+        ('epochs: null', ['epochs', 'None']),
+        ('scale: 0.5', ['scale', '0.5', '2 numbers']),
+        ('scale: [0.9, 0.1]', ['scale', 'smaller']),
+        ('model_kwargs: 3', ['model_kwargs', '3']),
+        ('- 1\n- 2', ['list']),
+        ('a: [', ['YAML']),
+        ('lr: 1\nepochs: 3\nlr: 2', ['lr', 'twice', 'line 3']),
+        ('model_kwargs:\n  depth: 1\n  depth: 2', ['depth', 'twice']),
+    ],
+)
 def test_bad_yaml(refused, tmp_path, text, words):
-    path = tmp_path / "bad.yaml"
+    path = tmp_path / 'bad.yaml'
     path.write_text(text)
-    line = refused("-c", path)
-    assert str(path) in line or "smaller" in line
+    line = refused('-c', path)
+    assert str(path) in line or 'smaller' in line
     assert all(word in line for word in words), line
 
 
 def test_class_count_of_the_checkpoint(train, call, refused, folder, tmp_path):
-    run = train("three")
-    write_images(tmp_path / "two" / "train", dict(apple=4, pear=4))
-    write_images(tmp_path / "two" / "validation", dict(apple=4, pear=4))
-    line = refused("--data-dir", tmp_path / "two", "--initial-checkpoint", run / "last.safetensors")
-    assert "3 classes" in line and "has 2" in line
-    line = refused("--data-dir", tmp_path / "two", "--resume", run / "last.pth.tar")
-    assert "3 classes" in line and "has 2" in line
-    for name in ("last.safetensors", "last.pth.tar"):
+    run = train('three')
+    write_images(tmp_path / 'two' / 'train', dict(apple=4, pear=4))
+    write_images(tmp_path / 'two' / 'validation', dict(apple=4, pear=4))
+    line = refused('--data-dir', tmp_path / 'two', '--initial-checkpoint', run / 'last.safetensors')
+    assert '3 classes' in line and 'has 2' in line
+    line = refused('--data-dir', tmp_path / 'two', '--resume', run / 'last.pth.tar')
+    assert '3 classes' in line and 'has 2' in line
+    for name in ('last.safetensors', 'last.pth.tar'):
         write_images(tmp_path / name, dict(apple=4, pear=4, plum=4, quince=4))
-        code, _, err = call("validate", "--checkpoint", run / name, "--data-dir", tmp_path / name, "--workers", "0")
-        assert code == 2 and "quince" in only_line(err)
-        code, _, err = call("validate", "--checkpoint", run / name, "--data-dir", tmp_path / "two", "--workers", "0",
-                            "--num-classes", "2")
-        assert code == 2 and "3 classes" in only_line(err)
+        code, _, err = call('validate', '--checkpoint', run / name, '--data-dir', tmp_path / name, '--workers', '0')
+        assert code == 2 and 'quince' in only_line(err)
+        code, _, err = call(
+            'validate',
+            '--checkpoint',
+            run / name,
+            '--data-dir',
+            tmp_path / 'two',
+            '--workers',
+            '0',
+            '--num-classes',
+            '2',
+        )
+        assert code == 2 and '3 classes' in only_line(err)
 
 
 def test_checkpoint_of_another_model(train, refused):
-    run = train("run")
-    assert "does not fit" in refused("--model-kwargs", "depth=3", "--initial-checkpoint", run / "last.safetensors",
-                                     "--experiment", "other")
+    run = train('run')
+    assert 'does not fit' in refused(
+        '--model-kwargs', 'depth=3', '--initial-checkpoint', run / 'last.safetensors', '--experiment', 'other'
+    )
 
 
 def test_checkpoint_of_other_classes(refused, tmp_path):
-    model = timm.create_model("deit_tiny_patch16_224", **SOFTMAX)
-    torch.save(model.state_dict(), tmp_path / "deit.pth")
-    line = refused("--initial-checkpoint", tmp_path / "deit.pth")
-    assert "1000 classes" in line and "3" in line and "--pretrained-path" in line
+    model = timm.create_model('deit_tiny_patch16_224', **SOFTMAX)
+    torch.save(model.state_dict(), tmp_path / 'deit.pth')
+    line = refused('--initial-checkpoint', tmp_path / 'deit.pth')
+    assert '1000 classes' in line and '3' in line and '--pretrained-path' in line
 
 
 def test_checkpoint_that_is_none_or_carries_code(refused, tmp_path):
-    for name in ("broken.pth.tar", "broken.safetensors"):
-        (tmp_path / name).write_bytes(b"broken")
-        assert name in refused("--initial-checkpoint", tmp_path / name)
-        assert name in refused("--resume", tmp_path / name)
+    for name in ('broken.pth.tar', 'broken.safetensors'):
+        (tmp_path / name).write_bytes(b'broken')
+        assert name in refused('--initial-checkpoint', tmp_path / name)
+        assert name in refused('--resume', tmp_path / name)
 
-    torch.save(dict(state_dict=dict(weight=Code())), tmp_path / "code.pth.tar")
-    for flag in ("--initial-checkpoint", "--pretrained-path", "--resume"):
-        assert "code.pth.tar" in refused(flag, tmp_path / "code.pth.tar")
-    assert "code.pth.tar" in refused("--checkpoint", tmp_path / "code.pth.tar", script="validate")
+    torch.save(dict(state_dict=dict(weight=Code())), tmp_path / 'code.pth.tar')
+    for flag in ('--initial-checkpoint', '--pretrained-path', '--resume'):
+        assert 'code.pth.tar' in refused(flag, tmp_path / 'code.pth.tar')
+    assert 'code.pth.tar' in refused('--checkpoint', tmp_path / 'code.pth.tar', script='validate')
 
 
 def test_bad_weights_are_one_line_that_says_why(refused, tmp_path):
     for path, words in write_bad_weights(tmp_path).items():
-        for flag, script in (("--initial-checkpoint", "train"), ("--pretrained-path", "train"),
-                             ("--checkpoint", "validate")):
-            line = refused(flag, path, "--num-classes", "3", script=script)
+        for flag, script in (
+            ('--initial-checkpoint', 'train'),
+            ('--pretrained-path', 'train'),
+            ('--checkpoint', 'validate'),
+        ):
+            line = refused(flag, path, '--num-classes', '3', script=script)
             assert all(word in line for word in words), line
 
 
 def test_weights_of_another_architecture(refused, tmp_path):
-    torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), tmp_path / "resnet.pth")
+    torch.save(timm.create_model('resnet10t', num_classes=3).state_dict(), tmp_path / 'resnet.pth')
     for flag, script, words in (
-            ("--initial-checkpoint", "train", ["resnet.pth", "not the weights of a Grid", "conv1.0.weight"]),
-            ("--pretrained-path", "train", ["resnet.pth", "not the weights of a Grid", "conv1.0.weight"]),
-            ("--checkpoint", "validate", ["resnet.pth", "not the weights of a Grid", "conv1.0.weight"])):
-        line = refused(flag, tmp_path / "resnet.pth", "--num-classes", "3", script=script)
+        ('--initial-checkpoint', 'train', ['resnet.pth', 'not the weights of a Grid', 'conv1.0.weight']),
+        ('--pretrained-path', 'train', ['resnet.pth', 'not the weights of a Grid', 'conv1.0.weight']),
+        ('--checkpoint', 'validate', ['resnet.pth', 'not the weights of a Grid', 'conv1.0.weight']),
+    ):
+        line = refused(flag, tmp_path / 'resnet.pth', '--num-classes', '3', script=script)
         assert all(word in line for word in words), line
 
 
 def test_weights_in_the_format_of_old_releases(call, images, tmp_path):
     """DeiT's own files were written before torch.save made zip archives."""
-    model = timm.create_model("eva_deit_tiny", num_classes=3, **KWARGS)
-    torch.save(dict(model=model.state_dict()), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    code, _, err = call("validate", *MODEL, "--num-classes", "3", "--checkpoint", tmp_path / "old.pth", "--data-dir",
-                        images, "--workers", "0", "--device", "cpu")
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS)
+    torch.save(dict(model=model.state_dict()), tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
+    code, _, err = call(
+        'validate',
+        *MODEL,
+        '--num-classes',
+        '3',
+        '--checkpoint',
+        tmp_path / 'old.pth',
+        '--data-dir',
+        images,
+        '--workers',
+        '0',
+        '--device',
+        'cpu',
+    )
     assert code == 0, err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, call, images, tmp_path):
     # The first epoch trains at a rate of 0 and is saved, the second at one that no weight survives.
-    flags = ["--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "0", "--lr", "1e30", "--max-skipped", "4"]
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "nan"]
-    code, out, err = call("train", *MODEL, *QUICK, *place, *flags)
+    flags = ['--epochs', '3', '--warmup-epochs', '1', '--warmup-lr', '0', '--lr', '1e30', '--max-skipped', '4']
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'nan']
+    code, out, err = call('train', *MODEL, *QUICK, *place, *flags)
     line = only_line(err)
-    assert code == 2 and all(word in line for word in (
-        "update 4 of epoch 1", "update 10 of the run", "lr 7.5e+29", "gradient norm nan", "4 in a row")), line
-    assert [f"{number} in a row" in out for number in (1, 2, 3, 4)] == [True, True, True, False]
-    checkpoint = torch.load(tmp_path / "nan" / "last.pth.tar", weights_only=False)
-    assert checkpoint["epoch"] == 0
-    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
-    assert all(value.isfinite().all() for value in weights(tmp_path / "nan" / "last.safetensors").values())
+    assert code == 2 and all(
+        word in line
+        for word in ('update 4 of epoch 1', 'update 10 of the run', 'lr 7.5e+29', 'gradient norm nan', '4 in a row')
+    ), line
+    assert [f'{number} in a row' in out for number in (1, 2, 3, 4)] == [True, True, True, False]
+    checkpoint = torch.load(tmp_path / 'nan' / 'last.pth.tar', weights_only=False)
+    assert checkpoint['epoch'] == 0
+    assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
+    assert all(value.isfinite().all() for value in weights(tmp_path / 'nan' / 'last.safetensors').values())
 
 
-@pytest.mark.parametrize("average", [[], ["--model-ema"]], ids=["plain", "ema"])
+@pytest.mark.parametrize('average', [[], ['--model-ema']], ids=['plain', 'ema'])
 def test_weights_that_break_in_the_last_update_are_not_saved(average, call, images, tmp_path):
     # One update an epoch: no later loss shows what the update did.
-    flags = ["-b", "24", "--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "0", "--lr", "1e30", *average]
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "nan"]
-    code, _, err = call("train", *MODEL, *QUICK, *place, *flags)
+    flags = ['-b', '24', '--epochs', '3', '--warmup-epochs', '1', '--warmup-lr', '0', '--lr', '1e30', *average]
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'nan']
+    code, _, err = call('train', *MODEL, *QUICK, *place, *flags)
     line = only_line(err)
-    assert code == 2 and "after epoch 1" in line and "last checkpoint is kept" in line, line
-    for name in ("last", "model_best"):
-        assert torch.load(tmp_path / "nan" / f"{name}.pth.tar", weights_only=False)["epoch"] == 0
-        assert all(value.isfinite().all() for value in weights(tmp_path / "nan" / f"{name}.safetensors").values())
-    assert len((tmp_path / "nan" / "summary.csv").read_text().splitlines()) == 2  # heading and epoch 0
+    assert code == 2 and 'after epoch 1' in line and 'last checkpoint is kept' in line, line
+    for name in ('last', 'model_best'):
+        assert torch.load(tmp_path / 'nan' / f'{name}.pth.tar', weights_only=False)['epoch'] == 0
+        assert all(value.isfinite().all() for value in weights(tmp_path / 'nan' / f'{name}.safetensors').values())
+    assert len((tmp_path / 'nan' / 'summary.csv').read_text().splitlines()) == 2  # heading and epoch 0
 
 
 def test_a_loss_that_is_not_finite_stops_all_processes(images, tmp_path):
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "nan"]
-    done = command("train", *MODEL, *QUICK, *place, "-b", "2", "--lr", "1e30", "--max-skipped", "3",
-                   processes=2)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'nan']
+    done = command('train', *MODEL, *QUICK, *place, '-b', '2', '--lr', '1e30', '--max-skipped', '3', processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("error: loss") == 1 and re.search(r"exitcode *: 2", done.stderr)
-    assert not (tmp_path / "nan" / "last.pth.tar").exists()
+    assert done.stderr.count('error: loss') == 1 and re.search(r'exitcode *: 2', done.stderr)
+    assert not (tmp_path / 'nan' / 'last.pth.tar').exists()
 
 
-@pytest.mark.parametrize("flag", ["--initial-checkpoint", "--pretrained-path"])
+@pytest.mark.parametrize('flag', ['--initial-checkpoint', '--pretrained-path'])
 def test_a_missing_file_is_one_line_in_all(flag, images, tmp_path):
-    done = command("train", *MODEL, *QUICK, "--data-dir", images, "--output", tmp_path, flag, "nowhere.pth")
-    assert done.returncode == 2 and done.stdout == "" and "nowhere.pth" in only_line(done.stderr)
+    done = command('train', *MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, flag, 'nowhere.pth')
+    assert done.returncode == 2 and done.stdout == '' and 'nowhere.pth' in only_line(done.stderr)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("apple\npear\napple\n", ["line 3", "apple"]), ("a\n\nb", ["line 2", "empty"])])
+@pytest.mark.parametrize(
+    'text, words', [('apple\npear\napple\n', ['line 3', 'apple']), ('a\n\nb', ['line 2', 'empty'])]
+)
 def test_class_map_that_is_ambiguous(refused, tmp_path, text, words):
-    (tmp_path / "classes.txt").write_text(text)
-    line = refused("--class-map", tmp_path / "classes.txt")
-    assert all(word in line for word in ["classes.txt", *words]), line
+    (tmp_path / 'classes.txt').write_text(text)
+    line = refused('--class-map', tmp_path / 'classes.txt')
+    assert all(word in line for word in ['classes.txt', *words]), line
 
 
 def test_resume_wants_all_of_its_own_run(train, refused):
-    run = train("whole", "--epochs", "1")
-    assert "--initial-checkpoint" in refused("--resume", run / "last.safetensors")
-    for other in ("sgd", "lion"):
-        line = refused("--resume", run / "last.pth.tar", "--opt", other)
-        assert "adamw" in line and other in line and "--no-resume-opt" in line
+    run = train('whole', '--epochs', '1')
+    assert '--initial-checkpoint' in refused('--resume', run / 'last.safetensors')
+    for other in ('sgd', 'lion'):
+        line = refused('--resume', run / 'last.pth.tar', '--opt', other)
+        assert 'adamw' in line and other in line and '--no-resume-opt' in line
 
 
 def test_as_a_command(images):
-    done = command("train", *MODEL, "--data-dir", images, "--epoch", "3")
-    assert done.returncode == 2 and done.stdout == ""
-    assert "did you mean --epochs" in only_line(done.stderr)
+    done = command('train', *MODEL, '--data-dir', images, '--epoch', '3')
+    assert done.returncode == 2 and done.stdout == ''
+    assert 'did you mean --epochs' in only_line(done.stderr)
 
 
 VALIDATE = {
-    "no model": ([], ["--model"]),
-    "no weights": (["--model", "eva_deit_tiny"], ["--checkpoint"]),
-    "unknown flag": (["--pretrain"], ["--pretrain", "--pretrained"]),
-    "training flag": (["--epochs", "3"], ["--epochs"]),
-    "no such checkpoint": (["--checkpoint", "nowhere.safetensors"], ["nowhere.safetensors"]),
-    "weights timm does not have": (["--model", "eva_deit_tiny", "--pretrained"], ["eva_deit_tiny"]),
-    "results in an unknown form": (["--model", "x", "--checkpoint", "y.pth", "--results-file", "r.txt"], [".csv"]),
+    'no model': ([], ['--model']),
+    'no weights': (['--model', 'eva_deit_tiny'], ['--checkpoint']),
+    'unknown flag': (['--pretrain'], ['--pretrain', '--pretrained']),
+    'training flag': (['--epochs', '3'], ['--epochs']),
+    'no such checkpoint': (['--checkpoint', 'nowhere.safetensors'], ['nowhere.safetensors']),
+    'weights timm does not have': (['--model', 'eva_deit_tiny', '--pretrained'], ['eva_deit_tiny']),
+    'results in an unknown form': (['--model', 'x', '--checkpoint', 'y.pth', '--results-file', 'r.txt'], ['.csv']),
 }
 
 
-@pytest.mark.parametrize("fault", VALIDATE)
+@pytest.mark.parametrize('fault', VALIDATE)
 def test_validate_refuses(fault, call, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags, words = VALIDATE[fault]
-    if "y.pth" in flags:
-        torch.save({}, tmp_path / "y.pth")
-    code, _, err = call("validate", "--data-dir", images, "--device", "cpu", *flags)
+    if 'y.pth' in flags:
+        torch.save({}, tmp_path / 'y.pth')
+    code, _, err = call('validate', '--data-dir', images, '--device', 'cpu', *flags)
     assert code == 2 and all(word in only_line(err) for word in words), err

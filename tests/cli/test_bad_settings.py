@@ -23,25 +23,26 @@ class ReachedError(Exception):
 @pytest.fixture
 def start(monkeypatch, images, tmp_path, capfd):
     """start(YAML text or None, flags) → (exit code, lines of stderr) of train.py, stopped once it takes them."""
-    script = load_script("train")
+    script = load_script('train')
 
     def reached(*args, **kwargs):
         raise ReachedError
 
-    monkeypatch.setattr(script, "start_process", reached)
-    monkeypatch.setattr(data, "open_training_sets", reached)
-    monkeypatch.setattr(torch.cuda, "init", reached)
+    monkeypatch.setattr(script, 'start_process', reached)
+    monkeypatch.setattr(data, 'open_training_sets', reached)
+    monkeypatch.setattr(torch.cuda, 'init', reached)
     monkeypatch.chdir(tmp_path)
 
     def start(text, flags):
         if text is not None:
-            (tmp_path / "bad.yaml").write_text(text)
-            flags = ["-c", "bad.yaml", *flags]
+            (tmp_path / 'bad.yaml').write_text(text)
+            flags = ['-c', 'bad.yaml', *flags]
         capfd.readouterr()
-        code = run_script(script.main, [*MODEL, *QUICK, "--data-dir", str(images), "--output", str(tmp_path / "out"),
-                                        *flags])
+        code = run_script(
+            script.main, [*MODEL, *QUICK, '--data-dir', str(images), '--output', str(tmp_path / 'out'), *flags]
+        )
         out, err = capfd.readouterr()
-        assert not out and not (tmp_path / "out").exists()
+        assert not out and not (tmp_path / 'out').exists()
         return code, [line for line in err.splitlines() if line]
 
     return start
@@ -54,23 +55,23 @@ def check(start, cases):
         try:
             code, lines = start(text, flags)
         except ReachedError:
-            wrong.append(f"taken: {name}")
+            wrong.append(f'taken: {name}')
         except BaseException as error:
-            wrong.append(f"traceback {type(error).__name__}: {str(error)[:80]}: {name}")
+            wrong.append(f'traceback {type(error).__name__}: {str(error)[:80]}: {name}')
         else:
-            if code != 2 or len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > 700:
-                wrong.append(f"code {code}, {lines}: {name}")
-    assert not wrong, "\n".join([f"{len(wrong)} of {len(cases)}:", *wrong])
+            if code != 2 or len(lines) != 1 or not lines[0].startswith('error: ') or len(lines[0]) > 700:
+                wrong.append(f'code {code}, {lines}: {name}')
+    assert not wrong, '\n'.join([f'{len(wrong)} of {len(cases)}:', *wrong])
     return len(cases)
 
 
 def test_good_settings_are_taken(start):
     """The base of all mutations, and each published recipe: else the refusals below would say little."""
-    for flags in ([], ["--mixup", "0.2"], ["--sched", "multistep", "--decay-milestones", "1"]):
+    for flags in ([], ['--mixup', '0.2'], ['--sched', 'multistep', '--decay-milestones', '1']):
         with pytest.raises(ReachedError):
             start(None, flags)
-    for name in ("eva_deit_tiny", "eva_pvt_v2_b3", "fashion_mnist", "quickstart"):
-        settings, _ = parse_settings("train", ["-c", str(ROOT / "configs" / f"{name}.yaml"), "--data-dir", str(ROOT)])
+    for name in ('eva_deit_tiny', 'eva_pvt_v2_b3', 'fashion_mnist', 'quickstart'):
+        settings, _ = parse_settings('train', ['-c', str(ROOT / 'configs' / f'{name}.yaml'), '--data-dir', str(ROOT)])
         dry_run.rehearse(settings, (settings.global_batch_size or settings.batch_size) // settings.batch_size)
 
 
@@ -84,40 +85,60 @@ def test_200_bad_settings(start):
 def test_1000_bad_settings(start, record_property):
     begin = time.process_time()
     count = check(start, mutations.mutations(1000, seed=1))
-    record_property("figure", f"{count} bad settings refused with one line, no data read, no device touched, "
-                              f"{time.process_time() - begin:.0f} s")
+    record_property(
+        'figure',
+        f'{count} bad settings refused with one line, no data read, no device touched, '
+        f'{time.process_time() - begin:.0f} s',
+    )
 
 
 def test_dry_run_prints_the_plan_and_reads_no_image(call, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(images_module.CheckedImages, "__getitem__", None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    script = ["train", *MODEL, *QUICK, "--data-dir", images, "--output", tmp_path / "out", "--dry-run"]
-    code, out, err = call(*script, "--experiment", "mine", "--warmup-epochs", "1", "--epochs", "5", "--lr-base", "0.1",
-                          "--lr-base-size", "64", "-b", "4", "--grad-accum-steps", "2")
-    assert code == 0 and not err and not (tmp_path / "out").exists(), err
-    lines = dict(line.split(maxsplit=1) for line in out.replace("global batch", "global_batch").replace(
-        "learning rate", "learning_rate").splitlines())
-    assert "eva_deit_tiny, input 3×16×16" in lines["model"]
-    assert "24 images to train on, 13 to validate on, 3 classes" in lines["data"]
-    assert lines["global_batch"] == "16 = 4 per process × 2 processes × 2 accumulated"
-    assert lines["learning_rate"].startswith("0.001 (as given), adamw, cosine")
-    assert lines["steps"] == "5 epochs of 1 updates, 5 in all"  # 12 images a process, 3 batches, 1 update of 2
-    assert lines["warm-up"] == "1 epochs from 1e-06, among the 5"
-    assert lines["output"] == str(tmp_path / "out" / "mine")
-    model = dry_run.rehearse(parse_settings("train", [*map(str, script[1:]), "--num-classes", "3"])[0], 1).model
-    assert lines["parameters"] == f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
-    assert "GiB of tensors" in lines["memory"]
+    monkeypatch.setattr(images_module.CheckedImages, '__getitem__', None)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '0')
+    script = ['train', *MODEL, *QUICK, '--data-dir', images, '--output', tmp_path / 'out', '--dry-run']
+    code, out, err = call(
+        *script,
+        '--experiment',
+        'mine',
+        '--warmup-epochs',
+        '1',
+        '--epochs',
+        '5',
+        '--lr-base',
+        '0.1',
+        '--lr-base-size',
+        '64',
+        '-b',
+        '4',
+        '--grad-accum-steps',
+        '2',
+    )
+    assert code == 0 and not err and not (tmp_path / 'out').exists(), err
+    lines = dict(
+        line.split(maxsplit=1)
+        for line in out.replace('global batch', 'global_batch').replace('learning rate', 'learning_rate').splitlines()
+    )
+    assert 'eva_deit_tiny, input 3×16×16' in lines['model']
+    assert '24 images to train on, 13 to validate on, 3 classes' in lines['data']
+    assert lines['global_batch'] == '16 = 4 per process × 2 processes × 2 accumulated'
+    assert lines['learning_rate'].startswith('0.001 (as given), adamw, cosine')
+    assert lines['steps'] == '5 epochs of 1 updates, 5 in all'  # 12 images a process, 3 batches, 1 update of 2
+    assert lines['warm-up'] == '1 epochs from 1e-06, among the 5'
+    assert lines['output'] == str(tmp_path / 'out' / 'mine')
+    model = dry_run.rehearse(parse_settings('train', [*map(str, script[1:]), '--num-classes', '3'])[0], 1).model
+    assert lines['parameters'] == f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M'
+    assert 'GiB of tensors' in lines['memory']
 
 
-@pytest.mark.parametrize("flags", [[], ["--dataset", "torch/fashion_mnist"], ["--dataset", "wds/x"]])
+@pytest.mark.parametrize('flags', [[], ['--dataset', 'torch/fashion_mnist'], ['--dataset', 'wds/x']])
 def test_dry_run_without_data(call, flags):
-    code, out, err = call("train", *MODEL, *QUICK, *flags, "--dry-run")
-    assert code == 0 and "unknown without data" in out, err
+    code, out, err = call('train', *MODEL, *QUICK, *flags, '--dry-run')
+    assert code == 0 and 'unknown without data' in out, err
 
 
 def estimate(*flags, processes=1):
-    settings, _ = parse_settings("train", list(map(str, flags)))
+    settings, _ = parse_settings('train', list(map(str, flags)))
     settings.dry_run = True
     return dry_run.step_memory(settings, dry_run.rehearse(settings, processes))
 
@@ -125,34 +146,62 @@ def estimate(*flags, processes=1):
 def test_memory_estimate_against_the_profiler(tmp_path):
     """A small case on the CPU: what PyTorch's allocator counted over two steps."""
     kwargs = dict(img_size=64, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=10)
-    flags = ["--model", "eva_deit_tiny", "--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items()
-                                                            if key != "num_classes"), "--num-classes", 10, "-b", 16]
+    flags = [
+        '--model',
+        'eva_deit_tiny',
+        '--model-kwargs',
+        *(f'{key}={value}' for key, value in kwargs.items() if key != 'num_classes'),
+        '--num-classes',
+        10,
+        '-b',
+        16,
+    ]
     guess = estimate(*flags)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model = timm.create_model("eva_deit_tiny", **kwargs)
+        model = timm.create_model('eva_deit_tiny', **kwargs)
         optimizer = torch.optim.AdamW(model.parameters())
         images, target = torch.randn(16, 3, 64, 64), torch.zeros(16, dtype=torch.long)
         for _ in range(2):
             torch.nn.functional.cross_entropy(model(images), target).backward()
             optimizer.step()
             optimizer.zero_grad()
-    profile.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    measured = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    profile.export_chrome_trace(str(tmp_path / 'trace.json'))
+    events = json.loads((tmp_path / 'trace.json').read_text())['traceEvents']
+    measured = max(event['args']['Total Allocated'] for event in events if event.get('name') == '[memory]')
     assert guess == pytest.approx(measured, rel=0.1)
-    assert estimate(*flags, "--model-ema") > guess
+    assert estimate(*flags, '--model-ema') > guess
     assert estimate(*flags, processes=2) > guess
-    assert estimate(*flags, "--grad-checkpointing") < 0.75 * guess
+    assert estimate(*flags, '--grad-checkpointing') < 0.75 * guess
 
 
-@pytest.mark.parametrize("model", ["eva_deit_tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "deit_tiny_patch16_224", "eva_deit_small", "deit_small_patch16_224", "eva_deit_tiny_784", "eva_pvt_v2_b3"))])
+@pytest.mark.parametrize(
+    'model',
+    [
+        'eva_deit_tiny',
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                'deit_tiny_patch16_224',
+                'eva_deit_small',
+                'deit_small_patch16_224',
+                'eva_deit_tiny_784',
+                'eva_pvt_v2_b3',
+            )
+        ),
+    ],
+)
 def test_memory_estimate_against_the_gpu(model, record_property):
     """The peaks that benchmark.py read on an H100, eager in bfloat16, EVA's plain backend."""
-    with open(ROOT / "results" / "h100.csv", newline="") as file:
-        row = next(row for row in csv.DictReader(file) if row["bench"] == "train" and row["model"] == model
-                   and row["backend"] in ("plain", "sdpa") and row["torchcompile"] == "no")
-    guess = estimate("--model", model, "--num-classes", 1000, "-b", row["batch_size"], "--amp") / 2**20
-    measured = float(row["peak_memory_mib"])
-    record_property("figure", f"{model} {guess:,.0f} MiB, measured {measured:,.0f}, {guess / measured - 1:+.1%}")
+    with open(ROOT / 'results' / 'h100.csv', newline='') as file:
+        row = next(
+            row
+            for row in csv.DictReader(file)
+            if row['bench'] == 'train'
+            and row['model'] == model
+            and row['backend'] in ('plain', 'sdpa')
+            and row['torchcompile'] == 'no'
+        )
+    guess = estimate('--model', model, '--num-classes', 1000, '-b', row['batch_size'], '--amp') / 2**20
+    measured = float(row['peak_memory_mib'])
+    record_property('figure', f'{model} {guess:,.0f} MiB, measured {measured:,.0f}, {guess / measured - 1:+.1%}')
     assert guess == pytest.approx(measured, rel=0.08)

@@ -11,109 +11,147 @@ import pytest
 import torch
 from runs import MODEL, PATIENCE, QUICK, ROOT, command, command_line, rows, scalars, start, wait_for, weights
 
-AUGMENTED = ["--aa", "rand-m9-mstd0.5-inc1", "--drop-path", "0", "--model-ema", "--model-ema-decay", "0.8"]
-STILL = [*MODEL, "noise_std=0"]  # what a process draws for itself is off: noise, drop path, mixup, erasing
+AUGMENTED = ['--aa', 'rand-m9-mstd0.5-inc1', '--drop-path', '0', '--model-ema', '--model-ema-decay', '0.8']
+STILL = [*MODEL, 'noise_std=0']  # what a process draws for itself is off: noise, drop path, mixup, erasing
 
 
-@pytest.mark.parametrize("flags, processes", [
-    (["--aug-repeats", "3"], 2), pytest.param([], 2, marks=pytest.mark.slow),
-    pytest.param(["--aug-repeats", "3"], 3, marks=pytest.mark.slow)],
-    ids=["repeated", "plain", "three"])
+@pytest.mark.parametrize(
+    'flags, processes',
+    [
+        (['--aug-repeats', '3'], 2),
+        pytest.param([], 2, marks=pytest.mark.slow),
+        pytest.param(['--aug-repeats', '3'], 3, marks=pytest.mark.slow),
+    ],
+    ids=['repeated', 'plain', 'three'],
+)
 def test_several_processes_equal_one_with_the_same_global_batch(
-        train, images, tmp_path, flags, processes, record_property):
+    train, images, tmp_path, flags, processes, record_property
+):
     """Augmented alike, with accumulation and average; 13 validation images, of which no process has as many."""
     batch = 2 * processes
-    flags = [*AUGMENTED, *flags, "--global-batch-size", batch]
-    one = train("one", *flags, "-b", batch, model=STILL)
-    done = command("train", *STILL, *QUICK, *flags, "-b", "1", "--grad-accum-steps", "2", "--data-dir", images,
-                   "--output", tmp_path, "--experiment", "more", processes=processes)
+    flags = [*AUGMENTED, *flags, '--global-batch-size', batch]
+    one = train('one', *flags, '-b', batch, model=STILL)
+    done = command(
+        'train',
+        *STILL,
+        *QUICK,
+        *flags,
+        '-b',
+        '1',
+        '--grad-accum-steps',
+        '2',
+        '--data-dir',
+        images,
+        '--output',
+        tmp_path,
+        '--experiment',
+        'more',
+        processes=processes,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1: ") == 1  # only the first process reports
-    more, worst = tmp_path / "more", 0.0
-    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/top1", "eval/raw_loss", "eval/raw_top1"):
+    assert done.stdout.count('epoch 1: ') == 1  # only the first process reports
+    more, worst = tmp_path / 'more', 0.0
+    for name in ('train/loss', 'train/grad_norm', 'eval/loss', 'eval/top1', 'eval/raw_loss', 'eval/raw_top1'):
         a, b = scalars(one, name), scalars(more, name)
         assert a.keys() == b.keys()
         torch.testing.assert_close(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
         worst = max(worst, *(abs(a[key] - b[key]) / abs(a[key]) for key in a))
-    a, b = weights(one / "last.safetensors"), weights(more / "last.safetensors")
+    a, b = weights(one / 'last.safetensors'), weights(more / 'last.safetensors')
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    record_property("figure", f"{processes} processes{', repeated' if '--aug-repeats' in flags else ''}: losses, "
-                              f"gradients and accuracies within {worst:.0e}")
+    record_property(
+        'figure',
+        f'{processes} processes{", repeated" if "--aug-repeats" in flags else ""}: losses, '
+        f'gradients and accuracies within {worst:.0e}',
+    )
 
 
 def ranks_of(job):
     """{rank: process id} of the processes that torchrun started, from the environment each was given."""
     found = {}
-    for process in Path("/proc").iterdir():
+    for process in Path('/proc').iterdir():
         try:
-            parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            parent = (process / 'stat').read_text().rsplit(')', 1)[1].split()[1]
             if int(parent) == job.pid:
-                environment = (process / "environ").read_text().split("\0")
-                words = dict(word.split("=", 1) for word in environment if "=" in word)
-                found[int(words["RANK"])] = int(process.name)
+                environment = (process / 'environ').read_text().split('\0')
+                words = dict(word.split('=', 1) for word in environment if '=' in word)
+                found[int(words['RANK'])] = int(process.name)
         except (OSError, KeyError, ValueError, IndexError):
             continue  # not a process, or gone
     return found
 
 
-LONG = [*QUICK, "-b", "2", "--epochs", "300", "--checkpoint-interval", "3", "--resume", "auto"]
+LONG = [*QUICK, '-b', '2', '--epochs', '300', '--checkpoint-interval', '3', '--resume', 'auto']
 
 
 def test_a_killed_process_stops_the_others_and_a_restart_resumes(call, images, tmp_path, record_property):
     """Two processes go on as one: with the same global batch at the update, with another one at the epoch's start."""
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "run"]
-    job = start("train", *MODEL, *LONG, *place, processes=2)
-    wait_for(tmp_path / "run" / "previous.pth.tar", job)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+    job = start('train', *MODEL, *LONG, *place, processes=2)
+    wait_for(tmp_path / 'run' / 'previous.pth.tar', job)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     began = time.monotonic()
     job.communicate(timeout=60)
     seconds = time.monotonic() - began
     assert job.returncode != 0
-    last = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)
-    epoch = last["saver"]["position"]["epoch"]
-    last["saver"]["position"]["update"] = 3  # wherever the kill was: within the epoch
-    for batch, expected in (("4", "go on in the same order"), ("2", f"restarts at epoch {epoch}")):
-        torch.save(last, tmp_path / "run" / "last.pth.tar")
-        code, out, err = call("train", *MODEL, *LONG, *place, "-b", batch, "--epochs", epoch + 1)
-        assert code == 0 and "resuming from" in out and expected in out, out + err
-        assert f"epoch {epoch} {4 if batch == '4' else 1}/" in out
-    record_property("figure", f"the others ended {seconds:.0f} s after a kill -9; resumed with 1 process")
+    last = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
+    epoch = last['saver']['position']['epoch']
+    last['saver']['position']['update'] = 3  # wherever the kill was: within the epoch
+    for batch, expected in (('4', 'go on in the same order'), ('2', f'restarts at epoch {epoch}')):
+        torch.save(last, tmp_path / 'run' / 'last.pth.tar')
+        code, out, err = call('train', *MODEL, *LONG, *place, '-b', batch, '--epochs', epoch + 1)
+        assert code == 0 and 'resuming from' in out and expected in out, out + err
+        assert f'epoch {epoch} {4 if batch == "4" else 1}/' in out
+    record_property('figure', f'the others ended {seconds:.0f} s after a kill -9; resumed with 1 process')
 
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_by_torchrun(images, tmp_path):
-    flags = [*MODEL, *LONG, "--epochs", "12", "--data-dir", images, "--output", tmp_path, "--experiment", "run"]
-    job = start("train", *flags, processes=2, launcher_flags=["--max-restarts", "1"])
-    wait_for(tmp_path / "run" / "previous.pth.tar", job)
+    flags = [*MODEL, *LONG, '--epochs', '12', '--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+    job = start('train', *flags, processes=2, launcher_flags=['--max-restarts', '1'])
+    wait_for(tmp_path / 'run' / 'previous.pth.tar', job)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     out, err = job.communicate(timeout=180 * PATIENCE)
     assert job.returncode == 0, err
-    assert out.count("resuming from") == 1 and "done: best" in out
-    assert [row["epoch"] for row in rows(tmp_path / "run")] == [str(epoch) for epoch in range(12)]
+    assert out.count('resuming from') == 1 and 'done: best' in out
+    assert [row['epoch'] for row in rows(tmp_path / 'run')] == [str(epoch) for epoch in range(12)]
 
 
-@pytest.mark.parametrize("whom", [pytest.param("torchrun", marks=pytest.mark.slow), "one process"])
+@pytest.mark.parametrize('whom', [pytest.param('torchrun', marks=pytest.mark.slow), 'one process'])
 def test_a_signal_stops_all_processes_with_a_checkpoint(images, tmp_path, whom):
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "run"]
-    job = start("train", *MODEL, *LONG, "--checkpoint-interval", "1000", *place, processes=2, session=False)
-    wait_for(tmp_path / "run" / "last.pth.tar", job)
-    os.kill(job.pid if whom == "torchrun" else ranks_of(job)[1], signal.SIGTERM)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+    job = start('train', *MODEL, *LONG, '--checkpoint-interval', '1000', *place, processes=2, session=False)
+    wait_for(tmp_path / 'run' / 'last.pth.tar', job)
+    os.kill(job.pid if whom == 'torchrun' else ranks_of(job)[1], signal.SIGTERM)
     _, err = job.communicate(timeout=60 * PATIENCE)
-    assert job.returncode != 0 and err.count("asked to stop: epoch") == 1
-    if whom != "torchrun":
-        assert len(set(re.findall(r"exitcode *: *(\d+)", err))) == 1 and re.search(r"exitcode *: 75", err)
-    stopped = re.search(r"asked to stop: epoch (\d+), update (\d+)", err) or re.search(r"epoch (\d+) is complete", err)
-    saved = torch.load(tmp_path / "run" / "last.pth.tar", weights_only=False)["saver"]["position"]
-    assert [saved["epoch"], saved["update"]] in ([int(n) for n in stopped.groups()],
-                                                 [int(stopped.group(1)) + 1, 0])
+    assert job.returncode != 0 and err.count('asked to stop: epoch') == 1
+    if whom != 'torchrun':
+        assert len(set(re.findall(r'exitcode *: *(\d+)', err))) == 1 and re.search(r'exitcode *: 75', err)
+    stopped = re.search(r'asked to stop: epoch (\d+), update (\d+)', err) or re.search(r'epoch (\d+) is complete', err)
+    saved = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)['saver']['position']
+    assert [saved['epoch'], saved['update']] in ([int(n) for n in stopped.groups()], [int(stopped.group(1)) + 1, 0])
 
 
 def test_a_nan_in_one_process_stops_all(images, tmp_path):
     """The second process alone meets it: its images are NaN after the first update."""
     line, environment = command_line(
-        "train", *MODEL, *QUICK, "-b", "2", "--data-dir", images, "--output", tmp_path, "--experiment", "nan",
-        "--max-skipped", "3", "--checkpoint-interval", "1", processes=2)
-    (tmp_path / "poisoned.py").write_text(f"""
+        'train',
+        *MODEL,
+        *QUICK,
+        '-b',
+        '2',
+        '--data-dir',
+        images,
+        '--output',
+        tmp_path,
+        '--experiment',
+        'nan',
+        '--max-skipped',
+        '3',
+        '--checkpoint-interval',
+        '1',
+        processes=2,
+    )
+    (tmp_path / 'poisoned.py').write_text(f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
 from evavit.training import loop
@@ -125,13 +163,13 @@ def poisoned(run, images, target):
     return step(run, images * float("nan") if os.environ["RANK"] == "1" and calls > 1 else images, target)
 
 loop._forward_backward = poisoned
-runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
 """)
-    line[line.index(str(ROOT / "train.py"))] = str(tmp_path / "poisoned.py")
+    line[line.index(str(ROOT / 'train.py'))] = str(tmp_path / 'poisoned.py')
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120 * PATIENCE)
     assert done.returncode != 0
-    assert done.stderr.count("error: loss nan") == 1 and "3 in a row" in done.stderr
-    assert set(re.findall(r"exitcode *: *(\d+)", done.stderr)) == {"2"}
-    assert done.stdout.count("skipped, ") == 2
-    last = torch.load(tmp_path / "nan" / "last.pth.tar", weights_only=False)
-    assert last["saver"]["position"]["update"] == 1 and all(v.isfinite().all() for v in last["state_dict"].values())
+    assert done.stderr.count('error: loss nan') == 1 and '3 in a row' in done.stderr
+    assert set(re.findall(r'exitcode *: *(\d+)', done.stderr)) == {'2'}
+    assert done.stdout.count('skipped, ') == 2
+    last = torch.load(tmp_path / 'nan' / 'last.pth.tar', weights_only=False)
+    assert last['saver']['position']['update'] == 1 and all(v.isfinite().all() for v in last['state_dict'].values())

@@ -1,4 +1,5 @@
 """export.py: files with the answers of the model that they came from; one line on a mistake."""
+
 import importlib.util
 import json
 
@@ -22,8 +23,23 @@ def needs(*packages):
 
 needs_onnx = needs('onnx', 'onnxscript', 'onnxruntime')
 # The flags of timm's onnx_export.py.
-TIMM = ('model', 'opset', 'keep_init', 'aten_fallback', 'dynamic_size', 'check_forward', 'batch_size', 'img_size',
-        'mean', 'std', 'num_classes', 'checkpoint', 'reparam', 'training', 'verbose')
+TIMM = (
+    'model',
+    'opset',
+    'keep_init',
+    'aten_fallback',
+    'dynamic_size',
+    'check_forward',
+    'batch_size',
+    'img_size',
+    'mean',
+    'std',
+    'num_classes',
+    'checkpoint',
+    'reparam',
+    'training',
+    'verbose',
+)
 
 
 def test_flags_are_timms():
@@ -36,6 +52,7 @@ def test_flags_are_timms():
 def test_checkpoint_to_onnx(train, call, tmp_path):
     """Model, classes and image settings come from the checkpoint; the file says them; any batch does."""
     import onnx
+
     checkpoint = train('run') / 'last.safetensors'
     path = tmp_path / 'model.onnx'
     code, out, err = call('export', path, '--checkpoint', checkpoint, '--check-forward', '-b', '5')
@@ -65,26 +82,39 @@ def test_checkpoint_to_onnx(train, call, tmp_path):
 
 
 @needs_onnx
-@pytest.mark.parametrize('node, extra, objections', [
-    (('Relu', ['x'], ['y']), {}, []),
-    (('Resize', ['x', '', 'scales'], ['y']), dict(mode='cubic'), ['Resize']),
-    (('ReduceSum', ['x', 'axes'], ['y']), dict(keepdims=1), []),
-    (('ReduceSum', ['x', 'free'], ['y']), dict(keepdims=1), ['INT8', 'ReduceSum (axes must be constant)']),
-    (('Det', ['x'], ['y']), {}, ['Det']),
-    (('FusedGelu', ['x'], ['y']), dict(domain='com.microsoft'), ['com.microsoft::FusedGelu']),
-])
+@pytest.mark.parametrize(
+    'node, extra, objections',
+    [
+        (('Relu', ['x'], ['y']), {}, []),
+        (('Resize', ['x', '', 'scales'], ['y']), dict(mode='cubic'), ['Resize']),
+        (('ReduceSum', ['x', 'axes'], ['y']), dict(keepdims=1), []),
+        (('ReduceSum', ['x', 'free'], ['y']), dict(keepdims=1), ['INT8', 'ReduceSum (axes must be constant)']),
+        (('Det', ['x'], ['y']), {}, ['Det']),
+        (('FusedGelu', ['x'], ['y']), dict(domain='com.microsoft'), ['com.microsoft::FusedGelu']),
+    ],
+)
 def test_objections_of_tensorrt(tmp_path, node, extra, objections):
     """Operators that its table lacks, restricted ones, other domains, and types of numbers."""
     import onnx
     from onnx import TensorProto, helper
+
     inputs = [helper.make_tensor_value_info('x', TensorProto.FLOAT, [1, 1, 4, 4])]
     if 'free' in node[1]:
-        inputs += [helper.make_tensor_value_info('free', TensorProto.INT64, [1]),
-                   helper.make_tensor_value_info('unused', TensorProto.INT8, [1])]
-    constants = [helper.make_tensor('axes', TensorProto.INT64, [1], [2]),
-                 helper.make_tensor('scales', TensorProto.FLOAT, [4], [1, 1, 2, 2])]
-    graph = helper.make_graph([helper.make_node(*node, **extra)], 'g', inputs,
-                              [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)], constants)
+        inputs += [
+            helper.make_tensor_value_info('free', TensorProto.INT64, [1]),
+            helper.make_tensor_value_info('unused', TensorProto.INT8, [1]),
+        ]
+    constants = [
+        helper.make_tensor('axes', TensorProto.INT64, [1], [2]),
+        helper.make_tensor('scales', TensorProto.FLOAT, [4], [1, 1, 2, 2]),
+    ]
+    graph = helper.make_graph(
+        [helper.make_node(*node, **extra)],
+        'g',
+        inputs,
+        [helper.make_tensor_value_info('y', TensorProto.FLOAT, None)],
+        constants,
+    )
     domains = [helper.make_opsetid('', 20), helper.make_opsetid('com.microsoft', 1)]
     onnx.save(helper.make_model(graph, opset_imports=domains), tmp_path / 'm.onnx')
     assert exporting.tensorrt_objections(tmp_path / 'm.onnx') == objections
@@ -97,14 +127,34 @@ def test_weights_of_another_image_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, 'write', lambda model, output, *rest: (written.append(model), output.touch()))
     torch.save(timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).state_dict(), tmp_path / 'w.pth')
     kwargs = [f'{key}={value}' for key, value in KWARGS.items() if key != 'img_size']
-    flags = [tmp_path / 'm.pt2', '-m', 'eva_deit_tiny', '--model-kwargs', *kwargs, '--num-classes', '3',
-             '--checkpoint', tmp_path / 'w.pth', '--input-size', '3', '20', '28', '--device', 'cpu']
+    flags = [
+        tmp_path / 'm.pt2',
+        '-m',
+        'eva_deit_tiny',
+        '--model-kwargs',
+        *kwargs,
+        '--num-classes',
+        '3',
+        '--checkpoint',
+        tmp_path / 'w.pth',
+        '--input-size',
+        '3',
+        '20',
+        '28',
+        '--device',
+        'cpu',
+    ]
     assert run_script(script.main, [str(flag) for flag in flags]) == 0
     told = capsys.readouterr()
     lines = [line for line in (told.out + told.err).splitlines() if 'pos_embed' in line]
     assert len(lines) == 1 and lines[0].startswith('resized') and '1×16×16 to 1×35×16' in lines[0]
-    sized = timm.create_model('eva_deit_tiny', num_classes=3, **{**KWARGS, 'img_size': (20, 28)}, pretrained=True,
-                              pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pth'), num_classes=3)).eval()
+    sized = timm.create_model(
+        'eva_deit_tiny',
+        num_classes=3,
+        **{**KWARGS, 'img_size': (20, 28)},
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pth'), num_classes=3),
+    ).eval()
     images = torch.randn(2, 3, 20, 28)
     with torch.no_grad():
         torch.testing.assert_close(written[0](images), sized(images))
@@ -124,9 +174,25 @@ def test_a_flag_for_the_size_wins_over_the_checkpoints(train, tmp_path):
 def test_pyramid_in_float16(call, tmp_path):
     """Windows and cells that do not divide the grid: padding and masks are in ONNX's operators, too."""
     path = tmp_path / 'model.onnx'
-    code, out, err = call('export', path, '-m', 'eva_pvt_v2_b3', '--num-classes', '5', '--precision', 'float16',
-                          '--img-size', '72', '--check-forward', '--model-kwargs', 'depths=(1,1,1,1)',
-                          'embed_dims=(16,32,48,64)', 'num_heads=(1,2,3,4)', 'window_size=4', 'partition_grid=4')
+    code, out, err = call(
+        'export',
+        path,
+        '-m',
+        'eva_pvt_v2_b3',
+        '--num-classes',
+        '5',
+        '--precision',
+        'float16',
+        '--img-size',
+        '72',
+        '--check-forward',
+        '--model-kwargs',
+        'depths=(1,1,1,1)',
+        'embed_dims=(16,32,48,64)',
+        'num_heads=(1,2,3,4)',
+        'window_size=4',
+        'partition_grid=4',
+    )
     assert code == 0, out + err
     assert 'random' in out and 'float16' in out and 'agrees with PyTorch' in out
     assert not exporting.tensorrt_objections(path)
@@ -136,9 +202,11 @@ def test_pyramid_in_float16(call, tmp_path):
 def test_timms_flags_on_a_model_without_windows(call, tmp_path):
     """Any image size where the model allows it; the version of the operators; weights as inputs."""
     import onnx
+
     path = tmp_path / 'model.onnx'
-    code, out, err = call('export', path, '-m', 'test_byobnet', '--num-classes', '5', '--dynamic-size', '--opset', '20',
-                          '--keep-init')
+    code, out, err = call(
+        'export', path, '-m', 'test_byobnet', '--num-classes', '5', '--dynamic-size', '--opset', '20', '--keep-init'
+    )
     assert code == 0, out + err
     file = onnx.load(path)
     assert file.opset_import[0].version == 20
@@ -177,8 +245,9 @@ def test_half_precision(precision, bound):
 @pytest.mark.parametrize('precision', exporting.PRECISIONS)
 def test_package(call, tmp_path, precision):
     path = tmp_path / 'model.pt2'
-    code, out, err = call('export', path, *MODEL, '--num-classes', '3', '--precision', precision, '--check-forward',
-                          '--device', 'cpu')
+    code, out, err = call(
+        'export', path, *MODEL, '--num-classes', '3', '--precision', precision, '--check-forward', '--device', 'cpu'
+    )
     assert code == 0, out + err
     assert 'agrees with PyTorch' in out
     if precision == 'float32':
@@ -186,25 +255,28 @@ def test_package(call, tmp_path, precision):
         torch.testing.assert_close(run(images.to(memory_format=torch.channels_last)), run(images))
 
 
-@pytest.mark.parametrize('flags, message', [
-    ([], 'no output: the first word is the file to write'),
-    (['--model', 'eva_deit_tiny'], 'no output'),
-    (['m.tflite'], 'must end in .onnx'),
-    (['nowhere/m.onnx'], 'no folder nowhere'),
-    (['m.pt2'], 'no model: give --model NAME'),
-    (['m.pt2', '--opset', '18'], '--opset is for ONNX files'),
-    (['m.pt2', '--dynamic-size'], '--dynamic-size is for ONNX files'),
-    (['m.onnx', '--opset', '9'], 'opset, which takes a whole number ≥ 18'),
-    (['m.onnx', '--precision', 'int8'], '--precision int8 is for .pt2 packages'),
-    (['m.onnx', '--precision', 'int4'], 'one of float32'),
-    (['m.onnx', '--training'], '--training belongs to'),
-    (['m.onnx', '--aten-fallback'], '--aten-fallback belongs to'),
-    (['m.pt2', '--pretrained', '--checkpoint', 'x.pth'], 'both name weights'),
-    (['m.pt2', '--checkpoint', 'none.pth'], 'none.pth: no such checkpoint'),
-    (['m.pt2', '-m', 'eva_deit_tinny'], 'did you mean eva_deit_tiny?'),
-    (['m.pt2', '--quiet'], 'unknown flag --quiet'),
-    (['m.onnx', *MODEL, '--dynamic-size'], 'write a file for each size, with --img-size N'),
-])
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        ([], 'no output: the first word is the file to write'),
+        (['--model', 'eva_deit_tiny'], 'no output'),
+        (['m.tflite'], 'must end in .onnx'),
+        (['nowhere/m.onnx'], 'no folder nowhere'),
+        (['m.pt2'], 'no model: give --model NAME'),
+        (['m.pt2', '--opset', '18'], '--opset is for ONNX files'),
+        (['m.pt2', '--dynamic-size'], '--dynamic-size is for ONNX files'),
+        (['m.onnx', '--opset', '9'], 'opset, which takes a whole number ≥ 18'),
+        (['m.onnx', '--precision', 'int8'], '--precision int8 is for .pt2 packages'),
+        (['m.onnx', '--precision', 'int4'], 'one of float32'),
+        (['m.onnx', '--training'], '--training belongs to'),
+        (['m.onnx', '--aten-fallback'], '--aten-fallback belongs to'),
+        (['m.pt2', '--pretrained', '--checkpoint', 'x.pth'], 'both name weights'),
+        (['m.pt2', '--checkpoint', 'none.pth'], 'none.pth: no such checkpoint'),
+        (['m.pt2', '-m', 'eva_deit_tinny'], 'did you mean eva_deit_tiny?'),
+        (['m.pt2', '--quiet'], 'unknown flag --quiet'),
+        (['m.onnx', *MODEL, '--dynamic-size'], 'write a file for each size, with --img-size N'),
+    ],
+)
 def test_mistakes(call, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     if importlib.util.find_spec('onnx') is None and flags and flags[0] == 'm.onnx':
@@ -216,20 +288,22 @@ def test_mistakes(call, tmp_path, monkeypatch, flags, message):
 
 def broken_files(folder):
     """Files that are no checkpoint of the tiny model: {name: (flags beside --checkpoint, what the line must say)}."""
+
     class Code:
         def __reduce__(self):
             return (print, ('this must not run',))
 
     tiny = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).state_dict()
     torch.save(timm.create_model('resnet18', num_classes=3).state_dict(), folder / 'resnet.pth')
-    torch.save(timm.create_model('eva_deit_tiny', num_classes=3, **{**KWARGS, 'depth': 3}).state_dict(),
-               folder / 'deeper.pth')
+    torch.save(
+        timm.create_model('eva_deit_tiny', num_classes=3, **{**KWARGS, 'depth': 3}).state_dict(), folder / 'deeper.pth'
+    )
     torch.save(tiny, folder / 'tiny.pth')
     torch.save(dict(state_dict=dict(weight=Code())), folder / 'code.pth')
     safetensors.torch.save_file(tiny, folder / 'tiny.safetensors')
     for name in ('tiny.pth', 'tiny.safetensors'):
         whole = (folder / name).read_bytes()
-        (folder / f'half_{name}').write_bytes(whole[:len(whole) // 2])
+        (folder / f'half_{name}').write_bytes(whole[: len(whole) // 2])
     (folder / 'text.pth').write_text('no weights')
     fit = [*MODEL, '--num-classes', '3']
     return {
@@ -253,19 +327,22 @@ def test_bad_weights(call, tmp_path, monkeypatch):
         assert 'this must not run' not in out and not (tmp_path / 'm.pt2').exists()
 
 
-@pytest.mark.parametrize('flags, words', [
-    (['--img-size', '18'], ['18']),
-    (['--img-size', '0'], ['--img-size', '0', '≥ 1']),
-    (['--input-size', '3', '16'], ['--input-size']),
-    (['--input-size', '2', '16', '16'], ['2 image channels']),
-    (['--in-chans', '1', '--mean', '0.5', '0.5'], ['mean', '1 channel']),
-    (['--model-kwargs', 'num_heads=3'], ['num_heads 3']),
-    (['--device', 'tpu'], ['--device tpu']),
-    (['--num-classes', '0'], ['num_classes', '≥ 1']),
-    (['--batch-size', '0'], ['batch_size', '≥ 1']),
-    (['--opset', 'new'], ['opset', "'new'"]),
-    (['--pretrained'], ['eva_deit_tiny']),
-])
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        (['--img-size', '18'], ['18']),
+        (['--img-size', '0'], ['--img-size', '0', '≥ 1']),
+        (['--input-size', '3', '16'], ['--input-size']),
+        (['--input-size', '2', '16', '16'], ['2 image channels']),
+        (['--in-chans', '1', '--mean', '0.5', '0.5'], ['mean', '1 channel']),
+        (['--model-kwargs', 'num_heads=3'], ['num_heads 3']),
+        (['--device', 'tpu'], ['--device tpu']),
+        (['--num-classes', '0'], ['num_classes', '≥ 1']),
+        (['--batch-size', '0'], ['batch_size', '≥ 1']),
+        (['--opset', 'new'], ['opset', "'new'"]),
+        (['--pretrained'], ['eva_deit_tiny']),
+    ],
+)
 def test_impossible_values(call, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     code, _, err = call('export', 'm.pt2', *MODEL, *flags)

@@ -29,50 +29,64 @@ from runs import (
 from evavit.errors import PREEMPTED
 from evavit.training import data
 
-RESUMED = [*DRAWN, "--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates", "--grad-accum-steps", "2",
-           "-b", "2", "--clip-grad", "1", "--resume", "auto"]
+RESUMED = [
+    *DRAWN,
+    '--epochs',
+    '3',
+    '--warmup-epochs',
+    '1',
+    '--sched-on-updates',
+    '--grad-accum-steps',
+    '2',
+    '-b',
+    '2',
+    '--clip-grad',
+    '1',
+    '--resume',
+    'auto',
+]
 
 
 def test_a_stop_within_an_epoch_changes_nothing(train, call, images, tmp_path, monkeypatch):
     """Stops in the first update, within an epoch, at the end of one, in the middle of the last."""
-    whole = train("whole", *RESUMED)
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "parts"]
+    whole = train('whole', *RESUMED)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
     for number, moment in enumerate((1, 3, 6, 15)):
         signal_at(monkeypatch, [moment], (signal.SIGTERM, signal.SIGUSR1)[number % 2])
-        code, _, err = call("train", *MODEL, *QUICK, *place, *RESUMED)
+        code, _, err = call('train', *MODEL, *QUICK, *place, *RESUMED)
         monkeypatch.undo()
-        assert code == PREEMPTED and "--resume auto" in err and err.count("\n") == 1
+        assert code == PREEMPTED and '--resume auto' in err and err.count('\n') == 1
         torch.rand(7)  # whatever the process draws before it resumes is of no effect
-    parts = train("parts", *RESUMED)
+    parts = train('parts', *RESUMED)
     assert_same_run(whole, parts)
 
 
 def test_a_resumed_float16_run_keeps_its_scale(train, call, images, tmp_path, monkeypatch):
-    flags = ["--amp", "--amp-dtype", "float16", "--resume", "auto"]
-    whole = train("whole", *flags)
+    flags = ['--amp', '--amp-dtype', 'float16', '--resume', 'auto']
+    whole = train('whole', *flags)
     signal_at(monkeypatch, [8])
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "parts"]
-    code, _, _ = call("train", *MODEL, *QUICK, *place, *flags)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
+    code, _, _ = call('train', *MODEL, *QUICK, *place, *flags)
     assert code == PREEMPTED
     monkeypatch.undo()
-    parts = train("parts", *flags)
+    parts = train('parts', *flags)
     assert rows(whole) == rows(parts)
-    a, b = (torch.load(folder / "last.pth.tar", weights_only=False)["amp_scaler"] for folder in (whole, parts))
-    assert a == b and a["scale"] != 1
+    a, b = (torch.load(folder / 'last.pth.tar', weights_only=False)['amp_scaler'] for folder in (whole, parts))
+    assert a == b and a['scale'] != 1
 
 
 def test_random_features_that_are_kept_go_on(train, call, images, tmp_path, monkeypatch):
     """An attention that draws in some updates and keeps what it drew in others."""
-    kwargs = [f"{key}={value}" for key, value in KWARGS.items() if key not in ("window_size", "partition_grid")]
-    model = ["--model", "performer_deit_tiny", "--model-kwargs", *kwargs, "redraw_interval=4", "num_features=8"]
-    flags = ["--model-ema", "--model-ema-decay", "0.9", "--resume", "auto"]
-    whole = train("whole", *flags, model=model)
+    kwargs = [f'{key}={value}' for key, value in KWARGS.items() if key not in ('window_size', 'partition_grid')]
+    model = ['--model', 'performer_deit_tiny', '--model-kwargs', *kwargs, 'redraw_interval=4', 'num_features=8']
+    flags = ['--model-ema', '--model-ema-decay', '0.9', '--resume', 'auto']
+    whole = train('whole', *flags, model=model)
     signal_at(monkeypatch, [8])
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "parts"]
-    code, _, _ = call("train", *model, *QUICK, *place, *flags)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
+    code, _, _ = call('train', *model, *QUICK, *place, *flags)
     assert code == PREEMPTED
     monkeypatch.undo()
-    assert_same_run(whole, train("parts", *flags, model=model))
+    assert_same_run(whole, train('parts', *flags, model=model))
 
 
 def test_checkpoints_within_an_epoch(train, tmp_path, monkeypatch):
@@ -81,27 +95,30 @@ def test_checkpoints_within_an_epoch(train, tmp_path, monkeypatch):
     from evavit.training import checkpoint
 
     save = checkpoint.Saver.save_position
-    monkeypatch.setattr(checkpoint.Saver, "save_position", lambda saver, position: (
-        saved.append((position.epoch, position.update)), save(saver, position)))
-    train("steps", "--checkpoint-interval", "4")
+    monkeypatch.setattr(
+        checkpoint.Saver,
+        'save_position',
+        lambda saver, position: (saved.append((position.epoch, position.update)), save(saver, position)),
+    )
+    train('steps', '--checkpoint-interval', '4')
     assert saved == [(0, 4), (0, 6), (1, 2), (1, 6)]
     saved.clear()
-    train("minutes", "--checkpoint-interval", "0.0001m")
+    train('minutes', '--checkpoint-interval', '0.0001m')
     assert saved == [(epoch, update) for epoch in (0, 1) for update in range(1, 7)]
 
 
 def test_a_signal_to_every_process_of_the_job(images, tmp_path):
     """As schedulers send it: the loader's workers get it too, and must not take the run down before it has saved."""
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "job"]
-    flags = [*MODEL, *QUICK, *place, *DRAWN, "--epochs", "300", "--checkpoint-interval", "3", "--resume", "auto"]
-    job = start("train", *flags)
-    wait_for(tmp_path / "job" / "last.pth.tar", job)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'job']
+    flags = [*MODEL, *QUICK, *place, *DRAWN, '--epochs', '300', '--checkpoint-interval', '3', '--resume', 'auto']
+    job = start('train', *flags)
+    wait_for(tmp_path / 'job' / 'last.pth.tar', job)
     os.killpg(job.pid, signal.SIGTERM)
     _, err = job.communicate(timeout=60 * PATIENCE)
     assert job.returncode == PREEMPTED, err
-    assert err.startswith("asked to stop: epoch") and err.count("\n") == 1
-    done = command("train", *flags, "--epochs", "1")
-    assert done.returncode == 0 and "resuming from" in done.stdout
+    assert err.startswith('asked to stop: epoch') and err.count('\n') == 1
+    done = command('train', *flags, '--epochs', '1')
+    assert done.returncode == 0 and 'resuming from' in done.stdout
 
 
 def test_a_signal_while_the_run_starts(call, images, tmp_path, monkeypatch):
@@ -112,40 +129,40 @@ def test_a_signal_while_the_run_starts(call, images, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return open_sets(settings)
 
-    monkeypatch.setattr(data, "open_training_sets", signalled)
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "run"]
-    code, _, err = call("train", *MODEL, *QUICK, *place)
-    assert code == PREEMPTED and err.startswith("asked to stop: epoch 0, update 1 of 6")
-    assert (tmp_path / "run" / "last.pth.tar").is_file()
+    monkeypatch.setattr(data, 'open_training_sets', signalled)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+    code, _, err = call('train', *MODEL, *QUICK, *place)
+    assert code == PREEMPTED and err.startswith('asked to stop: epoch 0, update 1 of 6')
+    assert (tmp_path / 'run' / 'last.pth.tar').is_file()
 
 
 def test_a_resumed_run_with_other_flags(train, tmp_path, capfd):
     """They hold, the log says so, and the rows of summary.csv keep their columns."""
-    folder = train("run", "--epochs", "2")
-    train("run", "--epochs", "3", "--resume", "auto", "--model-ema", "--sched", "none", "--lr", "0.002")
+    folder = train('run', '--epochs', '2')
+    train('run', '--epochs', '3', '--resume', 'auto', '--model-ema', '--sched', 'none', '--lr', '0.002')
     one, two, three = rows(folder)
-    assert one["eval_raw_top1"] == two["eval_raw_top1"] == "" and float(three["eval_raw_top1"]) >= 0
-    assert float(two["lr"]) < 1e-3 and float(three["lr"]) == 2e-3
+    assert one['eval_raw_top1'] == two['eval_raw_top1'] == '' and float(three['eval_raw_top1']) >= 0
+    assert float(two['lr']) < 1e-3 and float(three['lr']) == 2e-3
 
 
 def test_a_summary_that_is_none_is_kept_aside(train, call, images, tmp_path):
-    folder = train("run")
-    (folder / "summary.csv").write_bytes(bytes(range(256)))
-    place = ["--data-dir", images, "--output", tmp_path, "--experiment", "run"]
-    code, out, err = call("train", *MODEL, *QUICK, *place, "--epochs", "3", "--resume", "auto")
-    assert code == 0 and "kept as" in out, err
-    assert (folder / "summary.csv.damaged").is_file() and [row["epoch"] for row in rows(folder)] == ["2"]
+    folder = train('run')
+    (folder / 'summary.csv').write_bytes(bytes(range(256)))
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+    code, out, err = call('train', *MODEL, *QUICK, *place, '--epochs', '3', '--resume', 'auto')
+    assert code == 0 and 'kept as' in out, err
+    assert (folder / 'summary.csv.damaged').is_file() and [row['epoch'] for row in rows(folder)] == ['2']
 
 
 def test_a_disk_that_the_curves_fill_ends_the_run_with_a_line(call, images, tmp_path, monkeypatch):
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     def full(writer):
-        raise OSError(28, "No space left on device")
+        raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(RecordWriter, "flush", full)
-    code, _, err = call("train", *MODEL, *QUICK, "--data-dir", images, "--output", tmp_path, "--experiment", "run")
-    assert code == 2 and err.count("\n") == 1 and "the curves cannot be written (No space left on device)" in err
+    monkeypatch.setattr(RecordWriter, 'flush', full)
+    code, _, err = call('train', *MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--experiment', 'run')
+    assert code == 2 and err.count('\n') == 1 and 'the curves cannot be written (No space left on device)' in err
 
 
 def test_a_loading_process_that_is_killed_ends_the_run_with_a_line(call, images, tmp_path, monkeypatch):
@@ -159,18 +176,19 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_a_line(call, images,
             os.kill(os.getpid(), signal.SIGKILL)
         return read(dataset, index)
 
-    monkeypatch.setattr(CheckedImages, "__getitem__", killed)
-    code, _, err = call("train", *MODEL, *QUICK, "--data-dir", images, "--output", tmp_path, "--experiment", "run",
-                        "--workers", "2")
-    assert code == 2 and err.startswith("error: DataLoader worker") and "lower --workers" in err.splitlines()[0]
+    monkeypatch.setattr(CheckedImages, '__getitem__', killed)
+    code, _, err = call(
+        'train', *MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--workers', '2'
+    )
+    assert code == 2 and err.startswith('error: DataLoader worker') and 'lower --workers' in err.splitlines()[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope='session')
 def digits(tmp_path_factory):
-    pytest.importorskip("sklearn")
-    folder = tmp_path_factory.mktemp("digits")
-    subprocess.run([sys.executable, ROOT / "tools" / "build_digits.py", folder], check=True, capture_output=True)
-    for kept in folder.glob("*/*"):  # a sixth of each class does, so that 20 kills fit
+    pytest.importorskip('sklearn')
+    folder = tmp_path_factory.mktemp('digits')
+    subprocess.run([sys.executable, ROOT / 'tools' / 'build_digits.py', folder], check=True, capture_output=True)
+    for kept in folder.glob('*/*'):  # a sixth of each class does, so that 20 kills fit
         for number, image in enumerate(sorted(kept.iterdir())):
             if number % 6:
                 image.unlink()
@@ -181,33 +199,70 @@ def digits(tmp_path_factory):
 @pytest.mark.timeout(3000)
 def test_kill_9_at_20_random_moments(digits, tmp_path, record_property):
     """One run killed 20 times, a third of them while a checkpoint is being written, against one left alone."""
-    kwargs = ["--model-kwargs", "img_size=8", "patch_size=2", "embed_dim=32", "depth=2", "num_heads=2", "window_size=2",
-              "partition_grid=2"]
-    flags = ["--model", "eva_deit_tiny", *kwargs, *DRAWN, "--in-chans", "1", "--data-dir", digits, "-b", "16",
-             "--epochs", "12", "--warmup-epochs", "2", "--sched-on-updates", "--lr", "2e-3", "--device", "cpu",
-             "--log-interval", "1", "--checkpoint-interval", "4", "--resume", "auto", "--output", tmp_path]
-    done = command("train", *flags, "--experiment", "whole")
+    kwargs = [
+        '--model-kwargs',
+        'img_size=8',
+        'patch_size=2',
+        'embed_dim=32',
+        'depth=2',
+        'num_heads=2',
+        'window_size=2',
+        'partition_grid=2',
+    ]
+    flags = [
+        '--model',
+        'eva_deit_tiny',
+        *kwargs,
+        *DRAWN,
+        '--in-chans',
+        '1',
+        '--data-dir',
+        digits,
+        '-b',
+        '16',
+        '--epochs',
+        '12',
+        '--warmup-epochs',
+        '2',
+        '--sched-on-updates',
+        '--lr',
+        '2e-3',
+        '--device',
+        'cpu',
+        '--log-interval',
+        '1',
+        '--checkpoint-interval',
+        '4',
+        '--resume',
+        'auto',
+        '--output',
+        tmp_path,
+    ]
+    done = command('train', *flags, '--experiment', 'whole')
     assert done.returncode == 0, done.stderr
-    chance, folder = random.Random(20), tmp_path / "parts"
+    chance, folder = random.Random(20), tmp_path / 'parts'
     writing, places = 0, set()
     for kill in range(20):
-        job = start("train", *flags, "--experiment", "parts")
-        steps = (line for line in job.stdout if re.match(r"epoch \d+ \d+/", line))
-        place = [next(steps, "") for _ in range(chance.randint(1, 12))][-1].split("  ")[0]
+        job = start('train', *flags, '--experiment', 'parts')
+        steps = (line for line in job.stdout if re.match(r'epoch \d+ \d+/', line))
+        place = [next(steps, '') for _ in range(chance.randint(1, 12))][-1].split('  ')[0]
         if kill % 3 == 2:  # while a file is half written
-            while job.poll() is None and not any(folder.glob("*.partial")):
+            while job.poll() is None and not any(folder.glob('*.partial')):
                 time.sleep(0.0002)
         else:  # in a step, a validation or between them
             time.sleep(chance.uniform(0, 0.5))
-        assert job.poll() is None, f"the run ended before kill {kill}: {job.communicate()[1]}"
+        assert job.poll() is None, f'the run ended before kill {kill}: {job.communicate()[1]}'
         os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
-        writing += any(folder.glob("*.partial"))
+        writing += any(folder.glob('*.partial'))
         places.add(place)
-    done = command("train", *flags, "--experiment", "parts")
+    done = command('train', *flags, '--experiment', 'parts')
     assert done.returncode == 0, done.stderr
-    compared = assert_same_run(tmp_path / "whole", folder)
-    updates = len(scalars(folder, "train/loss"))
+    compared = assert_same_run(tmp_path / 'whole', folder)
+    updates = len(scalars(folder, 'train/loss'))
     assert writing >= 2 and len(places) > 10 and len(rows(folder)) == 12
-    record_property("figure", f"20 kills, {writing} with a file half written, after {len(places)} different ones of "
-                              f"{updates} updates; {compared:,} numbers of the finished run bit-identical")
+    record_property(
+        'figure',
+        f'20 kills, {writing} with a file half written, after {len(places)} different ones of '
+        f'{updates} updates; {compared:,} numbers of the finished run bit-identical',
+    )

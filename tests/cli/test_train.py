@@ -11,73 +11,94 @@ from timm.utils import load_checkpoint_metadata
 
 from evavit.training import checkpoint
 
-LONGER = ["--epochs", "4", "--warmup-epochs", "1"]
+LONGER = ['--epochs', '4', '--warmup-epochs', '1']
 
 
 def test_a_run_leaves_what_the_docs_promise(train):
-    folder = train("run")
+    folder = train('run')
     names = {path.name for path in folder.iterdir()}
-    assert {"args.yaml", "summary.csv", "last.pth.tar", "last.safetensors", "model_best.pth.tar",
-            "model_best.safetensors", "checkpoint-0.pth.tar", "checkpoint-1.pth.tar"} <= names
-    assert not [name for name in names if "tmp" in name or "partial" in name]
-    assert [row["epoch"] for row in rows(folder)] == ["0", "1"]
-    assert set(rows(folder)[0]) >= {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"}
-    for name in ("loss", "lr", "grad_norm", "images_per_second", "data_wait", "memory_gib", "skipped"):
-        assert list(scalars(folder, f"train/{name}")) == list(range(1, 13))
-    for name in ("loss", "top1", "top5"):
-        assert list(scalars(folder, f"eval/{name}")) == [6, 12]
-    assert (folder / "last.safetensors").stat().st_mode == (folder / "last.pth.tar").stat().st_mode
+    assert {
+        'args.yaml',
+        'summary.csv',
+        'last.pth.tar',
+        'last.safetensors',
+        'model_best.pth.tar',
+        'model_best.safetensors',
+        'checkpoint-0.pth.tar',
+        'checkpoint-1.pth.tar',
+    } <= names
+    assert not [name for name in names if 'tmp' in name or 'partial' in name]
+    assert [row['epoch'] for row in rows(folder)] == ['0', '1']
+    assert set(rows(folder)[0]) >= {'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'}
+    for name in ('loss', 'lr', 'grad_norm', 'images_per_second', 'data_wait', 'memory_gib', 'skipped'):
+        assert list(scalars(folder, f'train/{name}')) == list(range(1, 13))
+    for name in ('loss', 'top1', 'top5'):
+        assert list(scalars(folder, f'eval/{name}')) == [6, 12]
+    assert (folder / 'last.safetensors').stat().st_mode == (folder / 'last.pth.tar').stat().st_mode
 
 
-@pytest.mark.parametrize("flag, classes", [("--initial-checkpoint", 3), ("--pretrained-path", 1000)])
+@pytest.mark.parametrize('flag, classes', [('--initial-checkpoint', 3), ('--pretrained-path', 1000)])
 def test_a_run_starts_from_softmax_weights(train, tmp_path, capfd, flag, classes):
-    source = timm.create_model("deit_tiny_patch16_224", num_classes=classes, **SOFTMAX)
-    torch.save(source.state_dict(), tmp_path / "deit.pth")
-    folder = train("run", flag, tmp_path / "deit.pth", "--lr", "1e-9", "--epochs", "1", "--warmup-lr", "0")
-    for name, value in weights(folder / "last.safetensors").items():
-        if name in source.state_dict() and name != "pos_embed" and not (classes == 1000 and name.startswith("head.")):
+    source = timm.create_model('deit_tiny_patch16_224', num_classes=classes, **SOFTMAX)
+    torch.save(source.state_dict(), tmp_path / 'deit.pth')
+    folder = train('run', flag, tmp_path / 'deit.pth', '--lr', '1e-9', '--epochs', '1', '--warmup-lr', '0')
+    for name, value in weights(folder / 'last.safetensors').items():
+        if name in source.state_dict() and name != 'pos_embed' and not (classes == 1000 and name.startswith('head.')):
             torch.testing.assert_close(value, source.state_dict()[name], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("model", [MODEL, ["--model", "resnet10t"]], ids=["eva", "batch norm"])
+@pytest.mark.parametrize('model', [MODEL, ['--model', 'resnet10t']], ids=['eva', 'batch norm'])
 def test_a_linear_probe_trains_the_classifier_alone(train, tmp_path, model):
     kwargs = KWARGS if model is MODEL else {}
     source = timm.create_model(model[1], num_classes=7, **kwargs)
-    torch.save(source.state_dict(), tmp_path / "source.pth")
-    folder = train("run", "--linear-probe", "--pretrained-path", tmp_path / "source.pth", "--epochs", "1", "--img-size",
-                   "16", "--drop-path", "0.1", model=model)
-    head = source.pretrained_cfg["classifier"]
-    after, before = weights(folder / "last.safetensors"), source.state_dict()
+    torch.save(source.state_dict(), tmp_path / 'source.pth')
+    folder = train(
+        'run',
+        '--linear-probe',
+        '--pretrained-path',
+        tmp_path / 'source.pth',
+        '--epochs',
+        '1',
+        '--img-size',
+        '16',
+        '--drop-path',
+        '0.1',
+        model=model,
+    )
+    head = source.pretrained_cfg['classifier']
+    after, before = weights(folder / 'last.safetensors'), source.state_dict()
     assert after.keys() == before.keys()
     for name, value in before.items():
-        if not name.startswith(f"{head}."):
+        if not name.startswith(f'{head}.'):
             assert torch.equal(after[name], value), name
     start = timm.create_model(model[1], num_classes=3, **kwargs).get_classifier()
-    assert after[f"{head}.weight"].shape == start.weight.shape and after[f"{head}.bias"].abs().max() > 0
+    assert after[f'{head}.weight'].shape == start.weight.shape and after[f'{head}.bias'].abs().max() > 0
 
 
 def test_weights_load_into_timm(train):
-    folder = train("run")
-    models = [timm.create_model("eva_deit_tiny", checkpoint_path=str(folder / name), num_classes=3, **KWARGS).eval()
-              for name in ("last.safetensors", "last.pth.tar")]
+    folder = train('run')
+    models = [
+        timm.create_model('eva_deit_tiny', checkpoint_path=str(folder / name), num_classes=3, **KWARGS).eval()
+        for name in ('last.safetensors', 'last.pth.tar')
+    ]
     image = torch.randn(2, 3, 16, 16)
     assert torch.equal(models[0](image), models[1](image))
 
 
 def test_saved_settings_repeat_the_run(train, call, tmp_path):
-    first = train("first", *DRAWN)
-    code, _, err = call("train", "-c", first / "args.yaml", "--experiment", "second")
+    first = train('first', *DRAWN)
+    code, _, err = call('train', '-c', first / 'args.yaml', '--experiment', 'second')
     assert code == 0, err
-    second = tmp_path / "second"
+    second = tmp_path / 'second'
     assert rows(first) == rows(second)
-    a, b = weights(first / "last.safetensors"), weights(second / "last.safetensors")
+    a, b = weights(first / 'last.safetensors'), weights(second / 'last.safetensors')
     assert all(torch.equal(a[key], b[key]) for key in a)
-    settings = [yaml.safe_load((folder / "args.yaml").read_text()) for folder in (first, second)]
-    assert {key for key in settings[0] if settings[0][key] != settings[1][key]} == {"experiment"}
+    settings = [yaml.safe_load((folder / 'args.yaml').read_text()) for folder in (first, second)]
+    assert {key for key in settings[0] if settings[0][key] != settings[1][key]} == {'experiment'}
 
 
 def test_resume_auto_equals_the_uninterrupted_run(train, call, images, tmp_path, monkeypatch):
-    whole = train("whole", *DRAWN, *LONGER)
+    whole = train('whole', *DRAWN, *LONGER)
     save_epoch = checkpoint.Saver.save_epoch
 
     def stop_after_two(saver, position, metric):
@@ -86,81 +107,116 @@ def test_resume_auto_equals_the_uninterrupted_run(train, call, images, tmp_path,
             raise KeyboardInterrupt
         return best
 
-    monkeypatch.setattr(checkpoint.Saver, "save_epoch", stop_after_two)
+    monkeypatch.setattr(checkpoint.Saver, 'save_epoch', stop_after_two)
     with pytest.raises(KeyboardInterrupt):
-        train("parts", *DRAWN, *LONGER, "--resume", "auto")
+        train('parts', *DRAWN, *LONGER, '--resume', 'auto')
     torch.distributed.destroy_process_group()
     monkeypatch.undo()
     torch.rand(7)  # whatever the process draws before it resumes is of no effect
-    parts = train("parts", *DRAWN, *LONGER, "--resume", "auto")
+    parts = train('parts', *DRAWN, *LONGER, '--resume', 'auto')
 
     assert_same_run(whole, parts)
 
 
 def test_resume_auto_starts_fresh_and_says_so(call, images, tmp_path):
-    flags = [*MODEL, "--data-dir", images, *QUICK, "--output", tmp_path, "--experiment", "new", "--resume", "auto"]
-    code, out, _ = call("train", *flags)
-    assert code == 0 and "starting fresh" in out
-    code, out, _ = call("train", *flags)  # finished: nothing left to do
-    assert code == 0 and "resuming from" in out and "epoch 0 " not in out
+    flags = [*MODEL, '--data-dir', images, *QUICK, '--output', tmp_path, '--experiment', 'new', '--resume', 'auto']
+    code, out, _ = call('train', *flags)
+    assert code == 0 and 'starting fresh' in out
+    code, out, _ = call('train', *flags)  # finished: nothing left to do
+    assert code == 0 and 'resuming from' in out and 'epoch 0 ' not in out
 
 
 def test_a_finished_run_is_not_overwritten(train, call, images, tmp_path):
-    folder = train("run")
-    before = (folder / "last.pth.tar").read_bytes()
-    code, _, err = call("train", *MODEL, "--data-dir", images, *QUICK, "--output", tmp_path, "--experiment", "run")
-    assert code == 2 and err.count("\n") == 1 and "--resume auto" in err
-    assert (folder / "last.pth.tar").read_bytes() == before
+    folder = train('run')
+    before = (folder / 'last.pth.tar').read_bytes()
+    code, _, err = call('train', *MODEL, '--data-dir', images, *QUICK, '--output', tmp_path, '--experiment', 'run')
+    assert code == 2 and err.count('\n') == 1 and '--resume auto' in err
+    assert (folder / 'last.pth.tar').read_bytes() == before
 
 
 def test_accumulation_equals_the_bigger_batch(train):
-    model = [*MODEL, "noise_std=0"]
-    big = train("big", "-b", "4", *PLAIN, model=model)
-    small = train("small", "-b", "2", "--grad-accum-steps", "2", "--global-batch-size", "4", *PLAIN, model=model)
-    for name in ("loss", "grad_norm"):
-        a, b = scalars(big, f"train/{name}"), scalars(small, f"train/{name}")
+    model = [*MODEL, 'noise_std=0']
+    big = train('big', '-b', '4', *PLAIN, model=model)
+    small = train('small', '-b', '2', '--grad-accum-steps', '2', '--global-batch-size', '4', *PLAIN, model=model)
+    for name in ('loss', 'grad_norm'):
+        a, b = scalars(big, f'train/{name}'), scalars(small, f'train/{name}')
         assert a.keys() == b.keys()
         torch.testing.assert_close(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
 
 
 def test_average_is_kept_judged_and_saved(train, call, images, tmp_path):
-    folder = train("ema", "--model-ema", "--model-ema-decay", "0.8")
-    checkpoint = torch.load(folder / "last.pth.tar", weights_only=False)
-    plain, average = checkpoint["state_dict"], checkpoint["state_dict_ema"]
+    folder = train('ema', '--model-ema', '--model-ema-decay', '0.8')
+    checkpoint = torch.load(folder / 'last.pth.tar', weights_only=False)
+    plain, average = checkpoint['state_dict'], checkpoint['state_dict_ema']
     assert any(not torch.equal(plain[key], average[key]) for key in plain)
-    saved = weights(folder / "last.safetensors")
+    saved = weights(folder / 'last.safetensors')
     assert all(torch.equal(saved[key], average[key]) for key in saved)
     last = rows(folder)[-1]
-    for flags, column in (([], "eval_raw_loss"), (["--use-ema"], "eval_loss")):
-        code, _, err = call("validate", "--checkpoint", folder / "last.pth.tar", "--data-dir", images, "--workers", "0",
-                            "--results-file", tmp_path / "r.json", *flags)
+    for flags, column in (([], 'eval_raw_loss'), (['--use-ema'], 'eval_loss')):
+        code, _, err = call(
+            'validate',
+            '--checkpoint',
+            folder / 'last.pth.tar',
+            '--data-dir',
+            images,
+            '--workers',
+            '0',
+            '--results-file',
+            tmp_path / 'r.json',
+            *flags,
+        )
         assert code == 0, err
-        assert json.loads((tmp_path / "r.json").read_text())["loss"] == pytest.approx(float(last[column]), abs=1e-5)
+        assert json.loads((tmp_path / 'r.json').read_text())['loss'] == pytest.approx(float(last[column]), abs=1e-5)
 
 
 def test_repeated_augmentation_needs_no_second_process(train):
-    assert len(rows(train("repeats", "--aug-repeats", "3"))) == 2
+    assert len(rows(train('repeats', '--aug-repeats', '3'))) == 2
 
 
-@pytest.mark.parametrize("flags", [
-    ["--amp"], ["--amp", "--amp-dtype", "float16"], ["--grad-checkpointing"], ["--torchcompile", "eager"],
-    ["--channels-last"], ["--bce-loss", "--mixup", "0.2"], ["--layer-decay", "0.8"], ["--opt", "lamb"],
-    ["--sched-on-updates", "--sched", "wsd"], ["--clip-grad", "1", "--clip-mode", "agc"], ["--cooldown-epochs", "1"],
-    ["--in-chans", "1"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ['--amp'],
+        ['--amp', '--amp-dtype', 'float16'],
+        ['--grad-checkpointing'],
+        ['--torchcompile', 'eager'],
+        ['--channels-last'],
+        ['--bce-loss', '--mixup', '0.2'],
+        ['--layer-decay', '0.8'],
+        ['--opt', 'lamb'],
+        ['--sched-on-updates', '--sched', 'wsd'],
+        ['--clip-grad', '1', '--clip-mode', 'agc'],
+        ['--cooldown-epochs', '1'],
+        ['--in-chans', '1'],
+    ],
+    ids=' '.join,
+)
 def test_options_that_change_the_machinery(train, flags):
-    folder = train("run", "--epochs", "1", *flags)
-    assert len(rows(folder)) == (2 if "--cooldown-epochs" in flags else 1)
-    assert load_checkpoint_metadata(str(folder / "last.pth.tar"))["args"].class_names == ["apple", "pear", "plum"]
+    folder = train('run', '--epochs', '1', *flags)
+    assert len(rows(folder)) == (2 if '--cooldown-epochs' in flags else 1)
+    assert load_checkpoint_metadata(str(folder / 'last.pth.tar'))['args'].class_names == ['apple', 'pear', 'plum']
 
 
 def test_fine_tuning_starts_from_a_body_with_other_classes(train, call, images, tmp_path):
-    folder = train("pretrain")
-    write_images(tmp_path / "two" / "train", dict(left=6, right=6))
-    write_images(tmp_path / "two" / "validation", dict(left=3, right=3))
-    code, _, err = call("train", *MODEL, *QUICK, "--data-dir", tmp_path / "two", "--output", tmp_path,
-                        "--experiment", "tuned", "--pretrained-path", folder / "last.safetensors", "--lr", "0")
+    folder = train('pretrain')
+    write_images(tmp_path / 'two' / 'train', dict(left=6, right=6))
+    write_images(tmp_path / 'two' / 'validation', dict(left=3, right=3))
+    code, _, err = call(
+        'train',
+        *MODEL,
+        *QUICK,
+        '--data-dir',
+        tmp_path / 'two',
+        '--output',
+        tmp_path,
+        '--experiment',
+        'tuned',
+        '--pretrained-path',
+        folder / 'last.safetensors',
+        '--lr',
+        '0',
+    )
     assert code == 0, err
-    body, tuned = weights(folder / "last.safetensors"), weights(tmp_path / "tuned" / "last.safetensors")
-    assert tuned["head.weight"].shape[0] == 2
-    assert all(torch.equal(body[key], tuned[key]) for key in body if not key.startswith("head."))
+    body, tuned = weights(folder / 'last.safetensors'), weights(tmp_path / 'tuned' / 'last.safetensors')
+    assert tuned['head.weight'].shape[0] == 2
+    assert all(torch.equal(body[key], tuned[key]) for key in body if not key.startswith('head.'))

@@ -8,14 +8,14 @@ import pytest
 import torch
 from runs import CLASSES, MODEL, command
 
-COLUMNS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
+COLUMNS = ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']
 
 
 @pytest.fixture
 def judged(call, images, tmp_path):
     def judged(*flags, data=images):
-        path = tmp_path / "result.json"
-        code, out, err = call("validate", "--data-dir", data, "--workers", "0", "--results-file", path, *flags)
+        path = tmp_path / 'result.json'
+        code, out, err = call('validate', '--data-dir', data, '--workers', '0', '--results-file', path, *flags)
         assert code == 0, out + err
         return json.loads(path.read_text())
 
@@ -23,89 +23,131 @@ def judged(call, images, tmp_path):
 
 
 def last_row(folder):
-    with open(folder / "summary.csv", newline="") as file:
+    with open(folder / 'summary.csv', newline='') as file:
         return list(csv.DictReader(file))[-1]
 
 
 def test_checkpoints_need_no_other_flag(train, judged):
-    folder = train("run")
+    folder = train('run')
     expected = last_row(folder)
-    for name in ("last.pth.tar", "last.safetensors"):
-        row = judged("--checkpoint", folder / name)
-        assert row["top1"] == pytest.approx(float(expected["eval_top1"]), abs=1e-4)
-        assert row["loss"] == pytest.approx(float(expected["eval_loss"]), abs=1e-5)
-        assert row["images"] == 13 and row["img_size"] == 16
-        assert list(row)[:9] == COLUMNS and row["top1"] + row["top1_err"] == pytest.approx(100)
+    for name in ('last.pth.tar', 'last.safetensors'):
+        row = judged('--checkpoint', folder / name)
+        assert row['top1'] == pytest.approx(float(expected['eval_top1']), abs=1e-4)
+        assert row['loss'] == pytest.approx(float(expected['eval_loss']), abs=1e-5)
+        assert row['images'] == 13 and row['img_size'] == 16
+        assert list(row)[:9] == COLUMNS and row['top1'] + row['top1_err'] == pytest.approx(100)
 
 
 def test_results_as_csv(train, call, images, tmp_path):
-    folder = train("run")
-    path = tmp_path / "deep" / "result.csv"
-    code, _, err = call("validate", "--checkpoint", folder / "last.pth.tar", "--data-dir", images, "--workers", "0",
-                        "--results-file", path)
+    folder = train('run')
+    path = tmp_path / 'deep' / 'result.csv'
+    code, _, err = call(
+        'validate',
+        '--checkpoint',
+        folder / 'last.pth.tar',
+        '--data-dir',
+        images,
+        '--workers',
+        '0',
+        '--results-file',
+        path,
+    )
     assert code == 0, err
-    with open(path, newline="") as file:
-        row, = csv.DictReader(file)
-    assert list(row)[:9] == COLUMNS and row["model"] == "eva_deit_tiny"
+    with open(path, newline='') as file:
+        (row,) = csv.DictReader(file)
+    assert list(row)[:9] == COLUMNS and row['model'] == 'eva_deit_tiny'
 
 
 def test_every_image_counts_once(train, images, judged, tmp_path):
-    folder = train("run")
-    whole = judged("--checkpoint", folder / "last.pth.tar", "-b", "64")
-    uneven = judged("--checkpoint", folder / "last.pth.tar", "-b", "5")
-    done = command("validate", "--checkpoint", folder / "last.pth.tar", "--data-dir", images, "--workers", "0",
-                   "-b", "3", "--device", "cpu", "--results-file", tmp_path / "two.json", processes=2)
+    folder = train('run')
+    whole = judged('--checkpoint', folder / 'last.pth.tar', '-b', '64')
+    uneven = judged('--checkpoint', folder / 'last.pth.tar', '-b', '5')
+    done = command(
+        'validate',
+        '--checkpoint',
+        folder / 'last.pth.tar',
+        '--data-dir',
+        images,
+        '--workers',
+        '0',
+        '-b',
+        '3',
+        '--device',
+        'cpu',
+        '--results-file',
+        tmp_path / 'two.json',
+        processes=2,
+    )
     assert done.returncode == 0, done.stderr
-    two = json.loads((tmp_path / "two.json").read_text())
+    two = json.loads((tmp_path / 'two.json').read_text())
     for row in (uneven, two):
-        assert row["images"] == 13 and row["top1"] == whole["top1"]
-        assert row["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+        assert row['images'] == 13 and row['top1'] == whole['top1']
+        assert row['loss'] == pytest.approx(whole['loss'], abs=1e-5)
 
 
 def test_a_folder_of_some_classes_keeps_their_indices(train, images, judged, tmp_path):
-    folder = train("run")
-    one = tmp_path / "one"
-    shutil.copytree(images / "val" / CLASSES[2], one / CLASSES[2])
-    row = judged("--checkpoint", folder / "last.pth.tar", data=one)
-    assert row["images"] == 4
-    parts = [judged("--checkpoint", folder / "last.pth.tar", data=_only(images, tmp_path, name)) for name in CLASSES]
-    whole = judged("--checkpoint", folder / "last.pth.tar")
-    total = sum(part["loss"] * part["images"] for part in parts)
-    assert total / 13 == pytest.approx(whole["loss"], abs=1e-5)
+    folder = train('run')
+    one = tmp_path / 'one'
+    shutil.copytree(images / 'val' / CLASSES[2], one / CLASSES[2])
+    row = judged('--checkpoint', folder / 'last.pth.tar', data=one)
+    assert row['images'] == 4
+    parts = [judged('--checkpoint', folder / 'last.pth.tar', data=_only(images, tmp_path, name)) for name in CLASSES]
+    whole = judged('--checkpoint', folder / 'last.pth.tar')
+    total = sum(part['loss'] * part['images'] for part in parts)
+    assert total / 13 == pytest.approx(whole['loss'], abs=1e-5)
 
 
 def _only(images, tmp_path, name):
-    shutil.copytree(images / "val" / name, tmp_path / f"only-{name}" / name)
-    return tmp_path / f"only-{name}"
+    shutil.copytree(images / 'val' / name, tmp_path / f'only-{name}' / name)
+    return tmp_path / f'only-{name}'
 
 
 def test_flags_win_over_the_checkpoint(train, judged):
-    folder = train("run")
-    row = judged("--checkpoint", folder / "last.pth.tar", "--crop-pct", "0.5", "--interpolation", "nearest")
-    assert row["crop_pct"] == 0.5 and row["interpolation"] == "nearest"
+    folder = train('run')
+    row = judged('--checkpoint', folder / 'last.pth.tar', '--crop-pct', '0.5', '--interpolation', 'nearest')
+    assert row['crop_pct'] == 0.5 and row['interpolation'] == 'nearest'
 
 
 def test_weights_of_other_origin(judged, tmp_path):
     import timm
 
-    kwargs = dict(item.split("=") for item in MODEL[3:])
-    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2,
-                              num_classes=3)
-    torch.save(model.state_dict(), tmp_path / "plain.pth")
-    kwargs = [f"{name}={kwargs[name]}" for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")]
-    row = judged("--model", "vit_tiny_patch16_224", "--model-kwargs", *kwargs, "--num-classes", "3", "--checkpoint",
-                 tmp_path / "plain.pth")
-    assert row["images"] == 13 and 0 <= row["top1"] <= 100
+    kwargs = dict(item.split('=') for item in MODEL[3:])
+    model = timm.create_model(
+        'vit_tiny_patch16_224', img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3
+    )
+    torch.save(model.state_dict(), tmp_path / 'plain.pth')
+    kwargs = [f'{name}={kwargs[name]}' for name in ('img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads')]
+    row = judged(
+        '--model',
+        'vit_tiny_patch16_224',
+        '--model-kwargs',
+        *kwargs,
+        '--num-classes',
+        '3',
+        '--checkpoint',
+        tmp_path / 'plain.pth',
+    )
+    assert row['images'] == 13 and 0 <= row['top1'] <= 100
 
 
-@pytest.mark.parametrize("name, size", [("eva_deit_tiny", 24), ("softmax_deit_tiny", 16), ("vit_tiny_patch16_224", 24)])
+@pytest.mark.parametrize('name, size', [('eva_deit_tiny', 24), ('softmax_deit_tiny', 16), ('vit_tiny_patch16_224', 24)])
 def test_weights_are_fitted_as_in_training_and_export(judged, tmp_path, name, size):
     """Another image size, and softmax weights in an EVA model."""
     import timm
 
-    kwargs = dict(item.split("=") for item in MODEL[3:])
-    kwargs = {key: int(kwargs[key]) for key in ("patch_size", "embed_dim", "depth", "num_heads")}
-    torch.save(timm.create_model(name, img_size=16, num_classes=3, **kwargs).state_dict(), tmp_path / "file.pth")
-    row = judged("--model", name.replace("softmax", "eva"), "--img-size", size, "--num-classes", "3", "--model-kwargs",
-                 *(f"{key}={value}" for key, value in kwargs.items()), "--checkpoint", tmp_path / "file.pth")
-    assert row["img_size"] == size and row["images"] == 13
+    kwargs = dict(item.split('=') for item in MODEL[3:])
+    kwargs = {key: int(kwargs[key]) for key in ('patch_size', 'embed_dim', 'depth', 'num_heads')}
+    torch.save(timm.create_model(name, img_size=16, num_classes=3, **kwargs).state_dict(), tmp_path / 'file.pth')
+    row = judged(
+        '--model',
+        name.replace('softmax', 'eva'),
+        '--img-size',
+        size,
+        '--num-classes',
+        '3',
+        '--model-kwargs',
+        *(f'{key}={value}' for key, value in kwargs.items()),
+        '--checkpoint',
+        tmp_path / 'file.pth',
+    )
+    assert row['img_size'] == size and row['images'] == 13

@@ -1,4 +1,5 @@
 """docs/attentions.md shows what the code computes today."""
+
 import csv
 import importlib.util
 import sys

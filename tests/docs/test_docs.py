@@ -1,4 +1,5 @@
 """The documentation says what the code does: its Python runs, its links lead somewhere, its table is fresh."""
+
 import importlib
 import importlib.util
 import math
@@ -25,8 +26,15 @@ FENCE = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 LINK = re.compile(r'\]\(([^)\s]+)\)')
 FILE = re.compile(r'`((?:evavit|tools|tests|configs|docs|examples|results|\.ci)/[\w./-]*|[\w-]+\.(?:py|yaml|md|toml))`')
 # Packages that blocks may need → the extra that brings them, or None: documented, and run where it is installed.
-OPTIONAL = dict(onnx='export', onnxscript='export', onnxruntime='export', torchao='export',
-                segmentation_models_pytorch='dense', skimage='dense', detectron2=None)
+OPTIONAL = dict(
+    onnx='export',
+    onnxscript='export',
+    onnxruntime='export',
+    torchao='export',
+    segmentation_models_pytorch='dense',
+    skimage='dense',
+    detectron2=None,
+)
 SLOW = 'exporting.to_package('  # a block that compiles takes a minute: `pytest -m slow tests/docs` runs it
 # Written by a run, or read from where the reader keeps it.
 NOT_OURS = {'args.yaml'}
@@ -39,8 +47,11 @@ def read(page):
 def blocks(page, language):
     """(first line, code) of the fenced blocks in one language."""
     text = read(page)
-    return [(text[:match.start()].count('\n') + 1, match.group(2))
-            for match in FENCE.finditer(text) if match.group(1) == language]
+    return [
+        (text[: match.start()].count('\n') + 1, match.group(2))
+        for match in FENCE.finditer(text)
+        if match.group(1) == language
+    ]
 
 
 def prose(page):
@@ -59,9 +70,13 @@ def published(tmp_path_factory):
     state = timm.create_model('eva_deit_tiny').state_dict()
     renamed = {}
     for name, value in state.items():
-        for ours, theirs in (('summary_q.proj.', 'adaptive_mu_q.0.'), ('summary_q.norm.', 'adaptive_mu_q.1.'),
-                             ('summary_k.proj.', 'adaptive_mu_k.0.'), ('summary_k.norm.', 'adaptive_mu_k.1.'),
-                             ('rel_pos.relative', 'local_relative')):
+        for ours, theirs in (
+            ('summary_q.proj.', 'adaptive_mu_q.0.'),
+            ('summary_q.norm.', 'adaptive_mu_q.1.'),
+            ('summary_k.proj.', 'adaptive_mu_k.0.'),
+            ('summary_k.norm.', 'adaptive_mu_k.1.'),
+            ('rel_pos.relative', 'local_relative'),
+        ):
             name = name.replace(ours, theirs)
         if name.endswith('bias_table'):
             value = torch.randn(97, value.shape[1])
@@ -71,9 +86,14 @@ def published(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize('page, line, code', [
-    pytest.param(page, line, code, id=f'{page}:{line}', marks=[pytest.mark.slow] if SLOW in code else [])
-    for page in PAGES for line, code in blocks(page, 'python')])
+@pytest.mark.parametrize(
+    'page, line, code',
+    [
+        pytest.param(page, line, code, id=f'{page}:{line}', marks=[pytest.mark.slow] if SLOW in code else [])
+        for page in PAGES
+        for line, code in blocks(page, 'python')
+    ],
+)
 def test_python_runs(page, line, code, published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'published.pth').symlink_to(published)
@@ -88,7 +108,7 @@ def test_python_runs(page, line, code, published, tmp_path, monkeypatch):
 
 
 def block_with(page, text):
-    code, = [code for _, code in blocks(page, 'python') if text in code]
+    (code,) = [code for _, code in blocks(page, 'python') if text in code]
     return code
 
 
@@ -109,10 +129,15 @@ def test_backbone_for_detectron2(monkeypatch):
     backbone.Backbone, registered = torch.nn.Module, {}
     backbone.ShapeSpec = lambda channels, stride: (channels, stride)
     backbone.BACKBONE_REGISTRY = types.SimpleNamespace(
-        register=lambda: lambda function: registered.setdefault(function.__name__, function))
+        register=lambda: lambda function: registered.setdefault(function.__name__, function)
+    )
     fpn.FPN, fpn.LastLevelMaxPool = (lambda *args, **kwargs: (args, kwargs)), object
-    for name, module in {'detectron2': types.ModuleType('detectron2'), 'detectron2.modeling': backbone,
-                         'detectron2.modeling.backbone': backbone, 'detectron2.modeling.backbone.fpn': fpn}.items():
+    for name, module in {
+        'detectron2': types.ModuleType('detectron2'),
+        'detectron2.modeling': backbone,
+        'detectron2.modeling.backbone': backbone,
+        'detectron2.modeling.backbone.fpn': fpn,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     exec(block_with('docs/dense.md', 'detectron2'), {'__name__': 'docs'})
     cfg = types.SimpleNamespace(MODEL=types.SimpleNamespace(FPN=types.SimpleNamespace(OUT_CHANNELS=256)))
@@ -155,25 +180,26 @@ def commands(page):
     return [line.strip() for line in lines if start.match(line)]
 
 
-@pytest.mark.parametrize('page, line', [
-    pytest.param(page, line, id=f'{page}: {line[:60]}') for page in PAGES for line in commands(page)])
+@pytest.mark.parametrize(
+    'page, line', [pytest.param(page, line, id=f'{page}: {line[:60]}') for page in PAGES for line in commands(page)]
+)
 def test_commands_parse(page, line, monkeypatch):
     """The flags of every command line exist and take these values, as do the keys of the file that it names."""
     monkeypatch.chdir(ROOT)
     words = shlex.split(line, comments=True)
     script = next(word for word in words if word in ('train.py', 'validate.py', 'export.py'))
-    flags = words[words.index(script) + 1:]
+    flags = words[words.index(script) + 1 :]
     if flags == ['--help']:
         return
     if script == 'export.py':
         del flags[0]  # the file to write
     if '-c' in flags and flags[flags.index('-c') + 1].startswith('output/'):  # a run's own settings
         position = flags.index('-c')
-        del flags[position:position + 2]
+        del flags[position : position + 2]
     settings, given = parse_settings(script.removesuffix('.py'), flags)
     assert given
     if script == 'train.py':  # as many images an update as the file says
-        words = words[:words.index(script)]
+        words = words[: words.index(script)]
         counts = [int(words[words.index(flag) + 1]) for flag in ('--nnodes', '--nproc-per-node') if flag in words]
         plan_batch(settings, math.prod(counts))
 
@@ -184,8 +210,7 @@ def test_benchmark_commands_parse(monkeypatch):
     spec = importlib.util.spec_from_file_location('evavit_script_benchmark', ROOT / 'benchmark.py')
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    lines = [line for page in PAGES for line in read(page).splitlines()
-             if re.match(r' {4}python benchmark\.py ', line)]
+    lines = [line for page in PAGES for line in read(page).splitlines() if re.match(r' {4}python benchmark\.py ', line)]
     assert len(lines) >= 3
     for line in lines:
         words = shlex.split(line)[2:]
@@ -208,8 +233,11 @@ def test_tables_are_fresh(name):
 
 def test_model_table_agrees_with_the_paper():
     """To the digit that the paper prints."""
-    rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in read('docs/models.md').splitlines()
-            if row.startswith('| `eva_') and ' M |' in row]
+    rows = [
+        [cell.strip() for cell in row.strip('|').split('|')]
+        for row in read('docs/models.md').splitlines()
+        if row.startswith('| `eva_') and ' M |' in row
+    ]
     assert len(rows) == 4
     for row in rows:
         for ours, paper in ((row[5], row[6]), (row[7], row[8])):
@@ -218,8 +246,11 @@ def test_model_table_agrees_with_the_paper():
 
 def test_ablation_table_agrees_with_the_paper():
     """Where the paper prints a number, to its digit; and every row of Tables 6 and 8 is there."""
-    rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in read('docs/ablations.md').splitlines()
-            if ' M |' in row]
+    rows = [
+        [cell.strip() for cell in row.strip('|').split('|')]
+        for row in read('docs/ablations.md').splitlines()
+        if ' M |' in row
+    ]
     assert sum('6' in row[0] for row in rows) == 7 and sum('8' in row[0] for row in rows) == 8
     printed = [(row[i], row[i + 1]) for row in rows for i in (3, 5) if row[i + 1] != '–']
     assert len(printed) == 4

@@ -1,4 +1,5 @@
 """The autoregressive image model learns, and draws pixel by pixel what it learned."""
+
 import importlib.util
 import re
 import subprocess
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("sklearn")
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "causal_digits.py"
-spec = importlib.util.spec_from_file_location("causal_digits", SCRIPT)
+pytest.importorskip('sklearn')
+SCRIPT = Path(__file__).resolve().parents[2] / 'examples' / 'causal_digits.py'
+spec = importlib.util.spec_from_file_location('causal_digits', SCRIPT)
 causal_digits = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(causal_digits)
 
@@ -38,6 +39,6 @@ def test_sampling_draws_from_the_logits_of_the_whole_sequence():
 
 @pytest.mark.slow
 def test_the_example_beats_every_model_of_single_pixels():
-    done = subprocess.run([sys.executable, SCRIPT, "--samples", "1"], capture_output=True, text=True, check=True)
-    ours, by_position, unigram = map(float, re.findall(r"(\d\.\d+)(?:,|$)", done.stdout.splitlines()[1]))
+    done = subprocess.run([sys.executable, SCRIPT, '--samples', '1'], capture_output=True, text=True, check=True)
+    ours, by_position, unigram = map(float, re.findall(r'(\d\.\d+)(?:,|$)', done.stdout.splitlines()[1]))
     assert ours < by_position - 0.2 and by_position < unigram

@@ -1,4 +1,5 @@
 """The example of inference prepares pictures as timm does in validation, without timm."""
+
 import importlib.util
 from pathlib import Path
 
@@ -20,14 +21,24 @@ def example():
 
 
 @pytest.mark.parametrize('picture_size', [(640, 427), (123, 301), (224, 224), (40, 31)])
-@pytest.mark.parametrize('about', [
-    dict(input_size=(3, 224, 224), crop_pct=0.875, interpolation='bicubic', mean=(0.485, 0.456, 0.406),
-         std=(0.229, 0.224, 0.225)),
-    dict(input_size=(3, 160, 256), crop_pct=0.9, interpolation='bilinear', mean=(0.5,) * 3, std=(0.5,) * 3),
-    dict(input_size=(1, 28, 28), crop_pct=1.0, interpolation='nearest', mean=(0.3,), std=(0.2,)),
-], ids=['square', 'wide', 'grey'])
+@pytest.mark.parametrize(
+    'about',
+    [
+        dict(
+            input_size=(3, 224, 224),
+            crop_pct=0.875,
+            interpolation='bicubic',
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+        ),
+        dict(input_size=(3, 160, 256), crop_pct=0.9, interpolation='bilinear', mean=(0.5,) * 3, std=(0.5,) * 3),
+        dict(input_size=(1, 28, 28), crop_pct=1.0, interpolation='nearest', mean=(0.3,), std=(0.2,)),
+    ],
+    ids=['square', 'wide', 'grey'],
+)
 def test_pictures_are_those_of_validation(example, about, picture_size):
     from sklearn.datasets import load_sample_image
+
     picture = Image.fromarray(load_sample_image('china.jpg')).resize(picture_size)
     expected = create_transform(**about)(picture.convert('L') if about['input_size'][0] == 1 else picture)
     np.testing.assert_allclose(example.prepare(picture, about)[0], expected.numpy(), atol=1e-5)

@@ -1,4 +1,5 @@
 """The examples of dense prediction learn, at small size, with both families and each head."""
+
 import importlib
 import sys
 from pathlib import Path
@@ -21,23 +22,26 @@ def example(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize('decoder, kwargs', [
-    ('Unet', dict(decoder_channels=(32, 32, 16, 16, 8))), ('FPN', dict(decoder_pyramid_channels=64))])
+@pytest.mark.parametrize(
+    'decoder, kwargs',
+    [('Unet', dict(decoder_channels=(32, 32, 16, 16, 8))), ('FPN', dict(decoder_pyramid_channels=64))],
+)
 def test_segmentation_learns_coins(example, decoder, kwargs):
     import segmentation_models_pytorch as smp
+
     segment = example('segment')
     image, mask = segment.coins()
     model = smp.create_model(decoder, 'tu-eva_pvt_v2_b3', encoder_weights=None, classes=1, **kwargs, **PYRAMID)
     losses = segment.train(model, image, mask, steps=20, batch=2, lr=3e-3, side=96)
     assert losses[-1] < losses[0] / 2
-    everything = mask[:, mask.shape[1] // 2:].mean().item()
+    everything = mask[:, mask.shape[1] // 2 :].mean().item()
     assert segment.overlap(model, image, mask) > everything + 0.2
 
 
 def test_every_coin_has_its_box(example):
     detect, segment = example('detect'), example('segment')
     _, mask = segment.coins()
-    target, = detect.targets(mask[None])
+    (target,) = detect.targets(mask[None])
     assert len(target['boxes']) == 24 and (target['labels'] == 1).all()
     sides = target['boxes'][:, 2:] - target['boxes'][:, :2]
     assert sides.min() > 30 and sides.max() < 70
@@ -53,17 +57,20 @@ def test_detection_learns_coins(example, model, kwargs, detector, steps):
     assert sum(losses[-3:]) < 0.85 * sum(losses[:3])
     assert all(p.grad is not None for p in network.backbone.parameters() if p.requires_grad)
     with torch.no_grad():
-        found, = network.eval()([image])
+        (found,) = network.eval()([image])
     assert found['boxes'].shape[1] == 4 and torch.isfinite(found['boxes']).all()
 
 
-@pytest.mark.parametrize('name, flags, words', [
-    ('segment', ['--encoder', 'tu-eva_deit_tiny'], ['tu-eva_deit_tiny', 'a pyramid is needed']),
-    ('segment', ['--encoder', 'tu-eva_pvt_v2_b9'], ['eva_pvt_v2_b9']),
-    ('segment', ['--steps', '0'], ['--steps 0']),
-    ('detect', ['--model', 'eva_deit_tin'], ['eva_deit_tin']),
-    ('detect', ['--model', 'linformer_deit_tiny'], ['linformer', 'one size']),
-])
+@pytest.mark.parametrize(
+    'name, flags, words',
+    [
+        ('segment', ['--encoder', 'tu-eva_deit_tiny'], ['tu-eva_deit_tiny', 'a pyramid is needed']),
+        ('segment', ['--encoder', 'tu-eva_pvt_v2_b9'], ['eva_pvt_v2_b9']),
+        ('segment', ['--steps', '0'], ['--steps 0']),
+        ('detect', ['--model', 'eva_deit_tin'], ['eva_deit_tin']),
+        ('detect', ['--model', 'linformer_deit_tiny'], ['linformer', 'one size']),
+    ],
+)
 def test_mistakes(example, monkeypatch, capsys, name, flags, words):
     module = example(name)
     monkeypatch.setattr(sys, 'argv', [f'{name}.py', *flags])

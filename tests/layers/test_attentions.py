@@ -1,4 +1,5 @@
 """What every attention of the table does, and the layers on random features against the loops."""
+
 import inspect
 
 import pytest
@@ -50,7 +51,9 @@ def test_options_are_keyword_only_with_the_shared_ones_among_them(name):
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
         assert set(shared) <= set(own)
     assert [key for key, parameter in own.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD] == [
-        'dim', 'num_heads']
+        'dim',
+        'num_heads',
+    ]
     for key, parameter in shared.items():
         assert key not in own or own[key].default == parameter.default
 
@@ -134,8 +137,11 @@ def test_half_precision(name, dtype):
 def test_device_and_dtype_reach_every_parameter_and_buffer(name):
     layer = make(name, (4, 5), device='meta', dtype=torch.float64)
     assert all(tensor.is_meta for tensor in [*layer.parameters(), *layer.buffers()])
-    assert all(tensor.dtype == torch.float64
-               for tensor in [*layer.parameters(), *layer.buffers()] if tensor.is_floating_point())
+    assert all(
+        tensor.dtype == torch.float64
+        for tensor in [*layer.parameters(), *layer.buffers()]
+        if tensor.is_floating_point()
+    )
     layer = layer.to_empty(device='cpu')
     for module in layer.modules():
         if hasattr(module, 'reset_parameters'):
@@ -163,6 +169,7 @@ def check_layer(layer, x, feat_size, attention, draws=lambda: None):
 
     draws() makes what the layer draws first, from the default generator.
     """
+
     def around(noise):
         B, N, C = x.shape
         q, k, v = layer.qkv(x).view(B, N, 3, layer.num_heads, C // layer.num_heads).permute(2, 0, 3, 1, 4)
@@ -174,8 +181,11 @@ def check_layer(layer, x, feat_size, attention, draws=lambda: None):
     expected = around(draws())
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-10)
     leaves, grad = [x, *layer.parameters()], torch.randn_like(output)
-    for value, reference in zip(torch.autograd.grad(output, leaves, grad),
-                                torch.autograd.grad(expected, leaves, grad, allow_unused=True), strict=True):
+    for value, reference in zip(
+        torch.autograd.grad(output, leaves, grad),
+        torch.autograd.grad(expected, leaves, grad, allow_unused=True),
+        strict=True,
+    ):
         reference = torch.zeros_like(value) if reference is None else reference
         assert (value - reference).norm() <= 1e-9 * max(reference.norm().item(), 0.01 * grad.norm().item())
 
@@ -189,31 +199,47 @@ def input_of(feat_size, dim=24):
 def test_local(feat_size, kwargs):
     layer = randomise(LocalAttention(24, 3, **kwargs, dtype=torch.float64))
     table = layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None
-    check_layer(layer, input_of(feat_size), feat_size, lambda q, k, v, _: eva_loop(
-        q, k, v, feat_size, bias_table=table, window_size=layer.window_size, partition_grid=0))
+    check_layer(
+        layer,
+        input_of(feat_size),
+        feat_size,
+        lambda q, k, v, _: eva_loop(
+            q, k, v, feat_size, bias_table=table, window_size=layer.window_size, partition_grid=0
+        ),
+    )
 
 
 @each_grid
 @pytest.mark.parametrize('kind', ['positive', 'relu'])
 def test_performer_in_evaluation(feat_size, kind):
     layer = randomise(PerformerAttention(24, 3, num_features=13, feature_kind=kind, dtype=torch.float64), 0.3).eval()
-    check_layer(layer, input_of(feat_size), feat_size,
-                lambda q, k, v, _: performer_loop(q, k, v, layer.directions.fixed, kind))
+    check_layer(
+        layer, input_of(feat_size), feat_size, lambda q, k, v, _: performer_loop(q, k, v, layer.directions.fixed, kind)
+    )
 
 
 def test_performer_in_training_draws_normal_directions():
     layer = PerformerAttention(24, 3, num_features=13, orthogonal=False, redraw_interval=1, dtype=torch.float64)
     randomise(layer, 0.3).train()
-    check_layer(layer, input_of((5, 4)), (5, 4), lambda q, k, v, directions: performer_loop(q, k, v, directions),
-                draws=lambda: torch.randn(3, 13, 8).double())
+    check_layer(
+        layer,
+        input_of((5, 4)),
+        (5, 4),
+        lambda q, k, v, directions: performer_loop(q, k, v, directions),
+        draws=lambda: torch.randn(3, 13, 8).double(),
+    )
 
 
 @each_grid
-@pytest.mark.parametrize('kwargs', [
-    dict(landmark_grid=2), dict(landmark_grid=3, landmark_proj='channels', weighting='biased'),
-    dict(landmark_grid=2, weighting='balance', num_samples=3),
-    dict(landmark_grid=2, num_samples=4, antithetic=True),
-])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(landmark_grid=2),
+        dict(landmark_grid=3, landmark_proj='channels', weighting='biased'),
+        dict(landmark_grid=2, weighting='balance', num_samples=3),
+        dict(landmark_grid=2, num_samples=4, antithetic=True),
+    ],
+)
 def test_lara_in_training(feat_size, kwargs):
     layer = randomise(LaraAttention(24, 3, **kwargs, dtype=torch.float64), 0.3).train()
     cell = cell_shape(feat_size, layer.landmark_grid)
@@ -221,8 +247,14 @@ def test_lara_in_training(feat_size, kwargs):
 
     def landmarks(x, part):
         grid = x.unflatten(2, feat_size)
-        means = torch.stack([grid[:, :, top:top + cell[0], left:left + cell[1]].mean((2, 3))
-                             for top in range(0, feat_size[0], cell[0]) for left in range(0, feat_size[1], cell[1])], 2)
+        means = torch.stack(
+            [
+                grid[:, :, top : top + cell[0], left : left + cell[1]].mean((2, 3))
+                for top in range(0, feat_size[0], cell[0])
+                for left in range(0, feat_size[1], cell[1])
+            ],
+            2,
+        )
         if kwargs.get('landmark_proj') == 'channels':
             made = part.norm(part.proj(means.transpose(1, 2).reshape(2, count, 24)))
             return made.view(2, count, 3, 8).transpose(1, 2)
@@ -234,8 +266,15 @@ def test_lara_in_training(feat_size, kwargs):
             return torch.cat([noise, -noise], 3)
         return torch.randn(2, 3, count, layer.num_samples, 8, dtype=torch.float64)
 
-    check_layer(layer, input_of(feat_size), feat_size, lambda q, k, v, noise: lara_loop(
-        q, k, v, landmarks(q, layer.landmarks_q), landmarks(k, layer.landmarks_k), layer.weighting, noise), draws)
+    check_layer(
+        layer,
+        input_of(feat_size),
+        feat_size,
+        lambda q, k, v, noise: lara_loop(
+            q, k, v, landmarks(q, layer.landmarks_q), landmarks(k, layer.landmarks_k), layer.weighting, noise
+        ),
+        draws,
+    )
 
 
 @each_grid
@@ -243,8 +282,12 @@ def test_lara_in_training(feat_size, kwargs):
 def test_scatterbrain_in_evaluation(feat_size, kwargs):
     layer = randomise(ScatterbrainAttention(24, 3, num_features=13, **kwargs, dtype=torch.float64), 0.3).eval()
     table = layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None
-    check_layer(layer, input_of(feat_size), feat_size, lambda q, k, v, _: scatterbrain_loop(
-        q, k, v, feat_size, layer.directions.fixed, table, layer.window_size))
+    check_layer(
+        layer,
+        input_of(feat_size),
+        feat_size,
+        lambda q, k, v, _: scatterbrain_loop(q, k, v, feat_size, layer.directions.fixed, table, layer.window_size),
+    )
 
 
 @pytest.mark.parametrize('name', ['local', 'scatterbrain'])
@@ -261,14 +304,14 @@ def test_a_window_over_the_grid_without_bias_is_softmax(name, feat_size):
 @pytest.mark.parametrize('name', ['performer', 'scatterbrain'])
 def test_directions_that_are_kept_go_on_after_a_reload(name):
     x = torch.randn(1, 196, 48)
-    layer = make(name, redraw_interval=10 ** 6).train()
+    layer = make(name, redraw_interval=10**6).train()
     layer.directions.kept.normal_()  # as after a draw
 
     def run(layer):
         torch.manual_seed(1)
         return layer(x, (14, 14))
 
-    again, anew = make(name, redraw_interval=10 ** 6).train(), make(name).eval()
+    again, anew = make(name, redraw_interval=10**6).train(), make(name).eval()
     again.load_state_dict(layer.state_dict())
     assert torch.equal(run(again), run(layer))
     anew.load_state_dict(layer.state_dict())  # nothing that evaluation asks for
@@ -325,17 +368,20 @@ def test_the_redraws_survive_a_graph_and_a_checkpoint():
     assert len(graphs) == 1 and 2 <= len(torch.unique(outputs, dim=0)) <= 19
 
 
-@pytest.mark.parametrize('name, kwargs, message', [
-    ('local', dict(window_size=0), 'window_size must be a whole number of at least 1, got 0'),
-    ('performer', dict(num_features=1.5), 'num_features must be a whole number of at least 1, got 1.5'),
-    ('performer', dict(redraw_interval=-1), 'redraw_interval must be a whole number of at least 0, got -1'),
-    ('performer', dict(feature_kind='cosine'), "feature_kind must be 'positive' or 'relu', got 'cosine'"),
-    ('lara', dict(weighting='best'), "weighting must be one of optimal, balance, biased, got 'best'"),
-    ('lara', dict(landmark_proj='all'), "landmark_proj must be one of head, channels, got 'all'"),
-    ('lara', dict(antithetic=True), 'num_samples must be even, got 1'),
-    ('lara', dict(landmark_grid=0), 'landmark_grid must be a whole number of at least 1, got 0'),
-    ('scatterbrain', dict(window_size=0), 'window_size must be a whole number of at least 1, got 0'),
-])
+@pytest.mark.parametrize(
+    'name, kwargs, message',
+    [
+        ('local', dict(window_size=0), 'window_size must be a whole number of at least 1, got 0'),
+        ('performer', dict(num_features=1.5), 'num_features must be a whole number of at least 1, got 1.5'),
+        ('performer', dict(redraw_interval=-1), 'redraw_interval must be a whole number of at least 0, got -1'),
+        ('performer', dict(feature_kind='cosine'), "feature_kind must be 'positive' or 'relu', got 'cosine'"),
+        ('lara', dict(weighting='best'), "weighting must be one of optimal, balance, biased, got 'best'"),
+        ('lara', dict(landmark_proj='all'), "landmark_proj must be one of head, channels, got 'all'"),
+        ('lara', dict(antithetic=True), 'num_samples must be even, got 1'),
+        ('lara', dict(landmark_grid=0), 'landmark_grid must be a whole number of at least 1, got 0'),
+        ('scatterbrain', dict(window_size=0), 'window_size must be a whole number of at least 1, got 0'),
+    ],
+)
 def test_bad_arguments(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make(name, **kwargs)
@@ -344,7 +390,9 @@ def test_bad_arguments(name, kwargs, message):
 def test_local_equals_torch_inside_each_window():
     layer, x = randomise(LocalAttention(48, 3, window_size=3, rel_pos_bias=False)), torch.randn(1, 18, 48)
     q, k, v = layer.qkv(x).view(1, 18, 3, 3, 16).permute(2, 0, 3, 1, 4).unflatten(3, (3, 6)).unbind(0)
-    halves = [F.scaled_dot_product_attention(*(t[:, :, :, part].flatten(2, 3) for t in (q, k, v))).unflatten(2, (3, 3))
-              for part in (slice(0, 3), slice(3, 6))]
+    halves = [
+        F.scaled_dot_product_attention(*(t[:, :, :, part].flatten(2, 3) for t in (q, k, v))).unflatten(2, (3, 3))
+        for part in (slice(0, 3), slice(3, 6))
+    ]
     expected = layer.proj(torch.cat(halves, 3).flatten(2, 3).transpose(1, 2).flatten(2))
     torch.testing.assert_close(layer(x, (3, 6)), expected)

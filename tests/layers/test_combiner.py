@@ -7,9 +7,15 @@ from evavit.layers import CombinerAttention, EvaAttention, SoftmaxAttention
 
 
 @pytest.mark.parametrize('feat_size', GRIDS)
-@pytest.mark.parametrize('kwargs', [
-    {}, dict(window_size=4, qkv_bias=False), dict(window_size=3, rel_pos_bias=False),
-    dict(window_size=4, pooling='max')])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {},
+        dict(window_size=4, qkv_bias=False),
+        dict(window_size=3, rel_pos_bias=False),
+        dict(window_size=4, pooling='max'),
+    ],
+)
 def test_output_and_gradients_match_the_loop(feat_size, kwargs):
     layer = randomise(CombinerAttention(24, 3, dtype=torch.float64, **kwargs))
 
@@ -23,8 +29,9 @@ def test_output_and_gradients_match_the_loop(feat_size, kwargs):
 
 @pytest.mark.parametrize('window_size, pooling', [(1, 'max'), (20, 'max'), (20, 'deepsets_max')])
 def test_spans_of_one_token_or_one_span_are_softmax(window_size, pooling):
-    combiner = randomise(CombinerAttention(24, 3, window_size=window_size, rel_pos_bias=False, pooling=pooling,
-                                           dtype=torch.float64))
+    combiner = randomise(
+        CombinerAttention(24, 3, window_size=window_size, rel_pos_bias=False, pooling=pooling, dtype=torch.float64)
+    )
     softmax = SoftmaxAttention(24, 3, dtype=torch.float64)
     softmax.load_state_dict({key: value for key, value in combiner.state_dict().items() if 'pool' not in key})
     x = torch.randn(2, 63, 24, dtype=torch.float64)

@@ -6,7 +6,11 @@ from evavit.convert import PUBLISHED_EVA_KWARGS, convert_published_eva
 from evavit.layers import EvaAttention
 
 STATE = {
-    'qkv.weight', 'qkv.bias', 'proj.weight', 'proj.bias', 'rel_pos.relative_position_bias_table',
+    'qkv.weight',
+    'qkv.bias',
+    'proj.weight',
+    'proj.bias',
+    'rel_pos.relative_position_bias_table',
     *(f'summary_{x}.{part}.{name}' for x in 'qk' for part in ('proj', 'norm') for name in ('weight', 'bias')),
 }
 
@@ -24,19 +28,29 @@ def layer_loop(layer, x, feat_size, noise=None):
     B, N, C = x.shape
     h = layer.num_heads
     q, k, v = layer.qkv(x).view(B, N, 3, h, C // h).permute(2, 0, 3, 1, 4)
-    summaries = [(s.proj.weight, s.proj.bias, s.norm.weight, s.norm.bias) if s is not None else None
-                 for s in (layer.summary_q, layer.summary_k)]
+    summaries = [
+        (s.proj.weight, s.proj.bias, s.norm.weight, s.norm.bias) if s is not None else None
+        for s in (layer.summary_q, layer.summary_k)
+    ]
     table = layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None
-    y = eva_loop(q, k, v, feat_size, *summaries, table, layer.window_size, layer.partition_grid,
-                 layer.proposal_scale, noise)
+    y = eva_loop(
+        q, k, v, feat_size, *summaries, table, layer.window_size, layer.partition_grid, layer.proposal_scale, noise
+    )
     return layer.proj(y.transpose(1, 2).reshape(B, N, C))
 
 
 @pytest.mark.parametrize('feat_size', [(14, 14), (13, 13), (7, 50), (5, 3), (1, 1)])
-@pytest.mark.parametrize('kwargs', [
-    {}, dict(window_size=4, partition_grid=3), dict(window_size=0), dict(partition_grid=0),
-    dict(rel_pos_bias=False, proposal_scale=0.5), dict(qkv_bias=False, proj_bias=False),
-])
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {},
+        dict(window_size=4, partition_grid=3),
+        dict(window_size=0),
+        dict(partition_grid=0),
+        dict(rel_pos_bias=False, proposal_scale=0.5),
+        dict(qkv_bias=False, proj_bias=False),
+    ],
+)
 def test_output_and_gradients_match_the_loop(feat_size, kwargs):
     layer = randomise(EvaAttention(24, 3, **kwargs, dtype=torch.float64)).train()
     x = torch.randn(2, feat_size[0] * feat_size[1], 24, dtype=torch.float64, requires_grad=True)
@@ -53,8 +67,9 @@ def test_output_and_gradients_match_the_loop(feat_size, kwargs):
 
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn_like(output)
-    for value, reference in zip(torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad),
-                                strict=True):
+    for value, reference in zip(
+        torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
         assert (value - reference).norm() <= 1e-10 * max(reference.norm().item(), 0.01 * grad.norm().item())
 
 
@@ -76,9 +91,9 @@ def test_noise_in_training_follows_the_seed_and_evaluation_is_deterministic():
     layer.train()
     assert torch.equal(run(1), run(1))
     assert not torch.allclose(run(1), run(2))
-    layer.noise_std = 0.
+    layer.noise_std = 0.0
     assert torch.equal(run(1), run(2))
-    layer.noise_std = 1.
+    layer.noise_std = 1.0
     layer.eval()
     state = torch.get_rng_state()
     assert torch.equal(run(1), layer(x, (14, 14)))
@@ -89,9 +104,9 @@ def test_noise_in_training_follows_the_seed_and_evaluation_is_deterministic():
 
 def test_attention_and_projection_dropout():
     x = torch.randn(1, 196, 48)
-    plain = randomise(EvaAttention(48, 3, noise_std=0.))
+    plain = randomise(EvaAttention(48, 3, noise_std=0.0))
     for name in ('attn_drop', 'proj_drop'):
-        dropping = EvaAttention(48, 3, noise_std=0., **{name: 0.5})
+        dropping = EvaAttention(48, 3, noise_std=0.0, **{name: 0.5})
         dropping.load_state_dict(plain.state_dict())
         assert not torch.allclose(dropping.train()(x, (14, 14)), plain(x, (14, 14)))
         torch.testing.assert_close(dropping.eval()(x, (14, 14)), plain(x, (14, 14)))
@@ -120,14 +135,17 @@ def test_device_and_dtype_reach_every_parameter_and_buffer():
     assert layer(torch.randn(1, 20, 48, dtype=torch.float64), (4, 5)).isfinite().all()
 
 
-@pytest.mark.parametrize('args, kwargs, message', [
-    ((48, 5), {}, 'num_heads 5 does not divide dim 48'),
-    ((48, 3), dict(window_size=0, partition_grid=0), 'nothing to attend to'),
-    ((48, 3), dict(window_size=-7), 'window_size must be'),
-    ((48, 3), dict(noise_std=-1.), 'noise_std must be'),
-    ((48, 3), dict(partition_grid=2.5), 'partition_grid must be a whole number, got 2.5'),
-    ((48, 3), dict(attn_drop=1.0), 'attn_drop must be'),
-])
+@pytest.mark.parametrize(
+    'args, kwargs, message',
+    [
+        ((48, 5), {}, 'num_heads 5 does not divide dim 48'),
+        ((48, 3), dict(window_size=0, partition_grid=0), 'nothing to attend to'),
+        ((48, 3), dict(window_size=-7), 'window_size must be'),
+        ((48, 3), dict(noise_std=-1.0), 'noise_std must be'),
+        ((48, 3), dict(partition_grid=2.5), 'partition_grid must be a whole number, got 2.5'),
+        ((48, 3), dict(attn_drop=1.0), 'attn_drop must be'),
+    ],
+)
 def test_bad_arguments(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         EvaAttention(*args, **kwargs)
@@ -140,7 +158,8 @@ def test_a_grid_without_tokens_is_refused():
 
 def test_repr_names_the_settings():
     assert 'window_size=7, partition_grid=3, proposal_scale=0.5' in repr(
-        EvaAttention(48, 3, partition_grid=3, proposal_scale=0.5))
+        EvaAttention(48, 3, partition_grid=3, proposal_scale=0.5)
+    )
 
 
 @pytest.mark.parametrize('name', ['eva_layer_14x14', 'eva_layer_28x28', 'eva_layer_56x56'])

@@ -5,9 +5,13 @@ from references import eva_1d_loop, relative_errors
 from evavit.layers import EvaAttention1d
 from evavit.layers.eva_1d import T5RelPosBias
 
-LAYERS = [dict(window_size=4, cell_size=2, causal=True), dict(window_size=6, cell_size=3, causal=True, overlap=True),
-          dict(window_size=5, cell_size=3, overlap=True), dict(window_size=0, cell_size=4),
-          dict(window_size=4, cell_size=0, rel_pos_bias=False, proposal_scale=0.5)]
+LAYERS = [
+    dict(window_size=4, cell_size=2, causal=True),
+    dict(window_size=6, cell_size=3, causal=True, overlap=True),
+    dict(window_size=5, cell_size=3, overlap=True),
+    dict(window_size=0, cell_size=4),
+    dict(window_size=4, cell_size=0, rel_pos_bias=False, proposal_scale=0.5),
+]
 
 
 def make_layer(**kwargs):
@@ -30,11 +34,25 @@ def test_output_and_gradients_match_the_loop(kwargs):
     noise = torch.randn(2, 2, -(-13 // layer.cell_size), 1, 8, dtype=torch.float64) if layer.cell_size else None
 
     q, k, v = layer.qkv(x).view(2, 13, 3, 2, 8).permute(2, 0, 3, 1, 4)
-    bias = None if layer.rel_pos is None else (
-        lambda n, m: layer.rel_pos.relative_position_bias_table[layer.rel_pos.bucket_of(m - n)])
-    y = eva_1d_loop(q, k, v, *(s() if s is not None else None for s in (layer.summary_q, layer.summary_k)), bias,
-                    layer.window_size, layer.cell_size, layer.causal, layer.overlap, padding, layer.proposal_scale,
-                    noise)
+    bias = (
+        None
+        if layer.rel_pos is None
+        else (lambda n, m: layer.rel_pos.relative_position_bias_table[layer.rel_pos.bucket_of(m - n)])
+    )
+    y = eva_1d_loop(
+        q,
+        k,
+        v,
+        *(s() if s is not None else None for s in (layer.summary_q, layer.summary_k)),
+        bias,
+        layer.window_size,
+        layer.cell_size,
+        layer.causal,
+        layer.overlap,
+        padding,
+        layer.proposal_scale,
+        noise,
+    )
     expected = layer.proj(y.transpose(1, 2).reshape(2, 13, 16))
     leaves = dict(layer.named_parameters(), x=x)
     found = relative_errors(output, leaves, expected, leaves)
@@ -47,8 +65,8 @@ def test_steps_reproduce_forward(kwargs):
     x = torch.randn(2, 15, 16, dtype=torch.float64)
     expected = layer(x)
     for n in range(15):
-        y, cache = layer.step(x[:, n:n + 1], cache)
-        torch.testing.assert_close(y, expected[:, n:n + 1], rtol=1e-11, atol=1e-12)
+        y, cache = layer.step(x[:, n : n + 1], cache)
+        torch.testing.assert_close(y, expected[:, n : n + 1], rtol=1e-11, atol=1e-12)
     fork, _ = layer.step(x[:, 3:4], cache)  # a cache is not changed by a step: two continuations of one text
     again, _ = layer.step(x[:, 3:4], cache)
     assert torch.equal(fork, again)
@@ -78,7 +96,7 @@ def test_buckets_are_those_of_t5():
         assert distance == 0 or both.bucket_of(distance) == bucket + 16
     causal = T5RelPosBias(1, (0, 0), 1, causal=True)
     assert [causal.bucket_of(-n) for n in range(20)] == [*range(17), 16, 16, 17]
-    assert causal.bucket_of(-113) == 31 and causal.bucket_of(-10 ** 6) == 31 and causal.bucket_of(5) == 0
+    assert causal.bucket_of(-113) == 31 and causal.bucket_of(-(10**6)) == 31 and causal.bucket_of(5) == 0
 
 
 def test_seed_evaluation_and_dropout():
@@ -89,7 +107,7 @@ def test_seed_evaluation_and_dropout():
     assert torch.equal(layer(x), layer(x))
     layer.attn_drop.p = 0.5
     assert torch.equal(layer(x), layer(x))
-    layer.noise_std = 0.
+    layer.noise_std = 0.0
     assert not torch.equal(layer.train()(x), layer(x))
 
 
@@ -113,15 +131,18 @@ def test_device_and_dtype_reach_everything():
     assert 'window_size=128, cell_size=8, causal=False' in repr(layer)
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(window_size=6, cell_size=4, causal=True), 'cell_size 4 does not divide window_size 6'),
-    (dict(window_size=0, cell_size=0), 'window_size 0 leaves'),
-    (dict(noise_std=-1.), 'noise_std must be'),
-    (dict(window_size=4.5), 'window_size must be a whole number of at least 0, got 4.5'),
-    (dict(cell_size=2.), 'cell_size must be a whole number'),
-    (dict(num_buckets=2), 'max_distance must be above 0 for num_buckets 2'),
-    (dict(max_distance=8), 'max_distance must be above 8 for num_buckets 32'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(window_size=6, cell_size=4, causal=True), 'cell_size 4 does not divide window_size 6'),
+        (dict(window_size=0, cell_size=0), 'window_size 0 leaves'),
+        (dict(noise_std=-1.0), 'noise_std must be'),
+        (dict(window_size=4.5), 'window_size must be a whole number of at least 0, got 4.5'),
+        (dict(cell_size=2.0), 'cell_size must be a whole number'),
+        (dict(num_buckets=2), 'max_distance must be above 0 for num_buckets 2'),
+        (dict(max_distance=8), 'max_distance must be above 8 for num_buckets 32'),
+    ],
+)
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         EvaAttention1d(48, 3, **kwargs)

@@ -1,4 +1,5 @@
 """EVA's ablations as arguments of the layer and of the models."""
+
 import math
 
 import pytest
@@ -11,11 +12,26 @@ from evavit.layers import EvaAttention
 from evavit.ops import eva_num_cells
 
 VARIANTS = [
-    dict(partition='complement'), dict(summary='linear'), dict(summary='identity'), dict(num_samples=4),
-    dict(proposal='q'), dict(proposal='zero'), dict(proposal='learned'), dict(overlap=True),
-    dict(overlap=True, rel_pos_bias=False, proposal_scale=0.5, noise_std=0.5, num_samples=2, proposal='learned',
-         partition='complement', summary='linear'),
-    dict(overlap=True, partition_grid=0), dict(window_size=0, num_samples=3),
+    dict(partition='complement'),
+    dict(summary='linear'),
+    dict(summary='identity'),
+    dict(num_samples=4),
+    dict(proposal='q'),
+    dict(proposal='zero'),
+    dict(proposal='learned'),
+    dict(overlap=True),
+    dict(
+        overlap=True,
+        rel_pos_bias=False,
+        proposal_scale=0.5,
+        noise_std=0.5,
+        num_samples=2,
+        proposal='learned',
+        partition='complement',
+        summary='linear',
+    ),
+    dict(overlap=True, partition_grid=0),
+    dict(window_size=0, num_samples=3),
 ]
 IDS = ['-'.join(f'{key}={value}' for key, value in variant.items()) for variant in VARIANTS]
 
@@ -42,14 +58,29 @@ def test_output_and_gradients_match_the_loop(kwargs, training):
         cells = eva_num_cells(feat_size, layer.partition_grid)
         noise = layer.noise_std * torch.randn(2, 2, cells, layer.num_samples, 8, dtype=torch.float64)
         if not training:
-            noise = (0 * noise if layer.num_samples == 1 else
-                     layer.noise_std * layer.eval_noise.double().expand(2, 2, cells, -1, -1))
+            noise = (
+                0 * noise
+                if layer.num_samples == 1
+                else layer.noise_std * layer.eval_noise.double().expand(2, 2, cells, -1, -1)
+            )
     q, k, v = layer.qkv(x).view(2, 35, 3, 2, 8).permute(2, 0, 3, 1, 4)
     y = eva_variant_loop(
-        q, k, v, feat_size, *(s() if s is not None else None for s in (layer.summary_q, layer.summary_k)),
-        layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None, layer.window_size,
-        layer.partition_grid, layer.partition, layer.proposal, layer.proposal_mean, layer.overlap,
-        layer.proposal_scale, noise, layer.noise_std)
+        q,
+        k,
+        v,
+        feat_size,
+        *(s() if s is not None else None for s in (layer.summary_q, layer.summary_k)),
+        layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None,
+        layer.window_size,
+        layer.partition_grid,
+        layer.partition,
+        layer.proposal,
+        layer.proposal_mean,
+        layer.overlap,
+        layer.proposal_scale,
+        noise,
+        layer.noise_std,
+    )
     expected = layer.proj(y.transpose(1, 2).reshape(2, 35, 16))
     leaves = dict(layer.named_parameters(), x=x)
     found = relative_errors(output, leaves, expected, leaves)
@@ -74,6 +105,7 @@ def test_compiles_in_one_graph(kwargs):
 
 def test_backend_of_a_variant_is_plain_where_the_default_is_fused(monkeypatch):
     from evavit.ops import eva
+
     monkeypatch.setattr(eva, 'has_kernels', lambda module: True)
     cuda = torch.device('cuda')
     assert eva.eva_backend(cuda, torch.float32, 64) == 'triton'
@@ -95,7 +127,7 @@ def test_parameters_are_those_that_are_used():
     assert names(summary='identity') == table
     assert names(proposal='zero') == table | of_k
     assert names(proposal='learned') == table | of_k | {'proposal_mean'}
-    assert EvaAttention(48, 3, overlap=True).rel_pos.relative_position_bias_table.shape == (19 ** 2, 3)
+    assert EvaAttention(48, 3, overlap=True).rel_pos.relative_position_bias_table.shape == (19**2, 3)
 
 
 def test_evaluation_of_samples_is_deterministic_and_follows_no_seed():
@@ -121,26 +153,32 @@ def test_device_and_dtype_reach_everything():
     assert torch.equal(layer.rel_pos.relative_position_index, reference.rel_pos.relative_position_index)
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(partition='rest'), "partition must be one of all, complement, got 'rest'"),
-    (dict(summary='mlp'), "summary must be one of linear_ln, linear, identity, got 'mlp'"),
-    (dict(proposal='k'), "proposal must be one of qk, q, zero, learned, got 'k'"),
-    (dict(proposal='zero', partition_grid=0), "proposal 'zero' is about cells, and partition_grid 0 has none"),
-    (dict(num_samples=0), 'num_samples must be at least 1, got 0'),
-    (dict(num_samples=2.0), 'num_samples must be a whole number, got 2.0'),
-    (dict(num_samples=2, noise_std=0.), 'num_samples 2 needs cells and a noise_std above 0'),
-    (dict(num_samples=2, partition_grid=0), 'num_samples 2 needs cells'),
-    (dict(overlap=True, window_size=0), 'overlap needs windows; got window_size 0'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(partition='rest'), "partition must be one of all, complement, got 'rest'"),
+        (dict(summary='mlp'), "summary must be one of linear_ln, linear, identity, got 'mlp'"),
+        (dict(proposal='k'), "proposal must be one of qk, q, zero, learned, got 'k'"),
+        (dict(proposal='zero', partition_grid=0), "proposal 'zero' is about cells, and partition_grid 0 has none"),
+        (dict(num_samples=0), 'num_samples must be at least 1, got 0'),
+        (dict(num_samples=2.0), 'num_samples must be a whole number, got 2.0'),
+        (dict(num_samples=2, noise_std=0.0), 'num_samples 2 needs cells and a noise_std above 0'),
+        (dict(num_samples=2, partition_grid=0), 'num_samples 2 needs cells'),
+        (dict(overlap=True, window_size=0), 'overlap needs windows; got window_size 0'),
+    ],
+)
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         EvaAttention(48, 3, **kwargs)
 
 
-@pytest.mark.parametrize('name, kwargs', [
-    ('eva_deit_tiny', dict(depth=1, img_size=80, window_size=3, partition_grid=2)),
-    ('eva_pvt_v2_b3', dict(depths=(1, 1, 1, 1), embed_dims=(16, 16, 16, 16), num_heads=(2, 2, 2, 2))),
-])
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('eva_deit_tiny', dict(depth=1, img_size=80, window_size=3, partition_grid=2)),
+        ('eva_pvt_v2_b3', dict(depths=(1, 1, 1, 1), embed_dims=(16, 16, 16, 16), num_heads=(2, 2, 2, 2))),
+    ],
+)
 def test_models_take_every_ablation_and_train(name, kwargs):
     ablations = dict(partition='complement', summary='linear', num_samples=2, proposal='learned', overlap=True)
     model = timm.create_model(name, num_classes=3, **kwargs, **ablations).train()
@@ -150,8 +188,9 @@ def test_models_take_every_ablation_and_train(name, kwargs):
 
 
 def test_tables_of_overlapping_windows_are_resized_from_a_checkpoint():
-    small, large = (timm.create_model('eva_deit_tiny', depth=1, num_classes=0, overlap=True, window_size=w)
-                    for w in (5, 7))
+    small, large = (
+        timm.create_model('eva_deit_tiny', depth=1, num_classes=0, overlap=True, window_size=w) for w in (5, 7)
+    )
     filtered = evavit.models.eva_deit.checkpoint_filter_fn(small.state_dict(), large)
     large.load_state_dict(filtered)
     old = small.blocks[0].attn.rel_pos.relative_position_bias_table.view(13, 13, 3)

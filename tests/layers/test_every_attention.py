@@ -1,4 +1,5 @@
 """What every attention of the table has to do, whatever it computes."""
+
 import pytest
 import torch
 from layer_checks import randomise
@@ -25,9 +26,16 @@ def test_batch_entries_do_not_mix(name):
     torch.testing.assert_close(layer(x, FEAT_SIZE)[1:2], layer(x[1:2], FEAT_SIZE))
 
 
-@pytest.mark.parametrize('name, kwargs', [
-    *((name, {}) for name in ATTENTIONS), ('eva', dict(window_size=0)), ('eva', dict(overlap=True)),
-    ('eva', dict(num_samples=2)), ('eva', dict(partition='complement'))])
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        *((name, {}) for name in ATTENTIONS),
+        ('eva', dict(window_size=0)),
+        ('eva', dict(overlap=True)),
+        ('eva', dict(num_samples=2)),
+        ('eva', dict(partition='complement')),
+    ],
+)
 def test_an_empty_batch(name, kwargs):
     layer, x = make(name, **kwargs), tokens(batch=0, requires_grad=True)
     for mode in (True, False):
@@ -41,7 +49,7 @@ def test_an_empty_batch(name, kwargs):
 def test_weights_add_up_to_one_and_under_dropout_in_the_mean(name):
     layer = make(name, attn_drop=0.3).double()
     qkv = torch.randn(3, 30, 3, FEAT_SIZE[0] * FEAT_SIZE[1], 16, dtype=torch.float64)
-    qkv[2] = 1.
+    qkv[2] = 1.0
     torch.testing.assert_close(layer.eval().attend(qkv, FEAT_SIZE), qkv[2])
     output = layer.train().attend(qkv, FEAT_SIZE)
     assert output.std() > 0.005 and abs(output.mean() - 1) < 0.01

@@ -60,24 +60,32 @@ def test_a_model_hands_its_grid_on_and_resamples():
         timm.create_model('linformer_deit_tiny', dynamic_img_size=True)
 
 
-@pytest.mark.parametrize('name, size', [
-    ('linformer_deit_tiny', dict(depth=1)),
-    ('linformer_pvt_v2_b3', dict(embed_dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)))])
+@pytest.mark.parametrize(
+    'name, size',
+    [
+        ('linformer_deit_tiny', dict(depth=1)),
+        ('linformer_pvt_v2_b3', dict(embed_dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))),
+    ],
+)
 def test_a_checkpoint_of_another_image_size_is_resampled(name, size, tmp_path):
     small, large = (timm.create_model(name, img_size=side, **size) for side in (64, 96))
     torch.save(small.state_dict(), tmp_path / 'small.pth')
-    loaded = timm.create_model(name, img_size=96, pretrained=True, **size,
-                               pretrained_cfg_overlay=dict(file=str(tmp_path / 'small.pth')))
+    loaded = timm.create_model(
+        name, img_size=96, pretrained=True, **size, pretrained_cfg_overlay=dict(file=str(tmp_path / 'small.pth'))
+    )
     small.set_input_size(img_size=96)
     for (key, value), fresh in zip(loaded.state_dict().items(), large.state_dict().values(), strict=True):
         torch.testing.assert_close(value, small.state_dict()[key], msg=key)
         assert value.shape == fresh.shape
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(projection_dim=0), 'projection_dim must be a whole number of at least 1, got 0'),
-    (dict(feat_size=(0, 3)), r'feat_size \(0, 3\)'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(projection_dim=0), 'projection_dim must be a whole number of at least 1, got 0'),
+        (dict(feat_size=(0, 3)), r'feat_size \(0, 3\)'),
+    ],
+)
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         LinformerAttention(48, 3, **kwargs)

@@ -7,8 +7,9 @@ from evavit.layers import EvaAttention, LongShortAttention
 
 
 @pytest.mark.parametrize('feat_size', GRIDS)
-@pytest.mark.parametrize('kwargs', [
-    {}, dict(window_size=4, dual_ln=False), dict(projection_dim=3, rel_pos_bias=False, qkv_bias=False)])
+@pytest.mark.parametrize(
+    'kwargs', [{}, dict(window_size=4, dual_ln=False), dict(projection_dim=3, rel_pos_bias=False, qkv_bias=False)]
+)
 def test_output_and_gradients_match_the_loop(feat_size, kwargs):
     layer = randomise(LongShortAttention(24, 3, dtype=torch.float64, **kwargs))
 
@@ -17,8 +18,14 @@ def test_output_and_gradients_match_the_loop(feat_size, kwargs):
         if layer.norm_local is not None:
             norms = [(norm.weight, norm.bias) for norm in (layer.norm_local, layer.norm_global)]
         table = layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None
-        return long_short_loop(*heads_of(layer, x), feat_size, (layer.projection.weight, layer.projection.bias), norms,
-                               table, layer.window_size)
+        return long_short_loop(
+            *heads_of(layer, x),
+            feat_size,
+            (layer.projection.weight, layer.projection.bias),
+            norms,
+            table,
+            layer.window_size,
+        )
 
     assert_matches(layer, loop, feat_size)
 
@@ -42,7 +49,7 @@ def test_projected_keys_reach_the_whole_image():
     """A token outside of a query's window changes its output, through the projection alone."""
     layer = randomise(LongShortAttention(24, 3, dtype=torch.float64))
     x = torch.randn(1, 196, 24, dtype=torch.float64, requires_grad=True)
-    gradient, = torch.autograd.grad(layer(x, (14, 14))[0, 0].sum(), x)
+    (gradient,) = torch.autograd.grad(layer(x, (14, 14))[0, 0].sum(), x)
     assert (gradient[0].norm(dim=-1) > 0).all()
 
 

@@ -10,8 +10,9 @@ from evavit.layers.nystromformer import iterative_pseudo_inverse
 
 
 @pytest.mark.parametrize('feat_size', GRIDS)
-@pytest.mark.parametrize('kwargs', [
-    {}, dict(conv_kernel_size=0, landmark_grid=3, pinv_iterations=3), dict(landmark_grid=50, qkv_bias=False)])
+@pytest.mark.parametrize(
+    'kwargs', [{}, dict(conv_kernel_size=0, landmark_grid=3, pinv_iterations=3), dict(landmark_grid=50, qkv_bias=False)]
+)
 def test_output_and_gradients_match_the_loop(feat_size, kwargs):
     layer = randomise(NystromformerAttention(24, 3, dtype=torch.float64, **kwargs))
 
@@ -30,12 +31,17 @@ def kernel(condition, size=49, batch=4):
 
 def error(x, iterations):
     exact = torch.linalg.pinv(x)
-    return ((iterative_pseudo_inverse(x, iterations) - exact).flatten(1).norm(dim=1)
-            / exact.flatten(1).norm(dim=1)).max().item()
+    return (
+        ((iterative_pseudo_inverse(x, iterations) - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1))
+        .max()
+        .item()
+    )
 
 
-@pytest.mark.parametrize('condition, iterations, bound', [
-    (2., 6, 1e-3), (2., 9, 1e-10), (10., 6, 0.5), (10., 10, 1e-10), (1e3, 20, 1e-6)])
+@pytest.mark.parametrize(
+    'condition, iterations, bound',
+    [(2.0, 6, 1e-3), (2.0, 9, 1e-10), (10.0, 6, 0.5), (10.0, 10, 1e-10), (1e3, 20, 1e-6)],
+)
 def test_pseudo_inverse_against_linalg(condition, iterations, bound):
     assert error(kernel(condition), iterations) < bound
 
@@ -55,7 +61,7 @@ def test_pseudo_inverse_of_a_singular_matrix():
 
 
 def test_entries_of_a_batch_do_not_mix():
-    x = kernel(5., size=9)
+    x = kernel(5.0, size=9)
     alone = torch.stack([iterative_pseudo_inverse(matrix, 4) for matrix in x])
     torch.testing.assert_close(iterative_pseudo_inverse(x, 4), alone)
 
@@ -75,18 +81,22 @@ def test_more_landmarks_come_closer():
     softmax = SoftmaxAttention(24, 3, dtype=torch.float64)
     errors = []
     for landmark_grid in (2, 7, 14):
-        layer = NystromformerAttention(24, 3, landmark_grid=landmark_grid, conv_kernel_size=0, pinv_iterations=30,
-                                       dtype=torch.float64)
+        layer = NystromformerAttention(
+            24, 3, landmark_grid=landmark_grid, conv_kernel_size=0, pinv_iterations=30, dtype=torch.float64
+        )
         layer.load_state_dict(softmax.state_dict())
         errors.append((layer(x, (14, 14)) - softmax(x, (14, 14))).norm().item())
     assert errors[2] < 1e-3 * errors[0] and errors[1] < 1.1 * errors[0]
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(landmark_grid=0), 'landmark_grid must be a whole number of at least 1, got 0'),
-    (dict(pinv_iterations=1.5), 'pinv_iterations must be a whole number'),
-    (dict(conv_kernel_size=4), 'conv_kernel_size must be odd, or 0 for no convolution, got 4'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(landmark_grid=0), 'landmark_grid must be a whole number of at least 1, got 0'),
+        (dict(pinv_iterations=1.5), 'pinv_iterations must be a whole number'),
+        (dict(conv_kernel_size=4), 'conv_kernel_size must be odd, or 0 for no convolution, got 4'),
+    ],
+)
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         NystromformerAttention(48, 3, **kwargs)

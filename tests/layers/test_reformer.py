@@ -17,15 +17,17 @@ def columns(layer, N):
 
 
 @pytest.mark.parametrize('feat_size', GRIDS)
-@pytest.mark.parametrize('kwargs', [
-    dict(chunk_size=8), dict(chunk_size=5, num_hashes=2, qkv_bias=False), dict(num_hashes=1, chunk_size=4), {}])
+@pytest.mark.parametrize(
+    'kwargs',
+    [dict(chunk_size=8), dict(chunk_size=5, num_hashes=2, qkv_bias=False), dict(num_hashes=1, chunk_size=4), {}],
+)
 @pytest.mark.parametrize('training', [False, True])
 def test_output_and_gradients_match_the_loop(feat_size, kwargs, training):
     layer = randomise(ReformerAttention(24, 3, dtype=torch.float64, **kwargs)).train(training)
     N = feat_size[0] * feat_size[1]
 
     def loop(layer, x):
-        rotations = layer.rotations[:, :, :columns(layer, N)]
+        rotations = layer.rotations[:, :, : columns(layer, N)]
         if training:  # the layer's first draw of the default generator
             rotations = torch.randn(rotations.shape, dtype=torch.float64)
         return reformer_loop(*heads_of(layer, x, 2), rotations, layer.chunk_size)
@@ -80,7 +82,7 @@ def test_queries_stand_in_for_the_keys_of_a_packed_tensor():
     layer = ReformerAttention(48, 3, chunk_size=16).eval()
     qkv = torch.randn(3, 2, 3, 35, 16)
     other = qkv.clone()
-    other[1] = 7.
+    other[1] = 7.0
     assert torch.equal(layer.attend(qkv, (5, 7)), layer.attend(other, (5, 7)))
     assert layer.qkv.weight.shape == (96, 48)
 

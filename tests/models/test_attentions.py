@@ -1,4 +1,5 @@
 """Every attention of the table is a model of every variant, with its own options, and softmax is timm's DeiT."""
+
 import pytest
 import timm
 import torch
@@ -18,9 +19,10 @@ each_attention = pytest.mark.parametrize('attention', ATTENTIONS)
 
 class OneGrid(GridAttention):
     """An attention with a weight per token."""
+
     fixed_grid = True
 
-    def __init__(self, dim, num_heads, *, feat_size, factor=1., **kwargs):
+    def __init__(self, dim, num_heads, *, feat_size, factor=1.0, **kwargs):
         super().__init__(dim, num_heads, **kwargs)
         self.factor = factor
         self.set_feat_size(feat_size)
@@ -64,15 +66,23 @@ def test_entry_point(attention, variant):
 
 @each_attention
 def test_an_attention_by_argument_is_the_attention_by_name(attention):
-    one, other = (timm.create_model(name, device='meta', **kwargs).state_dict() for name, kwargs in (
-        (f'{attention}_deit_tiny', {}), ('eva_deit_tiny', dict(attn_layer=attention))))
+    one, other = (
+        timm.create_model(name, device='meta', **kwargs).state_dict()
+        for name, kwargs in ((f'{attention}_deit_tiny', {}), ('eva_deit_tiny', dict(attn_layer=attention)))
+    )
     assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in other.items()}
 
 
 @each_attention
 def test_a_small_pyramid_trains_and_scripts(attention):
-    model = timm.create_model(f'{attention}_pvt_v2_b3', img_size=64, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1),
-                              num_heads=(1, 2, 3, 4), num_classes=5)
+    model = timm.create_model(
+        f'{attention}_pvt_v2_b3',
+        img_size=64,
+        embed_dims=(16, 32, 48, 64),
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 2, 3, 4),
+        num_classes=5,
+    )
     x = torch.randn(2, 3, 64, 64)
     model(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -93,8 +103,9 @@ def test_a_small_deit_compiles_in_one_graph(attention):
 @pytest.mark.parametrize('variant', DEIT)
 def test_softmax_deit_is_timms_deit_with_mean_pooling(variant):
     ours = timm.create_model(f'softmax_{variant}', depth=3).eval()
-    theirs = VisionTransformer(**{**eva_deit.VARIANTS[variant], 'depth': 3}, class_token=False, global_pool='avg',
-                               fc_norm=False).eval()
+    theirs = VisionTransformer(
+        **{**eva_deit.VARIANTS[variant], 'depth': 3}, class_token=False, global_pool='avg', fc_norm=False
+    ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # biases and norms too
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -123,7 +134,7 @@ def test_softmax_pyramid_is_timms_without_downsampling():
 
 
 def test_an_attention_made_for_one_grid_gets_it(one_grid):
-    model = timm.create_model('eva_deit_tiny', attn_layer='one_grid', factor=2., depth=1, img_size=(64, 96)).eval()
+    model = timm.create_model('eva_deit_tiny', attn_layer='one_grid', factor=2.0, depth=1, img_size=(64, 96)).eval()
     assert model.blocks[0].attn.feat_size == [4, 6] and model.blocks[0].attn.factor == 2
     model.set_input_size(img_size=(32, 48))
     assert model.blocks[0].attn.feat_size == [2, 3]
@@ -143,5 +154,5 @@ def test_an_attention_made_for_one_grid_gets_it(one_grid):
 
 
 def test_the_grid_is_the_models_to_give(one_grid):
-    assert pop_attention_kwargs('one_grid', kwargs := dict(feat_size=(2, 2), factor=3.)) == dict(factor=3.)
+    assert pop_attention_kwargs('one_grid', kwargs := dict(feat_size=(2, 2), factor=3.0)) == dict(factor=3.0)
     assert kwargs == dict(feat_size=(2, 2))

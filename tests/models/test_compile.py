@@ -1,4 +1,5 @@
 """torch.compile, torch.export and TorchScript agree with eager, and a compiled model takes a second image size."""
+
 import pytest
 import timm
 import torch
@@ -66,7 +67,8 @@ def test_compile_with_inductor(name):
 def test_export_with_any_batch(name):
     model = timm.create_model(name, **SHALLOW[name]).eval()
     program = torch.export.export(
-        model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},))
+        model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=({0: torch.export.Dim('batch', max=64)},)
+    )
     agree(program.module(), model, batch=5)
 
 

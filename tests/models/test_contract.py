@@ -2,6 +2,7 @@
 
 `make contract` runs timm's suite itself. Small versions of the models serve where size does not matter.
 """
+
 import copy
 
 import pytest
@@ -35,12 +36,15 @@ def run(model, size=(224, 224), batch=1):
         return model(torch.randn(batch, 3, *size))
 
 
-@pytest.mark.parametrize('name, parameters', [
-    ('eva_deit_tiny', '5.8'),
-    ('eva_deit_small', '22.2'),
-    ('eva_deit_tiny_784', '5.8'),
-    ('eva_pvt_v2_b3', '36.1'),
-])
+@pytest.mark.parametrize(
+    'name, parameters',
+    [
+        ('eva_deit_tiny', '5.8'),
+        ('eva_deit_small', '22.2'),
+        ('eva_deit_tiny_784', '5.8'),
+        ('eva_pvt_v2_b3', '36.1'),
+    ],
+)
 def test_published_parameters(name, parameters):
     """The multiply-adds are held against the paper by tools/zoo.py, which tests/docs runs."""
     model = timm.create_model(name, device='meta')
@@ -71,7 +75,8 @@ def test_attention_options_reach_every_layer(name):
     assert layers
     for layer in layers:
         assert {key: getattr(layer, key) for key in options if key != 'rel_pos_bias'} == {
-            key: value for key, value in options.items() if key != 'rel_pos_bias'}
+            key: value for key, value in options.items() if key != 'rel_pos_bias'
+        }
         assert layer.rel_pos is None and layer.qkv.bias is None
         assert (layer.attn_drop.p, layer.proj_drop.p) == (0.1, 0.2)
 
@@ -130,7 +135,7 @@ def test_created_on_meta_and_initialised_again_from_empty(name):
     model = model.to_empty(device='cpu')
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.fill_(float('nan') if tensor.is_floating_point() else -10 ** 9)
+            tensor.fill_(float('nan') if tensor.is_floating_point() else -(10**9))
     model.init_weights()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     fresh = create(name, dtype=torch.float64)
@@ -148,14 +153,34 @@ def test_unknown_keyword(name):
         create(name, not_a_model_arg=1)
 
 
-@pytest.mark.parametrize('name, kwargs', [
-    *((name, kwargs) for name in DEIT[:1] for kwargs in (
-        dict(class_token=True), dict(reg_tokens=4), dict(patch_drop_rate=0.1), dict(qk_norm=True),
-        dict(attn_layer='nothing'), dict(num_heads=5), dict(window_size=0, partition_grid=0))),
-    *(('eva_pvt_v2_b3', kwargs) for kwargs in (
-        dict(dynamic_img_size=False), dict(sr_ratios=(8, 4, 2, 1)), dict(linear=True), dict(num_heads=(5, 4, 4, 4)),
-        dict(attn_layer='nothing'))),
-])
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        *(
+            (name, kwargs)
+            for name in DEIT[:1]
+            for kwargs in (
+                dict(class_token=True),
+                dict(reg_tokens=4),
+                dict(patch_drop_rate=0.1),
+                dict(qk_norm=True),
+                dict(attn_layer='nothing'),
+                dict(num_heads=5),
+                dict(window_size=0, partition_grid=0),
+            )
+        ),
+        *(
+            ('eva_pvt_v2_b3', kwargs)
+            for kwargs in (
+                dict(dynamic_img_size=False),
+                dict(sr_ratios=(8, 4, 2, 1)),
+                dict(linear=True),
+                dict(num_heads=(5, 4, 4, 4)),
+                dict(attn_layer='nothing'),
+            )
+        ),
+    ],
+)
 def test_arguments_that_cannot_be_honoured_are_refused(name, kwargs):
     with pytest.raises(ValueError, match=r'leave it out|leave them out|leave the argument out|choose|set one of them'):
         create(name, **kwargs)
@@ -172,8 +197,9 @@ def test_no_weight_decay_and_groups(name):
     decayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] for p in group['params']}
     for key, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim > 1 and key not in exempt), key
-    scales = {group['lr_scale'] for group in
-              create_optimizer_v2(model, opt='adamw', lr=1e-3, layer_decay=0.5).param_groups}
+    scales = {
+        group['lr_scale'] for group in create_optimizer_v2(model, opt='adamw', lr=1e-3, layer_decay=0.5).param_groups
+    }
     assert len(scales) > 2
 
 
@@ -225,13 +251,17 @@ def test_patch_projection_is_the_convolution(size):
     proj = PatchProjection(3, 8, kernel_size=(8, 16), stride=(8, 16), dtype=torch.float64)
     conv = nn.Conv2d(3, 8, (8, 16), (8, 16), dtype=torch.float64)
     conv.load_state_dict(proj.state_dict())
-    x, y = (torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.manual_seed(1)).requires_grad_()
-            for _ in range(2))
+    x, y = (
+        torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.manual_seed(1)).requires_grad_() for _ in range(2)
+    )
     a, b = proj(x), conv(y)
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(a)
-    for left, right in zip(torch.autograd.grad(a, [x, *proj.parameters()], grad),
-                           torch.autograd.grad(b, [y, *conv.parameters()], grad), strict=True):
+    for left, right in zip(
+        torch.autograd.grad(a, [x, *proj.parameters()], grad),
+        torch.autograd.grad(b, [y, *conv.parameters()], grad),
+        strict=True,
+    ):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
 
 
@@ -248,8 +278,9 @@ class Adapter(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.linear = linear
-        self.down, self.up = (nn.Linear(*sizes, bias=False) for sizes in
-                              ((linear.in_features, 2), (2, linear.out_features)))
+        self.down, self.up = (
+            nn.Linear(*sizes, bias=False) for sizes in ((linear.in_features, 2), (2, linear.out_features))
+        )
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x):
@@ -293,8 +324,9 @@ def test_features_only(name):
     else:
         assert model.feature_info.reduction() == [4, 8, 16, 32]
         assert shapes == [(16, 56, 56), (32, 28, 28), (48, 14, 14), (64, 7, 7)]
-    for f, channels, reduction in zip(model(x), model.feature_info.channels(), model.feature_info.reduction(),
-                                      strict=True):
+    for f, channels, reduction in zip(
+        model(x), model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
         assert f.shape[1] == channels and f.shape[-1] == 224 // reduction
 
 
@@ -353,11 +385,18 @@ def test_headless_checkpoint_reload(name):
 @each_model
 def test_own_checkpoint_at_another_size(name, tmp_path):
     from safetensors.torch import save_file
+
     model = create(name, num_classes=5)
     save_file(model.state_dict(), tmp_path / 'model.safetensors')
     kwargs = dict(img_size=256, patch_size=32, dynamic_img_size=True) if name in DEIT else {}
-    other = create(name, num_classes=5, window_size=5, pretrained=True, **kwargs,
-                   pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.safetensors'), num_classes=5))
+    other = create(
+        name,
+        num_classes=5,
+        window_size=5,
+        pretrained=True,
+        **kwargs,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.safetensors'), num_classes=5),
+    )
     assert run(other, (256, 256)).isfinite().all()
     torch.testing.assert_close(other.head.weight, model.head.weight)
     table = next(value for key, value in other.state_dict().items() if key.endswith('bias_table'))

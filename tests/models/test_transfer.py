@@ -1,4 +1,5 @@
 """Weights from elsewhere: softmax models, other sizes, wrong files, and what became of each tensor."""
+
 import logging
 from collections import Counter
 
@@ -31,8 +32,9 @@ def randomise(model):
 
 def overlay(name, state, tmp_path, **kwargs):
     torch.save(state, tmp_path / 'file.pth')
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'file.pth')),
-                             **kwargs).eval()
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'file.pth')), **kwargs
+    ).eval()
 
 
 def counts(changes):
@@ -41,8 +43,9 @@ def counts(changes):
 
 def test_softmax_without_a_class_token_is_the_same_network(tmp_path):
     """timm's ViT with mean pooling has every tensor of ours with softmax attention, under the same names."""
-    source = randomise(timm.create_model('deit_tiny_patch16_224', class_token=False, global_pool='avg', fc_norm=False,
-                                         **SMALL))
+    source = randomise(
+        timm.create_model('deit_tiny_patch16_224', class_token=False, global_pool='avg', fc_norm=False, **SMALL)
+    )
     model = overlay('softmax_deit_tiny', source.state_dict(), tmp_path, num_classes=1000, **SMALL)
     x = image()
     with torch.no_grad():
@@ -50,10 +53,13 @@ def test_softmax_without_a_class_token_is_the_same_network(tmp_path):
     assert counts(fit_checkpoint(source.state_dict(), model)[1]).keys() == {'taken'}
 
 
-@pytest.mark.parametrize('name, extra', [
-    ('deit_tiny_patch16_224', {'cls_token'}),
-    ('deit_tiny_distilled_patch16_224', {'cls_token', 'dist_token', 'head_dist.weight', 'head_dist.bias'}),
-])
+@pytest.mark.parametrize(
+    'name, extra',
+    [
+        ('deit_tiny_patch16_224', {'cls_token'}),
+        ('deit_tiny_distilled_patch16_224', {'cls_token', 'dist_token', 'head_dist.weight', 'head_dist.bias'}),
+    ],
+)
 def test_deit_with_a_class_token(name, extra):
     source = timm.create_model(name, **SMALL).state_dict()
     model = timm.create_model('eva_deit_tiny', **{**SMALL, 'img_size': 48}, **EVA)
@@ -61,13 +67,16 @@ def test_deit_with_a_class_token(name, extra):
     model.load_state_dict(fitted)
     assert {change.name for change in changes if change.action == 'dropped'} == extra
     assert {change.name for change in changes if change.action == 'resized'} == {'pos_embed'}
-    assert {change.name.split('.attn.')[1].split('.')[0] for change in changes if change.action == 'fresh'} \
-        == {'summary_q', 'summary_k', 'rel_pos'}
+    assert {change.name.split('.attn.')[1].split('.')[0] for change in changes if change.action == 'fresh'} == {
+        'summary_q',
+        'summary_k',
+        'rel_pos',
+    }
     assert {change.name for change in changes if change.action != 'dropped'} == set(model.state_dict())
     assert torch.equal(fitted['blocks.1.mlp.fc2.weight'], source['blocks.1.mlp.fc2.weight'])
     # At the file's own size the positions of the patches are taken as they are.
     same, _ = fit_checkpoint(source, timm.create_model('eva_deit_tiny', **SMALL, **EVA))
-    assert torch.equal(same['pos_embed'], source['pos_embed'][:, len(extra & {'cls_token', 'dist_token'}):])
+    assert torch.equal(same['pos_embed'], source['pos_embed'][:, len(extra & {'cls_token', 'dist_token'}) :])
 
 
 def test_the_start_is_near_softmax_attention():
@@ -84,9 +93,17 @@ def test_the_start_is_near_softmax_attention():
             return ((fresh(x) - target).norm() / target.norm()).item()
 
         near = error(start)
-        usual = error({**fresh.state_dict(), **source.state_dict(),
-                       **{name: value for name, value in timm.create_model('eva_deit_tiny', **SMALL, **EVA)
-                          .state_dict().items() if 'summary' in name or 'rel_pos' in name}})
+        usual = error(
+            {
+                **fresh.state_dict(),
+                **source.state_dict(),
+                **{
+                    name: value
+                    for name, value in timm.create_model('eva_deit_tiny', **SMALL, **EVA).state_dict().items()
+                    if 'summary' in name or 'rel_pos' in name
+                },
+            }
+        )
     assert near < 0.7 * usual
 
 
@@ -95,8 +112,9 @@ def test_linear_summary_is_the_identity_less_two_directions():
     weight, bias = torch.randn(heads * d, heads * d) / 14, torch.randn(d).repeat(heads)
     part = linear_summary(weight, bias, heads)
     x = bias[:d] + torch.randn(100, d)
-    y = torch.nn.functional.layer_norm(x @ part['proj.weight'].T + part['proj.bias'], [d], part['norm.weight'],
-                                       part['norm.bias'])
+    y = torch.nn.functional.layer_norm(
+        x @ part['proj.weight'].T + part['proj.bias'], [d], part['norm.weight'], part['norm.bias']
+    )
     lost = (y - x).norm() / (x - bias[:d]).norm()
     assert lost < 1.3 * (2 / d) ** 0.5
 
@@ -106,7 +124,7 @@ def test_a_cell_counts_as_many_tokens_as_it_has():
     source = timm.create_model('softmax_deit_tiny', **SMALL).state_dict()
     fitted, _ = fit_checkpoint(source, timm.create_model('eva_deit_tiny', **SMALL, **EVA))
     table = fitted['blocks.0.attn.rel_pos.relative_position_bias_table']
-    torch.testing.assert_close(table, torch.full_like(table, -torch.tensor(4.).log().item()))  # cells of 2 × 2
+    torch.testing.assert_close(table, torch.full_like(table, -torch.tensor(4.0).log().item()))  # cells of 2 × 2
 
 
 @pytest.mark.parametrize('name', ['local', 'performer', 'lara', 'linformer', 'long_short'])
@@ -136,11 +154,20 @@ def test_pvt_of_timm():
 
 def test_sizes_of_our_own_weights(tmp_path):
     source = randomise(timm.create_model('eva_deit_tiny', num_classes=5, **SMALL, **EVA))
-    model = overlay('eva_deit_tiny', source.state_dict(), tmp_path, num_classes=5,
-                    **{**SMALL, 'img_size': 64, 'patch_size': 8}, window_size=3, partition_grid=4)
+    model = overlay(
+        'eva_deit_tiny',
+        source.state_dict(),
+        tmp_path,
+        num_classes=5,
+        **{**SMALL, 'img_size': 64, 'patch_size': 8},
+        window_size=3,
+        partition_grid=4,
+    )
     _, changes = fit_checkpoint(source.state_dict(), model)
-    assert {change.name.split('.')[-1] for change in changes if change.action == 'resized'} \
-        == {'weight', 'relative_position_bias_table'}
+    assert {change.name.split('.')[-1] for change in changes if change.action == 'resized'} == {
+        'weight',
+        'relative_position_bias_table',
+    }
     # timm's own resampling makes a patch of twice the side see the same picture at twice the size
     x = image()
     with torch.no_grad():
@@ -189,8 +216,9 @@ def test_a_file_that_fits_is_not_touched(tmp_path, caplog):
         model.load_state_dict(source.state_dict())
         partial = model.load_state_dict({'norm.weight': source.norm.weight}, strict=False)
     assert not caplog.text and 'blocks.0.attn.qkv.weight' in partial.missing_keys
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values(),
-                                                 strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values(), strict=True)
+    )
 
 
 def one_line(error):
@@ -238,9 +266,10 @@ def test_bad_files_are_one_line_that_says_why(tmp_path, capfd):
     assert 'must not run' not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('name, source, kwargs', [
-    ('eva_deit_tiny', 'deit_tiny_patch16_224', {**SMALL, **EVA}),
-    ('eva_pvt_v2_b3', 'pvt_v2_b3', PYRAMID)])
+@pytest.mark.parametrize(
+    'name, source, kwargs',
+    [('eva_deit_tiny', 'deit_tiny_patch16_224', {**SMALL, **EVA}), ('eva_pvt_v2_b3', 'pvt_v2_b3', PYRAMID)],
+)
 def test_a_converted_model_is_scripted_and_compiled(name, source, kwargs, tmp_path):
     """Its `load_state_dict` is our own."""
     softmax = timm.create_model(source, **{key: value for key, value in kwargs.items() if key not in EVA})
@@ -274,8 +303,9 @@ def test_softmax_names_are_left_alone():
 
 @pytest.mark.parametrize('name', ['softmax_deit_tiny', 'eva_deit_tiny'])
 def test_a_norm_after_the_pooling_stays_there(name, tmp_path):
-    source = randomise(timm.create_model('deit_tiny_patch16_224', class_token=False, global_pool='avg', fc_norm=True,
-                                         **SMALL))
+    source = randomise(
+        timm.create_model('deit_tiny_patch16_224', class_token=False, global_pool='avg', fc_norm=True, **SMALL)
+    )
     model = overlay(name, source.state_dict(), tmp_path, fc_norm=True, num_classes=1000, **SMALL)
     assert torch.equal(model.fc_norm.weight, source.fc_norm.weight)
     x = image()

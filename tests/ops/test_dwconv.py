@@ -1,4 +1,5 @@
 """The depthwise convolution and GELU: the plain path against a loop in float64, the kernels against the plain path."""
+
 import math
 
 import pytest
@@ -16,7 +17,7 @@ from evavit.ops import depthwise_gelu, depthwise_gelu_backend
 NAMES = ['out', 'x', 'weight', 'bias']
 
 
-def make_case(feat_size, C, dtype=torch.float32, *, B=2, factor=1., device='cpu'):
+def make_case(feat_size, C, dtype=torch.float32, *, B=2, factor=1.0, device='cpu'):
     """x, weight, bias and a gradient of the output."""
     tokens = B, feat_size[0] * feat_size[1], C
     case = factor * torch.randn(tokens), torch.randn(C, 1, 3, 3) / 3, torch.randn(C), torch.randn(tokens)
@@ -54,11 +55,14 @@ def test_the_definition(feat_size):
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize('shapes, message', [
-    (((2, 6, 4), (4, 1, 3, 3), (4,)), '6 tokens are not a grid of feat_size 2 x 2'),
-    (((2, 4, 4), (5, 1, 3, 3), (4,)), r'4 channels need weight \[4, 1, 3, 3\] and bias \[4\], got \[5, 1, 3, 3\]'),
-    (((2, 4, 4), (4, 1, 3, 3), (3,)), r'and \[3\]'),
-])
+@pytest.mark.parametrize(
+    'shapes, message',
+    [
+        (((2, 6, 4), (4, 1, 3, 3), (4,)), '6 tokens are not a grid of feat_size 2 x 2'),
+        (((2, 4, 4), (5, 1, 3, 3), (4,)), r'4 channels need weight \[4, 1, 3, 3\] and bias \[4\], got \[5, 1, 3, 3\]'),
+        (((2, 4, 4), (4, 1, 3, 3), (3,)), r'and \[3\]'),
+    ],
+)
 def test_arguments_that_do_not_fit(shapes, message):
     with pytest.raises(ValueError, match=message):
         depthwise_gelu(*(torch.zeros(shape) for shape in shapes), [2, 2])
@@ -110,9 +114,17 @@ def make_mlp(act_layer=nn.GELU, device='cpu', **kwargs):
 
 
 class TestMlp:
-    @pytest.mark.parametrize('kwargs', [{}, dict(extra_relu=True), dict(act_layer=nn.SiLU), dict(drop=0.3),
-                                        dict(act_layer=lambda: nn.GELU(approximate='tanh'))],
-                             ids=['default', 'relu', 'silu', 'dropout', 'tanh'])
+    @pytest.mark.parametrize(
+        'kwargs',
+        [
+            {},
+            dict(extra_relu=True),
+            dict(act_layer=nn.SiLU),
+            dict(drop=0.3),
+            dict(act_layer=lambda: nn.GELU(approximate='tanh')),
+        ],
+        ids=['default', 'relu', 'silu', 'dropout', 'tanh'],
+    )
     def test_is_timm_s(self, kwargs):
         theirs, ours = make_mlp(**kwargs)
         assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -138,8 +150,14 @@ class TestMlp:
     def test_what_is_called_is_what_stands_there(self):
         """Another convolution or activation in the place of the own one, as of dilated or adapted networks."""
         x, convs = torch.randn(1, 15, 12), []
-        for options in (dict(padding=2, dilation=2), dict(padding=1, padding_mode='circular'), dict(padding=2),
-                        dict(padding=1, bias=False), dict(padding=1, groups=1), dict(padding='same')):
+        for options in (
+            dict(padding=2, dilation=2),
+            dict(padding=1, padding_mode='circular'),
+            dict(padding=2),
+            dict(padding=1, bias=False),
+            dict(padding=1, groups=1),
+            dict(padding='same'),
+        ):
             size = 5 if options == dict(padding=2) else 3
             convs.append(nn.Conv2d(40, 40, size, **{'groups': 40, **options}))
         for conv in (*convs, nn.Sequential(convs[0])):
@@ -151,6 +169,7 @@ class TestMlp:
         class Doubled(nn.GELU):
             def forward(self, x):
                 return 2 * super().forward(x)
+
         theirs, ours = make_mlp(Doubled)
         torch.testing.assert_close(ours(x, [5, 3]), theirs(x, [5, 3]))
 
@@ -167,8 +186,10 @@ class TestMlp:
     def test_initial_weights_are_timm_s(self):
         small = dict(depths=(1, 1, 1, 1), embed_dims=(16, 16, 16, 16), num_heads=(1, 1, 1, 1), num_classes=2)
         states = []
-        for function in (lambda: timm.models.pvt_v2.PyramidVisionTransformerV2(sr_ratios=1, **small),
-                         lambda: timm.create_model('eva_pvt_v2_b3', **small)):
+        for function in (
+            lambda: timm.models.pvt_v2.PyramidVisionTransformerV2(sr_ratios=1, **small),
+            lambda: timm.create_model('eva_pvt_v2_b3', **small),
+        ):
             torch.manual_seed(0)
             states.append({name: t for name, t in function().state_dict().items() if '.mlp.' in name})
         assert list(states[0]) == list(states[1])
@@ -194,6 +215,7 @@ class TestMlp:
         def backend(graph, _):
             graphs.append(str(graph.graph))
             return lambda *args: [x]  # a CPU cannot run them
+
         torch.compiler.reset()
         torch.compile(mlp, backend=backend, fullgraph=True)(x, [5, 3])
         assert 'evavit.depthwise_gelu' in graphs[0]
@@ -239,7 +261,7 @@ class TestKernels:
 
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     def test_large_inputs_stay_finite(self, dtype):
-        case = make_case((9, 8), 64, dtype, factor=30., device='cuda')
+        case = make_case((9, 8), 64, dtype, factor=30.0, device='cuda')
         for name, value in run(case, (9, 8), dtype=dtype, fused=True).items():
             assert value.isfinite().all(), name
 
@@ -253,6 +275,7 @@ class TestKernels:
 
     def test_opcheck(self):
         import evavit.ops.dwconv.triton  # noqa: F401, registers the operators
+
         x, weight, bias, _ = make_case((6, 5), 40, device='cuda')
         leaves = x.requires_grad_(), weight.reshape(40, 9).t().contiguous().requires_grad_(), bias.requires_grad_()
         torch.library.opcheck(torch.ops.evavit.depthwise_gelu.default, (*leaves, [6, 5]))

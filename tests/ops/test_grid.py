@@ -16,7 +16,7 @@ def test_cells_along_an_axis(tokens, cells, size):
 @pytest.mark.parametrize('block', [(1, 1), (4, 4), (7, 7), (2, 5)])
 def test_blocks_and_back(feat_size, block):
     H, W = feat_size
-    x = torch.arange(1., 1 + 2 * 3 * H * W * 4).view(2, H * W, 3, 4).transpose(1, 2)
+    x = torch.arange(1.0, 1 + 2 * 3 * H * W * 4).view(2, H * W, 3, 4).transpose(1, 2)
     blocks = to_blocks(x, feat_size, block)
     mask = block_mask(feat_size, block, x.device)
     if mask is None:
@@ -43,7 +43,7 @@ def test_blocks_hold_the_tokens_of_the_definition(feat_size):
 def test_bands_hold_the_cells_of_the_definition(feat_size, partition_grid):
     H, W = feat_size
     cell = cell_shape(feat_size, partition_grid)
-    x = torch.arange(1., 1 + 2 * 3 * H * W * 4).view(2, H * W, 3, 4).transpose(1, 2)
+    x = torch.arange(1.0, 1 + 2 * 3 * H * W * 4).view(2, H * W, 3, 4).transpose(1, 2)
     bands = to_bands(x, feat_size, cell)
     if H % cell[0] == 0:
         assert bands.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()  # a view
@@ -53,5 +53,5 @@ def test_bands_hold_the_cells_of_the_definition(feat_size, partition_grid):
     cells = [place[member].tolist() for place, member in zip(places.flatten(0, 1), in_cell.flatten(0, 1), strict=True)]
     assert cells == grid_cells(feat_size, partition_grid)
     tokens = bands.view(2, -1, 12)
-    assert torch.equal(tokens[:, :H * W], x.transpose(1, 2).flatten(2))
-    assert (tokens[:, H * W:] == 0).all()
+    assert torch.equal(tokens[:, : H * W], x.transpose(1, 2).flatten(2))
+    assert (tokens[:, H * W :] == 0).all()

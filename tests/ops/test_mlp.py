@@ -15,14 +15,21 @@ from evavit.ops import mlp_gelu, mlp_gelu_backend
 NAMES = ['out', 'x', 'weight1', 'bias1', 'weight2', 'bias2']
 HALVES = [torch.bfloat16, torch.float16]
 # Rows, and features in, hidden and out: odd numbers of rows, widths of few and of many tiles.
-SHAPES = [(1, 16, 64, 16), (77, 48, 192, 48), (77, 48, 80, 32), (1000, 192, 768, 192), (1000, 384, 1536, 384),
-          (129, 80, 208, 192), (4096, 192, 768, 192)]
+SHAPES = [
+    (1, 16, 64, 16),
+    (77, 48, 192, 48),
+    (77, 48, 80, 32),
+    (1000, 192, 768, 192),
+    (1000, 384, 1536, 384),
+    (129, 80, 208, 192),
+    (4096, 192, 768, 192),
+]
 
 
-def make_case(M, K, N, C, dtype, *, factor=1., device='cuda'):
+def make_case(M, K, N, C, dtype, *, factor=1.0, device='cuda'):
     """x, W₁, b₁, W₂, b₂ and a gradient of the output."""
     x, grad = factor * torch.randn(M, K), torch.randn(M, C)
-    weights = torch.randn(N, K) * K ** -0.5, torch.randn(N), torch.randn(C, N) * N ** -0.5, torch.randn(C)
+    weights = torch.randn(N, K) * K**-0.5, torch.randn(N), torch.randn(C, N) * N**-0.5, torch.randn(C)
     return [t.to(device, dtype) for t in (x, *weights, grad)]
 
 
@@ -52,7 +59,7 @@ class TestKernels:
 
     @pytest.mark.parametrize('dtype', HALVES, ids=str)
     def test_large_inputs_stay_finite(self, dtype, poison):
-        case = make_case(200, 192, 768, 192, dtype, factor=30.)
+        case = make_case(200, 192, 768, 192, dtype, factor=30.0)
         check(case)
         for name, value in run(case, fused=True).items():
             assert value.isfinite().all(), name
@@ -62,8 +69,14 @@ class TestKernels:
         one, other = run(case, fused=True), run(case, fused=True)
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
-    @pytest.mark.parametrize('view', [lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-                                      lambda x: x.repeat(1, 2)[:, :x.shape[1]], lambda x: x[:, None].unbind(1)[0]])
+    @pytest.mark.parametrize(
+        'view',
+        [
+            lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+            lambda x: x.repeat(1, 2)[:, : x.shape[1]],
+            lambda x: x[:, None].unbind(1)[0],
+        ],
+    )
     def test_strides(self, view):
         x, *rest = make_case(77, 48, 192, 48, torch.bfloat16)
         weights, grad = rest[:-1], rest[-1]
@@ -82,14 +95,17 @@ class TestKernels:
             def pack(t):
                 kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
                 return t
+
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 out = mlp_gelu(*[t.requires_grad_() for t in case[:-1]], fused=fused)
             return sum(kept.values()), out
+
         assert saved(True)[0] <= saved(False)[0]
 
 
 class TestOperator:
     """What PyTorch builds on an operator, and the layer."""
+
     pytestmark = gpu
 
     def layer(self):
@@ -145,7 +161,7 @@ class TestOperator:
         for p in layer.parameters():
             p.requires_grad_(False)
         with torch.autocast('cuda', torch.bfloat16):
-            dx, = torch.autograd.grad(layer(x).float().square().sum(), x)
+            (dx,) = torch.autograd.grad(layer(x).float().square().sum(), x)
         assert torch.equal(dx, expected[1])
 
     def test_export_takes_the_plain_path(self):
@@ -167,6 +183,7 @@ class TestOperator:
                 out = model(x).double()
             calls.append(any(event.key == 'evavit::mlp' for event in profile.key_averages()))
             return out
+
         fused, plain = logits(True), logits(False)
         with torch.no_grad():
             exact = model(x).double()
@@ -179,8 +196,7 @@ def test_plain_path():
     x, weight1, bias1, weight2, bias2, _ = case
     expected = F.gelu(x @ weight1.t() + bias1) @ weight2.t() + bias2
     torch.testing.assert_close(mlp_gelu(x, weight1, bias1, weight2, bias2, fused=True), expected)
-    torch.testing.assert_close(mlp_gelu(x, weight1, None, weight2, None),
-                               F.gelu(x @ weight1.t()) @ weight2.t())
+    torch.testing.assert_close(mlp_gelu(x, weight1, None, weight2, None), F.gelu(x @ weight1.t()) @ weight2.t())
     with pytest.raises(ValueError, match=r'\[7, 16\] need weight1 \(N, 16\)'):
         mlp_gelu(x, weight2, bias1, weight2, bias2)
     with pytest.raises(ValueError, match=r'need biases \(24\) and \(12\), got \[12\]'):
@@ -200,9 +216,13 @@ def test_backend_by_arguments():
 def test_layer_is_timms_where_steps_differ():
     assert FusedMlp(16, 32)._fits()
     assert FusedMlp(16, 32, drop=0.1).eval()._fits()
-    for other in (FusedMlp(16, 32, drop=0.1), FusedMlp(16, 32, act_layer=nn.ReLU), FusedMlp(16, 32, use_conv=True),
-                  FusedMlp(16, 32, norm_layer=nn.LayerNorm),
-                  FusedMlp(16, 32, act_layer=lambda: nn.GELU(approximate='tanh'))):
+    for other in (
+        FusedMlp(16, 32, drop=0.1),
+        FusedMlp(16, 32, act_layer=nn.ReLU),
+        FusedMlp(16, 32, use_conv=True),
+        FusedMlp(16, 32, norm_layer=nn.LayerNorm),
+        FusedMlp(16, 32, act_layer=lambda: nn.GELU(approximate='tanh')),
+    ):
         assert not other._fits()
     hooked = FusedMlp(16, 32)
     handle = hooked.act.register_forward_hook(lambda *args: None)
@@ -265,6 +285,7 @@ def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
     def backend(graph, _):
         graphs.append(str(graph.graph))
         return lambda *args: [x]  # a CPU cannot run them
+
     torch.compiler.reset()
     torch.compile(Wrapped(), backend=backend, fullgraph=True)(x)
     assert 'evavit.mlp' in graphs[0]

@@ -10,7 +10,7 @@ GRIDS = [(14, 14), (13, 9), (7, 20), (5, 3), (1, 1)]
 each_grid = pytest.mark.parametrize('feat_size', GRIDS)
 
 
-def tokens(feat_size, count=3, B=2, h=2, d=8, std=1.):
+def tokens(feat_size, count=3, B=2, h=2, d=8, std=1.0):
     shape = (B, h, feat_size[0] * feat_size[1], d)
     return [torch.randn(shape, dtype=torch.float64).mul_(std).requires_grad_() for _ in range(count)]
 
@@ -19,8 +19,9 @@ def agree(output, expected, leaves, tolerance=1e-10):
     """The output and the gradient of every leaf, relative to their size."""
     assert (output - expected).norm() <= tolerance * expected.norm()
     grad = torch.randn_like(output)
-    for value, reference in zip(torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad),
-                                strict=True):
+    for value, reference in zip(
+        torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
+    ):
         assert (value - reference).norm() <= tolerance * max(reference.norm().item(), 0.01 * grad.norm().item())
 
 
@@ -42,8 +43,11 @@ def test_random_features_match_the_loop(feat_size, kind):
     q, k, v = tokens(feat_size)
     directions = torch.randn(2, 11, 8, dtype=torch.float64, requires_grad=True)
     leaves = [q, k, v, directions]
-    agree(random_feature_attention(q, k, v, feat_size, directions, kind),
-          performer_loop(q, k, v, directions, kind), leaves)
+    agree(
+        random_feature_attention(q, k, v, feat_size, directions, kind),
+        performer_loop(q, k, v, directions, kind),
+        leaves,
+    )
 
 
 @each_grid
@@ -53,8 +57,11 @@ def test_lara_matches_the_loop(feat_size, weighting, samples):
     q, k, v = tokens(feat_size)
     means = landmarks(5)
     noise = torch.randn(2, 2, 5, samples, 8, dtype=torch.float64) if samples else None
-    agree(lara_attention(q, k, v, feat_size, *means, weighting, noise),
-          lara_loop(q, k, v, *means, weighting, noise), [q, k, v, *means])
+    agree(
+        lara_attention(q, k, v, feat_size, *means, weighting, noise),
+        lara_loop(q, k, v, *means, weighting, noise),
+        [q, k, v, *means],
+    )
 
 
 @each_grid
@@ -67,13 +74,16 @@ def test_scatterbrain_matches_the_loop(feat_size, window_size, with_bias):
     leaves = [q, k, v, *([table] if with_bias else [])]
     if max(feat_size) > window_size:
         leaves.append(directions)  # else the window is the whole grid, and the features play no part
-    agree(scatterbrain_attention(q, k, v, feat_size, directions, rel_pos_bias, window_size),
-          scatterbrain_loop(q, k, v, feat_size, directions, table, window_size), leaves)
+    agree(
+        scatterbrain_attention(q, k, v, feat_size, directions, rel_pos_bias, window_size),
+        scatterbrain_loop(q, k, v, feat_size, directions, table, window_size),
+        leaves,
+    )
 
 
 @pytest.mark.parametrize('feat_size', [(5, 7), (7, 7), (3, 2)])
 def test_scatterbrain_with_a_window_over_the_grid_is_softmax(feat_size):
-    q, k, v = tokens(feat_size, std=3.)
+    q, k, v = tokens(feat_size, std=3.0)
     output = scatterbrain_attention(q, k, v, feat_size, torch.randn(2, 4, 8, dtype=torch.float64), window_size=7)
     agree(output, torch.nn.functional.scaled_dot_product_attention(q, k, v), [q, k, v])
 
@@ -82,7 +92,7 @@ def test_scatterbrain_with_a_window_over_the_grid_is_softmax(feat_size):
 def test_the_error_against_softmax_falls_as_the_root_of_the_number_of_features(orthogonal):
     q, k, v = (x.detach() for x in tokens((6, 6), B=1, std=0.4))  # small: large logits need more features to begin
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    counts, errors = torch.tensor([64., 256., 1024.]), []
+    counts, errors = torch.tensor([64.0, 256.0, 1024.0]), []
     for count in counts.int().tolist():
         squares = []
         for _ in range(40):
@@ -108,7 +118,7 @@ def test_orthogonal_directions():
     rows = made.flatten(0, 1)
     assert rows.mean(0).abs().max() < 0.05 and (rows.T @ rows / len(rows) - torch.eye(16)).abs().max() < 0.05
     x = 0.2 * torch.randn(1, 1, 2, 16, dtype=torch.float64)
-    features = log_positive_features(x, rows.unsqueeze(0), 1.).exp()
+    features = log_positive_features(x, rows.unsqueeze(0), 1.0).exp()
     kernel = (features[..., 0, :] * features[..., 1, :]).mean()
     assert abs(kernel / (x[0, 0, 0] @ x[0, 0, 1]).exp() - 1) < 0.05
     assert orthogonal_directions(drawn[0, :3]).shape == (3, 16)  # fewer rows than channels
@@ -120,9 +130,14 @@ def test_orthogonal_directions_have_less_variance():
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     def error(shape):
-        return torch.stack([
-            (random_feature_attention(q, k, v, [6, 6], shape(torch.randn(2, 16, 8, dtype=torch.float64))) - exact)
-            .square().mean() for _ in range(200)]).mean()
+        return torch.stack(
+            [
+                (random_feature_attention(q, k, v, [6, 6], shape(torch.randn(2, 16, 8, dtype=torch.float64))) - exact)
+                .square()
+                .mean()
+                for _ in range(200)
+            ]
+        ).mean()
 
     assert error(orthogonal_directions) < 0.95 * error(lambda gaussian: gaussian)
 
@@ -134,13 +149,15 @@ def calls(feat_size, factor, dtype=torch.float32):
     means = [x.detach().to(dtype) for x in landmarks(5)]
     return (q, k, v), {
         'performer': lambda: random_feature_attention(q, k, v, feat_size, directions),
-        **{f'lara {name}': lambda name=name: lara_attention(q, k, v, feat_size, *means, name)
-           for name in ('optimal', 'balance', 'biased')},
+        **{
+            f'lara {name}': lambda name=name: lara_attention(q, k, v, feat_size, *means, name)
+            for name in ('optimal', 'balance', 'biased')
+        },
         'scatterbrain': lambda: scatterbrain_attention(q, k, v, feat_size, directions, window_size=4),
     }
 
 
-@pytest.mark.parametrize('factor', [1e-3, 30., 1000.])
+@pytest.mark.parametrize('factor', [1e-3, 30.0, 1000.0])
 def test_logits_of_any_size_give_finite_answers_and_gradients(factor):
     leaves, functions = calls((9, 5), factor)
     for name, function in functions.items():
@@ -152,26 +169,31 @@ def test_logits_of_any_size_give_finite_answers_and_gradients(factor):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     torch.manual_seed(1)
-    _, functions = calls((9, 5), 1.)
+    _, functions = calls((9, 5), 1.0)
     torch.manual_seed(1)
-    _, half = calls((9, 5), 1., dtype)
+    _, half = calls((9, 5), 1.0, dtype)
     for name, function in functions.items():
         exact, output = function(), half[name]()
         assert output.dtype == dtype and (output.float() - exact).norm() < 0.03 * exact.norm(), name
 
 
-@pytest.mark.parametrize('message, call', [
-    (r'directions must be .* = \(2, S, 8\)', lambda q, k, v: random_feature_attention(q, k, v, [3, 2], q[0, :1])),
-    (r'feat_size \(3, 3\) does not hold', lambda q, k, v: random_feature_attention(q, k, v, [3, 3], q[0])),
-    ("kind must be .*, got 'cosine'", lambda q, k, v: random_feature_attention(q, k, v, [3, 2], q[0], 'cosine')),
-    ('dropout_p must be', lambda q, k, v: random_feature_attention(q, k, v, [3, 2], q[0], dropout_p=1.)),
-    ('landmarks_q and landmarks_k must be', lambda q, k, v: lara_attention(q, k, v, [3, 2], q, k[:, :, :1])),
-    ('noise must be', lambda q, k, v: lara_attention(q, k, v, [3, 2], q, k, noise=q)),
-    ("weighting must be .*, got 'best'", lambda q, k, v: lara_attention(q, k, v, [3, 2], q, k, 'best')),
-    ('window_size must be at least 1, got 0',
-     lambda q, k, v: scatterbrain_attention(q, k, v, [3, 2], q[0], window_size=0)),
-    ('rel_pos_bias must be', lambda q, k, v: scatterbrain_attention(q, k, v, [3, 2], q[0], q[0])),
-])
+@pytest.mark.parametrize(
+    'message, call',
+    [
+        (r'directions must be .* = \(2, S, 8\)', lambda q, k, v: random_feature_attention(q, k, v, [3, 2], q[0, :1])),
+        (r'feat_size \(3, 3\) does not hold', lambda q, k, v: random_feature_attention(q, k, v, [3, 3], q[0])),
+        ("kind must be .*, got 'cosine'", lambda q, k, v: random_feature_attention(q, k, v, [3, 2], q[0], 'cosine')),
+        ('dropout_p must be', lambda q, k, v: random_feature_attention(q, k, v, [3, 2], q[0], dropout_p=1.0)),
+        ('landmarks_q and landmarks_k must be', lambda q, k, v: lara_attention(q, k, v, [3, 2], q, k[:, :, :1])),
+        ('noise must be', lambda q, k, v: lara_attention(q, k, v, [3, 2], q, k, noise=q)),
+        ("weighting must be .*, got 'best'", lambda q, k, v: lara_attention(q, k, v, [3, 2], q, k, 'best')),
+        (
+            'window_size must be at least 1, got 0',
+            lambda q, k, v: scatterbrain_attention(q, k, v, [3, 2], q[0], window_size=0),
+        ),
+        ('rel_pos_bias must be', lambda q, k, v: scatterbrain_attention(q, k, v, [3, 2], q[0], q[0])),
+    ],
+)
 def test_bad_arguments(message, call):
     with pytest.raises(ValueError, match=message):
         call(*tokens((3, 2)))

@@ -1,4 +1,5 @@
 """tools/build_elpv.py on a small data set of ELPV's form, and the table of docs/transfer.md from results."""
+
 import csv
 import importlib.util
 import re
@@ -40,8 +41,10 @@ def test_blocks_stay_together(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, 'BLOCK', 4)
     assert run_script(tool.main, [str(tmp_path / 'elpv'), '--source', str(source), '--side', '16']) == 0
     for task, classes in (('type', {'mono', 'poly'}), ('defect', {'p000', 'p033', 'p067', 'p100'})):
-        place = {split: {path.stem: path.parent.name for path in (tmp_path / 'elpv' / task / split).glob('*/*.jpg')}
-                 for split in ('train', 'validation')}
+        place = {
+            split: {path.stem: path.parent.name for path in (tmp_path / 'elpv' / task / split).glob('*/*.jpg')}
+            for split in ('train', 'validation')
+        }
         assert len(place['train']) == 32 and set(place['train'].values()) == classes
         # Every fifth block of four: the cells 17 to 20 and 37 to 40.
         assert set(place['validation']) == {f'cell{n:04d}' for n in (*range(17, 21), *range(37, 41))}
@@ -52,8 +55,14 @@ def test_blocks_stay_together(source, tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / 'few' / 'defect' / 'train').glob('*/*'))) == 8
 
 
-@pytest.mark.parametrize('fault, words', [('none', ['labels.csv']), ('broken', ['labels.csv', 'file probability type']),
-                                          ('picture', ['cell0003.png', 'cannot be read'])])
+@pytest.mark.parametrize(
+    'fault, words',
+    [
+        ('none', ['labels.csv']),
+        ('broken', ['labels.csv', 'file probability type']),
+        ('picture', ['cell0003.png', 'cannot be read']),
+    ],
+)
 def test_a_source_that_is_none(source, tmp_path, capsys, fault, words):
     tool = load(ROOT / 'tools' / 'build_elpv.py')
     if fault == 'none':
@@ -63,7 +72,7 @@ def test_a_source_that_is_none(source, tmp_path, capsys, fault, words):
     else:
         (source / 'images' / 'cell0003.png').write_bytes(b'no picture')
     assert run_script(tool.main, [str(tmp_path / 'elpv'), '--source', str(source)]) == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith('error: ') and all(word in line for word in words), line
     assert not (tmp_path / 'elpv').exists()
 
@@ -82,9 +91,29 @@ def store(folder, rows):
 
 
 def row(task, model, start, seed, score, **more):
-    return dict(task=task, model=model, start=start, seed=seed, epochs=10, batch_size=64, train_images=2144, images=480,
-                top1=score, balanced_accuracy=score - 10, macro_f1=score - 20, majority=60, device='H100', torch='2.11',
-                timm='1.0', evavit='0.1', commit='abc', date='2026-01-01') | more
+    return (
+        dict(
+            task=task,
+            model=model,
+            start=start,
+            seed=seed,
+            epochs=10,
+            batch_size=64,
+            train_images=2144,
+            images=480,
+            top1=score,
+            balanced_accuracy=score - 10,
+            macro_f1=score - 20,
+            majority=60,
+            device='H100',
+            torch='2.11',
+            timm='1.0',
+            evavit='0.1',
+            commit='abc',
+            date='2026-01-01',
+        )
+        | more
+    )
 
 
 def test_no_figures_yet(tables):
@@ -92,11 +121,14 @@ def test_no_figures_yet(tables):
 
 
 def test_the_table(tables, tmp_path):
-    store(tmp_path, [
-        row('fashion_mnist', 'eva_deit_tiny', 'scratch', 0, 85, epochs=5, train_images=60000, images=10000),
-        *(row('defect', 'eva_deit_tiny', 'fashion_mnist', seed, score) for seed, score in enumerate((70, 72, 74))),
-        row('defect', 'resnet18', 'scratch', 0, 65),
-    ])
+    store(
+        tmp_path,
+        [
+            row('fashion_mnist', 'eva_deit_tiny', 'scratch', 0, 85, epochs=5, train_images=60000, images=10000),
+            *(row('defect', 'eva_deit_tiny', 'fashion_mnist', seed, score) for seed, score in enumerate((70, 72, 74))),
+            row('defect', 'resnet18', 'scratch', 0, 65),
+        ],
+    )
     text = tables.table()
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line[:1] == '|'][2:]
     assert [line[2:] for line in cells] == [
@@ -104,7 +136,8 @@ def test_the_table(tables, tmp_path):
         ['–', 'not measured', '–', '–'],  # a start without a run
         ['1', '65.0', '55.0', '45.0'],
         ['–', 'not measured', '–', '–'],
-        ['–', '60.0', '25.0', '18.8']]  # F1 of the largest class: 2 · 0.6 / 1.6, a fourth of it
+        ['–', '60.0', '25.0', '18.8'],
+    ]  # F1 of the largest class: 2 · 0.6 / 1.6, a fourth of it
     assert re.search(r'10 epochs of 2144 pictures in batches of 64, judged on 480\. .*5 epochs, top-1 85\.0', text)
     assert 'H100; torch 2.11, timm 1.0, evavit 0.1 abc, 2026-01-01' in text
 
@@ -114,7 +147,7 @@ def test_rows_are_read_back(tmp_path):
     store(tmp_path, [row('type', 'resnet18', 'scratch', seed, 50 + seed) for seed in range(2)])
     path = tmp_path / 'results' / 'elpv_h100.csv'
     assert [line['top1'] for line in example.read_rows(path)] == ['50', '51']
-    line, = example.summary(example.read_rows(path))
+    (line,) = example.summary(example.read_rows(path))
     assert 'top1 50.5 ± 0.7' in line and '2 seeds' in line
     with open(path, newline='') as file:
         assert tuple(next(csv.reader(file))) == example.COLUMNS

@@ -1,4 +1,5 @@
 """docs/zoo.md: the table of training steps, from rows as tools/zoo_step.py writes them."""
+
 import importlib.util
 import sys
 from pathlib import Path
@@ -24,10 +25,27 @@ def zoo(tmp_path, monkeypatch):
 
 def step(name, mode='no', **more):
     case = f'{name}_deit_tiny_784'
-    return dict.fromkeys(COLUMNS, '') | dict(
-        bench='train', case=case, model=case, batch_size=128, img_size=224, amp_dtype='bfloat16', torchcompile=mode,
-        status='ok', ms='81.234', peak_memory_mib='8294.4', device='NVIDIA H100', torch='2.11.0', timm='1.0.31',
-        commit='abc1234', date='2026-01-02') | more
+    return (
+        dict.fromkeys(COLUMNS, '')
+        | dict(
+            bench='train',
+            case=case,
+            model=case,
+            batch_size=128,
+            img_size=224,
+            amp_dtype='bfloat16',
+            torchcompile=mode,
+            status='ok',
+            ms='81.234',
+            peak_memory_mib='8294.4',
+            device='NVIDIA H100',
+            torch='2.11.0',
+            timm='1.0.31',
+            commit='abc1234',
+            date='2026-01-02',
+        )
+        | more
+    )
 
 
 def test_without_a_file_nothing_is_measured(zoo):
@@ -35,12 +53,17 @@ def test_without_a_file_nothing_is_measured(zoo):
 
 
 def test_a_line_an_attention(zoo):
-    store_rows(zoo.STEPS, [
-        step('performer'), step('performer', 'default', ms='40', peak_memory_mib='4096'),
-        step('eva', attention='eva', backend='triton'),
-        step('eva', attention='softmax', backend='sdpa', model='deit_tiny_patch16_224', ms='1'),
-        step('reformer', status='out of memory', ms='', peak_memory_mib=''),
-        step('local', 'default', status='RuntimeError: a | b', ms='', peak_memory_mib='')])
+    store_rows(
+        zoo.STEPS,
+        [
+            step('performer'),
+            step('performer', 'default', ms='40', peak_memory_mib='4096'),
+            step('eva', attention='eva', backend='triton'),
+            step('eva', attention='softmax', backend='sdpa', model='deit_tiny_patch16_224', ms='1'),
+            step('reformer', status='out of memory', ms='', peak_memory_mib=''),
+            step('local', 'default', status='RuntimeError: a | b', ms='', peak_memory_mib=''),
+        ],
+    )
     head, _, *rows, empty, origin = zoo.steps().splitlines()
     assert [row.split('`')[1] for row in rows] == [f'{attention}_deit_tiny_784' for attention in ATTENTIONS]
     assert all(row.count('|') == head.count('|') for row in rows) and not empty

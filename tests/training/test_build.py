@@ -12,63 +12,89 @@ from evavit.training import build, data
 from evavit.training.config import parse_settings
 
 PUBLISHED = dict(
-    opt="adamw", opt_betas=[0.9, 0.999], opt_eps=1e-8, weight_decay=0.05, clip_grad=5.0, clip_mode="norm",
-    epochs=300, sched="cosine", warmup_epochs=10, warmup_prefix=False, warmup_lr=1e-6, min_lr=1e-5, cooldown_epochs=0,
-    global_batch_size=1024, aa="rand-m9-mstd0.5-inc1", train_interpolation="bicubic", interpolation="bicubic",
-    mixup=0.8, cutmix=1.0, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch", smoothing=0.1,
-    reprob=0.25, remode="pixel", recount=1, model_ema=False, crop_pct=0.875, num_classes=1000)
+    opt='adamw',
+    opt_betas=[0.9, 0.999],
+    opt_eps=1e-8,
+    weight_decay=0.05,
+    clip_grad=5.0,
+    clip_mode='norm',
+    epochs=300,
+    sched='cosine',
+    warmup_epochs=10,
+    warmup_prefix=False,
+    warmup_lr=1e-6,
+    min_lr=1e-5,
+    cooldown_epochs=0,
+    global_batch_size=1024,
+    aa='rand-m9-mstd0.5-inc1',
+    train_interpolation='bicubic',
+    interpolation='bicubic',
+    mixup=0.8,
+    cutmix=1.0,
+    mixup_prob=1.0,
+    mixup_switch_prob=0.5,
+    mixup_mode='batch',
+    smoothing=0.1,
+    reprob=0.25,
+    remode='pixel',
+    recount=1,
+    model_ema=False,
+    crop_pct=0.875,
+    num_classes=1000,
+)
 CONFIGS = dict(
     eva_deit_tiny=dict(drop_path=0.1, aug_repeats=0),
     eva_deit_small=dict(drop_path=0.1, aug_repeats=0),
     eva_deit_tiny_784=dict(drop_path=0.1, aug_repeats=0),
-    eva_pvt_v2_b3=dict(drop_path=0.3, aug_repeats=3))
+    eva_pvt_v2_b3=dict(drop_path=0.3, aug_repeats=3),
+)
 
 
 @pytest.fixture
 def config(request):
     def config(name, *flags):
-        settings, _ = parse_settings("train", ["-c", str(request.config.rootpath / "configs" / f"{name}.yaml"), *flags])
+        settings, _ = parse_settings('train', ['-c', str(request.config.rootpath / 'configs' / f'{name}.yaml'), *flags])
         build.check_settings(settings)
         return settings
 
     return config
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize('name', CONFIGS)
 def test_published_numbers(config, name):
     settings = config(name)
-    for key, value in {**PUBLISHED, **CONFIGS[name], "model": name}.items():
+    for key, value in {**PUBLISHED, **CONFIGS[name], 'model': name}.items():
         assert getattr(settings, key) == value, key
 
 
-@pytest.mark.parametrize("processes, batch, steps", [(8, 128, 1), (4, 256, 1), (1, 256, 4), (16, 64, 1), (2, 64, 8)])
+@pytest.mark.parametrize('processes, batch, steps', [(8, 128, 1), (4, 256, 1), (1, 256, 4), (16, 64, 1), (2, 64, 8)])
 def test_global_batch_and_rate_for_any_number_of_processes(config, processes, batch, steps):
-    plan = build.plan_batch(config("eva_deit_tiny", "-b", str(batch), "--grad-accum-steps", str(steps)), processes)
+    plan = build.plan_batch(config('eva_deit_tiny', '-b', str(batch), '--grad-accum-steps', str(steps)), processes)
     assert plan.total == 1024 and plan.lr == pytest.approx(1e-3)
-    assert f"{batch} per process × {processes} processes × {steps} accumulated" in str(plan)
+    assert f'{batch} per process × {processes} processes × {steps} accumulated' in str(plan)
 
 
 def test_wrong_global_batch_comes_with_a_remedy_that_works(config):
     for processes, batch in ((1, 128), (2, 96), (4, 1000), (8, 256)):
-        with pytest.raises(UserError, match="-b ") as error:
-            build.plan_batch(config("eva_deit_tiny", "-b", str(batch)), processes)
-        flags = str(error.value).split("; use ")[1].split(",")[0].split()
-        assert build.plan_batch(config("eva_deit_tiny", *flags), processes).total == 1024
-    with pytest.raises(UserError, match="does not divide among 3 processes"):
-        build.plan_batch(config("eva_deit_tiny"), 3)
+        with pytest.raises(UserError, match='-b ') as error:
+            build.plan_batch(config('eva_deit_tiny', '-b', str(batch)), processes)
+        flags = str(error.value).split('; use ')[1].split(',')[0].split()
+        assert build.plan_batch(config('eva_deit_tiny', *flags), processes).total == 1024
+    with pytest.raises(UserError, match='does not divide among 3 processes'):
+        build.plan_batch(config('eva_deit_tiny'), 3)
 
 
-@pytest.mark.parametrize("scale, factor", [("linear", 0.25), ("sqrt", 0.5)])
+@pytest.mark.parametrize('scale, factor', [('linear', 0.25), ('sqrt', 0.5)])
 def test_rate_follows_the_batch(config, scale, factor):
-    settings = config("eva_deit_tiny", "-b", "256", "--global-batch-size", "256", "--lr-base-scale", scale)
+    settings = config('eva_deit_tiny', '-b', '256', '--global-batch-size', '256', '--lr-base-scale', scale)
     assert build.plan_batch(settings, 1).lr == pytest.approx(1e-3 * factor)
     settings.lr = 0.02
     assert build.plan_batch(settings, 1).lr == 0.02
 
 
-@pytest.mark.parametrize("by_update", [False, True])
+@pytest.mark.parametrize('by_update', [False, True])
 def test_rate_over_the_epochs(config, by_update):
-    settings = config("eva_deit_tiny", *["--sched-on-updates"] * by_update)
+    settings = config('eva_deit_tiny', *['--sched-on-updates'] * by_update)
     optimizer = build.build_optimizer(nn.Linear(3, 3), settings, 1e-3)
     schedule, epochs = build.build_schedule(optimizer, settings, updates_per_epoch=20)
     assert epochs == 300  # warm-up inside, no cool-down
@@ -76,7 +102,7 @@ def test_rate_over_the_epochs(config, by_update):
     def rate(epoch):
         schedule.step_update(epoch * 20)
         schedule.step(epoch)
-        return optimizer.param_groups[0]["lr"]
+        return optimizer.param_groups[0]['lr']
 
     def cosine(epoch):
         return 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 300)) / 2
@@ -90,31 +116,31 @@ def test_rate_over_the_epochs(config, by_update):
     assert rate(300) == pytest.approx(1e-5)
 
 
-@pytest.mark.parametrize("name", ["eva_deit_tiny", "eva_pvt_v2_b3"])
+@pytest.mark.parametrize('name', ['eva_deit_tiny', 'eva_pvt_v2_b3'])
 def test_no_decay_on_biases_norms_and_what_the_model_excludes(config, name):
     settings = config(name)
     model = build.build_model(settings, 10)
     optimizer = build.build_optimizer(model, settings, 1e-3)
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] for p in group['params']}
     excluded = set(model.no_weight_decay())
     for key, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim > 1 and key not in excluded), key
-    assert {group["betas"] for group in map(dict, optimizer.param_groups)} in ({(0.9, 0.999)}, [(0.9, 0.999)])
+    assert {group['betas'] for group in map(dict, optimizer.param_groups)} in ({(0.9, 0.999)}, [(0.9, 0.999)])
 
 
 def test_drop_path_reaches_the_model(config):
-    model = build.build_model(config("eva_deit_tiny"), 10)
+    model = build.build_model(config('eva_deit_tiny'), 10)
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
 
 
 def test_mixed_targets_carry_the_smoothing(config):
-    settings = config("eva_deit_tiny")
+    settings = config('eva_deit_tiny')
     mixup = build.build_mixup(settings, 10)
     images, targets = mixup(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]))
     assert images.shape == (4, 3, 8, 8) and targets.shape == (4, 10)
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
     assert targets.min() == pytest.approx(0.01)
-    with pytest.raises(UserError, match="two classes"):
+    with pytest.raises(UserError, match='two classes'):
         build.build_mixup(settings, 1)
 
 
@@ -122,7 +148,7 @@ def test_mixed_targets_carry_the_smoothing(config):
 def group_of_one():
     from evavit.training.distributed import start_process
 
-    yield start_process("cpu")
+    yield start_process('cpu')
     torch.distributed.destroy_process_group()
 
 
@@ -130,15 +156,15 @@ def write_images(root, count):
     from PIL import Image
 
     for index in range(count):
-        folder = root / "train" / str(index % 2)
+        folder = root / 'train' / str(index % 2)
         folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (index, 0, 0)).save(folder / f"{index}.png")
+        Image.new('RGB', (8, 8), (index, 0, 0)).save(folder / f'{index}.png')
 
 
 def loader_of(config, root, group_of_one, *flags):
-    settings = config("eva_pvt_v2_b3", "-b", "4", "--workers", "0", *flags)
-    dataset = create_dataset("", str(root / "train"), search_split=False)
-    input_config = dict(input_size=(3, 8, 8), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875)
+    settings = config('eva_pvt_v2_b3', '-b', '4', '--workers', '0', *flags)
+    dataset = create_dataset('', str(root / 'train'), search_split=False)
+    input_config = dict(input_size=(3, 8, 8), interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.875)
     return settings, data.train_loader(dataset, settings, input_config, group_of_one)
 
 
@@ -152,7 +178,7 @@ def test_repeated_augmentation_shows_each_image_three_times(config, tmp_path, gr
 
 def test_order_depends_on_seed_and_epoch_alone(config, tmp_path, group_of_one):
     write_images(tmp_path, 12)
-    settings, loader = loader_of(config, tmp_path, group_of_one, "--aug-repeats", "0")
+    settings, loader = loader_of(config, tmp_path, group_of_one, '--aug-repeats', '0')
 
     def order(epoch, seed):
         settings.seed = seed
@@ -164,10 +190,10 @@ def test_order_depends_on_seed_and_epoch_alone(config, tmp_path, group_of_one):
     assert order(0, 0) != order(1, 0) and order(0, 0) != order(0, 1)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize('workers', ['0', '2'])
 def test_an_epoch_goes_on_at_any_batch(config, tmp_path, group_of_one, workers):
     write_images(tmp_path, 24)
-    flags = ["--scale", "0.2", "1", "--reprob", "1", "--workers", workers]
+    flags = ['--scale', '0.2', '1', '--reprob', '1', '--workers', workers]
     settings, loader = loader_of(config, tmp_path, group_of_one, *flags)
     whole = [images.clone() for images, _ in data.epoch_batches(loader, settings, group_of_one, 3)]
     torch.rand(5)
@@ -180,7 +206,7 @@ def test_an_epoch_goes_on_at_any_batch(config, tmp_path, group_of_one, workers):
 def test_augmentation_does_not_depend_on_the_number_of_processes(config, tmp_path, group_of_one):
     """Erasing is drawn for a batch, so it is off."""
     write_images(tmp_path, 24)
-    flags = ["--scale", "0.2", "1", "--reprob", "0"]
+    flags = ['--scale', '0.2', '1', '--reprob', '0']
     settings, loader = loader_of(config, tmp_path, group_of_one, *flags)
     whole = torch.cat([images for images, _ in data.epoch_batches(loader, settings, group_of_one, 1)])
     order = list(loader.sampler)
@@ -191,10 +217,10 @@ def test_augmentation_does_not_depend_on_the_number_of_processes(config, tmp_pat
         assert torch.equal((share.float() - 127.5) / 127.5, whole[rank::2])
 
 
-@pytest.mark.parametrize("interval", ["0", "m", "10s", "1.5", "-3", "0m"])
+@pytest.mark.parametrize('interval', ['0', 'm', '10s', '1.5', '-3', '0m'])
 def test_checkpoint_interval_of_another_form(config, interval):
-    with pytest.raises(UserError, match="checkpoint_interval"):
-        config("eva_deit_tiny", f"--checkpoint-interval={interval}")
+    with pytest.raises(UserError, match='checkpoint_interval'):
+        config('eva_deit_tiny', f'--checkpoint-interval={interval}')
 
 
 def test_no_bits_to_keep_is_black():
@@ -203,8 +229,8 @@ def test_no_bits_to_keep_is_black():
     from timm.data.auto_augment import AugmentOp
 
     def extrema(magnitude):
-        op = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=magnitude, hparams=dict(img_mean=(0, 0, 0)))
-        return op(Image.new("RGB", (4, 4), (255, 9, 40))).getextrema()
+        op = AugmentOp('PosterizeIncreasing', prob=1.0, magnitude=magnitude, hparams=dict(img_mean=(0, 0, 0)))
+        return op(Image.new('RGB', (4, 4), (255, 9, 40))).getextrema()
 
     assert extrema(10) == ((0, 0),) * 3
     assert extrema(5)[0][0] > 0

@@ -18,11 +18,11 @@ from evavit.training.config import parse_settings
 from evavit.training.distributed import Process
 from evavit.training.loop import Position
 
-ONE = Process(torch.device("cpu"), 0, 0, 1)
+ONE = Process(torch.device('cpu'), 0, 0, 1)
 
 
 def run_of(*flags):
-    settings, _ = parse_settings("train", ["--model", "tiny", "--checkpoint-hist", "2", *flags])
+    settings, _ = parse_settings('train', ['--model', 'tiny', '--checkpoint-hist', '2', *flags])
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -30,14 +30,23 @@ def run_of(*flags):
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     return loop.Run(
-        task=ClassificationTask(model, verbose=False), optimizer=optimizer,
-        stepper=loop.Stepper(settings, ONE.device), schedule=None, mixup=None, settings=settings, process=ONE, bad=None,
-        updates_per_epoch=10, epochs=3, images_per_update=4)
+        task=ClassificationTask(model, verbose=False),
+        optimizer=optimizer,
+        stepper=loop.Stepper(settings, ONE.device),
+        schedule=None,
+        mixup=None,
+        settings=settings,
+        process=ONE,
+        bad=None,
+        updates_per_epoch=10,
+        epochs=3,
+        images_per_update=4,
+    )
 
 
 @pytest.fixture
 def saver(tmp_path):
-    return checkpoint.Saver(run_of(), ["a", "b"], tmp_path)
+    return checkpoint.Saver(run_of(), ['a', 'b'], tmp_path)
 
 
 def test_best_and_last(saver, tmp_path):
@@ -46,122 +55,125 @@ def test_best_and_last(saver, tmp_path):
             saver.model.bias.fill_(epoch)
         best = saver.save_epoch(Position(epoch + 1), metric)
     assert best == (30.0, 1)
-    assert torch.load(tmp_path / "model_best.pth.tar", weights_only=False)["epoch"] == 1
-    assert torch.load(tmp_path / "last.pth.tar", weights_only=False)["epoch"] == 2
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1.pth.tar", "checkpoint-2.pth.tar"}
-    assert load_file(tmp_path / "model_best.safetensors")["bias"].tolist() == [1, 1]
-    assert load_file(tmp_path / "last.safetensors")["bias"].tolist() == [2, 2]
+    assert torch.load(tmp_path / 'model_best.pth.tar', weights_only=False)['epoch'] == 1
+    assert torch.load(tmp_path / 'last.pth.tar', weights_only=False)['epoch'] == 2
+    assert {path.name for path in tmp_path.glob('checkpoint-*')} == {'checkpoint-1.pth.tar', 'checkpoint-2.pth.tar'}
+    assert load_file(tmp_path / 'model_best.safetensors')['bias'].tolist() == [1, 1]
+    assert load_file(tmp_path / 'last.safetensors')['bias'].tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("broken", ["torch.save", "safetensors.torch.save_file"])
+@pytest.mark.parametrize('broken', ['torch.save', 'safetensors.torch.save_file'])
 def test_a_failed_write_leaves_the_last_checkpoint_whole(saver, tmp_path, monkeypatch, broken):
     saver.save_epoch(Position(1), 10.0)
-    names = ("last.pth.tar", "model_best.pth.tar", "last.safetensors", "model_best.safetensors")
+    names = ('last.pth.tar', 'model_best.pth.tar', 'last.safetensors', 'model_best.safetensors')
     before = {name: (tmp_path / name).read_bytes() for name in names}
 
     def write_half(_, path, *args, **kwargs):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError("disk full")
+        with open(path, 'wb') as file:
+            file.write(b'half')
+        raise OSError('disk full')
 
     monkeypatch.setattr(broken, write_half)
-    with pytest.raises(LocalError, match="disk full"):
+    with pytest.raises(LocalError, match='disk full'):
         saver.save_epoch(Position(2), 20.0)
-    kept = names if broken == "torch.save" else names[2:]
+    kept = names if broken == 'torch.save' else names[2:]
     assert all((tmp_path / name).read_bytes() == before[name] for name in kept)
 
 
-@pytest.mark.parametrize("name", ["last.pth.tar", "last.safetensors"])
+@pytest.mark.parametrize('name', ['last.pth.tar', 'last.safetensors'])
 def test_settings_travel_with_the_weights(saver, tmp_path, name):
     saver.save_epoch(Position(1), 10.0)
     saved = checkpoint.saved_settings(tmp_path / name)
-    assert saved["model"] == "tiny" and saved["class_names"] == ["a", "b"]
-    assert set(saved) == {*vars(parse_settings("train", [])[0]), "class_names"}
+    assert saved['model'] == 'tiny' and saved['class_names'] == ['a', 'b']
+    assert set(saved) == {*vars(parse_settings('train', [])[0]), 'class_names'}
 
 
 def test_a_file_of_other_origin_has_no_settings(tmp_path):
-    torch.save(dict(args=argparse.Namespace(model="x")), tmp_path / "ours.pth")
-    torch.save(dict(weight=torch.ones(1)), tmp_path / "plain.pth")
-    assert checkpoint.saved_settings(tmp_path / "ours.pth") == dict(model="x")
-    assert checkpoint.saved_settings(tmp_path / "plain.pth") == {}
+    torch.save(dict(args=argparse.Namespace(model='x')), tmp_path / 'ours.pth')
+    torch.save(dict(weight=torch.ones(1)), tmp_path / 'plain.pth')
+    assert checkpoint.saved_settings(tmp_path / 'ours.pth') == dict(model='x')
+    assert checkpoint.saved_settings(tmp_path / 'plain.pth') == {}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(saver, tmp_path):
     """A process whose files may hold 5,000 bytes, less than a checkpoint needs."""
+
     def fill():
         saver.save_epoch(Position(1), 10.0)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
         for save in (lambda: saver.save_epoch(Position(2), 20.0), lambda: saver.save_position(Position(1, 5))):
-            with pytest.raises(LocalError, match=r"tmp\.pth\.tar: cannot be written .* what was saved before is whole"):
+            with pytest.raises(LocalError, match=r'tmp\.pth\.tar: cannot be written .* what was saved before is whole'):
                 save()
 
-    child = multiprocessing.get_context("fork").Process(target=fill)  # of its own, the limit cannot be taken back
+    child = multiprocessing.get_context('fork').Process(target=fill)  # of its own, the limit cannot be taken back
     child.start()
     child.join()
     assert child.exitcode == 0
-    assert checkpoint.read_checkpoint(tmp_path / "last.pth.tar")["epoch"] == 0
-    assert not list(tmp_path.glob("*.partial"))
+    assert checkpoint.read_checkpoint(tmp_path / 'last.pth.tar')['epoch'] == 0
+    assert not list(tmp_path.glob('*.partial'))
 
 
 def change(path, how):
     content = path.read_bytes()
-    if how == "one bit":
-        middle = content.index(b"data/0") + 200
-        content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
-    path.write_bytes(dict(empty=b"", half=content[:len(content) // 2], text=b"no checkpoint").get(how, content))
+    if how == 'one bit':
+        middle = content.index(b'data/0') + 200
+        content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes(dict(empty=b'', half=content[: len(content) // 2], text=b'no checkpoint').get(how, content))
     if how == "another program's":
         torch.save(dict(weight=torch.ones(2)), path)
     if how == "another version's":
         saved = torch.load(path, weights_only=False)
-        saved["saver"]["position"]["place"] = saved["saver"]["position"].pop("update")
+        saved['saver']['position']['place'] = saved['saver']['position'].pop('update')
         torch.save(saved, path)
-    if how == "with code":
+    if how == 'with code':
+
         class Code:
             def __reduce__(self):
-                return (open, (str(path.with_name("it ran")), "w"))
+                return (open, (str(path.with_name('it ran')), 'w'))
 
         torch.save(dict(state_dict=Code(), optimizer={}, epoch=3), path)
 
 
-DAMAGES = ("empty", "half", "one bit", "text", "another program's", "another version's", "with code")
+DAMAGES = ('empty', 'half', 'one bit', 'text', "another program's", "another version's", 'with code')
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize('how', DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saver, tmp_path, caplog, how):
     for update in (3, 6):
         with torch.no_grad():
             saver.model.bias.fill_(update)
         saver.save_position(Position(0, update))
-    last = tmp_path / "last.pth.tar"
+    last = tmp_path / 'last.pth.tar'
     change(last, how)
-    with pytest.raises(UserError, match=r"last\.pth\.tar: not a"):
+    with pytest.raises(UserError, match=r'last\.pth\.tar: not a'):
         checkpoint.read_checkpoint(last)
-    with pytest.raises(UserError, match=r"last\.pth\.tar: not a"):  # a file that was asked for by name has no stand-in
+    with pytest.raises(UserError, match=r'last\.pth\.tar: not a'):  # a file that was asked for by name has no stand-in
         checkpoint.resume(checkpoint.find_resume(argparse.Namespace(resume=str(last)), tmp_path), run_of(), None)
 
-    candidates = checkpoint.find_resume(argparse.Namespace(resume="auto"), tmp_path)
+    candidates = checkpoint.find_resume(argparse.Namespace(resume='auto'), tmp_path)
     run = run_of()
-    with caplog.at_level("WARNING", "evavit"):
+    with caplog.at_level('WARNING', 'evavit'):
         position = checkpoint.resume(candidates, run, None)
-    assert checkpoint.read_checkpoint(tmp_path / "previous.pth.tar")["saver"]["position"]["update"] == 3
+    assert checkpoint.read_checkpoint(tmp_path / 'previous.pth.tar')['saver']['position']['update'] == 3
     assert position.update == 3 and run.task.get_trainable_module().bias.tolist() == [3, 3]
-    assert "last.pth.tar" in caplog.text and "going back to previous.pth.tar" in caplog.text
-    assert not (tmp_path / "it ran").exists()
+    assert 'last.pth.tar' in caplog.text and 'going back to previous.pth.tar' in caplog.text
+    assert not (tmp_path / 'it ran').exists()
 
-    change(tmp_path / "previous.pth.tar", how)
-    with pytest.raises(UserError, match=r"previous\.pth\.tar: not a"):  # and no silent start from nothing
+    change(tmp_path / 'previous.pth.tar', how)
+    with pytest.raises(UserError, match=r'previous\.pth\.tar: not a'):  # and no silent start from nothing
         checkpoint.resume(candidates, run, None)
 
 
 def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch):
     """Each moment after last.pth.tar is in place: the resumed saver ends with the files and ranks of one not killed."""
+
     class Killed(BaseException):
         pass
 
     def play(folder, killed_at):
         folder.mkdir()
         run = run_of()
-        saver, calls = checkpoint.Saver(run, ["a", "b"], folder), 0
+        saver, calls = checkpoint.Saver(run, ['a', 'b'], folder), 0
         replace = checkpoint.os.replace
 
         def count(src, dst):
@@ -171,7 +183,7 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
                 raise Killed
             replace(src, dst)
 
-        monkeypatch.setattr(checkpoint.os, "replace", count)
+        monkeypatch.setattr(checkpoint.os, 'replace', count)
         for epoch, metric in enumerate((10.0, 30.0, 20.0, 40.0)):
             with torch.no_grad():
                 saver.model.bias.fill_(epoch)
@@ -179,8 +191,8 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
                 saver.save_epoch(Position(epoch + 1), metric)
             except Killed:
                 run = run_of()
-                saver = checkpoint.Saver(run, ["a", "b"], folder)
-                candidates = checkpoint.find_resume(argparse.Namespace(resume="auto"), folder)
+                saver = checkpoint.Saver(run, ['a', 'b'], folder)
+                candidates = checkpoint.find_resume(argparse.Namespace(resume='auto'), folder)
                 done = checkpoint.resume(candidates, run, saver).epoch if candidates else 0
                 if done == epoch:  # the epoch was not yet saved: it comes again
                     with torch.no_grad():
@@ -190,14 +202,17 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
         return saver, calls
 
     def content(folder, saver):
-        files = {path.name: torch.load(path, weights_only=False) for path in folder.glob("*.pth.tar")}
-        files.pop("previous.pth.tar", None)
-        return ({name: (file["epoch"], file["state_dict"]["bias"].tolist()) for name, file in files.items()},
-                [(path.rsplit("/", 1)[1], metric) for path, metric in saver.checkpoint_files], saver.best_metric,
-                {path.name: load_file(path)["bias"].tolist() for path in folder.glob("*.safetensors")})
+        files = {path.name: torch.load(path, weights_only=False) for path in folder.glob('*.pth.tar')}
+        files.pop('previous.pth.tar', None)
+        return (
+            {name: (file['epoch'], file['state_dict']['bias'].tolist()) for name, file in files.items()},
+            [(path.rsplit('/', 1)[1], metric) for path, metric in saver.checkpoint_files],
+            saver.best_metric,
+            {path.name: load_file(path)['bias'].tolist() for path in folder.glob('*.safetensors')},
+        )
 
-    saver, calls = play(tmp_path / "whole", 0)
-    whole = content(tmp_path / "whole", saver)
+    saver, calls = play(tmp_path / 'whole', 0)
+    whole = content(tmp_path / 'whole', saver)
     assert calls > 20
     for moment in range(1, calls + 1):
         saver, _ = play(tmp_path / str(moment), moment)
@@ -208,15 +223,15 @@ def test_processes_that_see_different_checkpoints_stop(saver, tmp_path):
     """As where a folder is not shared: the other process found none."""
     saver.save_position(Position(2, 5))
     run = run_of()
-    other = ("none", (0,))
+    other = ('none', (0,))
 
     def agree(value, remark):
         if value != other:
             raise UserError(remark([value, other]))
 
     run.process = argparse.Namespace(world_size=2, agree=agree, primary=False)
-    for candidates in ([tmp_path / "last.pth.tar"], []):
-        with pytest.raises(UserError, match="one folder that all machines see"):
+    for candidates in ([tmp_path / 'last.pth.tar'], []):
+        with pytest.raises(UserError, match='one folder that all machines see'):
             checkpoint.resume(candidates, run, None)
 
 
@@ -224,36 +239,39 @@ def test_a_position_whose_numbers_are_bad_is_not_saved(saver, tmp_path):
     saver.save_position(Position(0, 3))
     saver.save_position(Position(0, 6, streak=2))
     with torch.no_grad():
-        saver.model.bias.fill_(float("nan"))
+        saver.model.bias.fill_(float('nan'))
     saver.save_position(Position(0, 7))
-    assert checkpoint.read_checkpoint(tmp_path / "last.pth.tar")["saver"]["position"]["update"] == 3
+    assert checkpoint.read_checkpoint(tmp_path / 'last.pth.tar')['saver']['position']['update'] == 3
 
 
-@pytest.mark.parametrize("processes, images, updates, expected", [
-    (1, 4, 10, Position(2, 5)), (2, 4, 10, Position(2, 5)), (2, 8, 5, Position(2)), (2, 8, 10, Position(2))])
+@pytest.mark.parametrize(
+    'processes, images, updates, expected',
+    [(1, 4, 10, Position(2, 5)), (2, 4, 10, Position(2, 5)), (2, 8, 5, Position(2)), (2, 8, 10, Position(2))],
+)
 def test_another_number_of_processes(saver, tmp_path, caplog, processes, images, updates, expected):
     saver.save_position(Position(2, 5))
     run = run_of()
     run.process = argparse.Namespace(world_size=processes, agree=lambda *_: None, primary=True)
     run.images_per_update, run.updates_per_epoch = images, updates
-    with caplog.at_level("INFO", "evavit"):
-        assert checkpoint.resume([tmp_path / "last.pth.tar"], run, None) == expected
-    assert ("restarts at epoch 2" in caplog.text) == (expected.update == 0)
-    assert ("go on in the same order" in caplog.text) == (processes == 2 and expected.update > 0)
+    with caplog.at_level('INFO', 'evavit'):
+        assert checkpoint.resume([tmp_path / 'last.pth.tar'], run, None) == expected
+    assert ('restarts at epoch 2' in caplog.text) == (expected.update == 0)
+    assert ('go on in the same order' in caplog.text) == (processes == 2 and expected.update > 0)
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_path, monkeypatch):
     """Resumed from the one before, and killed at any moment of the next save: a whole checkpoint is still there."""
+
     class Killed(BaseException):
         pass
 
     for moment in range(1, 5):
         for update in (3, 6):
             saver.save_position(Position(0, update))
-        change(tmp_path / "last.pth.tar", "half")
+        change(tmp_path / 'last.pth.tar', 'half')
         run = run_of()
-        resumed = checkpoint.Saver(run, ["a", "b"], tmp_path)
-        auto = argparse.Namespace(resume="auto")
+        resumed = checkpoint.Saver(run, ['a', 'b'], tmp_path)
+        auto = argparse.Namespace(resume='auto')
         assert checkpoint.resume(checkpoint.find_resume(auto, tmp_path), run, resumed).update == 3
         replace, calls = checkpoint.os.replace, []
 
@@ -264,50 +282,52 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_pa
             replace(src, dst)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, "replace", killed)
+            patch.setattr(checkpoint.os, 'replace', killed)
             with contextlib.suppress(Killed):
                 resumed.save_position(Position(0, 9))
         assert checkpoint.resume(checkpoint.find_resume(auto, tmp_path), run_of(), None).update in (3, 9), moment
-    assert (tmp_path / "last.pth.tar.damaged").is_file()
+    assert (tmp_path / 'last.pth.tar.damaged').is_file()
 
 
 def test_the_flags_of_a_resumed_run_hold(saver, tmp_path, caplog):
     """The optimizer's state brings its own rates and decays: those of the flags win, and the log says what changed."""
     saver.save_position(Position(0, 3))
-    run = run_of("--lr", "0.5", "--weight-decay", "0.3", "--workers", "9")
+    run = run_of('--lr', '0.5', '--weight-decay', '0.3', '--workers', '9')
     for group in run.optimizer.param_groups:
         group.update(lr=0.5, weight_decay=0.3)
-    with caplog.at_level("WARNING", "evavit"):
-        checkpoint.resume([tmp_path / "last.pth.tar"], run, None)
-    assert {(group["lr"], group["weight_decay"]) for group in run.optimizer.param_groups} == {(0.5, 0.3)}
+    with caplog.at_level('WARNING', 'evavit'):
+        checkpoint.resume([tmp_path / 'last.pth.tar'], run, None)
+    assert {(group['lr'], group['weight_decay']) for group in run.optimizer.param_groups} == {(0.5, 0.3)}
     assert run.optimizer.state  # its moments are the checkpoint's
-    assert "lr None → 0.5, weight_decay 0.05 → 0.3" in caplog.text.replace("weight_decay 0.05 → 0.3, lr None → 0.5",
-                                                                           "lr None → 0.5, weight_decay 0.05 → 0.3")
-    assert "workers" not in caplog.text
+    assert 'lr None → 0.5, weight_decay 0.05 → 0.3' in caplog.text.replace(
+        'weight_decay 0.05 → 0.3, lr None → 0.5', 'lr None → 0.5, weight_decay 0.05 → 0.3'
+    )
+    assert 'workers' not in caplog.text
     run.optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(1))]))
-    with pytest.raises(UserError, match="1 groups of parameters, this run 2"):
-        checkpoint.resume([tmp_path / "last.pth.tar"], run, None)
+    with pytest.raises(UserError, match='1 groups of parameters, this run 2'):
+        checkpoint.resume([tmp_path / 'last.pth.tar'], run, None)
 
 
 def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
     saver.save_position(Position(0, 3))
-    (tmp_path / "other").mkdir()
-    elsewhere = shutil.copy(tmp_path / "last.pth.tar", tmp_path / "other")
-    with pytest.raises(UserError, match="holds another run than --resume"):
+    (tmp_path / 'other').mkdir()
+    elsewhere = shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'other')
+    with pytest.raises(UserError, match='holds another run than --resume'):
         checkpoint.find_resume(argparse.Namespace(resume=elsewhere), tmp_path)
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
     """The lock goes with its process, however that ends."""
+
     def second(expected):
         try:
             with checkpoint.claimed(tmp_path):
                 os._exit(0)
         except LocalError as error:
-            os._exit(1 if f"another run is writing there (process {expected} on" in str(error) else 2)
+            os._exit(1 if f'another run is writing there (process {expected} on' in str(error) else 2)
 
     def outcome():
-        child = multiprocessing.get_context("fork").Process(target=second, args=(os.getpid(),))
+        child = multiprocessing.get_context('fork').Process(target=second, args=(os.getpid(),))
         child.start()
         child.join()
         return child.exitcode
@@ -325,5 +345,5 @@ def test_statistics_that_are_not_finite_are_not_saved(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2))
     run.task = ClassificationTask(model, verbose=False)
     assert loop.weights_are_finite(run.task)
-    model[1].running_var.fill_(float("inf"))
+    model[1].running_var.fill_(float('inf'))
     assert not loop.weights_are_finite(run.task)

@@ -7,14 +7,14 @@ from evavit.errors import UserError
 from evavit.training.config import OPTIONS, options_of, parse_settings, save_settings
 
 
-def settings_of(*argv, script="train"):
+def settings_of(*argv, script='train'):
     return parse_settings(script, list(argv))[0]
 
 
 @pytest.fixture
 def config(tmp_path):
     def config(text):
-        path = tmp_path / "config.yaml"
+        path = tmp_path / 'config.yaml'
         path.write_text(text)
         return str(path)
 
@@ -22,23 +22,23 @@ def config(tmp_path):
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(config):
-    path = config("epochs: 7\nlr: 0.5\namp: true\nno_aug: true\n")
-    settings, given = parse_settings("train", ["-c", path, "--lr", "0.25", "--no-amp", "--aug"])
+    path = config('epochs: 7\nlr: 0.5\namp: true\nno_aug: true\n')
+    settings, given = parse_settings('train', ['-c', path, '--lr', '0.25', '--no-amp', '--aug'])
     assert (settings.epochs, settings.lr, settings.amp, settings.no_aug) == (7, 0.25, False, False)
-    assert settings.batch_size == options_of("train")["batch_size"].default
-    assert given == {"epochs", "lr", "amp", "no_aug"}
+    assert settings.batch_size == options_of('train')['batch_size'].default
+    assert given == {'epochs', 'lr', 'amp', 'no_aug'}
 
 
 def test_model_kwargs_join_key_by_key(config):
-    path = config("model_kwargs: {window_size: 7, depth: 3}\n")
-    settings = settings_of("-c", path, "--model-kwargs", "depth=4", "act_layer=gelu", "qkv_bias=false")
-    assert settings.model_kwargs == dict(window_size=7, depth=4, act_layer="gelu", qkv_bias=False)
+    path = config('model_kwargs: {window_size: 7, depth: 3}\n')
+    settings = settings_of('-c', path, '--model-kwargs', 'depth=4', 'act_layer=gelu', 'qkv_bias=false')
+    assert settings.model_kwargs == dict(window_size=7, depth=4, act_layer='gelu', qkv_bias=False)
 
 
 def test_yaml_takes_what_flags_take(config):
     # YAML 1.1 reads 3e-4 as text
     text = "lr: 3e-4\nepochs: '10'\nmean: ['0.5', 1, 0.25]\nlr_base: 1\nmodel: resnet18\n"
-    settings = settings_of("-c", config(text))
+    settings = settings_of('-c', config(text))
     assert settings.lr == 3e-4 and settings.epochs == 10 and settings.mean == [0.5, 1.0, 0.25]
     assert isinstance(settings.lr_base, float)
 
@@ -47,29 +47,29 @@ def sample(option):
     if option.choices:
         value = option.choices[-1]
     else:
-        value = {bool: not option.default, int: 3, float: 0.5, str: "text", dict: dict(depth=2)}[option.type]
-    return value if option.count is None else [value] * (2 if option.count == "+" else option.count)
+        value = {bool: not option.default, int: 3, float: 0.5, str: 'text', dict: dict(depth=2)}[option.type]
+    return value if option.count is None else [value] * (2 if option.count == '+' else option.count)
 
 
-@pytest.mark.parametrize("script", ["train", "validate"])
+@pytest.mark.parametrize('script', ['train', 'validate'])
 def test_every_option_survives_flag_and_file(script, tmp_path):
     for name, option in options_of(script).items():
         value = sample(option)
         if option.type is bool:
-            flags = [option.flag if value else "--no-" + option.flag[2:]]
+            flags = [option.flag if value else '--no-' + option.flag[2:]]
         elif option.type is dict:
-            flags = [option.flag, "depth=2"]
+            flags = [option.flag, 'depth=2']
         else:
             flags = [option.flag, *map(str, value if isinstance(value, list) else [value])]
         settings = settings_of(*flags, script=script)
         assert getattr(settings, name) == value
-        save_settings(settings, tmp_path / "args.yaml", ["a remark"])
-        assert vars(settings_of("-c", str(tmp_path / "args.yaml"), script=script)) == vars(settings)
+        save_settings(settings, tmp_path / 'args.yaml', ['a remark'])
+        assert vars(settings_of('-c', str(tmp_path / 'args.yaml'), script=script)) == vars(settings)
 
 
 def test_defaults_fit_their_own_options():
     for option in OPTIONS:
-        assert option.parse(option.default, "default") == option.default
+        assert option.parse(option.default, 'default') == option.default
 
 
 def test_defaults_are_not_shared():
@@ -77,31 +77,32 @@ def test_defaults_are_not_shared():
     assert settings_of().decay_milestones == [90, 180, 270]
 
 
-@pytest.mark.parametrize("flag, value", [("--torchcompile", "inductor"), ("--torchcompile=eager", "eager")])
+@pytest.mark.parametrize('flag, value', [('--torchcompile', 'inductor'), ('--torchcompile=eager', 'eager')])
 def test_flag_with_and_without_value(flag, value):
     assert settings_of(flag).torchcompile == value
 
 
 def test_nearest_name(config):
-    with pytest.raises(UserError, match=r"unknown key wieght_decay \(did you mean weight_decay\?\)"):
-        settings_of("-c", config("wieght_decay: 1"))
-    with pytest.raises(UserError, match=r"--wieght-decay \(did you mean --weight-decay\?\)"):
-        settings_of("--wieght-decay", "1")
+    with pytest.raises(UserError, match=r'unknown key wieght_decay \(did you mean weight_decay\?\)'):
+        settings_of('-c', config('wieght_decay: 1'))
+    with pytest.raises(UserError, match=r'--wieght-decay \(did you mean --weight-decay\?\)'):
+        settings_of('--wieght-decay', '1')
 
 
 def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as stop:
-        settings_of("--help")
+        settings_of('--help')
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(option.flag in text for option in options_of("train").values())
+    assert all(option.flag in text for option in options_of('train').values())
 
 
-@pytest.mark.parametrize("name", ["eva_deit_tiny", "eva_deit_small", "eva_deit_tiny_784", "eva_pvt_v2_b3", "quickstart",
-                                  "fashion_mnist"])
+@pytest.mark.parametrize(
+    'name', ['eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3', 'quickstart', 'fashion_mnist']
+)
 def test_every_config_is_valid_and_has_no_key_twice(name, request):
-    path = request.config.rootpath / "configs" / f"{name}.yaml"
-    settings = settings_of("-c", str(path))
+    path = request.config.rootpath / 'configs' / f'{name}.yaml'
+    settings = settings_of('-c', str(path))
     assert settings.model
-    keys = [line.split(":")[0] for line in path.read_text().splitlines() if line[:1].isalpha()]
+    keys = [line.split(':')[0] for line in path.read_text().splitlines() if line[:1].isalpha()]
     assert len(keys) == len(set(keys)) and set(keys) == set(yaml.safe_load(path.read_text()))

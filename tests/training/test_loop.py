@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def parts(*flags):
-    settings, _ = parse_settings("train", list(flags))
+    settings, _ = parse_settings('train', list(flags))
     model = torch.nn.Linear(3, 2)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1), Stepper(settings, torch.device("cpu"))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1), Stepper(settings, torch.device('cpu'))
 
 
 def step(model, optimizer, stepper, images, loss=None):
@@ -26,79 +26,90 @@ def step(model, optimizer, stepper, images, loss=None):
     return stepper.step(optimizer, value.detach() if loss is None else torch.tensor(loss), parameters, parameters)
 
 
-@pytest.mark.parametrize("flags", [[], ["--amp"], ["--amp", "--amp-dtype", "float16"]], ids=["plain", "bf16", "fp16"])
-@pytest.mark.parametrize("fault", ["image", "gradient", "loss"])
+@pytest.mark.parametrize('flags', [[], ['--amp'], ['--amp', '--amp-dtype', 'float16']], ids=['plain', 'bf16', 'fp16'])
+@pytest.mark.parametrize('fault', ['image', 'gradient', 'loss'])
 def test_a_step_that_is_not_finite_changes_nothing(flags, fault):
-    model, optimizer, stepper = parts("--clip-grad", "1", *flags)
+    model, optimizer, stepper = parts('--clip-grad', '1', *flags)
     step(model, optimizer, stepper, torch.ones(2, 3))
     before = [value.clone() for value in model.parameters()]
     moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
-    if fault == "gradient":
-        hook = model.bias.register_hook(lambda gradient: gradient * float("inf"))
-    norm = step(model, optimizer, stepper, torch.full((2, 3), float("nan") if fault == "image" else 1.0),
-                loss=float("inf") if fault == "loss" else None)
-    assert norm.isfinite() == (fault == "loss")
+    if fault == 'gradient':
+        hook = model.bias.register_hook(lambda gradient: gradient * float('inf'))
+    norm = step(
+        model,
+        optimizer,
+        stepper,
+        torch.full((2, 3), float('nan') if fault == 'image' else 1.0),
+        loss=float('inf') if fault == 'loss' else None,
+    )
+    assert norm.isfinite() == (fault == 'loss')
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     now = [value for state in optimizer.state.values() for value in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True))
-    if fault == "gradient":
+    if fault == 'gradient':
         hook.remove()
     step(model, optimizer, stepper, torch.ones(2, 3))
     assert not torch.equal(before[0], model.weight)
-    assert stepper._scaler.get_scale() == (2.0 ** 15 if "float16" in flags else 1.0)
+    assert stepper._scaler.get_scale() == (2.0**15 if 'float16' in flags else 1.0)
 
 
 def test_the_norm_is_that_of_the_gradient_before_scale_and_clipping():
-    for flags in ([], ["--amp", "--amp-dtype", "float16"]):
+    for flags in ([], ['--amp', '--amp-dtype', 'float16']):
         torch.manual_seed(0)
-        model, optimizer, stepper = parts("--clip-grad", "0.001", *flags)
+        model, optimizer, stepper = parts('--clip-grad', '0.001', *flags)
         gradient = torch.autograd.grad(model(torch.ones(2, 3)).square().mean(), list(model.parameters()))
         norm = step(model, optimizer, stepper, torch.ones(2, 3))
         torch.testing.assert_close(norm, torch.cat([g.flatten() for g in gradient]).norm())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("flags", [[], ["--amp"], ["--amp", "--amp-dtype", "float16"]], ids=["plain", "bf16", "fp16"])
+@pytest.mark.parametrize('flags', [[], ['--amp'], ['--amp', '--amp-dtype', 'float16']], ids=['plain', 'bf16', 'fp16'])
 def test_a_fused_optimizer_skips_without_the_host_waiting(flags):
-    settings, _ = parse_settings("train", ["--clip-grad", "1", "--opt", "adamw", *flags])
+    settings, _ = parse_settings('train', ['--clip-grad', '1', '--opt', 'adamw', *flags])
     model = torch.nn.Linear(3, 2).cuda()
     optimizer = build_optimizer(model, settings, 0.1)
-    stepper, parameters = Stepper(settings, torch.device("cuda")), list(model.parameters())
-    bad = torch.full((2, 3), float("nan"), device="cuda")
+    stepper, parameters = Stepper(settings, torch.device('cuda')), list(model.parameters())
+    bad = torch.full((2, 3), float('nan'), device='cuda')
     for images in (torch.ones_like(bad), bad, torch.ones_like(bad)):
         before = [value.clone() for value in parameters]
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode('error')
         try:
             loss = model(images).square().mean()
             stepper.backward(loss)
             stepper.step(optimizer, loss.detach(), parameters, parameters)
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode('default')
         assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True)) == (images is bad)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def adversarial():
-    spec = importlib.util.spec_from_file_location("adversarial", ROOT / "tools" / "adversarial.py")
+    spec = importlib.util.spec_from_file_location('adversarial', ROOT / 'tools' / 'adversarial.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["eva_deit_tiny", "eva_pvt_v2_b3"])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('name', ['eva_deit_tiny', 'eva_pvt_v2_b3'])
 def test_adversarial_images_in_half_precision(adversarial, name, dtype):
-    result = adversarial.train(name, dtype, "cpu", steps=3, small=True)
+    result = adversarial.train(name, dtype, 'cpu', steps=3, small=True)
     assert result.bad == 0, result
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_adversarial_images_for_200_steps(adversarial, record_property):
-    results = [adversarial.train(name, dtype, "cpu", steps=200, small=True)
-               for name in adversarial.MODELS for dtype in adversarial.DTYPES]
+    results = [
+        adversarial.train(name, dtype, 'cpu', steps=200, small=True)
+        for name in adversarial.MODELS
+        for dtype in adversarial.DTYPES
+    ]
     assert all(result.bad == 0 for result in results), results
     skipped = sum(result.skipped for result in results)
-    record_property("figure", f"{len(results)} runs of 200 steps of small models: every loss and weight finite, "
-                              f"{skipped} float16 steps skipped while the scale settled")
+    record_property(
+        'figure',
+        f'{len(results)} runs of 200 steps of small models: every loss and weight finite, '
+        f'{skipped} float16 steps skipped while the scale settled',
+    )

@@ -1,4 +1,5 @@
 """The exact GELU, z·Φ(z) with Φ the standard normal's distribution function, for kernels in Triton."""
+
 import triton
 import triton.language as tl
 

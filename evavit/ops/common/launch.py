@@ -1,4 +1,5 @@
 """Launches of Triton's kernels, and sums of their partial sums; imported only where Triton is."""
+
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
@@ -19,8 +20,13 @@ def on_device(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else torch.cuda.device(-1)
 
 
-def register_op(short: str, function: Callable, fake: Callable, setup_context: Optional[Callable] = None,
-                backward: Optional[Callable] = None) -> None:
+def register_op(
+    short: str,
+    function: Callable,
+    fake: Callable,
+    setup_context: Optional[Callable] = None,
+    backward: Optional[Callable] = None,
+) -> None:
     """Make a function an operator of PyTorch, differentiable where `backward` is given.
 
     Args:
@@ -48,12 +54,17 @@ def register_op(short: str, function: Callable, fake: Callable, setup_context: O
 
     def backward_once(ctx, *grads):
         if torch.is_grad_enabled():  # with create_graph; without a word its part of a second derivative would be zero
-            raise RuntimeError(f'{name} has no second derivative, which create_graph asks for; take the plain path: '
-                               f'fused=False, or timm.layers.set_fused_attn(False) before the model is made')
+            raise RuntimeError(
+                f'{name} has no second derivative, which create_graph asks for; take the plain path: '
+                f'fused=False, or timm.layers.set_fused_attn(False) before the model is made'
+            )
         return backward(ctx, *grads)
 
-    differentiable = type(f'{short}_function', (torch.autograd.Function,), {
-        'forward': staticmethod(forward), 'backward': staticmethod(backward_once)})
+    differentiable = type(
+        f'{short}_function',
+        (torch.autograd.Function,),
+        {'forward': staticmethod(forward), 'backward': staticmethod(backward_once)},
+    )
 
     def with_gradient(*inputs):
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
@@ -97,7 +108,7 @@ class Launcher:
         else:
             compiled = kernel[grid](*args, **options)
             if compiled is not None:  # None in Triton's interpreter
-                self.compiled[key] = compiled[grid], [options[name] for name in kernel.arg_names[len(args):]]
+                self.compiled[key] = compiled[grid], [options[name] for name in kernel.arg_names[len(args) :]]
 
 
 @triton.jit
@@ -107,8 +118,11 @@ def _sum_parts(parts, total, count, width, ROWS: tl.constexpr, COLS: tl.constexp
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for i0 in range(0, count, ROWS):
         i = i0 + tl.arange(0, ROWS)
-        acc += tl.load(parts + i[:, None].to(tl.int64) * width + j[None, :],
-                       mask=(i < count)[:, None] & (j < width)[None, :], other=0.0)
+        acc += tl.load(
+            parts + i[:, None].to(tl.int64) * width + j[None, :],
+            mask=(i < count)[:, None] & (j < width)[None, :],
+            other=0.0,
+        )
     tl.store(total + j, tl.sum(acc, 0), mask=j < width)
 
 

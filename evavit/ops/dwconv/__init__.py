@@ -1,4 +1,5 @@
 """A depthwise 3 × 3 convolution and GELU on tokens of a 2D grid: what is between the linears of PVT v2's MLP."""
+
 from typing import List
 
 import torch
@@ -10,11 +11,11 @@ __all__ = ['depthwise_gelu', 'depthwise_gelu_backend']
 
 
 def depthwise_gelu(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        feat_size: List[int],
-        fused: bool = False,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    feat_size: List[int],
+    fused: bool = False,
 ) -> torch.Tensor:
     """GELU of a depthwise 3 × 3 convolution with stride 1, zeros around the grid and a bias.
 
@@ -41,8 +42,9 @@ def depthwise_gelu(
     if N != H * W:
         raise ValueError(f'{N} tokens are not a grid of feat_size {H} x {W}')
     if list(weight.shape) != [C, 1, 3, 3] or list(bias.shape) != [C]:
-        raise ValueError(f'{C} channels need weight {[C, 1, 3, 3]} and bias {[C]}, got {list(weight.shape)} and '
-                         f'{list(bias.shape)}')
+        raise ValueError(
+            f'{C} channels need weight {[C, 1, 3, 3]} and bias {[C]}, got {list(weight.shape)} and {list(bias.shape)}'
+        )
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
         if fused and _runs_fused(x, weight):
             return _fused(x, weight, bias, feat_size)
@@ -65,12 +67,16 @@ def _runs_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False
     # Without autocast a convolution refuses dtypes that differ. An empty batch has nothing to launch a kernel for.
     autocast = x.device.type == 'cuda' and torch.is_autocast_enabled('cuda')
-    return (x.numel() > 0 and (x.dtype == weight.dtype or autocast)
-            and depthwise_gelu_backend(x.device, x.dtype) == 'triton')
+    return (
+        x.numel() > 0
+        and (x.dtype == weight.dtype or autocast)
+        and depthwise_gelu_backend(x.device, x.dtype) == 'triton'
+    )
 
 
 def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
     from .triton import depthwise_gelu_fused
+
     if torch.is_autocast_enabled('cuda'):
         x = x.to(torch.get_autocast_dtype('cuda'))
     return depthwise_gelu_fused(x, weight, bias, feat_size)

@@ -13,6 +13,7 @@ from the cache next to the processor, and a tile has no lanes to spare at a grid
 
 Every sum runs in one fixed order: no atomics, two runs agree to the bit. Products and sums are float32.
 """
+
 import functools
 from typing import List, Tuple
 
@@ -35,11 +36,17 @@ def _weights(weight, c, flip: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
     if flip:
         w += 8 * C
     step: tl.constexpr = -C if flip else C
-    return (tl.load(w, mask, other).to(tl.float32), tl.load(w + step, mask, other).to(tl.float32),
-            tl.load(w + 2 * step, mask, other).to(tl.float32), tl.load(w + 3 * step, mask, other).to(tl.float32),
-            tl.load(w + 4 * step, mask, other).to(tl.float32), tl.load(w + 5 * step, mask, other).to(tl.float32),
-            tl.load(w + 6 * step, mask, other).to(tl.float32), tl.load(w + 7 * step, mask, other).to(tl.float32),
-            tl.load(w + 8 * step, mask, other).to(tl.float32))
+    return (
+        tl.load(w, mask, other).to(tl.float32),
+        tl.load(w + step, mask, other).to(tl.float32),
+        tl.load(w + 2 * step, mask, other).to(tl.float32),
+        tl.load(w + 3 * step, mask, other).to(tl.float32),
+        tl.load(w + 4 * step, mask, other).to(tl.float32),
+        tl.load(w + 5 * step, mask, other).to(tl.float32),
+        tl.load(w + 6 * step, mask, other).to(tl.float32),
+        tl.load(w + 7 * step, mask, other).to(tl.float32),
+        tl.load(w + 8 * step, mask, other).to(tl.float32),
+    )
 
 
 @triton.jit
@@ -57,8 +64,11 @@ def _lanes(tile, lanes, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, P: tl
 def _row(x, y, left, here, right, inside, H: tl.constexpr, C: tl.constexpr):
     """Row y at columns -1, 0, 1 of each lane; x points at column 0."""
     row = (y >= 0) & (y < H)
-    return (tl.load(x - C, (left & row)[:, None] & inside, 0.0), tl.load(x, (here & row)[:, None] & inside, 0.0),
-            tl.load(x + C, (right & row)[:, None] & inside, 0.0))
+    return (
+        tl.load(x - C, (left & row)[:, None] & inside, 0.0),
+        tl.load(x, (here & row)[:, None] & inside, 0.0),
+        tl.load(x + C, (right & row)[:, None] & inside, 0.0),
+    )
 
 
 @triton.jit
@@ -68,8 +78,21 @@ def _taps(z, x0, x1, x2, w0, w1, w2):
 
 
 @triton.jit
-def _convolve(x, weight, bias, out, lanes, per_program, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
-              BC: tl.constexpr, P: tl.constexpr, R: tl.constexpr, GELU: tl.constexpr):
+def _convolve(
+    x,
+    weight,
+    bias,
+    out,
+    lanes,
+    per_program,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    GELU: tl.constexpr,
+):
     """GELU: gelu(conv(x) + bias). Otherwise the transposed convolution."""
     blocks: tl.constexpr = (C + BC - 1) // BC
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
@@ -101,8 +124,22 @@ def _convolve(x, weight, bias, out, lanes, per_program, H: tl.constexpr, W: tl.c
 
 
 @triton.jit
-def _backward_z(x, grad, weight, bias, dz, parts, lanes, per_program, H: tl.constexpr, W: tl.constexpr,
-                C: tl.constexpr, BC: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
+def _backward_z(
+    x,
+    grad,
+    weight,
+    bias,
+    dz,
+    parts,
+    lanes,
+    per_program,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+):
     """dz = dy · gelu'(conv(x) + bias), and a program's share of dweight and dbias, parts `(programs, 10, C)`."""
     blocks: tl.constexpr = (C + BC - 1) // BC
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
@@ -207,15 +244,34 @@ class _Plan:
 
     def convolve(self, kernel: str, x, weight, bias, out) -> None:
         programs, sizes, options = self.work(kernel)
-        self.launch(_convolve, (programs * ceil_div(self.C, options['BC']), 1, 1), x, weight, bias, out, *sizes,
-                    GELU=kernel == 'forward', **options)
+        self.launch(
+            _convolve,
+            (programs * ceil_div(self.C, options['BC']), 1, 1),
+            x,
+            weight,
+            bias,
+            out,
+            *sizes,
+            GELU=kernel == 'forward',
+            **options,
+        )
 
     def backward_z(self, x, grad, weight, bias, dz) -> torch.Tensor:
         """dz, and dweight and dbias as one tensor `(10, C)`."""
         programs, sizes, options = self.work('backward_z')
         parts = torch.empty(programs, 10, self.C, dtype=torch.float32, device=x.device)
-        self.launch(_backward_z, (programs * ceil_div(self.C, options['BC']), 1, 1), x, grad, weight, bias, dz, parts,
-                    *sizes, **options)
+        self.launch(
+            _backward_z,
+            (programs * ceil_div(self.C, options['BC']), 1, 1),
+            x,
+            grad,
+            weight,
+            bias,
+            dz,
+            parts,
+            *sizes,
+            **options,
+        )
         return sum_parts(self.launch, parts)
 
 
@@ -236,8 +292,9 @@ def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_siz
     return out
 
 
-def _backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
-              feat_size: List[int]) -> Tuple[torch.Tensor, torch.Tensor]:
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """dx, and float32 dweight and dbias in one tensor `(10, C)`."""
     plan = _plan(x, feat_size)
     dz = torch.empty_like(x)
@@ -271,8 +328,9 @@ register_op('depthwise_gelu', _forward, _forward_fake, _setup_context, _autograd
 register_op('depthwise_gelu_backward', _backward, _backward_fake)
 
 
-def depthwise_gelu_fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
-                         feat_size: List[int]) -> torch.Tensor:
+def depthwise_gelu_fused(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]
+) -> torch.Tensor:
     """`evavit.ops.depthwise_gelu` by the kernels."""
     # The kernels read a tap of many channels at a time.
     taps = weight.reshape(weight.shape[0], 9).t().contiguous()

@@ -4,6 +4,7 @@ A query attends exactly to the tokens of its own window, the set E, and to one s
 a key k̃_c in place of the cell's keys and a control variate β_c in place of its values. Equation numbers are the
 paper's; docs/math.md goes from the control variate to these lines. Everything is written for TorchScript as well.
 """
+
 from typing import List, Optional, Tuple
 
 import torch
@@ -43,9 +44,9 @@ def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
 
 
 def summarise(
-        cell_means: torch.Tensor,
-        summary: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        norm_eps: float,
+    cell_means: torch.Tensor,
+    summary: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    norm_eps: float,
 ) -> torch.Tensor:
     """Equation (26): LayerNorm(W · mean of a cell + b) for means `(..., d)`, in their dtype."""
     weight, bias, norm_weight, norm_bias = summary
@@ -55,17 +56,17 @@ def summarise(
 
 
 def _control_variates(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        feat_size: List[int],
-        summary_q: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        summary_k: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        partition_grid: int,
-        scale: float,
-        proposal_scale: float,
-        noise: Optional[torch.Tensor],
-        norm_eps: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    summary_q: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    summary_k: Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    partition_grid: int,
+    scale: float,
+    proposal_scale: float,
+    noise: Optional[torch.Tensor],
+    norm_eps: float,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The cells' keys k̃_c and control variates β_c, each `(B, h, C_p, d)` in the accumulation dtype.
 
@@ -88,12 +89,12 @@ def _control_variates(
     q_tilde = summarise(q_means, summary_q, norm_eps)
     k_tilde = summarise(k_means, summary_k, norm_eps)
 
-    omega = scale ** 0.5 * proposal_scale * (q_tilde + k_tilde)  # the mean of the proposal, (28)
+    omega = scale**0.5 * proposal_scale * (q_tilde + k_tilde)  # the mean of the proposal, (28)
     if noise is not None:
         omega = omega + noise.to(dtype).transpose(1, 2).view(B, nH, nW, h, d)
 
     # log ξ(k̂_m, ω_c) = ω_c · k̂_m - ½ ‖k̂_m‖² with k̂ = s^½ k; its softmax over a cell weighs the values of β_c.
-    omega = (scale ** 0.5 * omega).view(B * nH, nW, h * d)
+    omega = (scale**0.5 * omega).view(B * nH, nW, h * d)
     log_xi = k_bands * torch.baddbmm(k_bands, sum_cells.transpose(1, 2), omega, beta=-0.5 * scale)
     band = cell[0] * feat_size[1]  # written out: in an empty batch -1 could be anything
     log_xi = log_xi.view(B, nH, band, h, d).sum(-1).transpose(2, 3).unsqueeze(3)  # (B, nH, h, 1, band)
@@ -105,20 +106,20 @@ def _control_variates(
 
 
 def _plain(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        feat_size: List[int],
-        summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
-        summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
-        rel_pos_bias: Optional[torch.Tensor],
-        window_size: int,
-        partition_grid: int,
-        scale: float,
-        proposal_scale: float,
-        noise: Optional[torch.Tensor],
-        dropout_p: float,
-        norm_eps: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+    summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+    rel_pos_bias: Optional[torch.Tensor],
+    window_size: int,
+    partition_grid: int,
+    scale: float,
+    proposal_scale: float,
+    noise: Optional[torch.Tensor],
+    dropout_p: float,
+    norm_eps: float,
 ) -> torch.Tensor:
     """`eva_attention` in PyTorch's own operators; the arguments are checked, autocast is off."""
     dtype = accumulation_dtype(q)
@@ -148,7 +149,8 @@ def _plain(
     beta: Optional[torch.Tensor] = None
     if summary_q is not None and summary_k is not None and partition_grid > 0:
         k_tilde, beta = _control_variates(
-            q, k, v, feat_size, summary_q, summary_k, partition_grid, scale, proposal_scale, noise, norm_eps)
+            q, k, v, feat_size, summary_q, summary_k, partition_grid, scale, proposal_scale, noise, norm_eps
+        )
         # All windows share the cells: one product for all queries of an (image, head).
         cells = queries.flatten(2, 3) @ (scale * k_tilde).to(logit_dtype).transpose(-2, -1)
         logits.append(cells.to(dtype).unflatten(2, [queries.shape[2], queries.shape[3]]))
@@ -168,21 +170,21 @@ def _plain(
 
 
 def eva_attention(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        feat_size: List[int],
-        summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
-        summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
-        rel_pos_bias: Optional[torch.Tensor] = None,
-        window_size: int = 7,
-        partition_grid: int = 7,
-        scale: Optional[float] = None,
-        proposal_scale: float = 1.0,
-        noise: Optional[torch.Tensor] = None,
-        dropout_p: float = 0.0,
-        norm_eps: float = 1e-5,
-        fused: bool = False,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+    summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+    rel_pos_bias: Optional[torch.Tensor] = None,
+    window_size: int = 7,
+    partition_grid: int = 7,
+    scale: Optional[float] = None,
+    proposal_scale: float = 1.0,
+    noise: Optional[torch.Tensor] = None,
+    dropout_p: float = 0.0,
+    norm_eps: float = 1e-5,
+    fused: bool = False,
 ) -> torch.Tensor:
     """Efficient attention via control variates, Equation (16): in plain PyTorch, or with `fused` by CUDA kernels.
 
@@ -227,38 +229,91 @@ def eva_attention(
     """
     feat_size = static_size(feat_size)
     check_partition(window_size, partition_grid)
-    check_eva_args(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, noise,
-                   window_size, partition_grid, eva_num_cells(feat_size, partition_grid), dropout_p)
+    check_eva_args(
+        q,
+        k,
+        v,
+        feat_size,
+        summary_q,
+        summary_k,
+        rel_pos_bias,
+        noise,
+        window_size,
+        partition_grid,
+        eva_num_cells(feat_size, partition_grid),
+        dropout_p,
+    )
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
         if fused and _runs_fused(q, window_size, partition_grid, dropout_p, noise):
-            return _fused(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
-                          scale, proposal_scale, noise, norm_eps)
+            return _fused(
+                q,
+                k,
+                v,
+                feat_size,
+                summary_q,
+                summary_k,
+                rel_pos_bias,
+                window_size,
+                partition_grid,
+                scale,
+                proposal_scale,
+                noise,
+                norm_eps,
+            )
 
     if not torch.jit.is_scripting():  # noqa: SIM102
         if not q.is_meta and torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen below
-                return _plain(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
-                              scale, proposal_scale, noise, dropout_p, norm_eps)
-    return _plain(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
-                  scale, proposal_scale, noise, dropout_p, norm_eps)
+                return _plain(
+                    q,
+                    k,
+                    v,
+                    feat_size,
+                    summary_q,
+                    summary_k,
+                    rel_pos_bias,
+                    window_size,
+                    partition_grid,
+                    scale,
+                    proposal_scale,
+                    noise,
+                    dropout_p,
+                    norm_eps,
+                )
+    return _plain(
+        q,
+        k,
+        v,
+        feat_size,
+        summary_q,
+        summary_k,
+        rel_pos_bias,
+        window_size,
+        partition_grid,
+        scale,
+        proposal_scale,
+        noise,
+        dropout_p,
+        norm_eps,
+    )
 
 
 def eva_attention_packed(
-        qkv: torch.Tensor,
-        feat_size: List[int],
-        summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
-        summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
-        rel_pos_bias: Optional[torch.Tensor] = None,
-        window_size: int = 7,
-        partition_grid: int = 7,
-        scale: Optional[float] = None,
-        proposal_scale: float = 1.0,
-        noise: Optional[torch.Tensor] = None,
-        dropout_p: float = 0.0,
-        norm_eps: float = 1e-5,
-        fused: bool = False,
+    qkv: torch.Tensor,
+    feat_size: List[int],
+    summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+    summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+    rel_pos_bias: Optional[torch.Tensor] = None,
+    window_size: int = 7,
+    partition_grid: int = 7,
+    scale: Optional[float] = None,
+    proposal_scale: float = 1.0,
+    noise: Optional[torch.Tensor] = None,
+    dropout_p: float = 0.0,
+    norm_eps: float = 1e-5,
+    fused: bool = False,
 ) -> torch.Tensor:
     """`eva_attention` of q, k, v in one tensor `(3, B, h, N, d)`, any strides.
 
@@ -269,22 +324,62 @@ def eva_attention_packed(
     if not torch.jit.is_scripting():  # noqa: SIM102
         if fused and _runs_fused(q, window_size, partition_grid, dropout_p, noise):
             check_partition(window_size, partition_grid)
-            check_eva_args(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, noise,
-                           window_size, partition_grid, eva_num_cells(feat_size, partition_grid), dropout_p)
-            return _fused(qkv, None, None, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
-                          scale, proposal_scale, noise, norm_eps)
-    return eva_attention(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid, scale,
-                         proposal_scale, noise, dropout_p, norm_eps, fused)
+            check_eva_args(
+                q,
+                k,
+                v,
+                feat_size,
+                summary_q,
+                summary_k,
+                rel_pos_bias,
+                noise,
+                window_size,
+                partition_grid,
+                eva_num_cells(feat_size, partition_grid),
+                dropout_p,
+            )
+            return _fused(
+                qkv,
+                None,
+                None,
+                feat_size,
+                summary_q,
+                summary_k,
+                rel_pos_bias,
+                window_size,
+                partition_grid,
+                scale,
+                proposal_scale,
+                noise,
+                norm_eps,
+            )
+    return eva_attention(
+        q,
+        k,
+        v,
+        feat_size,
+        summary_q,
+        summary_k,
+        rel_pos_bias,
+        window_size,
+        partition_grid,
+        scale,
+        proposal_scale,
+        noise,
+        dropout_p,
+        norm_eps,
+        fused,
+    )
 
 
 def eva_backend(
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        window_size: int = 7,
-        partition_grid: int = 7,
-        dropout_p: float = 0.0,
-        variant: bool = False,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    window_size: int = 7,
+    partition_grid: int = 7,
+    dropout_p: float = 0.0,
+    variant: bool = False,
 ) -> str:
     """Which code `eva_attention` takes for such arguments, `fused` permitting: 'triton' or 'plain'.
 
@@ -292,29 +387,66 @@ def eva_backend(
     grids of at most 16 × 16, and no dropout of attention weights. A `variant`, which `eva_attention_variant` computes,
     is always plain.
     """
-    fits = (not variant and device.type == 'cuda' and dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and head_dim in (16, 32, 48, 64, 80, 96, 128)
-            and window_size <= 16 and partition_grid <= 16 and dropout_p == 0.0)
+    fits = (
+        not variant
+        and device.type == 'cuda'
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and head_dim in (16, 32, 48, 64, 80, 96, 128)
+        and window_size <= 16
+        and partition_grid <= 16
+        and dropout_p == 0.0
+    )
     return 'triton' if fits and has_kernels('eva.triton.operator') else 'plain'
 
 
-def _runs_fused(q: torch.Tensor, window_size: int, partition_grid: int, dropout_p: float,
-                noise: Optional[torch.Tensor]) -> bool:
+def _runs_fused(
+    q: torch.Tensor, window_size: int, partition_grid: int, dropout_p: float, noise: Optional[torch.Tensor]
+) -> bool:
     if needs_plain():
         return False
     if noise is not None and noise.requires_grad:  # the kernels' backward has no gradient for it
         return False
     # An empty batch has nothing to launch a kernel for.
-    return q.dim() == 4 and q.shape[0] > 0 and eva_backend(
-        q.device, q.dtype, q.shape[-1], window_size, partition_grid, dropout_p) == 'triton'
+    return (
+        q.dim() == 4
+        and q.shape[0] > 0
+        and eva_backend(q.device, q.dtype, q.shape[-1], window_size, partition_grid, dropout_p) == 'triton'
+    )
 
 
-def _fused(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid, scale, proposal_scale,
-           noise, norm_eps) -> torch.Tensor:
+def _fused(
+    q,
+    k,
+    v,
+    feat_size,
+    summary_q,
+    summary_k,
+    rel_pos_bias,
+    window_size,
+    partition_grid,
+    scale,
+    proposal_scale,
+    noise,
+    norm_eps,
+) -> torch.Tensor:
     from .triton.operator import eva_attention_fused
+
     dtype = q.dtype
     if dtype == torch.float32 and torch.is_autocast_enabled('cuda'):  # as autocast would cast a matrix product
         autocast = torch.get_autocast_dtype('cuda')
         q, k, v = (x if x is None else x.to(autocast) for x in (q, k, v))
-    return eva_attention_fused(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
-                               scale, proposal_scale, noise, norm_eps).to(dtype)
+    return eva_attention_fused(
+        q,
+        k,
+        v,
+        feat_size,
+        summary_q,
+        summary_k,
+        rel_pos_bias,
+        window_size,
+        partition_grid,
+        scale,
+        proposal_scale,
+        noise,
+        norm_eps,
+    ).to(dtype)

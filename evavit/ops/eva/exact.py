@@ -3,6 +3,7 @@
 Random-feature attention is one cell and an empty E (Appendix G.1), softmax attention one cell for each token. What
 `eva_attention` replaces to be linear are the cells' weights, Σ exp(q·k_m), and one sample for all queries.
 """
+
 from typing import List, Optional, Tuple
 
 import torch
@@ -13,18 +14,20 @@ __all__ = ['control_variate_coefficients', 'eva_estimator']
 def _check(q: torch.Tensor, k: torch.Tensor, cells: torch.Tensor) -> None:
     N, M = q.shape[2], k.shape[2]
     if cells.is_floating_point() or list(cells.shape) not in ([M], [N, M]) or int(cells.min()) < -1:
-        raise ValueError(f'cells must be whole numbers from -1 (for E), one for each of {M} keys or for each of ({N}, '
-                         f'{M}) pairs, got {cells.dtype} of shape {list(cells.shape)}')
+        raise ValueError(
+            f'cells must be whole numbers from -1 (for E), one for each of {M} keys or for each of ({N}, '
+            f'{M}) pairs, got {cells.dtype} of shape {list(cells.shape)}'
+        )
 
 
 def _coefficients(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cells: torch.Tensor,
-        omega: Optional[torch.Tensor],
-        log_ratio: Optional[torch.Tensor],
-        scale: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cells: torch.Tensor,
+    omega: Optional[torch.Tensor],
+    log_ratio: Optional[torch.Tensor],
+    scale: float,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits `(B, h, N, M)`, log Σ_{P_c} exp(q·k) `(B, h, N, C)` and β `(B, h, N, C, d)`; -∞ and 0 for an empty P_c."""
     logits = scale * q @ k.transpose(-2, -1)
@@ -39,7 +42,7 @@ def _coefficients(
             beta = in_cell.softmax(-1) @ v
         else:
             of_cell = omega[:, :, min(c, omega.shape[2] - 1)]
-            k_hat, q_hat = scale ** 0.5 * k, scale ** 0.5 * q
+            k_hat, q_hat = scale**0.5 * k, scale**0.5 * q
             log_xi = of_cell @ k_hat.transpose(-2, -1) - 0.5 * (k_hat * k_hat).sum(-1).unsqueeze(-2)
             log_xi = log_xi.unsqueeze(2).masked_fill(~(inside | empty).unsqueeze(-2), float('-inf'))
             # g and h of a sample share the factors N(ω; 0, I) ξ(q_n, ω) / (Z q(ω)): those weigh the samples.
@@ -54,13 +57,13 @@ def _coefficients(
 
 
 def control_variate_coefficients(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cells: torch.Tensor,
-        omega: Optional[torch.Tensor] = None,
-        log_ratio: Optional[torch.Tensor] = None,
-        scale: Optional[float] = None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cells: torch.Tensor,
+    omega: Optional[torch.Tensor] = None,
+    log_ratio: Optional[torch.Tensor] = None,
+    scale: Optional[float] = None,
 ) -> torch.Tensor:
     """Coefficients β_c of every query: the best, β*_c of (10), or their estimate β̂_c by samples.
 
@@ -71,13 +74,13 @@ def control_variate_coefficients(
 
 
 def eva_estimator(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cells: torch.Tensor,
-        omega: Optional[torch.Tensor] = None,
-        log_ratio: Optional[torch.Tensor] = None,
-        scale: Optional[float] = None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cells: torch.Tensor,
+    omega: Optional[torch.Tensor] = None,
+    log_ratio: Optional[torch.Tensor] = None,
+    scale: Optional[float] = None,
 ) -> torch.Tensor:
     """The estimator that EVA approximates, Equation (13), the same as (15):
 
@@ -108,4 +111,4 @@ def eva_estimator(
     logits, log_sums, beta = _coefficients(q, k, v, cells, omega, log_ratio, scale)
     logits = logits.masked_fill((cells != -1).view(-1, k.shape[2]), float('-inf'))
     attn = torch.cat([logits, log_sums], -1).softmax(-1)
-    return attn[..., :k.shape[2]] @ v + (attn[..., k.shape[2]:].unsqueeze(-1) * beta).sum(-2)
+    return attn[..., : k.shape[2]] @ v + (attn[..., k.shape[2] :].unsqueeze(-1) * beta).sum(-2)

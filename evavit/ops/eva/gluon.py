@@ -21,6 +21,7 @@ Shared memory: a copy is seen by all threads after `wait_group` and the barrier 
 read through another proxy: a fence stands between them and what threads or copies wrote. A buffer is written again
 after the wait at the top of the loop: whatever product reads it has been waited for by then, by every warp.
 """
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -60,10 +61,39 @@ def _bias_fragments(bias, mma: gl.constexpr):
 
 @gluon.jit
 def _forward_windows_gluon(
-        q, k, v, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, k_tilde, beta, bias, out, lse,
-        heads, H, W, n_wx, n_win, cells, chunks, scale,
-        D: gl.constexpr, WH: gl.constexpr, WW: gl.constexpr, PER_PROGRAM: gl.constexpr, EDGE: gl.constexpr,
-        BIAS: gl.constexpr, SAVE: gl.constexpr):
+    q,
+    k,
+    v,
+    sqb,
+    sqh,
+    sqn,
+    skb,
+    skh,
+    skn,
+    svb,
+    svh,
+    svn,
+    k_tilde,
+    beta,
+    bias,
+    out,
+    lse,
+    heads,
+    H,
+    W,
+    n_wx,
+    n_win,
+    cells,
+    chunks,
+    scale,
+    D: gl.constexpr,
+    WH: gl.constexpr,
+    WW: gl.constexpr,
+    PER_PROGRAM: gl.constexpr,
+    EDGE: gl.constexpr,
+    BIAS: gl.constexpr,
+    SAVE: gl.constexpr,
+):
     """(16) for PER_PROGRAM windows of one (image, head)."""
     dtype: gl.constexpr = q.dtype.element_ty
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -167,10 +197,31 @@ def _forward_windows_gluon(
 
 @gluon.jit
 def _backward_shared_gluon(
-        q, out, grad, sqb, sqh, sqn, sgb, sgh, sgn,
-        lse, delta, k_tilde, beta, dk_tilde, dbeta,
-        heads, N, cells, splits, per_split, cells_total, scale,
-        D: gl.constexpr, T: gl.constexpr):
+    q,
+    out,
+    grad,
+    sqb,
+    sqh,
+    sqn,
+    sgb,
+    sgh,
+    sgn,
+    lse,
+    delta,
+    k_tilde,
+    beta,
+    dk_tilde,
+    dbeta,
+    heads,
+    N,
+    cells,
+    splits,
+    per_split,
+    cells_total,
+    scale,
+    D: gl.constexpr,
+    T: gl.constexpr,
+):
     """δ, and the part of dk̃ and dβ that comes through (16), from per_split tokens of an (image, head), T at a time.
 
     Products are transposed, (cells, tokens): the weights of a tile are then operands as they are.
@@ -254,13 +305,61 @@ def _backward_shared_gluon(
 
 @gluon.jit
 def _backward_tokens_gluon(
-        q, k, v, grad, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn,
-        lse, delta, k_tilde, beta, bias, omega, dbeta, dmeans, xi, dlog_xi,
-        dq, dk, dv, sdb, sdh, sdn, dbias,
-        heads, H, W, n_wx, n_win, n_cx, cells, chunks, cells_total, scale,
-        D: gl.constexpr, WH: gl.constexpr, WW: gl.constexpr, CH: gl.constexpr, CW: gl.constexpr,
-        KE: gl.constexpr, NCX: gl.constexpr, NCY: gl.constexpr, PER_PROGRAM: gl.constexpr,
-        EDGE: gl.constexpr, BIAS: gl.constexpr):
+    q,
+    k,
+    v,
+    grad,
+    sqb,
+    sqh,
+    sqn,
+    skb,
+    skh,
+    skn,
+    svb,
+    svh,
+    svn,
+    sgb,
+    sgh,
+    sgn,
+    lse,
+    delta,
+    k_tilde,
+    beta,
+    bias,
+    omega,
+    dbeta,
+    dmeans,
+    xi,
+    dlog_xi,
+    dq,
+    dk,
+    dv,
+    sdb,
+    sdh,
+    sdn,
+    dbias,
+    heads,
+    H,
+    W,
+    n_wx,
+    n_win,
+    n_cx,
+    cells,
+    chunks,
+    cells_total,
+    scale,
+    D: gl.constexpr,
+    WH: gl.constexpr,
+    WW: gl.constexpr,
+    CH: gl.constexpr,
+    CW: gl.constexpr,
+    KE: gl.constexpr,
+    NCX: gl.constexpr,
+    NCY: gl.constexpr,
+    PER_PROGRAM: gl.constexpr,
+    EDGE: gl.constexpr,
+    BIAS: gl.constexpr,
+):
     """dq, dk, dv of the tokens of PER_PROGRAM windows of one (image, head), and their part of the bias's gradient.
 
     A window meets NCY × NCX cells, rows of tiles of KE. omega is ω / s^½ in the dtype of q.

@@ -1,4 +1,5 @@
 """Where EVA's attention goes: the share of its mass on the window E and on the cells. For looking, not for training."""
+
 from typing import List, Optional, Tuple
 
 import torch
@@ -19,15 +20,15 @@ __all__ = ['eva_attention_mass']
 
 @torch.no_grad()
 def eva_attention_mass(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        feat_size: List[int],
-        summary_k: Optional[Summary] = None,
-        rel_pos_bias: Optional[torch.Tensor] = None,
-        window_size: int = 7,
-        partition_grid: int = 7,
-        scale: Optional[float] = None,
-        norm_eps: float = 1e-5,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    feat_size: List[int],
+    summary_k: Optional[Summary] = None,
+    rel_pos_bias: Optional[torch.Tensor] = None,
+    window_size: int = 7,
+    partition_grid: int = 7,
+    scale: Optional[float] = None,
+    norm_eps: float = 1e-5,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How the softmax of Equation (16) divides over E^n and the cells, for every query.
 

@@ -3,6 +3,7 @@
 The steps are those of `evavit/ops/eva/variants.py`, on a grid of one row, with masks for padding and for the future.
 docs/math.md, section 13, has the definition.
 """
+
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
@@ -17,6 +18,7 @@ __all__ = ['Eva1dCache', 'eva_attention_1d', 'eva_attention_1d_step']
 
 class Eva1dCache(NamedTuple):
     """What causal EVA remembers of a sequence: the current chunk, the open cell, the summaries of finished cells."""
+
     length: int  # tokens so far
     keys: torch.Tensor  # of the current chunk and its context, `(B, h, at most window + halo, d)`
     values: torch.Tensor
@@ -26,22 +28,22 @@ class Eva1dCache(NamedTuple):
 
 
 def _attend_1d(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        summary_q: Optional[List[torch.Tensor]],
-        summary_k: Optional[List[torch.Tensor]],
-        rel_pos_bias: Optional[torch.Tensor],
-        window_size: int,
-        cell_size: int,
-        causal: bool,
-        overlap: bool,
-        key_padding_mask: Optional[torch.Tensor],
-        scale: float,
-        proposal_scale: float,
-        noise: Optional[torch.Tensor],
-        dropout_p: float,
-        norm_eps: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    summary_q: Optional[List[torch.Tensor]],
+    summary_k: Optional[List[torch.Tensor]],
+    rel_pos_bias: Optional[torch.Tensor],
+    window_size: int,
+    cell_size: int,
+    causal: bool,
+    overlap: bool,
+    key_padding_mask: Optional[torch.Tensor],
+    scale: float,
+    proposal_scale: float,
+    noise: Optional[torch.Tensor],
+    dropout_p: float,
+    norm_eps: float,
 ) -> torch.Tensor:
     """`eva_attention_1d`; the arguments are checked, autocast is off."""
     N, device = q.shape[2], q.device
@@ -60,9 +62,21 @@ def _attend_1d(
         tokens = halo_mask(row, block, none, device)
         if padding is not None:
             tokens = tokens & (to_halos((~padding).to(q.dtype), row, block, none).squeeze(-1) > 0)
-        cells = summarise_cells(to_halos(q, row, block, none), to_halos(k, row, block, none),
-                                to_halos(v, row, block, none), tokens, summary_q, summary_k, 'qk', None,
-                                scale, proposal_scale, noise, 1.0, norm_eps)
+        cells = summarise_cells(
+            to_halos(q, row, block, none),
+            to_halos(k, row, block, none),
+            to_halos(v, row, block, none),
+            tokens,
+            summary_q,
+            summary_k,
+            'qk',
+            None,
+            scale,
+            proposal_scale,
+            noise,
+            1.0,
+            norm_eps,
+        )
         cell_mask = tokens.any(-1).unsqueeze(-2).unsqueeze(-2)
         if causal:  # cells complete where the query's chunk begins
             ends = torch.arange(1, tokens.shape[-2] + 1, device=device) * cell_size
@@ -79,37 +93,40 @@ def _attend_1d(
         keys, values = to_halos(k, row, block, halo)[:, :, :, :reach], to_halos(v, row, block, halo)[:, :, :, :reach]
         mask = halo_mask(row, block, halo, device)[:, :reach].unsqueeze(1)
         if causal:
-            mask = mask & (torch.arange(-halo[1], reach - halo[1], device=device)
-                           <= torch.arange(window, device=device).unsqueeze(1))
+            mask = mask & (
+                torch.arange(-halo[1], reach - halo[1], device=device)
+                <= torch.arange(window, device=device).unsqueeze(1)
+            )
         if padding is not None:
             real = to_halos((~padding).to(q.dtype), row, block, halo)[:, :, :, :reach].squeeze(-1) > 0
             mask = mask & real.unsqueeze(3)
             mask = mask | ~mask.any(-1, keepdim=True)  # a query in the padding: finite, and zero in the end
         if rel_pos_bias is not None:
             rel_pos_bias = rel_pos_bias[:, :window, :reach]
-    out = attend(to_halos(q, row, (1, window), (0, 0)), keys, values, rel_pos_bias, mask, cells, cell_mask,
-                 scale, dropout_p)
+    out = attend(
+        to_halos(q, row, (1, window), (0, 0)), keys, values, rel_pos_bias, mask, cells, cell_mask, scale, dropout_p
+    )
     out = from_blocks(out.unsqueeze(2).unsqueeze(2), row)
     return out if padding is None else out.masked_fill(padding, 0.0)
 
 
 def eva_attention_1d(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        summary_q: Optional[List[torch.Tensor]] = None,
-        summary_k: Optional[List[torch.Tensor]] = None,
-        rel_pos_bias: Optional[torch.Tensor] = None,
-        window_size: int = 128,
-        cell_size: int = 8,
-        causal: bool = False,
-        overlap: bool = False,
-        key_padding_mask: Optional[torch.Tensor] = None,
-        scale: Optional[float] = None,
-        proposal_scale: float = 1.0,
-        noise: Optional[torch.Tensor] = None,
-        dropout_p: float = 0.0,
-        norm_eps: float = 1e-5,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    summary_q: Optional[List[torch.Tensor]] = None,
+    summary_k: Optional[List[torch.Tensor]] = None,
+    rel_pos_bias: Optional[torch.Tensor] = None,
+    window_size: int = 128,
+    cell_size: int = 8,
+    causal: bool = False,
+    overlap: bool = False,
+    key_padding_mask: Optional[torch.Tensor] = None,
+    scale: Optional[float] = None,
+    proposal_scale: float = 1.0,
+    noise: Optional[torch.Tensor] = None,
+    dropout_p: float = 0.0,
+    norm_eps: float = 1e-5,
 ) -> torch.Tensor:
     """EVA on sequences, Equation (16), or its causal form (Algorithm 2), in plain PyTorch; docs/math.md, section 13.
 
@@ -149,33 +166,78 @@ def eva_attention_1d(
     Raises:
         ValueError: arguments that do not fit each other; the message names the value.
     """
-    check_eva_1d_args(q, k, v, summary_q, summary_k, rel_pos_bias, window_size, cell_size, causal,
-                      halo_size(window_size) if overlap else 0, key_padding_mask, noise, dropout_p)
+    check_eva_1d_args(
+        q,
+        k,
+        v,
+        summary_q,
+        summary_k,
+        rel_pos_bias,
+        window_size,
+        cell_size,
+        causal,
+        halo_size(window_size) if overlap else 0,
+        key_padding_mask,
+        noise,
+        dropout_p,
+    )
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
         if not q.is_meta and torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen already
-                return _attend_1d(q, k, v, summary_q, summary_k, rel_pos_bias, window_size, cell_size, causal, overlap,
-                                  key_padding_mask, scale, proposal_scale, noise, dropout_p, norm_eps)
-    return _attend_1d(q, k, v, summary_q, summary_k, rel_pos_bias, window_size, cell_size, causal, overlap,
-                      key_padding_mask, scale, proposal_scale, noise, dropout_p, norm_eps)
+                return _attend_1d(
+                    q,
+                    k,
+                    v,
+                    summary_q,
+                    summary_k,
+                    rel_pos_bias,
+                    window_size,
+                    cell_size,
+                    causal,
+                    overlap,
+                    key_padding_mask,
+                    scale,
+                    proposal_scale,
+                    noise,
+                    dropout_p,
+                    norm_eps,
+                )
+    return _attend_1d(
+        q,
+        k,
+        v,
+        summary_q,
+        summary_k,
+        rel_pos_bias,
+        window_size,
+        cell_size,
+        causal,
+        overlap,
+        key_padding_mask,
+        scale,
+        proposal_scale,
+        noise,
+        dropout_p,
+        norm_eps,
+    )
 
 
 def eva_attention_1d_step(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: Optional[Eva1dCache],
-        summary_q: Optional[List[torch.Tensor]] = None,
-        summary_k: Optional[List[torch.Tensor]] = None,
-        rel_pos_bias: Optional[torch.Tensor] = None,
-        window_size: int = 128,
-        cell_size: int = 8,
-        overlap: bool = False,
-        scale: Optional[float] = None,
-        proposal_scale: float = 1.0,
-        norm_eps: float = 1e-5,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: Optional[Eva1dCache],
+    summary_q: Optional[List[torch.Tensor]] = None,
+    summary_k: Optional[List[torch.Tensor]] = None,
+    rel_pos_bias: Optional[torch.Tensor] = None,
+    window_size: int = 128,
+    cell_size: int = 8,
+    overlap: bool = False,
+    scale: Optional[float] = None,
+    proposal_scale: float = 1.0,
+    norm_eps: float = 1e-5,
 ) -> Tuple[torch.Tensor, Eva1dCache]:
     """Causal `eva_attention_1d` in evaluation, one token after the other: O(window_size + C_p) time each.
 
@@ -203,16 +265,18 @@ def eva_attention_1d_step(
     B, h, _, d = q.shape
     of_cache = [cache.keys.shape[i] for i in (0, 1, 3)]
     if of_cache != [B, h, d]:
-        raise ValueError(f'the cache is of (batch, heads, head_dim) = {of_cache}, the token of {[B, h, d]}; begin a '
-                         f'new sequence with cache None')
+        raise ValueError(
+            f'the cache is of (batch, heads, head_dim) = {of_cache}, the token of {[B, h, d]}; begin a '
+            f'new sequence with cache None'
+        )
     place = cache.length % window_size
     past = halo if place == 0 else cache.keys.shape[2]  # a new chunk keeps its context only
-    keys = torch.cat([cache.keys[:, :, max(cache.keys.shape[2] - past, 0):], k], 2)
-    values = torch.cat([cache.values[:, :, max(cache.values.shape[2] - past, 0):], v], 2)
+    keys = torch.cat([cache.keys[:, :, max(cache.keys.shape[2] - past, 0) :], k], 2)
+    values = torch.cat([cache.values[:, :, max(cache.values.shape[2] - past, 0) :], v], 2)
     bias: Optional[torch.Tensor] = None
     if rel_pos_bias is not None:
         last = halo + place + 1
-        bias = rel_pos_bias[:, place:place + 1, last - keys.shape[2]:last]
+        bias = rel_pos_bias[:, place : place + 1, last - keys.shape[2] : last]
 
     cells: Optional[CellSummaries] = None
     visible = (cache.length - place) // cell_size if cell_size > 0 else 0
@@ -220,15 +284,28 @@ def eva_attention_1d_step(
         key, value = cache.cell_keys[:, :, :visible], cache.cell_values[:, :, :visible].unsqueeze(3)
         cells = CellSummaries(key, value, value[..., 0], value)  # one sample: its ω and weight are not read
     with torch.autocast(q.device.type, enabled=False):
-        out = attend(q.unsqueeze(2), keys.unsqueeze(2), values.unsqueeze(2), bias, None, cells, None, scale,
-                     0.0).squeeze(2)
+        out = attend(
+            q.unsqueeze(2), keys.unsqueeze(2), values.unsqueeze(2), bias, None, cells, None, scale, 0.0
+        ).squeeze(2)
         open_cell, cell_keys, cell_values = cache.open_cell, cache.cell_keys, cache.cell_values
         if cell_size > 0 and summary_k is not None:
             open_cell = [torch.cat([old, new], 2) for old, new in zip(open_cell, (q, k, v), strict=True)]
             if open_cell[0].shape[2] == cell_size:
                 done = summarise_cells(
-                    open_cell[0].unsqueeze(2), open_cell[1].unsqueeze(2), open_cell[2].unsqueeze(2), None,
-                    summary_q, summary_k, 'qk', None, scale, proposal_scale, None, 1.0, norm_eps)
+                    open_cell[0].unsqueeze(2),
+                    open_cell[1].unsqueeze(2),
+                    open_cell[2].unsqueeze(2),
+                    None,
+                    summary_q,
+                    summary_k,
+                    'qk',
+                    None,
+                    scale,
+                    proposal_scale,
+                    None,
+                    1.0,
+                    norm_eps,
+                )
                 cell_keys = torch.cat([cell_keys.to(done.key.dtype), done.key], 2)
                 cell_values = torch.cat([cell_values.to(done.value.dtype), done.value.squeeze(3)], 2)
                 open_cell = [tokens[:, :, :0] for tokens in open_cell]

@@ -7,6 +7,7 @@
 
 `eva_attention_variant` puts them on the 2D grid, `evavit/ops/eva/sequence.py` on a sequence.
 """
+
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
@@ -32,6 +33,7 @@ __all__ = ['CellSummaries', 'attend', 'eva_attention_variant', 'halo_size', 'sum
 
 class CellSummaries(NamedTuple):
     """What queries need of the cells. G cells, S samples; accumulation dtype."""
+
     key: torch.Tensor  # k̃ `(B, h, G, d)`
     omega: torch.Tensor  # ω `(B, h, G, S, d)`
     log_weight: torch.Tensor  # log of N(ω; 0, I) / q(ω) · Σ_m ξ(k̂_m, ω), up to a constant of the cell, `(B, h, G, S)`
@@ -61,19 +63,19 @@ def _mean(x: torch.Tensor, mask: Optional[torch.Tensor], dtype: torch.dtype) -> 
 
 
 def summarise_cells(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: Optional[torch.Tensor],
-        summary_q: Optional[List[torch.Tensor]],
-        summary_k: List[torch.Tensor],
-        proposal: str,
-        proposal_mean: Optional[torch.Tensor],
-        scale: float,
-        proposal_scale: float,
-        noise: Optional[torch.Tensor],
-        noise_std: float,
-        norm_eps: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    summary_q: Optional[List[torch.Tensor]],
+    summary_k: List[torch.Tensor],
+    proposal: str,
+    proposal_mean: Optional[torch.Tensor],
+    scale: float,
+    proposal_scale: float,
+    noise: Optional[torch.Tensor],
+    noise_std: float,
+    norm_eps: float,
 ) -> CellSummaries:
     """Summaries and control variates of cells, from their tokens.
 
@@ -98,11 +100,11 @@ def summarise_cells(
         if proposal == 'qk':
             mean = mean + k_tilde
 
-    omega = (scale ** 0.5 * proposal_scale * mean).unsqueeze(3)
+    omega = (scale**0.5 * proposal_scale * mean).unsqueeze(3)
     if noise is not None:
         omega = omega + noise.to(dtype)
     k = k.to(dtype)
-    log_xi = scale ** 0.5 * (omega @ k.transpose(-2, -1)) - 0.5 * scale * (k * k).sum(-1).unsqueeze(3)
+    log_xi = scale**0.5 * (omega @ k.transpose(-2, -1)) - 0.5 * scale * (k * k).sum(-1).unsqueeze(3)
     if mask is not None:
         # A softmax over nothing is NaN; a cell without tokens takes all its places instead, and is masked later.
         log_xi = log_xi.masked_fill(~(mask | ~mask.any(-1, keepdim=True)).unsqueeze(-2), float('-inf'))
@@ -115,15 +117,15 @@ def summarise_cells(
 
 
 def attend(
-        queries: torch.Tensor,
-        keys: Optional[torch.Tensor],
-        values: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
-        mask: Optional[torch.Tensor],
-        cells: Optional[CellSummaries],
-        cell_mask: Optional[torch.Tensor],
-        scale: float,
-        dropout_p: float,
+    queries: torch.Tensor,
+    keys: Optional[torch.Tensor],
+    values: Optional[torch.Tensor],
+    bias: Optional[torch.Tensor],
+    mask: Optional[torch.Tensor],
+    cells: Optional[CellSummaries],
+    cell_mask: Optional[torch.Tensor],
+    scale: float,
+    dropout_p: float,
 ) -> torch.Tensor:
     """Attention of windows of queries to the tokens of their E and to cells, Equation (16), `(B, h, U, A, d)`.
 
@@ -178,13 +180,13 @@ def attend(
 
     out = torch.zeros([], dtype=out_dtype, device=queries.device)
     if values is not None:
-        out = attn[..., :values.shape[3]].to(out_dtype) @ values
+        out = attn[..., : values.shape[3]].to(out_dtype) @ values
     if cells is not None:
-        weights = attn[..., attn.shape[-1] - count:].reshape(B, h, sets, U * A // sets, count)
+        weights = attn[..., attn.shape[-1] - count :].reshape(B, h, sets, U * A // sets, count)
         S = cells.value.shape[3]
         if S > 1:
             omega = cells.omega.to(logit_dtype).unflatten(2, [sets, count]).flatten(3, 4)
-            samples = (scale ** -0.5 * (queries @ omega.transpose(-2, -1)).to(dtype)).unflatten(-1, [count, S])
+            samples = (scale**-0.5 * (queries @ omega.transpose(-2, -1)).to(dtype)).unflatten(-1, [count, S])
             samples = samples + cells.log_weight.unflatten(2, [sets, 1, count])
             weights = (weights.unsqueeze(-1) * samples.softmax(-1)).flatten(-2)
         beta = cells.value.to(out_dtype).unflatten(2, [sets, count]).flatten(3, 4)
@@ -205,24 +207,24 @@ def _pairs(length: int, window: int, halo: int, cell: int) -> Tuple[List[List[in
 
 
 def _complement(
-        cells: CellSummaries,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        is_token: torch.Tensor,
-        feat_size: List[int],
-        window: Tuple[int, int],
-        halo: Tuple[int, int],
-        cell: Tuple[int, int],
-        summary_q: Optional[List[torch.Tensor]],
-        summary_k: List[torch.Tensor],
-        proposal: str,
-        proposal_mean: Optional[torch.Tensor],
-        scale: float,
-        proposal_scale: float,
-        noise: Optional[torch.Tensor],
-        noise_std: float,
-        norm_eps: float,
+    cells: CellSummaries,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    is_token: torch.Tensor,
+    feat_size: List[int],
+    window: Tuple[int, int],
+    halo: Tuple[int, int],
+    cell: Tuple[int, int],
+    summary_q: Optional[List[torch.Tensor]],
+    summary_k: List[torch.Tensor],
+    proposal: str,
+    proposal_mean: Optional[torch.Tensor],
+    scale: float,
+    proposal_scale: float,
+    noise: Optional[torch.Tensor],
+    noise_std: float,
+    norm_eps: float,
 ) -> Tuple[CellSummaries, torch.Tensor]:
     """One set of cells P_c less E^n for each window, and which of them have a token left, bool `(windows, 1, C_p)`.
 
@@ -245,8 +247,20 @@ def _complement(
     if noise is not None and noise.shape[2] > 1:
         noise = noise.index_select(2, of_cell)
     met = summarise_cells(
-        q.index_select(2, of_cell), k.index_select(2, of_cell), v.index_select(2, of_cell), mask, summary_q, summary_k,
-        proposal, proposal_mean, scale, proposal_scale, noise, noise_std, norm_eps)
+        q.index_select(2, of_cell),
+        k.index_select(2, of_cell),
+        v.index_select(2, of_cell),
+        mask,
+        summary_q,
+        summary_k,
+        proposal,
+        proposal_mean,
+        scale,
+        proposal_scale,
+        noise,
+        noise_std,
+        norm_eps,
+    )
 
     count = q.shape[2]
     place = of_window * count + of_cell
@@ -265,25 +279,25 @@ def _repeat(x: torch.Tensor, times: int) -> torch.Tensor:
 
 
 def _variant(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        feat_size: List[int],
-        summary_q: Optional[List[torch.Tensor]],
-        summary_k: Optional[List[torch.Tensor]],
-        rel_pos_bias: Optional[torch.Tensor],
-        window_size: int,
-        partition_grid: int,
-        partition: str,
-        proposal: str,
-        proposal_mean: Optional[torch.Tensor],
-        overlap: bool,
-        scale: float,
-        proposal_scale: float,
-        noise: Optional[torch.Tensor],
-        noise_std: float,
-        dropout_p: float,
-        norm_eps: float,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    summary_q: Optional[List[torch.Tensor]],
+    summary_k: Optional[List[torch.Tensor]],
+    rel_pos_bias: Optional[torch.Tensor],
+    window_size: int,
+    partition_grid: int,
+    partition: str,
+    proposal: str,
+    proposal_mean: Optional[torch.Tensor],
+    overlap: bool,
+    scale: float,
+    proposal_scale: float,
+    noise: Optional[torch.Tensor],
+    noise_std: float,
+    dropout_p: float,
+    norm_eps: float,
 ) -> torch.Tensor:
     """`eva_attention_variant`; the arguments are checked, autocast is off."""
     # Without a window queries differ in nothing but themselves: the grid is one group of them, whose E is empty.
@@ -303,14 +317,44 @@ def _variant(
             mask = mask.transpose(1, 2).flatten(2).flatten(0, 1)
         if proposal_mean is not None:
             proposal_mean = proposal_mean[:, :rows, :cols].flatten(1, 2).unsqueeze(0)
-        cells = summarise_cells(q_cells, k_cells, v_cells, mask, summary_q, summary_k, proposal, proposal_mean,
-                                scale, proposal_scale, noise, noise_std, norm_eps)
+        cells = summarise_cells(
+            q_cells,
+            k_cells,
+            v_cells,
+            mask,
+            summary_q,
+            summary_k,
+            proposal,
+            proposal_mean,
+            scale,
+            proposal_scale,
+            noise,
+            noise_std,
+            norm_eps,
+        )
         if partition == 'complement' and window_size > 0:
             if mask is None:
                 mask = torch.ones([rows * cols, cell[0] * cell[1]], dtype=torch.bool, device=q.device)
             cells, cell_mask = _complement(
-                cells, q_cells, k_cells, v_cells, mask, feat_size, window, halo, cell, summary_q, summary_k,
-                proposal, proposal_mean, scale, proposal_scale, noise, noise_std, norm_eps)
+                cells,
+                q_cells,
+                k_cells,
+                v_cells,
+                mask,
+                feat_size,
+                window,
+                halo,
+                cell,
+                summary_q,
+                summary_k,
+                proposal,
+                proposal_mean,
+                scale,
+                proposal_scale,
+                noise,
+                noise_std,
+                norm_eps,
+            )
 
     keys: Optional[torch.Tensor] = None
     values: Optional[torch.Tensor] = None
@@ -322,35 +366,46 @@ def _variant(
         if rel_pos_bias is not None:
             side = window_size + 2 * halo[0]
             rel_pos_bias = rel_pos_bias.unflatten(2, [side, side]).unflatten(1, [window_size, window_size])
-            rel_pos_bias = rel_pos_bias[
-                :, :window[0], :window[1], :window[0] + 2 * halo[0], :window[1] + 2 * halo[1]
-            ].flatten(3, 4).flatten(1, 2)
-    out = attend(to_halos(q, feat_size, window, (0, 0)), keys, values, rel_pos_bias, local_mask, cells, cell_mask,
-                 scale, dropout_p)
+            rel_pos_bias = (
+                rel_pos_bias[:, : window[0], : window[1], : window[0] + 2 * halo[0], : window[1] + 2 * halo[1]]
+                .flatten(3, 4)
+                .flatten(1, 2)
+            )
+    out = attend(
+        to_halos(q, feat_size, window, (0, 0)),
+        keys,
+        values,
+        rel_pos_bias,
+        local_mask,
+        cells,
+        cell_mask,
+        scale,
+        dropout_p,
+    )
     nH, nW = block_counts(feat_size, window)
     return from_blocks(out.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4), feat_size)
 
 
 def eva_attention_variant(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        feat_size: List[int],
-        summary_q: Optional[List[torch.Tensor]] = None,
-        summary_k: Optional[List[torch.Tensor]] = None,
-        rel_pos_bias: Optional[torch.Tensor] = None,
-        window_size: int = 7,
-        partition_grid: int = 7,
-        partition: str = 'all',
-        proposal: str = 'qk',
-        proposal_mean: Optional[torch.Tensor] = None,
-        overlap: bool = False,
-        scale: Optional[float] = None,
-        proposal_scale: float = 1.0,
-        noise: Optional[torch.Tensor] = None,
-        noise_std: float = 1.0,
-        dropout_p: float = 0.0,
-        norm_eps: float = 1e-5,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    summary_q: Optional[List[torch.Tensor]] = None,
+    summary_k: Optional[List[torch.Tensor]] = None,
+    rel_pos_bias: Optional[torch.Tensor] = None,
+    window_size: int = 7,
+    partition_grid: int = 7,
+    partition: str = 'all',
+    proposal: str = 'qk',
+    proposal_mean: Optional[torch.Tensor] = None,
+    overlap: bool = False,
+    scale: Optional[float] = None,
+    proposal_scale: float = 1.0,
+    noise: Optional[torch.Tensor] = None,
+    noise_std: float = 1.0,
+    dropout_p: float = 0.0,
+    norm_eps: float = 1e-5,
 ) -> torch.Tensor:
     """`eva_attention` with the paper's ablations (Table 8, Appendix C), in plain PyTorch; docs/math.md, section 12.
 
@@ -392,16 +447,69 @@ def eva_attention_variant(
     """
     feat_size = static_size(feat_size)
     check_partition(window_size, partition_grid)
-    check_eva_variant_args(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
-                           eva_num_cells(feat_size, partition_grid), partition, proposal, proposal_mean,
-                           halo_size(window_size) if overlap else 0, noise, noise_std, dropout_p)
+    check_eva_variant_args(
+        q,
+        k,
+        v,
+        feat_size,
+        summary_q,
+        summary_k,
+        rel_pos_bias,
+        window_size,
+        partition_grid,
+        eva_num_cells(feat_size, partition_grid),
+        partition,
+        proposal,
+        proposal_mean,
+        halo_size(window_size) if overlap else 0,
+        noise,
+        noise_std,
+        dropout_p,
+    )
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
         if not q.is_meta and torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen above
-                return _variant(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid,
-                                partition, proposal, proposal_mean, overlap, scale, proposal_scale, noise, noise_std,
-                                dropout_p, norm_eps)
-    return _variant(q, k, v, feat_size, summary_q, summary_k, rel_pos_bias, window_size, partition_grid, partition,
-                    proposal, proposal_mean, overlap, scale, proposal_scale, noise, noise_std, dropout_p, norm_eps)
+                return _variant(
+                    q,
+                    k,
+                    v,
+                    feat_size,
+                    summary_q,
+                    summary_k,
+                    rel_pos_bias,
+                    window_size,
+                    partition_grid,
+                    partition,
+                    proposal,
+                    proposal_mean,
+                    overlap,
+                    scale,
+                    proposal_scale,
+                    noise,
+                    noise_std,
+                    dropout_p,
+                    norm_eps,
+                )
+    return _variant(
+        q,
+        k,
+        v,
+        feat_size,
+        summary_q,
+        summary_k,
+        rel_pos_bias,
+        window_size,
+        partition_grid,
+        partition,
+        proposal,
+        proposal_mean,
+        overlap,
+        scale,
+        proposal_scale,
+        noise,
+        noise_std,
+        dropout_p,
+        norm_eps,
+    )

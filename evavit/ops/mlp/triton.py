@@ -12,6 +12,7 @@ are cuBLAS's: y = g W₂ᵀ + b₂, dx = dz W₁, dW₁ = dzᵀ x, dW₂ = dyᵀ
 
 Every sum runs in one fixed order: no atomics, two runs agree to the bit. Products accumulate in float32.
 """
+
 from typing import Tuple
 
 import torch
@@ -25,8 +26,18 @@ __all__ = ['mlp_fused']
 
 
 @triton.jit
-def _times_rows(x, weight, row, col, stride, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                STAGES: tl.constexpr):
+def _times_rows(
+    x,
+    weight,
+    row,
+    col,
+    stride,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """x[row] weight[col]ᵀ of x `(.., K)` and weight `(.., K)`."""
     k = tl.arange(0, BK)
     x += row[:, None] * stride + k[None, :]
@@ -38,8 +49,19 @@ def _times_rows(x, weight, row, col, stride, K: tl.constexpr, BM: tl.constexpr, 
 
 
 @triton.jit
-def _times_columns(x, weight, row, col, stride, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                   BK: tl.constexpr, STAGES: tl.constexpr):
+def _times_columns(
+    x,
+    weight,
+    row,
+    col,
+    stride,
+    N,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """x[row] weight[:, col] of x `(.., K)` and weight `(K, N)`."""
     k = tl.arange(0, BK)
     x += row[:, None] * stride + k[None, :]
@@ -51,8 +73,20 @@ def _times_columns(x, weight, row, col, stride, N, K: tl.constexpr, BM: tl.const
 
 
 @triton.jit
-def _forward_hidden(x, weight, bias, g, M, N, stride, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                    BK: tl.constexpr, STAGES: tl.constexpr):
+def _forward_hidden(
+    x,
+    weight,
+    bias,
+    g,
+    M,
+    N,
+    stride,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """g = gelu(x W₁ᵀ + b₁), one tile a program; those of the same rows run together and find x in the L2 cache."""
     tiles = N // BN
     first = (tl.program_id(0) // tiles).to(tl.int64) * BM
@@ -66,9 +100,26 @@ def _forward_hidden(x, weight, bias, g, M, N, stride, K: tl.constexpr, BM: tl.co
 
 
 @triton.jit
-def _backward_hidden(dy, x, weight1, bias1, weight2, dz, db_parts, M, N, stride_dy, stride_x,
-                     K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                     BC: tl.constexpr, STAGES: tl.constexpr):
+def _backward_hidden(
+    dy,
+    x,
+    weight1,
+    bias1,
+    weight2,
+    dz,
+    db_parts,
+    M,
+    N,
+    stride_dy,
+    stride_x,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """dz = (dy W₂)·gelu'(x W₁ᵀ + b₁), one tile a program, and its sum over the tile's rows."""
     tiles = N // BN
     m = tl.program_id(0) // tiles
@@ -102,18 +153,29 @@ def _hidden(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
     g = x.new_empty(M, N)
     options = {**FORWARD, 'BN': _divisor(N, FORWARD['BN']), 'BK': _divisor(K, FORWARD['BK'])}
     with on_device(x):
-        _launch(_forward_hidden, (ceil_div(M, options['BM']) * (N // options['BN']), 1, 1),
-                x, weight, bias, g, M, N, x.stride(0), K=K, **options)
+        _launch(
+            _forward_hidden,
+            (ceil_div(M, options['BM']) * (N // options['BN']), 1, 1),
+            x,
+            weight,
+            bias,
+            g,
+            M,
+            N,
+            x.stride(0),
+            K=K,
+            **options,
+        )
     return g
 
 
 def _mlp(
-        x: torch.Tensor,
-        weight1: torch.Tensor,
-        bias1: torch.Tensor,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor,
-        save: bool,
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor,
+    save: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """y = gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂ of x `(M, K)`, and gelu(..) `(M, N)` for the backward; empty without save."""
     g = _hidden(x, weight1, bias1)
@@ -126,22 +188,42 @@ def _mlp_fake(x, weight1, bias1, weight2, bias2, save):
 
 
 def _mlp_backward(
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        weight1: torch.Tensor,
-        bias1: torch.Tensor,
-        weight2: torch.Tensor,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor,
+    weight2: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The gradients of z = x W₁ᵀ + b₁ `(M, N)` and of b₁, float32 `(N)`."""
     (M, K), (C, N) = x.shape, weight2.shape
-    options = {**BACKWARD, 'BN': _divisor(N, BACKWARD['BN']), 'BK': _divisor(K, BACKWARD['BK']),
-               'BC': _divisor(C, BACKWARD['BK'])}
+    options = {
+        **BACKWARD,
+        'BN': _divisor(N, BACKWARD['BN']),
+        'BK': _divisor(K, BACKWARD['BK']),
+        'BC': _divisor(C, BACKWARD['BK']),
+    }
     rows = ceil_div(M, options['BM'])
     dz = x.new_empty(M, N)
     parts = x.new_empty(rows, N, dtype=torch.float32)
     with on_device(x):
-        _launch(_backward_hidden, (rows * (N // options['BN']), 1, 1),
-                grad, x, weight1, bias1, weight2, dz, parts, M, N, grad.stride(0), x.stride(0), K=K, C=C, **options)
+        _launch(
+            _backward_hidden,
+            (rows * (N // options['BN']), 1, 1),
+            grad,
+            x,
+            weight1,
+            bias1,
+            weight2,
+            dz,
+            parts,
+            M,
+            N,
+            grad.stride(0),
+            x.stride(0),
+            K=K,
+            C=C,
+            **options,
+        )
         return dz, sum_parts(_launch, parts)
 
 
@@ -182,8 +264,9 @@ register_op('mlp', _mlp, _mlp_fake, _setup_context, _autograd_backward)
 register_op('mlp_backward', _mlp_backward, _mlp_backward_fake)
 
 
-def mlp_fused(x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor,
-              bias2: torch.Tensor) -> torch.Tensor:
+def mlp_fused(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
     """`evavit.ops.mlp_gelu` by the kernels; arguments have been checked and share one half-precision dtype, but for
     bias1, of any."""
     tensors = [x, weight1, bias1, weight2, bias2]

@@ -3,6 +3,7 @@
 Shared memory holds NaN until it is written; a buffer that is copied to holds NaN until the copy is waited for; no
 address outside of a tensor's memory may be touched where a mask lets it. Layouts, barriers and fences are ignored.
 """
+
 import itertools
 import types
 
@@ -89,22 +90,49 @@ class Emulator:
         self.copies = Copies()
         tensor = torch.as_tensor
         gl = types.SimpleNamespace(
-            constexpr=None, int64=torch.int64, float32=torch.float32, load=load, store=store,
-            NVMMADistributedLayout=nothing, BlockedLayout=nothing, DotOperandLayout=nothing, SliceLayout=nothing,
-            NVMMASharedLayout=types.SimpleNamespace(get_default_for=nothing), allocate_shared_memory=allocate,
-            program_id=lambda axis: torch.tensor(program[axis]), arange=lambda a, b, layout: torch.arange(a, b),
+            constexpr=None,
+            int64=torch.int64,
+            float32=torch.float32,
+            load=load,
+            store=store,
+            NVMMADistributedLayout=nothing,
+            BlockedLayout=nothing,
+            DotOperandLayout=nothing,
+            SliceLayout=nothing,
+            NVMMASharedLayout=types.SimpleNamespace(get_default_for=nothing),
+            allocate_shared_memory=allocate,
+            program_id=lambda axis: torch.tensor(program[axis]),
+            arange=lambda a, b, layout: torch.arange(a, b),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-            minimum=lambda a, b: torch.minimum(tensor(a), tensor(b)), maximum=torch.maximum, exp2=torch.exp2,
-            where=lambda mask, a, b: torch.where(mask, tensor(a), tensor(b)), log2=torch.log2, max=torch.amax,
-            sum=torch.sum, reshape=torch.reshape, permute=torch.permute, convert_layout=lambda x, *_, **__: x)
+            minimum=lambda a, b: torch.minimum(tensor(a), tensor(b)),
+            maximum=torch.maximum,
+            exp2=torch.exp2,
+            where=lambda mask, a, b: torch.where(mask, tensor(a), tensor(b)),
+            log2=torch.log2,
+            max=torch.amax,
+            sum=torch.sum,
+            reshape=torch.reshape,
+            permute=torch.permute,
+            convert_layout=lambda x, *_, **__: x,
+        )
         space = dict(
-            vars(module), gl=gl, LOG2E=module.LOG2E.value, warpgroup_mma=product, fence_async_shared=nothing,
+            vars(module),
+            gl=gl,
+            LOG2E=module.LOG2E.value,
+            warpgroup_mma=product,
+            fence_async_shared=nothing,
             warpgroup_mma_wait=lambda pending, deps: deps[0] if len(deps) == 1 else deps,
-            async_copy=types.SimpleNamespace(commit_group=lambda: self.copies.commit_group(),
-                                             wait_group=lambda pending: self.copies.wait_group(pending)),
-            _copy=lambda *args, **kwargs: self.copies.copy(*args, **kwargs))
-        self.kernels = {name: types.FunctionType(x.fn.__code__, space, name) for name, x in vars(module).items()
-                        if isinstance(getattr(x, 'fn', None), types.FunctionType)}
+            async_copy=types.SimpleNamespace(
+                commit_group=lambda: self.copies.commit_group(),
+                wait_group=lambda pending: self.copies.wait_group(pending),
+            ),
+            _copy=lambda *args, **kwargs: self.copies.copy(*args, **kwargs),
+        )
+        self.kernels = {
+            name: types.FunctionType(x.fn.__code__, space, name)
+            for name, x in vars(module).items()
+            if isinstance(getattr(x, 'fn', None), types.FunctionType)
+        }
         space.update(self.kernels)
 
     def launch(self, kernel, grid, args, options):
@@ -112,6 +140,7 @@ class Emulator:
             if not torch.is_tensor(x):
                 return x
             return Pointer(x.as_strided((x.untyped_storage().nbytes() // x.itemsize - x.storage_offset(),), (1,)))
+
         for self.program[:] in itertools.product(*map(range, grid)):
             self.copies = Copies()
             kernel(*map(pointer, args), **options)

@@ -14,14 +14,19 @@ PARTITIONS = [0, 1, 3, 7]
 
 def make_inputs(B, h, d, feat_size, window_size, partition_grid, *, bias=True, noise=True, dtype=torch.float64):
     """Leaf tensors by name: one qkv tensor whose views are q, k, v; both summaries; the bias table; the noise."""
+
     def normal(*shape):
         return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
     leaves = {'qkv': normal(B, feat_size[0] * feat_size[1], 3, h, d)}
     if partition_grid:
         for name in ('summary_q', 'summary_k'):
-            leaves |= {f'{name}.weight': normal(d, d), f'{name}.bias': normal(d),
-                       f'{name}.norm_weight': normal(d), f'{name}.norm_bias': normal(d)}
+            leaves |= {
+                f'{name}.weight': normal(d, d),
+                f'{name}.bias': normal(d),
+                f'{name}.norm_weight': normal(d),
+                f'{name}.norm_bias': normal(d),
+            }
     if bias and window_size:
         leaves['table'] = normal((2 * window_size - 1) ** 2, h)
     cells = eva_num_cells(feat_size, partition_grid)
@@ -31,20 +36,23 @@ def make_inputs(B, h, d, feat_size, window_size, partition_grid, *, bias=True, n
 def arguments(leaves):
     """q, k, v and the summaries, from the leaves."""
     q, k, v = leaves['qkv'].permute(2, 0, 3, 1, 4).unbind(0)
-    summaries = [tuple(value for key, value in leaves.items() if key.startswith(name)) or None
-                 for name in ('summary_q', 'summary_k')]
+    summaries = [
+        tuple(value for key, value in leaves.items() if key.startswith(name)) or None
+        for name in ('summary_q', 'summary_k')
+    ]
     return q, k, v, summaries
 
 
 def run_loop(leaves, noise, feat_size, window_size, partition_grid, **kwargs):
     q, k, v, summaries = arguments(leaves)
-    return eva_loop(q, k, v, feat_size, *summaries, leaves.get('table'), window_size, partition_grid,
-                    noise=noise, **kwargs)
+    return eva_loop(
+        q, k, v, feat_size, *summaries, leaves.get('table'), window_size, partition_grid, noise=noise, **kwargs
+    )
 
 
 def bias_from_table(table, window_size, num_heads):
     index = RelPosBias((window_size, window_size), num_heads).relative_position_index
-    return table[index].view(window_size ** 2, window_size ** 2, num_heads).permute(2, 0, 1)
+    return table[index].view(window_size**2, window_size**2, num_heads).permute(2, 0, 1)
 
 
 def run_op(leaves, noise, feat_size, window_size, partition_grid, **kwargs):
@@ -57,7 +65,7 @@ def cast(leaves, dtype):
     return {name: value.detach().to(dtype).requires_grad_() for name, value in leaves.items()}
 
 
-def relative_error(value, reference, floor=0.):
+def relative_error(value, reference, floor=0.0):
     """‖value - reference‖ / ‖reference‖ in float64, the denominator at least floor."""
     reference = reference.double()
     return ((value.double() - reference).norm() / reference.norm().clamp(min=max(floor, 1e-30))).item()
@@ -92,8 +100,14 @@ def test_matches_the_loop(feat_size, window_size, partition_grid):
     expected = run_loop(leaves, noise, feat_size, window_size, partition_grid, proposal_scale=0.7)
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
         copies = cast(leaves, dtype)
-        output = run_op(copies, None if noise is None else noise.to(dtype), feat_size, window_size, partition_grid,
-                        proposal_scale=0.7)
+        output = run_op(
+            copies,
+            None if noise is None else noise.to(dtype),
+            feat_size,
+            window_size,
+            partition_grid,
+            proposal_scale=0.7,
+        )
         found = errors(output, copies, expected, leaves)
         assert max(found.values()) <= bound, (dtype, found)
 
@@ -146,7 +160,7 @@ def test_huge_logits_stay_finite(feat_size, dtype):
     leaves, noise = make_inputs(1, 2, 16, feat_size, 7, 7, dtype=torch.float64)
     with torch.no_grad():
         q, k, _, _ = arguments(leaves)
-        logits = 16 ** -0.5 * (q @ k.transpose(-2, -1))
+        logits = 16**-0.5 * (q @ k.transpose(-2, -1))
         leaves['qkv'][:, :, :2] *= (1e4 / logits.abs().max()).sqrt()  # the largest logit is ±1e4
     copies = cast(leaves, dtype)
     output = run_op(copies, noise.to(dtype), feat_size, 7, 7)
@@ -184,16 +198,16 @@ def test_limit_one_window_is_softmax_attention(bias):
 def test_limit_one_cell_without_window_is_random_feature_attention():
     leaves, noise = make_inputs(2, 2, 8, (6, 5), 0, 1)
     q, k, v, (summary_q, summary_k) = arguments(leaves)
-    s = 8 ** -0.5
+    s = 8**-0.5
 
     def summarise(x, summary):
         weight, bias, norm_weight, norm_bias = summary
         return torch.nn.functional.layer_norm(x.mean(2) @ weight.T + bias, (8,), norm_weight, norm_bias)
 
-    omega = s ** 0.5 * (summarise(q, summary_q) + summarise(k, summary_k)) + noise[:, :, 0]
+    omega = s**0.5 * (summarise(q, summary_q) + summarise(k, summary_k)) + noise[:, :, 0]
 
     def xi(x):  # the positive random feature of every token, at this one ω
-        x = s ** 0.5 * x
+        x = s**0.5 * x
         return torch.exp((x @ omega.unsqueeze(-1)).squeeze(-1) - 0.5 * x.square().sum(-1))
 
     kernel = xi(q).unsqueeze(-1) * xi(k).unsqueeze(-2)
@@ -236,14 +250,16 @@ def test_strides_of_one_projection_need_no_copy_to_be_right():
     q, k, v, (summary_q, summary_k) = arguments(leaves)
     assert not q.is_contiguous()
     strided = eva_attention(q, k, v, (13, 9), summary_q, summary_k, None, 4, 3, noise=noise)
-    packed = eva_attention(q.contiguous(), k.contiguous(), v.contiguous(), (13, 9), summary_q, summary_k, None, 4, 3,
-                           noise=noise)
+    packed = eva_attention(
+        q.contiguous(), k.contiguous(), v.contiguous(), (13, 9), summary_q, summary_k, None, 4, 3, noise=noise
+    )
     assert torch.equal(strided, packed)
     assert strided.transpose(1, 2).is_contiguous()  # merging the heads is a view
 
 
 def test_memory_for_the_backward_pass_is_linear():
     """Bytes that autograd keeps per token, from 32 × 32 to 128 × 128 tokens."""
+
     def saved_bytes_per_token(side):
         leaves, noise = make_inputs(1, 1, 16, (side, side), 7, 7, dtype=torch.float32)
         storages = {}
@@ -255,7 +271,7 @@ def test_memory_for_the_backward_pass_is_linear():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = run_op(leaves, noise, (side, side), 7, 7)
         del output
-        return sum(storages.values()) / side ** 2
+        return sum(storages.values()) / side**2
 
     small, large = saved_bytes_per_token(32), saved_bytes_per_token(128)
     assert large < 1.2 * small
@@ -274,24 +290,35 @@ def test_table_of_biases(feat_size, window_size):
     assert results[0][1].abs().max() > 0.1
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(window_size=0, partition_grid=0), 'nothing to attend to'),
-    (dict(window_size=-1), 'window_size must be 0'),
-    (dict(partition_grid=-2), 'partition_grid must be 0'),
-    (dict(feat_size=(3, 5)), r'feat_size \(3, 5\) does not hold the 16 tokens'),
-    (dict(summary_q=None), 'needs summary_q and summary_k'),
-    (dict(rel_pos_bias=torch.zeros(2, 9, 9)), r'rel_pos_bias must be .*\(2, 16, 16\)'),
-    (dict(rel_pos_bias=torch.zeros(25, 2)), r'rel_pos_bias, as a table, must be .*\(49, 2\), got'),
-    (dict(noise=torch.zeros(1, 2, 3, 8)), r'noise must be .*\(1, 2, 16, 8\)'),
-    (dict(dropout_p=1.0), 'dropout_p must be'),
-    (dict(k=torch.zeros(1, 2, 15, 8)), 'must have one shape'),
-    (dict(v=torch.zeros(1, 2, 16, 8).double()), 'must have one dtype'),
-    (dict(q=torch.zeros(2, 16, 8)), r'q must be \(batch, heads, tokens, head_dim\)'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(window_size=0, partition_grid=0), 'nothing to attend to'),
+        (dict(window_size=-1), 'window_size must be 0'),
+        (dict(partition_grid=-2), 'partition_grid must be 0'),
+        (dict(feat_size=(3, 5)), r'feat_size \(3, 5\) does not hold the 16 tokens'),
+        (dict(summary_q=None), 'needs summary_q and summary_k'),
+        (dict(rel_pos_bias=torch.zeros(2, 9, 9)), r'rel_pos_bias must be .*\(2, 16, 16\)'),
+        (dict(rel_pos_bias=torch.zeros(25, 2)), r'rel_pos_bias, as a table, must be .*\(49, 2\), got'),
+        (dict(noise=torch.zeros(1, 2, 3, 8)), r'noise must be .*\(1, 2, 16, 8\)'),
+        (dict(dropout_p=1.0), 'dropout_p must be'),
+        (dict(k=torch.zeros(1, 2, 15, 8)), 'must have one shape'),
+        (dict(v=torch.zeros(1, 2, 16, 8).double()), 'must have one dtype'),
+        (dict(q=torch.zeros(2, 16, 8)), r'q must be \(batch, heads, tokens, head_dim\)'),
+    ],
+)
 def test_bad_arguments_name_the_value(change, message):
     tokens = torch.randn(3, 1, 2, 16, 8)
     summary = (torch.eye(8), torch.zeros(8), torch.ones(8), torch.zeros(8))
-    args = dict(q=tokens[0], k=tokens[1], v=tokens[2], feat_size=(4, 4), summary_q=summary, summary_k=summary,
-                window_size=4, partition_grid=4)
+    args = dict(
+        q=tokens[0],
+        k=tokens[1],
+        v=tokens[2],
+        feat_size=(4, 4),
+        summary_q=summary,
+        summary_k=summary,
+        window_size=4,
+        partition_grid=4,
+    )
     with pytest.raises(ValueError, match=message):
         eva_attention(**(args | change))

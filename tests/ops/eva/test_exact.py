@@ -1,4 +1,5 @@
 """The estimator of Equations (13) and (15): against the loop, its exact limits, and Proposition 2."""
+
 import itertools
 
 import pytest
@@ -10,8 +11,9 @@ from evavit.ops import control_variate_coefficients, eva_estimator
 
 
 def make(B=2, h=2, N=7, M=7, d=4):
-    return {x: torch.randn(B, h, n, d, dtype=torch.float64, requires_grad=True)
-            for x, n in (('q', N), ('k', M), ('v', M))}
+    return {
+        x: torch.randn(B, h, n, d, dtype=torch.float64, requires_grad=True) for x, n in (('q', N), ('k', M), ('v', M))
+    }
 
 
 @pytest.mark.parametrize('kind', ['for each query', 'common', 'no E'])
@@ -40,8 +42,9 @@ def test_limit_one_token_a_cell_is_softmax_attention_whatever_the_samples():
     leaves = make()
     expected = F.scaled_dot_product_attention(*leaves.values())
     omega = 5 * torch.randn(1, 1, 1, 2, 4, dtype=torch.float64)
-    torch.testing.assert_close(eva_estimator(**leaves, cells=torch.arange(7), omega=omega), expected,
-                               rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        eva_estimator(**leaves, cells=torch.arange(7), omega=omega), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_one_cell_is_random_feature_attention():
@@ -50,7 +53,7 @@ def test_one_cell_is_random_feature_attention():
     omega = torch.randn(1, 1, 1, 16, 4, dtype=torch.float64)
 
     def phi(x):
-        x = 4 ** -0.25 * x
+        x = 4**-0.25 * x
         return torch.exp(x @ omega[0, 0, 0].T - 0.5 * x.square().sum(-1, keepdim=True))
 
     kernel = phi(leaves['q']) @ phi(leaves['k']).transpose(-2, -1)
@@ -72,7 +75,7 @@ def test_proposition_2_refining_a_partition_never_raises_the_weighted_error():
     for c in range(1, 24):  # split a cell of at least two tokens at random
         largest = torch.bincount(cells).argmax()
         members = torch.nonzero(cells == largest).flatten()
-        cells = cells.index_fill(0, members[torch.randperm(len(members))[:max(1, len(members) // 2)]], c)
+        cells = cells.index_fill(0, members[torch.randperm(len(members))[: max(1, len(members) // 2)]], c)
         beta = control_variate_coefficients(q, k, v, cells)
         errors.append(weighted_error(q, k, v, cells, beta))
         assert (errors[-1] <= errors[-2] + 1e-14).all()
@@ -86,8 +89,10 @@ def test_the_error_of_sampled_coefficients_shrinks_as_the_partition_is_refined()
     q, k, v = make(B=48, h=4, N=16, M=16).values()
     exact = F.scaled_dot_product_attention(q, k, v)
     omega = torch.randn(48, 4, 16, 16, 4, dtype=torch.float64)
-    errors = [(eva_estimator(q, k, v, torch.arange(16) // size, omega) - exact).square().mean().item()
-              for size in (16, 8, 4, 2, 1)]
+    errors = [
+        (eva_estimator(q, k, v, torch.arange(16) // size, omega) - exact).square().mean().item()
+        for size in (16, 8, 4, 2, 1)
+    ]
     assert all(fine < 0.95 * coarse for coarse, fine in itertools.pairwise(errors)), errors
     assert errors[-1] < 1e-24
 

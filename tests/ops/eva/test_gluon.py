@@ -1,4 +1,5 @@
 """The kernels in Gluon: their arithmetic in PyTorch, that they compile, when they are chosen; on a GPU the results."""
+
 import itertools
 import re
 import sys
@@ -18,8 +19,16 @@ launching = pytest.importorskip('evavit.ops.common.launch')
 KERNELS = ['_forward_windows_gluon', '_backward_shared_gluon', '_backward_tokens_gluon']
 # feat_size, window_size, partition_grid: 49, 64, 4 and 1 cells; windows of 6, 7 and 8, one cut to 5 × 7; edges.
 SHAPES = [
-    ((14, 14), 7, 7), ((28, 28), 7, 7), ((13, 15), 7, 7), ((30, 30), 7, 7), ((24, 24), 6, 8), ((16, 24), 8, 8),
-    ((20, 17), 8, 2), ((7, 7), 7, 7), ((5, 16), 7, 3), ((14, 14), 7, 1),
+    ((14, 14), 7, 7),
+    ((28, 28), 7, 7),
+    ((13, 15), 7, 7),
+    ((30, 30), 7, 7),
+    ((24, 24), 6, 8),
+    ((16, 24), 8, 8),
+    ((20, 17), 8, 2),
+    ((7, 7), 7, 7),
+    ((5, 16), 7, 3),
+    ((14, 14), 7, 1),
 ]
 
 
@@ -31,6 +40,7 @@ def record(monkeypatch, really=False):
         launches.append((kernel, args, options))
         if really:
             launch(launcher, kernel, grid, *args, **options)
+
     monkeypatch.setattr(launching.Launcher, '__call__', recorded)
     return launches
 
@@ -59,16 +69,20 @@ class TestChoice:
     def test_layouts(self, layout, monkeypatch):
         assert chosen(launched_on_hopper(monkeypatch, SHAPES[0], torch.bfloat16, d=64, layout=layout)) == KERNELS
 
-    @pytest.mark.parametrize(('shape', 'dtype', 'd', 'layout'), [
-        (((14, 14), 7, 7), torch.float32, 64, 'packed'),
-        (((14, 14), 7, 7), torch.bfloat16, 48, 'packed'),
-        (((14, 14), 7, 7), torch.bfloat16, 64, 'transposed'),
-        (((14, 14), 7, 0), torch.bfloat16, 64, 'packed'),
-        (((14, 14), 0, 7), torch.bfloat16, 64, 'packed'),
-        (((14, 14), 7, 14), torch.bfloat16, 64, 'packed'),
-        (((14, 14), 14, 7), torch.bfloat16, 64, 'packed'),
-        (((14, 14), 5, 7), torch.bfloat16, 64, 'packed'),
-    ], ids=str)
+    @pytest.mark.parametrize(
+        ('shape', 'dtype', 'd', 'layout'),
+        [
+            (((14, 14), 7, 7), torch.float32, 64, 'packed'),
+            (((14, 14), 7, 7), torch.bfloat16, 48, 'packed'),
+            (((14, 14), 7, 7), torch.bfloat16, 64, 'transposed'),
+            (((14, 14), 7, 0), torch.bfloat16, 64, 'packed'),
+            (((14, 14), 0, 7), torch.bfloat16, 64, 'packed'),
+            (((14, 14), 7, 14), torch.bfloat16, 64, 'packed'),
+            (((14, 14), 14, 7), torch.bfloat16, 64, 'packed'),
+            (((14, 14), 5, 7), torch.bfloat16, 64, 'packed'),
+        ],
+        ids=str,
+    )
     def test_the_rest_takes_triton(self, shape, dtype, d, layout, monkeypatch):
         launches = launched_on_hopper(monkeypatch, shape, dtype, d=d, layout=layout)
         assert launches
@@ -85,12 +99,13 @@ class TestChoice:
 
         def taken(q, k, v, *others):
             return plan.gluon((*q.stride(), *k.stride(), *v.stride()), q, k, v, *others) is eva_gluon
+
         assert taken(tokens(), tokens(208), tokens(offset=8))
         assert not taken(tokens(), tokens(), tokens(200))
         assert not taken(tokens(), tokens(offset=4), tokens())
         assert not taken(tokens(), tokens(), tokens(), memory[1:])
         assert not taken(tokens(), tokens()[..., :1].expand(2, 3, 196, 64), tokens())
-        far = 196 * 2 ** 24, 64, 2 ** 24, 1
+        far = 196 * 2**24, 64, 2**24, 1
         assert plan.gluon((*tokens().stride(), *far), tokens()) is None
         assert eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 7, 7)
         assert not eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 5, 7)
@@ -100,8 +115,9 @@ class TestChoice:
         monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
         launches = record(monkeypatch)
         qkv, summary, *_ = make_case((14, 14), 7, 7, torch.float16, d=64, device='cpu')
-        eva_attention_packed(qkv.requires_grad_().permute(2, 0, 3, 1, 4), [14, 14], summary[:4], summary[4:],
-                             fused=True).sum().backward()  # expanded from one number
+        eva_attention_packed(
+            qkv.requires_grad_().permute(2, 0, 3, 1, 4), [14, 14], summary[:4], summary[4:], fused=True
+        ).sum().backward()  # expanded from one number
         assert chosen(launches) == KERNELS[:1]
 
     def test_devices_and_releases(self, monkeypatch):
@@ -122,14 +138,21 @@ class TestChoice:
             assert find(0) is None
 
 
-@pytest.mark.parametrize(('shape', 'd', 'dtype', 'bias'), [
-    (((28, 28), 7, 7), 64, torch.bfloat16, True), (((13, 15), 7, 7), 64, torch.float16, True),
-    (((7, 7), 7, 7), 64, torch.bfloat16, False), (((30, 30), 7, 7), 32, torch.bfloat16, True),
-], ids=str)
+@pytest.mark.parametrize(
+    ('shape', 'd', 'dtype', 'bias'),
+    [
+        (((28, 28), 7, 7), 64, torch.bfloat16, True),
+        (((13, 15), 7, 7), 64, torch.float16, True),
+        (((7, 7), 7, 7), 64, torch.bfloat16, False),
+        (((30, 30), 7, 7), 32, torch.bfloat16, True),
+    ],
+    ids=str,
+)
 def test_compiles_for_hopper(shape, d, dtype, bias, monkeypatch):
     """Triton compiles for a device that is not there; its assembly holds what the kernels rely on."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
+
     names = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
     launches = launched_on_hopper(monkeypatch, shape, dtype, d=d, bias=bias, B=1, h=1 if shape == SHAPES[7] else 2)
     assert len(chosen(launches)) == 3
@@ -148,7 +171,7 @@ def test_compiles_for_hopper(shape, d, dtype, bias, monkeypatch):
             if torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0):
                 attrs[i,] = [['tt.divisibility', 16]]
         constants = {(i,): 1 for i, name in enumerate(signature) if signature[name] == 'constexpr'}
-        for i, name in enumerate(kernel.arg_names[len(args):], len(args)):
+        for i, name in enumerate(kernel.arg_names[len(args) :], len(args)):
             signature[name], constants[i,] = 'constexpr', options[name]
         source = GluonASTSource(kernel, signature, constants, attrs)
         ptx = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=4)).asm['ptx']
@@ -160,8 +183,11 @@ def test_compiles_for_hopper(shape, d, dtype, bias, monkeypatch):
         partial = [copy for copy in copies if '@' in copy]
         assert len(partial) == (4 if d == 32 and kernel.fn.__name__ == KERNELS[2] else 0)
         # Whoever waits for its copies waits for those of the others too, before anything else touches shared memory.
-        steps = re.findall(r'cp\.async\.wait_group|bar\.sync|cp\.async\.cg|fence\.proxy|wgmma\.mma|st\.shared|stmatrix'
-                           r'|ld\.shared|ldmatrix', ptx)
+        steps = re.findall(
+            r'cp\.async\.wait_group|bar\.sync|cp\.async\.cg|fence\.proxy|wgmma\.mma|st\.shared|stmatrix'
+            r'|ld\.shared|ldmatrix',
+            ptx,
+        )
         after = [b for a, b in itertools.pairwise(steps) if a == 'cp.async.wait_group']
         assert len(after) >= 2
         assert set(after) == {'bar.sync'}
@@ -260,7 +286,7 @@ class TestKernels:
     @pytest.mark.parametrize('shape', [((28, 28), 7, 7), ((13, 15), 7, 7)], ids=str)
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
     def test_large_inputs_stay_finite(self, shape, dtype, launches):
-        for name, value in run(make_case(*shape, dtype, d=64, factor=30.), *shape, fused=True).items():
+        for name, value in run(make_case(*shape, dtype, d=64, factor=30.0), *shape, fused=True).items():
             assert value.isfinite().all(), name
         assert chosen(launches) == KERNELS
 

@@ -1,4 +1,5 @@
 """Where EVA's attention goes, against a loop over the definition, and by what the attention itself puts out."""
+
 import pytest
 import torch
 from references import bias_rows, grid_cells, grid_windows
@@ -17,25 +18,34 @@ def mass_loop(q, k, feat_size, summary_k, bias_table, window_size, partition_gri
     weight, bias, norm_weight, norm_bias = summary_k
     for b in range(B):
         for head in range(h):
-            k_tilde = [torch.nn.functional.layer_norm(k[b, head, cell].mean(0) @ weight.T + bias, (d,), norm_weight,
-                                                      norm_bias) for cell in cells]
+            k_tilde = [
+                torch.nn.functional.layer_norm(k[b, head, cell].mean(0) @ weight.T + bias, (d,), norm_weight, norm_bias)
+                for cell in cells
+            ]
             for window in windows:
                 rows = bias_rows(window, feat_size[1], window_size) if window_size else None
                 for place, n in enumerate(window):
-                    exact = [] if not window_size else [
-                        (d ** -0.5 * q[b, head, n] @ k[b, head, m] + bias_table[rows[place, other], head]).exp()
-                        for other, m in enumerate(window)]
-                    summary = [(d ** -0.5 * q[b, head, n] @ key).exp() for key in k_tilde]
+                    exact = (
+                        []
+                        if not window_size
+                        else [
+                            (d**-0.5 * q[b, head, n] @ k[b, head, m] + bias_table[rows[place, other], head]).exp()
+                            for other, m in enumerate(window)
+                        ]
+                    )
+                    summary = [(d**-0.5 * q[b, head, n] @ key).exp() for key in k_tilde]
                     total = sum(exact) + sum(summary)
                     p = [float(w / sum(summary)) for w in summary]
                     out[0, b, head, n] = sum(exact) / total
                     out[1, b, head, n] = sum(summary) / total
-                    out[2, b, head, n] = torch.tensor([x ** -x for x in p], dtype=torch.float64).prod() if p else 0
+                    out[2, b, head, n] = torch.tensor([x**-x for x in p], dtype=torch.float64).prod() if p else 0
     return out
 
 
-@pytest.mark.parametrize('feat_size, window_size, partition_grid', [
-    ((4, 4), 2, 2), ((5, 7), 3, 2), ((3, 5), 4, 3), ((5, 4), 0, 2), ((5, 3), 2, 0)])
+@pytest.mark.parametrize(
+    'feat_size, window_size, partition_grid',
+    [((4, 4), 2, 2), ((5, 7), 3, 2), ((3, 5), 4, 3), ((5, 4), 0, 2), ((5, 3), 2, 0)],
+)
 def test_against_the_definition(feat_size, window_size, partition_grid):
     N, d = feat_size[0] * feat_size[1], 4
     q, k = torch.randn(2, 2, 3, N, d, dtype=torch.float64).unbind(0)
@@ -44,9 +54,11 @@ def test_against_the_definition(feat_size, window_size, partition_grid):
     summary_k = layer.summary_k()
     bias = layer.rel_pos.get_bias().squeeze(0) if window_size else None
     found = eva_attention_mass(
-        q, k, feat_size, summary_k if partition_grid else None, bias, window_size, partition_grid)
-    expected = mass_loop(q, k, feat_size, summary_k, layer.rel_pos.relative_position_bias_table, window_size,
-                         partition_grid)
+        q, k, feat_size, summary_k if partition_grid else None, bias, window_size, partition_grid
+    )
+    expected = mass_loop(
+        q, k, feat_size, summary_k, layer.rel_pos.relative_position_bias_table, window_size, partition_grid
+    )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -1,4 +1,5 @@
 """EVA on sequences: against the loop, causality, padding, one token at a time."""
+
 import pytest
 import torch
 from references import eva_1d_loop, eva_loop, relative_errors, saved_bytes
@@ -8,7 +9,8 @@ from evavit.ops import eva_attention_1d, eva_attention_1d_step, halo_size
 
 def make_case(N, *, B=2, h=2, d=4, bias=True, noise=True, **options):
     """(leaves, options) in float64: qkv, summaries, a table of one bias for each offset."""
-    def normal(*shape, std=1.):
+
+    def normal(*shape, std=1.0):
         return (std * torch.randn(*shape, dtype=torch.float64)).requires_grad_()
 
     leaves = {'qkv': normal(3, B, h, N, d)}
@@ -25,7 +27,8 @@ def make_case(N, *, B=2, h=2, d=4, bias=True, noise=True, **options):
 def tensors(leaves):
     return dict(zip('qkv', leaves['qkv'], strict=True)) | {
         name: [value for key, value in leaves.items() if key.startswith(name)] or None
-        for name in ('summary_q', 'summary_k')}
+        for name in ('summary_q', 'summary_k')
+    }
 
 
 def dense_bias(leaves, options):
@@ -53,11 +56,20 @@ def check(leaves, options):
     assert max(found.values()) <= 1e-10, found
 
 
-CAUSAL = [dict(window_size=4, cell_size=2), dict(window_size=6, cell_size=3, overlap=True),
-          dict(window_size=5, cell_size=5), dict(window_size=5, cell_size=0, overlap=True),
-          dict(window_size=1, cell_size=1, overlap=True), dict(window_size=32, cell_size=4, overlap=True)]
-BOTH_WAYS = [*CAUSAL, dict(window_size=4, cell_size=3, overlap=True), dict(window_size=0, cell_size=3),
-             dict(window_size=2, cell_size=7, proposal_scale=0.5)]
+CAUSAL = [
+    dict(window_size=4, cell_size=2),
+    dict(window_size=6, cell_size=3, overlap=True),
+    dict(window_size=5, cell_size=5),
+    dict(window_size=5, cell_size=0, overlap=True),
+    dict(window_size=1, cell_size=1, overlap=True),
+    dict(window_size=32, cell_size=4, overlap=True),
+]
+BOTH_WAYS = [
+    *CAUSAL,
+    dict(window_size=4, cell_size=3, overlap=True),
+    dict(window_size=0, cell_size=3),
+    dict(window_size=2, cell_size=7, proposal_scale=0.5),
+]
 ALL = [dict(options, causal=True) for options in CAUSAL] + BOTH_WAYS
 IDS = ['-'.join(f'{key}={value}' for key, value in options.items()) for options in ALL]
 
@@ -94,12 +106,12 @@ def test_a_padded_batch_equals_single_sequences(options):
     leaves, options = make_case(13, B=3, noise=False, **options)
     output = run_op(leaves, dict(options, key_padding_mask=padding))
     for b, length in enumerate(lengths):
-        alone = run_op(dict(leaves, qkv=leaves['qkv'][:, b:b + 1, :, :length]), options)
-        torch.testing.assert_close(output[b:b + 1, :, :length], alone, rtol=1e-12, atol=1e-12)
+        alone = run_op(dict(leaves, qkv=leaves['qkv'][:, b : b + 1, :, :length]), options)
+        torch.testing.assert_close(output[b : b + 1, :, :length], alone, rtol=1e-12, atol=1e-12)
         assert not output[b, :, length:].any()
 
 
-@pytest.mark.parametrize('options', CAUSAL, ids=IDS[:len(CAUSAL)])
+@pytest.mark.parametrize('options', CAUSAL, ids=IDS[: len(CAUSAL)])
 def test_a_future_token_changes_no_earlier_output(options):
     leaves, options = make_case(17, **options, causal=True)
     output = run_op(leaves, options)
@@ -115,12 +127,12 @@ def test_a_future_token_changes_no_earlier_output(options):
 def test_every_earlier_token_is_seen(options):
     """No hole between the cells and the chunk: the last output depends on the value of every token."""
     leaves, options = make_case(17, **options, causal=True)
-    grad, = torch.autograd.grad(run_op(leaves, options)[:, :, -1].square().sum(), leaves['qkv'])
+    (grad,) = torch.autograd.grad(run_op(leaves, options)[:, :, -1].square().sum(), leaves['qkv'])
     assert (grad[2].abs().sum((0, 1, 3)) > 0).all()
 
 
 @pytest.mark.parametrize('dtype, bound', [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize('options', CAUSAL, ids=IDS[:len(CAUSAL)])
+@pytest.mark.parametrize('options', CAUSAL, ids=IDS[: len(CAUSAL)])
 def test_steps_reproduce_the_whole_sequence(options, dtype, bound):
     leaves, options = make_case(19, noise=False, **options)
     leaves = {name: value.detach().to(dtype) for name, value in leaves.items()}
@@ -129,10 +141,17 @@ def test_steps_reproduce_the_whole_sequence(options, dtype, bound):
     arguments = tensors(leaves)
     q, k, v = (arguments.pop(x) for x in 'qkv')
     for n in range(19):
-        output, cache = eva_attention_1d_step(q[:, :, n:n + 1], k[:, :, n:n + 1], v[:, :, n:n + 1], cache, **arguments,
-                                              rel_pos_bias=dense_bias(leaves, causal), **options)
+        output, cache = eva_attention_1d_step(
+            q[:, :, n : n + 1],
+            k[:, :, n : n + 1],
+            v[:, :, n : n + 1],
+            cache,
+            **arguments,
+            rel_pos_bias=dense_bias(leaves, causal),
+            **options,
+        )
         assert output.dtype == dtype
-        assert (output - expected[:, :, n:n + 1]).norm() <= bound * expected[:, :, n:n + 1].norm()
+        assert (output - expected[:, :, n : n + 1]).norm() <= bound * expected[:, :, n : n + 1].norm()
     assert cache.length == 19 and cache.keys.shape[2] <= options['window_size'] + halo_size(options['window_size'])
 
 
@@ -159,8 +178,18 @@ def test_limit_one_chunk_is_causal_softmax_attention():
 def test_a_row_of_the_grid_is_a_sequence():
     leaves, options = make_case(13, window_size=4, cell_size=2, bias=False)
     arguments = tensors(leaves)
-    expected = eva_loop(arguments['q'], arguments['k'], arguments['v'], (1, 13), arguments['summary_q'],
-                        arguments['summary_k'], None, 4, 7, noise=options['noise'][:, :, :, 0])
+    expected = eva_loop(
+        arguments['q'],
+        arguments['k'],
+        arguments['v'],
+        (1, 13),
+        arguments['summary_q'],
+        arguments['summary_k'],
+        None,
+        4,
+        7,
+        noise=options['noise'][:, :, :, 0],
+    )
     torch.testing.assert_close(run_op(leaves, options), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -178,31 +207,44 @@ def test_half_precision_and_autocast(dtype):
     leaves, options = make_case(29, d=16, window_size=6, cell_size=3, causal=True, overlap=True)
     expected = run_op(leaves, options)
     for copies, enabled, expected_dtype in (
-            ({name: value.to(dtype) for name, value in leaves.items()}, False, dtype),
-            ({name: value.float() for name, value in leaves.items()}, True, torch.float32)):
+        ({name: value.to(dtype) for name, value in leaves.items()}, False, dtype),
+        ({name: value.float() for name, value in leaves.items()}, True, torch.float32),
+    ):
         with torch.autocast('cpu', dtype, enabled=enabled):
             output = run_op(copies, options)
         assert output.dtype == expected_dtype
         assert (output.double() - expected).norm() < 0.04 * expected.norm()
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(window_size=0), 'window_size 0 leaves a causal query'),
-    (dict(window_size=6, cell_size=4), 'cell_size 4 does not divide window_size 6'),
-    (dict(cell_size=-1), 'cell_size must be 0'),
-    (dict(summary_q=None), 'cell_size 4 needs summary_q and summary_k'),
-    (dict(rel_pos_bias=torch.zeros(2, 8, 16)), r'rel_pos_bias must be .*\(2, 8, 12\)'),
-    (dict(key_padding_mask=torch.zeros(1, 15, dtype=torch.bool)), r'key_padding_mask must be bool .*\(1, 16\)'),
-    (dict(key_padding_mask=torch.zeros(1, 16)), 'key_padding_mask must be bool'),
-    (dict(noise=torch.zeros(1, 2, 3, 1, 8)), r'noise must be .*\(1, 2, 4, 1, 8\)'),
-    (dict(k=torch.zeros(1, 2, 15, 8)), 'must have one shape'),
-    (dict(dropout_p=-0.1), 'dropout_p must be'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(window_size=0), 'window_size 0 leaves a causal query'),
+        (dict(window_size=6, cell_size=4), 'cell_size 4 does not divide window_size 6'),
+        (dict(cell_size=-1), 'cell_size must be 0'),
+        (dict(summary_q=None), 'cell_size 4 needs summary_q and summary_k'),
+        (dict(rel_pos_bias=torch.zeros(2, 8, 16)), r'rel_pos_bias must be .*\(2, 8, 12\)'),
+        (dict(key_padding_mask=torch.zeros(1, 15, dtype=torch.bool)), r'key_padding_mask must be bool .*\(1, 16\)'),
+        (dict(key_padding_mask=torch.zeros(1, 16)), 'key_padding_mask must be bool'),
+        (dict(noise=torch.zeros(1, 2, 3, 1, 8)), r'noise must be .*\(1, 2, 4, 1, 8\)'),
+        (dict(k=torch.zeros(1, 2, 15, 8)), 'must have one shape'),
+        (dict(dropout_p=-0.1), 'dropout_p must be'),
+    ],
+)
 def test_bad_arguments_name_the_value(change, message):
     tokens = torch.randn(3, 1, 2, 16, 8)
     summary = [torch.eye(8), torch.zeros(8)]
-    args = dict(q=tokens[0], k=tokens[1], v=tokens[2], summary_q=summary, summary_k=summary, window_size=8, cell_size=4,
-                causal=True, overlap=True)
+    args = dict(
+        q=tokens[0],
+        k=tokens[1],
+        v=tokens[2],
+        summary_q=summary,
+        summary_k=summary,
+        window_size=8,
+        cell_size=4,
+        causal=True,
+        overlap=True,
+    )
     with pytest.raises(ValueError, match=message):
         eva_attention_1d(**(args | change))
 

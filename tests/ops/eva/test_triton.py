@@ -8,30 +8,51 @@ from torch.utils.checkpoint import checkpoint
 from evavit.layers import EvaAttention
 from evavit.ops import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
 
-NAMES = ['out', 'q', 'k', 'v', *(f'{s}.{p}' for s in ('summary_q', 'summary_k')
-                                 for p in ('weight', 'bias', 'norm_weight', 'norm_bias')), 'rel_pos_bias']
+NAMES = [
+    'out',
+    'q',
+    'k',
+    'v',
+    *(f'{s}.{p}' for s in ('summary_q', 'summary_k') for p in ('weight', 'bias', 'norm_weight', 'norm_bias')),
+    'rel_pos_bias',
+]
 # Odd, short, non-square and padded grids; windows and cells of every kind.
 SHAPES = [
     # feat_size, window_size, partition_grid
-    ((14, 14), 7, 7), ((28, 28), 7, 7), ((13, 9), 7, 7), ((29, 17), 4, 3), ((16, 31), 14, 14), ((5, 5), 7, 1),
-    ((7, 24), 0, 3), ((13, 9), 0, 7), ((16, 31), 7, 0), ((14, 14), 14, 0), ((5, 3), 1, 1), ((37, 33), 16, 16),
+    ((14, 14), 7, 7),
+    ((28, 28), 7, 7),
+    ((13, 9), 7, 7),
+    ((29, 17), 4, 3),
+    ((16, 31), 14, 14),
+    ((5, 5), 7, 1),
+    ((7, 24), 0, 3),
+    ((13, 9), 0, 7),
+    ((16, 31), 7, 0),
+    ((14, 14), 14, 0),
+    ((5, 3), 1, 1),
+    ((37, 33), 16, 16),
 ]
 
 
-def make_case(feat_size, window_size, partition_grid, dtype, *, B=2, h=3, d=32, bias=True, noise=True, factor=1.,
-              device='cuda'):
+def make_case(
+    feat_size, window_size, partition_grid, dtype, *, B=2, h=3, d=32, bias=True, noise=True, factor=1.0, device='cuda'
+):
     """qkv `(B, N, 3, h, d)`, the eight parameters, the bias (or 'table'), the noise and a gradient of the output."""
     N, cells = feat_size[0] * feat_size[1], eva_num_cells(list(feat_size), partition_grid)
     qkv = (factor * torch.randn(B, N, 3, h, d)).to(dtype)
-    summary = [t for _ in range(2 if partition_grid else 0)
-               for t in (torch.randn(d, d) * d ** -0.5, *(x + 0.1 * torch.randn(d) for x in (0, 1, 0)))]
-    shape = ((2 * window_size - 1) ** 2, h) if bias == 'table' else (h, window_size ** 2, window_size ** 2)
+    summary = [
+        t
+        for _ in range(2 if partition_grid else 0)
+        for t in (torch.randn(d, d) * d**-0.5, *(x + 0.1 * torch.randn(d) for x in (0, 1, 0)))
+    ]
+    shape = ((2 * window_size - 1) ** 2, h) if bias == 'table' else (h, window_size**2, window_size**2)
     rel_pos_bias = torch.randn(shape) if bias and window_size else None
     epsilon = torch.randn(B, h, cells, d) if noise and cells else None
     grad = torch.randn(B, N, h, d).to(dtype).transpose(1, 2)
 
     def move(x):
         return None if x is None else x.to(device)
+
     return move(qkv), [move(x) for x in summary], move(rel_pos_bias), move(epsilon), move(grad)
 
 
@@ -41,16 +62,27 @@ def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layo
 
     def leaf(x):
         return None if x is None else x.detach().to(dtype or x.dtype).requires_grad_()
+
     qkv, summary, rel_pos_bias = leaf(qkv), [leaf(x) for x in summary], leaf(rel_pos_bias)
-    options = dict(summary_q=tuple(summary[:4]) or None, summary_k=tuple(summary[4:]) or None,
-                   rel_pos_bias=rel_pos_bias, window_size=window_size, partition_grid=partition_grid,
-                   noise=noise if noise is None or dtype is None else noise.to(dtype), fused=fused, **kwargs)
+    options = dict(
+        summary_q=tuple(summary[:4]) or None,
+        summary_k=tuple(summary[4:]) or None,
+        rel_pos_bias=rel_pos_bias,
+        window_size=window_size,
+        partition_grid=partition_grid,
+        noise=noise if noise is None or dtype is None else noise.to(dtype),
+        fused=fused,
+        **kwargs,
+    )
     views = qkv.permute(2, 0, 3, 1, 4)
     if layout == 'packed':
         out = eva_attention_packed(views, list(feat_size), **options)
     else:
-        change = {'views': lambda x: x, 'contiguous': torch.Tensor.contiguous,
-                  'transposed': lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)}[layout]
+        change = {
+            'views': lambda x: x,
+            'contiguous': torch.Tensor.contiguous,
+            'transposed': lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+        }[layout]
         out = eva_attention(*(change(x) for x in views.unbind(0)), list(feat_size), **options)
     leaves = [qkv, *summary, *([rel_pos_bias] if rel_pos_bias is not None else [])]
     grads = torch.autograd.grad(out, leaves, grad.to(out.dtype))
@@ -108,7 +140,7 @@ class TestKernels:
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     def test_large_inputs_stay_finite(self, dtype):
         shape = ((28, 28), 7, 7)
-        for name, value in run(make_case(*shape, dtype, d=64, factor=30.), *shape, fused=True).items():
+        for name, value in run(make_case(*shape, dtype, d=64, factor=30.0), *shape, fused=True).items():
             assert value.isfinite().all(), name
 
     def test_one_image_does_not_see_another(self):
@@ -122,6 +154,7 @@ class TestKernels:
 
 class TestOperator:
     """What PyTorch builds on an operator."""
+
     pytestmark = gpu
     shape = ((14, 14), 7, 7)
 
@@ -140,7 +173,7 @@ class TestOperator:
         qkv, summary, bias, noise, _ = make_case(*self.shape, torch.float32, d=16)
         leaves = [x.requires_grad_() for x in (qkv, *summary, bias)]
         packed = leaves[0].permute(2, 0, 3, 1, 4)
-        rest = ([14, 14], *leaves[1:9], bias, noise, 7, 7, 0.25, 1., 1e-5, True)
+        rest = ([14, 14], *leaves[1:9], bias, noise, 7, 7, 0.25, 1.0, 1e-5, True)
         torch.library.opcheck(torch.ops.evavit.eva.default, (packed, None, None, *rest))
         torch.library.opcheck(torch.ops.evavit.eva.default, (*packed.unbind(0), *rest))
 
@@ -153,7 +186,7 @@ class TestOperator:
     @pytest.mark.parametrize('mode', ['default', 'reduce-overhead'])
     def test_compiles_into_one_graph(self, mode):
         layer, x = self.layer()
-        layer.noise_std = 0.
+        layer.noise_std = 0.0
         compiled = torch.compile(layer, fullgraph=True, mode=mode)
         for _ in range(3):
             expected, got = self.step(layer, x), [t.clone() for t in self.step(layer, x, compiled)]
@@ -239,6 +272,7 @@ def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
     def backend(graph, _):
         graphs.append(str(graph.graph))
         return lambda *args: [x]  # a CPU cannot run them
+
     torch.compiler.reset()
     torch.compile(layer, backend=backend, fullgraph=True)(x, [3, 4])
     assert 'evavit.eva' in graphs[0]

@@ -1,4 +1,5 @@
 """EVA's ablations against the loop over the definition, and against each other where they must agree."""
+
 import pytest
 import torch
 from references import eva_loop, eva_variant_loop, relative_errors, saved_bytes
@@ -8,17 +9,32 @@ from evavit.ops import eva_attention_variant, eva_num_cells, halo_size
 KINDS = {'linear_ln': 4, 'linear': 2, 'identity': 0}  # tensors of a summary
 
 
-def make_case(feat_size, window_size=4, partition_grid=3, *, B=2, h=2, d=8, summary='linear_ln', num_samples=1,
-              overlap=False, bias=True, noise=True, noise_std=0.8, **options):
+def make_case(
+    feat_size,
+    window_size=4,
+    partition_grid=3,
+    *,
+    B=2,
+    h=2,
+    d=8,
+    summary='linear_ln',
+    num_samples=1,
+    overlap=False,
+    bias=True,
+    noise=True,
+    noise_std=0.8,
+    **options,
+):
     """(leaves, arguments that need no gradient) in float64; leaves hold qkv, summaries, table, learned proposal."""
-    def normal(*shape, std=1.):
+
+    def normal(*shape, std=1.0):
         return (std * torch.randn(*shape, dtype=torch.float64)).requires_grad_()
 
     leaves = {'qkv': normal(3, B, h, feat_size[0] * feat_size[1], d)}
     proposal = options.get('proposal', 'qk')
     if partition_grid:
-        for name in ('summary_q', 'summary_k')[proposal in ('zero', 'learned'):]:
-            shapes = [(d, d), (d,), (d,), (d,)][:KINDS[summary]]
+        for name in ('summary_q', 'summary_k')[proposal in ('zero', 'learned') :]:
+            shapes = [(d, d), (d,), (d,), (d,)][: KINDS[summary]]
             leaves |= {f'{name}.{i}': normal(*shape, std=0.5) for i, shape in enumerate(shapes)}
         if proposal == 'learned':
             leaves['proposal_mean'] = normal(h, partition_grid, partition_grid, d)
@@ -26,8 +42,13 @@ def make_case(feat_size, window_size=4, partition_grid=3, *, B=2, h=2, d=8, summ
         reach = window_size + (halo_size(window_size) if overlap else 0)
         leaves['table'] = normal((2 * reach - 1) ** 2, h)
     cells = eva_num_cells(feat_size, partition_grid)
-    options |= dict(feat_size=feat_size, window_size=window_size, partition_grid=partition_grid, overlap=overlap,
-                    noise_std=noise_std)
+    options |= dict(
+        feat_size=feat_size,
+        window_size=window_size,
+        partition_grid=partition_grid,
+        overlap=overlap,
+        noise_std=noise_std,
+    )
     if noise and cells:
         options['noise'] = noise_std * torch.randn(B, h, cells, num_samples, d, dtype=torch.float64)
     return leaves, options
@@ -37,8 +58,10 @@ def tensors(leaves, options):
     """Arguments of op and loop alike: q, k, v, the summaries, the learned proposal."""
     arguments = dict(zip('qkv', leaves['qkv'], strict=True))
     if options['partition_grid']:
-        arguments |= {name: [value for key, value in leaves.items() if key.startswith(name)]
-                      for name in ('summary_q', 'summary_k')}
+        arguments |= {
+            name: [value for key, value in leaves.items() if key.startswith(name)]
+            for name in ('summary_q', 'summary_k')
+        }
         arguments['proposal_mean'] = leaves.get('proposal_mean')
     return arguments
 
@@ -63,9 +86,17 @@ def check(leaves, options, bound=1e-10):
 
 GRIDS = [(8, 8), (7, 10), (11, 5), (3, 2), (1, 1)]
 VARIANTS = [
-    dict(), dict(partition='complement'), dict(overlap=True), dict(partition='complement', overlap=True),
-    dict(summary='linear'), dict(summary='identity'), dict(num_samples=5), dict(proposal='q'), dict(proposal='zero'),
-    dict(proposal='learned'), dict(proposal='q', summary='identity', noise=False),
+    dict(),
+    dict(partition='complement'),
+    dict(overlap=True),
+    dict(partition='complement', overlap=True),
+    dict(summary='linear'),
+    dict(summary='identity'),
+    dict(num_samples=5),
+    dict(proposal='q'),
+    dict(proposal='zero'),
+    dict(proposal='learned'),
+    dict(proposal='q', summary='identity', noise=False),
     dict(num_samples=3, partition='complement', proposal='learned', overlap=True, summary='linear'),
     dict(num_samples=3, partition='complement', proposal_scale=0.5, bias=False),
 ]
@@ -87,8 +118,9 @@ def test_windows_and_cells_of_other_sizes(window_size, partition_grid, variant):
     check(*make_case((5, 7), window_size, partition_grid, B=1, **variant))
 
 
-@pytest.mark.parametrize('variant', [dict(num_samples=4), dict(proposal='learned', num_samples=2),
-                                     dict(partition='complement')], ids=name_of)
+@pytest.mark.parametrize(
+    'variant', [dict(num_samples=4), dict(proposal='learned', num_samples=2), dict(partition='complement')], ids=name_of
+)
 @pytest.mark.parametrize('partition_grid', [1, 3])
 def test_no_window(partition_grid, variant):
     check(*make_case((5, 6), 0, partition_grid, **variant))
@@ -145,16 +177,25 @@ def test_cuda(variant, dtype, bound):
 def test_defaults_are_eva():
     leaves, options = make_case((7, 10))
     arguments = tensors(leaves, options)
-    expected = eva_loop(*(arguments[x] for x in 'qkv'), (7, 10), arguments['summary_q'], arguments['summary_k'],
-                        leaves['table'], 4, 3, noise=options['noise'][:, :, :, 0])
+    expected = eva_loop(
+        *(arguments[x] for x in 'qkv'),
+        (7, 10),
+        arguments['summary_q'],
+        arguments['summary_k'],
+        leaves['table'],
+        4,
+        3,
+        noise=options['noise'][:, :, :, 0],
+    )
     torch.testing.assert_close(run_op(leaves, options), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('overlap', [False, True])
 def test_limit_cells_of_one_token_outside_of_the_window_are_softmax_attention(overlap):
     """Limit 3: σ the identity, one token a cell, the complement: whatever ω is, with any number of samples."""
-    leaves, options = make_case((6, 5), 2, 6, summary='identity', partition='complement', num_samples=3, bias=False,
-                                overlap=overlap)
+    leaves, options = make_case(
+        (6, 5), 2, 6, summary='identity', partition='complement', num_samples=3, bias=False, overlap=overlap
+    )
     expected = torch.nn.functional.scaled_dot_product_attention(*leaves['qkv'])
     torch.testing.assert_close(run_op(leaves, options), expected, rtol=1e-12, atol=1e-12)
     options['partition'] = 'all'  # tokens of the window count twice: not softmax
@@ -172,14 +213,14 @@ def test_limit_a_window_over_the_grid_leaves_no_cell():
 def test_limit_many_samples_of_one_cell_are_random_feature_attention():
     """Appendix G.1: no window, one cell, proposal N(0, I): Performer's attention with the same draws."""
     leaves, options = make_case((5, 6), 0, 1, summary='identity', proposal='zero', num_samples=16, noise_std=1.0)
-    q, k, v = leaves['qkv'] * 8 ** -0.25
+    q, k, v = leaves['qkv'] * 8**-0.25
     omega = options['noise'][:, :, 0]
 
     def phi(x):
         return torch.exp(x @ omega.transpose(-2, -1) - 0.5 * x.square().sum(-1, keepdim=True))
 
     kernel = phi(q) @ phi(k).transpose(-2, -1)
-    expected = kernel @ (v * 8 ** 0.25) / kernel.sum(-1, keepdim=True)
+    expected = kernel @ (v * 8**0.25) / kernel.sum(-1, keepdim=True)
     torch.testing.assert_close(run_op(leaves, options), expected, rtol=1e-11, atol=1e-11)
 
 
@@ -202,7 +243,7 @@ def test_every_logit_that_the_dtype_holds_is_finite():
     for variant in VARIANTS:
         leaves, options = make_case((7, 5), **variant)
         with torch.no_grad():
-            leaves['qkv'][:2] *= 60.
+            leaves['qkv'][:2] *= 60.0
         copies = {name: value.detach().float().requires_grad_() for name, value in leaves.items()}
         output = run_op(copies, options)
         assert output.isfinite().all(), variant
@@ -211,9 +252,10 @@ def test_every_logit_that_the_dtype_holds_is_finite():
 
 def saved_numbers(side, num_samples, partition_grid, d=32, **variant):
     """Numbers that autograd keeps per token."""
-    leaves, options = make_case((side, side), 7, partition_grid, B=1, h=1, d=d, num_samples=num_samples, bias=False,
-                                **variant)
-    return saved_bytes(lambda: run_op(leaves, options)) / 8 / side ** 2
+    leaves, options = make_case(
+        (side, side), 7, partition_grid, B=1, h=1, d=d, num_samples=num_samples, bias=False, **variant
+    )
+    return saved_bytes(lambda: run_op(leaves, options)) / 8 / side**2
 
 
 @pytest.mark.parametrize('num_samples', [1, 8])
@@ -228,24 +270,38 @@ def test_memory_of_samples_is_weights_of_samples_not_a_beta_for_each_query():
     assert 1 <= narrow < 8 and wide < 1.5 * narrow, (narrow, wide)
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(partition='rest'), "partition must be 'all' or 'complement', got 'rest'"),
-    (dict(proposal='k'), "proposal must be .* got 'k'"),
-    (dict(proposal='learned'), r"proposal 'learned' needs proposal_mean \[2, 4, 4, 8\]; got None"),
-    (dict(proposal='learned', proposal_mean=torch.zeros(2, 3, 4, 8)), r'proposal_mean must be .* got \[2, 3, 4, 8\]'),
-    (dict(summary_q=None), "proposal 'qk' needs summary_q"),
-    (dict(summary_k=None), 'partition_grid 4 needs summary_k'),
-    (dict(summary_k=[torch.zeros(8)]), r'summary_k must hold .* got \[\[8\]\]'),
-    (dict(noise=torch.zeros(1, 2, 3, 1, 8)), r'noise must be .*\(1, 2, 16, any, 8\)'),
-    (dict(noise=torch.zeros(1, 2, 16, 2, 8), noise_std=0.), '2 samples need a noise_std above 0, got 0'),
-    (dict(overlap=True, rel_pos_bias=torch.zeros(2, 16, 16)), r'rel_pos_bias must be .*\(2, 16, 64\)'),
-    (dict(overlap=True, window_size=0), 'overlap needs windows; got window_size 0'),
-    (dict(dropout_p=1.0), 'dropout_p must be'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(partition='rest'), "partition must be 'all' or 'complement', got 'rest'"),
+        (dict(proposal='k'), "proposal must be .* got 'k'"),
+        (dict(proposal='learned'), r"proposal 'learned' needs proposal_mean \[2, 4, 4, 8\]; got None"),
+        (
+            dict(proposal='learned', proposal_mean=torch.zeros(2, 3, 4, 8)),
+            r'proposal_mean must be .* got \[2, 3, 4, 8\]',
+        ),
+        (dict(summary_q=None), "proposal 'qk' needs summary_q"),
+        (dict(summary_k=None), 'partition_grid 4 needs summary_k'),
+        (dict(summary_k=[torch.zeros(8)]), r'summary_k must hold .* got \[\[8\]\]'),
+        (dict(noise=torch.zeros(1, 2, 3, 1, 8)), r'noise must be .*\(1, 2, 16, any, 8\)'),
+        (dict(noise=torch.zeros(1, 2, 16, 2, 8), noise_std=0.0), '2 samples need a noise_std above 0, got 0'),
+        (dict(overlap=True, rel_pos_bias=torch.zeros(2, 16, 16)), r'rel_pos_bias must be .*\(2, 16, 64\)'),
+        (dict(overlap=True, window_size=0), 'overlap needs windows; got window_size 0'),
+        (dict(dropout_p=1.0), 'dropout_p must be'),
+    ],
+)
 def test_bad_arguments_name_the_value(change, message):
     tokens = torch.randn(3, 1, 2, 16, 8)
     summary = [torch.eye(8), torch.zeros(8)]
-    args = dict(q=tokens[0], k=tokens[1], v=tokens[2], feat_size=(4, 4), summary_q=summary, summary_k=summary,
-                window_size=4, partition_grid=4)
+    args = dict(
+        q=tokens[0],
+        k=tokens[1],
+        v=tokens[2],
+        feat_size=(4, 4),
+        summary_q=summary,
+        summary_k=summary,
+        window_size=4,
+        partition_grid=4,
+    )
     with pytest.raises(ValueError, match=message):
         eva_attention_variant(**(args | change))

@@ -18,6 +18,7 @@ Products of half-precision tensors accumulate in float32, float32 tensors are mu
 
 On Hopper `eva_gluon.py` has faster kernels for three of these, for the default windows and cells (`_Plan.gluon`).
 """
+
 import functools
 import math
 import warnings
@@ -40,6 +41,7 @@ LOG2E = tl.constexpr(1 / LN2)  # the kernels' exponentials are powers of 2
 # Pieces of kernels. n, y, x, c are the numbers of tokens, rows, columns and cells; `valid` says which are real.
 # --------------------------------------------------------------------------------------------------------------------
 
+
 @triton.jit
 def _load_rows(base, row, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
     """Rows `(R)` of a `(.., D)` tensor as a tile `(R, BD)`; zero where there is no row or no column."""
@@ -56,8 +58,20 @@ def _store_rows(base, row, valid, stride_row, stride_dim, x, D: tl.constexpr, BD
 
 
 @triton.jit
-def _window_rows(win, tile, H, W, n_wx, n_cx, WH: tl.constexpr, WW: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr,
-                 LOCAL: tl.constexpr, BM: tl.constexpr):
+def _window_rows(
+    win,
+    tile,
+    H,
+    W,
+    n_wx,
+    n_cx,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    CH: tl.constexpr,
+    CW: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BM: tl.constexpr,
+):
     """Token numbers, cells and validity of the tile-th BM tokens of a window; of the grid if there is no LOCAL."""
     r = tile * BM + tl.arange(0, BM)
     if LOCAL:
@@ -110,8 +124,17 @@ def _bias_at(bias, i, j, mask, SIDE: tl.constexpr, WW: tl.constexpr, TABLE: tl.c
 
 
 @triton.jit
-def _pad_bias(bias, padded, unit, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr,
-              TILE: tl.constexpr):
+def _pad_bias(
+    bias,
+    padded,
+    unit,
+    S,
+    SIDE: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    TABLE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """The bias of a window of WH × WW in a unit, padded with zeros to `(S, S)`."""
     i = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
     j = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
@@ -120,8 +143,9 @@ def _pad_bias(bias, padded, unit, S, SIDE: tl.constexpr, WH: tl.constexpr, WW: t
 
 
 @triton.jit
-def _pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
-                        TABLE: tl.constexpr):
+def _pad_bias_fragments(
+    bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr
+):
     """`_pad_bias` for one tile of 64, in the order in which the 128 threads of a warp group hold a tile of products: 4
     values of a thread, threads, eighths of the columns. Keys that are none get what no logit outweighs."""
     m = tl.program_id(0) * 256 + tl.arange(0, 256)
@@ -129,12 +153,13 @@ def _pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr
     j = (m >> 9) * 8 + (m >> 2 & 3) * 2 + (m & 1)
     key = j < WH * WW
     x = _bias_at(bias, i, j, key & (i < WH * WW), SIDE, WW, TABLE) / unit
-    tl.store(padded + tl.program_id(2) * 4096 + m, tl.where(key, x, -(2.0 ** 100)))
+    tl.store(padded + tl.program_id(2) * 4096 + m, tl.where(key, x, -(2.0**100)))
 
 
 @triton.jit
-def _table_grad(dbias, dtable, S, heads, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, E: tl.constexpr,
-                I: tl.constexpr):
+def _table_grad(
+    dbias, dtable, S, heads, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, E: tl.constexpr, I: tl.constexpr
+):
     """The gradient of a table of biases: its entry for a difference of places is the sum over the pairs of places of
     a window of WH × WW that are so far apart, in one fixed order."""
     e = tl.program_id(0) * E + tl.arange(0, E)
@@ -200,14 +225,57 @@ def _summary(mean, weight, bias, norm_weight, norm_bias, eps, D: tl.constexpr, B
 # Forward
 # --------------------------------------------------------------------------------------------------------------------
 
+
 @triton.jit
 def _forward_cells(
-        q, k, v, sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
-        w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, noise,
-        k_tilde, beta, omega, means,
-        heads, H, W, n_cx, cells, ch, cw, cells_total, scale_half, proposal_scale, eps,
-        D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, T: tl.constexpr, ONCE: tl.constexpr,
-        NOISE: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
+    q,
+    k,
+    v,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skn,
+    skd,
+    svb,
+    svh,
+    svn,
+    svd,
+    w_q,
+    b_q,
+    g_q,
+    o_q,
+    w_k,
+    b_k,
+    g_k,
+    o_k,
+    noise,
+    k_tilde,
+    beta,
+    omega,
+    means,
+    heads,
+    H,
+    W,
+    n_cx,
+    cells,
+    ch,
+    cw,
+    cells_total,
+    scale_half,
+    proposal_scale,
+    eps,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    ONCE: tl.constexpr,
+    NOISE: tl.constexpr,
+    SAVE: tl.constexpr,
+    PREC: tl.constexpr,
+):
     """k̃ and β of G cells of one (image, head). ONCE: T holds a whole cell, so that k is read once."""
     head = tl.program_id(0) % heads
     image = (tl.program_id(0) // heads).to(tl.int64)
@@ -275,12 +343,48 @@ def _forward_cells(
 
 @triton.jit
 def _forward_tokens(
-        q, k, v, sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
-        k_tilde, beta, bias, out, lse,
-        heads, H, W, n_wx, n_win, cells, chunks, scale,
-        D: tl.constexpr, BD: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
-        BM: tl.constexpr, NT: tl.constexpr, BC: tl.constexpr, NC: tl.constexpr, PER_PROGRAM: tl.constexpr,
-        LOCAL: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PREC: tl.constexpr):
+    q,
+    k,
+    v,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skn,
+    skd,
+    svb,
+    svh,
+    svn,
+    svd,
+    k_tilde,
+    beta,
+    bias,
+    out,
+    lse,
+    heads,
+    H,
+    W,
+    n_wx,
+    n_win,
+    cells,
+    chunks,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    BM: tl.constexpr,
+    NT: tl.constexpr,
+    BC: tl.constexpr,
+    NC: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    PREC: tl.constexpr,
+):
     """`_forward_windows` for what takes more than one tile, NT of BM tokens or NC of BC cells, or has no windows."""
     head = tl.program_id(0) % heads
     chunk = (tl.program_id(0) // heads) % chunks
@@ -338,12 +442,48 @@ def _forward_tokens(
 
 @triton.jit
 def _forward_windows(
-        q, k, v, sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
-        k_tilde, beta, bias, out, lse,
-        heads, H, W, n_wx, n_win, cells, chunks, scale,
-        D: tl.constexpr, BD: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-        PER_PROGRAM: tl.constexpr, PACKED: tl.constexpr, EDGE: tl.constexpr, CELLS: tl.constexpr, BIAS: tl.constexpr,
-        SAVE: tl.constexpr, PREC: tl.constexpr):
+    q,
+    k,
+    v,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skn,
+    skd,
+    svb,
+    svh,
+    svn,
+    svd,
+    k_tilde,
+    beta,
+    bias,
+    out,
+    lse,
+    heads,
+    H,
+    W,
+    n_wx,
+    n_win,
+    cells,
+    chunks,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+    PACKED: tl.constexpr,
+    EDGE: tl.constexpr,
+    CELLS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    PREC: tl.constexpr,
+):
     """(16) where one tile holds a window and one the cells, for PER_PROGRAM windows of one (image, head)."""
     if PACKED:  # equal strides, told to the compiler: one set of offsets
         skb, skh, skn, skd, svb, svh, svn, svd = sqb, sqh, sqn, sqd, sqb, sqh, sqn, sqd
@@ -399,13 +539,40 @@ def _forward_windows(
 # Backward. With p a weight of (16), dp = dy · value and δ = y · dy, the gradient of its logit is p (dp - δ).
 # --------------------------------------------------------------------------------------------------------------------
 
+
 @triton.jit
 def _backward_shared(
-        q, out, grad, sqb, sqh, sqn, sqd, sgb, sgh, sgn, sgd,
-        lse, delta, k_tilde, beta, dk_tilde, dbeta,
-        heads, N, cells, splits, per_split, cells_total, scale,
-        D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-        CELLS: tl.constexpr, PREC: tl.constexpr):
+    q,
+    out,
+    grad,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    sgb,
+    sgh,
+    sgn,
+    sgd,
+    lse,
+    delta,
+    k_tilde,
+    beta,
+    dk_tilde,
+    dbeta,
+    heads,
+    N,
+    cells,
+    splits,
+    per_split,
+    cells_total,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    CELLS: tl.constexpr,
+    PREC: tl.constexpr,
+):
     """δ, and the part of dk̃ and dβ that comes through (16), of BC cells from per_split tokens of an (image, head)."""
     head = tl.program_id(0) % heads
     split = (tl.program_id(0) // heads) % splits
@@ -447,11 +614,40 @@ def _backward_shared(
 
 @triton.jit
 def _backward_weights(
-        k, v, skb, skh, skn, skd, svb, svh, svn, svd,
-        omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi,
-        heads, H, W, n_cx, cells, ch, cw, cells_total, splits, scale_half,
-        D: tl.constexpr, BD: tl.constexpr, G: tl.constexpr, T: tl.constexpr, ONCE: tl.constexpr,
-        OMEGA_HALF: tl.constexpr):
+    k,
+    v,
+    skb,
+    skh,
+    skn,
+    skd,
+    svb,
+    svh,
+    svn,
+    svd,
+    omega,
+    dbeta_parts,
+    dbeta,
+    omega_half,
+    domega,
+    xi,
+    dlog_xi,
+    heads,
+    H,
+    W,
+    n_cx,
+    cells,
+    ch,
+    cw,
+    cells_total,
+    splits,
+    scale_half,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    ONCE: tl.constexpr,
+    OMEGA_HALF: tl.constexpr,
+):
     """Through β = Σ ξ v: ξ and d log ξ of every token, dω of G cells of one (image, head).
 
     OMEGA_HALF: ω / s^½ in the dtype of the products of `eva_gluon` is written too.
@@ -525,9 +721,32 @@ def _backward_weights(
 
 @triton.jit
 def _backward_summary(
-        means, domega, dk_tilde, w_q, b_q, g_q, w_k, b_k, g_k, dmeans, dparams,
-        cells_total, splits, H, W, n_cx, cells, ch, cw, omega_scale, eps,
-        D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, PREC: tl.constexpr):
+    means,
+    domega,
+    dk_tilde,
+    w_q,
+    b_q,
+    g_q,
+    w_k,
+    b_k,
+    g_k,
+    dmeans,
+    dparams,
+    cells_total,
+    splits,
+    H,
+    W,
+    n_cx,
+    cells,
+    ch,
+    cw,
+    omega_scale,
+    eps,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    PREC: tl.constexpr,
+):
     """Through σ of (26), for q (program 0 of axis 1) or k (1): the gradient that each token of a cell gets through its
     mean, and partial sums of the parameters' gradients, packed weight, bias, LayerNorm weight, LayerNorm bias."""
     which = tl.program_id(1)
@@ -596,13 +815,69 @@ def _key_grad_through_cells(k_j, omega, dmean, dlog_xi, c, valid, scale, scale_h
 
 @triton.jit
 def _backward_tokens(
-        q, k, v, grad, sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sgb, sgh, sgn, sgd,
-        lse, delta, k_tilde, beta, bias, omega, dbeta, dmeans, xi, dlog_xi,
-        dq, dk, dv, sdb, sdh, sdn, dbias,
-        heads, H, W, n_wx, n_win, n_cx, cells, chunks, cells_total, scale, scale_half,
-        D: tl.constexpr, BD: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr,
-        BM: tl.constexpr, NT: tl.constexpr, BC: tl.constexpr, NC: tl.constexpr, PER_PROGRAM: tl.constexpr,
-        LOCAL: tl.constexpr, BIAS: tl.constexpr, PREC: tl.constexpr):
+    q,
+    k,
+    v,
+    grad,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skn,
+    skd,
+    svb,
+    svh,
+    svn,
+    svd,
+    sgb,
+    sgh,
+    sgn,
+    sgd,
+    lse,
+    delta,
+    k_tilde,
+    beta,
+    bias,
+    omega,
+    dbeta,
+    dmeans,
+    xi,
+    dlog_xi,
+    dq,
+    dk,
+    dv,
+    sdb,
+    sdh,
+    sdn,
+    dbias,
+    heads,
+    H,
+    W,
+    n_wx,
+    n_win,
+    n_cx,
+    cells,
+    chunks,
+    cells_total,
+    scale,
+    scale_half,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    CH: tl.constexpr,
+    CW: tl.constexpr,
+    BM: tl.constexpr,
+    NT: tl.constexpr,
+    BC: tl.constexpr,
+    NC: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    PREC: tl.constexpr,
+):
     """dq, dk, dv of the tokens of PER_PROGRAM windows of one (image, head), and their part of the bias's gradient."""
     head = tl.program_id(0) % heads
     chunk = (tl.program_id(0) // heads) % chunks
@@ -663,15 +938,39 @@ def _backward_tokens(
                     n_j, c_j, valid_j = _window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
                     k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
                     v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
-                    p, ds = _logit_grad(q_i, k_j, v_j, dy, lse_i, delta_i, _bias_tile(bias, i, j, BM, NT),
-                                        valid, valid_j, qk_scale, BIAS, PREC)
+                    p, ds = _logit_grad(
+                        q_i,
+                        k_j,
+                        v_j,
+                        dy,
+                        lse_i,
+                        delta_i,
+                        _bias_tile(bias, i, j, BM, NT),
+                        valid,
+                        valid_j,
+                        qk_scale,
+                        BIAS,
+                        PREC,
+                    )
                     acc = tl.dot(ds.to(k_j.dtype), k_j, acc, input_precision=PREC)
                     if BIAS:  # too large for registers: summed in this program's own part of memory
                         ptr = _bias_tile(dbias, i, j, BM, NT)
                         tl.store(ptr, tl.load(ptr) + ds)
             if LOCAL and NT == 1:
-                p, ds = _logit_grad(q_i, k_i, v_i, dy, lse_i, delta_i, _bias_tile(bias, 0, 0, BM, NT),
-                                    valid, valid, qk_scale, BIAS, PREC)
+                p, ds = _logit_grad(
+                    q_i,
+                    k_i,
+                    v_i,
+                    dy,
+                    lse_i,
+                    delta_i,
+                    _bias_tile(bias, 0, 0, BM, NT),
+                    valid,
+                    valid,
+                    qk_scale,
+                    BIAS,
+                    PREC,
+                )
                 if BIAS:
                     sum_bias += ds
                 ds = ds.to(q_i.dtype)
@@ -692,8 +991,7 @@ def _backward_tokens(
                 if LOCAL:
                     acc_k = tl.dot(tl.trans(ds), q_i, input_precision=PREC) * scale
                 if NC > 0:
-                    acc_k += _key_grad_through_cells(
-                        k_i, omega, dmean_k, dl, c, valid, scale, scale_half, D, BD)
+                    acc_k += _key_grad_through_cells(k_i, omega, dmean_k, dl, c, valid, scale, scale_half, D, BD)
                 _store_rows(dk, n, valid, sdn, 1, acc_k, D, BD)
         if LOCAL and NT > 1:
             for j in range(NT):
@@ -708,8 +1006,20 @@ def _backward_tokens(
                     dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
                     lse_i = tl.load(lse + n, mask=valid, other=0.0)
                     delta_i = tl.load(delta + n, mask=valid, other=0.0)
-                    p, ds = _logit_grad(q_i, k_j, v_j, dy, lse_i, delta_i, _bias_tile(bias, i, j, BM, NT),
-                                        valid, valid_j, qk_scale, BIAS, PREC)
+                    p, ds = _logit_grad(
+                        q_i,
+                        k_j,
+                        v_j,
+                        dy,
+                        lse_i,
+                        delta_i,
+                        _bias_tile(bias, i, j, BM, NT),
+                        valid,
+                        valid_j,
+                        qk_scale,
+                        BIAS,
+                        PREC,
+                    )
                     acc_k = tl.dot(tl.trans(ds.to(q_i.dtype)), q_i, acc_k, input_precision=PREC)
                     acc_v = tl.dot(tl.trans(p.to(dy.dtype)), dy, acc_v, input_precision=PREC)
                 acc_k = acc_k * scale
@@ -717,8 +1027,7 @@ def _backward_tokens(
                     w = tl.load(xi + n_j, mask=valid_j, other=0.0)
                     dl = tl.load(dlog_xi + n_j, mask=valid_j, other=0.0)
                     acc_v += w[:, None] * _load_rows(dbeta, c_j, valid_j, D, 1, D, BD).to(tl.float32)
-                    acc_k += _key_grad_through_cells(
-                        k_j, omega, dmean_k, dl, c_j, valid_j, scale, scale_half, D, BD)
+                    acc_k += _key_grad_through_cells(k_j, omega, dmean_k, dl, c_j, valid_j, scale, scale_half, D, BD)
                 _store_rows(dk, n_j, valid_j, sdn, 1, acc_k, D, BD)
                 _store_rows(dv, n_j, valid_j, sdn, 1, acc_v, D, BD)
 
@@ -758,8 +1067,11 @@ def _gluon(device: int):
             raise ImportError('not a release that they were tried with')
         from evavit.ops.eva import gluon as eva_gluon
     except (ImportError, AttributeError) as error:
-        warnings.warn(f'EVA takes its slower kernels, without Gluon: Triton is {triton.__version__} ({error}), '
-                      f'Triton 3.6 to 3.9 has the faster ones', stacklevel=2)
+        warnings.warn(
+            f'EVA takes its slower kernels, without Gluon: Triton is {triton.__version__} ({error}), '
+            f'Triton 3.6 to 3.9 has the faster ones',
+            stacklevel=2,
+        )
         return None
     return eva_gluon
 
@@ -767,8 +1079,14 @@ def _gluon(device: int):
 class _Plan:
     """Sizes of the grid, the tiles and the launches for one shape of arguments."""
 
-    def __init__(self, shape: Tuple[int, int, int, int], full: bool, feat_size: Tuple[int, int],
-                 window_size: int, partition_grid: int) -> None:
+    def __init__(
+        self,
+        shape: Tuple[int, int, int, int],
+        full: bool,
+        feat_size: Tuple[int, int],
+        window_size: int,
+        partition_grid: int,
+    ) -> None:
         self.B, self.heads, self.N, self.D = shape
         self.H, self.W = feat_size
         self.BD = max(16, triton.next_power_of_2(self.D))
@@ -822,8 +1140,10 @@ class _Plan:
             return None
         if strides not in self.gluon_strides:
             self.gluon_strides[strides] = (
-                all(x == 1 for x in strides[3::4]) and all(self.N * x < 2 ** 31 for x in strides[2::4])
-                and not any(x % 16 for i, x in enumerate(strides) if i % 4 != 3))
+                all(x == 1 for x in strides[3::4])
+                and all(self.N * x < 2**31 for x in strides[2::4])
+                and not any(x % 16 for i, x in enumerate(strides) if i % 4 != 3)
+            )
         addresses = 0
         for x in tensors:
             addresses |= x.data_ptr()
@@ -832,8 +1152,10 @@ class _Plan:
     @functools.cached_property
     def window_cells(self) -> dict:
         """The most rows and columns of cells that a window meets, and the tile that holds them."""
+
         def spanned(tokens: int, cell: int, cells: int) -> int:
             return min(ceil_div(tokens - 1, cell) + 1, cells)
+
         rows, cols = spanned(self.wh, self.ch, self.cells // self.n_cx), spanned(self.ww, self.cw, self.n_cx)
         return dict(NCY=rows, NCX=cols, KE=max(16, triton.next_power_of_2(rows * cols)))
 
@@ -887,17 +1209,34 @@ class _Plan:
         side = self.NT * self.BM
         padded = torch.empty(self.heads, side, side, dtype=torch.float32, device=bias.device)
         self.launch(
-            _pad_bias, (side // 16, side // 16, self.heads),
-            bias.contiguous(), padded, unit, side,
-            SIDE=self.side, WH=self.wh, WW=self.ww, TABLE=bias.dim() == 2, TILE=16)
+            _pad_bias,
+            (side // 16, side // 16, self.heads),
+            bias.contiguous(),
+            padded,
+            unit,
+            side,
+            SIDE=self.side,
+            WH=self.wh,
+            WW=self.ww,
+            TABLE=bias.dim() == 2,
+            TILE=16,
+        )
         return padded
 
     def pad_bias_fragments(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
         """`pad_bias` in the order in which `eva_gluon` loads it."""
         padded = torch.empty(self.heads, 64, 64, dtype=torch.float32, device=bias.device)
         self.launch(
-            _pad_bias_fragments, (16, 1, self.heads),
-            bias.contiguous(), padded, unit, SIDE=self.side, WH=self.wh, WW=self.ww, TABLE=bias.dim() == 2)
+            _pad_bias_fragments,
+            (16, 1, self.heads),
+            bias.contiguous(),
+            padded,
+            unit,
+            SIDE=self.side,
+            WH=self.wh,
+            WW=self.ww,
+            TABLE=bias.dim() == 2,
+        )
         return padded
 
     def sum(self, parts: torch.Tensor) -> torch.Tensor:
@@ -910,10 +1249,21 @@ class _Plan:
         if table:
             entries = (2 * side - 1) ** 2
             dtable = torch.empty(entries, h, dtype=dbias.dtype, device=dbias.device)
-            self.launch(_table_grad, (ceil_div(entries, 16), h, 1),
-                        dbias, dtable, dbias.shape[-1], h, SIDE=side, WH=wh, WW=ww, E=16, I=64)
+            self.launch(
+                _table_grad,
+                (ceil_div(entries, 16), h, 1),
+                dbias,
+                dtable,
+                dbias.shape[-1],
+                h,
+                SIDE=side,
+                WH=wh,
+                WW=ww,
+                E=16,
+                I=64,
+            )
             return dtable
-        dbias = dbias[:, :wh * ww, :wh * ww]
+        dbias = dbias[:, : wh * ww, : wh * ww]
         if wh < side or ww < side:
             whole = dbias.new_zeros(h, side, side, side, side)
             whole[:, :wh, :ww, :wh, :ww] = dbias.reshape(h, wh, ww, wh, ww)
@@ -930,8 +1280,9 @@ def _plan(q: torch.Tensor, feat_size: List[int], window_size: int, partition_gri
     return _cached_plan(tuple(q.shape), q.dtype == torch.float32, tuple(feat_size), window_size, partition_grid)
 
 
-def takes_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], window_size: int,
-                partition_grid: int) -> bool:
+def takes_gluon(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], window_size: int, partition_grid: int
+) -> bool:
     """Whether `eva_attention_fused` runs the kernels of `eva_gluon` on these tensors, with a gradient like them."""
     strides = (*q.stride(), *k.stride(), *v.stride())
     return _plan(q, feat_size, window_size, partition_grid).gluon(strides, q, k, v) is not None
@@ -968,26 +1319,26 @@ def _forward_outputs(q, cells: int, save: bool) -> Tuple[torch.Tensor, ...]:
 
 
 def _eva(
-        q: torch.Tensor,
-        k: Optional[torch.Tensor],
-        v: Optional[torch.Tensor],
-        feat_size: List[int],
-        w_q: Optional[torch.Tensor],
-        b_q: Optional[torch.Tensor],
-        g_q: Optional[torch.Tensor],
-        o_q: Optional[torch.Tensor],
-        w_k: Optional[torch.Tensor],
-        b_k: Optional[torch.Tensor],
-        g_k: Optional[torch.Tensor],
-        o_k: Optional[torch.Tensor],
-        rel_pos_bias: Optional[torch.Tensor],
-        noise: Optional[torch.Tensor],
-        window_size: int,
-        partition_grid: int,
-        scale: float,
-        proposal_scale: float,
-        norm_eps: float,
-        save: bool,
+    q: torch.Tensor,
+    k: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    feat_size: List[int],
+    w_q: Optional[torch.Tensor],
+    b_q: Optional[torch.Tensor],
+    g_q: Optional[torch.Tensor],
+    o_q: Optional[torch.Tensor],
+    w_k: Optional[torch.Tensor],
+    b_k: Optional[torch.Tensor],
+    g_k: Optional[torch.Tensor],
+    o_k: Optional[torch.Tensor],
+    rel_pos_bias: Optional[torch.Tensor],
+    noise: Optional[torch.Tensor],
+    window_size: int,
+    partition_grid: int,
+    scale: float,
+    proposal_scale: float,
+    norm_eps: float,
+    save: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward: y, and for the backward log-sum-exp `(B, h, N)`, k̃, β, ω `(B, h, C_p, d)`, means `(2, B, h, C_p, d)`.
 
@@ -1007,13 +1358,43 @@ def _eva(
         if plan.cells:
             tile = plan.cell_tiles[0]
             plan.launch(
-                _forward_cells, (plan.B * plan.heads, ceil_div(plan.cells, tile['G']), 1),
-                q, k, v, *strides, w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, noise if noise is not None else q,
-                k_tilde, beta, omega, means,
-                plan.heads, plan.H, plan.W, plan.n_cx, plan.cells, plan.ch, plan.cw, plan.rows,
-                scale ** 0.5, proposal_scale, norm_eps,
-                D=plan.D, BD=plan.BD, **tile,
-                NOISE=noise is not None, SAVE=save, PREC=plan.summary_prec)
+                _forward_cells,
+                (plan.B * plan.heads, ceil_div(plan.cells, tile['G']), 1),
+                q,
+                k,
+                v,
+                *strides,
+                w_q,
+                b_q,
+                g_q,
+                o_q,
+                w_k,
+                b_k,
+                g_k,
+                o_k,
+                noise if noise is not None else q,
+                k_tilde,
+                beta,
+                omega,
+                means,
+                plan.heads,
+                plan.H,
+                plan.W,
+                plan.n_cx,
+                plan.cells,
+                plan.ch,
+                plan.cw,
+                plan.rows,
+                scale**0.5,
+                proposal_scale,
+                norm_eps,
+                D=plan.D,
+                BD=plan.BD,
+                **tile,
+                NOISE=noise is not None,
+                SAVE=save,
+                PREC=plan.summary_prec,
+            )
         has_bias = plan.local and rel_pos_bias is not None
         per_program = plan.per_program(WINDOWS_FORWARD)
         chunks = ceil_div(plan.n_win, per_program)
@@ -1022,26 +1403,96 @@ def _eva(
         if has_bias:
             pad = plan.pad_bias if gluon is None else plan.pad_bias_fragments
             padded = pad(rel_pos_bias, scale if plan.one_tile else LN2)
-        args = (k_tilde, beta, padded, out, lse,
-                plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks, scale)
+        args = (
+            k_tilde,
+            beta,
+            padded,
+            out,
+            lse,
+            plan.heads,
+            plan.H,
+            plan.W,
+            plan.n_wx,
+            plan.n_win,
+            plan.cells,
+            chunks,
+            scale,
+        )
         options = dict(D=plan.D, WH=plan.wh, WW=plan.ww, PER_PROGRAM=per_program, BIAS=has_bias, SAVE=save)
         tiles = dict(BD=plan.BD, BM=plan.BM, BC=plan.BC, PREC=plan.prec)
         grid = plan.B * chunks * plan.heads, 1, 1
         if gluon is not None:
-            plan.launch(gluon._forward_windows_gluon, grid, q, k, v, *strides[:3], *strides[4:7], *strides[8:11], *args,
-                        **options, EDGE=plan.edge, **LAUNCH['gluon'])
+            plan.launch(
+                gluon._forward_windows_gluon,
+                grid,
+                q,
+                k,
+                v,
+                *strides[:3],
+                *strides[4:7],
+                *strides[8:11],
+                *args,
+                **options,
+                EDGE=plan.edge,
+                **LAUNCH['gluon'],
+            )
         elif plan.one_tile:
-            plan.launch(_forward_windows, grid, q, k, v, *strides, *args, **options, **tiles,
-                        PACKED=strides[:4] == strides[4:8] == strides[8:], EDGE=plan.edge, CELLS=plan.cells > 0,
-                        **LAUNCH['forward_windows'])
+            plan.launch(
+                _forward_windows,
+                grid,
+                q,
+                k,
+                v,
+                *strides,
+                *args,
+                **options,
+                **tiles,
+                PACKED=strides[:4] == strides[4:8] == strides[8:],
+                EDGE=plan.edge,
+                CELLS=plan.cells > 0,
+                **LAUNCH['forward_windows'],
+            )
         else:
-            plan.launch(_forward_tokens, grid, q, k, v, *strides, *args, **options, **tiles,
-                        NT=plan.NT, NC=plan.NC, LOCAL=plan.local, **LAUNCH['forward_tokens'])
+            plan.launch(
+                _forward_tokens,
+                grid,
+                q,
+                k,
+                v,
+                *strides,
+                *args,
+                **options,
+                **tiles,
+                NT=plan.NT,
+                NC=plan.NC,
+                LOCAL=plan.local,
+                **LAUNCH['forward_tokens'],
+            )
     return outputs
 
 
-def _eva_fake(q, k, v, feat_size, w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k, rel_pos_bias, noise, window_size,
-              partition_grid, scale, proposal_scale, norm_eps, save):
+def _eva_fake(
+    q,
+    k,
+    v,
+    feat_size,
+    w_q,
+    b_q,
+    g_q,
+    o_q,
+    w_k,
+    b_k,
+    g_k,
+    o_k,
+    rel_pos_bias,
+    noise,
+    window_size,
+    partition_grid,
+    scale,
+    proposal_scale,
+    norm_eps,
+    save,
+):
     q, k, v = _unpack(q, k, v)
     cells = 0
     if partition_grid > 0:
@@ -1059,24 +1510,24 @@ def _token_grads(q, k, v) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def _eva_backward(
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: Optional[torch.Tensor],
-        v: Optional[torch.Tensor],
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        k_tilde: torch.Tensor,
-        beta: torch.Tensor,
-        omega: torch.Tensor,
-        means: torch.Tensor,
-        feat_size: List[int],
-        summary: List[torch.Tensor],
-        rel_pos_bias: Optional[torch.Tensor],
-        window_size: int,
-        partition_grid: int,
-        scale: float,
-        proposal_scale: float,
-        norm_eps: float,
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    k_tilde: torch.Tensor,
+    beta: torch.Tensor,
+    omega: torch.Tensor,
+    means: torch.Tensor,
+    feat_size: List[int],
+    summary: List[torch.Tensor],
+    rel_pos_bias: Optional[torch.Tensor],
+    window_size: int,
+    partition_grid: int,
+    scale: float,
+    proposal_scale: float,
+    norm_eps: float,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v (of a packed q: of all, and two empty tensors), of the summaries' parameters, float32
     `(2, d² + 3d)` packed, and of the bias, float32."""
@@ -1087,8 +1538,11 @@ def _eva_backward(
     bias = rel_pos_bias if plan.local else None
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
     if q.numel() == 0:
-        return (*_token_grads(*inputs), q.new_zeros((2, D * D + 3 * D) if cells else (0, 0), dtype=torch.float32),
-                q.new_zeros(dbias_shape, dtype=torch.float32))
+        return (
+            *_token_grads(*inputs),
+            q.new_zeros((2, D * D + 3 * D) if cells else (0, 0), dtype=torch.float32),
+            q.new_zeros(dbias_shape, dtype=torch.float32),
+        )
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -1104,17 +1558,53 @@ def _eva_backward(
     strides = (*q_strides, *k.stride(), *v.stride(), *grad_strides)
     gluon = plan.gluon(strides, q, k, v, grad, k_tilde, beta)
     with on_device(q):
-        shared = (lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts,
-                  plan.heads, plan.N, cells, splits, per_split, plan.rows, scale)
+        shared = (
+            lse,
+            delta,
+            k_tilde,
+            beta,
+            dk_tilde_parts,
+            dbeta_parts,
+            plan.heads,
+            plan.N,
+            cells,
+            splits,
+            per_split,
+            plan.rows,
+            scale,
+        )
         if gluon is not None:
-            plan.launch(gluon._backward_shared_gluon, (pairs * splits, 1, 1), q, out, grad, *q_strides[:3],
-                        *grad_strides[:3], *shared, D=D, T=32, **LAUNCH['gluon'])
+            plan.launch(
+                gluon._backward_shared_gluon,
+                (pairs * splits, 1, 1),
+                q,
+                out,
+                grad,
+                *q_strides[:3],
+                *grad_strides[:3],
+                *shared,
+                D=D,
+                T=32,
+                **LAUNCH['gluon'],
+            )
         else:
             plan.launch(
-                _backward_shared, (pairs * splits, max(plan.NC, 1), 1),
-                q, out, grad, *q_strides, *grad_strides, *shared,
-                D=D, BD=plan.BD, BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64), BC=plan.BC,
-                CELLS=cells > 0, PREC=plan.prec, **LAUNCH['backward_shared'])
+                _backward_shared,
+                (pairs * splits, max(plan.NC, 1), 1),
+                q,
+                out,
+                grad,
+                *q_strides,
+                *grad_strides,
+                *shared,
+                D=D,
+                BD=plan.BD,
+                BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64),
+                BC=plan.BC,
+                CELLS=cells > 0,
+                PREC=plan.prec,
+                **LAUNCH['backward_shared'],
+            )
         xi = dlog_xi = domega = dbeta = omega_half = dmeans = delta
         if cells:
             xi, dlog_xi = torch.empty_like(delta), torch.empty_like(delta)
@@ -1122,21 +1612,68 @@ def _eva_backward(
             omega_half = empty(plan.rows, D, dtype=q.dtype) if gluon is not None else dbeta
             tile = plan.cell_tiles[1]
             plan.launch(
-                _backward_weights, (pairs, ceil_div(cells, tile['G']), 1),
-                k, v, *strides[4:12], omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi,
-                plan.heads, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw, plan.rows, splits, scale ** 0.5,
-                D=D, BD=plan.BD, OMEGA_HALF=gluon is not None, **tile)
+                _backward_weights,
+                (pairs, ceil_div(cells, tile['G']), 1),
+                k,
+                v,
+                *strides[4:12],
+                omega,
+                dbeta_parts,
+                dbeta,
+                omega_half,
+                domega,
+                xi,
+                dlog_xi,
+                plan.heads,
+                plan.H,
+                plan.W,
+                plan.n_cx,
+                cells,
+                plan.ch,
+                plan.cw,
+                plan.rows,
+                splits,
+                scale**0.5,
+                D=D,
+                BD=plan.BD,
+                OMEGA_HALF=gluon is not None,
+                **tile,
+            )
             R = 32 if plan.BD > 64 or q.dtype == torch.float32 else 64
             programs = min(ceil_div(plan.rows, R), 128)
             dparams = empty(programs, 2, D * D + 3 * D)
             dmeans = empty(2, plan.rows, D, dtype=q.dtype)
             w_q, b_q, g_q, _, w_k, b_k, g_k, _ = summary
             plan.launch(
-                _backward_summary, (programs, 2, 1),
-                means, domega, dk_tilde_parts, w_q, b_q, g_q, w_k, b_k, g_k, dmeans, dparams,
-                plan.rows, splits, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw,
-                scale ** 0.5 * proposal_scale, norm_eps,
-                D=D, BD=plan.BD, R=R, PREC=plan.summary_prec, **LAUNCH['backward_summary'])
+                _backward_summary,
+                (programs, 2, 1),
+                means,
+                domega,
+                dk_tilde_parts,
+                w_q,
+                b_q,
+                g_q,
+                w_k,
+                b_k,
+                g_k,
+                dmeans,
+                dparams,
+                plan.rows,
+                splits,
+                plan.H,
+                plan.W,
+                plan.n_cx,
+                cells,
+                plan.ch,
+                plan.cw,
+                scale**0.5 * proposal_scale,
+                norm_eps,
+                D=D,
+                BD=plan.BD,
+                R=R,
+                PREC=plan.summary_prec,
+                **LAUNCH['backward_summary'],
+            )
             dparams = plan.sum(dparams)
         else:
             dparams = empty(0, 0)
@@ -1158,22 +1695,78 @@ def _eva_backward(
             padded = plan.pad_bias(bias, LN2) if gluon is None else plan.pad_bias_fragments(bias, scale)
         grid = plan.B * chunks * plan.heads, 1, 1
         sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells, chunks, plan.rows, scale
-        options = dict(D=D, WH=plan.wh, WW=plan.ww, CH=plan.ch, CW=plan.cw, PER_PROGRAM=per_program,
-                       BIAS=bias is not None)
+        options = dict(
+            D=D, WH=plan.wh, WW=plan.ww, CH=plan.ch, CW=plan.cw, PER_PROGRAM=per_program, BIAS=bias is not None
+        )
         if gluon is not None:
             plan.launch(
-                gluon._backward_tokens_gluon, grid, q, k, v, grad,
-                *strides[:3], *strides[4:7], *strides[8:11], *strides[12:15],
-                lse, delta, k_tilde, beta, padded, omega_half, dbeta, dmeans, xi, dlog_xi,
-                dq, dk, dv, *dq.stride()[:3], dbias_parts, *sizes,
-                **options, **plan.window_cells, EDGE=plan.edge, **LAUNCH['gluon'])
+                gluon._backward_tokens_gluon,
+                grid,
+                q,
+                k,
+                v,
+                grad,
+                *strides[:3],
+                *strides[4:7],
+                *strides[8:11],
+                *strides[12:15],
+                lse,
+                delta,
+                k_tilde,
+                beta,
+                padded,
+                omega_half,
+                dbeta,
+                dmeans,
+                xi,
+                dlog_xi,
+                dq,
+                dk,
+                dv,
+                *dq.stride()[:3],
+                dbias_parts,
+                *sizes,
+                **options,
+                **plan.window_cells,
+                EDGE=plan.edge,
+                **LAUNCH['gluon'],
+            )
         else:
             plan.launch(
-                _backward_tokens, grid, q, k, v, grad, *strides,
-                lse, delta, k_tilde, beta, padded, omega, dbeta, dmeans, xi, dlog_xi,
-                dq, dk, dv, *dq.stride()[:3], dbias_parts, *sizes, scale ** 0.5,
-                **options, BD=plan.BD, BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC,
-                LOCAL=plan.local, PREC=plan.prec, **LAUNCH['backward_tokens'])
+                _backward_tokens,
+                grid,
+                q,
+                k,
+                v,
+                grad,
+                *strides,
+                lse,
+                delta,
+                k_tilde,
+                beta,
+                padded,
+                omega,
+                dbeta,
+                dmeans,
+                xi,
+                dlog_xi,
+                dq,
+                dk,
+                dv,
+                *dq.stride()[:3],
+                dbias_parts,
+                *sizes,
+                scale**0.5,
+                **options,
+                BD=plan.BD,
+                BM=plan.BM,
+                NT=plan.NT,
+                BC=plan.BC,
+                NC=plan.NC,
+                LOCAL=plan.local,
+                PREC=plan.prec,
+                **LAUNCH['backward_tokens'],
+            )
         if bias is not None:
             dbias = plan.bias_grad(plan.sum(dbias_parts), bias.dim() == 2)
         else:
@@ -1181,18 +1774,52 @@ def _eva_backward(
     return (*grads, dparams, dbias)
 
 
-def _eva_backward_fake(grad, q, k, v, out, lse, k_tilde, beta, omega, means, feat_size, summary, rel_pos_bias,
-                       window_size, partition_grid, scale, proposal_scale, norm_eps):
+def _eva_backward_fake(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    k_tilde,
+    beta,
+    omega,
+    means,
+    feat_size,
+    summary,
+    rel_pos_bias,
+    window_size,
+    partition_grid,
+    scale,
+    proposal_scale,
+    norm_eps,
+):
     D = q.shape[-1]
     params = (2, D * D + 3 * D) if partition_grid > 0 else (0, 0)
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
-    return (*_token_grads(q, k, v), q.new_empty(params, dtype=torch.float32),
-            q.new_empty(dbias_shape, dtype=torch.float32))
+    return (
+        *_token_grads(q, k, v),
+        q.new_empty(params, dtype=torch.float32),
+        q.new_empty(dbias_shape, dtype=torch.float32),
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (q, k, v, feat_size, *summary, rel_pos_bias, _, window_size, partition_grid, scale, proposal_scale, norm_eps,
-     save) = inputs
+    (
+        q,
+        k,
+        v,
+        feat_size,
+        *summary,
+        rel_pos_bias,
+        _,
+        window_size,
+        partition_grid,
+        scale,
+        proposal_scale,
+        norm_eps,
+        save,
+    ) = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, rel_pos_bias, *output, *summary)
     ctx.options = feat_size, window_size, partition_grid, scale, proposal_scale, norm_eps
@@ -1208,16 +1835,40 @@ def _autograd_backward(ctx, grad, *_):
     q, k, v, rel_pos_bias, out, lse, k_tilde, beta, omega, means, *summary = ctx.saved_tensors
     feat_size, window_size, partition_grid, scale, proposal_scale, norm_eps = ctx.options
     dq, dk, dv, dparams, dbias = torch.ops.evavit.eva_backward(
-        grad, q, k, v, out, lse, k_tilde, beta, omega, means, feat_size, summary if partition_grid else [],
-        rel_pos_bias, window_size, partition_grid, scale, proposal_scale, norm_eps)
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        k_tilde,
+        beta,
+        omega,
+        means,
+        feat_size,
+        summary if partition_grid else [],
+        rel_pos_bias,
+        window_size,
+        partition_grid,
+        scale,
+        proposal_scale,
+        norm_eps,
+    )
     dsummary = nones[:8]
     if partition_grid:
         d = q.shape[-1]
         parts = [part.split([d * d, d, d, d]) for part in dparams.unbind(0)]
         dsummary = [g.to(p.dtype).view(p.shape) for g, p in zip((*parts[0], *parts[1]), summary, strict=True)]
     packed = k is None
-    return (dq, None if packed else dk, None if packed else dv, None, *dsummary,
-            None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype), *nones[13:])
+    return (
+        dq,
+        None if packed else dk,
+        None if packed else dv,
+        None,
+        *dsummary,
+        None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype),
+        *nones[13:],
+    )
 
 
 register_op('eva', _eva, _eva_fake, _setup_context, _autograd_backward)
@@ -1225,19 +1876,19 @@ register_op('eva_backward', _eva_backward, _eva_backward_fake)
 
 
 def eva_attention_fused(
-        q: torch.Tensor,
-        k: Optional[torch.Tensor],
-        v: Optional[torch.Tensor],
-        feat_size: List[int],
-        summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
-        summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
-        rel_pos_bias: Optional[torch.Tensor] = None,
-        window_size: int = 7,
-        partition_grid: int = 7,
-        scale: Optional[float] = None,
-        proposal_scale: float = 1.0,
-        noise: Optional[torch.Tensor] = None,
-        norm_eps: float = 1e-5,
+    q: torch.Tensor,
+    k: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    feat_size: List[int],
+    summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+    summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+    rel_pos_bias: Optional[torch.Tensor] = None,
+    window_size: int = 7,
+    partition_grid: int = 7,
+    scale: Optional[float] = None,
+    proposal_scale: float = 1.0,
+    noise: Optional[torch.Tensor] = None,
+    norm_eps: float = 1e-5,
 ) -> torch.Tensor:
     """`evavit.ops.eva_attention` without dropout, by the kernels; arguments have been checked.
 
@@ -1252,5 +1903,17 @@ def eva_attention_fused(
     tensors = [x for x in (q, k, v, rel_pos_bias, *summary) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return torch.ops.evavit.eva(
-        q, k, v, feat_size, *summary, rel_pos_bias, noise, window_size, partition_grid,
-        q.shape[-1] ** -0.5 if scale is None else scale, proposal_scale, norm_eps, save)[0]
+        q,
+        k,
+        v,
+        feat_size,
+        *summary,
+        rel_pos_bias,
+        noise,
+        window_size,
+        partition_grid,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        proposal_scale,
+        norm_eps,
+        save,
+    )[0]
