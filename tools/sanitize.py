@@ -38,7 +38,7 @@ CASES = (
 
 def run_cases() -> None:
     """Every case once. Inputs are drawn on the CPU: little but our kernels runs on the device."""
-    from evavit.ops.eva.triton import operator as eva_triton
+    from evavit.ops.eva.triton import plan as eva_triton
 
     in_gluon = 0
     for height, width, window_size, partition_grid, d, dtype, programs in CASES:

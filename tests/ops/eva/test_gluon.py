@@ -12,7 +12,7 @@ from ops.eva.test_triton import check, make_case, run
 from evavit.ops import eva_attention_packed
 
 triton = pytest.importorskip('triton')
-eva_triton = pytest.importorskip('evavit.ops.eva.triton.operator')
+eva_triton = pytest.importorskip('evavit.ops.eva.triton.plan')
 eva_gluon = pytest.importorskip('evavit.ops.eva.gluon')
 launching = pytest.importorskip('evavit.ops.common.launch')
 
@@ -198,7 +198,7 @@ import sys, types, torch
 sys.path[:0] = [{tests!r}]
 import evavit.ops.eva
 from evavit.ops.eva import gluon as eva_gluon
-from evavit.ops.eva.triton import operator as eva_triton
+from evavit.ops.eva.triton import plan as eva_triton
 from evavit.ops.common.launch import Launcher
 from ops.gluon_emulator import Emulator
 from kernel_checks import relative_rms

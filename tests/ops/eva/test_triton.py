@@ -237,7 +237,7 @@ INTERPRETED = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
 import evavit.ops.eva
-from evavit.ops.eva.triton import operator as eva_triton
+from evavit.ops.eva.triton import plan as eva_triton
 from kernel_checks import relative_rms
 from ops.eva.test_triton import make_case, run
 reference_path = evavit.ops.eva._runs_fused

@@ -1,0 +1,514 @@
+"""The backward kernels.
+
+With p a weight of (16), dp = dy · value and δ = y · dy, the gradient of its logit is p (dp - δ).
+"""
+
+import triton
+import triton.language as tl
+
+from .pieces import (
+    LOG2E,
+    _bias_tile,
+    _cell_tokens,
+    _load_cells,
+    _load_rows,
+    _load_weight,
+    _normalise,
+    _store_rows,
+    _window_rows,
+)
+
+
+@triton.jit
+def _backward_shared(
+    q,
+    out,
+    grad,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    sgb,
+    sgh,
+    sgn,
+    sgd,
+    lse,
+    delta,
+    k_tilde,
+    beta,
+    dk_tilde,
+    dbeta,
+    heads,
+    N,
+    cells,
+    splits,
+    per_split,
+    cells_total,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BC: tl.constexpr,
+    CELLS: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """δ, and the part of dk̃ and dβ that comes through (16), of BC cells from per_split tokens of an (image, head)."""
+    head = tl.program_id(0) % heads
+    split = (tl.program_id(0) // heads) % splits
+    image = (tl.program_id(0) // (heads * splits)).to(tl.int64)
+    pair = image * heads + head
+    q += image * sqb + head * sqh
+    grad += image * sgb + head * sgh
+    out += image * N * heads * D + head * D
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    cell_valid = c < cells
+    if CELLS:
+        kt = _load_rows(k_tilde + pair * cells * D, c, cell_valid, D, 1, D, BD)
+        bt = _load_rows(beta + pair * cells * D, c, cell_valid, D, 1, D, BD)
+        acc_k = tl.zeros([BC, BD], tl.float32)
+        acc_b = tl.zeros([BC, BD], tl.float32)
+    for n0 in range(split * per_split, tl.minimum(split * per_split + per_split, N), BM):
+        n = n0 + tl.arange(0, BM)
+        valid = n < N
+        y = _load_rows(out, n, valid, heads * D, 1, D, BD).to(tl.float32)
+        dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
+        delta_n = tl.sum(y * dy.to(tl.float32), 1)
+        if tl.program_id(1) == 0:
+            tl.store(delta + pair * N + n, delta_n, mask=valid)
+        if CELLS:
+            q_n = _load_rows(q, n, valid, sqn, sqd, D, BD)
+            lse_n = tl.load(lse + pair * N + n, mask=valid, other=0.0)
+            # Transposed, (cells, tokens): the sums over tokens are then plain products.
+            s = tl.dot(kt, tl.trans(q_n), input_precision=PREC) * (scale * LOG2E)
+            p = tl.where(cell_valid[:, None] & valid[None, :], tl.exp2(s - lse_n[None, :]), 0.0)
+            dp = tl.dot(bt, tl.trans(dy), input_precision=PREC)
+            ds = p * (dp - delta_n[None, :])
+            acc_b = tl.dot(p.to(dy.dtype), dy, acc_b, input_precision=PREC)
+            acc_k = tl.dot(ds.to(q_n.dtype), q_n, acc_k, input_precision=PREC)
+    if CELLS:
+        row = split * cells_total + pair * cells + c
+        _store_rows(dk_tilde, row, cell_valid, D, 1, acc_k * scale, D, BD)
+        _store_rows(dbeta, row, cell_valid, D, 1, acc_b, D, BD)
+
+
+@triton.jit
+def _backward_weights(
+    k,
+    v,
+    skb,
+    skh,
+    skn,
+    skd,
+    svb,
+    svh,
+    svn,
+    svd,
+    omega,
+    dbeta_parts,
+    dbeta,
+    omega_half,
+    domega,
+    xi,
+    dlog_xi,
+    heads,
+    H,
+    W,
+    n_cx,
+    cells,
+    ch,
+    cw,
+    cells_total,
+    splits,
+    scale_half,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    ONCE: tl.constexpr,
+    OMEGA_HALF: tl.constexpr,
+):
+    """Through β = Σ ξ v: ξ and d log ξ of every token, dω of G cells of one (image, head).
+
+    OMEGA_HALF: ω / s^½ in the dtype of the products of `eva_gluon` is written too.
+    """
+    head = tl.program_id(0) % heads
+    image = (tl.program_id(0) // heads).to(tl.int64)
+    pair = image * heads + head
+    c = tl.program_id(1) * G + tl.arange(0, G)
+    cell_valid = c < cells
+    y0, x0 = (c // n_cx) * ch, (c % n_cx) * cw
+    k += image * skb + head * skh
+    v += image * svb + head * svh
+    xi += pair * H * W
+    dlog_xi += pair * H * W
+    row = pair * cells + c
+    om = _load_rows(omega, row, cell_valid, D, 1, D, BD)
+    db = tl.zeros([G, BD], tl.float32)
+    for i in range(splits):
+        db += _load_rows(dbeta_parts, i * cells_total + row, cell_valid, D, 1, D, BD)
+    _store_rows(dbeta, row, cell_valid, D, 1, db, D, BD)
+    if OMEGA_HALF:
+        _store_rows(omega_half, row, cell_valid, D, 1, om / scale_half, D, BD)
+
+    if ONCE:
+        n, valid = _cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
+        k_t = _load_cells(k, n, valid, skn, skd, D, BD)
+        log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
+        log_xi = tl.where(valid, log_xi, float('-inf'))
+        top = tl.where(cell_valid, tl.max(log_xi, 1), 0.0)
+        w = tl.exp2((log_xi - top[:, None]) * LOG2E)
+        w = w / tl.where(cell_valid, tl.sum(w, 1), 1.0)[:, None]
+        dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+        dl = w * (dw - tl.sum(w * dw, 1)[:, None])
+        tl.store(xi + n, w, mask=valid)
+        tl.store(dlog_xi + n, dl, mask=valid)
+        dom = tl.sum(dl[:, :, None] * k_t, 1)
+    else:
+        top = tl.full([G], float('-inf'), tl.float32)
+        total = tl.zeros([G], tl.float32)
+        mean_dw = tl.zeros([G], tl.float32)
+        for t0 in range(0, ch * cw, T):
+            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
+            dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+            log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
+            log_xi = tl.where(valid, log_xi, float('-inf'))
+            new_top = tl.maximum(top, tl.max(log_xi, 1))
+            safe = tl.where(new_top == float('-inf'), 0.0, new_top)
+            decay = tl.exp2((top - safe) * LOG2E)
+            w = tl.exp2((log_xi - safe[:, None]) * LOG2E)
+            total = total * decay + tl.sum(w, 1)
+            mean_dw = mean_dw * decay + tl.sum(w * dw, 1)
+            top = new_top
+        top = tl.where(cell_valid, top, 0.0)
+        total = tl.where(cell_valid, total, 1.0)
+        mean_dw = mean_dw / total
+        dom = tl.zeros([G, BD], tl.float32)
+        for t0 in range(0, ch * cw, T):
+            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
+            dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+            log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
+            log_xi = tl.where(valid, log_xi, float('-inf'))
+            w = tl.exp2((log_xi - top[:, None]) * LOG2E) / total[:, None]
+            dl = w * (dw - mean_dw[:, None])
+            tl.store(xi + n, w, mask=valid)
+            tl.store(dlog_xi + n, dl, mask=valid)
+            dom += tl.sum(dl[:, :, None] * k_t, 1)
+    _store_rows(domega, row, cell_valid, D, 1, dom * scale_half, D, BD)
+
+
+@triton.jit
+def _backward_summary(
+    means,
+    domega,
+    dk_tilde,
+    w_q,
+    b_q,
+    g_q,
+    w_k,
+    b_k,
+    g_k,
+    dmeans,
+    dparams,
+    cells_total,
+    splits,
+    H,
+    W,
+    n_cx,
+    cells,
+    ch,
+    cw,
+    omega_scale,
+    eps,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Through σ of (26), for q (program 0 of axis 1) or k (1): the gradient that each token of a cell gets through its
+    mean, and partial sums of the parameters' gradients, packed weight, bias, LayerNorm weight, LayerNorm bias."""
+    which = tl.program_id(1)
+    if which == 0:
+        weight, bias, norm_weight = w_q, b_q, g_q
+    else:
+        weight, bias, norm_weight = w_k, b_k, g_k
+    dim = tl.arange(0, BD)
+    inside = dim < D
+    dtype: tl.constexpr = dmeans.dtype.element_ty
+    g = tl.load(norm_weight + dim, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + dim, mask=inside, other=0.0).to(tl.float32)
+    w = _load_weight(weight, D, BD)
+    w_half = w.to(dtype)
+    sum_w = tl.zeros([BD, BD], tl.float32)
+    sum_b = tl.zeros([BD], tl.float32)
+    sum_g = tl.zeros([BD], tl.float32)
+    sum_o = tl.zeros([BD], tl.float32)
+    for r0 in range(tl.program_id(0) * R, cells_total, tl.num_programs(0) * R):
+        row = r0 + tl.arange(0, R)
+        valid = row < cells_total
+        mean = _load_rows(means, which * cells_total + row, valid, D, 1, D, BD)
+        z = tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :]
+        z_hat, inv = _normalise(z, eps, D, BD)
+        d = omega_scale * _load_rows(domega, row, valid, D, 1, D, BD)
+        if which == 1:
+            for i in range(splits):
+                d += _load_rows(dk_tilde, i * cells_total + row, valid, D, 1, D, BD)
+        sum_g += tl.sum(d * z_hat, 0)
+        sum_o += tl.sum(d, 0)
+        d = d * g[None, :]
+        dz = d - tl.sum(d, 1)[:, None] / D - z_hat * (tl.sum(d * z_hat, 1) / D)[:, None]
+        dz = tl.where(inside[None, :], dz * inv[:, None], 0.0)
+        sum_b += tl.sum(dz, 0)
+        dz = dz.to(dtype)
+        sum_w = tl.dot(tl.trans(dz), mean.to(dtype), sum_w, input_precision=PREC)
+        c = row % cells
+        count = tl.minimum(ch, H - (c // n_cx) * ch) * tl.minimum(cw, W - (c % n_cx) * cw)
+        dmean = tl.dot(dz, w_half, input_precision=PREC) / count.to(tl.float32)[:, None]
+        _store_rows(dmeans, which * cells_total + row, valid, D, 1, dmean, D, BD)
+    dparams += (tl.program_id(0) * 2 + which) * (D * D + 3 * D)
+    tl.store(dparams + dim[:, None] * D + dim[None, :], sum_w, mask=inside[:, None] & inside[None, :])
+    tl.store(dparams + D * D + dim, sum_b, mask=inside)
+    tl.store(dparams + D * D + D + dim, sum_g, mask=inside)
+    tl.store(dparams + D * D + 2 * D + dim, sum_o, mask=inside)
+
+
+@triton.jit
+def _logit_grad(q_i, k_j, v_j, dy, lse, delta, bias, valid, valid_j, qk_scale, BIAS: tl.constexpr, PREC: tl.constexpr):
+    """The weights p and the gradients p (dp - δ) of the logits of queries i and keys j."""
+    s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC) * qk_scale
+    if BIAS:
+        s += tl.load(bias)
+    p = tl.where(valid[:, None] & valid_j[None, :], tl.exp2(s - lse[:, None]), 0.0)
+    dp = tl.dot(dy, tl.trans(v_j), input_precision=PREC)
+    return p, p * (dp - delta[:, None])
+
+
+@triton.jit
+def _key_grad_through_cells(k_j, omega, dmean, dlog_xi, c, valid, scale, scale_half, D: tl.constexpr, BD: tl.constexpr):
+    """What reaches keys k through their cells c: by log ξ = s^½ k·ω - ½ s ‖k‖² and by the mean."""
+    om = _load_rows(omega, c, valid, D, 1, D, BD).to(tl.float32)
+    dm = _load_rows(dmean, c, valid, D, 1, D, BD).to(tl.float32)
+    return dm + dlog_xi[:, None] * (scale_half * om - scale * k_j.to(tl.float32))
+
+
+@triton.jit
+def _backward_tokens(
+    q,
+    k,
+    v,
+    grad,
+    sqb,
+    sqh,
+    sqn,
+    sqd,
+    skb,
+    skh,
+    skn,
+    skd,
+    svb,
+    svh,
+    svn,
+    svd,
+    sgb,
+    sgh,
+    sgn,
+    sgd,
+    lse,
+    delta,
+    k_tilde,
+    beta,
+    bias,
+    omega,
+    dbeta,
+    dmeans,
+    xi,
+    dlog_xi,
+    dq,
+    dk,
+    dv,
+    sdb,
+    sdh,
+    sdn,
+    dbias,
+    heads,
+    H,
+    W,
+    n_wx,
+    n_win,
+    n_cx,
+    cells,
+    chunks,
+    cells_total,
+    scale,
+    scale_half,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    CH: tl.constexpr,
+    CW: tl.constexpr,
+    BM: tl.constexpr,
+    NT: tl.constexpr,
+    BC: tl.constexpr,
+    NC: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,
+    LOCAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """dq, dk, dv of the tokens of PER_PROGRAM windows of one (image, head), and their part of the bias's gradient."""
+    head = tl.program_id(0) % heads
+    chunk = (tl.program_id(0) // heads) % chunks
+    image = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
+    pair = image * heads + head
+    q += image * sqb + head * sqh
+    k += image * skb + head * skh
+    v += image * svb + head * svh
+    grad += image * sgb + head * sgh
+    dq += image * sdb + head * sdh
+    dk += image * sdb + head * sdh
+    dv += image * sdb + head * sdh
+    lse += pair * H * W
+    delta += pair * H * W
+    xi += pair * H * W
+    dlog_xi += pair * H * W
+    k_tilde += pair * cells * D
+    beta += pair * cells * D
+    omega += pair * cells * D
+    dbeta += pair * cells * D
+    dmean_q = dmeans + pair * cells * D
+    dmean_k = dmean_q + cells_total * D
+    bias += head * (NT * BM * NT * BM)
+    dbias += ((image * chunks + chunk) * heads + head) * (NT * BM * NT * BM)
+    qk_scale = scale * LOG2E
+    c0 = tl.arange(0, BC)
+    if NC == 1:
+        kt_0 = _load_rows(k_tilde, c0, c0 < cells, D, 1, D, BD)
+        beta_0 = _load_rows(beta, c0, c0 < cells, D, 1, D, BD)
+    if LOCAL and BIAS and NT == 1:
+        sum_bias = tl.zeros([BM, BM], tl.float32)
+
+    for win in range(chunk * PER_PROGRAM, tl.minimum(chunk * PER_PROGRAM + PER_PROGRAM, n_win)):
+        for i in range(NT):
+            n, c, valid = _window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+            q_i = _load_rows(q, n, valid, sqn, sqd, D, BD)
+            dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
+            if NT == 1:
+                k_i = _load_rows(k, n, valid, skn, skd, D, BD)
+                v_i = _load_rows(v, n, valid, svn, svd, D, BD)
+            lse_i = tl.load(lse + n, mask=valid, other=0.0)
+            delta_i = tl.load(delta + n, mask=valid, other=0.0)
+            if NT == 1 and NC > 0:
+                w = tl.load(xi + n, mask=valid, other=0.0)
+                dl = tl.load(dlog_xi + n, mask=valid, other=0.0)
+            acc = tl.zeros([BM, BD], tl.float32)
+            for t in range(NC):
+                c_t = t * BC + c0
+                if NC == 1:
+                    kt, bt = kt_0, beta_0
+                else:
+                    kt = _load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
+                    bt = _load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
+                p, ds = _logit_grad(q_i, kt, bt, dy, lse_i, delta_i, bias, valid, c_t < cells, qk_scale, False, PREC)
+                acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
+            if LOCAL and NT > 1:
+                for j in range(NT):
+                    n_j, c_j, valid_j = _window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+                    k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
+                    v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
+                    p, ds = _logit_grad(
+                        q_i,
+                        k_j,
+                        v_j,
+                        dy,
+                        lse_i,
+                        delta_i,
+                        _bias_tile(bias, i, j, BM, NT),
+                        valid,
+                        valid_j,
+                        qk_scale,
+                        BIAS,
+                        PREC,
+                    )
+                    acc = tl.dot(ds.to(k_j.dtype), k_j, acc, input_precision=PREC)
+                    if BIAS:  # too large for registers: summed in this program's own part of memory
+                        ptr = _bias_tile(dbias, i, j, BM, NT)
+                        tl.store(ptr, tl.load(ptr) + ds)
+            if LOCAL and NT == 1:
+                p, ds = _logit_grad(
+                    q_i,
+                    k_i,
+                    v_i,
+                    dy,
+                    lse_i,
+                    delta_i,
+                    _bias_tile(bias, 0, 0, BM, NT),
+                    valid,
+                    valid,
+                    qk_scale,
+                    BIAS,
+                    PREC,
+                )
+                if BIAS:
+                    sum_bias += ds
+                ds = ds.to(q_i.dtype)
+                p = p.to(dy.dtype)
+                acc = tl.dot(ds, k_i, acc, input_precision=PREC)
+            acc = acc * scale
+            if NC > 0:
+                acc += _load_rows(dmean_q, c, valid, D, 1, D, BD).to(tl.float32)
+            _store_rows(dq, n, valid, sdn, 1, acc, D, BD)
+            if NT == 1:  # one sum finished and written before the next begins: registers are scarce
+                acc_v = tl.zeros([BM, BD], tl.float32)
+                acc_k = tl.zeros([BM, BD], tl.float32)
+                if LOCAL:
+                    acc_v = tl.dot(tl.trans(p), dy, input_precision=PREC)
+                if NC > 0:
+                    acc_v += w[:, None] * _load_rows(dbeta, c, valid, D, 1, D, BD).to(tl.float32)
+                _store_rows(dv, n, valid, sdn, 1, acc_v, D, BD)
+                if LOCAL:
+                    acc_k = tl.dot(tl.trans(ds), q_i, input_precision=PREC) * scale
+                if NC > 0:
+                    acc_k += _key_grad_through_cells(k_i, omega, dmean_k, dl, c, valid, scale, scale_half, D, BD)
+                _store_rows(dk, n, valid, sdn, 1, acc_k, D, BD)
+        if LOCAL and NT > 1:
+            for j in range(NT):
+                n_j, c_j, valid_j = _window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+                k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
+                v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
+                acc_k = tl.zeros([BM, BD], tl.float32)
+                acc_v = tl.zeros([BM, BD], tl.float32)
+                for i in range(NT):
+                    n, c, valid = _window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+                    q_i = _load_rows(q, n, valid, sqn, sqd, D, BD)
+                    dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
+                    lse_i = tl.load(lse + n, mask=valid, other=0.0)
+                    delta_i = tl.load(delta + n, mask=valid, other=0.0)
+                    p, ds = _logit_grad(
+                        q_i,
+                        k_j,
+                        v_j,
+                        dy,
+                        lse_i,
+                        delta_i,
+                        _bias_tile(bias, i, j, BM, NT),
+                        valid,
+                        valid_j,
+                        qk_scale,
+                        BIAS,
+                        PREC,
+                    )
+                    acc_k = tl.dot(tl.trans(ds.to(q_i.dtype)), q_i, acc_k, input_precision=PREC)
+                    acc_v = tl.dot(tl.trans(p.to(dy.dtype)), dy, acc_v, input_precision=PREC)
+                acc_k = acc_k * scale
+                if NC > 0:
+                    w = tl.load(xi + n_j, mask=valid_j, other=0.0)
+                    dl = tl.load(dlog_xi + n_j, mask=valid_j, other=0.0)
+                    acc_v += w[:, None] * _load_rows(dbeta, c_j, valid_j, D, 1, D, BD).to(tl.float32)
+                    acc_k += _key_grad_through_cells(k_j, omega, dmean_k, dl, c_j, valid_j, scale, scale_half, D, BD)
+                _store_rows(dk, n_j, valid_j, sdn, 1, acc_k, D, BD)
+                _store_rows(dv, n_j, valid_j, sdn, 1, acc_v, D, BD)
+
+    if LOCAL and BIAS and NT == 1:
+        tl.store(_bias_tile(dbias, 0, 0, BM, NT), sum_bias)

@@ -1,0 +1,267 @@
+"""The sizes and launches of a call of the kernels, and which of them run."""
+
+import functools
+import warnings
+from typing import Dict, List, Tuple
+
+import torch
+import triton
+
+from evavit.ops.common.launch import Launcher, ceil_div, sum_parts
+from evavit.ops.grid import block_counts, cell_shape, window_shape
+
+from .forward import _forward_windows
+from .pieces import _pad_bias, _pad_bias_fragments, _table_grad
+
+# Programs that keep a large GPU busy; a constant, so that sums are split alike on every device.
+PROGRAMS = 768
+# By measurement on an H100.
+LAUNCH = {
+    'forward_windows': dict(num_warps=4, num_stages=3),
+    'forward_tokens': dict(num_warps=4, num_stages=2),
+    'backward_shared': dict(num_warps=4, num_stages=3),
+    'backward_summary': dict(num_warps=4, num_stages=1),
+    'backward_tokens': dict(num_warps=4, num_stages=2),
+    'gluon': dict(num_warps=4),
+}
+# The releases of Triton whose Gluon the kernels of `eva_gluon` are written in and compile with.
+GLUON_VERSIONS = (3, 6), (3, 9)
+
+
+@functools.cache
+def _gluon(device: int):
+    """The module `eva_gluon` where the CUDA device has Hopper's products and Triton has its Gluon, or None."""
+    if device < 0 or not isinstance(_forward_windows, triton.runtime.JITFunction):  # the CPU, Triton's interpreter
+        return None
+    if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    version = tuple(int(part) for part in triton.__version__.split('.')[:2])
+    try:
+        if not GLUON_VERSIONS[0] <= version <= GLUON_VERSIONS[1]:
+            raise ImportError('not a release that they were tried with')
+        from evavit.ops.eva import gluon as eva_gluon
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f'EVA takes its slower kernels, without Gluon: Triton is {triton.__version__} ({error}), '
+            f'Triton 3.6 to 3.9 has the faster ones',
+            stacklevel=2,
+        )
+        return None
+    return eva_gluon
+
+
+class _Plan:
+    """Sizes of the grid, the tiles and the launches for one shape of arguments."""
+
+    def __init__(
+        self,
+        shape: Tuple[int, int, int, int],
+        full: bool,
+        feat_size: Tuple[int, int],
+        window_size: int,
+        partition_grid: int,
+    ) -> None:
+        self.B, self.heads, self.N, self.D = shape
+        self.H, self.W = feat_size
+        self.BD = max(16, triton.next_power_of_2(self.D))
+        # float32 products go through shared memory, which half-sized tiles do not overrun.
+        self.full = full
+        tile = 32 if full else 64
+        # 'ieee' is full float32; the kernels of halves multiply float32 in the summaries alone, where tf32 keeps more
+        # bits than the operands that autocast would give, as the gradients' error bound needs.
+        self.prec, self.summary_prec = 'ieee', 'ieee' if full else 'tf32'
+
+        self.local = window_size > 0
+        self.side = max(window_size, 1)
+        self.wh, self.ww = window_shape(feat_size, window_size) if self.local else (1, 1)
+        if self.local:
+            n_wy, self.n_wx = block_counts(feat_size, (self.wh, self.ww))
+            self.n_win = n_wy * self.n_wx
+            self.BM = min(tile, max(16, triton.next_power_of_2(self.wh * self.ww)))
+            self.NT = ceil_div(self.wh * self.ww, self.BM)
+        else:
+            self.BM, self.NT, self.n_wx = tile, 1, 1
+            self.n_win = ceil_div(self.N, tile)
+
+        self.cells, self.n_cx, self.ch, self.cw, self.BC, self.NC = 0, 1, 1, 1, 16, 0
+        if partition_grid > 0:
+            self.ch, self.cw = cell_shape(feat_size, partition_grid)
+            n_cy, self.n_cx = block_counts(feat_size, (self.ch, self.cw))
+            self.cells = n_cy * self.n_cx
+            self.BC = min(tile, max(16, triton.next_power_of_2(self.cells)))
+            self.NC = ceil_div(self.cells, self.BC)
+        self.rows = self.B * self.heads * self.cells
+
+        # The default windows and cells in half precision: the forward's fast case.
+        self.one_tile = self.local and self.NT == 1 and self.NC <= 1
+        self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
+        # What `eva_gluon` takes, but for the device and the strides.
+        self.gluon_sizes = self.one_tile and not full and self.D in (32, 64) and self.BM == 64 and self.cells > 0
+        self.gluon_strides: Dict[tuple, bool] = {}
+        self.launch = Launcher()
+
+    def gluon(self, strides: Tuple[int, ...], *tensors: torch.Tensor):
+        """The module `eva_gluon` where its kernels take these tensors, or None; strides are of those `(B, h, N, d)`.
+
+        They take half precision, heads of 32 or 64 channels, windows of 33 to 64 places (6 to 8 a side), 1 to 64 cells.
+        They copy 16 bytes at a time: channels are next to each other, other strides are multiples of 16, as Triton
+        tells the compiler, and tensors start at multiples of 16 bytes. Offsets inside an image are 32 bits.
+        """
+        if not self.gluon_sizes:
+            return None
+        module = _gluon(tensors[0].get_device())
+        if module is None:
+            return None
+        if strides not in self.gluon_strides:
+            self.gluon_strides[strides] = (
+                all(x == 1 for x in strides[3::4])
+                and all(self.N * x < 2**31 for x in strides[2::4])
+                and not any(x % 16 for i, x in enumerate(strides) if i % 4 != 3)
+            )
+        addresses = 0
+        for x in tensors:
+            addresses |= x.data_ptr()
+        return module if self.gluon_strides[strides] and addresses % 16 == 0 else None
+
+    @functools.cached_property
+    def window_cells(self) -> dict:
+        """The most rows and columns of cells that a window meets, and the tile that holds them."""
+
+        def spanned(tokens: int, cell: int, cells: int) -> int:
+            return min(ceil_div(tokens - 1, cell) + 1, cells)
+
+        rows, cols = spanned(self.wh, self.ch, self.cells // self.n_cx), spanned(self.ww, self.cw, self.n_cx)
+        return dict(NCY=rows, NCX=cols, KE=max(16, triton.next_power_of_2(rows * cols)))
+
+    @functools.cached_property
+    def cell_tiles(self) -> Tuple[dict, dict]:
+        """Tiles of the two cell kernels: G cells, T tokens of each; ONCE if that is all of their tokens.
+
+        The forward takes many cells and few tokens, so that weights are loaded and projections done for many cells at
+        once, as long as programs are enough. The backward takes whole cells, and few. All by measurement on an H100.
+
+        No tile has fewer elements than threads, unless it has one warp: several would hold the same elements, and write
+        them to the same places of shared memory at the same time.
+        """
+        area, pairs = self.ch * self.cw, self.B * self.heads
+        tokens, cells = triton.next_power_of_2(area), triton.next_power_of_2(max(self.cells, 1))
+        shrink = max(64, self.BD) // 64 * (2 if self.full else 1)
+        narrow = self.BD <= 32 and not self.full
+
+        def tile(warps: int, G: int, T: int) -> dict:
+            warps = min(warps, max(1, G * T * self.BD // 32))
+            return dict(G=G, T=T, ONCE=area <= T, num_warps=warps, num_stages=1)
+
+        T = min(tokens, 4 if narrow else 8)
+        few = tokens <= 4 and shrink == 1 and not narrow
+        if narrow:
+            warps, G = (8, 64) if pairs >= PROGRAMS // 2 else (1, 8)
+        elif few:
+            warps, G = 4, 16
+        else:
+            warps = 16 if pairs >= PROGRAMS // 2 else 8 if pairs >= PROGRAMS // 16 else 4
+            G = (512 if warps == 16 else 256) // shrink // T
+        G = min(G, cells)
+        while warps == 4 and G > 1 and pairs * ceil_div(self.cells, G) < PROGRAMS // 4:
+            G, T = G // 2, min(T * 2, tokens)
+        forward = tile(warps, G, T)
+        if warps == 16 or (warps == 8 and shrink == 1) or few:  # what registers allow, or for one program more
+            forward['maxnreg'] = 128
+
+        T = min(tokens, 256 // shrink)
+        G = min(max(1, 32 // T), cells)
+        warps = 1 if narrow else 2 if T * G <= 32 else 4
+        return forward, tile(warps, G, T)
+
+    def per_program(self, windows: int) -> int:
+        """Windows that one program walks: at most `windows`, fewer where the card would stay empty."""
+        enough = max(1, self.B * self.heads * self.n_win // PROGRAMS)
+        return min(windows, triton.next_power_of_2(enough), self.n_win)
+
+    def pad_bias(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
+        """The bias `(h, NT · BM, NT · BM)` of this grid's windows, aligned to tiles; from a table as well."""
+        side = self.NT * self.BM
+        padded = torch.empty(self.heads, side, side, dtype=torch.float32, device=bias.device)
+        self.launch(
+            _pad_bias,
+            (side // 16, side // 16, self.heads),
+            bias.contiguous(),
+            padded,
+            unit,
+            side,
+            SIDE=self.side,
+            WH=self.wh,
+            WW=self.ww,
+            TABLE=bias.dim() == 2,
+            TILE=16,
+        )
+        return padded
+
+    def pad_bias_fragments(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
+        """`pad_bias` in the order in which `eva_gluon` loads it."""
+        padded = torch.empty(self.heads, 64, 64, dtype=torch.float32, device=bias.device)
+        self.launch(
+            _pad_bias_fragments,
+            (16, 1, self.heads),
+            bias.contiguous(),
+            padded,
+            unit,
+            SIDE=self.side,
+            WH=self.wh,
+            WW=self.ww,
+            TABLE=bias.dim() == 2,
+        )
+        return padded
+
+    def sum(self, parts: torch.Tensor) -> torch.Tensor:
+        """Sum over the first axis of a float32 tensor."""
+        return sum_parts(self.launch, parts)
+
+    def bias_grad(self, dbias: torch.Tensor, table: bool) -> torch.Tensor:
+        """The adjoint of `pad_bias`, but for the unit: the gradient of the bias, or of its table."""
+        h, side, (wh, ww) = self.heads, self.side, (self.wh, self.ww)
+        if table:
+            entries = (2 * side - 1) ** 2
+            dtable = torch.empty(entries, h, dtype=dbias.dtype, device=dbias.device)
+            self.launch(
+                _table_grad,
+                (ceil_div(entries, 16), h, 1),
+                dbias,
+                dtable,
+                dbias.shape[-1],
+                h,
+                SIDE=side,
+                WH=wh,
+                WW=ww,
+                E=16,
+                I=64,
+            )
+            return dtable
+        dbias = dbias[:, : wh * ww, : wh * ww]
+        if wh < side or ww < side:
+            whole = dbias.new_zeros(h, side, side, side, side)
+            whole[:, :wh, :ww, :wh, :ww] = dbias.reshape(h, wh, ww, wh, ww)
+            dbias = whole.view(h, side * side, side * side)
+        return dbias.contiguous()
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_plan(shape, full, feat_size, window_size, partition_grid) -> _Plan:
+    return _Plan(shape, full, feat_size, window_size, partition_grid)
+
+
+def _plan(q: torch.Tensor, feat_size: List[int], window_size: int, partition_grid: int) -> _Plan:
+    return _cached_plan(tuple(q.shape), q.dtype == torch.float32, tuple(feat_size), window_size, partition_grid)
+
+
+def takes_gluon(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], window_size: int, partition_grid: int
+) -> bool:
+    """Whether `eva_attention_fused` runs the kernels of `eva_gluon` on these tensors, with a gradient like them."""
+    strides = (*q.stride(), *k.stride(), *v.stride())
+    return _plan(q, feat_size, window_size, partition_grid).gluon(strides, q, k, v) is not None
+
+
+# By measurement on an H100.
+WINDOWS_FORWARD = 4
+WINDOWS_BACKWARD = 8
