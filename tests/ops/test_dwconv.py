@@ -78,8 +78,8 @@ def test_backend():
 class TestInTheInterpreter:
     pytestmark = interpreter
 
-    # In the last two a program has several tiles, which rows and channels do not fill. With float16 tokens the parameters
-    # are float32, as under autocast.
+    # In the last two a program has several tiles, which rows and channels do not fill. The parameters are float32, as
+    # under autocast.
     @pytest.mark.parametrize(
         ('feat_size', 'C', 'dtype', 'bound'),
         [
