@@ -16,7 +16,7 @@ eva_triton = pytest.importorskip('evavit.ops.eva.triton.plan')
 eva_gluon = pytest.importorskip('evavit.ops.eva.gluon')
 launching = pytest.importorskip('evavit.ops.common.launch')
 
-KERNELS = ['_forward_windows_gluon', '_backward_shared_gluon', '_backward_tokens_gluon']
+KERNELS = ['forward_windows_gluon', 'backward_shared_gluon', 'backward_tokens_gluon']
 # feat_size, window_size, partition_grid: 49, 64, 4 and 1 cells; windows of 6, 7 and 8, one cut to 5 × 7; edges.
 SHAPES = [
     ((14, 14), 7, 7),

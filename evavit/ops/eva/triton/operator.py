@@ -9,12 +9,12 @@ from evavit.ops.grid import block_counts, cell_shape
 
 from . import plan as _sizes
 from .backward import (
-    _backward_shared,
-    _backward_summary,
-    _backward_tokens,
-    _backward_weights,
+    backward_shared,
+    backward_summary,
+    backward_tokens,
+    backward_weights,
 )
-from .forward import _forward_cells, _forward_tokens, _forward_windows
+from .forward import forward_cells, forward_tokens, forward_windows
 from .pieces import LN2
 from .plan import (
     LAUNCH,
@@ -91,7 +91,7 @@ def _eva(
         if plan.cells:
             tile = plan.cell_tiles[0]
             plan.launch(
-                _forward_cells,
+                forward_cells,
                 (plan.B * plan.heads, ceil_div(plan.cells, tile['G']), 1),
                 q,
                 k,
@@ -156,7 +156,7 @@ def _eva(
         grid = plan.B * chunks * plan.heads, 1, 1
         if gluon is not None:
             plan.launch(
-                gluon._forward_windows_gluon,
+                gluon.forward_windows_gluon,
                 grid,
                 q,
                 k,
@@ -171,7 +171,7 @@ def _eva(
             )
         elif plan.one_tile:
             plan.launch(
-                _forward_windows,
+                forward_windows,
                 grid,
                 q,
                 k,
@@ -187,7 +187,7 @@ def _eva(
             )
         else:
             plan.launch(
-                _forward_tokens,
+                forward_tokens,
                 grid,
                 q,
                 k,
@@ -308,7 +308,7 @@ def _eva_backward(
         )
         if gluon is not None:
             plan.launch(
-                gluon._backward_shared_gluon,
+                gluon.backward_shared_gluon,
                 (pairs * splits, 1, 1),
                 q,
                 out,
@@ -322,7 +322,7 @@ def _eva_backward(
             )
         else:
             plan.launch(
-                _backward_shared,
+                backward_shared,
                 (pairs * splits, max(plan.NC, 1), 1),
                 q,
                 out,
@@ -345,7 +345,7 @@ def _eva_backward(
             omega_half = empty(plan.rows, D, dtype=q.dtype) if gluon is not None else dbeta
             tile = plan.cell_tiles[1]
             plan.launch(
-                _backward_weights,
+                backward_weights,
                 (pairs, ceil_div(cells, tile['G']), 1),
                 k,
                 v,
@@ -378,7 +378,7 @@ def _eva_backward(
             dmeans = empty(2, plan.rows, D, dtype=q.dtype)
             w_q, b_q, g_q, _, w_k, b_k, g_k, _ = summary
             plan.launch(
-                _backward_summary,
+                backward_summary,
                 (programs, 2, 1),
                 means,
                 domega,
@@ -433,7 +433,7 @@ def _eva_backward(
         )
         if gluon is not None:
             plan.launch(
-                gluon._backward_tokens_gluon,
+                gluon.backward_tokens_gluon,
                 grid,
                 q,
                 k,
@@ -466,7 +466,7 @@ def _eva_backward(
             )
         else:
             plan.launch(
-                _backward_tokens,
+                backward_tokens,
                 grid,
                 q,
                 k,

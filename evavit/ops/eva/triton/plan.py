@@ -10,8 +10,8 @@ import triton
 from evavit.ops.common.launch import Launcher, ceil_div, sum_parts
 from evavit.ops.grid import block_counts, cell_shape, window_shape
 
-from .forward import _forward_windows
-from .pieces import _pad_bias, _pad_bias_fragments, _table_grad
+from .forward import forward_windows
+from .pieces import pad_bias, pad_bias_fragments, table_grad
 
 # Programs that keep a large GPU busy; a constant, so that sums are split alike on every device.
 PROGRAMS = 768
@@ -31,7 +31,7 @@ GLUON_VERSIONS = (3, 6), (3, 9)
 @functools.cache
 def _gluon(device: int):
     """The module `eva_gluon` where the CUDA device has Hopper's products and Triton has its Gluon, or None."""
-    if device < 0 or not isinstance(_forward_windows, triton.runtime.JITFunction):  # the CPU, Triton's interpreter
+    if device < 0 or not isinstance(forward_windows, triton.runtime.JITFunction):  # the CPU, Triton's interpreter
         return None
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         return None
@@ -183,7 +183,7 @@ class _Plan:
         side = self.NT * self.BM
         padded = torch.empty(self.heads, side, side, dtype=torch.float32, device=bias.device)
         self.launch(
-            _pad_bias,
+            pad_bias,
             (side // 16, side // 16, self.heads),
             bias.contiguous(),
             padded,
@@ -201,7 +201,7 @@ class _Plan:
         """`pad_bias` in the order in which `eva_gluon` loads it."""
         padded = torch.empty(self.heads, 64, 64, dtype=torch.float32, device=bias.device)
         self.launch(
-            _pad_bias_fragments,
+            pad_bias_fragments,
             (16, 1, self.heads),
             bias.contiguous(),
             padded,
@@ -224,7 +224,7 @@ class _Plan:
             entries = (2 * side - 1) ** 2
             dtable = torch.empty(entries, h, dtype=dbias.dtype, device=dbias.device)
             self.launch(
-                _table_grad,
+                table_grad,
                 (ceil_div(entries, 16), h, 1),
                 dbias,
                 dtable,
