@@ -22,15 +22,17 @@ import functools
 import importlib
 import os
 import warnings
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Set, Tuple
 
 import torch
+
+from evavit.ops.common.torch_private import is_exporting, is_forward_mode, is_transforming
 
 __all__ = ['Backend', 'Registry', 'has_kernels', 'needs_plain', 'use_backend']
 
 _registries: Dict[str, 'Registry'] = {}
 _preferred: Optional[str] = os.environ.get('EVAVIT_BACKEND') or None
-_said = set()  # what has been warned of
+_said: Set[Tuple[str, str]] = set()  # operators and reasons that have been warned of
 
 
 class Backend(NamedTuple):
@@ -38,9 +40,8 @@ class Backend(NamedTuple):
 
     Attributes:
         name: As in `EVAVIT_BACKEND`.
-        why_not: `why_not(case)` is None, or one line on why it cannot compute the case, for a user to read. A case is
-            hashable and holds no tensors: choices are kept by it. It is asked before anything is imported that the
-            backend needs.
+        why_not: `why_not(case)` is None, or one line on why it cannot compute the case, for a user to read. It is asked
+            once for each case, before anything is imported that the backend needs.
         run: Computes the operator; what it takes is up to the operator.
     """
 
@@ -54,10 +55,11 @@ class Registry:
 
     Args:
         op: The operator's name, for messages.
+        case_type: The NamedTuple that backends are asked about: device, dtype and numbers, no tensors.
     """
 
-    def __init__(self, op: str) -> None:
-        self.op = op
+    def __init__(self, op: str, case_type: Callable[..., Any]) -> None:
+        self.op, self.case_type = op, case_type
         self.backends: Dict[str, Backend] = {}
         self.forced_name: Optional[str] = None
         _registries[op] = self
@@ -80,15 +82,16 @@ class Registry:
         del self.backends[name]
         _decide.cache_clear()
 
-    def choose(self, case: Any) -> Backend:
-        """The backend of a call; works inside torch.compile, whose graph keeps it."""
-        return self.backends[_constant_choice(self.op, case, needs_plain())]
+    def choose(self, fields: Tuple[Any, ...]) -> Backend:
+        """The backend of a call. Takes the fields of a case as a plain tuple, which torch.compile knows for a constant;
+        its graph keeps the choice."""
+        return self.backends[_constant_choice(self.op, fields, needs_plain())]
 
-    def name(self, case: Any) -> str:
+    def name(self, case: Tuple[Any, ...]) -> str:
         """The name of the backend that computes a case outside of graphs that need plain PyTorch."""
         return _decide(self.op, case, None)
 
-    def describe(self, case: Any) -> str:
+    def describe(self, case: Tuple[Any, ...]) -> str:
         """That name and, where it is not the first backend, why the one before it does not run."""
         name = self.name(case)
         if name in (self.forced_name, _preferred):
@@ -126,9 +129,10 @@ def use_backend(name: Optional[str]) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _decide(op: str, case: Any, graph: Optional[str]) -> str:
+def _decide(op: str, fields: Tuple[Any, ...], graph: Optional[str]) -> str:
     """The name of the backend; `graph` is the reason of `needs_plain`, or None."""
     registry = _registries[op]
+    case = registry.case_type(*fields)
     last = next(reversed(registry.backends))
     if registry.forced_name is not None:
         return registry.forced_name if graph is None else last
@@ -149,8 +153,8 @@ def _decide(op: str, case: Any, graph: Optional[str]) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _constant_choice(op: str, case: Any, graph: Optional[str]) -> str:
-    return _decide(op, case, graph)
+def _constant_choice(op: str, fields: Tuple[Any, ...], graph: Optional[str]) -> str:
+    return _decide(op, fields, graph)
 
 
 @functools.cache
@@ -167,15 +171,14 @@ def needs_plain() -> Optional[str]:
     """Why only PyTorch's own operators will do just now, or None.
 
     Traced and exported graphs run where this package is not installed. `torch.func` and forward-mode differentiation
-    would take the kernels' derivative for zero. The flag is read and `torch.compiler.is_exporting` not called: torch
-    2.11 says True to it under every torch.compile.
+    would take the kernels' derivative for zero.
     """
     if torch.jit.is_tracing():
         return 'the graph is being traced'
-    if getattr(torch.compiler, '_is_exporting_flag', False):
+    if is_exporting():
         return 'the graph is being exported'
-    if torch._C._are_functorch_transforms_active():
+    if is_transforming():
         return 'a transform of torch.func is active'
-    if torch.autograd.forward_ad._current_level >= 0:
+    if is_forward_mode():
         return 'forward-mode differentiation is active'
     return None
