@@ -14,7 +14,6 @@ import contextlib
 import copy
 import csv
 import functools
-import re
 import statistics
 import time
 import traceback
@@ -456,7 +455,7 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
         for _ in range(2)
         for x in (torch.randn(d, d) * d**-0.5, torch.zeros(d), torch.ones(d), torch.zeros(d))
     ]
-    bias = RelPosBias((7, 7), heads).get_bias().squeeze(0).detach().to(device)
+    bias = RelPosBias((7, 7), heads).relative_position_bias_table.detach().to(device)
 
     def calls(backend: str, dtype: torch.dtype):
         # The kernels take q, k, v as one tensor, as the layer has them; apart, no gradient has to be gathered.
@@ -500,7 +499,7 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
         row = _row('op', backend, batch, side, heads, heads * d)
 
         def check():
-            if backend == 'triton' and eva_backend(device, dtype, d) != 'triton':
+            if backend == 'triton' and eva_backend(device, dtype, d) == 'plain':
                 raise NotAvailable
             if row['attention'] not in references:
                 references[row['attention']] = tokens(
@@ -649,7 +648,7 @@ def _set_fused(model: nn.Module, fused: bool) -> None:
 
 def _eva_backend(module: nn.Module) -> str:
     """The code that all EVA layers of a module take where they are, as they say themselves."""
-    taken = {re.search(r'backend=(\w+)', layer.extra_repr()).group(1) for layer in _eva_layers(module)}
+    taken = {'plain' if layer.backend == 'plain' else 'triton' for layer in _eva_layers(module)}
     return taken.pop() if len(taken) == 1 else 'plain'
 
 

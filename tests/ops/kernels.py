@@ -7,10 +7,10 @@ their own, the second line of `make test`:
     TRITON_INTERPRET=1 pytest -m interpreter tests/ops
 
 The interpreter multiplies bfloat16 as if its bits were integers, and rounds towards zero where it stores halves. So
-interpreted tests use float32, or float16 with a wider bound.
+interpreted tests use float32, or float16 with a wider bound. `with EVA.forced('triton'):` and the like make CPU tensors
+take the kernels.
 """
 
-import contextlib
 import os
 
 import pytest
@@ -27,16 +27,6 @@ interpreter = [
 on_either = pytest.mark.parametrize(
     'device', [pytest.param('cpu', marks=interpreter, id='interpreter'), pytest.param('cuda', marks=gpu, id='gpu')]
 )
-
-_CHOICES = {'eva': 'eva_backend', 'mlp': 'mlp_gelu_backend', 'dwconv': 'depthwise_gelu_backend'}
-
-
-@contextlib.contextmanager
-def forced(op):
-    """In this context `evavit.ops.<op>` takes its kernels on any device, except in graphs that need plain PyTorch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f'evavit.ops.{op}.{_CHOICES[op]}', lambda *args, **kwargs: 'triton')
-        yield
 
 
 def relative_rms(value, reference):

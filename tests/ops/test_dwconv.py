@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from ops.kernels import DTYPES, forced, gpu, graphs_of, interpreter, relative_rms
+from ops.kernels import DTYPES, gpu, graphs_of, interpreter, relative_rms
 from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import evavit  # noqa: F401
 from evavit.models.eva_pvt_v2 import FusedMlpWithDepthwiseConv
 from evavit.ops import depthwise_gelu, depthwise_gelu_backend
+from evavit.ops.dwconv import DWCONV
 
 NAMES = ['out', 'x', 'weight', 'bias']
 
@@ -215,7 +216,7 @@ class TestMlp:
         pytest.importorskip('triton')
         _, mlp = make_mlp()
         x = torch.randn(1, 15, 12)
-        with forced('dwconv'):
+        with DWCONV.forced('triton'):
             assert 'evavit.depthwise_gelu' in graphs_of(mlp, x, [5, 3])[0]
             assert 'evavit' not in str(torch.export.export(mlp, (x, [5, 3])).graph)
             mlp.requires_grad_(False)

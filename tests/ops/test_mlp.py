@@ -4,13 +4,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from ops.kernels import forced, gpu, graphs_of, on_either, relative_rms
+from ops.kernels import gpu, graphs_of, on_either, relative_rms
 from timm.layers import Mlp, SwiGLU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from evavit.layers import FusedMlp
 from evavit.ops import mlp_gelu, mlp_gelu_backend
+from evavit.ops.mlp import MLP
 
 NAMES = ['out', 'x', 'weight1', 'bias1', 'weight2', 'bias2']
 HALVES = [torch.bfloat16, torch.float16]
@@ -254,7 +255,7 @@ def test_small_cases(shape, device, poison):
     """In float16, which the interpreter multiplies right."""
     case = make_case(*shape, torch.float16, device=device)
     reference = run(case, fused=False, dtype=torch.float64)
-    with forced('mlp'):
+    with MLP.forced('triton'):
         fused = run(case, fused=True)
     for name, value in fused.items():
         assert relative_rms(value, reference[name]) < 1e-3, name
@@ -268,6 +269,6 @@ def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not():
         def forward(self, x):
             return mlp_gelu(x, *weights, fused=True)
 
-    with forced('mlp'):
+    with MLP.forced('triton'):
         assert 'evavit.mlp' in graphs_of(Wrapped(), x)[0]
         assert 'evavit' not in str(torch.export.export(Wrapped(), (x,)).graph)

@@ -5,9 +5,10 @@ test_attention.py holds plain PyTorch against a loop over the definition.
 
 import pytest
 import torch
-from ops.kernels import forced, relative_rms
+from ops.kernels import relative_rms
 
 from evavit.ops import eva_attention, eva_attention_packed, eva_num_cells
+from evavit.ops.eva import EVA
 
 NAMES = [
     'out',
@@ -43,8 +44,7 @@ def small(name, *shape, **options):
 # `layout` of `run`, and `programs`, how many keep a device busy: where few do, each walks several windows.
 SMALL_CASES = [
     small('odd and not square', (9, 7), 4, 3),
-    small('table of biases', (9, 7), 4, 3, bias='table'),
-    small('several windows a program', (9, 7), 4, 3, bias='table', programs=1),
+    small('several windows a program', (9, 7), 4, 3, programs=1),
     small('no bias', (5, 6), 3, 2, bias=False),
     small('no noise', (5, 6), 3, 2, noise=False),
     small('no bias, no noise', (5, 6), 3, 2, bias=False, noise=False),
@@ -57,7 +57,7 @@ SMALL_CASES = [
     small('one token', (1, 1), 7, 7),
     small('windows of one token', (3, 2), 1, 1),
     small('cells of one token', (3, 4), 3, 7),
-    small('windows of two tiles', (10, 4), 9, 1, bias='table'),
+    small('windows of two tiles', (10, 4), 9, 1),
     small('windows of two tiles, several a program', (10, 8), 9, 1, programs=1),
     small('two tiles of cells', (9, 7), 3, 7),
     small('no window', (5, 6), 0, 3),
@@ -67,14 +67,14 @@ SMALL_CASES = [
     small('no bias, halves', (5, 6), 3, 2, bias=False, dtype=torch.float16),
     small('no cells', (6, 5), 5, 0),
     small('no cells, no bias', (6, 5), 5, 0, bias=False),
-    small('no cells, windows of two tiles', (9, 5), 9, 0, bias='table'),
+    small('no cells, windows of two tiles', (9, 5), 9, 0),
 ]
 
 
 def make_case(
     feat_size, window_size, partition_grid, dtype, *, B=2, h=3, d=32, bias=True, noise=True, factor=1.0, device='cuda'
 ):
-    """qkv `(B, N, 3, h, d)`, the eight parameters, the bias (or 'table'), the noise and a gradient of the output."""
+    """qkv `(B, N, 3, h, d)`, the eight parameters, the table of biases, the noise and a gradient of the output."""
     N, cells = feat_size[0] * feat_size[1], eva_num_cells(list(feat_size), partition_grid)
     qkv = (factor * torch.randn(B, N, 3, h, d)).to(dtype)
     summary = [
@@ -82,8 +82,7 @@ def make_case(
         for _ in range(2 if partition_grid else 0)
         for t in (torch.randn(d, d) * d**-0.5, *(x + 0.1 * torch.randn(d) for x in (0, 1, 0)))
     ]
-    shape = ((2 * window_size - 1) ** 2, h) if bias == 'table' else (h, window_size**2, window_size**2)
-    rel_pos_bias = torch.randn(shape) if bias and window_size else None
+    rel_pos_bias = torch.randn((2 * window_size - 1) ** 2, h) if bias and window_size else None
     epsilon = torch.randn(B, h, cells, d) if noise and cells else None
     grad = torch.randn(B, N, h, d).to(dtype).transpose(1, 2)
 
@@ -160,7 +159,7 @@ def check_small(shape, options, device, monkeypatch):
         plan._cached_plan.cache_clear()
     case = make_case(*shape, **options, device=device)
     reference = run(case, *shape, fused=False, dtype=torch.float64)
-    with forced('eva'):
+    with EVA.forced('triton'):
         fused = run(case, *shape, fused=True, layout=layout)
     if programs:
         plan._cached_plan.cache_clear()

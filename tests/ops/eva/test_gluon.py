@@ -9,9 +9,10 @@ import pytest
 import torch
 from ops.eva.cases import check, make_case, run
 from ops.eva.gluon_emulator import Emulator
-from ops.kernels import forced, interpreter, relative_rms
+from ops.kernels import interpreter, relative_rms
 
 from evavit.ops import eva_attention_packed
+from evavit.ops.eva import EVA
 
 triton = pytest.importorskip('triton')
 eva_triton = pytest.importorskip('evavit.ops.eva.triton.plan')
@@ -52,11 +53,11 @@ def chosen(launches):
     return [kernel.fn.__name__ for kernel, *_ in launches if kernel.fn.__name__ in KERNELS]
 
 
-def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', **kwargs):
+def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', backend='gluon', **kwargs):
     """The launches of a training step as on a Hopper."""
     monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
     launches = record(monkeypatch)
-    with forced('eva'):
+    with EVA.forced(backend):
         run(make_case(*shape, dtype, device='cpu', **kwargs), *shape, fused=True, layout=layout)
     return launches
 
@@ -66,6 +67,11 @@ class TestChoice:
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
     def test_default_windows_and_cells(self, shape, dtype, monkeypatch):
         assert chosen(launched_on_hopper(monkeypatch, shape, dtype, d=64)) == KERNELS
+
+    def test_triton_is_none_of_them(self, monkeypatch):
+        launches = launched_on_hopper(monkeypatch, SHAPES[0], torch.bfloat16, d=64, backend='triton')
+        assert launches
+        assert chosen(launches) == []
 
     @pytest.mark.parametrize('layout', ['views', 'contiguous'])
     def test_layouts(self, layout, monkeypatch):
@@ -116,7 +122,7 @@ class TestChoice:
         monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
         launches = record(monkeypatch)
         qkv, summary, *_ = make_case((14, 14), 7, 7, torch.float16, d=64, device='cpu')
-        with forced('eva'):
+        with EVA.forced('gluon'):
             eva_attention_packed(
                 qkv.requires_grad_().permute(2, 0, 3, 1, 4), [14, 14], summary[:4], summary[4:], fused=True
             ).sum().backward()  # the gradient is one number, expanded
@@ -224,16 +230,16 @@ class TestArithmetic:
         [
             (((14, 14), 7, 7), dict(d=64), 'packed'),
             (((17, 16), 6, 3), dict(d=32, bias=False), 'contiguous'),
-            (((13, 15), 8, 8), dict(d=32, bias='table'), 'views'),
+            (((13, 15), 8, 8), dict(d=32), 'views'),
             (((7, 7), 7, 1), dict(d=32, noise=False), 'packed'),
-            (((5, 9), 7, 3), dict(d=32, bias='table', noise=False), 'packed'),
+            (((5, 9), 7, 3), dict(d=32, noise=False), 'packed'),
         ],
         ids=['default', 'no bias, cells across windows', 'edges, 64 cells', 'one window, one cell', 'short windows'],
     )
     def test_small_cases(self, shape, options, layout, launched, poison):
         case = make_case(*shape, torch.float16, B=1, h=2, device='cpu', **options)
         reference = run(case, *shape, fused=False, dtype=torch.float64)
-        with forced('eva'):
+        with EVA.forced('gluon'):
             fused = run(case, *shape, fused=True, layout=layout)
         assert launched == KERNELS
         for name, value in fused.items():
@@ -264,7 +270,7 @@ class TestKernels:
         assert chosen(launches) == KERNELS * 2
 
     @pytest.mark.parametrize('shape', SHAPES, ids=str)
-    @pytest.mark.parametrize(('dtype', 'bias'), [(torch.bfloat16, 'table'), (torch.float16, False)], ids=str)
+    @pytest.mark.parametrize(('dtype', 'bias'), [(torch.bfloat16, True), (torch.float16, False)], ids=str)
     def test_heads_of_32_channels(self, shape, dtype, bias, launches):
         check(make_case(*shape, dtype, d=32, bias=bias), shape, dtype)
         assert chosen(launches) == KERNELS * 2

@@ -79,15 +79,11 @@ def split_bias(bias, dtype: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _bias_at(bias, i, j, mask, SIDE: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr):
-    """The bias of queries i and keys j of a window with rows of WW, for one head: the program's axis 2."""
-    head = tl.program_id(2)
-    if TABLE:  # (differences of places, heads)
-        place = (i // WW - j // WW + SIDE - 1) * (2 * SIDE - 1) + i % WW - j % WW + SIDE - 1
-        offset = place * tl.num_programs(2) + head
-    else:  # (heads, SIDE², SIDE²)
-        offset = ((head * SIDE * SIDE + (i // WW) * SIDE + i % WW) * SIDE + j // WW) * SIDE + j % WW
-    return tl.load(bias + offset, mask=mask, other=0.0).to(tl.float32)
+def _bias_at(table, i, j, mask, SIDE: tl.constexpr, WW: tl.constexpr):
+    """The bias of queries i and keys j of a window with rows of WW, for one head: the program's axis 2. The table is
+    `(differences of places, heads)`."""
+    place = (i // WW - j // WW + SIDE - 1) * (2 * SIDE - 1) + i % WW - j % WW + SIDE - 1
+    return tl.load(table + place * tl.num_programs(2) + tl.program_id(2), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -99,25 +95,24 @@ def pad_bias(
     SIDE: tl.constexpr,
     WH: tl.constexpr,
     WW: tl.constexpr,
-    TABLE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The bias of a window of WH × WW in a unit, padded with zeros to `(S, S)`."""
     i = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
     j = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
-    x = _bias_at(bias, i, j, (i < WH * WW) & (j < WH * WW), SIDE, WW, TABLE) / unit
+    x = _bias_at(bias, i, j, (i < WH * WW) & (j < WH * WW), SIDE, WW) / unit
     tl.store(padded + tl.program_id(2) * S * S + i * S + j, x)
 
 
 @triton.jit
-def pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr):
+def pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr):
     """`pad_bias` for one tile of 64, in the order in which the 128 threads of a warp group hold a tile of products: 4
     values of a thread, threads, eighths of the columns. Keys that are none get what no logit outweighs."""
     m = tl.program_id(0) * 256 + tl.arange(0, 256)
     i = (m >> 7 & 3) * 16 + (m >> 1 & 1) * 8 + (m >> 4 & 7)
     j = (m >> 9) * 8 + (m >> 2 & 3) * 2 + (m & 1)
     key = j < WH * WW
-    x = _bias_at(bias, i, j, key & (i < WH * WW), SIDE, WW, TABLE) / unit
+    x = _bias_at(bias, i, j, key & (i < WH * WW), SIDE, WW) / unit
     tl.store(padded + tl.program_id(2) * 4096 + m, tl.where(key, x, -(2.0**100)))
 
 
