@@ -46,7 +46,7 @@ CPU_BENCH := OMP_NUM_THREADS=2 $(PY) benchmark.py --device cpu -b 8 --repeats 15
 cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, a few minutes; make docs/performance.md
 	$(CPU_BENCH) --bench infer --model eva_deit_tiny_784 eva_deit_tiny eva_pvt_v2_b3
 	$(CPU_BENCH) --bench train --model eva_deit_tiny_784
-	$(PY) tools/tables.py
+	$(PY) docs/make/tables.py
 
 soak: $(STAMP)  ## every promise of docs/reliability.md, a line each with its figure; under an hour on two cores
 	$(PY) tools/soak.py

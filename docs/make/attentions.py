@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""The pictures and tables of docs/attentions.md: python tools/attentions.py
+"""The pictures and tables of docs/attentions.md: python docs/make/attentions.py
 
 Draws docs/images/attentions/NAME.png for each attention of `evavit.layers.ATTENTIONS`: its matrix of weights on a
 14 × 14 grid, and one query's weights as a map, from `evavit.bench.compare`'s queries and keys of scikit-learn's
-china.jpg. Negative weights are blue. `tools/tables.py` writes the tables, whose errors stand in
+china.jpg. Negative weights are blue. `tables.py` writes the tables, whose errors stand in
 results/compare_cpu.csv. Needs matplotlib and scikit-learn, which `pip install '.[docs,quickstart]'` brings.
 """
 
 import argparse
-import csv
 import inspect
-from pathlib import Path
 
+import pages
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,9 +26,8 @@ from evavit.bench.compare import (
 )
 from evavit.layers import ATTENTIONS, GridAttention, SoftmaxAttention, attention_layer
 
-ROOT = Path(__file__).resolve().parent.parent
-PICTURES = ROOT / 'docs' / 'images' / 'attentions'
-ERRORS = ROOT / 'results' / 'compare_cpu.csv'
+PICTURES = pages.ROOT / 'docs' / 'images' / 'attentions'
+ERRORS = 'compare_cpu.csv'
 FEAT_SIZE = [14, 14]
 QUERY = (9, 4)  # row, column
 HEAD = 0
@@ -86,11 +84,17 @@ def own_options(name: str) -> str:
 
 def table() -> str:
     """Every attention of the table: what it costs and sees."""
-    lines = [
-        '| attention | time grows with | a query sees | parameters beyond softmax | multiply-adds, 784 tokens | '
-        '3,136 tokens | any size | fused |',
-        '|---|---|---|---|---|---|---|---|',
+    columns = [
+        'attention',
+        'time grows with',
+        'a query sees',
+        'parameters beyond softmax',
+        'multiply-adds, 784 tokens',
+        '3,136 tokens',
+        'any size',
+        'fused',
     ]
+    rows = []
     softmax = sum(p.numel() for p in SoftmaxAttention(DIM, NUM_HEADS, device='meta').parameters())
     for name, attention in ATTENTIONS.items():
         complexity, sees, fused = FACTS[name]
@@ -98,41 +102,29 @@ def table() -> str:
         extra = sum(p.numel() for p in layers[0].parameters()) - softmax
         counts = [f'{multiply_adds(layer, side):,.0f} M' for layer, side in zip(layers, (28, 56), strict=True)]
         sizes = 'made for one, resampled to others' if attention.fixed_grid else 'yes'
-        lines.append(
-            '| '
-            + ' | '.join(
-                [f'[`{name}`](#{name})', complexity, sees, f'{extra:,}'.replace('-', '−'), *counts, sizes, fused]
-            )
-            + ' |'
-        )
-    return '\n'.join(lines)
+        rows.append([f'[`{name}`](#{name})', complexity, sees, f'{extra:,}'.replace('-', '−'), *counts, sizes, fused])
+    return pages.table(columns, rows)
 
 
 def errors() -> dict:
     """(attention, tokens) to the row of results/compare_cpu.csv."""
-    with open(ERRORS, newline='') as stream:
-        return {(row['attention'], int(row['tokens'])): row for row in csv.DictReader(stream)}
+    return {(row['attention'], int(row['tokens'])): row for row in pages.read_results(ERRORS)}
 
 
 def error_table() -> str:
     """Error and memory by number of tokens."""
     rows = errors()
     counts = sorted({tokens for _, tokens in rows})
-    lines = [
-        '| attention | '
-        + ' | '.join(f'error, {count:,} tokens' for count in counts)
-        + ' | '
-        + ' | '.join(f'MiB, {count:,} tokens' for count in counts)
-        + ' |',
-        '|---' * (2 * len(counts) + 1) + '|',
-    ]
+    lines = []
     for name in ('mean', *ATTENTIONS):
         cells = [rows[name, count] for count in counts]
         shown = [f'`{name}`' if name in ATTENTIONS else 'mean of the values']
-        shown += [f'{float(row["error"]):.2f}' for row in cells] + [row['memory_mib'] or '–' for row in cells]
-        lines.append('| ' + ' | '.join(shown) + ' |')
+        lines.append(
+            [*shown, *(f'{float(row["error"]):.2f}' for row in cells), *(row['memory_mib'] or '–' for row in cells)]
+        )
+    columns = [f'{what}, {count:,} tokens' for what in ('error', 'MiB') for count in counts]
     row = rows['mean', counts[0]]
-    return '\n'.join(lines) + f'\n\n{row["device"]}, torch {row["torch"]}, {row["date"]}.'
+    return pages.table(['attention', *columns], lines) + f'\n\n{row["device"]}, torch {row["torch"]}, {row["date"]}.'
 
 
 def gallery() -> str:
@@ -209,7 +201,7 @@ def main() -> None:
     for name in ATTENTIONS:
         path = PICTURES / f'{name}.png'
         picture(name).save(path, optimize=True)
-        print(f'{path.relative_to(ROOT)}: {path.stat().st_size / 1024:.0f} KB')
+        print(f'{path.relative_to(pages.ROOT)}: {path.stat().st_size / 1024:.0f} KB')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw what one query attends to: python tools/draw_query.py [docs/images/query.png]
+"""Draw what one query attends to: python docs/make/draw_query.py [docs/images/query.png]
 
 Left, the sets: the tokens of the query's window and the cells of the grid, taken from `evavit.ops.grid`. Right, the
 weights: how much each token's value counts in the query's output, by a random `EvaAttention` (queries and keys through
@@ -169,7 +169,7 @@ def draw(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default = Path(__file__).resolve().parent.parent / 'docs' / 'images' / 'query.png'
+    default = Path(__file__).resolve().parents[1] / 'images' / 'query.png'
     parser.add_argument('path', type=Path, nargs='?', default=default)
     draw(parser.parse_args().path)
 

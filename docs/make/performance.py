@@ -1,14 +1,15 @@
-"""What tools/tables.py puts into docs/performance.md: goals and figures, tables, plots, all from results/*.csv."""
+"""What tables.py puts into docs/performance.md: what was to be reached and what was measured, tables, the plot."""
 
-import csv
 import hashlib
-from pathlib import Path
-from typing import Dict, Iterable, List, Optional
+from typing import Dict, List, Optional, Tuple
 
-from evavit.bench.models import SOFTMAX_MODELS
+import pages
+from pages import Row, origins, pick
 
-ROOT = Path(__file__).resolve().parent.parent
-PLOT = ROOT / 'docs' / 'images' / 'performance.svg'
+from evavit.bench.results import KEY
+from evavit.models import softmax_twin
+
+PLOT = pages.ROOT / 'docs' / 'images' / 'performance.svg'
 
 # Images a second of the published code on an H100 (torch 2.11, bfloat16 autocast; it does not compile): training,
 # inference. Measured before this code was written, with the published code's own modules, not by benchmark.py.
@@ -23,28 +24,26 @@ NAMES = {
     'efficient': 'SDPA, memory-efficient',
 }
 
-Row = Dict[str, str]
-
 
 def load(name: str) -> List[Row]:
-    """Rows of a results file that have figures; none where there is no file."""
-    path = ROOT / 'results' / name
-    if not path.exists():
-        return []
-    with open(path, newline='') as stream:
-        return [row for row in csv.DictReader(stream) if row['status'] == 'ok']
+    """Rows of a results file that were measured without a fault."""
+    return [row for row in pages.read_results(name) if row['status'] == 'ok']
 
 
 def gpu_rows() -> List[Row]:
-    return [row for row in load('h100.csv') if 'H100' in row['device']]
+    """Rows of the H100. Gluon's kernels, which run by themselves where they can, take the place of Triton's."""
+    rows = [row for row in load('h100.csv') if 'H100' in row['device']]
+
+    def comparison(row: Row) -> Tuple[str, ...]:
+        return tuple(row[column] for column in KEY)
+
+    gluon = {comparison(row) for row in rows if row['backend'] == 'gluon'}
+    rows = [row for row in rows if row['backend'] != 'triton' or comparison(row) not in gluon]
+    return [row | {'backend': 'triton'} if row['backend'] == 'gluon' else row for row in rows]
 
 
 def cpu_rows() -> List[Row]:
     return load('cpu.csv')
-
-
-def pick(rows: Iterable[Row], **wanted) -> List[Row]:
-    return [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
 
 
 def attention(rows: List[Row], bench: str, tokens: Optional[int] = None) -> List[Row]:
@@ -69,7 +68,7 @@ def speed_up(rows: List[Row], bench: str, tokens: int) -> Optional[float]:
 
 
 def models(rows: List[Row], bench: str, case: str, img_size: int, compiled: bool = True, column: str = 'img_per_s'):
-    """(EVA's, softmax's) figure of a model and the one beside it, each in the faster of the measured modes."""
+    """A column of (EVA's model, the softmax model beside it), each in the faster of the measured modes."""
     rows = [
         row
         for row in pick(rows, bench=bench, case=case, img_size=img_size)
@@ -90,45 +89,30 @@ def spread(rows: List[Row], bench: str) -> Optional[float]:
 
 
 def goals() -> List[tuple]:
-    """(what, at least or at most, goal, figure or None, unit) of every line that this code was built to reach."""
+    """(what, at least or at most, goal, what was measured or None, unit) of all that this code was built to reach."""
     gpu, cpu, lines = gpu_rows(), cpu_rows(), []
+    lengths = (196, 784, 3136, 12544)
+
+    def percent(value: Optional[float]) -> Optional[float]:
+        return None if value is None else 100 * value
+
     for bench, what, targets in (
         ('op', 'attention alone', (1.3, 2.5, 6, 18)),
         ('layer', 'the layer', (1.1, 1.4, 2, 4)),
     ):
-        for tokens, goal in zip((196, 784, 3136, 12544), targets, strict=True):
-            lines.append(
-                (
-                    f'{what}, forward + backward, {tokens:,} tokens: speed over the best SDPA backend',
-                    '≥',
-                    goal,
-                    speed_up(gpu, bench, tokens),
-                    '×',
-                )
-            )
+        for tokens, goal in zip(lengths, targets, strict=True):
+            what_here = f'{what}, forward + backward, {tokens:,} tokens: speed over the best SDPA backend'
+            lines.append((what_here, '≥', goal, speed_up(gpu, bench, tokens), '×'))
     for direction, goal in (('forward', 60), ('backward', 50)):
-        for tokens in (196, 784, 3136, 12544):
-            figure = number(pick(attention(gpu, 'op', tokens), backend='triton'), f'{direction}_of_copy')
-            lines.append(
-                (
-                    f"attention alone, {direction}, {tokens:,} tokens: share of a copy's bandwidth",
-                    '≥',
-                    goal,
-                    None if figure is None else 100 * figure,
-                    ' %',
-                )
-            )
-    for tokens in (196, 784, 3136, 12544):
+        for tokens in lengths:
+            share = number(pick(attention(gpu, 'op', tokens), backend='triton'), f'{direction}_of_copy')
+            what = f"attention alone, {direction}, {tokens:,} tokens: share of a copy's bandwidth"
+            lines.append((what, '≥', goal, percent(share), ' %'))
+    for tokens in lengths:
         rows = attention(gpu, 'layer', tokens)
-        lines.append(
-            (
-                f"the layer, {tokens:,} tokens: peak memory of forward + backward over Flash SDPA's",
-                '≤',
-                1,
-                ratio(*(number(pick(rows, backend=name), 'peak_memory_mib') for name in ('triton', 'flash'))),
-                '×',
-            )
-        )
+        peaks = (number(pick(rows, backend=name), 'peak_memory_mib') for name in ('triton', 'flash'))
+        what = f"the layer, {tokens:,} tokens: peak memory of forward + backward over Flash SDPA's"
+        lines.append((what, '≤', 1, ratio(*peaks), '×'))
     for case, img_size, bench, goal in (
         ('eva_deit_tiny_784', 224, 'train', 1.35),
         ('eva_deit_tiny_784', 224, 'infer', 1.5),
@@ -141,86 +125,43 @@ def goals() -> List[tuple]:
         ('eva_deit_tiny_784', 896, 'train', 8),
         ('eva_deit_tiny_784', 896, 'infer', 8),
     ):
-        what = 'training' if bench == 'train' else 'inference'
-        lines.append(
-            (
-                f"`{case}` at {img_size} px, {what}, both compiled: speed over timm's softmax model",
-                '≥',
-                goal,
-                ratio(*models(gpu, bench, case, img_size)),
-                '×',
-            )
-        )
+        kind = 'training' if bench == 'train' else 'inference'
+        what = f"`{case}` at {img_size} px, {kind}, both compiled: speed over timm's softmax model"
+        lines.append((what, '≥', goal, ratio(*models(gpu, bench, case, img_size)), '×'))
     for case, (published, _) in PUBLISHED.items():
-        lines.append(
-            (
-                f'`{case}`, training: speed over the published code',
-                '≥',
-                4,
-                ratio(models(gpu, 'train', case, 224)[0], published),
-                '×',
-            )
-        )
+        speed = ratio(models(gpu, 'train', case, 224)[0], published)
+        lines.append((f'`{case}`, training: speed over the published code', '≥', 4, speed, '×'))
     for bench, what in (('op', 'attention alone'), ('layer', 'the layer')):
-        figure = spread(gpu, bench)
-        lines.append(
-            (
-                f'{what}: difference in time per token, 784 to 65,536 tokens',
-                '≤',
-                20,
-                None if figure is None else 100 * figure,
-                ' %',
-            )
-        )
+        what = f'{what}: difference in time per token, 784 to 65,536 tokens'
+        lines.append((what, '≤', 20, percent(spread(gpu, bench)), ' %'))
     for case, bench, goal in (
         ('eva_deit_tiny_784', 'infer', 0.6),
         ('eva_deit_tiny_784', 'train', 0.75),
         ('eva_deit_tiny', 'infer', 1.05),
         ('eva_pvt_v2_b3', 'infer', 1.0),
     ):
-        what = 'training step' if bench == 'train' else 'inference'
-        lines.append(
-            (
-                f"`{case}` on 2 CPU cores, {what}: time over timm's softmax model",
-                '≤',
-                goal,
-                ratio(*models(cpu, bench, case, 224, compiled=False, column='ms')),
-                '×',
-            )
-        )
+        kind = 'training step' if bench == 'train' else 'inference'
+        what = f"`{case}` on 2 CPU cores, {kind}: time over timm's softmax model"
+        lines.append((what, '≤', goal, ratio(*models(cpu, bench, case, 224, compiled=False, column='ms')), '×'))
     return lines
 
 
-def verdict(sense: str, goal: float, figure: Optional[float]) -> str:
-    if figure is None:
+def verdict(sense: str, goal: float, value: Optional[float]) -> str:
+    if value is None:
         return 'not measured'
-    return 'reached' if (figure >= goal if sense == '≥' else figure <= goal) else '**short**'
+    return 'reached' if (value >= goal if sense == '≥' else value <= goal) else '**short**'
 
 
 def reach() -> str:
-    """The goals, each with the figure."""
-    lines = ['| what | goal | figure | |', '|---|---|---|---|']
-    for what, sense, goal, figure, unit in goals():
-        shown = '–' if figure is None else f'{figure:.0f}{unit}' if unit == ' %' else f'{figure:.2f}{unit}'
-        lines.append(f'| {what} | {sense} {goal:g}{unit} | {shown} | {verdict(sense, goal, figure)} |')
-    verdicts = [verdict(*line[1:4]) for line in goals()]
-    return '\n'.join(lines) + (
+    """The goals, each with what was measured."""
+    rows = []
+    for what, sense, goal, value, unit in goals():
+        shown = '–' if value is None else f'{value:.0f}{unit}' if unit == ' %' else f'{value:.2f}{unit}'
+        rows.append([what, f'{sense} {goal:g}{unit}', shown, verdict(sense, goal, value)])
+    verdicts = [row[-1] for row in rows]
+    return pages.table(['what', 'goal', 'measured', ''], rows) + (
         f'\n\n{len(verdicts)} lines: {verdicts.count("reached")} reached, '
         f'{verdicts.count("**short**")} short, {verdicts.count("not measured")} not measured.'
-    )
-
-
-def origins(rows: Iterable[Row]) -> str:
-    return (
-        '; '.join(
-            sorted(
-                {
-                    f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}, commit {row["commit"]}, {row["date"]}'
-                    for row in rows
-                }
-            )
-        )
-        + '.'
     )
 
 
@@ -229,8 +170,7 @@ def _times(bench: str) -> str:
     if not rows:
         return 'Not measured yet.'
     extra = ['share of a copy'] if bench == 'op' else ['MiB, EVA', 'MiB, flash']
-    columns = ['batch × tokens', *NAMES.values(), *extra]
-    lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
+    lines = []
     for tokens in sorted({int(row['tokens']) for row in rows}):
         here = pick(rows, tokens=tokens)
         cells = []
@@ -246,8 +186,8 @@ def _times(bench: str) -> str:
             )
         else:
             cells += [f'{float(found[0]["peak_memory_mib"]):.0f}' if found else '–' for found in (kernels, flash)]
-        lines.append(f'| {here[0]["batch_size"]} × {tokens:,} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) + '\n\n' + origins(rows)
+        lines.append([f'{here[0]["batch_size"]} × {tokens:,}', *cells])
+    return pages.table(['batch × tokens', *NAMES.values(), *extra], lines) + '\n\n' + origins(rows)
 
 
 def op() -> str:
@@ -262,7 +202,7 @@ def layer() -> str:
 
 def _short(row: Row) -> str:
     """A softmax model without the arguments that all of them have."""
-    shared = [f'{key}={value}' for key, value in SOFTMAX_MODELS['eva_deit_tiny'][1].items()]
+    shared = [f'{key}={value}' for key, value in softmax_twin('eva_deit_tiny')[1].items()]
     return ':'.join(part for part in row['model'].split(':') if part not in shared)
 
 
@@ -281,7 +221,7 @@ def _model_table(rows: List[Row], published: bool) -> str:
         *(['EVA, GiB', 'softmax, GiB', 'published EVA, img/s'] if published else []),
         'beside it',
     ]
-    lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
+    lines: List[List[str]] = []
     seen = []
     for row in rows:
         key = {name: row[name] for name in ('bench', 'case', 'batch_size', 'img_size', 'torchcompile', 'amp_dtype')}
@@ -296,24 +236,22 @@ def _model_table(rows: List[Row], published: bool) -> str:
                 for found in (eva, softmax[0] if softmax else None)
             ]
             theirs = PUBLISHED.get(row['case']) if row['img_size'] == '224' else None
+            digits = 0 if published else 1
+            speeds = [float(found['img_per_s']) for found in (eva, *softmax[:1])]
             lines.append(
-                '| '
-                + ' | '.join(
-                    [
-                        f'`{row["case"]}`' + (', plain' if published and eva['backend'] == 'plain' else ''),
-                        row['img_size'],
-                        row['batch_size'],
-                        what + (f', {MODES[row["torchcompile"]]}' if published else ''),
-                        f'{float(eva["img_per_s"]):,.{0 if published else 1}f}',
-                        f'{float(softmax[0]["img_per_s"]):,.{0 if published else 1}f}' if softmax else '–',
-                        f'{float(eva["img_per_s"]) / float(softmax[0]["img_per_s"]):.2f}' if softmax else '–',
-                        *([*memory, f'{theirs[row["bench"] == "infer"]:,}' if theirs else '–'] if published else []),
-                        f'`{_short(softmax[0])}`' if softmax else '–',
-                    ]
-                )
-                + ' |'
+                [
+                    f'`{row["case"]}`' + (', plain' if published and eva['backend'] == 'plain' else ''),
+                    row['img_size'],
+                    row['batch_size'],
+                    what + (f', {MODES[row["torchcompile"]]}' if published else ''),
+                    f'{speeds[0]:,.{digits}f}',
+                    f'{speeds[1]:,.{digits}f}' if softmax else '–',
+                    f'{speeds[0] / speeds[1]:.2f}' if softmax else '–',
+                    *([*memory, f'{theirs[row["bench"] == "infer"]:,}' if theirs else '–'] if published else []),
+                    f'`{_short(softmax[0])}`' if softmax else '–',
+                ]
             )
-    return '\n'.join(lines) + '\n\n' + origins(rows)
+    return pages.table(columns, lines) + '\n\n' + origins(rows)
 
 
 def _by_model(row: Row) -> tuple:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables of docs/scaling.md from measured single-GPU figures: python tools/scaling.py [--check]
+"""Write the tables of docs/scaling.md from what one GPU reached: python docs/make/scaling.py [--check]
 
 Measured are results/h100.csv, images a second and the batch of one GPU, and results/data_cpu.csv, what a CPU core
 prepares. All else is arithmetic over the assumptions below, each of which is a flag. With --check nothing is written;
@@ -7,12 +7,11 @@ the exit code is 1 if a table is stale.
 """
 
 import argparse
-import csv
 import math
 import sys
 
+import pages
 import timm
-from tables import ROOT, replace
 
 import evavit  # noqa: F401  (registers the models)
 
@@ -45,25 +44,19 @@ def assumptions():
 
 def loader_rate():
     """Images a second of one core, from the processor time an image takes."""
-    with open(ROOT / 'results' / 'data_cpu.csv', newline='') as stream:
-        return 1e3 / float([row['cpu_ms_per_img'] for row in csv.DictReader(stream) if row['cpu_ms_per_img']][-1])
+    return 1e3 / float(
+        [row['cpu_ms_per_img'] for row in pages.read_results('data_cpu.csv') if row['cpu_ms_per_img']][-1]
+    )
 
 
 def measured():
     """{model: (batch, seconds of its step)} of the compiled models at 224 pixels, each in the faster mode."""
-    figures = {}
-    with open(ROOT / 'results' / 'h100.csv', newline='') as stream:
-        for row in csv.DictReader(stream):
-            if (
-                row['bench'] == 'train'
-                and row['status'] == 'ok'
-                and row['torchcompile'] != 'no'
-                and row['model'] in MODELS
-                and row['img_size'] == '224'
-            ):
-                figure = int(row['batch_size']), int(row['batch_size']) / float(row['img_per_s'])
-                figures[row['model']] = min(figure, figures.get(row['model'], figure), key=lambda x: x[1] / x[0])
-    return figures
+    steps = {}
+    for row in pages.pick(pages.read_results('h100.csv'), bench='train', status='ok', img_size=224):
+        if row['torchcompile'] != 'no' and row['model'] in MODELS:
+            step = int(row['batch_size']), int(row['batch_size']) / float(row['img_per_s'])
+            steps[row['model']] = min(step, steps.get(row['model'], step), key=lambda x: x[1] / x[0])
+    return steps
 
 
 def gradient_bytes(model):
@@ -87,96 +80,85 @@ def all_reduce(size, gpus, a):
     return seconds + buckets * hops * a.latency * 1e-6
 
 
-def step(model, gpus, per_gpu, figures, a):
+def step(model, gpus, per_gpu, steps, a):
     """(compute, communication, what of it is not hidden), seconds of one step of `per_gpu` images on each GPU.
 
     Compute: the measured seconds an image, and never less than the fixed time of a step's kernels and host."""
-    batch, seconds = figures[model]
+    batch, seconds = steps[model]
     fixed = a.fixed * 1e-3
     compute = fixed + per_gpu * max(0.0, seconds - fixed) / batch
     sent = all_reduce(gradient_bytes(model), gpus, a)
     return compute, sent, max(0.0, sent - a.overlap * a.backward * compute)
 
 
-def row(*cells):
-    return '| ' + ' | '.join(map(str, cells)) + ' |'
-
-
-def heading(*cells):
-    return row(*cells) + '\n' + '|' + '---|' * len(cells)
-
-
-def strong(figures, a):
+def strong(steps, a):
     """The recipe's global batch of 1,024, spread over the GPUs."""
-    lines = [heading('GPUs', 'images a GPU', *(f'`{model}`' for model in MODELS))]
+    columns, rows = ['GPUs', 'images a GPU', *(f'`{model}`' for model in MODELS)], []
     for gpus in GPUS:
         cells = []
         for model in MODELS:
-            compute, sent, open_ = step(model, gpus, 1024 / gpus, figures, a)
+            compute, sent, open_ = step(model, gpus, 1024 / gpus, steps, a)
             cells.append(
                 f'{1e3 * compute:.1f} + {1e3 * open_:.1f} ({1e3 * sent:.1f}), '
-                f'{100 * step(model, 1, 1024, figures, a)[0] / gpus / (compute + open_):.0f} %'
+                f'{100 * step(model, 1, 1024, steps, a)[0] / gpus / (compute + open_):.0f} %'
             )
-        lines.append(row(gpus, f'{1024 / gpus:g}', *cells))
-    return '\n'.join(lines)
+        rows.append([gpus, f'{1024 / gpus:g}', *cells])
+    return pages.table(columns, rows)
 
 
-def weak(figures, a):
+def weak(steps, a):
     """The measured batch on each GPU: the global batch grows."""
-    lines = [heading('GPUs', *(f'`{model}` ({figures[model][0]} a GPU)' for model in MODELS))]
+    columns, rows = ['GPUs', *(f'`{model}` ({steps[model][0]} a GPU)' for model in MODELS)], []
     for gpus in GPUS:
         cells = []
         for model in MODELS:
-            compute, sent, open_ = step(model, gpus, figures[model][0], figures, a)
-            rate = gpus * figures[model][0] / (compute + open_)
+            compute, sent, open_ = step(model, gpus, steps[model][0], steps, a)
+            rate = gpus * steps[model][0] / (compute + open_)
             cells.append(f'{rate:,.0f} img/s, {100 * compute / (compute + open_):.0f} % ({100 * sent / compute:.1f} %)')
-        lines.append(row(gpus, *cells))
-    return '\n'.join(lines)
+        rows.append([gpus, *cells])
+    return pages.table(columns, rows)
 
 
-def runs(figures, a):
+def runs(steps, a):
     """The published recipe of 300 epochs at a global batch of 1,024: hours and dollars."""
-    lines = [heading('model', 'gradients', *(f'{gpus} GPU{"s" * (gpus > 1)}' for gpus in (1, 8, 16, 32, 64)))]
+    columns, rows = ['model', 'gradients', *(f'{gpus} GPU{"s" * (gpus > 1)}' for gpus in (1, 8, 16, 32, 64))], []
     for model in MODELS:
         cells = []
         for gpus in (1, 8, 16, 32, 64):
             # One GPU accumulates over batches of the measured size; several have 1,024 / GPUs at once.
-            per_gpu = min(1024 / gpus, figures[model][0])
-            compute, _, open_ = step(model, gpus, per_gpu, figures, a)
+            per_gpu = min(1024 / gpus, steps[model][0])
+            compute, _, open_ = step(model, gpus, per_gpu, steps, a)
             updates = EPOCHS * (IMAGES // 1024)
             hours = updates * (1024 / gpus / per_gpu * compute + open_) / 3600
             cells.append(f'{hours:,.1f} h, ${hours * gpus * a.price:,.0f}')
-        lines.append(row(f'`{model}`', f'{gradient_bytes(model) / 1e6:.1f} MB', *cells))
-    return '\n'.join(lines)
+        rows.append([f'`{model}`', f'{gradient_bytes(model) / 1e6:.1f} MB', *cells])
+    return pages.table(columns, rows)
 
 
-def inputs(figures, a):
+def inputs(steps, a):
     """What a GPU and a machine of `node` GPUs must be fed with at the measured rate."""
-    lines = [
-        heading(
-            'model', 'img/s a GPU', 'MB/s a GPU', f'MB/s a machine of {a.node}', 'cores a GPU', 'GB/s of 1,024 GPUs'
-        )
-    ]
+    columns = ['model', 'img/s a GPU', 'MB/s a GPU', f'MB/s a machine of {a.node}', 'cores a GPU', 'GB/s of 1,024 GPUs']
+    rows = []
     for model in MODELS:
-        batch, seconds = figures[model]
+        batch, seconds = steps[model]
         rate = batch / seconds
         read = rate * a.kilobytes * 1e3
-        lines.append(
-            row(
+        rows.append(
+            [
                 f'`{model}`',
                 f'{rate:,.0f}',
                 f'{read / 1e6:,.0f}',
                 f'{a.node * read / 1e6:,.0f}',
                 f'{rate / a.loader:.0f}',
                 f'{1024 * read / 1e9:,.0f}',
-            )
+            ]
         )
-    return '\n'.join(lines)
+    return pages.table(columns, rows)
 
 
-def stated(figures, a):
+def stated(steps, a):
     """The assumptions, as the tables above were made with."""
-    lines = [heading('assumption', 'flag', 'value')]
+    columns, rows = ['assumption', 'flag', 'value'], []
     for flag, unit in (
         ('node', 'GPUs a machine'),
         ('node_gb', 'GB/s a GPU sends within a machine'),
@@ -189,29 +171,18 @@ def stated(figures, a):
         ('loader', 'img/s a CPU core prepares'),
         ('price', '$ a GPU hour'),
     ):
-        lines.append(row(unit, f'`--{flag.replace("_", "-")}`', f'{getattr(a, flag):.3g}'))
-    return '\n'.join(lines)
+        rows.append([unit, f'`--{flag.replace("_", "-")}`', f'{getattr(a, flag):.3g}'])
+    return pages.table(columns, rows)
 
 
 TABLES = {'assumptions': stated, 'runs': runs, 'strong': strong, 'weak': weak, 'inputs': inputs}
 
 
-def main():
+def main() -> int:
     a = assumptions()
-    page = ROOT / 'docs' / 'scaling.md'
-    text = fresh = page.read_text(encoding='utf-8')
-    figures = measured()
-    for marker, make in TABLES.items():
-        fresh = replace(fresh, marker, make(figures, a))
-    if fresh == text:
-        print(f'{page.name}: up to date')
-    elif a.check:
-        print(f'{page.name}: a table is stale; run python tools/scaling.py')
-        return 1
-    else:
-        page.write_text(fresh, encoding='utf-8')
-        print(f'{page.name}: written')
-    return 0
+    steps = measured()
+    made = {marker: make(steps, a) for marker, make in TABLES.items()}
+    return int(not pages.update('docs/scaling.md', made, a.check, 'python docs/make/scaling.py'))
 
 
 if __name__ == '__main__':

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Write the tables and plots of the documentation: python tools/tables.py [--check]
+"""Write the tables and the plot of the documentation: python docs/make/tables.py [--check]
 
-Parameters and multiply-adds are counted on the code, by `zoo.py` beside this file; the paper's numbers stand beside
-them. Measured figures come from results/, by `performance.py`; the plot carries a digest of its figures. A table goes
-between two markers such as `<!-- models -->` and `<!-- /models -->`. With --check nothing is written; the exit code is
-1 if a table or the plot is stale.
+Parameters and multiply-adds are counted on the code (`zoo.py`), and the paper's numbers stand beside them. What was
+measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`). A table goes between two markers such as
+`<!-- models -->` and `<!-- /models -->`. The plot carries a digest of what it shows. With --check nothing is written,
+and the exit code is 1 if a table or the plot is stale.
 """
 
 import argparse
 import sys
-from pathlib import Path
 
 import attentions
 import elpv
-import export_figures
+import exported
+import pages
 import performance
 import timm
 import torch
@@ -21,7 +21,7 @@ import zoo
 
 import evavit  # noqa: F401  (registers the models)
 
-ROOT = Path(__file__).resolve().parent.parent
+REMEDY = 'python docs/make/tables.py'
 
 # Tables 6 and 8 of the paper, both with DeiT-Tiny-784: what is set, the keywords of the model, top-1; Table 2 prints
 # parameters (M) and FLOPs (G) of some of these.
@@ -63,115 +63,85 @@ def shape(model: torch.nn.Module) -> tuple:
 
 def models() -> str:
     """The registered models, counted, beside the paper's numbers."""
-    lines = [
-        '| model | tokens | width | depth | heads | parameters | paper | multiply-adds | paper | top-1 in the paper | '
-        'with softmax |',
-        '|---|---|---|---|---|---|---|---|---|---|---|',
-    ]
+    columns = 'model, tokens, width, depth, heads, parameters, paper, multiply-adds, paper, top-1 in the paper'
+    rows = []
     for variant, paper in zoo.PAPER.items():
         name = f'eva_{variant}'
         paper_parameters, paper_flops, top1 = paper['eva']
-        softmax = paper['softmax'][2] + (' †' if 'pvt' in variant else '')
-        model = timm.create_model(name, device='meta')
+        # † where the paper's softmax model is not our attention in the same place.
+        softmax = paper['softmax'][2] + (' †' if (f'softmax_{variant}', 'parameters') in zoo.REASONS else '')
         parameters, multiply_adds = zoo.count(name)
-        lines.append(
-            '| '
-            + ' | '.join(
-                [
-                    f'`{name}`',
-                    *shape(model),
-                    f'{parameters / 1e6:.2f} M',
-                    f'{paper_parameters} M',
-                    f'{multiply_adds / 1e9:.2f} G',
-                    f'{paper_flops} G',
-                    top1,
-                    softmax,
-                ]
-            )
-            + ' |'
+        rows.append(
+            [
+                f'`{name}`',
+                *shape(timm.create_model(name, device='meta')),
+                f'{parameters / 1e6:.2f} M',
+                f'{paper_parameters} M',
+                f'{multiply_adds / 1e9:.2f} G',
+                f'{paper_flops} G',
+                top1,
+                softmax,
+            ]
         )
-    return '\n'.join(lines)
+    return pages.table([*columns.split(', '), 'with softmax'], rows)
 
 
 def ablations() -> str:
     """The paper's ablations of EVA, with the keywords that make each, counted."""
-    lines = [
-        '| table | what is set | keywords of `eva_deit_tiny_784` | parameters | paper | multiply-adds | paper | '
-        'top-1 in the paper |',
-        '|---|---|---|---|---|---|---|---|',
-    ]
+    columns = 'table, what is set, keywords of `eva_deit_tiny_784`, parameters, paper, multiply-adds, paper'
+    rows = []
     for table, what, kwargs, top1, paper in ABLATIONS:
         parameters, multiply_adds = zoo.count('eva_deit_tiny_784', **kwargs)
         paper_parameters, paper_flops = (f'{paper[0]} M', f'{paper[1]} G') if paper else ('–', '–')
         keywords = ', '.join(f'`{key}={value!r}`' for key, value in kwargs.items()) or '–'
-        lines.append(
-            f'| {table} | {what} | {keywords} | {parameters / 1e6:.2f} M | {paper_parameters} | '
-            f'{multiply_adds / 1e9:.2f} G | {paper_flops} | {top1} |'
-        )
-    return '\n'.join(lines)
+        counted = [f'{parameters / 1e6:.2f} M', paper_parameters, f'{multiply_adds / 1e9:.2f} G', paper_flops]
+        rows.append([table, what, keywords, *counted, top1])
+    return pages.table([*columns.split(', '), 'top-1 in the paper'], rows)
 
 
-PERFORMANCE = 'docs/performance.md'
-ATTENTIONS = 'docs/attentions.md'
-TABLES = {
-    'attentions': (attentions.table, (ATTENTIONS,)),
-    'errors': (attentions.error_table, (ATTENTIONS,)),
-    'gallery': (attentions.gallery, (ATTENTIONS,)),
-    'models': (models, ('README.md', 'docs/models.md')),
-    'ablations': (ablations, ('docs/ablations.md',)),
-    'options': (zoo.options, ('docs/zoo.md',)),
-    'zoo': (zoo.tables, ('docs/zoo.md',)),
-    'steps': (zoo.steps, ('docs/zoo.md',)),
-    'measured': (performance.gpu_models, (PERFORMANCE,)),
-    'compiled': (performance.best_models, ('README.md',)),
-    'reach': (performance.reach, (PERFORMANCE,)),
-    'op': (performance.op, (PERFORMANCE,)),
-    'layer': (performance.layer, (PERFORMANCE,)),
-    'cpu': (performance.cpu_models, (PERFORMANCE,)),
-    'exported': (export_figures.table, ('docs/deploy.md',)),
-    'operators': (export_figures.operators_table, ('docs/deploy.md',)),
-    'precision': (export_figures.precision_table, ('docs/deploy.md',)),
-    'elpv': (elpv.table, ('docs/transfer.md',)),
+TABLES = {  # of each page, by the name of its markers
+    'README.md': {'models': models, 'compiled': performance.best_models},
+    'docs/models.md': {'models': models},
+    'docs/ablations.md': {'ablations': ablations},
+    'docs/attentions.md': {
+        'attentions': attentions.table,
+        'errors': attentions.error_table,
+        'gallery': attentions.gallery,
+    },
+    'docs/zoo.md': {'options': zoo.options, 'zoo': zoo.tables, 'steps': zoo.steps},
+    'docs/performance.md': {
+        'measured': performance.gpu_models,
+        'reach': performance.reach,
+        'op': performance.op,
+        'layer': performance.layer,
+        'cpu': performance.cpu_models,
+    },
+    'docs/deploy.md': {
+        'exported': exported.table,
+        'operators': exported.operators_table,
+        'precision': exported.precision_table,
+    },
+    'docs/transfer.md': {'elpv': elpv.table},
 }
-
-
-def replace(text: str, marker: str, generated: str) -> str:
-    """The text with what stands between the two markers replaced."""
-    begin, end = f'<!-- {marker} -->', f'<!-- /{marker} -->'
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f'error: a page needs one {begin} and one {end}')
-    return f'{text.split(begin)[0]}{begin}\n{generated}\n{end}{text.split(end)[1]}'
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--check', action='store_true', help='write nothing, fail if a table is stale')
     check = parser.parse_args().check
-    stale = False
-    for marker, (make, pages) in TABLES.items():
-        generated = make()
-        for name in pages:
-            path = ROOT / name
-            text = path.read_text(encoding='utf-8')
-            fresh = replace(text, marker, generated)
-            if fresh == text:
-                print(f'{name}: {marker} up to date')
-            elif check:
-                stale = True
-                print(f'{name}: the table {marker} is stale; run python tools/tables.py')
-            else:
-                path.write_text(fresh, encoding='utf-8')
-                print(f'{name}: {marker} written')
-    plot = performance.PLOT.relative_to(ROOT)
+    fresh = True
+    for page, makers in TABLES.items():
+        fresh &= pages.update(page, {marker: make() for marker, make in makers.items()}, check, REMEDY)
+    plot = performance.PLOT.relative_to(pages.ROOT)
     if performance.plot_is_fresh():
         print(f'{plot}: up to date')
     elif check:
-        stale = True
-        print(f'{plot}: stale; run python tools/tables.py')
+        fresh = False
+        print(f'{plot}: stale; run {REMEDY}')
     else:
         performance.draw()
         print(f'{plot}: drawn')
-    return int(stale)
+    return int(not fresh)
 
 
 if __name__ == '__main__':

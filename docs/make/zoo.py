@@ -1,8 +1,8 @@
 """The attentions' options, and the paper's Tables 1, 2 and 6 on our models, for `tables.py` beside this file.
 
 Parameters and multiply-adds are counted on the code; memory and time come from results/zoo_h100.csv, which
-`zoo_step.py` measures. Where a figure differs from the paper's in a digit that the paper prints, `REASONS` says why; a
-difference without a reason and a reason without a difference are errors.
+experiments/zoo_step measures. Where a count differs from the paper's in a digit that the paper prints, `REASONS` says
+why; a difference without a reason and a reason without a difference are errors.
 """
 
 import csv
@@ -57,7 +57,7 @@ PAPER = {
 }
 # Table 6: memory (G) and milliseconds an iteration, of training DeiT-Tiny-784 on V100s.
 PAPER_STEP = {'performer': (8.1, 87), 'local': (7.8, 65), 'eva': (9.9, 94), 'softmax': (17.7, 99)}
-STEPS = Path(__file__).resolve().parent.parent / 'results' / 'zoo_h100.csv'
+STEPS = Path(__file__).resolve().parents[2] / 'results' / 'zoo_h100.csv'
 UNITS = {'parameters': 'M', 'multiply-adds': 'G'}
 
 PERFORMER = (
@@ -174,14 +174,14 @@ def tables() -> str:
                     if (name, what) not in REASONS:
                         raise SystemExit(
                             f'error: {name}: {ours:.3f} {unit} {what}, the paper has {theirs}; REASONS in '
-                            f'tools/zoo.py does not say why'
+                            f'docs/make/zoo.py does not say why'
                         )
                     used.add((name, what))
                     reasons.append(f'* `{name}`, {what}: {REASONS[name, what].format(**facts)}')
                 cells += [f'{ours:.2f} {unit}', '–' if theirs is None else f'{theirs} {unit}', difference]
             lines.append('| ' + ' | '.join([*cells, top1]) + ' |')
     if unused := set(REASONS) - used:
-        raise SystemExit(f'error: tools/zoo.py has reasons for what does not differ: {sorted(unused)}')
+        raise SystemExit(f'error: docs/make/zoo.py has reasons for what does not differ: {sorted(unused)}')
     return '\n'.join([*lines[1:], '', 'Where a printed digit differs:', '', *reasons])
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Train the four models in half precision on images made to break it: python tools/adversarial.py [--steps 200]
+"""Train in half precision on images made to break it: python experiments/adversarial/run.py [--steps 200]
 
-Contrast × 30, constant images, one pixel on, checkerboards between extremes, and plain ones between them. Each line:
-steps whose loss was not finite, steps that float16's scaler skipped while it sought its scale, the last loss. Exit code
-1 where a loss or a weight was not finite, or the scaler went on skipping.
+The four models take images of contrast × 30, constant ones, ones with one pixel on, checkerboards between extremes, and
+plain ones between them. Each line: steps whose loss was not finite, steps that float16's scaler skipped while it sought
+its scale, the last loss. Exit code 1 where a loss or a weight was not finite, or the scaler went on skipping.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write ELPV's photographs of solar cells as image folders: python tools/build_elpv.py DIR
+"""Write ELPV's photographs of solar cells as image folders: python experiments/elpv/build_data.py DIR
 
 2,624 cells in electroluminescence, grey, from the package `elpv-dataset` (91 MB: pip install elpv-dataset), or from
 --source FOLDER with its labels.csv and images/. Two tasks with the same pictures: DIR/type (mono, poly) and DIR/defect

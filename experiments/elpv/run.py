@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Does pretraining help on few pictures? Solar cells (ELPV) after Fashion-MNIST, and from scratch.
+"""Does pretraining help on few pictures? python experiments/elpv/run.py --data-dir data/elpv --fashion-mnist DIR
 
-    python tools/build_elpv.py data/elpv
-    python examples/elpv.py --data-dir data/elpv --fashion-mnist DIR --jobs 12 --results-file results/elpv_h100.csv
+    python experiments/elpv/build_data.py data/elpv
+    python experiments/elpv/run.py --data-dir data/elpv --fashion-mnist DIR --jobs 12 --results-file FILE.csv
 
 An EVA model (`eva_deit_tiny`) is trained on Fashion-MNIST at 28 pixels with patch 2, then fine-tuned on ELPV at 224
 with patch 16: the same 196 tokens, the patches resampled. Beside it the same model, timm's `resnet18` and timm's
@@ -10,7 +10,7 @@ with patch 16: the same 196 tokens, the patches resampled. Beside it the same mo
 seeds; they differ in where they start and in nothing else. The last weights are judged, not the best: the pictures of
 the validation are the test here. Needs scikit-learn.
 
-Every run is one of train.py; its figures are a row of --results-file as soon as it ends, and a second call makes the
+Every run is one of train.py; its scores are a row of --results-file as soon as it ends, and a second call makes the
 rows that are missing. DIR/FashionMNIST/raw holds the four published files. Other flags go to train.py.
 """
 
@@ -34,7 +34,7 @@ from evavit.training import build, data, loop
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TASKS = ('type', 'defect')
 PRETRAINING = 'fashion_mnist'
 ARMS = (  # model, what it starts from
@@ -95,7 +95,7 @@ def flags_of(job, args):
     if task == PRETRAINING:
         return [
             '-c',
-            str(ROOT / 'configs/fashion_mnist.yaml'),
+            str(ROOT / 'experiments/fashion_mnist/fashion_mnist.yaml'),
             '--data-dir',
             str(args.fashion_mnist),
             *flags,
@@ -258,7 +258,7 @@ def work(args, first, later):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('--data-dir', type=Path, required=True, help='what tools/build_elpv.py wrote')
+    parser.add_argument('--data-dir', type=Path, required=True, help='what experiments/elpv/build_data.py wrote')
     parser.add_argument('--fashion-mnist', type=Path, required=True, metavar='DIR', help='holds FashionMNIST/raw')
     parser.add_argument('--output', type=Path, default=Path('output/elpv'), help='folder of the runs (output/elpv)')
     parser.add_argument('--results-file', type=Path, default=Path('output/elpv.csv'), metavar='CSV')
@@ -275,7 +275,7 @@ def parse(argv):
         if not (args.data_dir / task / 'validation').is_dir():
             raise UserError(
                 f'--data-dir {args.data_dir}: no {task}/validation in it; make it with '
-                f'tools/build_elpv.py {args.data_dir}'
+                f'experiments/elpv/build_data.py {args.data_dir}'
             )
     if not (args.fashion_mnist / 'FashionMNIST' / 'raw').is_dir():
         raise UserError(f'--fashion-mnist {args.fashion_mnist}: no FashionMNIST/raw in it, with the four files')

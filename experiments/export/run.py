@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Size, CPU time and error of models in every form: python tools/export_figures.py --results-file FILE.csv
+"""Size, CPU time and error of models in every form: python experiments/export/run.py --results-file FILE.csv
 
 On one CPU core and one image at a time, EVA beside timm's softmax model. Time is that of the processor in this process,
 which other work on the machine changes less than the clock's; the error is that of the logits of a photograph against
@@ -16,22 +16,17 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import performance
 import timm
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
-from timm.models import get_model_input_config, load_checkpoint
+from timm.models import get_model_input_config, load_checkpoint, resolve_model_input_args
 
 from evavit import export as exporting
-from evavit.bench.models import SOFTMAX_MODELS
 from evavit.bench.results import origin
+from evavit.models import model_names, softmax_twin
 from evavit.training.checkpoint import saved_settings
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / 'results' / 'export_cpu.csv'
-OPERATORS = ROOT / 'results' / 'onnx_operators.csv'
-FORM_NAMES = {'pytorch': 'PyTorch', 'onnx': 'onnxruntime', 'aoti': 'package'}
 COLUMNS = (
     'model',
     'form',
@@ -149,57 +144,9 @@ def judge(checkpoint: str, data_dir: str) -> list:
     return rows
 
 
-def _read(path: Path = RESULTS) -> list:
-    with open(path, newline='') as stream:
-        return list(csv.DictReader(stream))
-
-
-def table() -> str:
-    """Size, time and error of each form, for docs/deploy.md."""
-    rows = [row for row in _read() if row['cpu_ms']]
-    lines = ['| model | form | precision | MiB | CPU ms | error |', '|---|---|---|---|---|---|']
-    for row in rows:
-        lines.append(
-            f'| `{row["model"]}` | {FORM_NAMES[row["form"]]} | {row["precision"]} | {row["size_mib"]} | '
-            f'{float(row["cpu_ms"]):,.0f} | {row["error"] if float(row["error"]) else "–"} |'
-        )
-    return '\n'.join([*lines, '', performance.origins(rows)])
-
-
-def operators_table() -> str:
-    """How often each ONNX operator stands in each exported model, and what TensorRT's parser asks of it."""
-    rows = _read(OPERATORS)
-    counts = [dict(entry.rsplit(':', 1) for entry in row['operators'].split()) for row in rows]
-    heads = [f'`{row["model"]}`, {row["precision"]}, {row["img_size"]}' for row in rows]
-    lines = [f'| operator | {" | ".join(heads)} | in TensorRT |', '|---' * (len(rows) + 2) + '|']
-    for name in sorted(set().union(*counts)):
-        rule = exporting.TENSORRT_OPERATORS.get(name)
-        reads = 'not known' if rule is None else f'yes; {rule}' if rule else 'yes'
-        lines.append(f'| {name} | {" | ".join(count.get(name, "–") for count in counts)} | {reads} |')
-    refused = {row['tensorrt'] for row in rows} - {''}
-    verdict = (
-        f"TensorRT's parser may not read: {'; '.join(sorted(refused))}."
-        if refused
-        else "Nothing in these files that TensorRT's parser does not read, by its table, restrictions and types "
-        'included.'
-    )
-    return '\n'.join([*lines, '', verdict])
-
-
-def precision_table() -> str:
-    """Top-1 of trained models in each precision, for docs/deploy.md."""
-    rows = [row for row in _read() if row['top1']]
-    lines = ['| model | precision | top-1 | error of the logits |', '|---|---|---|---|']
-    for row in rows:
-        lines.append(
-            f'| {row["model"]} | {row["precision"]} | {row["top1"]} | {row["error"] if float(row["error"]) else "–"} |'
-        )
-    return '\n'.join([*lines, '', performance.origins(rows)])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', nargs='+', default=['eva_deit_tiny', 'eva_pvt_v2_b3'], choices=list(SOFTMAX_MODELS))
+    parser.add_argument('--model', nargs='+', default=['eva_deit_tiny', 'eva_pvt_v2_b3'], choices=model_names())
     parser.add_argument('--form', nargs='+', default=list(FORMS), choices=list(FORMS))
     parser.add_argument('--precision', nargs='+', choices=exporting.PRECISIONS, help='default: all that a form has')
     parser.add_argument('--checkpoint', nargs='*', default=[], help='trained models, whose top-1 is taken')
@@ -231,10 +178,10 @@ def main() -> None:
             store(row)
     for form in args.form:
         for ours in args.model if args.repeats else ():
-            for name, kwargs in ((ours, {}), SOFTMAX_MODELS[ours]):
+            for name, kwargs in ((ours, {}), softmax_twin(ours)):
                 torch.manual_seed(0)
-                sized = {} if 'pvt' in name else dict(img_size=args.img_size)  # a pyramid takes any
-                model = timm.create_model(name, **sized, **kwargs).eval()
+                kwargs = resolve_model_input_args(name, args=dict(img_size=args.img_size), **kwargs)
+                model = timm.create_model(**kwargs).eval()
                 for precision in args.precision or FORMS[form]:
                     with tempfile.TemporaryDirectory() as folder:
                         store(measure(name, model, args.img_size, form, precision, Path(folder), args.repeats))

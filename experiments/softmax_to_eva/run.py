@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Softmax weights in an EVA model, and how near it starts: python examples/softmax_to_eva.py
+"""Softmax weights in an EVA model, and how near it starts: python experiments/softmax_to_eva/run.py
 
 Trains a small softmax ViT on scikit-learn's Digits (a minute or two on a core), takes its weights into the same model
 with EVA, and compares ways to start what EVA has beside softmax attention: the summaries, and the bias of the window.

@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
-"""Table 6 of the paper on a GPU: memory and milliseconds of a training step with each attention.
+"""Memory and time of a training step with each attention: python experiments/zoo_step/run.py --results-file FILE.csv
 
-    python tools/zoo_step.py --results-file results/zoo_h100.csv
-
-Runs `benchmark.py --bench train` on every `*_deit_tiny_784` model: first as they are, one after the other, then under
-torch.compile, some of them compiling side by side while one at a time is measured. The rows have benchmark.py's
-columns and are written as they come, so a run cut short leaves what it measured, and the same line goes on from there;
-a model that fails has a row that says why. The exit code is 1 if a model failed.
+Table 6 of the paper on a GPU, as in results/zoo_h100.csv. Runs `benchmark.py --bench train` on every `*_deit_tiny_784`
+model: first as they are, one after the other, then under torch.compile, some of them compiling side by side while one
+at a time is measured. The rows have benchmark.py's columns and are written as they come: a run cut short leaves what it
+measured, and the same line goes on from there. A model that fails has a row that says why, and the exit code is 1.
 """
 
 import argparse
@@ -22,9 +20,9 @@ import timm
 
 import evavit  # noqa: F401  registers the models
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from evavit.bench.models import read_rows, store_rows  # noqa: E402
+from evavit.bench.results import read_rows, store_rows  # noqa: E402
 
 
 def main() -> int:

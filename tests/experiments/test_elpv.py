@@ -1,29 +1,19 @@
-"""examples/elpv.py from end to end with a model of one block: pretraining, fine-tuning, rows; and examples/knn.py."""
+"""experiments/elpv from end to end with a model of one block: pretraining, fine-tuning, rows."""
 
 import csv
 import gzip
-import importlib.util
 import re
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip('sklearn')
-from runs import CLASSES, write_images
+from programs import load_program
+from runs import write_images
 
 from evavit.errors import run_script
-
-EXAMPLES = Path(__file__).resolve().parents[2] / 'examples'
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f'evavit_example_{name}', EXAMPLES / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_fashion_mnist(folder, count=20):
@@ -40,7 +30,7 @@ def write_fashion_mnist(folder, count=20):
 
 
 def test_the_comparison_at_a_small_size(tmp_path, monkeypatch, capsys):
-    example = load('elpv')
+    example = load_program('experiments/elpv/run.py')
     monkeypatch.setattr(example, 'ARMS', tuple(arm for arm in example.ARMS if arm[0] == 'eva_deit_tiny'))
     write_fashion_mnist(tmp_path / 'FashionMNIST' / 'raw')
     for task, names in (('type', ('mono', 'poly')), ('defect', ('p000', 'p033', 'p067'))):
@@ -107,38 +97,7 @@ def test_the_comparison_at_a_small_size(tmp_path, monkeypatch, capsys):
 
 
 def test_data_that_is_not_there(tmp_path, capsys):
-    example = load('elpv')
+    example = load_program('experiments/elpv/run.py')
     flags = ['--data-dir', str(tmp_path), '--fashion-mnist', str(tmp_path)]
     assert run_script(example.main, flags) == 2
-    assert 'tools/build_elpv.py' in capsys.readouterr().err
-
-
-def test_neighbours_of_features(tmp_path, capsys):
-    example = load('knn')
-    for split in ('train', 'validation'):
-        write_images(tmp_path / split, dict.fromkeys(CLASSES, 6))
-    flags = [
-        '--model',
-        'eva_deit_tiny',
-        '--model-kwargs',
-        'img_size=16',
-        'patch_size=4',
-        'embed_dim=16',
-        'depth=1',
-        'num_heads=2',
-        '--data-dir',
-        str(tmp_path),
-        '--device',
-        'cpu',
-        '--workers',
-        '0',
-        '-k',
-        '3',
-    ]
-    assert run_script(example.main, flags) == 0
-    out = capsys.readouterr().out
-    # The classes differ in colour, which features of random weights tell as well.
-    found = re.search(r'3 nearest of 18 images, 18 judged: top-1 (\S+)  balanced accuracy (\S+)  macro F1 (\S+)', out)
-    assert found and float(found[1]) > 80, out
-    assert run_script(example.main, [*flags[:-1], '19']) == 2
-    assert '18 images' in capsys.readouterr().err
+    assert 'experiments/elpv/build_data.py' in capsys.readouterr().err

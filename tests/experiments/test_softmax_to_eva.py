@@ -1,18 +1,15 @@
-"""The converted network is nearer to the softmax network than any other start that the example tries."""
+"""The converted network is nearer to the softmax network than any other start that the experiment tries."""
 
 import argparse
-import importlib.util
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 pytest.importorskip('sklearn')
-SCRIPT = Path(__file__).resolve().parents[2] / 'examples' / 'softmax_to_eva.py'
-spec = importlib.util.spec_from_file_location('softmax_to_eva', SCRIPT)
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
+from programs import load_program
+
+example = load_program('experiments/softmax_to_eva/run.py')
 
 SMALL = {**example.DIGITS, 'embed_dim': 48, 'depth': 2, 'num_heads': 2}
 

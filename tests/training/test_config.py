@@ -98,7 +98,7 @@ def test_help_lists_every_flag(capsys):
 
 
 @pytest.mark.parametrize(
-    'name', ['eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3', 'quickstart', 'fashion_mnist']
+    'name', ['eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3', 'quickstart']
 )
 def test_every_config_is_valid_and_has_no_key_twice(name, request):
     path = request.config.rootpath / 'configs' / f'{name}.yaml'

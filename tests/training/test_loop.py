@@ -85,7 +85,7 @@ def test_a_fused_optimizer_skips_without_the_host_waiting(flags):
 
 @pytest.fixture(scope='module')
 def adversarial():
-    spec = importlib.util.spec_from_file_location('adversarial', ROOT / 'tools' / 'adversarial.py')
+    spec = importlib.util.spec_from_file_location('adversarial', ROOT / 'experiments' / 'adversarial' / 'run.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,33 +1,16 @@
-"""docs/performance.md: figures from rows, verdicts, plots that know their data; and the steps of `make gpu`."""
-
-import csv
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+"""docs/performance.md: what was measured from rows, verdicts, plots that know their data."""
 
 import pytest
-import torch
+from programs import load_program
 
-from evavit.bench.models import COLUMNS, store_rows
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(f'evavit_tools_{path.stem}', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from evavit.bench.results import COLUMNS, store_rows
 
 
 def attention_row(bench, backend, tokens, ms, **more):
     return dict(
         bench=bench,
         backend=backend,
-        attention='eva' if backend in ('triton', 'plain') else 'softmax',
+        attention='eva' if backend in ('gluon', 'triton', 'plain') else 'softmax',
         batch_size=100_352 // tokens,
         tokens=tokens,
         width=192,
@@ -62,8 +45,8 @@ def model_row(bench, case, attention, speed, **more):
 
 @pytest.fixture
 def performance(tmp_path, monkeypatch):
-    module = load(ROOT / 'tools' / 'performance.py')
-    monkeypatch.setattr(module, 'ROOT', tmp_path)
+    module = load_program('docs/make/performance.py')
+    monkeypatch.setattr(module.pages, 'ROOT', tmp_path)
     monkeypatch.setattr(module, 'PLOT', tmp_path / 'performance.svg')
     return module
 
@@ -71,16 +54,16 @@ def performance(tmp_path, monkeypatch):
 def store(performance, rows, name='h100.csv'):
     for number, row in enumerate(rows):  # a comparison each
         row = dict.fromkeys(COLUMNS, '') | row | dict(device=f'H100 {number}')
-        store_rows(performance.ROOT / 'results' / name, [row])
+        store_rows(performance.pages.ROOT / 'results' / name, [row])
 
 
-def figures(performance):
+def measured(performance):
     return {
-        what: (figure, performance.verdict(sense, goal, figure)) for what, sense, goal, figure, _ in performance.goals()
+        what: (value, performance.verdict(sense, goal, value)) for what, sense, goal, value, _ in performance.goals()
     }
 
 
-def test_figures_of_the_goals(performance):
+def test_what_was_measured_beside_the_goals(performance):
     store(
         performance,
         [
@@ -105,7 +88,7 @@ def test_figures_of_the_goals(performance):
         ],
         'cpu.csv',
     )
-    found = figures(performance)
+    found = measured(performance)
 
     def of(*words):
         (line,) = [value for what, value in found.items() if all(word in what for word in words)]
@@ -125,7 +108,7 @@ def test_figures_of_the_goals(performance):
 
 
 def test_nothing_measured(performance):
-    assert {verdict for _, verdict in figures(performance).values()} == {'not measured'}
+    assert {verdict for _, verdict in measured(performance).values()} == {'not measured'}
     assert performance.op() == performance.gpu_models() == performance.cpu_models() == 'Not measured yet.'
 
 
@@ -151,6 +134,13 @@ def test_tables(performance):
         '| `eva_deit_tiny_784` | 224 | 8 | training, compiled | 3,000 | 2,000 | 1.50 | 2.0 | 1.0 | 993 | '
         '`deit_tiny_patch16_224:patch_size=8` |'
     ) in performance.gpu_models()
+
+
+def test_gluon_stands_for_the_kernels_where_it_was_measured(performance):
+    for tokens, times in ((784, {'triton': 0.8, 'gluon': 0.5, 'flash': 1.0}), (196, {'triton': 0.8, 'flash': 1.0})):
+        rows = [attention_row('op', backend, tokens, ms) | dict(device='H100') for backend, ms in times.items()]
+        store_rows(performance.pages.ROOT / 'results' / 'h100.csv', [dict.fromkeys(COLUMNS, '') | row for row in rows])
+    assert [performance.speed_up(performance.gpu_rows(), 'op', tokens) for tokens in (784, 196)] == [2.0, 1.25]
 
 
 def test_the_mode_that_suits_eva_best(performance):
@@ -191,121 +181,3 @@ def test_plot_knows_its_data(performance):
     assert performance.PLOT.read_bytes() == first
     store(performance, [attention_row('op', 'triton', 784, 0.4)])
     assert not performance.plot_is_fresh()
-
-
-@pytest.fixture
-def gpu(tmp_path, monkeypatch):
-    """tools/gpu.py in a folder of its own, with its commands recorded and not run; `fails` names those that fail."""
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    module = load(ROOT / 'tools' / 'gpu.py')
-    module.commands, module.fails = {}, set()
-    monkeypatch.setattr(module, 'WORK', tmp_path)
-    monkeypatch.setattr(module.shutil, 'which', lambda name: f'/bin/{name}')
-
-    def run(command, stdout, **kwargs):
-        name = Path(stdout.name).stem
-        module.commands[name] = command
-        return SimpleNamespace(returncode=int(name in module.fails))
-
-    def steps(*flags):
-        module.commands.clear()
-        monkeypatch.setattr(sys, 'argv', ['gpu.py', *flags, '--results-file', str(tmp_path / 'all' / 'rows.csv')])
-        return module.main()
-
-    monkeypatch.setattr(module, 'subprocess', SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
-    module.call = steps
-    return module
-
-
-def test_steps_of_a_gpu_machine(gpu, capsys):
-    store_rows(gpu.WORK / 'op.csv', [dict(bench='op', case='14x14', status='ok')])
-    gpu.fails = {'test'}
-    assert gpu.call() == 1
-    assert list(gpu.commands)[:4] == ['test', 'sanitize', 'op', 'layer'] and list(gpu.commands)[-1] == 'page'
-    assert set(gpu.commands) - {'test', 'sanitize', 'op', 'layer', 'page'} == {
-        f'{name}_{mode}' for name in gpu.MODELS for mode in ('default', 'reduce-overhead')
-    }
-    with open(gpu.WORK / 'all' / 'rows.csv', newline='') as stream:
-        assert [row['case'] for row in csv.DictReader(stream)] == ['14x14']
-
-    gpu.fails = set()
-    assert gpu.call('--steps', 'test', 'sanitize') == 0
-    assert list(gpu.commands) == ['test']  # the one that failed
-    assert gpu.call('--steps', 'models', '--models', 'tiny', '896', '--torchcompile', 'reduce-overhead') == 0
-    assert set(gpu.commands) == {'tiny_reduce-overhead', '896_reduce-overhead'}
-    assert 'done before' in capsys.readouterr().out
-
-
-def test_its_benches_parse(gpu):
-    assert gpu.call('--steps', 'op', 'layer', 'models') == 0
-    benchmark = load(ROOT / 'evavit' / 'cli' / 'benchmark.py')
-    assert all(command[1] == 'benchmark.py' for command in gpu.commands.values())
-    parsed = {name: benchmark.parse(command[2:]) for name, command in gpu.commands.items()}
-    assert all(args.resume and args.results_file.parent == gpu.WORK for args in parsed.values())
-    assert len({args.results_file for args in parsed.values()}) == len(parsed)  # they run side by side
-    models = {name: args for name, args in parsed.items() if name not in ('op', 'layer')}
-    assert all(
-        args.torchcompile == name.partition('_')[2] and args.bench == ['train', 'infer'] and args.lock
-        for name, args in models.items()
-    )
-    assert {(args.model[0], args.img_size) for args in models.values()} == {
-        ('eva_deit_tiny', None),
-        ('eva_deit_small', None),
-        ('eva_pvt_v2_b3', None),
-        ('eva_deit_tiny_784', None),
-        ('eva_deit_tiny_784', 448),
-        ('eva_deit_tiny_784', 896),
-    }
-
-
-def test_sanitize_needs_a_gpu():
-    if torch.cuda.is_available():
-        pytest.skip('a GPU is there')
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / 'sanitize.py')],
-        capture_output=True,
-        text=True,
-        env={'PYTHONPATH': str(ROOT)},
-    )
-    assert done.returncode == 2 and done.stderr == 'error: no CUDA device\n'
-
-
-def test_bench_refuses_a_results_file_before_it_measures(tmp_path):
-    other = tmp_path / 'other.csv'
-    other.write_text('a,b\n1,2\n')
-    for path, message in [
-        (tmp_path, 'cannot be written'),
-        (other / 'mine.csv', 'cannot be written'),
-        (other, 'has other columns'),
-    ]:
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / 'benchmark.py'),
-                '--bench',
-                'op',
-                '--device',
-                'cpu',
-                '--results-file',
-                str(path),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (done.returncode, done.stdout) == (2, '')
-        assert done.stderr.startswith('error: ')
-        assert f'{path} {message}' in done.stderr and done.stderr.count('\n') == 1
-    assert other.read_text() == 'a,b\n1,2\n'
-
-
-def test_gpu_steps_need_a_device():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / 'gpu.py'), '--steps', 'op'],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
-        check=False,
-    )
-    assert done.returncode == 2
-    assert 'no CUDA device here' in done.stderr

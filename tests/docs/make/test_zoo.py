@@ -1,26 +1,17 @@
-"""docs/zoo.md: the table of training steps, from rows as tools/zoo_step.py writes them."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""docs/zoo.md: the table of training steps, from rows as experiments/zoo_step writes them."""
 
 import pytest
+from programs import load_program
 
-from evavit.bench.models import COLUMNS, store_rows
+from evavit.bench.results import COLUMNS, store_rows
 from evavit.layers import ATTENTIONS
-
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 
 
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    spec = importlib.util.spec_from_file_location('evavit_tools_zoo', TOOLS / 'zoo.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_program('docs/make/zoo.py')
     monkeypatch.setattr(module, 'STEPS', tmp_path / 'zoo_h100.csv')
-    yield module
-    sys.modules.pop('performance', None)
+    return module
 
 
 def step(name, mode='no', **more):
