@@ -71,7 +71,7 @@ DRAWN = [
 PLAIN = ['--no-aug', '--hflip', '0', '--color-jitter', '0', '--drop-path', '0']  # only the images' order is drawn
 
 
-PATIENCE = float(os.environ.get('EVAVIT_PATIENCE', 1))  # times the waiting that takes a run to hang, see tools/soak.py
+PATIENCE = float(os.environ.get('EVAVIT_PATIENCE', 1))  # times the waiting that takes a run to hang, see `make soak`
 
 
 class Code:

@@ -192,7 +192,7 @@ def test_memory_estimate_against_the_profiler(tmp_path):
 )
 def test_memory_estimate_against_the_gpu(model, record_property):
     """The peaks that benchmark.py read on an H100, eager in bfloat16, EVA's plain backend."""
-    with open(ROOT / 'results' / 'h100.csv', newline='') as file:
+    with open(ROOT / 'results' / 'memory_h100.csv', newline='') as file:
         row = next(
             row
             for row in csv.DictReader(file)
