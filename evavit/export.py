@@ -32,7 +32,8 @@ PRECISIONS = ('float32', 'bfloat16', 'float16', 'int8')
 MAX_BATCH = 1024  # upper end of the dynamic batch of programs and packages
 
 # What models like these are made of, of the operators that TensorRT's parser reads, and what it asks of each: from the
-# table of onnx-tensorrt for TensorRT 10.15. Resize is not among them, for the parser reads no cubic one.
+# table of onnx-tensorrt for TensorRT 10.15. Resize is not among them, for the parser reads no cubic one. The table is
+# copied, because only TensorRT itself, which needs a GPU, can say what its parser reads.
 _CONSTANT_AXES = 'axes must be constant'
 TENSORRT_OPERATORS: Dict[str, str] = {
     **dict.fromkeys(

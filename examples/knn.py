@@ -53,12 +53,12 @@ def judge(settings, k):
     if k > len(known):
         raise UserError(f'-k {k}: the training split has {len(known)} images')
     guess = KNeighborsClassifier(k, metric='cosine', weights='distance').fit(known, labels).predict(asked)
-    figures = (
+    scores = (
         float((guess == truth.numpy()).mean()),
         balanced_accuracy_score(truth, guess),
         f1_score(truth, guess, average='macro', zero_division=0),
     )
-    return [100 * figure for figure in figures], len(known), len(asked)
+    return [100 * score for score in scores], len(known), len(asked)
 
 
 def main(argv=None):

@@ -157,7 +157,7 @@ def script(name):
 
 @torch.no_grad()
 def judge(folder):
-    """Figures of a finished run's last weights on its validation split, in percent, and the device."""
+    """Scores of a finished run's last weights on its validation split, in percent, and the device."""
     from sklearn.metrics import balanced_accuracy_score, f1_score
 
     settings, _ = parse_settings('train', ['-c', str(folder / 'args.yaml')])
@@ -174,7 +174,7 @@ def judge(folder):
             predicted.append(model(images).argmax(-1).cpu())
         truth.append(target.cpu())
     truth, predicted = torch.cat(truth), torch.cat(predicted)
-    figures = dict(
+    scores = dict(
         top1=(truth == predicted).double().mean().item(),
         balanced_accuracy=balanced_accuracy_score(truth, predicted),
         macro_f1=f1_score(truth, predicted, average='macro', zero_division=0),
@@ -183,7 +183,7 @@ def judge(folder):
     return dict(
         train_images=len(train_set),
         images=len(truth),
-        **{name: round(100 * value, 3) for name, value in figures.items()},
+        **{name: round(100 * value, 3) for name, value in scores.items()},
     ), device
 
 
@@ -213,12 +213,12 @@ def summary(rows):
     for row in rows:
         groups.setdefault((row['task'], row['model'], row['start']), []).append(row)
     for (task, model, start), found in sorted(groups.items()):
-        figures = [
+        scores = [
             f'{name} {spread([float(row[name]) for row in found])}'
             for name in ('top1', 'balanced_accuracy', 'macro_f1')
         ]
         yield (
-            f'{task:13} {model:21} from {start:13} {"  ".join(figures)}  ({len(found)} seeds, majority '
+            f'{task:13} {model:21} from {start:13} {"  ".join(scores)}  ({len(found)} seeds, majority '
             f'{float(found[0]["majority"]):.1f})'
         )
 

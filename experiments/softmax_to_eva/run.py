@@ -225,9 +225,9 @@ def table(args, softmax, sizes, window, images, labels) -> list:
             if not file.tell():
                 writer.writerow(['weights', *rows[0], 'seed', 'torch', 'timm', 'evavit'])
             for row in rows:
-                figures = [f'{value:.4f}' if isinstance(value, float) else value for value in row.values()]
+                cells = [f'{value:.4f}' if isinstance(value, float) else value for value in row.values()]
                 writer.writerow(
-                    [args.label, *figures, args.seed, torch.__version__, timm.__version__, evavit.__version__]
+                    [args.label, *cells, args.seed, torch.__version__, timm.__version__, evavit.__version__]
                 )
     return rows
 

@@ -8,6 +8,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from programs import load_program
 from runs import KWARGS, MODEL, load_script
 from timm.data import create_transform, resolve_data_config
 
@@ -71,7 +72,7 @@ def test_checkpoint_to_onnx(train, call, tmp_path):
 
     # examples/classify.py reads pictures, classes and weights from the file alone.
     picture = Image.fromarray(torch.randint(256, (40, 30, 3), dtype=torch.uint8).numpy())
-    classify = load_script('examples/classify')
+    classify = load_program('examples/classify.py')
     session, about = classify.load(str(path))
     with torch.no_grad():
         config = resolve_data_config(dict(input_size=(3, 16, 16)), model=model)

@@ -46,7 +46,7 @@ def row(task, model, start, seed, score, **more):
     )
 
 
-def test_no_figures_yet(tables):
+def test_nothing_measured_yet(tables):
     assert tables.table().startswith('Not measured yet')
 
 
