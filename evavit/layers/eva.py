@@ -243,16 +243,21 @@ class EvaAttention(GridAttention):
             noise = torch.randn(S, self.head_dim, generator=torch.Generator().manual_seed(0))
             self.eval_noise.copy_((S / (S - 1)) ** 0.5 * (noise - noise.mean(0)))
 
-    __jit_unused_properties__ = ['backend']  # noqa: RUF012
-
-    @property
-    def backend(self) -> str:
-        """Stands in for the registry of backends until that is merged: to be dropped with it."""
-        weight = next(self.qkv.parameters(), torch.empty(0))
-        options = (self.head_dim, self.window_size, self.partition_grid, self.attn_drop.p if self.training else 0.0)
-        return eva_backend(weight.device, weight.dtype, *options, self.variant) if self.fused_attn else 'plain'
-
     def extra_repr(self) -> str:
+        weight = next(self.qkv.parameters(), torch.empty(0))  # quantized or adapted layers may have no `weight`
+        backend = (
+            eva_backend(
+                weight.device,
+                weight.dtype,
+                self.head_dim,
+                self.window_size,
+                self.partition_grid,
+                self.attn_drop.p if self.training else 0.0,
+                self.variant,
+            )
+            if self.fused_attn
+            else 'plain'
+        )
         ablations = (
             (
                 f'partition={self.partition}, summary={self.summary}, num_samples={self.num_samples}, '
@@ -263,7 +268,7 @@ class EvaAttention(GridAttention):
         )
         return (
             f'num_heads={self.num_heads}, window_size={self.window_size}, partition_grid={self.partition_grid}, '
-            f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}, {ablations}backend={self.backend}'
+            f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}, {ablations}backend={backend}'
         )
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:

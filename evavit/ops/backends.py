@@ -1,12 +1,11 @@
 """Whether fused kernels can run: what the operators share that have some beside a path in plain PyTorch."""
 
-import contextlib
 import functools
 import importlib
 
 import torch
 
-__all__ = ['has_kernels', 'needs_plain', 'use_backend']
+__all__ = ['has_kernels', 'needs_plain']
 
 
 @functools.cache
@@ -37,9 +36,3 @@ def needs_plain() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
-
-
-@contextlib.contextmanager
-def use_backend(name):
-    """Stands in for the registry of backends until that is merged: to be dropped with it."""
-    yield
