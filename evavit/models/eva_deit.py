@@ -16,12 +16,11 @@ Tokens stay `(B, N, C)` between the blocks. What would break the grid (class and
 attention masks) is refused.
 """
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
@@ -31,8 +30,8 @@ from torch.nn import functional as F
 from evavit.layers import ATTENTIONS, FusedMlp, attention_layer, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
-from ._register import register_variants
-from ._weights import fit_strictly, pretrained_filter, readable
+from ._grid import GridModel, Variant, build_grid_model, grid_cfgs, register_family, variant
+from ._weights import pretrained_filter
 
 __all__ = ['GridBlock', 'GridPatchEmbed', 'GridVisionTransformer', 'PatchProjection']
 
@@ -143,7 +142,7 @@ class GridBlock(Block):
         return x
 
 
-class GridVisionTransformer(VisionTransformer):
+class GridVisionTransformer(GridModel, VisionTransformer):
     """timm's VisionTransformer whose blocks see the token grid; any image size with `dynamic_img_size`.
 
     Args:
@@ -208,12 +207,6 @@ class GridVisionTransformer(VisionTransformer):
         self.blocks = nn.ModuleList(self.blocks)  # nn.Sequential would call a block with the tokens alone
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Parameters without weight decay: the position embedding and the bias tables."""
-        tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
-        return super().no_weight_decay() | tables
-
-    @torch.jit.ignore
     def set_input_size(
         self,
         img_size: Optional[Union[int, Tuple[int, int]]] = None,
@@ -224,10 +217,6 @@ class GridVisionTransformer(VisionTransformer):
         for blk in self.blocks:
             if blk.attn.fixed_grid:
                 blk.attn.set_feat_size(list(self.patch_embed.grid_size))
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As in PyTorch; a strict load fits what does not fit as it is, see `evavit.models.fit_checkpoint`."""
-        return super().load_state_dict(fit_strictly(state_dict, self) if strict else state_dict, strict, assign)
 
     @torch.jit.ignore
     def block_grid(self, name: str) -> List[int]:
@@ -317,59 +306,27 @@ class GridVisionTransformer(VisionTransformer):
         return self.norm(x), intermediates
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GridVisionTransformer) -> Dict[str, torch.Tensor]:
-    """Fit a checkpoint to a model: ours of any image, patch and window size, timm's or DeiT's softmax, or the published
-    EVA's. What became of each tensor goes to the log; see `evavit.models.fit_checkpoint`."""
-    return pretrained_filter(state_dict, model)
+checkpoint_filter_fn = pretrained_filter  # the name that timm's own files have for it
 
 
-def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs) -> GridVisionTransformer:
-    out_indices = kwargs.pop('out_indices', 3)
-    with readable(kwargs.get('pretrained_cfg_overlay')):
-        return build_model_with_cfg(
-            GridVisionTransformer,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-            **kwargs,
-        )
+def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> GridVisionTransformer:
+    feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
+    return build_grid_model(GridVisionTransformer, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': None,
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+def _describe(size: Variant, attention: str) -> str:
+    patch = size.model_args['patch_size']
+    return f'{size.title} with {attention}: {(224 // patch) ** 2} tokens (patch {patch}) at 224 × 224.'
 
 
 VARIANTS = {
-    'deit_tiny': dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
-    'deit_small': dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
-    'deit_tiny_784': dict(patch_size=8, embed_dim=192, depth=12, num_heads=3),
+    'deit_tiny': variant('DeiT-Tiny', 'deit_tiny_patch16_224', patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    'deit_small': variant('DeiT-Small', 'deit_small_patch16_224', patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    'deit_tiny_784': variant(
+        'DeiT-Tiny-784', 'deit_tiny_patch16_224', dict(patch_size=8), patch_size=8, embed_dim=192, depth=12, num_heads=3
+    ),
 }
 
-default_cfgs = generate_default_cfgs(
-    {f'{attention}_{variant}': _cfg() for attention in ATTENTIONS for variant in VARIANTS}
-)
+default_cfgs = grid_cfgs(VARIANTS, fixed_input_size=True)
 
-register_variants(
-    _create_eva_deit,
-    VARIANTS,
-    {
-        'deit_tiny': 'DeiT-Tiny with {}: 196 tokens (patch 16) at 224 × 224.',
-        'deit_small': 'DeiT-Small with {}: 196 tokens (patch 16) at 224 × 224.',
-        'deit_tiny_784': 'DeiT-Tiny-784 with {}: 784 tokens (patch 8) at 224 × 224.',
-    },
-)
+register_family(_create_eva_deit, VARIANTS, _describe, softmax_args=dict(class_token=False, global_pool='avg'))
