@@ -17,7 +17,7 @@ from timm.models._input import update_model_input_size
 from timm.models.pvt_v2 import MlpWithDepthwiseConv, PyramidVisionTransformerV2
 from torch import nn
 
-from evavit.layers import attention_layer, check_heads, pop_attention_kwargs
+from evavit.layers import ATTENTIONS, attention_layer, check_heads, pop_attention_kwargs
 from evavit.layers.mlp import is_exact_gelu, is_hooked
 from evavit.ops import depthwise_gelu, depthwise_gelu_backend
 from evavit.ops.grid import fix_image_size
@@ -26,10 +26,6 @@ from ._grid import GridModel, Variant, build_grid_model, grid_cfgs, register_fam
 from ._weights import pretrained_filter
 
 __all__ = ['FusedMlpWithDepthwiseConv', 'GridPyramidVisionTransformerV2']
-
-# Options that an attention has in the pyramid unless they are given. LARA's published parameter count, 39.9 M, is that
-# of landmarks projected over all channels.
-OPTIONS = {'lara': dict(landmark_proj='channels')}
 
 
 class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
@@ -125,7 +121,8 @@ class GridPyramidVisionTransformerV2(GridModel, PyramidVisionTransformerV2):
             if name in kwargs:
                 raise ValueError(f'{name}={kwargs[name]}: keys and values are not downsampled here; leave it out')
         dd = {'device': device, 'dtype': dtype}
-        attn_kwargs = {**OPTIONS.get(attn_layer, {}), **pop_attention_kwargs(attn_layer, kwargs)}
+        attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
+        attn_kwargs = {**ATTENTIONS[attn_layer].pyramid_options, **attn_kwargs}
         heads = to_ntuple(len(embed_dims))(num_heads)
         for dim, stage_heads in zip(embed_dims, heads, strict=True):
             check_heads(dim, stage_heads)

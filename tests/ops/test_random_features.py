@@ -3,8 +3,11 @@ import torch
 from references import lara_loop, performer_loop, scatterbrain_loop
 from timm.layers import RelPosBias
 
-from evavit.ops import lara_attention, random_feature_attention, scatterbrain_attention
-from evavit.ops.random_features import log_positive_features, orthogonal_directions
+from evavit.layers.lara import lara_attention
+from evavit.layers.performer import random_feature_attention
+from evavit.layers.random_directions import orthogonal_directions
+from evavit.layers.scatterbrain import scatterbrain_attention
+from evavit.ops.random_features import log_positive_features
 
 GRIDS = [(14, 14), (13, 9), (7, 20), (5, 3), (1, 1)]
 each_grid = pytest.mark.parametrize('feat_size', GRIDS)
