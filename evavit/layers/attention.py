@@ -1,6 +1,6 @@
 """What the attentions share: the projections around a function of q, k, v on the token grid."""
 
-from typing import Any, ClassVar, Dict, List, Optional
+from typing import Any, ClassVar, Dict, List, Optional, Sequence
 
 import torch
 from torch import nn
@@ -71,6 +71,10 @@ class GridAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def set_feat_size(self, feat_size: Sequence[int]) -> None:
+        """Bring the weights to another grid (H, W), in an attention whose `fixed_grid` is true."""
+        raise NotImplementedError
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         """Attention of queries, keys and values `(3, B, h, N, d)`, a view of the projection; returns `(B, h, N, d)`."""

@@ -200,8 +200,18 @@ def build_grid_model(model: Type[nn.Module], name: str, pretrained: bool, **kwar
 class GridModel(nn.Module):
     """What the families' classes have in common, to stand before timm's class among their bases.
 
-    A family adds `block_grid(name)`, the grid of tokens that a submodule sees, and `resample_weights(state_dict)`.
+    A family implements `block_grid` and `resample_weights`, with which files are fitted to its models.
     """
+
+    @torch.jit.ignore
+    def block_grid(self, name: str) -> List[int]:
+        """Size (H, W) of the token grid that the submodule of that name sees, at the model's own image size."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def resample_weights(self, state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """A state dict with what follows the size of images and patches resampled to this model's."""
+        raise NotImplementedError
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

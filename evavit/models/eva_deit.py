@@ -16,7 +16,7 @@ Tokens stay `(B, N, C)` between the blocks. What would break the grid (class and
 attention masks) is refused.
 """
 
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Literal, Optional, Tuple, Type, Union
 
 import torch
 from timm.layers import PatchEmbed, to_2tuple
@@ -27,7 +27,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 from torch.nn import functional as F
 
-from evavit.layers import ATTENTIONS, FusedMlp, attention_layer, pop_attention_kwargs
+from evavit.layers import ATTENTIONS, FusedMlp, GridAttention, attention_layer, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
 from ._grid import GridModel, Variant, build_grid_model, grid_cfgs, register_family, variant
@@ -60,7 +60,7 @@ class PatchProjection(nn.Conv2d):
 class GridPatchEmbed(PatchEmbed):
     """timm's PatchEmbed on a `PatchProjection`; arguments as there."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.proj = self._as_product(self.proj)
 
@@ -77,14 +77,9 @@ class GridPatchEmbed(PatchEmbed):
     def _as_product(conv: nn.Conv2d) -> nn.Conv2d:
         if isinstance(conv, PatchProjection):
             return conv
-        proj = PatchProjection(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            bias=conv.bias is not None,
-            device='meta',
-        )
+        size = (conv.kernel_size[0], conv.kernel_size[1])
+        bias = conv.bias is not None
+        proj = PatchProjection(conv.in_channels, conv.out_channels, size, size, bias=bias, device='meta')
         proj.weight, proj.bias = conv.weight, conv.bias
         return proj.train(conv.training)
 
@@ -114,13 +109,13 @@ class GridBlock(Block):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         mlp_layer: Type[nn.Module] = FusedMlp,
-        device=None,
-        dtype=None,
-        **kwargs,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        **kwargs: Any,
     ) -> None:
         if qk_norm or scale_attn_norm:
             raise ValueError('qk_norm and scale_attn_norm are not part of these attentions; leave them out')
-        dd = {'device': device, 'dtype': dtype}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         # nn.Identity takes any arguments: no softmax attention is made only to be thrown away.
         super().__init__(
             dim,
@@ -136,7 +131,8 @@ class GridBlock(Block):
             dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
         )
 
-    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    # The grid stands where timm's blocks take a mask. No reason after the comment below: TorchScript would not read it.
+    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:  # type: ignore[override]
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), feat_size)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
@@ -164,7 +160,7 @@ class GridVisionTransformer(GridModel, VisionTransformer):
         self,
         *,
         attn_layer: str = 'eva',
-        global_pool: str = 'avg',
+        global_pool: Literal['', 'avg', 'avgmax', 'max', 'map', 'prr'] = 'avg',
         fc_norm: Optional[bool] = False,
         class_token: bool = False,
         reg_tokens: int = 0,
@@ -175,7 +171,7 @@ class GridVisionTransformer(GridModel, VisionTransformer):
         patch_size: Union[int, Tuple[int, int]] = 16,
         embed_layer: Callable[..., nn.Module] = GridPatchEmbed,
         mlp_layer: Type[nn.Module] = FusedMlp,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         refused = dict(class_token=class_token, reg_tokens=reg_tokens, patch_drop_rate=patch_drop_rate)
         for name, value in refused.items():
@@ -204,7 +200,8 @@ class GridVisionTransformer(GridModel, VisionTransformer):
             dynamic_img_pad=dynamic_img_size if dynamic_img_pad is None else dynamic_img_pad,
             **kwargs,
         )
-        self.blocks = nn.ModuleList(self.blocks)  # nn.Sequential would call a block with the tokens alone
+        # nn.Sequential would call a block with the tokens alone.
+        self.blocks = nn.ModuleList(self.blocks)  # type: ignore[assignment]  # timm's is an nn.Sequential
 
     @torch.jit.ignore
     def set_input_size(
@@ -213,10 +210,13 @@ class GridVisionTransformer(GridModel, VisionTransformer):
         patch_size: Optional[Union[int, Tuple[int, int]]] = None,
     ) -> None:
         """Change the size of the images or the patches; what depends on the grid is resampled to the new one."""
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
-        for blk in self.blocks:
-            if blk.attn.fixed_grid:
-                blk.attn.set_feat_size(list(self.patch_embed.grid_size))
+        super().set_input_size(
+            img_size=None if img_size is None else to_2tuple(img_size),
+            patch_size=None if patch_size is None else to_2tuple(patch_size),
+        )
+        for attn in self.modules():
+            if isinstance(attn, GridAttention) and attn.fixed_grid:
+                attn.set_feat_size(list(self.patch_embed.grid_size))
 
     @torch.jit.ignore
     def block_grid(self, name: str) -> List[int]:
@@ -238,7 +238,8 @@ class GridVisionTransformer(GridModel, VisionTransformer):
             feat_size = [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]]
         return self.norm_pre(self._pos_embed(x)), feat_size
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    # None of these takes timm's mask, and with it `is_causal`.
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
         x, feat_size = self._embed(x)
         for blk in self.blocks:
@@ -248,10 +249,10 @@ class GridVisionTransformer(GridModel, VisionTransformer):
                 x = blk(x, feat_size)
         return self.norm(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
+    def forward_intermediates(  # type: ignore[override]
         self,
         x: torch.Tensor,
         indices: Optional[Union[int, List[int]]] = None,

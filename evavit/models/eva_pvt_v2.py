@@ -17,7 +17,7 @@ from timm.models._input import update_model_input_size
 from timm.models.pvt_v2 import MlpWithDepthwiseConv, PyramidVisionTransformerV2
 from torch import nn
 
-from evavit.layers import ATTENTIONS, attention_layer, check_heads, pop_attention_kwargs
+from evavit.layers import ATTENTIONS, GridAttention, attention_layer, check_heads, pop_attention_kwargs
 from evavit.layers.mlp import is_exact_gelu, is_hooked
 from evavit.ops import depthwise_gelu, depthwise_gelu_backend
 from evavit.ops.grid import fix_image_size
@@ -76,7 +76,9 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
         x = self.fc1(x)
         if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
             if isinstance(x, torch.Tensor) and self._one_operator():  # torch.fx has a proxy, which tells nothing
-                x = depthwise_gelu(x, self.dwconv.weight, self.dwconv.bias, feat_size, self.fused_mlp)
+                bias = self.dwconv.bias
+                assert bias is not None  # _one_operator has seen it
+                x = depthwise_gelu(x, self.dwconv.weight, bias, feat_size, self.fused_mlp)
                 return self.drop(self.fc2(self.drop(x)))
         B, _, C = x.shape
         x = self.relu(x.transpose(1, 2).view(B, C, feat_size[0], feat_size[1]))
@@ -111,16 +113,16 @@ class GridPyramidVisionTransformerV2(GridModel, PyramidVisionTransformerV2):
         proj_drop_rate: float = 0.0,
         img_size: Optional[Union[int, Tuple[int, int]]] = None,
         dynamic_img_size: bool = True,
-        device=None,
-        dtype=None,
-        **kwargs,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        **kwargs: Any,
     ) -> None:
         if not dynamic_img_size:
             raise ValueError('dynamic_img_size=False: this model takes images of any size; leave the argument out')
         for name in ('sr_ratios', 'linear'):
             if name in kwargs:
                 raise ValueError(f'{name}={kwargs[name]}: keys and values are not downsampled here; leave it out')
-        dd = {'device': device, 'dtype': dtype}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
         attn_kwargs = {**ATTENTIONS[attn_layer].pyramid_options, **attn_kwargs}
         heads = to_ntuple(len(embed_dims))(num_heads)
@@ -129,12 +131,13 @@ class GridPyramidVisionTransformerV2(GridModel, PyramidVisionTransformerV2):
         super().__init__(
             embed_dims=embed_dims,
             num_heads=heads,
-            sr_ratios=1,
+            sr_ratios=(1,) * len(embed_dims),
             qkv_bias=qkv_bias,
             proj_drop_rate=proj_drop_rate,
             **kwargs,
             **dd,
         )
+        stage: Any  # Module says nothing of what it holds
         for i, (stage, feat_size) in enumerate(zip(self.stages, self._feat_sizes(img_size or 224), strict=True)):
             last = i == len(self.stages) - 1
             layer = attention_layer('softmax') if last else attention_layer(attn_layer, feat_size, **attn_kwargs)
@@ -151,8 +154,9 @@ class GridPyramidVisionTransformerV2(GridModel, PyramidVisionTransformerV2):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise all parameters and buffers, as for a model that came empty from the meta device."""
         for module in self.modules():
-            if needs_reset and hasattr(module, 'reset_parameters'):
-                module.reset_parameters()
+            reset = getattr(module, 'reset_parameters', None)
+            if needs_reset and reset is not None:
+                reset()
             self._init_weights(module)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,9 +175,9 @@ class GridPyramidVisionTransformerV2(GridModel, PyramidVisionTransformerV2):
         Weights depend on it only with an attention that is made for one grid, whose weights are fitted to the new one.
         """
         for stage, feat_size in zip(self.stages, self._feat_sizes(img_size), strict=True):
-            for block in stage.blocks:
-                if block.attn.fixed_grid:
-                    block.attn.set_feat_size(feat_size)
+            for attn in stage.modules():
+                if isinstance(attn, GridAttention) and attn.fixed_grid:
+                    attn.set_feat_size(feat_size)
         self.nominal_size = to_2tuple(img_size)
         update_model_input_size(self, img_size)
 
