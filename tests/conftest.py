@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `references`
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `helpers` and `layers.references`, beside them
 
 torch.set_num_threads(1)  # tests are small, and several of them run side by side
 
@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(items):
     """The marker `soak` on each test of a promise. Under `make soak` a test may take hours on a busy machine."""
     names = promised()
     for item in items:
-        if not names.isdisjoint((item.originalname, item.path.relative_to(PAGE.parents[1]).as_posix())):
+        path = os.path.relpath(item.path, PAGE.parents[1]).replace(os.sep, '/')
+        if not names.isdisjoint((getattr(item, 'originalname', None), path)):
             item.add_marker(pytest.mark.soak)
         if 'EVAVIT_PATIENCE' in os.environ:
             item.add_marker(pytest.mark.timeout(0), append=False)

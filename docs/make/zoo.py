@@ -16,8 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.layers import ATTENTIONS, EvaAttention, GridAttention
-from evavit.models.eva_deit import VARIANTS as DEIT
-from evavit.models.eva_pvt_v2 import VARIANTS as PVT
+from evavit.models import softmax_twin, variants
 from evavit.ops.grid import block_counts, cell_shape
 
 # Tables 1 and 2 of the paper: parameters (M), FLOPs (G, multiply-adds), top-1 on ImageNet-1k.
@@ -110,13 +109,14 @@ REASONS = {
 def count(name: str, **kwargs) -> tuple:
     """Parameters and multiply-adds of a model for one 224 × 224 image: convolutions and matrix products.
 
-    The blocks of a stage are alike: one of each is made, counted and multiplied. Not counted are the sums over cells,
-    additions that plain PyTorch is faster at as products with a matrix of 0 and 1.
+    The blocks of a stage are alike: all but the first are taken out, which is counted and multiplied. Not counted are
+    the sums over cells, additions that plain PyTorch is faster at as products with a matrix of 0 and 1.
     """
-    depths = PVT['pvt_v2_b3']['depths'] if 'pvt' in name else (DEIT['deit_tiny']['depth'],)
-    model = timm.create_model(
-        name, device='meta', **(dict(depths=(1,) * len(depths)) if 'pvt' in name else dict(depth=1)), **kwargs
-    ).eval()
+    model = timm.create_model(name, device='meta', **kwargs).eval()
+    stages = {path: blocks for path, blocks in model.named_modules() if path.rpartition('.')[2] == 'blocks'}
+    depths = {f'{path}.0': len(blocks) for path, blocks in stages.items()}
+    for blocks in stages.values():
+        del blocks[1:]
     sums = {}
     for path, module in model.named_modules():
         if isinstance(module, EvaAttention) and module.partition_grid and not module.variant:
@@ -125,8 +125,7 @@ def count(name: str, **kwargs) -> tuple:
         model(torch.empty(1, 3, 224, 224, device='meta'))
     parameters = sum(p.numel() for p in model.parameters())
     multiply_adds = flops.get_total_flops() // 2 - sum(sums.values())
-    for stage, depth in enumerate(depths):
-        path = f'stages.{stage}.blocks.0' if 'pvt' in name else 'blocks.0'
+    for path, depth in depths.items():
         of_block = flops.get_flop_counts()[f'{type(model).__name__}.{path}']
         parameters += (depth - 1) * sum(p.numel() for p in model.get_submodule(path).parameters())
         multiply_adds += (depth - 1) * (sum(of_block.values()) // 2 - sums.get(path, 0))
@@ -149,15 +148,16 @@ def tables() -> str:
     """A table a variant with all attentions, then the reasons of the differences."""
     facts = {}
     for key, (name, kwargs) in dict(
-        deit_tiny=('deit_tiny_patch16_224', {}),
-        pvt=('pvt_v2_b3', {}),
+        deit_tiny=('deit_tiny_patch16_224', {}),  # with its class token
+        pvt=softmax_twin('softmax_pvt_v2_b3'),
         combiner=('combiner_deit_tiny_784', dict(pooling='max')),
         long_short=('long_short_deit_tiny_784', dict(projection_dim=49)),
     ).items():
         parameters, multiply_adds = count(name, **kwargs)
         facts |= {f'{key}_m': f'{parameters / 1e6:.2f}', f'{key}_g': f'{multiply_adds / 1e9:.3f}'}
     lines, reasons, used = [], [], set()
-    for variant, paper in PAPER.items():
+    for variant in variants():
+        paper = PAPER.get(variant, {})
         lines += [
             '',
             '| model | parameters | paper | difference | multiply-adds | paper | difference | top-1 in the paper |',

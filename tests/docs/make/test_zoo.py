@@ -1,7 +1,10 @@
-"""docs/zoo.md: the table of training steps, from rows as experiments/zoo_step writes them."""
+"""docs/zoo.md: what is counted, and the table of training steps, from rows as experiments/zoo_step writes them."""
 
 import pytest
+import timm
+import torch
 from programs import load_program
+from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.bench.results import COLUMNS, store_rows
 from evavit.layers import ATTENTIONS
@@ -70,3 +73,18 @@ def test_rows_that_do_not_belong_together(zoo, other):
     store_rows(zoo.STEPS, [step('performer'), step('local', **other)])
     with pytest.raises(SystemExit, match='mixes batch sizes'):
         zoo.steps()
+
+
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('softmax_deit_tiny', dict(depth=3)),
+        ('deit_tiny_patch16_224', {}),
+        ('softmax_pvt_v2_b3', dict(depths=(1, 3, 2, 1))),
+    ],
+)
+def test_a_model_is_counted_at_its_own_depth(zoo, name, kwargs):
+    model = timm.create_model(name, device='meta', **kwargs).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model(torch.empty(1, 3, 224, 224, device='meta'))
+    assert zoo.count(name, **kwargs) == (sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2)

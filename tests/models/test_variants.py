@@ -1,5 +1,7 @@
 """Every attention of the table is a model of every variant, with its own options, and softmax is timm's DeiT."""
 
+import importlib
+
 import pytest
 import timm
 import torch
@@ -10,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 import evavit  # noqa: F401
 from evavit import layers
 from evavit.layers import ATTENTIONS, GridAttention, pop_attention_kwargs
-from evavit.models import eva_deit, eva_pvt_v2
+from evavit.models import families, variants
 
-VARIANTS = [*eva_deit.VARIANTS, *eva_pvt_v2.VARIANTS]
-DEIT = [variant for variant in VARIANTS if 'deit' in variant]
+VARIANTS = variants()
+DEIT = families()['eva_deit'].variants
 each_attention = pytest.mark.parametrize('attention', ATTENTIONS)
 
 
@@ -52,12 +54,13 @@ def test_every_attention_in_every_variant():
 def test_entry_point(attention, variant):
     name = f'{attention}_{variant}'
     entry_point = timm.model_entrypoint(name)
-    assert getattr(eva_deit if 'deit' in variant else eva_pvt_v2, name) is entry_point and entry_point.__name__ == name
+    module = importlib.import_module(f'evavit.models.{"eva_deit" if variant in DEIT else "eva_pvt_v2"}')
+    assert getattr(module, name) is entry_point and entry_point.__name__ == name
     assert ATTENTIONS[attention].__name__ in entry_point.__doc__
     assert get_pretrained_cfg(name).architecture == name
     model = timm.create_model(name, device='meta')
     made = [module for module in model.modules() if isinstance(module, GridAttention)]
-    if 'pvt' in variant:
+    if variant not in DEIT:
         assert all(type(attn) is ATTENTIONS[attention] for attn in made[:-3])
         assert all(type(attn) is ATTENTIONS['softmax'] for attn in made[-3:])
     else:
@@ -104,7 +107,7 @@ def test_a_small_deit_compiles_in_one_graph(attention):
 def test_softmax_deit_is_timms_deit_with_mean_pooling(variant):
     ours = timm.create_model(f'softmax_{variant}', depth=3).eval()
     theirs = VisionTransformer(
-        **{**eva_deit.VARIANTS[variant], 'depth': 3}, class_token=False, global_pool='avg', fc_norm=False
+        **{**DEIT[variant].model_args, 'depth': 3}, class_token=False, global_pool='avg', fc_norm=False
     ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # biases and norms too
