@@ -19,7 +19,8 @@ from torch import nn
 
 from evavit.layers import ATTENTIONS, GridAttention, attention_layer, check_heads, pop_attention_kwargs
 from evavit.layers.mlp import is_exact_gelu, is_hooked
-from evavit.ops import depthwise_gelu, depthwise_gelu_backend
+from evavit.ops import depthwise_gelu
+from evavit.ops.dwconv import DWCONV, DepthwiseCase
 from evavit.ops.grid import fix_image_size
 
 from ._grid import GridModel, Variant, build_grid_model, grid_cfgs, register_family, variant
@@ -33,9 +34,9 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
 
     That is one CUDA kernel where there can be one, unless timm's switch is off when the layer is made
     (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment) or the layer's `fused_mlp` is set to
-    False; `extra_repr` names the code that runs. Under TorchScript and torch.fx, with another activation or another
-    convolution in the place of `dwconv`, and while `relu`, `dwconv` or `act` have hooks or a `forward` of their own,
-    the modules are called one by one, as in timm.
+    False; `backend` names the code that runs, and `extra_repr` why no faster one does. Under TorchScript and torch.fx,
+    with another activation or another convolution in the place of `dwconv`, and while `relu`, `dwconv` or `act` have
+    hooks or a `forward` of their own, the modules are called one by one, as in timm.
 
     Args:
         mlp: timm's MLP, whose modules this one takes over: parameters, their names and values stay.
@@ -52,24 +53,40 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
     @torch.jit.ignore
     def _one_operator(self) -> bool:
         """Whether what comes between the linears is `depthwise_gelu`'s, and nobody looks between its steps."""
+        return self._why_not() is None
+
+    @torch.jit.unused
+    def _why_not(self) -> Optional[str]:
+        """Why it is not, or None."""
         if any(is_hooked(module) for module in (self.relu, self.dwconv, self.act)):
-            return False
-        if not is_exact_gelu(self.act) or type(self.relu) is not nn.Identity or type(self.dwconv) is not nn.Conv2d:
-            return False
+            return 'a layer inside has hooks or a forward of its own'
+        if not is_exact_gelu(self.act) or type(self.relu) is not nn.Identity:
+            return 'another activation than the exact GELU'
         conv = self.dwconv
-        one = conv.stride == conv.dilation == conv.padding == (1, 1) and conv.padding_mode == 'zeros'
-        return (
-            one
+        fits = (
+            type(conv) is nn.Conv2d
+            and conv.stride == conv.dilation == conv.padding == (1, 1)
+            and conv.padding_mode == 'zeros'
             and conv.kernel_size == (3, 3)
             and conv.groups == conv.in_channels == conv.out_channels
             and conv.bias is not None
         )
+        return None if fits else 'another convolution'
 
+    @torch.jit.unused
+    def _case(self) -> DepthwiseCase:
+        return DepthwiseCase(self.dwconv.weight.device, self.dwconv.weight.dtype)
+
+    @property
+    @torch.jit.unused
+    def backend(self) -> str:
+        """The code that runs where the layer is: 'triton' or 'plain'."""
+        return DWCONV.name(self._case()) if self.fused_mlp and self._one_operator() else 'plain'
+
+    @torch.jit.ignore
     def extra_repr(self) -> str:
-        backend = 'plain'
-        if self.fused_mlp and self._one_operator():
-            backend = depthwise_gelu_backend(self.dwconv.weight.device, self.dwconv.weight.dtype)
-        return f'backend={backend}'
+        reason = self._why_not() if self.fused_mlp else 'fused_mlp is False'
+        return f'backend={DWCONV.describe(self._case())}' if reason is None else f'backend=plain ({reason})'
 
     def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         """Tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W) to tokens `(B, N, out_features)`."""

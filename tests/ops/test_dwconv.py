@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import evavit  # noqa: F401
 from evavit.models.eva_pvt_v2 import FusedMlpWithDepthwiseConv
 from evavit.ops import depthwise_gelu, depthwise_gelu_backend
+from evavit.ops.dwconv import DWCONV
 
 NAMES = ['out', 'x', 'weight', 'bias']
 
@@ -78,7 +79,7 @@ def test_backend():
 INTERPRETED = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
-import evavit.ops.dwconv as dwconv
+from evavit.ops.dwconv import DWCONV
 from evavit.ops.dwconv import triton as dwconv_triton
 from kernel_checks import relative_rms
 from ops.test_dwconv import make_case, run
@@ -89,9 +90,8 @@ for feat_size, C, dtype, bound in [((1, 1), 8, torch.float32, 1e-6), ((1, 7), 40
                                    ((5, 3), 16, torch.float16, 1e-3), ((9, 11), 24, torch.float32, 1e-6)]:
     case = make_case(feat_size, C, dtype)
     reference = run(case, feat_size, dtype=torch.float64)
-    runs_fused, dwconv._runs_fused = dwconv._runs_fused, lambda *args: True
-    fused, again = run(case, feat_size, fused=True), run(case, feat_size, fused=True)
-    dwconv._runs_fused = runs_fused
+    with DWCONV.forced('triton'):
+        fused, again = run(case, feat_size, fused=True), run(case, feat_size, fused=True)
     for name, value in fused.items():
         error = relative_rms(value, reference[name])
         assert error < bound, (feat_size, name, error)
@@ -206,9 +206,8 @@ class TestMlp:
         assert 'backend=plain' in make_mlp()[1].extra_repr()
 
     @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # tracing fixes the grid, as it should
-    def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(self, monkeypatch):
+    def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(self):
         pytest.importorskip('triton')
-        monkeypatch.setattr('evavit.ops.dwconv.depthwise_gelu_backend', lambda *args: 'triton')
         _, mlp = make_mlp()
         x, graphs = torch.randn(1, 15, 12), []
 
@@ -217,11 +216,12 @@ class TestMlp:
             return lambda *args: [x]  # a CPU cannot run them
 
         torch.compiler.reset()
-        torch.compile(mlp, backend=backend, fullgraph=True)(x, [5, 3])
-        assert 'evavit.depthwise_gelu' in graphs[0]
-        assert 'evavit' not in str(torch.export.export(mlp, (x, [5, 3])).graph)
-        mlp.requires_grad_(False)
-        assert 'evavit::' not in str(torch.jit.trace(lambda x: mlp(x, [5, 3]), x, check_trace=False).graph)
+        with DWCONV.forced('triton'):
+            torch.compile(mlp, backend=backend, fullgraph=True)(x, [5, 3])
+            assert 'evavit.depthwise_gelu' in graphs[0]
+            assert 'evavit' not in str(torch.export.export(mlp, (x, [5, 3])).graph)
+            mlp.requires_grad_(False)
+            assert 'evavit::' not in str(torch.jit.trace(lambda x: mlp(x, [5, 3]), x, check_trace=False).graph)
 
 
 def check(case, feat_size, dtype):

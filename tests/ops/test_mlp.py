@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from evavit.layers import FusedMlp
 from evavit.ops import mlp_gelu, mlp_gelu_backend
+from evavit.ops.mlp import MLP
 
 NAMES = ['out', 'x', 'weight1', 'bias1', 'weight2', 'bias2']
 HALVES = [torch.bfloat16, torch.float16]
@@ -250,14 +251,13 @@ sys.path[:0] = [{tests!r}]
 from evavit.ops.mlp import triton as mlp_triton
 from kernel_checks import relative_rms
 from ops.test_mlp import make_case, run
-mlp = sys.modules['evavit.ops.mlp']
+from evavit.ops.mlp import MLP
 torch.manual_seed(0)
 for shape in [(1, 16, 32, 16), (77, 48, 80, 32), (130, 16, 64, 48)]:
     case = make_case(*shape, torch.float16, device='cpu')
     reference = run(case, fused=False, dtype=torch.float64)
-    runs_fused, mlp._runs_fused = mlp._runs_fused, lambda *args: True
-    fused = run(case, fused=True)
-    mlp._runs_fused = runs_fused
+    with MLP.forced('triton'):
+        fused = run(case, fused=True)
     for name, value in fused.items():
         error = relative_rms(value, reference[name])
         assert error < 1e-3, (shape, name, error)
@@ -272,9 +272,8 @@ def test_kernels_in_the_interpreter():
     agrees_in_the_interpreter(INTERPRETED)
 
 
-def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
+def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not():
     pytest.importorskip('triton')
-    monkeypatch.setattr('evavit.ops.mlp.mlp_gelu_backend', lambda *args, **kwargs: 'triton')
     x, *weights, _ = make_case(8, 16, 32, 16, torch.bfloat16, device='cpu')
     graphs = []
 
@@ -287,6 +286,7 @@ def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
         return lambda *args: [x]  # a CPU cannot run them
 
     torch.compiler.reset()
-    torch.compile(Wrapped(), backend=backend, fullgraph=True)(x)
-    assert 'evavit.mlp' in graphs[0]
-    assert 'evavit' not in str(torch.export.export(Wrapped(), (x,)).graph)
+    with MLP.forced('triton'):
+        torch.compile(Wrapped(), backend=backend, fullgraph=True)(x)
+        assert 'evavit.mlp' in graphs[0]
+        assert 'evavit' not in str(torch.export.export(Wrapped(), (x,)).graph)

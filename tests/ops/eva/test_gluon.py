@@ -10,13 +10,14 @@ from kernel_checks import agrees_in_the_interpreter
 from ops.eva.test_triton import check, make_case, run
 
 from evavit.ops import eva_attention_packed
+from evavit.ops.eva import EVA
 
 triton = pytest.importorskip('triton')
 eva_triton = pytest.importorskip('evavit.ops.eva.triton.plan')
 eva_gluon = pytest.importorskip('evavit.ops.eva.gluon')
 launching = pytest.importorskip('evavit.ops.common.launch')
 
-KERNELS = ['_forward_windows_gluon', '_backward_shared_gluon', '_backward_tokens_gluon']
+KERNELS = ['forward_windows_gluon', 'backward_shared_gluon', 'backward_tokens_gluon']
 # feat_size, window_size, partition_grid: 49, 64, 4 and 1 cells; windows of 6, 7 and 8, one cut to 5 × 7; edges.
 SHAPES = [
     ((14, 14), 7, 7),
@@ -50,12 +51,12 @@ def chosen(launches):
     return [kernel.fn.__name__ for kernel, *_ in launches if kernel.fn.__name__ in KERNELS]
 
 
-def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', **kwargs):
+def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', backend='gluon', **kwargs):
     """The launches of a training step as on a Hopper."""
-    monkeypatch.setattr('evavit.ops.eva._runs_fused', lambda *args: True)
     monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
     launches = record(monkeypatch)
-    run(make_case(*shape, dtype, device='cpu', **kwargs), *shape, fused=True, layout=layout)
+    with EVA.forced(backend):
+        run(make_case(*shape, dtype, device='cpu', **kwargs), *shape, fused=True, layout=layout)
     return launches
 
 
@@ -64,6 +65,11 @@ class TestChoice:
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
     def test_default_windows_and_cells(self, shape, dtype, monkeypatch):
         assert chosen(launched_on_hopper(monkeypatch, shape, dtype, d=64)) == KERNELS
+
+    def test_triton_is_none_of_them(self, monkeypatch):
+        launches = launched_on_hopper(monkeypatch, SHAPES[0], torch.bfloat16, d=64, backend='triton')
+        assert launches
+        assert chosen(launches) == []
 
     @pytest.mark.parametrize('layout', ['views', 'contiguous'])
     def test_layouts(self, layout, monkeypatch):
@@ -111,13 +117,13 @@ class TestChoice:
         assert not eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 5, 7)
 
     def test_gradient_that_cannot_be_copied(self, monkeypatch):
-        monkeypatch.setattr('evavit.ops.eva._runs_fused', lambda *args: True)
         monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
         launches = record(monkeypatch)
         qkv, summary, *_ = make_case((14, 14), 7, 7, torch.float16, d=64, device='cpu')
-        eva_attention_packed(
-            qkv.requires_grad_().permute(2, 0, 3, 1, 4), [14, 14], summary[:4], summary[4:], fused=True
-        ).sum().backward()  # expanded from one number
+        with EVA.forced('gluon'):
+            eva_attention_packed(
+                qkv.requires_grad_().permute(2, 0, 3, 1, 4), [14, 14], summary[:4], summary[4:], fused=True
+            ).sum().backward()  # expanded from one number
         assert chosen(launches) == KERNELS[:1]
 
     def test_devices_and_releases(self, monkeypatch):
@@ -196,14 +202,13 @@ def test_compiles_for_hopper(shape, d, dtype, bias, monkeypatch):
 EMULATED = """
 import sys, types, torch
 sys.path[:0] = [{tests!r}]
-import evavit.ops.eva
-from evavit.ops.eva import gluon as eva_gluon
+from evavit.ops.eva import EVA, gluon as eva_gluon
 from evavit.ops.eva.triton import plan as eva_triton
 from evavit.ops.common.launch import Launcher
-from ops.gluon_emulator import Emulator
+from ops.eva.gluon_emulator import Emulator
 from kernel_checks import relative_rms
 from ops.eva.test_triton import make_case, run
-emulator, reference_path = Emulator(eva_gluon), evavit.ops.eva._runs_fused
+emulator = Emulator(eva_gluon)
 launch, launched = Launcher.__call__, []
 def emulated(launcher, kernel, grid, *args, **options):
     if kernel not in emulator.kernels.values():
@@ -216,12 +221,11 @@ eva_triton._gluon = lambda device: types.SimpleNamespace(**emulator.kernels)
 eva_triton.PROGRAMS = 4  # several windows a program
 torch.manual_seed(0)
 for shape, d, bias, layout in [(((14, 14), 7, 7), 64, True, 'packed'), (((17, 16), 6, 3), 32, False, 'contiguous'),
-                               (((13, 15), 8, 8), 32, 'table', 'views')]:
+                               (((13, 15), 8, 8), 32, True, 'views')]:
     case = make_case(*shape, torch.float16, B=1, h=2, d=d, bias=bias, device='cpu')
     reference = run(case, *shape, fused=False, dtype=torch.float64)
-    evavit.ops.eva._runs_fused = lambda *args: True
-    fused = run(case, *shape, fused=True, layout=layout)
-    evavit.ops.eva._runs_fused = reference_path
+    with EVA.forced('gluon'):
+        fused = run(case, *shape, fused=True, layout=layout)
     for name, value in fused.items():
         error = relative_rms(value, reference[name])
         assert error < 1e-3, (shape, name, error)
@@ -259,7 +263,7 @@ class TestKernels:
         assert chosen(launches) == KERNELS * 2
 
     @pytest.mark.parametrize('shape', SHAPES, ids=str)
-    @pytest.mark.parametrize(('dtype', 'bias'), [(torch.bfloat16, 'table'), (torch.float16, False)], ids=str)
+    @pytest.mark.parametrize(('dtype', 'bias'), [(torch.bfloat16, True), (torch.float16, False)], ids=str)
     def test_heads_of_32_channels(self, shape, dtype, bias, launches):
         check(make_case(*shape, dtype, d=32, bias=bias), shape, dtype)
         assert chosen(launches) == KERNELS * 2

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from evavit.layers import EvaAttention
 from evavit.ops import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
+from evavit.ops.eva import EVA
 
 NAMES = [
     'out',
@@ -37,7 +38,7 @@ SHAPES = [
 def make_case(
     feat_size, window_size, partition_grid, dtype, *, B=2, h=3, d=32, bias=True, noise=True, factor=1.0, device='cuda'
 ):
-    """qkv `(B, N, 3, h, d)`, the eight parameters, the bias (or 'table'), the noise and a gradient of the output."""
+    """qkv `(B, N, 3, h, d)`, the eight parameters, the table of biases, the noise and a gradient of the output."""
     N, cells = feat_size[0] * feat_size[1], eva_num_cells(list(feat_size), partition_grid)
     qkv = (factor * torch.randn(B, N, 3, h, d)).to(dtype)
     summary = [
@@ -45,8 +46,7 @@ def make_case(
         for _ in range(2 if partition_grid else 0)
         for t in (torch.randn(d, d) * d**-0.5, *(x + 0.1 * torch.randn(d) for x in (0, 1, 0)))
     ]
-    shape = ((2 * window_size - 1) ** 2, h) if bias == 'table' else (h, window_size**2, window_size**2)
-    rel_pos_bias = torch.randn(shape) if bias and window_size else None
+    rel_pos_bias = torch.randn((2 * window_size - 1) ** 2, h) if bias and window_size else None
     epsilon = torch.randn(B, h, cells, d) if noise and cells else None
     grad = torch.randn(B, N, h, d).to(dtype).transpose(1, 2)
 
@@ -132,11 +132,6 @@ class TestKernels:
         shape = ((14, 9), 7, 3)
         check(make_case(*shape, torch.bfloat16, bias=bias, noise=noise), shape, torch.bfloat16, layout)
 
-    @pytest.mark.parametrize('shape', [shape for shape in SHAPES if shape[1]], ids=str)
-    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-    def test_table_of_biases(self, shape, dtype, poison):
-        check(make_case(*shape, dtype, bias='table'), shape, dtype)
-
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     def test_large_inputs_stay_finite(self, dtype):
         shape = ((28, 28), 7, 7)
@@ -173,15 +168,15 @@ class TestOperator:
         qkv, summary, bias, noise, _ = make_case(*self.shape, torch.float32, d=16)
         leaves = [x.requires_grad_() for x in (qkv, *summary, bias)]
         packed = leaves[0].permute(2, 0, 3, 1, 4)
-        rest = ([14, 14], *leaves[1:9], bias, noise, 7, 7, 0.25, 1.0, 1e-5, True)
+        rest = ([14, 14], *leaves[1:9], bias, noise, 7, 7, 0.25, 1.0, 1e-5, True, False)
         torch.library.opcheck(torch.ops.evavit.eva.default, (packed, None, None, *rest))
         torch.library.opcheck(torch.ops.evavit.eva.default, (*packed.unbind(0), *rest))
 
     def test_layer_names_its_backend(self):
         layer, _ = self.layer()
-        assert 'backend=triton' in layer.extra_repr()
+        assert layer.backend == 'triton' and 'backend=triton (gluon: float32 is not' in layer.extra_repr()
         layer.fused_attn = False
-        assert 'backend=plain' in layer.extra_repr()
+        assert layer.backend == 'plain' and 'backend=plain (fused_attn is False)' in layer.extra_repr()
 
     @pytest.mark.parametrize('mode', ['default', 'reduce-overhead'])
     def test_compiles_into_one_graph(self, mode):
@@ -236,22 +231,18 @@ def test_plain_path_without_a_device():
 INTERPRETED = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
-import evavit.ops.eva
-from evavit.ops.eva.triton import plan as eva_triton
+from evavit.ops.eva import EVA
 from kernel_checks import relative_rms
 from ops.eva.test_triton import make_case, run
-reference_path = evavit.ops.eva._runs_fused
 torch.manual_seed(0)
-for shape, bias in [(((9, 7), 4, 3), True), (((9, 7), 4, 3), 'table'), (((5, 6), 0, 3), True), (((6, 5), 5, 0), True),
-                    (((3, 3), 7, 2), True), (((10, 4), 9, 1), 'table')]:
-    case = make_case(*shape, torch.float32, B=1, h=2, d=16, bias=bias, device='cpu')
+for shape in [((9, 7), 4, 3), ((5, 6), 0, 3), ((6, 5), 5, 0), ((3, 3), 7, 2), ((10, 4), 9, 1)]:
+    case = make_case(*shape, torch.float32, B=1, h=2, d=16, device='cpu')
     reference = run(case, *shape, fused=False, dtype=torch.float64)
-    evavit.ops.eva._runs_fused = lambda *args: True
-    fused = run(case, *shape, fused=True)
-    evavit.ops.eva._runs_fused = reference_path
+    with EVA.forced('triton'):
+        fused = run(case, *shape, fused=True)
     for name, value in fused.items():
         error = relative_rms(value, reference[name])
-        assert error < 1e-5, (shape, bias, name, error)
+        assert error < 1e-5, (shape, name, error)
 print('agree')
 """
 
@@ -262,9 +253,8 @@ def test_kernels_in_the_interpreter():
     agrees_in_the_interpreter(INTERPRETED)
 
 
-def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
+def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not():
     pytest.importorskip('triton')
-    monkeypatch.setattr('evavit.ops.eva.eva_backend', lambda *args, **kwargs: 'triton')
     layer, x = EvaAttention(32, 2).train(), torch.randn(1, 12, 32)
     layer.fused_attn = True
     graphs = []
@@ -274,16 +264,18 @@ def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
         return lambda *args: [x]  # a CPU cannot run them
 
     torch.compiler.reset()
-    torch.compile(layer, backend=backend, fullgraph=True)(x, [3, 4])
-    assert 'evavit.eva' in graphs[0]
-    assert 'evavit' not in str(torch.export.export(layer, (x, [3, 4])).graph)
+    with EVA.forced('triton'):
+        torch.compile(layer, backend=backend, fullgraph=True)(x, [3, 4])
+        assert 'evavit.eva' in graphs[0]
+        assert 'evavit' not in str(torch.export.export(layer, (x, [3, 4])).graph)
 
 
 DERIVATIVES = """
 import sys, torch
-import evavit.ops.eva
 from evavit.layers import EvaAttention
-evavit.ops.eva.eva_backend = lambda *args, **kwargs: 'triton'
+from evavit.ops.eva import EVA
+kernels = EVA.forced('triton')
+kernels.__enter__()
 torch.manual_seed(0)
 layer = EvaAttention(32, 2, window_size=3, partition_grid=2).eval()
 layer.fused_attn = True

@@ -8,19 +8,19 @@ import triton.language as tl
 
 from .pieces import (
     LOG2E,
-    _bias_tile,
-    _cell_tokens,
-    _load_cells,
-    _load_rows,
-    _load_weight,
-    _normalise,
-    _store_rows,
-    _window_rows,
+    bias_tile,
+    cell_tokens,
+    load_cells,
+    load_rows,
+    load_weight,
+    normalise,
+    store_rows,
+    window_rows,
 )
 
 
 @triton.jit
-def _backward_shared(
+def backward_shared(
     q,
     out,
     grad,
@@ -63,20 +63,20 @@ def _backward_shared(
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     cell_valid = c < cells
     if CELLS:
-        kt = _load_rows(k_tilde + pair * cells * D, c, cell_valid, D, 1, D, BD)
-        bt = _load_rows(beta + pair * cells * D, c, cell_valid, D, 1, D, BD)
+        kt = load_rows(k_tilde + pair * cells * D, c, cell_valid, D, 1, D, BD)
+        bt = load_rows(beta + pair * cells * D, c, cell_valid, D, 1, D, BD)
         acc_k = tl.zeros([BC, BD], tl.float32)
         acc_b = tl.zeros([BC, BD], tl.float32)
     for n0 in range(split * per_split, tl.minimum(split * per_split + per_split, N), BM):
         n = n0 + tl.arange(0, BM)
         valid = n < N
-        y = _load_rows(out, n, valid, heads * D, 1, D, BD).to(tl.float32)
-        dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
+        y = load_rows(out, n, valid, heads * D, 1, D, BD).to(tl.float32)
+        dy = load_rows(grad, n, valid, sgn, sgd, D, BD)
         delta_n = tl.sum(y * dy.to(tl.float32), 1)
         if tl.program_id(1) == 0:
             tl.store(delta + pair * N + n, delta_n, mask=valid)
         if CELLS:
-            q_n = _load_rows(q, n, valid, sqn, sqd, D, BD)
+            q_n = load_rows(q, n, valid, sqn, sqd, D, BD)
             lse_n = tl.load(lse + pair * N + n, mask=valid, other=0.0)
             # Transposed, (cells, tokens): the sums over tokens are then plain products.
             s = tl.dot(kt, tl.trans(q_n), input_precision=PREC) * (scale * LOG2E)
@@ -87,12 +87,12 @@ def _backward_shared(
             acc_k = tl.dot(ds.to(q_n.dtype), q_n, acc_k, input_precision=PREC)
     if CELLS:
         row = split * cells_total + pair * cells + c
-        _store_rows(dk_tilde, row, cell_valid, D, 1, acc_k * scale, D, BD)
-        _store_rows(dbeta, row, cell_valid, D, 1, acc_b, D, BD)
+        store_rows(dk_tilde, row, cell_valid, D, 1, acc_k * scale, D, BD)
+        store_rows(dbeta, row, cell_valid, D, 1, acc_b, D, BD)
 
 
 @triton.jit
-def _backward_weights(
+def backward_weights(
     k,
     v,
     skb,
@@ -142,23 +142,23 @@ def _backward_weights(
     xi += pair * H * W
     dlog_xi += pair * H * W
     row = pair * cells + c
-    om = _load_rows(omega, row, cell_valid, D, 1, D, BD)
+    om = load_rows(omega, row, cell_valid, D, 1, D, BD)
     db = tl.zeros([G, BD], tl.float32)
     for i in range(splits):
-        db += _load_rows(dbeta_parts, i * cells_total + row, cell_valid, D, 1, D, BD)
-    _store_rows(dbeta, row, cell_valid, D, 1, db, D, BD)
+        db += load_rows(dbeta_parts, i * cells_total + row, cell_valid, D, 1, D, BD)
+    store_rows(dbeta, row, cell_valid, D, 1, db, D, BD)
     if OMEGA_HALF:
-        _store_rows(omega_half, row, cell_valid, D, 1, om / scale_half, D, BD)
+        store_rows(omega_half, row, cell_valid, D, 1, om / scale_half, D, BD)
 
     if ONCE:
-        n, valid = _cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
-        k_t = _load_cells(k, n, valid, skn, skd, D, BD)
+        n, valid = cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
+        k_t = load_cells(k, n, valid, skn, skd, D, BD)
         log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
         log_xi = tl.where(valid, log_xi, float('-inf'))
         top = tl.where(cell_valid, tl.max(log_xi, 1), 0.0)
         w = tl.exp2((log_xi - top[:, None]) * LOG2E)
         w = w / tl.where(cell_valid, tl.sum(w, 1), 1.0)[:, None]
-        dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+        dw = tl.sum(load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
         dl = w * (dw - tl.sum(w * dw, 1)[:, None])
         tl.store(xi + n, w, mask=valid)
         tl.store(dlog_xi + n, dl, mask=valid)
@@ -168,9 +168,9 @@ def _backward_weights(
         total = tl.zeros([G], tl.float32)
         mean_dw = tl.zeros([G], tl.float32)
         for t0 in range(0, ch * cw, T):
-            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
-            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
-            dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+            n, valid = cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = load_cells(k, n, valid, skn, skd, D, BD)
+            dw = tl.sum(load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
             log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
             log_xi = tl.where(valid, log_xi, float('-inf'))
             new_top = tl.maximum(top, tl.max(log_xi, 1))
@@ -185,9 +185,9 @@ def _backward_weights(
         mean_dw = mean_dw / total
         dom = tl.zeros([G, BD], tl.float32)
         for t0 in range(0, ch * cw, T):
-            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
-            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
-            dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+            n, valid = cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = load_cells(k, n, valid, skn, skd, D, BD)
+            dw = tl.sum(load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
             log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
             log_xi = tl.where(valid, log_xi, float('-inf'))
             w = tl.exp2((log_xi - top[:, None]) * LOG2E) / total[:, None]
@@ -195,11 +195,11 @@ def _backward_weights(
             tl.store(xi + n, w, mask=valid)
             tl.store(dlog_xi + n, dl, mask=valid)
             dom += tl.sum(dl[:, :, None] * k_t, 1)
-    _store_rows(domega, row, cell_valid, D, 1, dom * scale_half, D, BD)
+    store_rows(domega, row, cell_valid, D, 1, dom * scale_half, D, BD)
 
 
 @triton.jit
-def _backward_summary(
+def backward_summary(
     means,
     domega,
     dk_tilde,
@@ -238,7 +238,7 @@ def _backward_summary(
     dtype: tl.constexpr = dmeans.dtype.element_ty
     g = tl.load(norm_weight + dim, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + dim, mask=inside, other=0.0).to(tl.float32)
-    w = _load_weight(weight, D, BD)
+    w = load_weight(weight, D, BD)
     w_half = w.to(dtype)
     sum_w = tl.zeros([BD, BD], tl.float32)
     sum_b = tl.zeros([BD], tl.float32)
@@ -247,13 +247,13 @@ def _backward_summary(
     for r0 in range(tl.program_id(0) * R, cells_total, tl.num_programs(0) * R):
         row = r0 + tl.arange(0, R)
         valid = row < cells_total
-        mean = _load_rows(means, which * cells_total + row, valid, D, 1, D, BD)
+        mean = load_rows(means, which * cells_total + row, valid, D, 1, D, BD)
         z = tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :]
-        z_hat, inv = _normalise(z, eps, D, BD)
-        d = omega_scale * _load_rows(domega, row, valid, D, 1, D, BD)
+        z_hat, inv = normalise(z, eps, D, BD)
+        d = omega_scale * load_rows(domega, row, valid, D, 1, D, BD)
         if which == 1:
             for i in range(splits):
-                d += _load_rows(dk_tilde, i * cells_total + row, valid, D, 1, D, BD)
+                d += load_rows(dk_tilde, i * cells_total + row, valid, D, 1, D, BD)
         sum_g += tl.sum(d * z_hat, 0)
         sum_o += tl.sum(d, 0)
         d = d * g[None, :]
@@ -265,7 +265,7 @@ def _backward_summary(
         c = row % cells
         count = tl.minimum(ch, H - (c // n_cx) * ch) * tl.minimum(cw, W - (c % n_cx) * cw)
         dmean = tl.dot(dz, w_half, input_precision=PREC) / count.to(tl.float32)[:, None]
-        _store_rows(dmeans, which * cells_total + row, valid, D, 1, dmean, D, BD)
+        store_rows(dmeans, which * cells_total + row, valid, D, 1, dmean, D, BD)
     dparams += (tl.program_id(0) * 2 + which) * (D * D + 3 * D)
     tl.store(dparams + dim[:, None] * D + dim[None, :], sum_w, mask=inside[:, None] & inside[None, :])
     tl.store(dparams + D * D + dim, sum_b, mask=inside)
@@ -287,13 +287,13 @@ def _logit_grad(q_i, k_j, v_j, dy, lse, delta, bias, valid, valid_j, qk_scale, B
 @triton.jit
 def _key_grad_through_cells(k_j, omega, dmean, dlog_xi, c, valid, scale, scale_half, D: tl.constexpr, BD: tl.constexpr):
     """What reaches keys k through their cells c: by log ξ = s^½ k·ω - ½ s ‖k‖² and by the mean."""
-    om = _load_rows(omega, c, valid, D, 1, D, BD).to(tl.float32)
-    dm = _load_rows(dmean, c, valid, D, 1, D, BD).to(tl.float32)
+    om = load_rows(omega, c, valid, D, 1, D, BD).to(tl.float32)
+    dm = load_rows(dmean, c, valid, D, 1, D, BD).to(tl.float32)
     return dm + dlog_xi[:, None] * (scale_half * om - scale * k_j.to(tl.float32))
 
 
 @triton.jit
-def _backward_tokens(
+def backward_tokens(
     q,
     k,
     v,
@@ -384,19 +384,19 @@ def _backward_tokens(
     qk_scale = scale * LOG2E
     c0 = tl.arange(0, BC)
     if NC == 1:
-        kt_0 = _load_rows(k_tilde, c0, c0 < cells, D, 1, D, BD)
-        beta_0 = _load_rows(beta, c0, c0 < cells, D, 1, D, BD)
+        kt_0 = load_rows(k_tilde, c0, c0 < cells, D, 1, D, BD)
+        beta_0 = load_rows(beta, c0, c0 < cells, D, 1, D, BD)
     if LOCAL and BIAS and NT == 1:
         sum_bias = tl.zeros([BM, BM], tl.float32)
 
     for win in range(chunk * PER_PROGRAM, tl.minimum(chunk * PER_PROGRAM + PER_PROGRAM, n_win)):
         for i in range(NT):
-            n, c, valid = _window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
-            q_i = _load_rows(q, n, valid, sqn, sqd, D, BD)
-            dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
+            n, c, valid = window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+            q_i = load_rows(q, n, valid, sqn, sqd, D, BD)
+            dy = load_rows(grad, n, valid, sgn, sgd, D, BD)
             if NT == 1:
-                k_i = _load_rows(k, n, valid, skn, skd, D, BD)
-                v_i = _load_rows(v, n, valid, svn, svd, D, BD)
+                k_i = load_rows(k, n, valid, skn, skd, D, BD)
+                v_i = load_rows(v, n, valid, svn, svd, D, BD)
             lse_i = tl.load(lse + n, mask=valid, other=0.0)
             delta_i = tl.load(delta + n, mask=valid, other=0.0)
             if NT == 1 and NC > 0:
@@ -408,15 +408,15 @@ def _backward_tokens(
                 if NC == 1:
                     kt, bt = kt_0, beta_0
                 else:
-                    kt = _load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
-                    bt = _load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
+                    kt = load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
+                    bt = load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
                 p, ds = _logit_grad(q_i, kt, bt, dy, lse_i, delta_i, bias, valid, c_t < cells, qk_scale, False, PREC)
                 acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
             if LOCAL and NT > 1:
                 for j in range(NT):
-                    n_j, c_j, valid_j = _window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
-                    k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
-                    v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
+                    n_j, c_j, valid_j = window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+                    k_j = load_rows(k, n_j, valid_j, skn, skd, D, BD)
+                    v_j = load_rows(v, n_j, valid_j, svn, svd, D, BD)
                     p, ds = _logit_grad(
                         q_i,
                         k_j,
@@ -424,7 +424,7 @@ def _backward_tokens(
                         dy,
                         lse_i,
                         delta_i,
-                        _bias_tile(bias, i, j, BM, NT),
+                        bias_tile(bias, i, j, BM, NT),
                         valid,
                         valid_j,
                         qk_scale,
@@ -433,7 +433,7 @@ def _backward_tokens(
                     )
                     acc = tl.dot(ds.to(k_j.dtype), k_j, acc, input_precision=PREC)
                     if BIAS:  # too large for registers: summed in this program's own part of memory
-                        ptr = _bias_tile(dbias, i, j, BM, NT)
+                        ptr = bias_tile(dbias, i, j, BM, NT)
                         tl.store(ptr, tl.load(ptr) + ds)
             if LOCAL and NT == 1:
                 p, ds = _logit_grad(
@@ -443,7 +443,7 @@ def _backward_tokens(
                     dy,
                     lse_i,
                     delta_i,
-                    _bias_tile(bias, 0, 0, BM, NT),
+                    bias_tile(bias, 0, 0, BM, NT),
                     valid,
                     valid,
                     qk_scale,
@@ -457,32 +457,32 @@ def _backward_tokens(
                 acc = tl.dot(ds, k_i, acc, input_precision=PREC)
             acc = acc * scale
             if NC > 0:
-                acc += _load_rows(dmean_q, c, valid, D, 1, D, BD).to(tl.float32)
-            _store_rows(dq, n, valid, sdn, 1, acc, D, BD)
+                acc += load_rows(dmean_q, c, valid, D, 1, D, BD).to(tl.float32)
+            store_rows(dq, n, valid, sdn, 1, acc, D, BD)
             if NT == 1:  # one sum finished and written before the next begins: registers are scarce
                 acc_v = tl.zeros([BM, BD], tl.float32)
                 acc_k = tl.zeros([BM, BD], tl.float32)
                 if LOCAL:
                     acc_v = tl.dot(tl.trans(p), dy, input_precision=PREC)
                 if NC > 0:
-                    acc_v += w[:, None] * _load_rows(dbeta, c, valid, D, 1, D, BD).to(tl.float32)
-                _store_rows(dv, n, valid, sdn, 1, acc_v, D, BD)
+                    acc_v += w[:, None] * load_rows(dbeta, c, valid, D, 1, D, BD).to(tl.float32)
+                store_rows(dv, n, valid, sdn, 1, acc_v, D, BD)
                 if LOCAL:
                     acc_k = tl.dot(tl.trans(ds), q_i, input_precision=PREC) * scale
                 if NC > 0:
                     acc_k += _key_grad_through_cells(k_i, omega, dmean_k, dl, c, valid, scale, scale_half, D, BD)
-                _store_rows(dk, n, valid, sdn, 1, acc_k, D, BD)
+                store_rows(dk, n, valid, sdn, 1, acc_k, D, BD)
         if LOCAL and NT > 1:
             for j in range(NT):
-                n_j, c_j, valid_j = _window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
-                k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
-                v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
+                n_j, c_j, valid_j = window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+                k_j = load_rows(k, n_j, valid_j, skn, skd, D, BD)
+                v_j = load_rows(v, n_j, valid_j, svn, svd, D, BD)
                 acc_k = tl.zeros([BM, BD], tl.float32)
                 acc_v = tl.zeros([BM, BD], tl.float32)
                 for i in range(NT):
-                    n, c, valid = _window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
-                    q_i = _load_rows(q, n, valid, sqn, sqd, D, BD)
-                    dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
+                    n, c, valid = window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+                    q_i = load_rows(q, n, valid, sqn, sqd, D, BD)
+                    dy = load_rows(grad, n, valid, sgn, sgd, D, BD)
                     lse_i = tl.load(lse + n, mask=valid, other=0.0)
                     delta_i = tl.load(delta + n, mask=valid, other=0.0)
                     p, ds = _logit_grad(
@@ -492,7 +492,7 @@ def _backward_tokens(
                         dy,
                         lse_i,
                         delta_i,
-                        _bias_tile(bias, i, j, BM, NT),
+                        bias_tile(bias, i, j, BM, NT),
                         valid,
                         valid_j,
                         qk_scale,
@@ -505,10 +505,10 @@ def _backward_tokens(
                 if NC > 0:
                     w = tl.load(xi + n_j, mask=valid_j, other=0.0)
                     dl = tl.load(dlog_xi + n_j, mask=valid_j, other=0.0)
-                    acc_v += w[:, None] * _load_rows(dbeta, c_j, valid_j, D, 1, D, BD).to(tl.float32)
+                    acc_v += w[:, None] * load_rows(dbeta, c_j, valid_j, D, 1, D, BD).to(tl.float32)
                     acc_k += _key_grad_through_cells(k_j, omega, dmean_k, dl, c_j, valid_j, scale, scale_half, D, BD)
-                _store_rows(dk, n_j, valid_j, sdn, 1, acc_k, D, BD)
-                _store_rows(dv, n_j, valid_j, sdn, 1, acc_v, D, BD)
+                store_rows(dk, n_j, valid_j, sdn, 1, acc_k, D, BD)
+                store_rows(dv, n_j, valid_j, sdn, 1, acc_v, D, BD)
 
     if LOCAL and BIAS and NT == 1:
-        tl.store(_bias_tile(dbias, 0, 0, BM, NT), sum_bias)
+        tl.store(bias_tile(dbias, 0, 0, BM, NT), sum_bias)

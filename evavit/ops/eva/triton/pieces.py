@@ -10,7 +10,7 @@ LOG2E = tl.constexpr(1 / LN2)  # the kernels' exponentials are powers of 2
 
 
 @triton.jit
-def _load_rows(base, row, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
+def load_rows(base, row, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
     """Rows `(R)` of a `(.., D)` tensor as a tile `(R, BD)`; zero where there is no row or no column."""
     dim = tl.arange(0, BD)
     mask = valid[:, None] if D == BD else valid[:, None] & (dim < D)[None, :]
@@ -18,14 +18,14 @@ def _load_rows(base, row, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl
 
 
 @triton.jit
-def _store_rows(base, row, valid, stride_row, stride_dim, x, D: tl.constexpr, BD: tl.constexpr):
+def store_rows(base, row, valid, stride_row, stride_dim, x, D: tl.constexpr, BD: tl.constexpr):
     dim = tl.arange(0, BD)
     mask = valid[:, None] if D == BD else valid[:, None] & (dim < D)[None, :]
     tl.store(base + (row[:, None] * stride_row + dim[None, :] * stride_dim), x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _window_rows(
+def window_rows(
     win,
     tile,
     H,
@@ -51,14 +51,14 @@ def _window_rows(
 
 
 @triton.jit
-def _bias_tile(bias, i, j, BM: tl.constexpr, NT: tl.constexpr):
+def bias_tile(bias, i, j, BM: tl.constexpr, NT: tl.constexpr):
     """Pointers to the tile (i, j) of a padded bias `(NT · BM, NT · BM)`."""
     r = tl.arange(0, BM)
     return bias + (i * BM + r)[:, None] * (NT * BM) + (j * BM + r)[None, :]
 
 
 @triton.jit
-def _window_start(win, n_wx, W, H, ry, rx, WH: tl.constexpr, WW: tl.constexpr, EDGE: tl.constexpr):
+def window_start(win, n_wx, W, H, ry, rx, WH: tl.constexpr, WW: tl.constexpr, EDGE: tl.constexpr):
     """The first token of a window, and which of its places (ry, rx) hold a token."""
     y0, x0 = (win // n_wx) * WH, (win % n_wx) * WW
     valid = ry < WH
@@ -68,30 +68,26 @@ def _window_start(win, n_wx, W, H, ry, rx, WH: tl.constexpr, WW: tl.constexpr, E
 
 
 @triton.jit
-def _split_bias(bias, dtype: tl.constexpr, BM: tl.constexpr):
+def split_bias(bias, dtype: tl.constexpr, BM: tl.constexpr):
     """A padded bias, in units of q·kᵀ, as two half-precision matrices high + low, and the unit matrix that brings them
     into a sum of products: they wait in shared memory, where float32 would take registers that the kernel lacks."""
     r = tl.arange(0, BM)
-    x = tl.load(_bias_tile(bias, 0, 0, BM, 1))
+    x = tl.load(bias_tile(bias, 0, 0, BM, 1))
     kind: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.bfloat16
     high = x.to(kind)
     return high, (x - high.to(tl.float32)).to(kind), (r[:, None] == r[None, :]).to(kind)
 
 
 @triton.jit
-def _bias_at(bias, i, j, mask, SIDE: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr):
-    """The bias of queries i and keys j of a window with rows of WW, for one head: the program's axis 2."""
-    head = tl.program_id(2)
-    if TABLE:  # (differences of places, heads)
-        place = (i // WW - j // WW + SIDE - 1) * (2 * SIDE - 1) + i % WW - j % WW + SIDE - 1
-        offset = place * tl.num_programs(2) + head
-    else:  # (heads, SIDE², SIDE²)
-        offset = ((head * SIDE * SIDE + (i // WW) * SIDE + i % WW) * SIDE + j // WW) * SIDE + j % WW
-    return tl.load(bias + offset, mask=mask, other=0.0).to(tl.float32)
+def _bias_at(table, i, j, mask, SIDE: tl.constexpr, WW: tl.constexpr):
+    """The bias of queries i and keys j of a window with rows of WW, for one head: the program's axis 2. The table is
+    `(differences of places, heads)`."""
+    place = (i // WW - j // WW + SIDE - 1) * (2 * SIDE - 1) + i % WW - j % WW + SIDE - 1
+    return tl.load(table + place * tl.num_programs(2) + tl.program_id(2), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _pad_bias(
+def pad_bias(
     bias,
     padded,
     unit,
@@ -99,32 +95,29 @@ def _pad_bias(
     SIDE: tl.constexpr,
     WH: tl.constexpr,
     WW: tl.constexpr,
-    TABLE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The bias of a window of WH × WW in a unit, padded with zeros to `(S, S)`."""
     i = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
     j = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
-    x = _bias_at(bias, i, j, (i < WH * WW) & (j < WH * WW), SIDE, WW, TABLE) / unit
+    x = _bias_at(bias, i, j, (i < WH * WW) & (j < WH * WW), SIDE, WW) / unit
     tl.store(padded + tl.program_id(2) * S * S + i * S + j, x)
 
 
 @triton.jit
-def _pad_bias_fragments(
-    bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr
-):
-    """`_pad_bias` for one tile of 64, in the order in which the 128 threads of a warp group hold a tile of products: 4
+def pad_bias_fragments(bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr):
+    """`pad_bias` for one tile of 64, in the order in which the 128 threads of a warp group hold a tile of products: 4
     values of a thread, threads, eighths of the columns. Keys that are none get what no logit outweighs."""
     m = tl.program_id(0) * 256 + tl.arange(0, 256)
     i = (m >> 7 & 3) * 16 + (m >> 1 & 1) * 8 + (m >> 4 & 7)
     j = (m >> 9) * 8 + (m >> 2 & 3) * 2 + (m & 1)
     key = j < WH * WW
-    x = _bias_at(bias, i, j, key & (i < WH * WW), SIDE, WW, TABLE) / unit
+    x = _bias_at(bias, i, j, key & (i < WH * WW), SIDE, WW) / unit
     tl.store(padded + tl.program_id(2) * 4096 + m, tl.where(key, x, -(2.0**100)))
 
 
 @triton.jit
-def _table_grad(
+def table_grad(
     dbias, dtable, S, heads, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, E: tl.constexpr, I: tl.constexpr
 ):
     """The gradient of a table of biases: its entry for a difference of places is the sum over the pairs of places of
@@ -142,7 +135,7 @@ def _table_grad(
 
 
 @triton.jit
-def _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T: tl.constexpr):
+def cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T: tl.constexpr):
     """Token numbers and validity `(G, T)` of the tokens t0.. of cells whose corners are y0, x0 `(G)`."""
     t = t0 + tl.arange(0, T)
     y = y0[:, None] + (t // cw)[None, :]
@@ -152,7 +145,7 @@ def _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T: tl.constexpr):
 
 
 @triton.jit
-def _load_cells(base, n, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
+def load_cells(base, n, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
     """Tokens n `(G, T)` as a float32 tile `(G, T, BD)`."""
     dim = tl.arange(0, BD)
     mask = valid[:, :, None] if D == BD else valid[:, :, None] & (dim < D)[None, None, :]
@@ -161,14 +154,14 @@ def _load_cells(base, n, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.
 
 
 @triton.jit
-def _load_weight(weight, D: tl.constexpr, BD: tl.constexpr):
+def load_weight(weight, D: tl.constexpr, BD: tl.constexpr):
     """W of (26), `(out, in)`."""
     dim = tl.arange(0, BD)
-    return _load_rows(weight, dim, dim < D, D, 1, D, BD).to(tl.float32)
+    return load_rows(weight, dim, dim < D, D, 1, D, BD).to(tl.float32)
 
 
 @triton.jit
-def _normalise(z, eps, D: tl.constexpr, BD: tl.constexpr):
+def normalise(z, eps, D: tl.constexpr, BD: tl.constexpr):
     """LayerNorm without its affine part, and 1/σ, over the D real columns."""
     inside = (tl.arange(0, BD) < D)[None, :]
     centred = tl.where(inside, z - tl.sum(z, 1)[:, None] / D, 0.0)
@@ -177,12 +170,12 @@ def _normalise(z, eps, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _summary(mean, weight, bias, norm_weight, norm_bias, eps, D: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
+def summarise(mean, weight, bias, norm_weight, norm_bias, eps, D: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
     """σ of (26)."""
     dim = tl.arange(0, BD)
-    w = _load_weight(weight, D, BD)
+    w = load_weight(weight, D, BD)
     b = tl.load(bias + dim, mask=dim < D, other=0.0).to(tl.float32)
-    z_hat, _ = _normalise(tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :], eps, D, BD)
+    z_hat, _ = normalise(tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :], eps, D, BD)
     g = tl.load(norm_weight + dim, mask=dim < D, other=0.0).to(tl.float32)
     o = tl.load(norm_bias + dim, mask=dim < D, other=0.0).to(tl.float32)
     return z_hat * g[None, :] + o[None, :]
