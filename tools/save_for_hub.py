@@ -15,8 +15,9 @@ from pathlib import Path
 from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
 from evavit.training import build, checkpoint
-from evavit.training.config import parse_settings
+from evavit.training.config import ModelConfig
 
+BUILT_FROM = ('model', 'model_kwargs', 'in_chans', 'img_size', 'input_size')
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')
 METRICS = ('top1', 'top5', 'loss', 'images')
 
@@ -35,11 +36,9 @@ def main(argv=None):
             f'{args.checkpoint}: holds no settings of train.py; take one of its checkpoints, or call '
             f'evavit.hub.save_folder with your own model'
         )
-    settings, _ = parse_settings('validate', [], None)
-    for name in ('model', 'model_kwargs', 'in_chans', 'img_size', 'input_size'):
-        setattr(settings, name, saved.get(name))
+    config = ModelConfig(**{name: saved.get(name) for name in BUILT_FROM})
     names = saved.get('class_names')
-    model = build.build_model(settings, saved.get('num_classes') or len(names))
+    model = build.build_model(config, saved.get('num_classes') or len(names))
     build.load_weights(model, args.checkpoint)
     metrics = read_metrics(args.results_file) if args.results_file else None
     try:

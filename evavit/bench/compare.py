@@ -29,6 +29,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
+from evavit.arguments import Parser
 from evavit.errors import UserError, first_line, run_script
 from evavit.layers import ATTENTIONS, GridAttention, attention_layer
 
@@ -267,11 +268,6 @@ def seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f'must be a whole number from 0 on, below 2⁶³, got {text!r}')
     return int(text)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
 
 
 def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, torch.device]:

@@ -31,10 +31,10 @@ from timm.models import resolve_model_input_args
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evavit.arguments import nearest
 from evavit.errors import UserError, first_line
 from evavit.layers import EvaAttention, SoftmaxAttention
 from evavit.ops import eva_attention, eva_attention_packed, eva_backend, eva_num_cells
-from evavit.training.config import nearest
 
 __all__ = [
     'BACKENDS',

@@ -23,6 +23,7 @@ from pathlib import Path
 import timm
 import torch
 
+from evavit.arguments import Parser, program
 from evavit.bench import loader as throughput
 from evavit.bench import models as benchmarking
 from evavit.bench.results import origin
@@ -37,13 +38,13 @@ def positive(text):
     return int(text)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 def parse(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=program('benchmark'),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add('--bench', nargs='+', choices=('train', 'infer', 'layer', 'op'), default=['train'], help='what to time')
     add('--model', '-m', nargs='+', default=[], help='models (default: eva_deit_tiny), with arguments after colons')

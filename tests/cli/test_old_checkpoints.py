@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import timm
 import torch
-from runs import CLASSES, rows, weights, write_images
+from runs import CLASSES, rows, weights, words, write_images
 
 from evavit.training import checkpoint
 from evavit.training.config import parse_settings
@@ -22,9 +22,9 @@ KWARGS = dict(
 )
 FLAGS = [
     *('--model', 'eva_deit_tiny', '--model-kwargs', *(f'{key}={value}' for key, value in KWARGS.items())),
-    *'-b 4 --epochs 3 --warmup-epochs 1 --lr 1e-3 --workers 0 --device cpu --log-interval 1 --mixup 0.8'.split(),
-    *'--cutmix 1 --reprob 0.25 --drop-path 0.2 --model-ema --model-ema-decay 0.9 --sched-on-updates'.split(),
-    *'--clip-grad 1 --seed 7 --data-dir images --output runs --experiment old --resume auto'.split(),
+    *words('-b 4 --epochs 3 --warmup-epochs 1 --lr 1e-3 --workers 0 --device cpu --log-interval 1 --mixup 0.8'),
+    *words('--cutmix 1 --reprob 0.25 --drop-path 0.2 --model-ema --model-ema-decay 0.9 --sched-on-updates'),
+    *words('--clip-grad 1 --seed 7 --data-dir images --output runs --experiment old --resume auto'),
 ]
 
 
@@ -70,13 +70,18 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize('begun', [True, False], ids=['resumed', 'from the seed'])
-def test_a_run_ends_as_it_did(place, call, begun):
-    """The initial weights for a seed are the same too: the run from the start ends where the old one ended."""
+@pytest.mark.parametrize(
+    'begun, flags',
+    [(True, []), (False, []), (False, ['--num-classes', '3'])],
+    ids=['resumed', 'from the seed', 'classes given'],
+)
+def test_a_run_ends_as_it_did(place, call, begun, flags):
+    """The initial weights for a seed are the same too: the run from the start ends where the old one ended. With the
+    classes given the model is built before the data is opened."""
     folder = place / 'runs' / 'old'
     if begun:
         shutil.copytree(DATA / 'stopped', folder)
-    code, out, err = call('train', *FLAGS)
+    code, out, err = call('train', *FLAGS, *flags)
     assert code == 0 and ('resuming from runs/old/last.pth.tar: epoch 1, update 4 of 6' in out) == begun, out + err
     exact = same_machine()
     (ours, other), (theirs, before) = (content(path / 'last.pth.tar') for path in (folder, DATA / 'finished'))
@@ -100,7 +105,7 @@ def test_every_file_loads_as_it_was_written():
         model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS)
         settings, given = parse_settings('validate', ['--checkpoint', str(path)])
         assert checkpoint.complete_from_checkpoint(settings, given) == sorted(CLASSES)
-        checkpoint.load_checkpoint(model, settings)
+        checkpoint.load_checkpoint(model, settings.weights)
         saved = weights(path) if path.suffix == '.safetensors' else torch.load(path, weights_only=False)['state_dict']
         assert_same(model.state_dict(), saved, exact=True)
 
