@@ -31,9 +31,9 @@ __all__ = [
 PRECISIONS = ('float32', 'bfloat16', 'float16', 'int8')
 MAX_BATCH = 1024  # upper end of the dynamic batch of programs and packages
 
-# What models like these are made of, of the operators that TensorRT's parser reads, and what it asks of each: from the
-# table of onnx-tensorrt for TensorRT 10.15. It is copied by hand: only TensorRT itself could say it, which is not needed
-# to write a file, and neither onnx nor onnxruntime knows its parser. Resize is not among them, for the parser reads no cubic one.
+# The operators of models like these that TensorRT's parser reads, and what it asks of each, from the table of
+# onnx-tensorrt for TensorRT 10.15. Copied by hand: only TensorRT itself could say it, and writing a file does not need
+# it. Resize is not among them: the parser reads no cubic one.
 _CONSTANT_AXES = 'axes must be constant'
 TENSORRT_OPERATORS: Dict[str, str] = {
     **dict.fromkeys(

@@ -6,12 +6,12 @@ Model, recipe, classes and image settings come from the checkpoint, which train.
 wrote with --results-file. FOLDER loads with timm.create_model("local-dir:FOLDER", pretrained=True).
 """
 
-import argparse
 import csv
 import json
 import sys
 from pathlib import Path
 
+from evavit.arguments import Parser
 from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
 from evavit.training import build, checkpoint
@@ -23,7 +23,7 @@ METRICS = ('top1', 'top5', 'loss', 'images')
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--checkpoint', required=True)
     parser.add_argument('--output', required=True, metavar='FOLDER')
     parser.add_argument('--data', required=True, help='what the weights were trained on')
