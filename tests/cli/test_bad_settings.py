@@ -1,4 +1,4 @@
-"""Settings gone bad: one line and exit code 2, before data is read or a device touched. And the plan of --dry-run."""
+"""Settings gone bad: one line and exit code 2, before data is read or a device touched. And what --dry-run prints."""
 
 import csv
 import json
@@ -93,7 +93,7 @@ def test_1000_bad_settings(start, record_property):
     )
 
 
-def test_dry_run_prints_the_plan_and_reads_no_image(call, images, tmp_path, monkeypatch):
+def test_dry_run_reads_no_image(call, images, tmp_path, monkeypatch):
     monkeypatch.setattr(images_module.CheckedImages, '__getitem__', None)
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '0')
