@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from evavit.errors import UserError
-from evavit.training import build, data, loop
+from evavit.training import build, checks, data, loop
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
@@ -39,10 +39,10 @@ def parse(argv: Sequence[str]) -> Tuple[argparse.Namespace, Any]:
 def main(argv: Sequence[str]) -> None:
     """Print a row for each number of workers, and add it to the results file."""
     own, settings = parse(argv)
-    build.check_settings(settings)
-    process = start_process(settings.device)
-    for workers in own.workers_list or [settings.workers]:
-        settings.workers = workers
+    checks.check_settings(settings)
+    process = start_process(settings.machine.device)
+    for workers in own.workers_list or [settings.machine.workers]:
+        settings.machine.workers = workers
         row = measure(settings, process, own.seconds, own.repeats, own.loader_only) | origin(process.device)
         print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
         if own.results_file:
@@ -67,14 +67,19 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
         100 the loader is the slower one. `both_img_per_s` is the rate of training from the loader, `wait_share` the
         percentage of that time in which the loop waits for a batch.
     """
-    train_set, _, names = data.open_training_sets(settings)
+    machine, batch_size, seed = settings.machine, settings.batch.batch_size, settings.run.seed
+    channels = checks.image_channels(settings.model)
+    train_set, _, names = data.open_training_sets(settings.data, in_chans=channels, batch_size=batch_size, seed=seed)
     images = len(train_set)
-    model = build.build_model(settings, data.class_count(settings, names)).to(process.device)
-    model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
-    config = data.resolve_input(settings, model)
+    classes = data.class_count(settings.data, settings.model.num_classes, names)
+    model = build.build_model(settings.model, classes).to(process.device)
+    model = model.to(memory_format=torch.channels_last) if machine.channels_last else model
+    config = data.resolve_input(settings.model, model)
     if not isinstance(train_set, torch.utils.data.IterableDataset):
         train_set = Repeated(train_set, LEAST)
-    loader = data.train_loader(train_set, settings, config, process)
+    loader = data.train_loader(
+        train_set, settings.augment, config, batch_size=batch_size, machine=machine, seed=seed, process=process
+    )
     step = None if loader_only else _training_step(model, settings, process)
     rates: Dict[str, List[float]] = {name: [] for name in ('alone', 'cpu', 'both', 'wait', 'step')}
     for epoch in range(repeats):
@@ -89,17 +94,17 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
     median = {name: statistics.median(values) for name, values in rates.items() if values}
     row: Row = {
         'bench': 'data',
-        'model': settings.model,
-        'dataset': settings.dataset or 'folder',
+        'model': settings.model.model,
+        'dataset': settings.data.dataset or 'folder',
         'images': images,
-        'batch_size': settings.batch_size,
-        'workers': settings.workers,
+        'batch_size': batch_size,
+        'workers': machine.workers,
         'cpus': len(os.sched_getaffinity(0)),
-        'aa': settings.aa or '',
-        'amp': settings.amp_dtype if settings.amp else 'float32',
+        'aa': settings.augment.aa or '',
+        'amp': machine.amp_dtype if machine.amp else 'float32',
         'img_per_s': round(median['alone'], 1),
         # Without workers all of the work is this process's: its processor time is the same on a machine that is shared.
-        'cpu_ms_per_img': '' if settings.workers else round(median['cpu'], 2),
+        'cpu_ms_per_img': '' if machine.workers else round(median['cpu'], 2),
     }
     if step:
         row |= {
@@ -112,15 +117,15 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
 
 
 def _training_step(model: Any, settings: Any, process: Any) -> Step:
-    optimizer = build.build_optimizer(model, settings, 1e-4)
-    mixup = build.build_mixup(settings, model.num_classes)
-    task = build.build_task(model.train(), settings, process.device)
-    build.compile_and_distribute(task, settings, process)
+    optimizer = build.build_optimizer(model, settings.optim, 1e-4)
+    mixup = build.build_mixup(settings.loss, model.num_classes)
+    task = build.build_task(model.train(), settings.loss, process.device, settings.ema)
+    build.compile_and_distribute(task, settings.machine, process)
 
     def step(images: torch.Tensor, target: torch.Tensor) -> None:
         if mixup is not None:
             images, target = mixup(images, target)
-        with loop.autocast(settings, process.device):
+        with loop.autocast(settings.machine, process.device):
             loss = task(images, target)['loss']
         loss.backward()
         optimizer.step()
@@ -141,11 +146,12 @@ def _pass(
 
     As many batches as the workers hold ready are not counted, since they were made before the clock ran.
     """
-    held = 2 * settings.workers + 2
+    held = 2 * settings.machine.workers + 2
     done, waited, cpu = 0, 0.0, 0.0
     start: Optional[float] = None
     asked = time.perf_counter()
-    for count, (images, target) in enumerate(data.epoch_batches(loader, settings, process, epoch)):
+    batches = data.epoch_batches(loader, settings.batch, seed=settings.run.seed, process=process, epoch=epoch)
+    for count, (images, target) in enumerate(batches):
         now = time.perf_counter()
         if start is not None:
             waited += now - asked
@@ -187,8 +193,8 @@ class Repeated(Dataset):
 
 def _step_rate(step: Step, settings: Any, config: Dict[str, Any], model: Any, process: Any, seconds: float) -> float:
     """Images a second of the training step on one fixed batch."""
-    images = torch.randn(settings.batch_size, *config['input_size'], device=process.device)
-    target = torch.randint(model.num_classes, (settings.batch_size,), device=process.device)
+    images = torch.randn(settings.batch.batch_size, *config['input_size'], device=process.device)
+    target = torch.randint(model.num_classes, (settings.batch.batch_size,), device=process.device)
     for _ in range(3):
         step(images, target)
     _synchronise(process)

@@ -13,10 +13,10 @@ from timm.models import resolve_model_input_args
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evavit.arguments import nearest
 from evavit.errors import UserError, first_line
 from evavit.layers import EvaAttention
 from evavit.models import softmax_twin
-from evavit.training.config import nearest
 
 from .clocks import Call
 from .contenders import (

@@ -24,6 +24,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import timm
 import torch
 
+from evavit.arguments import Parser, find_device, program
 from evavit.bench import loader
 from evavit.bench.clocks import copy_rate
 from evavit.bench.contenders import BACKENDS, GRIDS, Setting, bench_layer, bench_op, default_batch
@@ -40,13 +41,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(message)
-
-
 def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=program('benchmark'), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add('--bench', nargs='+', choices=('train', 'infer', 'layer', 'op'), default=['train'], help='what to time')
     add('--model', '-m', nargs='+', default=[], help='models (default: eva_deit_tiny), with arguments after colons')
@@ -72,29 +70,13 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add('--amp-dtype', choices=('float32', 'bfloat16', 'float16'), help='default: bfloat16, on a CPU float32')
     add('--torchcompile', nargs='?', const='default', default='', choices=MODES, help='compile the models')
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--device', help='cpu, cuda or cuda:N (default: cuda where there is one, else cpu)')
     add('--repeats', type=positive, default=30, help='calls of which the median is taken (default: 30)')
     add('--warmup', type=positive, default=5, help='calls before them (default: 5)')
     add('--results-file', type=Path, help='CSV; rows of the same comparison are replaced')
     add('--resume', action='store_true', help='leave out what the results file has of this device and commit')
     add('--lock', type=Path, help='a file: runs that name the same one compile side by side, and measure one at a time')
     return parser.parse_args(argv)
-
-
-def find_device(name: str) -> torch.device:
-    """The device of --device, which becomes PyTorch's current one. UserError where it is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f'--device {name}: no such device; choose cpu, cuda or cuda:N') from None
-    if device.type not in ('cpu', 'cuda'):
-        raise UserError(f'--device {name}: only cpu and cuda are measured')
-    if device.type == 'cuda':
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(f'--device {name}: this machine has {count} CUDA devices; use --device cpu')
-        torch.cuda.set_device(device.index or 0)
-    return device
 
 
 def find_models(args: argparse.Namespace) -> List[str]:
@@ -182,6 +164,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     args = parse(argv)
     device = find_device(args.device)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device.index or 0)
     for backend in ('gluon', 'triton', 'cudnn', 'efficient'):
         if backend in args.backend and device.type == 'cpu':
             raise UserError(f'--backend {backend} needs a CUDA device; a CPU has plain and sdpa')

@@ -22,9 +22,10 @@ from typing import List, Optional, Sequence, Tuple
 
 import torch
 
+from evavit.arguments import Parser, find_device
 from evavit.bench.compare import compare_all, open_picture
 from evavit.bench.results import ORIGIN, check_writable, origin, write_rows
-from evavit.cli.benchmark import Parser, find_device, positive
+from evavit.cli.benchmark import positive
 from evavit.errors import UserError
 from evavit.layers import ATTENTIONS
 
@@ -64,7 +65,6 @@ def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, tor
     parser = Parser(
         prog='python -m evavit.compare',
         description=__doc__,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -93,7 +93,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, tor
     add('--warmup', type=positive, default=2, help='calls before them (default: 2)')
     add('--results-file', type=Path, metavar='FILE', help='CSV to write the rows to, with device, versions and commit')
     args = parser.parse_args(argv)
-    device = find_device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = find_device(args.device)
     if args.results_file:
         if args.results_file.suffix != '.csv' or args.results_file.is_dir():
             raise UserError(f'--results-file {args.results_file}: must be a .csv file')

@@ -63,13 +63,13 @@ def train(name, dtype, device, steps=200, small=False):
     size, batch = model.pretrained_cfg['input_size'][-1], 4 if small else 32
     size = SMALL[name]['img_size'] if small else size
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=device.type == 'cuda')
-    stepper, parameters = Stepper(settings, device), list(model.parameters())
+    stepper, parameters = Stepper(settings.machine, settings.optim, device), list(model.parameters())
     generator = torch.Generator(device).manual_seed(1)
     losses, norms = [], []
     for step in range(steps):
         images = images_of(step, batch, size, device, generator)
         target = torch.randint(10, (batch,), device=device, generator=generator)
-        with autocast(settings, device):
+        with autocast(settings.machine, device):
             loss = torch.nn.functional.cross_entropy(model(images), target)
         stepper.backward(loss)
         losses.append(loss.detach())

@@ -17,7 +17,7 @@ rows that are missing. DIR/FashionMNIST/raw holds the four published files. Othe
 import argparse
 import contextlib
 import csv
-import importlib.util
+import importlib
 import multiprocessing
 import platform
 import sys
@@ -30,7 +30,7 @@ import torch
 
 from evavit.bench.results import origin
 from evavit.errors import UserError, run_script
-from evavit.training import build, data, loop
+from evavit.training import build, checks, data, loop
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
@@ -128,7 +128,7 @@ def run(job, args):
     torch.set_num_threads(1)  # several runs share the cores
     flags = flags_of(job, args)
     settings, _ = parse_settings('train', flags)
-    folder = Path(settings.output, settings.experiment)
+    folder = Path(settings.run.output, settings.run.experiment)
     with open(folder.with_suffix('.log'), 'w') as log, contextlib.redirect_stdout(log):
         script('train').main(flags)
         row, device = judge(folder)
@@ -139,8 +139,8 @@ def run(job, args):
         torch.cuda.empty_cache()  # this process stays, and its next run may need less
     return dict(
         zip(KEY, job, strict=False),
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
+        epochs=settings.schedule.epochs,
+        batch_size=settings.batch.batch_size,
         **row,
         seconds=round(time.monotonic() - began, 1),
         python=platform.python_version(),
@@ -149,10 +149,7 @@ def run(job, args):
 
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(f'evavit_script_{name}', ROOT / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f'evavit.cli.{name}')
 
 
 @torch.no_grad()
@@ -161,16 +158,21 @@ def judge(folder):
     from sklearn.metrics import balanced_accuracy_score, f1_score
 
     settings, _ = parse_settings('train', ['-c', str(folder / 'args.yaml')])
-    settings.pretrained_path = None
-    device = start_process(settings.device).device
-    train_set, eval_set, names = data.open_training_sets(settings)
-    model = build.build_model(settings, len(names))
+    settings.model.pretrained_path = None
+    device = start_process(settings.machine.device).device
+    size = settings.batch.batch_size
+    channels = checks.image_channels(settings.model)
+    train_set, eval_set, names = data.open_training_sets(
+        settings.data, in_chans=channels, batch_size=size, seed=settings.run.seed
+    )
+    model = build.build_model(settings.model, len(names))
     build.load_weights(model, folder / 'last.safetensors')
     model.to(device).eval()
-    loader = data.eval_loader(eval_set, settings, data.resolve_input(settings, model), device, settings.batch_size)
+    config = data.resolve_input(settings.model, model)
+    loader = data.eval_loader(eval_set, config, batch_size=size, machine=settings.machine, device=device)
     truth, predicted = [], []
     for images, target in loader:
-        with loop.autocast(settings, device):
+        with loop.autocast(settings.machine, device):
             predicted.append(model(images).argmax(-1).cpu())
         truth.append(target.cpu())
     truth, predicted = torch.cat(truth), torch.cat(predicted)

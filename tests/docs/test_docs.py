@@ -17,7 +17,7 @@ import torch
 import evavit  # noqa: F401
 from evavit.bench import loader
 from evavit.cli import benchmark
-from evavit.training.build import plan_batch
+from evavit.training.checks import global_batch
 from evavit.training.config import parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,7 +204,7 @@ def test_commands_parse(page, line, monkeypatch):
     if script == 'train.py':  # as many images an update as the file says
         words = words[: words.index(script)]
         counts = [int(words[words.index(flag) + 1]) for flag in ('--nnodes', '--nproc-per-node') if flag in words]
-        plan_batch(settings, math.prod(counts))
+        global_batch(settings.batch, settings.schedule, math.prod(counts))
 
 
 def test_benchmark_commands_parse(monkeypatch):
