@@ -63,6 +63,12 @@ FACTS = {
 }
 
 
+def facts(name: str) -> tuple:
+    if name not in FACTS:
+        raise SystemExit(f'error: FACTS in docs/make/attentions.py has no line about {name}; add one')
+    return FACTS[name]
+
+
 def multiply_adds(layer: GridAttention, side: int) -> float:
     """Millions of multiply-adds between the projections, one image of side × side tokens."""
     qkv = torch.empty(3, 1, NUM_HEADS, side**2, DIM // NUM_HEADS, device='meta')
@@ -97,7 +103,7 @@ def table() -> str:
     rows = []
     softmax = sum(p.numel() for p in SoftmaxAttention(DIM, NUM_HEADS, device='meta').parameters())
     for name, attention in ATTENTIONS.items():
-        complexity, sees, fused = FACTS[name]
+        complexity, sees, fused = facts(name)
         layers = [attention_layer(name, [side, side])(DIM, NUM_HEADS, device='meta').eval() for side in (28, 56)]
         extra = sum(p.numel() for p in layers[0].parameters()) - softmax
         counts = [f'{multiply_adds(layer, side):,.0f} M' for layer, side in zip(layers, (28, 56), strict=True)]
@@ -133,7 +139,7 @@ def gallery() -> str:
     sections = []
     for name, attention in ATTENTIONS.items():
         error = float(rows[name, FEAT_SIZE[0] * FEAT_SIZE[1]]['error'])
-        lines = [f'`{attention.__name__}`: a query sees {FACTS[name][1]}.']
+        lines = [f'`{attention.__name__}`: a query sees {facts(name)[1]}.']
         if name != 'softmax':
             lines.append(f'Error against softmax on this picture: {error:.2f}.')
         lines.append(f'Options: {own_options(name)}.')

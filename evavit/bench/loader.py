@@ -69,14 +69,13 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
     """
     machine, batch_size, seed = settings.machine, settings.batch.batch_size, settings.run.seed
     channels = checks.image_channels(settings.model)
-    train_set, _, names = data.open_training_sets(settings.data, in_chans=channels, batch_size=batch_size, seed=seed)
-    images = len(train_set)
+    opened, _, names = data.open_training_sets(settings.data, in_chans=channels, batch_size=batch_size, seed=seed)
+    images = len(opened)
     classes = data.class_count(settings.data, settings.model.num_classes, names)
     model = build.build_model(settings.model, classes).to(process.device)
     model = model.to(memory_format=torch.channels_last) if machine.channels_last else model
     config = data.resolve_input(settings.model, model)
-    if not isinstance(train_set, torch.utils.data.IterableDataset):
-        train_set = Repeated(train_set, LEAST)
+    train_set: Any = opened if isinstance(opened, torch.utils.data.IterableDataset) else Repeated(opened, LEAST)
     loader = data.train_loader(
         train_set, settings.augment, config, batch_size=batch_size, machine=machine, seed=seed, process=process
     )

@@ -17,7 +17,6 @@ rows that are missing. DIR/FashionMNIST/raw holds the four published files. Othe
 import argparse
 import contextlib
 import csv
-import importlib
 import multiprocessing
 import platform
 import sys
@@ -29,6 +28,7 @@ from statistics import mean, stdev
 import torch
 
 from evavit.bench.results import origin
+from evavit.cli import train
 from evavit.errors import UserError, run_script
 from evavit.training import build, checks, data, loop
 from evavit.training.config import parse_settings
@@ -130,7 +130,7 @@ def run(job, args):
     settings, _ = parse_settings('train', flags)
     folder = Path(settings.run.output, settings.run.experiment)
     with open(folder.with_suffix('.log'), 'w') as log, contextlib.redirect_stdout(log):
-        script('train').main(flags)
+        train.main(flags)
         row, device = judge(folder)
     if job != FIRST:  # the checkpoints of 40 runs are gigabytes
         for path in (*folder.glob('*.pth.tar'), *folder.glob('*.safetensors')):
@@ -146,10 +146,6 @@ def run(job, args):
         python=platform.python_version(),
         **origin(device),
     )
-
-
-def script(name):
-    return importlib.import_module(f'evavit.cli.{name}')
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ BAD = {
     'no model of that pattern': (['--model-list', 'eva_resnet*'], ['eva_resnet*']),
     'no such device': (['--device', 'gpu'], ['gpu', 'cuda']),
     'device that is not measured': (['--device', 'meta'], ['meta', 'cuda']),
-    'device that is not there': (['--device', 'cuda:64'], ['cuda:64', 'CUDA devices']),
+    'device that is not there': (['--device', 'cuda:64'], ['cuda:64', 'CUDA device']),
     'kernels on a CPU': (['--bench', 'op', '--backend', 'triton'], ['triton', 'CUDA']),
     'other kernels on a CPU': (['--bench', 'op', '--backend', 'gluon'], ['gluon', 'CUDA']),
     'heads that do not divide': (['--bench', 'op', '--num-heads', '5'], ['5', '192']),

@@ -3,7 +3,7 @@
 import yaml
 from programs import ROOT
 
-from evavit.training.build import plan_batch
+from evavit.training.checks import global_batch
 from evavit.training.config import parse_settings
 
 FILE = ROOT / 'experiments' / 'fashion_mnist' / 'fashion_mnist.yaml'
@@ -14,4 +14,4 @@ def test_the_settings_are_taken_and_no_key_is_there_twice():
     text = FILE.read_text()
     keys = [line.split(':')[0] for line in text.splitlines() if line[:1].isalpha()]
     assert len(keys) == len(set(keys)) and set(keys) == set(yaml.safe_load(text)) <= set(given)
-    assert settings.model == 'eva_deit_tiny' and plan_batch(settings, 1)
+    assert settings.model.model == 'eva_deit_tiny' and global_batch(settings.batch, settings.schedule, processes=1)
