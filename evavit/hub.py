@@ -81,7 +81,8 @@ def model_card(
         metrics: Name to value, as `validate.py` reports them.
         description: A first sentence; by default the architecture's name.
     """
-    name = model.pretrained_cfg['architecture']
+    cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # timm's models have one
+    name = cfg['architecture']
     channels, *size = get_model_input_config(model)['input_size']
     details: Dict[str, Any] = {
         'Model Type': 'Image classification / feature backbone',
@@ -95,7 +96,8 @@ def model_card(
         'Papers': ['Efficient Attention via Control Variates: https://arxiv.org/abs/2302.04542'],
         'Code': f'evavit {evavit.__version__}',
     }
-    settings = {key: recipe[key] for key in _RECIPE if (recipe or {}).get(key) not in (None, False)}
+    given = recipe or {}
+    settings = {key: given[key] for key in _RECIPE if given.get(key) not in (None, False)}
     details['Recipe'] = settings or 'not given'
     details['Metrics'] = dict(metrics) if metrics else 'not given'
     return {
@@ -154,10 +156,11 @@ def publish(
     label_names: Optional[list] = None,
     private: bool = False,
     **card: Any,
-):
+) -> Any:
     """Upload to the Hugging Face Hub with the same card, through timm's `push_to_hf_hub`; see `save_folder`.
 
-    A token of the Hub's own login is used. An existing model card is left as it is.
+    A token of the Hub's own login is used. An existing model card is left as it is. Returns
+    what timm's function does.
     """
     return push_to_hf_hub(
         model,

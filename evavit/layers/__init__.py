@@ -76,7 +76,9 @@ def pop_attention_kwargs(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def attention_layer(name: str, feat_size: Optional[Sequence[int]] = None, **options) -> Callable[..., GridAttention]:
+def attention_layer(
+    name: str, feat_size: Optional[Sequence[int]] = None, **options: Any
+) -> Callable[..., GridAttention]:
     """What makes the layers of a model: the class of `ATTENTIONS` with its options, called with dim and num_heads.
 
     Args:

@@ -6,10 +6,8 @@ import torch
 
 __all__ = [
     'check_bias',
-    'check_directions',
     'check_dropout',
     'check_grid',
-    'check_landmarks',
     'check_tokens',
     'check_whole',
     'shape_of',
@@ -60,35 +58,6 @@ def check_bias(num_heads: int, window_size: int, rel_pos_bias: Optional[torch.Te
                 f'rel_pos_bias must be (heads, window_size², window_size²) = ({num_heads}, {area}, '
                 f'{area}), got {shape_of(rel_pos_bias)}'
             )
-
-
-def check_directions(q: torch.Tensor, directions: torch.Tensor) -> None:
-    """Directions of random features are `(h, S, d)`."""
-    h, d = q.shape[1], q.shape[3]
-    if directions.dim() != 3 or list(directions.shape) != [h, directions.shape[1], d]:
-        raise ValueError(f'directions must be (heads, features, head_dim) = ({h}, S, {d}), got {shape_of(directions)}')
-
-
-def check_landmarks(
-    q: torch.Tensor, landmarks_q: torch.Tensor, landmarks_k: torch.Tensor, noise: Optional[torch.Tensor]
-) -> None:
-    """Landmarks are `(B, h, C, d)`, the noise of their samples `(B, h, C, S, d)`."""
-    B, h, d = q.shape[0], q.shape[1], q.shape[3]
-    if (
-        landmarks_q.dim() != 4
-        or landmarks_q.shape != landmarks_k.shape
-        or list(landmarks_q.shape) != [B, h, landmarks_q.shape[2], d]
-    ):
-        raise ValueError(
-            f'landmarks_q and landmarks_k must be (batch, heads, landmarks, head_dim) = ({B}, {h}, C, '
-            f'{d}), got {shape_of(landmarks_q)} and {shape_of(landmarks_k)}'
-        )
-    C = landmarks_q.shape[2]
-    if noise is not None and (noise.dim() != 5 or list(noise.shape) != [B, h, C, noise.shape[3], d]):
-        raise ValueError(
-            f'noise must be (batch, heads, landmarks, samples, head_dim) = ({B}, {h}, {C}, S, {d}), got '
-            f'{shape_of(noise)}'
-        )
 
 
 def check_whole(name: str, value: int, least: int) -> None:

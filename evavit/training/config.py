@@ -1,20 +1,44 @@
-"""Every setting of train.py and validate.py, in one table.
+"""Every setting of train.py, validate.py and export.py, in sections by what uses them.
 
-The flags, the keys a YAML file may hold, the checks of types and ranges, and the saved `args.yaml` all follow from the
-table. Names are timm's, YAML keys are the same with underscores. Flags win over YAML, YAML wins over the defaults.
+A section is a dataclass, and its fields are the one table: the flags, the keys a YAML file may hold (without sections),
+the checks of types and ranges, and the saved `args.yaml` all follow from them. Names are timm's, YAML keys are the same
+with underscores. Flags win over YAML, YAML wins over the defaults.
 """
+# ruff: noqa: RUF009 (what `option` returns is a dataclass's field)
 
 import argparse
 import ast
-import difflib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import (
+    Any,
+    ClassVar,
+    Dict,
+    Iterator,
+    List,
+    Literal,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Type,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import yaml
 
-from evavit.errors import UserError
+from evavit.arguments import Parser, nearest, program
+from evavit.errors import UserError, reason_of
+from evavit.files import replacing
+
+BOTH = ('train', 'validate')
+ALL = ('train', 'validate', 'export')
+LOADED = ('validate', 'export')
 
 
 @dataclass(frozen=True)
@@ -25,21 +49,22 @@ class Option:
     type: type
     default: Any
     help: str
+    section: str
     short: str = ''
-    choices: Tuple = ()
-    count: Any = None
+    choices: Tuple[str, ...] = ()
+    count: Union[int, str, None] = None
     low: Optional[float] = None  # smallest and largest value allowed
     high: Optional[float] = None
     bare: Optional[str] = None  # the value of a flag that is given without one
-    scripts: Tuple[str, ...] = field(default=('train',))
+    scripts: Tuple[str, ...] = ('train',)
 
     @property
-    def flag(self):
+    def flag(self) -> str:
         return '--' + self.name.replace('_', '-')
 
-    def expects(self):
-        name = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'key: value'}
-        name = name[self.type]
+    def expects(self) -> str:
+        names = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'key: value'}
+        name = names[self.type]
         if self.count is not None:
             name = 'a list of numbers' if self.count == '+' else f'a list of {self.count} numbers'
         if self.choices:
@@ -47,7 +72,7 @@ class Option:
         bounds = ((sign, bound) for sign, bound in (('≥', self.low), ('≤', self.high)) if bound is not None)
         return name + ' and'.join(f' {sign} {bound:g}' for sign, bound in bounds)
 
-    def parse(self, value, where):
+    def parse(self, value: Any, where: object) -> Any:
         """The value in this option's type, or a UserError that names it. Texts from flags and YAML go the same way."""
         if value is None and self.default is None:
             return None
@@ -60,7 +85,7 @@ class Option:
         except (ValueError, TypeError):
             raise UserError(f'{where}: {value!r} does not fit {self.name}, which takes {self.expects()}') from None
 
-    def _parse_one(self, value):
+    def _parse_one(self, value: Any) -> Any:
         if self.type is dict:
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
                 raise ValueError
@@ -85,316 +110,430 @@ class Option:
         return value
 
 
-BOTH = ('train', 'validate')
-ALL = (*BOTH, 'export')
+def option(default: Any, help: str, **about: Any) -> Any:
+    """A field of a section; what it says besides type and default are fields of `Option`."""
+    metadata = dict(help=help, **about)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
-OPTIONS = (
-    # data
-    Option('data_dir', str, None, 'folder of the data set', scripts=BOTH),
-    Option(
-        'dataset',
-        str,
+
+@dataclass
+class DataConfig:
+    """Which images there are, and their classes."""
+
+    data_dir: Optional[str] = option(None, 'folder of the data set', scripts=BOTH)
+    dataset: str = option(
         '',
         "data set in timm's form: empty for an image folder or tar, else torch/NAME, hfds/NAME, wds/NAME, …",
         scripts=BOTH,
-    ),
-    Option('dataset_download', bool, False, "let the data set's library download it", scripts=BOTH),
-    Option('train_split', str, 'train', 'name of the training split'),
-    Option('val_split', str, 'validation', 'name of the split to validate on'),
-    Option('split', str, 'validation', 'name of the split to validate on', scripts=('validate',)),
-    Option('class_map', str, None, 'text file with one class name a line, in the order of their indices', scripts=BOTH),
-    Option('train_num_samples', int, None, 'training images in an iterable data set that does not say', low=1),
-    Option('val_num_samples', int, None, 'validation images in an iterable data set that does not say', low=1),
-    Option('num_samples', int, None, 'images in an iterable data set that does not say', low=1, scripts=('validate',)),
-    Option(
-        'max_bad_images',
-        float,
+    )
+    dataset_download: bool = option(False, "let the data set's library download it", scripts=BOTH)
+    train_split: str = option('train', 'name of the training split')
+    val_split: str = option('validation', 'name of the split to validate on')
+    split: str = option('validation', 'name of the split to validate on', scripts=('validate',))
+    class_map: Optional[str] = option(
+        None, 'text file with one class name a line, in the order of their indices', scripts=BOTH
+    )
+    train_num_samples: Optional[int] = option(None, 'training images in an iterable data set that does not say', low=1)
+    val_num_samples: Optional[int] = option(None, 'validation images in an iterable data set that does not say', low=1)
+    num_samples: Optional[int] = option(
+        None, 'images in an iterable data set that does not say', low=1, scripts=('validate',)
+    )
+    max_bad_images: float = option(
         0.001,
         'unreadable images that an epoch may have, as a share of the data set; more stop the run',
         low=0,
         high=1,
         scripts=BOTH,
-    ),
-    # model
-    Option('model', str, None, 'name of a model of evavit or timm', short='-m', scripts=ALL),
-    Option(
-        'model_kwargs',
-        dict,
-        None,
-        "arguments of the model, key=value …, joined key by key with the YAML file's",
-        scripts=ALL,
-    ),
-    Option('pretrained', bool, False, 'start from the weights that timm publishes for the model', scripts=ALL),
-    Option('pretrained_path', str, None, 'start from the weights in this file; a head with other classes is made anew'),
-    Option('initial_checkpoint', str, None, 'start from the weights in this file, with as many classes'),
-    Option('linear_probe', bool, False, 'train the classifier alone, on the features of the weights to start from'),
-    Option('num_classes', int, None, 'classes of the model; default: those of the data set', low=1, scripts=ALL),
-    Option('in_chans', int, None, 'image channels, 3 (default) or 1', choices=(1, 3), scripts=ALL),
-    Option('img_size', int, None, "image side in pixels; default: the model's", low=1, scripts=ALL),
-    Option(
-        'input_size',
-        int,
-        None,
-        'channels, height and width, for images that are not square',
-        count=3,
-        low=1,
-        scripts=ALL,
-    ),
-    Option(
-        'crop_pct',
-        float,
-        None,
-        'share of the image that the centre crop of validation keeps',
-        low=0.01,
-        high=1,
-        scripts=ALL,
-    ),
-    Option('mean', float, None, 'mean of each channel, of values in 0…1', count='+', low=0, high=1, scripts=ALL),
-    Option(
-        'std',
-        float,
-        None,
-        'standard deviation of each channel, of values in 0…1',
-        count='+',
-        low=1e-4,
-        high=1,
-        scripts=ALL,
-    ),
-    Option(
-        'interpolation',
-        str,
+    )
+
+
+@dataclass
+class ModelConfig:
+    """The model, the weights it starts from, and how it takes its images."""
+
+    model: Optional[str] = option(None, 'name of a model of evavit or timm', short='-m', scripts=ALL)
+    model_kwargs: Optional[Dict[str, Any]] = option(
+        None, "arguments of the model, key=value …, joined key by key with the YAML file's", scripts=ALL
+    )
+    pretrained: bool = option(False, 'start from the weights that timm publishes for the model', scripts=ALL)
+    pretrained_path: Optional[str] = option(
+        None, 'start from the weights in this file; a head with other classes is made anew'
+    )
+    initial_checkpoint: Optional[str] = option(None, 'start from the weights in this file, with as many classes')
+    linear_probe: bool = option(False, 'train the classifier alone, on the features of the weights to start from')
+    num_classes: Optional[int] = option(
+        None, 'classes of the model; default: those of the data set', low=1, scripts=ALL
+    )
+    in_chans: Optional[int] = option(None, 'image channels, 3 (default) or 1', choices=(1, 3), scripts=ALL)
+    img_size: Optional[int] = option(None, "image side in pixels; default: the model's", low=1, scripts=ALL)
+    input_size: Optional[List[int]] = option(
+        None, 'channels, height and width, for images that are not square', count=3, low=1, scripts=ALL
+    )
+    crop_pct: Optional[float] = option(
+        None, 'share of the image that the centre crop of validation keeps', low=0.01, high=1, scripts=ALL
+    )
+    mean: Optional[List[float]] = option(None, 'mean of each channel, of values in 0…1', low=0, high=1, scripts=ALL)
+    std: Optional[List[float]] = option(
+        None, 'standard deviation of each channel, of values in 0…1', low=0.0001, high=1, scripts=ALL
+    )
+    interpolation: Optional[str] = option(
         None,
         'resizing in validation, and in training unless train_interpolation is set',
         choices=('bilinear', 'bicubic', 'nearest', 'lanczos'),
         scripts=ALL,
-    ),
-    Option('drop', float, None, 'dropout before the classifier', low=0, high=1),
-    Option(
-        'drop_path', float, None, 'stochastic depth of the last block, growing linearly from the first', low=0, high=1
-    ),
-    Option('grad_checkpointing', bool, False, 'recompute activations in the backward pass, to save memory'),
-    # batch, optimizer
-    Option('batch_size', int, 128, 'images per process and step', short='-b', low=1, scripts=BOTH),
-    Option(
-        'validation_batch_size', int, None, 'images per process in validation; default: batch_size', short='-vb', low=1
-    ),
-    Option('grad_accum_steps', int, 1, 'steps whose gradients are added up before an update', low=1),
-    Option(
-        'global_batch_size',
-        int,
-        None,
-        'images per update over all processes, checked against batch_size × processes × grad_accum_steps',
-        low=1,
-    ),
-    Option('opt', str, 'adamw', 'optimizer, any of timm.optim.list_optimizers()'),
-    Option('opt_eps', float, None, 'epsilon of the optimizer', low=0),
-    Option('opt_betas', float, None, 'betas of the optimizer', count='+', low=0, high=1),
-    Option('momentum', float, 0.9, 'momentum, for optimizers that have it', low=0, high=1),
-    Option('weight_decay', float, 0.05, 'weight decay; none on biases, norms and what the model excludes', low=0),
-    Option('layer_decay', float, None, 'learning rate factor from layer to layer, towards the input', low=0, high=1),
-    Option('clip_grad', float, None, 'bound on the gradient, see clip_mode', low=0),
-    Option('clip_mode', str, 'norm', 'what clip_grad bounds', choices=('norm', 'value', 'agc')),
-    # learning rate
-    Option(
-        'sched',
-        str,
+    )
+    drop: Optional[float] = option(None, 'dropout before the classifier', low=0, high=1)
+    drop_path: Optional[float] = option(
+        None, 'stochastic depth of the last block, growing linearly from the first', low=0, high=1
+    )
+    grad_checkpointing: bool = option(False, 'recompute activations in the backward pass, to save memory')
+
+
+@dataclass
+class BatchConfig:
+    """How many images make an update."""
+
+    batch_size: int = option(128, 'images per process and step', short='-b', low=1, scripts=BOTH)
+    validation_batch_size: Optional[int] = option(
+        None, 'images per process in validation; default: batch_size', short='-vb', low=1
+    )
+    grad_accum_steps: int = option(1, 'steps whose gradients are added up before an update', low=1)
+    global_batch_size: Optional[int] = option(
+        None, 'images per update over all processes, checked against batch_size × processes × grad_accum_steps', low=1
+    )
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer, and what bounds the gradient."""
+
+    opt: str = option('adamw', 'optimizer, any of timm.optim.list_optimizers()')
+    opt_eps: Optional[float] = option(None, 'epsilon of the optimizer', low=0)
+    opt_betas: Optional[List[float]] = option(None, 'betas of the optimizer', low=0, high=1)
+    momentum: float = option(0.9, 'momentum, for optimizers that have it', low=0, high=1)
+    weight_decay: float = option(0.05, 'weight decay; none on biases, norms and what the model excludes', low=0)
+    layer_decay: Optional[float] = option(
+        None, 'learning rate factor from layer to layer, towards the input', low=0, high=1
+    )
+    clip_grad: Optional[float] = option(None, 'bound on the gradient, see clip_mode', low=0)
+    clip_mode: str = option('norm', 'what clip_grad bounds', choices=('norm', 'value', 'agc'))
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over the epochs."""
+
+    sched: str = option(
         'cosine',
         'learning rate schedule',
         choices=('cosine', 'tanh', 'poly', 'step', 'multistep', 'wsd', 'constant', 'none'),
-    ),
-    Option('sched_on_updates', bool, False, 'move the learning rate at each update, not at each epoch'),
-    Option('epochs', int, 300, 'epochs to train, warm-up included unless warmup_prefix', low=1),
-    Option('lr', float, None, 'learning rate; default: lr_base scaled to the global batch', low=0),
-    Option('lr_base', float, 1e-3, 'learning rate at a global batch of lr_base_size', low=0),
-    Option('lr_base_size', int, 1024, 'global batch that lr_base is meant for', low=1),
-    Option('lr_base_scale', str, 'linear', 'how lr grows with the global batch', choices=('linear', 'sqrt')),
-    Option('min_lr', float, 0.0, 'learning rate at the end', low=0),
-    Option('warmup_lr', float, 1e-6, 'learning rate at the start of the warm-up', low=0),
-    Option('warmup_epochs', int, 5, 'epochs of linear warm-up', low=0),
-    Option('warmup_prefix', bool, False, 'add the warm-up to the epochs, instead of counting it among them'),
-    Option('cooldown_epochs', int, 0, 'epochs at min_lr after the schedule', low=0),
-    Option('decay_epochs', float, None, 'epochs between steps (step), length of the decay (wsd)', low=0),
-    Option(
-        'decay_milestones', int, [90, 180, 270], 'epochs at which the rate steps down (multistep)', count='+', low=1
-    ),
-    Option('decay_rate', float, 0.1, 'factor of a step, power of poly', low=0),
-    # augmentation, regularization
-    Option('no_aug', bool, False, 'training images are resized and cropped like those of validation'),
-    Option(
-        'train_interpolation',
-        str,
-        None,
-        'resizing in training',
-        choices=('random', 'bilinear', 'bicubic', 'nearest', 'lanczos'),
-    ),
-    Option('scale', float, None, "range of the random crop's area; default 0.08 1.0", count=2, low=0, high=1),
-    Option('ratio', float, None, "range of the random crop's aspect ratio; default 0.75 1.333", count=2, low=0),
-    Option('hflip', float, 0.5, 'probability of a horizontal flip', low=0, high=1),
-    Option('vflip', float, 0.0, 'probability of a vertical flip', low=0, high=1),
-    Option('color_jitter', float, 0.4, 'colour jitter; off where aa is set, as in timm', low=0),
-    Option('aa', str, None, 'AutoAugment or RandAugment policy, such as rand-m9-mstd0.5-inc1'),
-    Option(
-        'aug_repeats',
-        int,
+    )
+    sched_on_updates: bool = option(False, 'move the learning rate at each update, not at each epoch')
+    epochs: int = option(300, 'epochs to train, warm-up included unless warmup_prefix', low=1)
+    lr: Optional[float] = option(None, 'learning rate; default: lr_base scaled to the global batch', low=0)
+    lr_base: float = option(0.001, 'learning rate at a global batch of lr_base_size', low=0)
+    lr_base_size: int = option(1024, 'global batch that lr_base is meant for', low=1)
+    lr_base_scale: str = option('linear', 'how lr grows with the global batch', choices=('linear', 'sqrt'))
+    min_lr: float = option(0.0, 'learning rate at the end', low=0)
+    warmup_lr: float = option(1e-06, 'learning rate at the start of the warm-up', low=0)
+    warmup_epochs: int = option(5, 'epochs of linear warm-up', low=0)
+    warmup_prefix: bool = option(False, 'add the warm-up to the epochs, instead of counting it among them')
+    cooldown_epochs: int = option(0, 'epochs at min_lr after the schedule', low=0)
+    decay_epochs: Optional[float] = option(None, 'epochs between steps (step), length of the decay (wsd)', low=0)
+    decay_milestones: List[int] = option([90, 180, 270], 'epochs at which the rate steps down (multistep)', low=1)
+    decay_rate: float = option(0.1, 'factor of a step, power of poly', low=0)
+
+
+@dataclass
+class AugmentConfig:
+    """What is done to the images of training."""
+
+    no_aug: bool = option(False, 'training images are resized and cropped like those of validation')
+    train_interpolation: Optional[str] = option(
+        None, 'resizing in training', choices=('random', 'bilinear', 'bicubic', 'nearest', 'lanczos')
+    )
+    scale: Optional[List[float]] = option(
+        None, "range of the random crop's area; default 0.08 1.0", count=2, low=0, high=1
+    )
+    ratio: Optional[List[float]] = option(
+        None, "range of the random crop's aspect ratio; default 0.75 1.333", count=2, low=0
+    )
+    hflip: float = option(0.5, 'probability of a horizontal flip', low=0, high=1)
+    vflip: float = option(0.0, 'probability of a vertical flip', low=0, high=1)
+    color_jitter: float = option(0.4, 'colour jitter; off where aa is set, as in timm', low=0)
+    aa: Optional[str] = option(None, 'AutoAugment or RandAugment policy, such as rand-m9-mstd0.5-inc1')
+    aug_repeats: int = option(
         0,
         'augmented copies of an image in an epoch (repeated augmentation); an epoch then '
         'shows 1/aug_repeats of the images',
         low=0,
-    ),
-    Option('reprob', float, 0.0, 'probability of random erasing', low=0, high=1),
-    Option('remode', str, 'pixel', 'what random erasing fills with', choices=('const', 'rand', 'pixel')),
-    Option('recount', int, 1, 'largest number of erased boxes in an image', low=1),
-    Option('mixup', float, 0.0, "mixup's alpha; 0 is off", low=0),
-    Option('cutmix', float, 0.0, "cutmix's alpha; 0 is off", low=0),
-    Option('mixup_prob', float, 1.0, 'probability of mixup or cutmix', low=0, high=1),
-    Option('mixup_switch_prob', float, 0.5, 'probability of cutmix where both are on', low=0, high=1),
-    Option('mixup_mode', str, 'batch', 'what shares a mixing weight', choices=('batch', 'pair', 'elem')),
-    Option('mixup_off_epoch', int, 0, 'epoch at which mixup and cutmix stop; 0 is never', low=0),
-    Option('smoothing', float, 0.1, 'label smoothing', low=0, high=1),
-    Option('bce_loss', bool, False, 'binary cross-entropy over the classes instead of softmax cross-entropy'),
-    Option(
-        'bce_target_thresh', float, None, 'with bce_loss: targets above this count as 1, others as 0', low=0, high=1
-    ),
-    # EMA
-    Option('model_ema', bool, False, 'keep an exponential moving average of the weights, and judge the run by it'),
-    Option('model_ema_decay', float, 0.9998, 'decay of the average', low=0, high=1),
-    Option('model_ema_warmup', bool, False, 'let the decay grow from 0'),
-    # machine
-    Option('device', str, None, 'cpu, cuda or cuda:N; default: cuda where there is one, else cpu', scripts=ALL),
-    Option('amp', bool, False, 'automatic mixed precision', scripts=BOTH),
-    Option('amp_dtype', str, 'bfloat16', 'low precision of amp', choices=('bfloat16', 'float16'), scripts=BOTH),
-    Option('torchcompile', str, None, 'compile the model, with this backend', bare='inductor', scripts=BOTH),
-    Option(
-        'torchcompile_mode',
-        str,
+    )
+    reprob: float = option(0.0, 'probability of random erasing', low=0, high=1)
+    remode: str = option('pixel', 'what random erasing fills with', choices=('const', 'rand', 'pixel'))
+    recount: int = option(1, 'largest number of erased boxes in an image', low=1)
+
+
+@dataclass
+class LossConfig:
+    """Mixing of images and labels, and the loss."""
+
+    mixup: float = option(0.0, "mixup's alpha; 0 is off", low=0)
+    cutmix: float = option(0.0, "cutmix's alpha; 0 is off", low=0)
+    mixup_prob: float = option(1.0, 'probability of mixup or cutmix', low=0, high=1)
+    mixup_switch_prob: float = option(0.5, 'probability of cutmix where both are on', low=0, high=1)
+    mixup_mode: str = option('batch', 'what shares a mixing weight', choices=('batch', 'pair', 'elem'))
+    mixup_off_epoch: int = option(0, 'epoch at which mixup and cutmix stop; 0 is never', low=0)
+    smoothing: float = option(0.1, 'label smoothing', low=0, high=1)
+    bce_loss: bool = option(False, 'binary cross-entropy over the classes instead of softmax cross-entropy')
+    bce_target_thresh: Optional[float] = option(
+        None, 'with bce_loss: targets above this count as 1, others as 0', low=0, high=1
+    )
+
+
+@dataclass
+class EmaConfig:
+    """The exponential moving average of the weights."""
+
+    model_ema: bool = option(False, 'keep an exponential moving average of the weights, and judge the run by it')
+    model_ema_decay: float = option(0.9998, 'decay of the average', low=0, high=1)
+    model_ema_warmup: bool = option(False, 'let the decay grow from 0')
+
+
+@dataclass
+class MachineConfig:
+    """Device, precision, compilation, loading processes."""
+
+    device: Optional[str] = option(None, 'cpu, cuda or cuda:N; default: cuda where there is one, else cpu', scripts=ALL)
+    amp: bool = option(False, 'automatic mixed precision', scripts=BOTH)
+    amp_dtype: str = option('bfloat16', 'low precision of amp', choices=('bfloat16', 'float16'), scripts=BOTH)
+    torchcompile: Optional[str] = option(None, 'compile the model, with this backend', bare='inductor', scripts=BOTH)
+    torchcompile_mode: Optional[str] = option(
         None,
         'mode of torch.compile',
         choices=('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'),
         scripts=BOTH,
-    ),
-    Option('channels_last', bool, False, 'keep images in channels-last memory order', scripts=BOTH),
-    Option('workers', int, 4, 'data loading processes, for each training process', short='-j', low=0, scripts=BOTH),
-    Option('pin_mem', bool, False, 'page-locked memory for the copies to a GPU', scripts=BOTH),
-    Option('seed', int, 42, 'seed of weights, sample order, augmentation and noise', low=0, high=2**31 - 1),
-    Option('dry_run', bool, False, 'print what the run would be, and stop; no image is read, no GPU touched'),
-    # output
-    Option('output', str, 'output', 'folder of the runs'),
-    Option('experiment', str, None, "name of this run's folder in output; default: time, model, image size"),
-    Option(
-        'resume', str, None, "checkpoint to continue, or auto: the last whole one in this run's folder, if there is one"
-    ),
-    Option('no_resume_opt', bool, False, 'resume the weights alone, with a new optimizer'),
-    Option('eval_metric', str, 'top1', 'what makes the best checkpoint', choices=('top1', 'top5', 'loss')),
-    Option('checkpoint_hist', int, 3, 'best checkpoints to keep', low=1),
-    Option('checkpoint_interval', str, None, 'save within the epoch too: every so many updates (500) or minutes (10m)'),
-    Option(
-        'max_skipped', int, 10, 'updates in a row without a finite loss and gradient, at which the run stops', low=1
-    ),
-    Option('log_interval', int, 50, 'updates between lines of the log', low=1, scripts=BOTH),
-    Option(
-        'checkpoint',
-        str,
+    )
+    channels_last: bool = option(False, 'keep images in channels-last memory order', scripts=BOTH)
+    workers: int = option(4, 'data loading processes, for each training process', short='-j', low=0, scripts=BOTH)
+    pin_mem: bool = option(False, 'page-locked memory for the copies to a GPU', scripts=BOTH)
+
+
+@dataclass
+class RunConfig:
+    """Seed, folder, checkpoints and log of a run, and what validation writes."""
+
+    seed: int = option(42, 'seed of weights, sample order, augmentation and noise', low=0, high=2147483647)
+    dry_run: bool = option(False, 'print what the run would be, and stop; no image is read, no GPU touched')
+    output: str = option('output', 'folder of the runs')
+    experiment: Optional[str] = option(None, "name of this run's folder in output; default: time, model, image size")
+    resume: Optional[str] = option(
+        None, "checkpoint to continue, or auto: the last whole one in this run's folder, if there is one"
+    )
+    no_resume_opt: bool = option(False, 'resume the weights alone, with a new optimizer')
+    eval_metric: str = option('top1', 'what makes the best checkpoint', choices=('top1', 'top5', 'loss'))
+    checkpoint_hist: int = option(3, 'best checkpoints to keep', low=1)
+    checkpoint_interval: Optional[str] = option(
+        None, 'save within the epoch too: every so many updates (500) or minutes (10m)'
+    )
+    max_skipped: int = option(10, 'updates in a row without a finite loss and gradient, at which the run stops', low=1)
+    log_interval: int = option(50, 'updates between lines of the log', low=1, scripts=BOTH)
+    results_file: Optional[str] = option(None, 'write the metrics here, as .csv or .json', scripts=('validate',))
+
+
+@dataclass
+class WeightsConfig:
+    """The weights to judge or to export."""
+
+    checkpoint: Optional[str] = option(
         None,
         'weights: a checkpoint of train.py (.pth.tar, .safetensors) or any file that fits the model',
-        scripts=('validate', 'export'),
-    ),
-    Option(
-        'use_ema', bool, False, 'take the averaged weights of a .pth.tar checkpoint', scripts=('validate', 'export')
-    ),
-    # export
-    Option(
-        'batch_size',
-        int,
-        1,
-        'images in the check of the forward pass; the file takes any number',
-        short='-b',
-        low=1,
-        scripts=('export',),
-    ),
-    Option('opset', int, None, "version of ONNX's operators; default: the exporter's", low=18, scripts=('export',)),
-    Option('keep_init', bool, False, 'weights are inputs of the ONNX graph as well', scripts=('export',)),
-    Option('aten_fallback', bool, False, 'refused: the exporter that had it is not used', scripts=('export',)),
-    Option('dynamic_size', bool, False, 'any height and width, for models without windows', scripts=('export',)),
-    Option('check_forward', bool, False, "compare the file's output with PyTorch's", scripts=('export',)),
-    Option('reparam', bool, False, 'merge what a model only needs in training', scripts=('export',)),
-    Option('training', bool, False, 'refused: graphs are for inference', scripts=('export',)),
-    Option(
-        'precision',
-        str,
+        scripts=LOADED,
+    )
+    use_ema: bool = option(False, 'take the averaged weights of a .pth.tar checkpoint', scripts=LOADED)
+
+
+@dataclass
+class FormatConfig:
+    """The file that export.py writes."""
+
+    batch_size: int = option(
+        1, 'images in the check of the forward pass; the file takes any number', short='-b', low=1, scripts=('export',)
+    )
+    opset: Optional[int] = option(
+        None, "version of ONNX's operators; default: the exporter's", low=18, scripts=('export',)
+    )
+    keep_init: bool = option(False, 'weights are inputs of the ONNX graph as well', scripts=('export',))
+    dynamic_size: bool = option(False, 'any height and width, for models without windows', scripts=('export',))
+    check_forward: bool = option(False, "compare the file's output with PyTorch's", scripts=('export',))
+    reparam: bool = option(False, 'merge what a model only needs in training', scripts=('export',))
+    precision: str = option(
         'float32',
         'of the weights: ONNX float32 or float16, packages any',
         choices=('float32', 'bfloat16', 'float16', 'int8'),
         scripts=('export',),
-    ),
-    Option('verbose', bool, False, 'pass on what the exporter says', scripts=('export',)),
-    Option('results_file', str, None, 'write the figures here, as .csv or .json', scripts=('validate',)),
+    )
+    verbose: bool = option(False, 'pass on what the exporter says', scripts=('export',))
+
+
+def _section_options(name: str, section: type) -> Iterator[Option]:
+    """The options of a section's fields, whose types follow from the annotations."""
+    hints, default = get_type_hints(section), section()
+    for item in fields(section):
+        about, kind = dict(item.metadata), hints[item.name]
+        if get_origin(kind) is Union:  # Optional
+            kind = get_args(kind)[0]
+        if get_origin(kind) is list:
+            about, kind = dict(count='+') | about, get_args(kind)[0]
+        yield Option(item.name, get_origin(kind) or kind, getattr(default, item.name), section=name, **about)
+
+
+class Config:
+    """The settings of a script, each in its section. A section's fields that the script has no flag for keep their
+    defaults."""
+
+    script: ClassVar[str]
+
+    @classmethod
+    def options(cls) -> Dict[str, Option]:
+        """The options of the script by their names, in the order of `args.yaml`."""
+        return options_of(cls.script)
+
+    def flat(self) -> Dict[str, Any]:
+        """{name: value} without the sections, as a YAML file and a checkpoint hold the settings."""
+        return {name: getattr(getattr(self, option.section), name) for name, option in self.options().items()}
+
+    def update(self, values: Dict[str, Any]) -> None:
+        """Set options by their names, each in its section."""
+        for name, value in values.items():
+            setattr(getattr(self, self.options()[name].section), name, value)
+
+    def save(self, path: Union[str, Path], remarks: Sequence[str] = ()) -> None:
+        """Write the settings as a YAML file that `-c` reads back, under `remarks` as comments."""
+        text = ''.join(f'# {remark}\n' for remark in remarks) + yaml.safe_dump(self.flat(), sort_keys=False)
+        with replacing(path) as partial:
+            partial.write_text(text, encoding='utf-8')
+
+
+@dataclass
+class TrainConfig(Config):
+    """The settings of train.py."""
+
+    script = 'train'
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
+class ValidateConfig(Config):
+    """The settings of validate.py."""
+
+    script = 'validate'
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+
+
+@dataclass
+class ExportConfig(Config):
+    """The settings of export.py."""
+
+    script = 'export'
+    model: ModelConfig = field(default_factory=ModelConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    export: FormatConfig = field(default_factory=FormatConfig)
+
+
+CONFIGS: Dict[str, Type[Config]] = dict(train=TrainConfig, validate=ValidateConfig, export=ExportConfig)
+SECTIONS = dict(
+    data=DataConfig,
+    model=ModelConfig,
+    batch=BatchConfig,
+    optim=OptimConfig,
+    schedule=ScheduleConfig,
+    augment=AugmentConfig,
+    loss=LossConfig,
+    ema=EmaConfig,
+    machine=MachineConfig,
+    run=RunConfig,
+    weights=WeightsConfig,
+    export=FormatConfig,
 )
+OPTIONS = tuple(option for name, section in SECTIONS.items() for option in _section_options(name, section))
 
 
-def options_of(script):
+def options_of(script: str) -> Dict[str, Option]:
     return {option.name: option for option in OPTIONS if script in option.scripts}
 
 
-def nearest(name, names):
-    """' (did you mean X?)' where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f' (did you mean {near[0]}?)' if near else ''
+@overload
+def parse_settings(
+    script: Literal['train'], argv: Optional[Sequence[str]] = None, description: Optional[str] = None
+) -> Tuple[TrainConfig, Set[str]]: ...
+@overload
+def parse_settings(
+    script: Literal['validate'], argv: Optional[Sequence[str]] = None, description: Optional[str] = None
+) -> Tuple[ValidateConfig, Set[str]]: ...
+@overload
+def parse_settings(
+    script: Literal['export'], argv: Optional[Sequence[str]] = None, description: Optional[str] = None
+) -> Tuple[ExportConfig, Set[str]]: ...
+def parse_settings(
+    script: str, argv: Optional[Sequence[str]] = None, description: Optional[str] = None
+) -> Tuple[Any, Set[str]]:
+    """Flags and the YAML file of `-c` as the settings of a script, and the names of those that flag or YAML gave.
 
-
-def parse_settings(script, argv=None, description=None):
-    """Flags and the YAML file of `-c` to one namespace with every option of `script`.
-
-    Returns the settings and the set of the names that flag or YAML gave. Raises UserError on an unknown name or a value
-    that does not fit.
+    Raises UserError on an unknown name or a value that does not fit.
     """
-    table = options_of(script)
-    config, flags = _parse_flags(table, argv, f'{script}.py', description)
-    given = _read_yaml(config, table) if config else {}
+    config = CONFIGS[script]()
+    table = config.options()
+    file, flags = _parse_flags(table, argv, program(script), description)
+    given = _read_yaml(file, table) if file else {}
     for name, value in flags.items():
         if table[name].type is dict:
             value = {**(given.get(name) or {}), **value}
         given[name] = value
-    defaults = {
-        name: list(option.default) if isinstance(option.default, list) else option.default
-        for name, option in table.items()
-    }
-    return argparse.Namespace(**{**defaults, **given}), set(given)
+    config.update(given)
+    return config, set(given)
 
 
-def save_settings(settings, path, remarks=()):
-    """Write the settings as a YAML file that `-c` reads back, under `remarks` as comments."""
-    text = ''.join(f'# {remark}\n' for remark in remarks) + yaml.safe_dump(vars(settings), sort_keys=False)
-    Path(path).write_text(text, encoding='utf-8')
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def _parse_flags(table, argv, prog, description):
-    parser = _Parser(
+def _parse_flags(
+    table: Dict[str, Option], argv: Optional[Sequence[str]], prog: str, description: Optional[str]
+) -> Tuple[Optional[str], Dict[str, Any]]:
+    parser = Parser(
         prog=prog,
         description=description,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
     )
-    parser.add_argument('-c', '--config', metavar='FILE', default=None, help='YAML file with settings')
+    parser.add_argument(
+        '-c',
+        '--config',
+        metavar='FILE',
+        default=None,
+        help=f'YAML file with settings, or one of {", ".join(recipes())}',
+    )
     for option in table.values():
         _add_flag(parser, option)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0].split('=')[0]
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        what = 'unknown flag' if word.startswith('-') else 'unexpected word'
-        raise UserError(f'{what} {unknown[0]}{nearest(word, flags)}; {prog} --help lists the flags')
-    flags = vars(known)
+    flags = vars(parser.parse_args(argv))
     config = flags.pop('config')
     return config, {name: table[name].parse(value, table[name].flag) for name, value in flags.items()}
 
 
-def _add_flag(parser, option):
+def _add_flag(parser: Parser, option: Option) -> None:
     names = [option.short] * bool(option.short) + [option.flag]
     default = '' if option.default in (None, '', False) else f' [{option.default}]'
     text = (option.help + default).replace('%', '%%')
@@ -417,7 +556,9 @@ def _add_flag(parser, option):
 class _KeyValues(argparse.Action):
     """key=value …, values as Python literals where they are such, else as text (as timm reads them)."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
         pairs = dict(getattr(namespace, self.dest, {}))
         for text in values:
             key, equals, value = text.partition('=')
@@ -433,7 +574,7 @@ class _KeyValues(argparse.Action):
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which would let the last of two equal keys win without a word: here they are an error."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
@@ -445,11 +586,31 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path, table):
+def recipes() -> Dict[str, Path]:
+    """The YAML files that come with the package, by name: in evavit/configs of a wheel, in configs of a clone."""
+    package = Path(__file__).parents[1]
+    folder = package / 'configs' if (package / 'configs').is_dir() else package.parent / 'configs'
+    return {path.stem: path for path in sorted(folder.glob('*.yaml'))}
+
+
+def _find_config(name: str) -> Path:
+    """The file that `-c` names: by its path, or by the name of one that comes with the package."""
+    path, known = Path(name), recipes()
+    if path.suffix in ('.yaml', '.yml') or path.name != name or path.exists():
+        return path
+    if name not in known:
+        raise UserError(
+            f'-c {name}: no such file, nor settings of that name{nearest(name, known)}: there are {", ".join(known)}'
+        )
+    return known[name]
+
+
+def _read_yaml(name: str, table: Dict[str, Option]) -> Dict[str, Any]:
+    path = _find_config(name)
     try:
-        content = yaml.load(Path(path).read_text(encoding='utf-8'), Loader=_Loader)
+        content = yaml.load(path.read_text(encoding='utf-8'), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'-c {path}: cannot be read ({getattr(error, "strerror", None) or error})') from None
+        raise UserError(f'-c {path}: cannot be read ({reason_of(error)})') from None
     except (yaml.YAMLError, ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         # PyYAML's own, and what it lets through of a value that is not of its type, such as the date 2026-13-45.
         raise UserError(f'-c {path}: cannot be read as YAML: {" ".join(str(error).split())[:300]}') from None
