@@ -310,9 +310,9 @@ class GridVisionTransformer(GridModel, VisionTransformer):
 checkpoint_filter_fn = pretrained_filter  # the name that timm's own files have for it
 
 
-def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> GridVisionTransformer:
+def _create_eva_deit(name: str, pretrained: bool = False, **kwargs: Any) -> GridVisionTransformer:
     feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
-    return build_grid_model(GridVisionTransformer, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_grid_model(GridVisionTransformer, name, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 def _describe(size: Variant, attention: str) -> str:

@@ -195,9 +195,9 @@ class GridPyramidVisionTransformerV2(GridModel, PyramidVisionTransformerV2):
 checkpoint_filter_fn = pretrained_filter  # the name that timm's own files have for it
 
 
-def _create_eva_pvt_v2(variant: str, pretrained: bool = False, **kwargs: Any) -> GridPyramidVisionTransformerV2:
+def _create_eva_pvt_v2(name: str, pretrained: bool = False, **kwargs: Any) -> GridPyramidVisionTransformerV2:
     feature_cfg = dict(flatten_sequential=True, out_indices=kwargs.pop('out_indices', (0, 1, 2, 3)))
-    return build_grid_model(GridPyramidVisionTransformerV2, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_grid_model(GridPyramidVisionTransformerV2, name, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 def _describe(size: Variant, attention: str) -> str:
