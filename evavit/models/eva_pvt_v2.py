@@ -6,7 +6,7 @@ Papers:
 
 The model is timm's PyramidVisionTransformerV2 with the attention of every block replaced: the chosen one in the first
 stages and softmax in the last, whose 49 tokens at 224 × 224 are one window. timm's blocks already hand `feat_size` to
-their attention, so nothing else changes but for the speed of its MLP.
+their attention. The only other change makes the MLP faster.
 """
 
 from typing import Any, Dict, Final, List, Optional, Tuple, Union
@@ -31,11 +31,11 @@ __all__ = ['FusedMlpWithDepthwiseConv', 'GridPyramidVisionTransformerV2']
 class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
     """timm's MLP of PVT v2 with its depthwise convolution and exact GELU as one operator, `evavit.ops.depthwise_gelu`.
 
-    That is one CUDA kernel where there can be one, unless timm's switch is off when the layer is made
-    (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment) or the layer's `fused_mlp` is set to
-    False; `extra_repr` names the code that runs. Under TorchScript and torch.fx, with another activation or another
-    convolution in the place of `dwconv`, and while `relu`, `dwconv` or `act` have hooks or a `forward` of their own,
-    the modules are called one by one, as in timm.
+    The operator is one CUDA kernel where that can run. timm's switch turns it off when the layer is made
+    (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment), and the layer's `fused_mlp` does
+    later; `extra_repr` names the code that runs. The modules are called one by one, as in timm, under TorchScript and
+    torch.fx, with another activation or convolution, and while `relu`, `dwconv` or `act` have hooks or a `forward` of
+    their own.
 
     Args:
         mlp: timm's MLP, whose modules this one takes over: parameters, their names and values stay.
@@ -51,7 +51,7 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
 
     @torch.jit.ignore
     def _one_operator(self) -> bool:
-        """Whether what comes between the linears is `depthwise_gelu`'s, and nobody looks between its steps."""
+        """Whether the modules between the linears compute `depthwise_gelu`, and no hook needs what is between them."""
         if any(is_hooked(module) for module in (self.relu, self.dwconv, self.act)):
             return False
         if not is_exact_gelu(self.act) or type(self.relu) is not nn.Identity or type(self.dwconv) is not nn.Conv2d:
@@ -75,7 +75,7 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
         """Tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W) to tokens `(B, N, out_features)`."""
         x = self.fc1(x)
         if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-            if isinstance(x, torch.Tensor) and self._one_operator():  # torch.fx has a proxy, which tells nothing
+            if isinstance(x, torch.Tensor) and self._one_operator():  # under torch.fx x is a proxy
                 bias = self.dwconv.bias
                 assert bias is not None  # _one_operator has seen it
                 x = depthwise_gelu(x, self.dwconv.weight, bias, feat_size, self.fused_mlp)
