@@ -31,11 +31,11 @@ __all__ = ['FusedMlpWithDepthwiseConv', 'GridPyramidVisionTransformerV2']
 class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
     """timm's MLP of PVT v2 with its depthwise convolution and exact GELU as one operator, `evavit.ops.depthwise_gelu`.
 
-    The operator is one CUDA kernel where that can run. timm's switch turns it off when the layer is made
-    (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment), and the layer's `fused_mlp` does
-    later; `extra_repr` names the code that runs. The modules are called one by one, as in timm, under TorchScript and
-    torch.fx, with another activation or convolution, and while `relu`, `dwconv` or `act` have hooks or a `forward` of
-    their own.
+    That is one CUDA kernel where there can be one, unless timm's switch is off when the layer is made
+    (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment) or the layer's `fused_mlp` is set to
+    False; `extra_repr` names the code that runs. Under TorchScript and torch.fx, with another activation or another
+    convolution in the place of `dwconv`, and while `relu`, `dwconv` or `act` have hooks or a `forward` of their own,
+    the modules are called one by one, as in timm.
 
     Args:
         mlp: timm's MLP, whose modules this one takes over: parameters, their names and values stay.
@@ -51,7 +51,7 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
 
     @torch.jit.ignore
     def _one_operator(self) -> bool:
-        """Whether the modules between the linears compute `depthwise_gelu`, and no hook needs what is between them."""
+        """Whether what comes between the linears is `depthwise_gelu`'s, and nobody looks between its steps."""
         if any(is_hooked(module) for module in (self.relu, self.dwconv, self.act)):
             return False
         if not is_exact_gelu(self.act) or type(self.relu) is not nn.Identity or type(self.dwconv) is not nn.Conv2d:
