@@ -11,8 +11,9 @@ from timm.layers import RelPosBias, register_notrace_module, trunc_normal_, use_
 from torch import nn
 
 from evavit.ops import eva_attention_mass, eva_attention_packed, eva_attention_variant, eva_num_cells, halo_size
+from evavit.ops.backends import autocast_dtype
 from evavit.ops.eva import EVA
-from evavit.ops.eva.case import EvaCase, SummaryTensors, autocast_dtype
+from evavit.ops.eva.case import EvaCase, SummaryTensors
 from evavit.ops.eva.checks import check_partition
 from evavit.ops.grid import accumulation_dtype
 

@@ -7,7 +7,7 @@ from timm.layers import GELU, Mlp, use_fused_attn
 from torch import nn
 
 from evavit.ops import mlp_gelu
-from evavit.ops.eva.case import autocast_dtype
+from evavit.ops.backends import autocast_dtype
 from evavit.ops.mlp import MLP, MlpCase
 
 __all__ = ['FusedMlp', 'is_exact_gelu', 'is_hooked']

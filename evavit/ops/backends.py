@@ -28,7 +28,7 @@ import torch
 
 from evavit.ops.common.torch_private import is_exporting, is_forward_mode, is_transforming
 
-__all__ = ['Backend', 'Registry', 'has_kernels', 'needs_plain', 'use_backend']
+__all__ = ['Backend', 'Registry', 'autocast_dtype', 'has_kernels', 'needs_plain', 'use_backend']
 
 _registries: Dict[str, 'Registry'] = {}
 _preferred: Optional[str] = os.environ.get('EVAVIT_BACKEND') or None
@@ -137,7 +137,7 @@ def _decide(op: str, fields: Tuple[Any, ...], graph: Optional[str]) -> str:
     if registry.forced_name is not None:
         return registry.forced_name if graph is None else last
     if _preferred is not None:
-        known = {name: None for each in _registries.values() for name in each.backends}
+        known = sorted({name for each in _registries.values() for name in each.backends})
         if _preferred not in known:
             raise ValueError(f'EVAVIT_BACKEND is {_preferred!r}; choose from {", ".join(known)}')
         if _preferred in registry.backends:
@@ -182,3 +182,10 @@ def needs_plain() -> Optional[str]:
     if is_forward_mode():
         return 'forward-mode differentiation is active'
     return None
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which kernels take x: that of autocast for float32 under CUDA's autocast, or its own."""
+    if x.dtype == torch.float32 and torch.is_autocast_enabled('cuda'):
+        return torch.get_autocast_dtype('cuda')
+    return x.dtype

@@ -5,6 +5,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 
+from evavit.ops.backends import autocast_dtype
 from evavit.ops.checks import check_grid
 from evavit.ops.grid import block_counts, cell_shape, static_size
 
@@ -16,7 +17,6 @@ __all__ = [
     'SummaryTensors',
     'VariantOptions',
     'as_summary',
-    'autocast_dtype',
     'eva_case',
     'eva_num_cells',
 ]
@@ -120,13 +120,6 @@ def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
     check_grid(feat_size)
     rows, cols = block_counts(feat_size, cell_shape(feat_size, partition_grid))
     return rows * cols
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which the kernels take x: that of autocast for float32 under CUDA's autocast, or its own."""
-    if x.dtype == torch.float32 and torch.is_autocast_enabled('cuda'):
-        return torch.get_autocast_dtype('cuda')
-    return x.dtype
 
 
 def eva_case(x: torch.Tensor, options: EvaOptions) -> Tuple[Any, ...]:

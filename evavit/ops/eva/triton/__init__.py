@@ -26,8 +26,8 @@ from typing import Optional, Tuple
 
 import torch
 
-from evavit.ops.backends import Backend, has_kernels
-from evavit.ops.eva.case import EvaCase, EvaOptions, autocast_dtype, eva_num_cells
+from evavit.ops.backends import Backend, autocast_dtype, has_kernels
+from evavit.ops.eva.case import EvaCase, EvaOptions, eva_num_cells
 from evavit.ops.grid import window_shape
 
 __all__ = ['GLUON', 'TRITON', 'why_not_gluon_sizes']

@@ -16,7 +16,7 @@ from . import plan as _sizes
 from .backward import backward_shared, backward_summary, backward_tokens, backward_weights
 from .forward import forward_cells, forward_tokens, forward_windows
 from .pieces import LN2
-from .plan import LAUNCH, WINDOWS_BACKWARD, WINDOWS_FORWARD, _plan
+from .plan import WINDOWS_BACKWARD, WINDOWS_FORWARD, _plan
 
 __all__ = ['eva_attention_fused']
 
@@ -90,19 +90,18 @@ def _eva(
     strides = (*q.stride(), *k.stride(), *v.stride())
     with on_device(q):
         if plan.cells:
-            tile = plan.cell_tiles[0]
             plan.launch(
                 forward_cells,
-                (plan.B * plan.heads, ceil_div(plan.cells, tile['G']), 1),
+                (plan.B * plan.heads, ceil_div(plan.cells, plan.cell_tiles[0]['G']), 1),
                 *(q, k, v, *strides),
                 *(w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k),
                 noise if noise is not None else q,
                 *(k_tilde, beta, omega, means),
                 *plan.cell_sizes,
                 *(scale**0.5, proposal_scale, norm_eps),
-                **dict(D=plan.D, BD=plan.BD),
-                **tile,
-                **dict(NOISE=noise is not None, SAVE=save, PREC=plan.summary_prec),
+                **plan.options['forward_cells'],
+                NOISE=noise is not None,
+                SAVE=save,
             )
         per_program = plan.per_program(WINDOWS_FORWARD)
         chunks = ceil_div(plan.n_win, per_program)
@@ -115,26 +114,17 @@ def _eva(
         grid = plan.B * chunks * plan.heads, 1, 1
         sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks
         args = (k_tilde, beta, padded, out, lse, *sizes, scale)
-        options: Any = dict(D=plan.D, WH=plan.wh, WW=plan.ww, PER_PROGRAM=per_program, BIAS=bias is not None, SAVE=save)
+        options = dict(PER_PROGRAM=per_program, BIAS=bias is not None, SAVE=save)
         if module is not None:
+            tokens = (q, k, v, *strides[:3], *strides[4:7], *strides[8:11])
             plan.launch(
-                module.forward_windows_gluon,
-                grid,
-                *(q, k, v, *strides[:3], *strides[4:7], *strides[8:11]),
-                *args,
-                **options,
-                EDGE=plan.edge,
-                **LAUNCH['gluon'],
+                module.forward_windows_gluon, grid, *tokens, *args, **options, **plan.options['forward_windows_gluon']
             )
-            return outputs
-        options.update(BD=plan.BD, BM=plan.BM, BC=plan.BC, PREC=plan.prec)
-        tokens = (q, k, v, *strides)
-        if plan.one_tile:
-            options.update(PACKED=strides[:4] == strides[4:8] == strides[8:], EDGE=plan.edge, CELLS=plan.cells > 0)
-            plan.launch(forward_windows, grid, *tokens, *args, **options, **LAUNCH['forward_windows'])
+        elif plan.one_tile:
+            options['PACKED'] = strides[:4] == strides[4:8] == strides[8:]
+            plan.launch(forward_windows, grid, q, k, v, *strides, *args, **options, **plan.options['forward_windows'])
         else:
-            options.update(NT=plan.NT, NC=plan.NC, LOCAL=plan.local)
-            plan.launch(forward_tokens, grid, *tokens, *args, **options, **LAUNCH['forward_tokens'])
+            plan.launch(forward_tokens, grid, q, k, v, *strides, *args, **options, **plan.options['forward_tokens'])
     return outputs
 
 
@@ -186,7 +176,7 @@ def _eva_backward(
     inputs = q, k, v
     q, k, v = _unpack(q, k, v)
     plan = _plan(q, feat_size, window_size, partition_grid)
-    D, BD, cells = plan.D, plan.BD, plan.cells
+    D, cells = plan.D, plan.cells
     bias = rel_pos_bias if plan.local else None
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
     if q.numel() == 0:
@@ -220,37 +210,32 @@ def _eva_backward(
                 (pairs * splits, 1, 1),
                 *(q, out, grad, *q_strides[:3], *grad_strides[:3]),
                 *shared,
-                **dict(D=D, T=32),
-                **LAUNCH['gluon'],
+                **plan.options['backward_shared_gluon'],
             )
         else:
-            BM = min(64, 32 if BD > 64 or q.dtype == torch.float32 else 64)
             plan.launch(
                 backward_shared,
                 (pairs * splits, max(plan.NC, 1), 1),
                 *(q, out, grad, *q_strides, *grad_strides),
                 *shared,
-                **dict(D=D, BD=BD, BM=BM, BC=plan.BC, CELLS=cells > 0, PREC=plan.prec),
-                **LAUNCH['backward_shared'],
+                **plan.options['backward_shared'],
             )
         xi = dlog_xi = domega = dbeta = omega_half = dmeans = delta
         if cells:
             xi, dlog_xi = torch.empty_like(delta), torch.empty_like(delta)
             domega, dbeta = empty(plan.rows, D), empty(plan.rows, D, dtype=q.dtype)
             omega_half = empty(plan.rows, D, dtype=q.dtype) if module is not None else dbeta
-            tile = plan.cell_tiles[1]
             plan.launch(
                 backward_weights,
-                (pairs, ceil_div(cells, tile['G']), 1),
+                (pairs, ceil_div(cells, plan.cell_tiles[1]['G']), 1),
                 *(k, v, *strides[4:12]),
                 *(omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi),
                 *plan.cell_sizes,
                 *(splits, scale**0.5),
-                **dict(D=D, BD=BD, OMEGA_HALF=module is not None),
-                **tile,
+                **plan.options['backward_weights'],
+                OMEGA_HALF=module is not None,
             )
-            R = 32 if BD > 64 or q.dtype == torch.float32 else 64
-            programs = min(ceil_div(plan.rows, R), 128)
+            programs = min(ceil_div(plan.rows, plan.options['backward_summary']['R']), 128)
             dparams = empty(programs, 2, D * D + 3 * D)
             dmeans = empty(2, plan.rows, D, dtype=q.dtype)
             w_q, b_q, g_q, _, w_k, b_k, g_k, _ = summary
@@ -262,8 +247,7 @@ def _eva_backward(
                 *(dmeans, dparams),
                 *(plan.rows, splits, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw),
                 *(scale**0.5 * proposal_scale, norm_eps),
-                **dict(D=D, BD=BD, R=R, PREC=plan.summary_prec),
-                **LAUNCH['backward_summary'],
+                **plan.options['backward_summary'],
             )
             dparams = plan.sum(dparams)
         else:
@@ -287,9 +271,7 @@ def _eva_backward(
         through_cells = dbeta, dmeans, xi, dlog_xi
         written = dq, dk, dv, *dq.stride()[:3], dbias_parts
         sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells, chunks, plan.rows, scale
-        options: Any = dict(
-            D=D, WH=plan.wh, WW=plan.ww, CH=plan.ch, CW=plan.cw, PER_PROGRAM=per_program, BIAS=bias is not None
-        )
+        options = dict(PER_PROGRAM=per_program, BIAS=bias is not None)
         if module is not None:
             plan.launch(
                 module.backward_tokens_gluon,
@@ -297,19 +279,16 @@ def _eva_backward(
                 *(q, k, v, grad, *strides[:3], *strides[4:7], *strides[8:11], *strides[12:15]),
                 *(*saved, omega_half, *through_cells, *written, *sizes),
                 **options,
-                **plan.window_cells,
-                EDGE=plan.edge,
-                **LAUNCH['gluon'],
+                **plan.options['backward_tokens_gluon'],
             )
         else:
-            options.update(BD=BD, BM=plan.BM, NT=plan.NT, BC=plan.BC, NC=plan.NC, LOCAL=plan.local, PREC=plan.prec)
             plan.launch(
                 backward_tokens,
                 grid,
                 *(q, k, v, grad, *strides),
                 *(*saved, omega, *through_cells, *written, *sizes, scale**0.5),
                 **options,
-                **LAUNCH['backward_tokens'],
+                **plan.options['backward_tokens'],
             )
         if bias is not None:
             dbias = plan.bias_grad(plan.sum(dbias_parts))

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from types import ModuleType
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import triton
@@ -192,6 +192,32 @@ class _Plan:
         G = min(max(1, 32 // T), cells)
         warps = 1 if narrow else 2 if T * G <= 32 else 4
         return forward, tile(warps, G, T)
+
+    @functools.cached_property
+    def options(self) -> Dict[str, Dict[str, Any]]:
+        """What the kernels' launches have in common for this plan: constexprs and Triton's own options."""
+        sizes = dict(D=self.D, BD=self.BD)
+        tiles = dict(**sizes, BM=self.BM, BC=self.BC, PREC=self.prec)
+        many = dict(**tiles, NT=self.NT, NC=self.NC, LOCAL=self.local)
+        window = dict(WH=self.wh, WW=self.ww)
+        both = dict(**window, CH=self.ch, CW=self.cw)
+        small = self.BD > 64 or self.full
+        forward_tile, backward_tile = self.cell_tiles
+        options: Dict[str, Dict[str, Any]] = {
+            'forward_cells': dict(**sizes, **forward_tile, PREC=self.summary_prec),
+            'forward_windows': dict(**tiles, **window, EDGE=self.edge, CELLS=self.cells > 0),
+            'forward_windows_gluon': dict(**window, D=self.D, EDGE=self.edge),
+            'forward_tokens': dict(**many, **window),
+            'backward_shared': dict(**sizes, BM=32 if small else 64, BC=self.BC, CELLS=self.cells > 0, PREC=self.prec),
+            'backward_shared_gluon': dict(D=self.D, T=32),
+            'backward_weights': dict(**sizes, **backward_tile),
+            'backward_summary': dict(**sizes, R=32 if small else 64, PREC=self.summary_prec),
+            'backward_tokens': dict(**many, **both),
+            'backward_tokens_gluon': dict(**both, **self.window_cells, D=self.D, EDGE=self.edge),
+        }
+        for name, of_kernel in options.items():
+            of_kernel.update(LAUNCH.get(name, LAUNCH['gluon'] if name.endswith('_gluon') else {}))
+        return options
 
     def per_program(self, windows: int) -> int:
         """Windows that one program walks: at most `windows`, fewer where the card would stay empty."""
