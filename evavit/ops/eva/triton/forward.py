@@ -1,4 +1,8 @@
-"""The forward kernels: `forward_cells`, then `forward_windows`, or `forward_tokens` for what takes more tiles."""
+"""The forward kernels: `forward_cells`, then one of `forward_windows` and `forward_tokens`.
+
+`forward_windows` is for windows and cells that fit one tile each, `forward_tokens` for more tiles and for no windows.
+pieces.py says how to read the signatures.
+"""
 
 import triton
 import triton.language as tl
@@ -9,7 +13,10 @@ from .pieces import (
     cell_tokens,
     load_cells,
     load_rows,
+    log_weights,
+    next_weights,
     split_bias,
+    split_program,
     store_rows,
     summarise,
     window_rows,
@@ -19,55 +26,25 @@ from .pieces import (
 
 @triton.jit
 def forward_cells(
-    q,
-    k,
-    v,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skn,
-    skd,
-    svb,
-    svh,
-    svn,
-    svd,
-    w_q,
-    b_q,
-    g_q,
-    o_q,
-    w_k,
-    b_k,
-    g_k,
-    o_k,
-    noise,
-    k_tilde,
-    beta,
-    omega,
-    means,
-    heads,
-    H,
-    W,
-    n_cx,
-    cells,
-    ch,
-    cw,
-    cells_total,
-    scale_half,
-    proposal_scale,
-    eps,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    G: tl.constexpr,
-    T: tl.constexpr,
-    ONCE: tl.constexpr,
+    q, k, v,  # (B, heads, N, D), dtype; the caller
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
+    w_q, b_q, g_q, o_q,  # of q's summary: W (D, D), b, weight and bias of LayerNorm (D), any float dtype; the caller
+    w_k, b_k, g_k, o_k,  # of k's summary
+    noise,  # if NOISE: noise_std · ε (B, heads, cells, D), any float dtype; the caller
+    k_tilde, beta,  # writes k̃ and β (B, heads, cells, D), dtype
+    omega,  # if SAVE: writes ω (B, heads, cells, D) float32
+    means,  # if SAVE: writes q̄ and k̄ (2, B, heads, cells, D) float32
+    heads, H, W, n_cx, cells, ch, cw, cells_total,
+    scale_half, proposal_scale,
+    eps,  # of LayerNorm
+    D: tl.constexpr, BD: tl.constexpr,
+    G: tl.constexpr, T: tl.constexpr,  # cells of a program, and tokens of each that it loads at a time
+    ONCE: tl.constexpr,  # whether T holds a whole cell, so that k is loaded once
     NOISE: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
-):
-    """k̃ and β of G cells of one (image, head). ONCE: T holds a whole cell, so that k is read once."""
+):  # fmt: skip
+    """k̃, ω and β of the cells. Programs: (B · heads, tiles of G cells)."""
     head = tl.program_id(0) % heads
     image = (tl.program_id(0) // heads).to(tl.int64)
     c = tl.program_id(1) * G + tl.arange(0, G)
@@ -102,10 +79,9 @@ def forward_cells(
         store_rows(means, row, cell_valid, D, 1, q_mean, D, BD)
         store_rows(means, cells_total + row, cell_valid, D, 1, k_mean, D, BD)
 
-    # log ξ = s^½ k·ω - ½ s ‖k‖² = s^½ k·(ω - ½ s^½ k); the softmax over a cell weighs the values.
+    # β: the values of a cell, weighed by the softmax of log ξ.
     if ONCE:
-        log_xi = scale_half * tl.sum(k_tile * (om[:, None, :] - 0.5 * scale_half * k_tile), 2)
-        log_xi = tl.where(valid, log_xi, float('-inf'))
+        log_xi = log_weights(k_tile, om, valid, scale_half)
         top = tl.where(cell_valid, tl.max(log_xi, 1), 0.0)
         xi = tl.exp2((log_xi - top[:, None]) * LOG2E)
         total = tl.where(cell_valid, tl.sum(xi, 1), 1.0)
@@ -118,68 +94,48 @@ def forward_cells(
             n, valid = cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
             k_t = load_cells(k, n, valid, skn, skd, D, BD)
             v_t = load_cells(v, n, valid, svn, svd, D, BD)
-            log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
-            log_xi = tl.where(valid, log_xi, float('-inf'))
-            new_top = tl.maximum(top, tl.max(log_xi, 1))
-            # A short cell may have none of these tokens, a cell past the last has none at all.
-            safe = tl.where(new_top == float('-inf'), 0.0, new_top)
-            decay = tl.exp2((top - safe) * LOG2E)
-            xi = tl.exp2((log_xi - safe[:, None]) * LOG2E)
+            log_xi = log_weights(k_t, om, valid, scale_half)
+            top, decay, xi = next_weights(log_xi, top)
             total = total * decay + tl.sum(xi, 1)
             acc = acc * decay[:, None] + tl.sum(xi[:, :, None] * v_t, 1)
-            top = new_top
         total = tl.where(cell_valid, total, 1.0)
     store_rows(beta, row, cell_valid, D, 1, acc / total[:, None], D, BD)
 
 
 @triton.jit
+def _add_keys(s, values, top, total, acc, PREC: tl.constexpr):
+    """One step of a running softmax: its maximum, its sum of weights and its weighted sum of values after the keys with
+    logits s. The first keys of a query include a real one, so that no maximum is -inf."""
+    new_top = tl.maximum(top, tl.max(s, 1))
+    decay = tl.exp2(top - new_top)
+    p = tl.exp2(s - new_top[:, None])
+    total = total * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision=PREC)
+    return new_top, total, acc
+
+
+@triton.jit
 def forward_tokens(
-    q,
-    k,
-    v,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skn,
-    skd,
-    svb,
-    svh,
-    svn,
-    svd,
-    k_tilde,
-    beta,
-    bias,
-    out,
-    lse,
-    heads,
-    H,
-    W,
-    n_wx,
-    n_win,
-    cells,
-    chunks,
+    q, k, v,  # (B, heads, N, D), dtype; the caller
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
+    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    bias,  # if BIAS: (heads, S, S) float32 in units of log 2; pad_bias
+    out,  # writes y, (B, N, heads, D) in memory, dtype
+    lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
+    heads, H, W, n_wx, n_win, cells,
+    chunks,  # programs that share the windows of an (image, head)
     scale,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    BM: tl.constexpr,
-    NT: tl.constexpr,
-    BC: tl.constexpr,
-    NC: tl.constexpr,
-    PER_PROGRAM: tl.constexpr,
-    LOCAL: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+    WH: tl.constexpr, WW: tl.constexpr,
+    BM: tl.constexpr, NT: tl.constexpr, BC: tl.constexpr, NC: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,  # windows of a program
+    LOCAL: tl.constexpr,  # whether there are windows; without them, n_win counts tiles of tokens
     BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
-):
-    """`forward_windows` for what takes more than one tile, NT of BM tokens or NC of BC cells, or has no windows."""
-    head = tl.program_id(0) % heads
-    chunk = (tl.program_id(0) // heads) % chunks
-    image = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
+):  # fmt: skip
+    """(16) for any number of tiles of tokens and cells, by a running softmax. Programs: (B · chunks · heads)."""
+    head, chunk, image = split_program(heads, chunks)
     q += image * sqb + head * sqh
     k += image * skb + head * skh
     v += image * svb + head * svh
@@ -207,80 +163,45 @@ def forward_tokens(
                     if BIAS:
                         s += tl.load(bias_tile(bias, i, j, BM, NT))
                     s = tl.where(valid_j[None, :], s, float('-inf'))
-                    # The first tile holds the window's first token, so that no maximum is -inf.
-                    new_top = tl.maximum(top, tl.max(s, 1))
-                    decay = tl.exp2(top - new_top)
-                    p = tl.exp2(s - new_top[:, None])
-                    total = total * decay + tl.sum(p, 1)
-                    acc = tl.dot(p.to(v_j.dtype), v_j, acc * decay[:, None], input_precision=PREC)
-                    top = new_top
+                    top, total, acc = _add_keys(s, v_j, top, total, acc, PREC)
             for t in range(NC):
                 c_t = t * BC + c
                 kt = load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
                 bt = load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
                 s = tl.dot(q_i, tl.trans(kt), input_precision=PREC) * qk_scale
                 s = tl.where((c_t < cells)[None, :], s, float('-inf'))
-                new_top = tl.maximum(top, tl.max(s, 1))
-                decay = tl.exp2(top - new_top)
-                p = tl.exp2(s - new_top[:, None])
-                total = total * decay + tl.sum(p, 1)
-                acc = tl.dot(p.to(bt.dtype), bt, acc * decay[:, None], input_precision=PREC)
-                top = new_top
+                top, total, acc = _add_keys(s, bt, top, total, acc, PREC)
             store_rows(out, n, valid, heads * D, 1, acc / total[:, None], D, BD)
-            if SAVE:  # in units of log 2, as the backward's exp2 takes it
+            if SAVE:
                 tl.store(lse + n, top + tl.log2(total), mask=valid)
 
 
 @triton.jit
 def forward_windows(
-    q,
-    k,
-    v,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skn,
-    skd,
-    svb,
-    svh,
-    svn,
-    svd,
-    k_tilde,
-    beta,
-    bias,
-    out,
-    lse,
-    heads,
-    H,
-    W,
-    n_wx,
-    n_win,
-    cells,
-    chunks,
+    q, k, v,  # (B, heads, N, D), dtype; the caller
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
+    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    bias,  # if BIAS: (heads, BM, BM) float32 in units of q·kᵀ; pad_bias
+    out,  # writes y, (B, N, heads, D) in memory, dtype
+    lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
+    heads, H, W, n_wx, n_win, cells,
+    chunks,  # programs that share the windows of an (image, head)
     scale,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    PER_PROGRAM: tl.constexpr,
-    PACKED: tl.constexpr,
-    EDGE: tl.constexpr,
-    CELLS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+    WH: tl.constexpr, WW: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,  # windows of a program
+    PACKED: tl.constexpr,  # whether q, k and v have equal strides
+    EDGE: tl.constexpr,  # whether windows overhang the grid
+    CELLS: tl.constexpr,  # whether there are cells
     BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
-):
-    """(16) where one tile holds a window and one the cells, for PER_PROGRAM windows of one (image, head)."""
-    if PACKED:  # equal strides, told to the compiler: one set of offsets
+):  # fmt: skip
+    """(16) where one tile holds a window and one all cells. Programs: (B · chunks · heads)."""
+    if PACKED:  # so the compiler keeps one set of offsets, not three
         skb, skh, skn, skd, svb, svh, svn, svd = sqb, sqh, sqn, sqd, sqb, sqh, sqn, sqd
-    head = tl.program_id(0) % heads
-    chunk = (tl.program_id(0) // heads) % chunks
-    image = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
+    head, chunk, image = split_program(heads, chunks)
     q += image * sqb + head * sqh
     k += image * skb + head * skh
     v += image * svb + head * svh
@@ -322,5 +243,5 @@ def forward_windows(
             total += tl.sum(p, 1)
             acc = tl.dot(p.to(bt.dtype), bt, acc, input_precision=PREC)
         store_rows(out + n0 * (heads * D), n, valid, heads * D, 1, acc / total[:, None], D, BD)
-        if SAVE:  # in units of log 2, as the backward's exp2 takes it
+        if SAVE:
             tl.store(lse + n0 + n, top + tl.log2(total), mask=valid)
