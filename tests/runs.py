@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -88,6 +89,7 @@ def write_bad_weights(folder):
 
 
 def load_script(name):
+    """The module of a script's program."""
     return importlib.import_module(f'evavit.cli.{name}')
 
 

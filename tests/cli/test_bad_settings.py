@@ -185,7 +185,6 @@ def test_memory_estimate_against_the_profiler(tmp_path):
                 'deit_tiny_patch16_224',
                 'eva_deit_small',
                 'deit_small_patch16_224',
-                'eva_deit_tiny_784',
                 'eva_pvt_v2_b3',
             )
         ),

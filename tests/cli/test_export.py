@@ -165,8 +165,8 @@ def test_a_flag_for_the_size_wins_over_the_checkpoints(train, tmp_path):
     flags = ['--checkpoint', str(run / 'last.safetensors'), '--img-size', '20']
     settings, given = config.parse_settings('export', flags)
     checkpoint.complete_from_checkpoint(settings, given)
-    assert settings.img_size == 20 and settings.input_size is None
-    assert settings.model_kwargs == {key: value for key, value in KWARGS.items() if key != 'img_size'}
+    assert settings.model.img_size == 20 and settings.model.input_size is None
+    assert settings.model.model_kwargs == {key: value for key, value in KWARGS.items() if key != 'img_size'}
 
 
 @needs_onnx
