@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -88,7 +89,16 @@ def write_bad_weights(folder):
 
 
 def load_script(name):
+    """The module of a script's program."""
     return importlib.import_module(f'evavit.cli.{name}')
+
+
+def load_file(path):
+    """A program that is no module of the package."""
+    spec = importlib.util.spec_from_file_location(f'evavit_file_{path.stem}', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def command_line(script, *flags, processes=1, launcher_flags=()):

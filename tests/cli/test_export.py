@@ -8,8 +8,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from programs import load_program
-from runs import KWARGS, MODEL, load_script
+from runs import KWARGS, MODEL, ROOT, load_file, load_script
 from timm.data import create_transform, resolve_data_config
 
 from evavit import export as exporting
@@ -70,7 +69,7 @@ def test_checkpoint_to_onnx(train, call, tmp_path):
 
     # examples/classify.py reads pictures, classes and weights from the file alone.
     picture = Image.fromarray(torch.randint(256, (40, 30, 3), dtype=torch.uint8).numpy())
-    classify = load_program('examples/classify.py')
+    classify = load_file(ROOT / 'examples' / 'classify.py')
     session, about = classify.load(str(path))
     with torch.no_grad():
         config = resolve_data_config(dict(input_size=(3, 16, 16)), model=model)
@@ -165,8 +164,8 @@ def test_a_flag_for_the_size_wins_over_the_checkpoints(train, tmp_path):
     flags = ['--checkpoint', str(run / 'last.safetensors'), '--img-size', '20']
     settings, given = config.parse_settings('export', flags)
     checkpoint.complete_from_checkpoint(settings, given)
-    assert settings.img_size == 20 and settings.input_size is None
-    assert settings.model_kwargs == {key: value for key, value in KWARGS.items() if key != 'img_size'}
+    assert settings.model.img_size == 20 and settings.model.input_size is None
+    assert settings.model.model_kwargs == {key: value for key, value in KWARGS.items() if key != 'img_size'}
 
 
 @needs_onnx

@@ -1,14 +1,13 @@
 """tools/avg_checkpoints.py and save_for_hub.py on a run of train.py."""
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from runs import CLASSES, MODEL, QUICK, load_script, weights, write_images
+from runs import CLASSES, MODEL, QUICK, load_file, load_script, weights, write_images
 
 from evavit.errors import run_script
 
@@ -16,9 +15,7 @@ TOOLS = Path(__file__).parents[2] / 'tools'
 
 
 def tool(name):
-    spec = importlib.util.spec_from_file_location(f'evavit_tool_{name}', TOOLS / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_file(TOOLS / f'{name}.py')
     return lambda *flags: run_script(module.main, [str(flag) for flag in flags])
 
 

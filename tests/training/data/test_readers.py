@@ -141,7 +141,7 @@ def test_tar_and_folder_agree(images, tars):
         sets = []
         for place in (['--data-dir', images], tars):
             settings, _ = parse_settings('train', [*map(str, place), '--max-bad-images', '1'])
-            sets.append(data.open_dataset(settings, split))
+            sets.append(data.open_dataset(settings.data, split, batch_size=4))
         assert sets[0][1] == sets[1][1] == list(CLASSES)
         assert labels(sets[0][0]) == labels(sets[1][0])
 
