@@ -67,7 +67,7 @@ class DetectionBackbone(nn.Module):
         out_channels: Channels of each map.
 
     Raises:
-        ValueError: strides that a detector with five levels cannot be made of.
+        ValueError: a pyramid of other than four maps.
     """
 
     def __init__(self, features: nn.Module, out_channels: int = 256) -> None:

@@ -37,7 +37,7 @@ class LongShortAttention(GridAttention):
     LN_L and LN_G are the paper's DualLN, one LayerNorm over all heads' channels for each of the two sets: at
     initialisation the averages k̄ are much smaller than single keys. Time and memory grow with N·(window_size² + r).
     As in the EVA paper, windows do not overlap (Zhu et al. extend each by half a window) and have a relative position
-    bias b. Where one window holds the whole grid, y would be softmax attention but for the r further keys.
+    bias b. If one window holds the whole grid, y differs from softmax attention only by the r further keys.
 
     Args:
         dim: Channels C.

@@ -118,7 +118,7 @@ class NystromformerAttention(GridAttention):
         values: Optional[torch.Tensor] = None
         if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
             if not qkv.is_meta and torch.is_autocast_enabled(qkv.device.type):
-                with torch.autocast(qkv.device.type, enabled=False):  # an inverse has no digits to give away
+                with torch.autocast(qkv.device.type, enabled=False):  # an inverse needs all digits of float32
                     values = self._landmark_values(q_l, k_l, k, v)
         if values is None:
             values = self._landmark_values(q_l, k_l, k, v)

@@ -97,8 +97,8 @@ class PerformerAttention(GridAttention):
 
         y_n = Σ_m φ(q̂_n)·φ(k̂_m) v_m / Σ_m φ(q̂_n)·φ(k̂_m)
 
-    Time and memory grow with N·S, on any grid, which plays no part. No parameters beyond softmax attention's. With
-    positive features it approaches softmax attention as S^(-½).
+    Time and memory grow with N·S; the grid plays no part. The parameters are softmax attention's. With positive
+    features the error against softmax attention falls as S^(-½).
 
     Args:
         dim: Channels C.

@@ -37,8 +37,8 @@ class ReformerAttention(GridAttention):
     other. The number of buckets is the even number next above N / chunk_size, at most 128. The rotations are drawn anew
     in each training forward, from the default generator of the input's device; in evaluation they are fixed (a
     non-persistent buffer from a fixed seed). Time and memory grow with N·num_hashes·chunk_size, and sorting with
-    N log N. It approximates softmax attention with these shared keys, not that with keys of their own; with rounds
-    enough for every pair to meet it is exactly that.
+    N log N. It approximates softmax attention in which these shared keys take the place of keys of their own, and
+    equals it when there are enough rounds for every pair to meet.
 
     Args:
         dim: Channels C.

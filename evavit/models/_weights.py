@@ -1,4 +1,4 @@
-"""What the families share when weights come in: every file becomes a state dict of the model, with a report."""
+"""Files of weights, fitted to a model of any family, with a report of what was done to each tensor."""
 
 import contextlib
 import logging
@@ -85,7 +85,7 @@ def _fault(path: Path, error: Exception) -> str:
 
 @contextlib.contextmanager
 def readable(overlay: Optional[Mapping[str, Any]]) -> Iterator[None]:
-    """While timm reads the file of a `pretrained_cfg_overlay`: the errors of `read_weights` in place of its own."""
+    """Raise the errors of `read_weights` where timm fails to read the file of a `pretrained_cfg_overlay`."""
     try:
         yield
     except Exception:
@@ -130,7 +130,7 @@ def _unwrap(state_dict: Weights) -> Weights:
 
 
 def _start_attention(name: str, attn: EvaAttention, state: Weights, feat_size: List[int]) -> Weights:
-    """What EVA has beside softmax attention, such that it is near to it: tensors by their name within the layer."""
+    """Start values, by name within the layer, of what softmax attention lacks; EVA then begins close to it."""
     start: Weights = {}
     weight, bias = state[f'{name}.qkv.weight'], state.get(f'{name}.qkv.bias')
     block = name.rpartition('.')[0]
@@ -336,7 +336,7 @@ def file_classes(state_dict: Weights) -> Optional[int]:
 def fit_strictly(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
     """A state dict as it is where it fits a model, and fitted to it otherwise, with the table in the log.
 
-    Both models do this in a strict `load_state_dict`. So `create_model(…, checkpoint_path=FILE)` takes the files that
+    The models do this in a strict `load_state_dict`. So `create_model(…, checkpoint_path=FILE)` takes the files that
     `pretrained_cfg_overlay=dict(file=FILE)` takes, except that the classes must agree.
     """
     own = model.state_dict()

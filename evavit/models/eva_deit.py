@@ -4,15 +4,15 @@ Papers:
   * `Efficient Attention via Control Variates` - https://arxiv.org/abs/2302.04542 (settings: Appendix E.2)
   * `Training data-efficient image transformers & distillation through attention` - https://arxiv.org/abs/2012.12877
 
-The model is timm's VisionTransformer without a class token, with mean pooling after the final LayerNorm. Two things are
-new, and they are the whole seam between timm's ViT and an attention that needs the grid:
+The model is timm's VisionTransformer without a class token, with mean pooling after the final LayerNorm. Two additions
+connect it to an attention that needs the grid:
 
   * `GridBlock` hands `feat_size` on to its attention: `block(x, feat_size)`, as the blocks of timm's PVT do.
   * `GridVisionTransformer` knows `feat_size` after the patch embedding and passes it to every block.
 
-A third is there for speed alone: `PatchProjection`, the patch embedding's convolution as the matrix product that it is.
+A third is for speed: `PatchProjection` computes the patch embedding's convolution as a matrix product.
 
-Tokens stay `(B, N, C)` between the blocks. What would break the grid (class and register tokens, patch dropout,
+Tokens stay `(B, N, C)` between the blocks. What does not fit a grid (class and register tokens, patch dropout,
 attention masks) is refused.
 """
 
@@ -39,10 +39,10 @@ __all__ = ['GridBlock', 'GridPatchEmbed', 'GridVisionTransformer', 'PatchProject
 class PatchProjection(nn.Conv2d):
     """A convolution of patches that do not overlap, `stride == kernel_size`, as one matrix product of all patches.
 
-    The same parameters and function as the convolution, `(B, in_chans, height, width)` to `(B, C, H, W)` with what
-    fills no patch left out; its output lies in memory as `(B, H, W, C)`, as the tokens that it becomes. Libraries of
-    convolutions are slow at three channels: cuDNN takes 15 % of an inference of `eva_deit_tiny` on an H100. Images of
-    other than in_chans channels are an AssertionError, as images of another size are in timm.
+    Parameters and result are the convolution's: `(B, in_chans, height, width)` to `(B, C, H, W)`. Pixels at the right
+    and bottom that do not fill a patch are left out. The output lies in memory as `(B, H, W, C)`, the order of the
+    tokens. Convolutions of three channels are slow: cuDNN's takes 15 % of an inference of `eva_deit_tiny` on an H100.
+    Another number of channels is an AssertionError, as another image size is in timm.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -310,9 +310,9 @@ class GridVisionTransformer(GridModel, VisionTransformer):
 checkpoint_filter_fn = pretrained_filter  # the name that timm's own files have for it
 
 
-def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> GridVisionTransformer:
+def _create_eva_deit(name: str, pretrained: bool = False, **kwargs: Any) -> GridVisionTransformer:
     feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
-    return build_grid_model(GridVisionTransformer, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_grid_model(GridVisionTransformer, name, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 def _describe(size: Variant, attention: str) -> str:

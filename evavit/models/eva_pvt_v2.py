@@ -6,7 +6,7 @@ Papers:
 
 The model is timm's PyramidVisionTransformerV2 with the attention of every block replaced: the chosen one in the first
 stages and softmax in the last, whose 49 tokens at 224 × 224 are one window. timm's blocks already hand `feat_size` to
-their attention, so nothing else changes but for the speed of its MLP.
+their attention. The only other change makes the MLP faster.
 """
 
 from typing import Any, Dict, Final, List, Optional, Tuple, Union
@@ -92,7 +92,7 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
         """Tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W) to tokens `(B, N, out_features)`."""
         x = self.fc1(x)
         if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-            if isinstance(x, torch.Tensor) and self._one_operator():  # torch.fx has a proxy, which tells nothing
+            if isinstance(x, torch.Tensor) and self._one_operator():  # under torch.fx x is a proxy
                 bias = self.dwconv.bias
                 assert bias is not None  # _one_operator has seen it
                 x = depthwise_gelu(x, self.dwconv.weight, bias, feat_size, self.fused_mlp)
@@ -212,9 +212,9 @@ class GridPyramidVisionTransformerV2(GridModel, PyramidVisionTransformerV2):
 checkpoint_filter_fn = pretrained_filter  # the name that timm's own files have for it
 
 
-def _create_eva_pvt_v2(variant: str, pretrained: bool = False, **kwargs: Any) -> GridPyramidVisionTransformerV2:
+def _create_eva_pvt_v2(name: str, pretrained: bool = False, **kwargs: Any) -> GridPyramidVisionTransformerV2:
     feature_cfg = dict(flatten_sequential=True, out_indices=kwargs.pop('out_indices', (0, 1, 2, 3)))
-    return build_grid_model(GridPyramidVisionTransformerV2, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_grid_model(GridPyramidVisionTransformerV2, name, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
 def _describe(size: Variant, attention: str) -> str:

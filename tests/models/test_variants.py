@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 import evavit  # noqa: F401
 from evavit import layers
 from evavit.layers import ATTENTIONS, GridAttention, pop_attention_kwargs
-from evavit.models import families, variants
+from evavit.models import families, softmax_twin, variants
 
 VARIANTS = variants()
 DEIT = families()['eva_deit'].variants
@@ -65,6 +65,21 @@ def test_entry_point(attention, variant):
         assert all(type(attn) is ATTENTIONS['softmax'] for attn in made[-3:])
     else:
         assert all(type(attn) is ATTENTIONS[attention] for attn in made)
+
+
+def shape(model):
+    """Width and depth of each stage."""
+    stages = [stage.blocks for stage in model.stages] if hasattr(model, 'stages') else [model.blocks]
+    return [(blocks[0].norm1.normalized_shape[0], len(blocks)) for blocks in stages]
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_softmax_model_beside_a_model_has_its_size(variant):
+    name, kwargs = softmax_twin(f'performer_{variant}')
+    ours, theirs = timm.create_model(f'eva_{variant}', device='meta'), timm.create_model(name, device='meta', **kwargs)
+    assert shape(ours) == shape(theirs)
+    tokens = [getattr(model.patch_embed, 'num_patches', model.patch_embed.proj.stride) for model in (ours, theirs)]
+    assert tokens[0] == tokens[1]
 
 
 @each_attention

@@ -10,8 +10,8 @@ class ToyVisionTransformer(GridVisionTransformer):
     """A class of the family's own."""
 
 
-def _create_eva_toy(variant: str, pretrained: bool = False, **kwargs: Any) -> ToyVisionTransformer:
-    return build_grid_model(ToyVisionTransformer, variant, pretrained, **kwargs)
+def _create_eva_toy(name: str, pretrained: bool = False, **kwargs: Any) -> ToyVisionTransformer:
+    return build_grid_model(ToyVisionTransformer, name, pretrained, **kwargs)
 
 
 def _describe(size: Variant, attention: str) -> str:
