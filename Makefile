@@ -29,8 +29,9 @@ quickstart: $(STAMP)  ## train a small EVA model on Digits, a minute or two on t
 lint: $(STAMP)  ## ruff over the whole tree
 	$(PY) -m ruff check .
 
-test: $(STAMP)  ## the test suite, without the slow and gpu markers
+test: $(STAMP)  ## the test suite, without the slow and gpu markers; kernels in Triton's interpreter, a process of their own
 	$(PY) -m pytest -q -n auto
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto -m interpreter tests/ops
 
 contract: $(STAMP)  ## timm's own model tests on our models
 	$(PY) tools/contract.py

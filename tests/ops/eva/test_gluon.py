@@ -3,11 +3,13 @@
 import itertools
 import re
 import sys
+import types
 
 import pytest
 import torch
-from kernel_checks import agrees_in_the_interpreter
-from ops.eva.test_triton import check, make_case, run
+from ops.eva.cases import check, make_case, run
+from ops.eva.gluon_emulator import Emulator
+from ops.kernels import interpreter, relative_rms
 
 from evavit.ops import eva_attention_packed
 from evavit.ops.eva import EVA
@@ -123,7 +125,7 @@ class TestChoice:
         with EVA.forced('gluon'):
             eva_attention_packed(
                 qkv.requires_grad_().permute(2, 0, 3, 1, 4), [14, 14], summary[:4], summary[4:], fused=True
-            ).sum().backward()  # expanded from one number
+            ).sum().backward()  # the gradient is one number, expanded
         assert chosen(launches) == KERNELS[:1]
 
     def test_devices_and_releases(self, monkeypatch):
@@ -199,44 +201,49 @@ def test_compiles_for_hopper(shape, d, dtype, bias, monkeypatch):
         assert set(after) == {'bar.sync'}
 
 
-EMULATED = """
-import sys, types, torch
-sys.path[:0] = [{tests!r}]
-from evavit.ops.eva import EVA, gluon as eva_gluon
-from evavit.ops.eva.triton import plan as eva_triton
-from evavit.ops.common.launch import Launcher
-from ops.eva.gluon_emulator import Emulator
-from kernel_checks import relative_rms
-from ops.eva.test_triton import make_case, run
-emulator = Emulator(eva_gluon)
-launch, launched = Launcher.__call__, []
-def emulated(launcher, kernel, grid, *args, **options):
-    if kernel not in emulator.kernels.values():
-        return launch(launcher, kernel, grid, *args, **options)
-    launched.append(kernel.__name__)
-    del options['num_warps']
-    emulator.launch(kernel, grid, args, options)
-Launcher.__call__ = emulated
-eva_triton._gluon = lambda device: types.SimpleNamespace(**emulator.kernels)
-eva_triton.PROGRAMS = 4  # several windows a program
-torch.manual_seed(0)
-for shape, d, bias, layout in [(((14, 14), 7, 7), 64, True, 'packed'), (((17, 16), 6, 3), 32, False, 'contiguous'),
-                               (((13, 15), 8, 8), 32, True, 'views')]:
-    case = make_case(*shape, torch.float16, B=1, h=2, d=d, bias=bias, device='cpu')
-    reference = run(case, *shape, fused=False, dtype=torch.float64)
-    with EVA.forced('gluon'):
-        fused = run(case, *shape, fused=True, layout=layout)
-    for name, value in fused.items():
-        error = relative_rms(value, reference[name])
-        assert error < 1e-3, (shape, name, error)
-assert launched == {kernels!r} * 3, launched
-print('agree')
-"""
+class TestArithmetic:
+    """The kernels in Gluon by `gluon_emulator`, the others around them in Triton's interpreter."""
 
+    pytestmark = interpreter
 
-def test_arithmetic():
-    """Around the kernels in Gluon, by `gluon_emulator`, the others run in Triton's interpreter."""
-    agrees_in_the_interpreter(EMULATED, kernels=KERNELS)
+    @pytest.fixture
+    def launched(self, monkeypatch):
+        """The names of the emulated kernels, as they are launched."""
+        emulator, launch, names = Emulator(eva_gluon), launching.Launcher.__call__, []
+
+        def emulated(launcher, kernel, grid, *args, **options):
+            if kernel not in emulator.kernels.values():
+                return launch(launcher, kernel, grid, *args, **options)
+            names.append(kernel.__name__)
+            del options['num_warps']
+            emulator.launch(kernel, grid, args, options)
+
+        monkeypatch.setattr(launching.Launcher, '__call__', emulated)
+        monkeypatch.setattr(eva_triton, '_gluon', lambda device: types.SimpleNamespace(**emulator.kernels))
+        monkeypatch.setattr(eva_triton, 'PROGRAMS', 4)  # several windows a program
+        eva_triton._cached_plan.cache_clear()
+        yield names
+        eva_triton._cached_plan.cache_clear()
+
+    @pytest.mark.parametrize(
+        ('shape', 'options', 'layout'),
+        [
+            (((14, 14), 7, 7), dict(d=64), 'packed'),
+            (((17, 16), 6, 3), dict(d=32, bias=False), 'contiguous'),
+            (((13, 15), 8, 8), dict(d=32), 'views'),
+            (((7, 7), 7, 1), dict(d=32, noise=False), 'packed'),
+            (((5, 9), 7, 3), dict(d=32, noise=False), 'packed'),
+        ],
+        ids=['default', 'no bias, cells across windows', 'edges, 64 cells', 'one window, one cell', 'short windows'],
+    )
+    def test_small_cases(self, shape, options, layout, launched, poison):
+        case = make_case(*shape, torch.float16, B=1, h=2, device='cpu', **options)
+        reference = run(case, *shape, fused=False, dtype=torch.float64)
+        with EVA.forced('gluon'):
+            fused = run(case, *shape, fused=True, layout=layout)
+        assert launched == KERNELS
+        for name, value in fused.items():
+            assert relative_rms(value, reference[name]) < 1e-3, name
 
 
 def is_hopper():
