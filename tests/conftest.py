@@ -1,13 +1,10 @@
 """What all tests share."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `references`
 
 torch.set_num_threads(1)  # tests are small, and several of them run side by side
 
