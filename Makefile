@@ -1,10 +1,11 @@
 # The habits of this project. Every target that needs an environment makes it on first use and reuses it afterwards.
 PYTHON ?= python3
 VENV   ?= .venv
+EXTRAS ?= dev
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env quickstart test lint contract contract-all soak docs gpu cpu-bench clean
+.PHONY: help env quickstart test test-oldest lint contract contract-all soak docs gpu cpu-bench clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
@@ -14,7 +15,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "evavit needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet --editable '.[test,quickstart,docs,export,dense]'
+	$(PY) -m pip install --quiet $(if $(PINS),--constraint $(PINS)) --editable '.[$(EXTRAS)]'
 	touch $(STAMP)
 
 QUICK := output/quickstart
@@ -26,12 +27,21 @@ quickstart: $(STAMP)  ## train a small EVA model on Digits, a minute or two on t
 	$(ONE) $(PY) validate.py --checkpoint $(QUICK)/last.safetensors --data-dir data/digits --workers 0 \
 		--results-file $(QUICK)/validation.json
 
-lint: $(STAMP)  ## ruff over the whole tree
+lint: $(STAMP)  ## ruff and its format over the whole tree, mypy over evavit/
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 test: $(STAMP)  ## the test suite, without the slow and gpu markers; kernels in Triton's interpreter, a process of their own
 	$(PY) -m pytest -q -n auto
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto -m interpreter tests/ops
+
+PYTHON_OLDEST ?= python3.10
+OLDEST        := .venv-oldest
+test-oldest:  ## the same in .venv-oldest: Python 3.10 with the oldest versions that pyproject.toml allows
+	mkdir -p $(OLDEST)
+	grep -oE '"[A-Za-z0-9._-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' | sort -u > $(OLDEST)/pins.txt
+	$(MAKE) test PYTHON=$(PYTHON_OLDEST) VENV=$(OLDEST) PINS=$(OLDEST)/pins.txt EXTRAS=test,quickstart,docs,export,dense
 
 contract: $(STAMP)  ## timm's own model tests on our models
 	$(PY) tools/contract.py
@@ -57,5 +67,5 @@ cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, a few minutes
 soak: $(STAMP)  ## every promise of docs/reliability.md, with what its tests measured; under an hour on two cores
 	OMP_NUM_THREADS=1 EVAVIT_PATIENCE=20 $(PY) -m pytest -m 'soak and not gpu' --durations=0
 
-clean:  ## remove the environment and build leftovers
-	rm -rf $(VENV) build dist .contract *.egg-info .pytest_cache .ruff_cache
+clean:  ## remove the environments and build leftovers
+	rm -rf $(VENV) $(OLDEST) build dist .contract *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -7,7 +7,7 @@ import torch
 from timm.models import get_model_input_config, push_to_hf_hub
 from timm.models._hub import generate_readme, save_for_hf
 
-import evavit
+from evavit.version import __version__
 
 __all__ = ['model_card', 'publish', 'save_folder']
 
@@ -94,7 +94,7 @@ def model_card(
         },
         'Data': data,
         'Papers': ['Efficient Attention via Control Variates: https://arxiv.org/abs/2302.04542'],
-        'Code': f'evavit {evavit.__version__}',
+        'Code': f'evavit {__version__}',
     }
     given = recipe or {}
     settings = {key: given[key] for key in _RECIPE if given.get(key) not in (None, False)}

@@ -2,13 +2,10 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `helpers` and `layers.references`, beside them
 
 torch.set_num_threads(1)  # tests are small, and several of them run side by side
 

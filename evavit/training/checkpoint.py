@@ -157,8 +157,9 @@ class Saver(CheckpointSaver):
             shutil.copymode(self.last, partial)  # safetensors makes a file that only its owner can read
 
     def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
-        with saving(save_path) as partial:
-            super()._save(partial, epoch, metric)
+        with saving(save_path) as partial, open(partial, 'wb') as file:
+            # An open file: given a name, torch up to 2.8 says nothing of a disk that fills with the last 8 KiB.
+            super()._save(file, epoch, metric)
 
     def _replace(self, src: str, dst: str) -> None:
         if os.path.exists(dst):

@@ -131,7 +131,7 @@ def test_no_decay_on_biases_norms_and_what_the_model_excludes(config, name):
     excluded = set(model.no_weight_decay())
     for key, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim > 1 and key not in excluded), key
-    assert {group['betas'] for group in map(dict, optimizer.param_groups)} in ({(0.9, 0.999)}, [(0.9, 0.999)])
+    assert {tuple(group['betas']) for group in optimizer.param_groups} == {(0.9, 0.999)}
 
 
 def test_drop_path_reaches_the_model(config):

@@ -81,9 +81,9 @@ def test_a_failed_write_leaves_the_last_checkpoint_whole(saver, tmp_path, monkey
     names = ('last.pth.tar', 'model_best.pth.tar', 'last.safetensors', 'model_best.safetensors')
     before = {name: (tmp_path / name).read_bytes() for name in names}
 
-    def write_half(_, path, *args, **kwargs):
-        with open(path, 'wb') as file:
-            file.write(b'half')
+    def write_half(_, file, *args, **kwargs):
+        with file if hasattr(file, 'write') else open(file, 'wb') as half:
+            half.write(b'half')
         raise OSError('disk full')
 
     monkeypatch.setattr(broken, write_half)
