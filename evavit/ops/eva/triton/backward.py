@@ -256,7 +256,7 @@ def backward_tokens(
     dbeta,  # (B, heads, cells, D), dtype; backward_weights
     dmeans,  # (2, B, heads, cells, D), dtype; backward_summary
     xi, dlog_xi,  # (B, heads, N) float32; backward_weights
-    dq, dk, dv,  # writes (B, heads, N, D), dtype; channels adjoin
+    dq, dk, dv,  # writes (B, heads, N, D), dtype; the stride of channels is 1
     sdb, sdh, sdn,
     dbias_parts,  # if BIAS: writes (B, chunks, heads, S, S) float32; zero before where NT > 1
     heads, H, W, n_wx, n_win, n_cx, cells,
