@@ -1,21 +1,27 @@
 """A depthwise 3 × 3 convolution and GELU as fused kernels in Triton, behind `evavit.ops.depthwise_gelu`.
 
-Both are bounded by memory traffic, and nearly by the instructions that it takes to keep up with it. In units of one
-`(B, N, C)` tensor the kernels move
+Memory traffic bounds both, and so nearly do the instructions that it takes. In units of one `(B, N, C)` tensor the
+kernels move
 
     forward               x in              -> gelu(z)                           2
     backward   of z:      x, dy in          -> dz, partial sums of parameters    3
                of x:      dz in             -> dx                                2
 
-where z = conv(x) + b is computed again. A lane of a tile holds some channels of one column of a strip of R rows and
-walks down the strip: so a row is loaded at three columns, not nine places, the copies of what other lanes load come
-from the cache next to the processor, and a tile has no lanes to spare at a grid's edge, whatever its size.
+where z = conv(x) + b is computed again. A lane of a tile holds some channels of one column of a strip of R rows, and
+walks down the strip. So a program loads a row at three columns for each output row, not at nine places; what
+neighbouring lanes load as well comes from the L1 cache. And the lanes are the columns of all strips and images in one
+row, so that a tile has no idle lanes at a grid's edge, whatever the grid.
 
-Every sum runs in one fixed order: no atomics, two runs agree to the bit. Products and sums are float32.
+Every sum runs in one fixed order, without atomics, so two runs agree to the bit. Products and sums are float32.
+
+The legend of each kernel is its signature: behind an argument stand its shape, its dtype and who writes it; `writes`
+marks what the kernel writes itself. "dtype" is that of x. H, W and C are rows, columns and channels; BC and P the
+channels and lanes of a tile, R the rows of a strip; lanes = B · strips · W in all, and a program has per_program tiles
+of them.
 """
 
 import functools
-from typing import List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import triton
@@ -29,7 +35,7 @@ __all__ = ['depthwise_gelu_fused']
 
 @triton.jit
 def _weights(weight, c, flip: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
-    """The nine taps `(1, BC)` of weight `(9, C)`; in reverse order for the transposed convolution."""
+    """The nine taps of weight `(9, C)`, each `(1, BC)`; with `flip` in reverse, for the transposed convolution."""
     mask = (c < C)[None, :] if C % BC else None
     other = 0.0 if C % BC else None
     w = weight + c[None, :]
@@ -51,7 +57,9 @@ def _weights(weight, c, flip: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def _lanes(tile, lanes, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
-    """Of P lanes: the first row, the token there, and whether there are columns left of it, of its own, right of it."""
+    """For the P lanes of a tile: the first row, the token there, and whether the columns left of it, its own and right
+    of
+    it exist. `(P)` each."""
     strips: tl.constexpr = (H + R - 1) // R
     f = tile * P + tl.arange(0, P)
     strip, column = f // W, f % W
@@ -62,7 +70,7 @@ def _lanes(tile, lanes, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, P: tl
 
 @triton.jit
 def _row(x, y, left, here, right, inside, H: tl.constexpr, C: tl.constexpr):
-    """Row y at columns -1, 0, 1 of each lane; x points at column 0."""
+    """Row y of x at the columns left of each lane, its own and right of it; x points at its own. `(P, BC)` each."""
     row = (y >= 0) & (y < H)
     return (
         tl.load(x - C, (left & row)[:, None] & inside, 0.0),
@@ -73,27 +81,22 @@ def _row(x, y, left, here, right, inside, H: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _taps(z, x0, x1, x2, w0, w1, w2):
-    """z and three columns by a row of the weight."""
+    """z plus one row of the convolution: three columns times three taps."""
     return x0.to(tl.float32) * w0 + (x1.to(tl.float32) * w1 + (x2.to(tl.float32) * w2 + z))
 
 
 @triton.jit
 def _convolve(
-    x,
-    weight,
-    bias,
-    out,
-    lanes,
-    per_program,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    BC: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-    GELU: tl.constexpr,
-):
-    """GELU: gelu(conv(x) + bias). Otherwise the transposed convolution."""
+    x,  # (B, N, C), dtype; the caller; for the transposed convolution dz, from _backward_z
+    weight,  # (9, C), any float dtype; the caller
+    bias,  # if GELU: (C), any float dtype; the caller
+    out,  # writes (B, N, C), dtype
+    lanes, per_program,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    BC: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    GELU: tl.constexpr,  # which of the two: True in the forward
+):  # fmt: skip
+    """gelu(conv(x) + bias), or the transposed convolution of x. Programs: (groups of lanes · tiles of channels)."""
     blocks: tl.constexpr = (C + BC - 1) // BC
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     inside = (c < C)[None, :]
@@ -105,7 +108,7 @@ def _convolve(
         offset = token[:, None] * C + c[None, :]
         source, target = x + offset, out + offset
         down: tl.constexpr = W * C
-        # Rows are asked for two ahead of a store, which no load may overtake.
+        # A row is loaded two rows before its use: no load may be moved ahead of the stores in between.
         a0, a1, a2 = _row(source - down, y - 1, left, here, right, inside, H, C)
         b0, b1, b2 = _row(source, y, left, here, right, inside, H, C)
         c0, c1, c2 = _row(source + down, y + 1, left, here, right, inside, H, C)
@@ -125,22 +128,16 @@ def _convolve(
 
 @triton.jit
 def _backward_z(
-    x,
-    grad,
-    weight,
-    bias,
-    dz,
-    parts,
-    lanes,
-    per_program,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    BC: tl.constexpr,
-    P: tl.constexpr,
-    R: tl.constexpr,
-):
-    """dz = dy · gelu'(conv(x) + bias), and a program's share of dweight and dbias, parts `(programs, 10, C)`."""
+    x,  # (B, N, C), dtype; the caller
+    grad,  # dy (B, N, C), dtype; autograd
+    weight, bias,  # (9, C) and (C), any float dtype; the caller
+    dz,  # writes (B, N, C), dtype
+    parts,  # writes (groups of lanes, 10, C) float32: dweight and dbias, for sum_parts
+    lanes, per_program,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    BC: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """dz = dy · gelu'(conv(x) + bias), dweight and dbias. Programs: (groups of lanes · tiles of channels)."""
     blocks: tl.constexpr = (C + BC - 1) // BC
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     inside = (c < C)[None, :]
@@ -208,9 +205,9 @@ def _backward_z(
 # Launches
 # --------------------------------------------------------------------------------------------------------------------
 
-# Of each kernel: channels BC and lanes P of a tile, rows R of a strip and programs at most, a constant, so that
-# sums are split alike on every device. By measurement on an H100.
-LAUNCH = {
+# For each kernel: BC, P and R, and the most programs. The fastest on an H100, and constants, so that sums are split
+# alike on every device. P is for half precision, R at most.
+LAUNCH: Dict[str, Dict[str, int]] = {
     'forward': dict(BC=64, P=8, R=7, programs=16384, num_warps=4),
     'backward_z': dict(BC=64, P=4, R=14, programs=1056, num_warps=4),
     'backward_x': dict(BC=128, P=8, R=4, programs=4096, num_warps=8),
@@ -218,7 +215,7 @@ LAUNCH = {
 
 
 class _Plan:
-    """Strips, tiles and launches for one shape of arguments."""
+    """Sizes and launches for one shape of arguments."""
 
     def __init__(self, shape: Tuple[int, int, int], feat_size: Tuple[int, int], item_size: int) -> None:
         self.B, _, self.C = shape
@@ -227,22 +224,25 @@ class _Plan:
         self.launch = Launcher()
 
     @functools.lru_cache(maxsize=8)  # noqa: B019, plans are few and live in a cache themselves
-    def work(self, kernel: str) -> Tuple[int, Tuple[int, int], dict]:
-        """Programs along the tokens, lanes and tiles of a program, and the options of a launch."""
+    def work(self, kernel: str) -> Tuple[int, Tuple[int, int], Dict[str, int]]:
+        """The number of groups of lanes, (lanes, per_program), and the options of a launch."""
         options = dict(LAUNCH[kernel])
         programs = options.pop('programs')
-        options['P'] = max(1, options['P'] * 2 // self.item_size)  # float32 takes the registers of two halves
-        # As few rows past the edge as possible, that is strips of equal height.
+        options['P'] = max(1, options['P'] * 2 // self.item_size)  # a float32 takes the registers of two halves
+        # Strips of equal height, so that as few rows as possible are past the edge.
         strips = ceil_div(self.H, options['R'])
         options['R'] = ceil_div(self.H, strips)
         lanes = self.B * strips * self.W
         tiles = ceil_div(lanes, options['P'])
         per_program = ceil_div(tiles, max(1, min(tiles, programs // ceil_div(self.C, options['BC']))))
-        # Sizes known to the compiler: a sixth fewer instructions and registers.
+        # Sizes as constants save a sixth of instructions and registers.
         options.update(H=self.H, W=self.W, C=self.C)
         return ceil_div(tiles, per_program), (lanes, per_program), options
 
-    def convolve(self, kernel: str, x, weight, bias, out) -> None:
+    def convolve(
+        self, kernel: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Launch `_convolve`: the kernel 'forward', or 'backward_x'."""
         programs, sizes, options = self.work(kernel)
         self.launch(
             _convolve,
@@ -256,8 +256,10 @@ class _Plan:
             **options,
         )
 
-    def backward_z(self, x, grad, weight, bias, dz) -> torch.Tensor:
-        """dz, and dweight and dbias as one tensor `(10, C)`."""
+    def backward_z(
+        self, x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dz: torch.Tensor
+    ) -> torch.Tensor:
+        """Write dz, and return dweight and dbias as one float32 tensor `(10, C)`."""
         programs, sizes, options = self.work('backward_z')
         parts = torch.empty(programs, 10, self.C, dtype=torch.float32, device=x.device)
         self.launch(
@@ -276,12 +278,13 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_plan(shape, feat_size, item_size) -> _Plan:
+def _cached_plan(shape: Tuple[int, int, int], feat_size: Tuple[int, int], item_size: int) -> _Plan:
     return _Plan(shape, feat_size, item_size)
 
 
 def _plan(x: torch.Tensor, feat_size: List[int]) -> _Plan:
-    return _cached_plan(tuple(x.shape), tuple(feat_size), x.element_size())
+    B, N, C = x.shape
+    return _cached_plan((B, N, C), (feat_size[0], feat_size[1]), x.element_size())
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
@@ -305,20 +308,22 @@ def _backward(
     return dx, dparams
 
 
-def _forward_fake(x, weight, bias, feat_size):
+def _forward_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _backward_fake(grad, x, weight, bias, feat_size):
+def _backward_fake(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]
+) -> Tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), x.new_empty(10, x.shape[-1], dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, bias, ctx.feat_size = inputs
     ctx.save_for_backward(x, weight, bias)
 
 
-def _autograd_backward(ctx, grad):
+def _autograd_backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
     x, weight, bias = ctx.saved_tensors
     dx, dparams = torch.ops.evavit.depthwise_gelu_backward(grad, x, weight, bias, ctx.feat_size)
     return dx, dparams[:9].to(weight.dtype), dparams[9].to(bias.dtype), None

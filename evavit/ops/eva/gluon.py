@@ -1,25 +1,26 @@
-"""Three kernels of `triton/` in Gluon, for Hopper and the default windows and cells.
+"""Three of EVA's kernels in Gluon, for Hopper and the usual windows and cells: the same arithmetic in less time.
 
-Triton's compiler chooses where a tile is kept and when its copy is waited for. Its assembly showed what that costs
-here: what it calls a pipeline waits for the copies of a window right after they are issued, a latency of DRAM for
-each window and one more for a gather; and what a loop does not change (64-bit pointers, descriptors of shared
-memory, the bias) waits in registers, until those that change spill. In Gluon both are said. The arithmetic is the
-same, and these kernels
+In Triton the compiler decides where a tile is kept and when its copy is waited for. Its assembly showed what that costs
+here. What Triton calls a pipeline waits for the copies of a window right after it has issued them: a latency of DRAM
+for each window, and one more for a gather. And it keeps in registers what a loop does not change (64-bit pointers,
+descriptors of shared memory, the bias), until those that do change spill. In Gluon the code decides both. These kernels
 
-* copy the next window's tokens into a second buffer while they work on this one, and wait where they want them;
-* read the operands of products from shared memory, or from registers that hold them already;
-* load the bias, padded in the order of the accumulator's fragments, into the accumulator of q·kᵀ: exact, and the
-  mask too;
-* take what reaches a token through its cell from a product with the 0/1 matrix of the few cells that meet a window,
-  where a gather loads a row for each token;
-* add a zero that the compiler does not know to what it would keep in registers (`zero`).
+* copy the next window's tokens into a second buffer while they work on this window, and wait where they need them;
+* read the operands of products from shared memory, or from registers that hold them anyway;
+* start the accumulator of q·kᵀ from the bias, whose padded copy is in the order of the accumulator's registers: this
+  adds the bias exactly, and masks the keys that do not exist;
+* compute what reaches a token through its cell as a product with the 0/1 matrix of the few cells that meet a window,
+  where a gather would load a row for each token;
+* add a zero that the compiler cannot see through (`zero`) to what it would otherwise keep in registers.
 
-One tile of 64 rows holds a window, another the cells; both have the head's columns, 32 or 64.
-`triton.operator._Plan.gluon` checks what tensors these kernels take.
+A tile of 64 rows holds a window, another one the cells; both have the head's D = 32 or 64 columns. `_Plan.gluon` in
+triton/plan.py checks which tensors these kernels take. triton/pieces.py says how to read
+the signatures; here all tensors are contiguous in their channels, which have no strides.
 
-Shared memory: a copy is seen by all threads after `wait_group` and the barrier that Triton puts behind it. Products
-read through another proxy: a fence stands between them and what threads or copies wrote. A buffer is written again
-after the wait at the top of the loop: whatever product reads it has been waited for by then, by every warp.
+Shared memory: all threads see a copy after `wait_group` and the barrier that Triton puts behind it. Products read
+shared memory by another path, the async proxy, so a fence stands between them and what threads or copies have written.
+A buffer is written again only after the wait at the top of the loop: by then every warp has waited for the products
+that read it.
 """
 
 from triton.experimental import gluon
@@ -34,13 +35,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 __all__ = ['backward_shared_gluon', 'backward_tokens_gluon', 'forward_windows_gluon']
 
 LOG2E = gl.constexpr(1.4426950408889634)
-# Triton renamed it between 3.6 and 3.9.
+# Triton 3.6 and 3.9 have it by different names.
 _copy = getattr(async_copy, 'async_load', None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
 def _window_start(win, n_wx, H, W, y, x, WH: gl.constexpr, WW: gl.constexpr, EDGE: gl.constexpr):
-    """The first token of a window, and which of its places (y, x) hold a token."""
+    """The first token of a window, and which of its places (y, x) hold a token. EDGE: windows overhang the grid."""
     y0, x0 = (win // n_wx) * WH, (win % n_wx) * WW
     valid = y < WH
     if EDGE:
@@ -50,7 +51,8 @@ def _window_start(win, n_wx, H, W, y, x, WH: gl.constexpr, WW: gl.constexpr, EDG
 
 @gluon.jit
 def _bias_fragments(bias, mma: gl.constexpr):
-    """A bias that `pad_bias_fragments` wrote, as an accumulator (64, 64): 16 bytes a load, no value changes hands."""
+    """One head's bias from `pad_bias_fragments` as an accumulator (64, 64). Each thread loads its own values, four at a
+    time."""
     four: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
     i = gl.arange(0, 1024, layout=gl.SliceLayout(1, four))
     j = gl.arange(0, 4, layout=gl.SliceLayout(0, four))
@@ -61,40 +63,22 @@ def _bias_fragments(bias, mma: gl.constexpr):
 
 @gluon.jit
 def forward_windows_gluon(
-    q,
-    k,
-    v,
-    sqb,
-    sqh,
-    sqn,
-    skb,
-    skh,
-    skn,
-    svb,
-    svh,
-    svn,
-    k_tilde,
-    beta,
-    bias,
-    out,
-    lse,
-    heads,
-    H,
-    W,
-    n_wx,
-    n_win,
-    cells,
-    chunks,
+    q, k, v,  # (B, heads, N, D), dtype; the caller
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn,
+    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    bias,  # if BIAS: (heads, 4096) float32 in units of q·kᵀ; pad_bias_fragments
+    out,  # writes y, (B, N, heads, D) in memory, dtype
+    lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
+    heads, H, W, n_wx, n_win, cells,
+    chunks,  # programs that share the windows of an (image, head)
     scale,
-    D: gl.constexpr,
-    WH: gl.constexpr,
-    WW: gl.constexpr,
-    PER_PROGRAM: gl.constexpr,
-    EDGE: gl.constexpr,
+    D: gl.constexpr, WH: gl.constexpr, WW: gl.constexpr,
+    PER_PROGRAM: gl.constexpr,  # windows of a program
+    EDGE: gl.constexpr,  # whether windows overhang the grid
     BIAS: gl.constexpr,
-    SAVE: gl.constexpr,
-):
-    """(16) for PER_PROGRAM windows of one (image, head)."""
+    SAVE: gl.constexpr,  # whether there will be a backward
+):  # fmt: skip
+    """(16), as `forward_windows`. Programs: (B · chunks · heads)."""
     dtype: gl.constexpr = q.dtype.element_ty
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     thin: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -116,7 +100,7 @@ def forward_windows_gluon(
     bias += head * (64 * 64)
     qk_scale = scale * LOG2E
 
-    # Places of a window as rows of an accumulator (r, y, x) and of a copy (fr, fy, fx).
+    # The places of a window: as rows of an accumulator (r, y, x), and as rows of a copy (fr, fy, fx).
     r = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     y, x = r // WW, r % WW
     n = y * W + x
@@ -146,14 +130,15 @@ def forward_windows_gluon(
     async_copy.commit_group()
 
     for win in range(first, last):
-        # The compiler does not know that it is 0: sums with it are made when wanted and not kept in registers.
+        # Always 0, which the compiler does not know. So it computes sums with it where they are used, in each turn of
+        # the loop, and keeps none of them in registers.
         zero = win >> 30
         fn = fn_0 + zero
         now = (win - first) % 2
         async_copy.wait_group(0)
         m0, coming = _window_start(win + 1, n_wx, H, W, fy, fx, WH, WW, EDGE)
         coming = (coming & (win + 1 < last))[:, None]
-        if PER_PROGRAM > 1:  # else the second buffer is dead, its memory another's, and zeros would be copied there
+        if PER_PROGRAM > 1:  # else nothing reads the second buffer, and its memory is in other use
             _copy(q_s.index(1 - now), q + ((fn * sqn + dim) + m0 * sqn), mask=coming)
             _copy(k_s.index(1 - now), k + ((fn * skn + dim) + m0 * skn), mask=coming)
             _copy(v_s.index(1 - now), v + ((fn * svn + dim) + m0 * svn), mask=coming)
@@ -189,7 +174,7 @@ def forward_windows_gluon(
         inside = inside[:, None]
         at = (fn * (heads * D) + dim) + n0 * (heads * D)
         gl.store(out + at, gl.convert_layout(acc.to(dtype), flat), mask=inside)
-        if SAVE:  # in units of log 2, as the backward's exp2 takes it
+        if SAVE:
             _, valid = _window_start(win, n_wx, H, W, y, x, WH, WW, EDGE)
             gl.store(lse + (n0 + n), top + gl.log2(total), mask=valid)
     async_copy.wait_group(0)
@@ -197,34 +182,23 @@ def forward_windows_gluon(
 
 @gluon.jit
 def backward_shared_gluon(
-    q,
-    out,
-    grad,
-    sqb,
-    sqh,
-    sqn,
-    sgb,
-    sgh,
-    sgn,
-    lse,
-    delta,
-    k_tilde,
-    beta,
-    dk_tilde,
-    dbeta,
-    heads,
-    N,
-    cells,
-    splits,
-    per_split,
-    cells_total,
-    scale,
+    q,  # (B, heads, N, D), dtype; the caller
+    out,  # y, (B, N, heads, D) in memory, dtype; forward_windows_gluon
+    grad,  # dy (B, heads, N, D), dtype; autograd
+    sqb, sqh, sqn, sgb, sgh, sgn,
+    lse,  # (B, heads, N) float32; forward_windows_gluon
+    delta,  # writes δ (B, heads, N) float32
+    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    dk_tilde_parts, dbeta_parts,  # writes (splits, B, heads, cells, D) float32
+    heads, N, cells,
+    splits, per_split,  # programs that share the tokens of an (image, head), and tokens of each
+    cells_total, scale,
     D: gl.constexpr,
-    T: gl.constexpr,
-):
-    """δ, and the part of dk̃ and dβ that comes through (16), from per_split tokens of an (image, head), T at a time.
+    T: gl.constexpr,  # tokens of a tile
+):  # fmt: skip
+    """δ, and the part of dk̃ and dβ that comes through (16), as `backward_shared`. Programs: (B · splits · heads).
 
-    Products are transposed, (cells, tokens): the weights of a tile are then operands as they are.
+    Products are transposed, (cells, tokens): so the weights of a tile are operands of the next products as they are.
     """
     dtype: gl.constexpr = q.dtype.element_ty
     wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -274,7 +248,7 @@ def backward_shared_gluon(
         zero = n0 >> 30  # see forward_windows_gluon
         now = ((n0 - first) // T) % 2
         j = j_0 + (zero + n0)
-        lse_n = gl.load(lse + j, mask=j < last, other=float('inf'))  # no weight where there is no token
+        lse_n = gl.load(lse + j, mask=j < last, other=float('inf'))  # weights are 0 where there is no token
         async_copy.wait_group(0)
         f = f_0 + (zero + n0 + T)
         _copy(q_s.index(1 - now), q + (f[:, None] * sqn + dim), mask=(f < last)[:, None])
@@ -299,71 +273,37 @@ def backward_shared_gluon(
     c = gl.arange(0, 64, layout=gl.SliceLayout(1, wide))[:, None]
     at = (split.to(gl.int64) * cells_total + pair * cells + c) * D
     at = at + gl.arange(0, D, layout=gl.SliceLayout(0, wide))[None, :]
-    gl.store(dk_tilde + at, acc_k * scale, mask=c < cells)
-    gl.store(dbeta + at, acc_b, mask=c < cells)
+    gl.store(dk_tilde_parts + at, acc_k * scale, mask=c < cells)
+    gl.store(dbeta_parts + at, acc_b, mask=c < cells)
 
 
 @gluon.jit
 def backward_tokens_gluon(
-    q,
-    k,
-    v,
-    grad,
-    sqb,
-    sqh,
-    sqn,
-    skb,
-    skh,
-    skn,
-    svb,
-    svh,
-    svn,
-    sgb,
-    sgh,
-    sgn,
-    lse,
-    delta,
-    k_tilde,
-    beta,
-    bias,
-    omega,
-    dbeta,
-    dmeans,
-    xi,
-    dlog_xi,
-    dq,
-    dk,
-    dv,
-    sdb,
-    sdh,
-    sdn,
-    dbias,
-    heads,
-    H,
-    W,
-    n_wx,
-    n_win,
-    n_cx,
-    cells,
-    chunks,
-    cells_total,
-    scale,
-    D: gl.constexpr,
-    WH: gl.constexpr,
-    WW: gl.constexpr,
-    CH: gl.constexpr,
-    CW: gl.constexpr,
-    KE: gl.constexpr,
-    NCX: gl.constexpr,
-    NCY: gl.constexpr,
-    PER_PROGRAM: gl.constexpr,
-    EDGE: gl.constexpr,
+    q, k, v,  # (B, heads, N, D), dtype; the caller
+    grad,  # dy (B, heads, N, D), dtype; autograd
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn,
+    lse,  # (B, heads, N) float32; forward_windows_gluon
+    delta,  # δ (B, heads, N) float32; backward_shared_gluon
+    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    bias,  # if BIAS: (heads, 4096) float32 in units of q·kᵀ; pad_bias_fragments
+    omega_half,  # ω / s^½ (B, heads, cells, D), dtype; backward_weights
+    dbeta,  # (B, heads, cells, D), dtype; backward_weights
+    dmeans,  # (2, B, heads, cells, D), dtype; backward_summary
+    xi, dlog_xi,  # (B, heads, N) float32; backward_weights
+    dq, dk, dv,  # writes (B, heads, N, D), dtype
+    sdb, sdh, sdn,
+    dbias_parts,  # if BIAS: writes (B, chunks, heads, 64, 64) float32
+    heads, H, W, n_wx, n_win, n_cx, cells,
+    chunks,  # programs that share the windows of an (image, head)
+    cells_total, scale,
+    D: gl.constexpr, WH: gl.constexpr, WW: gl.constexpr, CH: gl.constexpr, CW: gl.constexpr,
+    KE: gl.constexpr,  # rows of a tile that holds the cells of a window
+    NCX: gl.constexpr, NCY: gl.constexpr,  # columns and rows of cells that a window meets at most
+    PER_PROGRAM: gl.constexpr,  # windows of a program
+    EDGE: gl.constexpr,  # whether windows overhang the grid
     BIAS: gl.constexpr,
-):
-    """dq, dk, dv of the tokens of PER_PROGRAM windows of one (image, head), and their part of the bias's gradient.
-
-    A window meets NCY × NCX cells, rows of tiles of KE. omega is ω / s^½ in the dtype of q.
-    """
+):  # fmt: skip
+    """dq, dk and dv, and the gradient of the bias, as `backward_tokens`. Programs: (B · chunks · heads)."""
     dtype: gl.constexpr = q.dtype.element_ty
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     thin: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -391,17 +331,17 @@ def backward_tokens_gluon(
     dlog_xi += pair * H * W
     k_tilde += pair * cells * D
     beta += pair * cells * D
-    omega += pair * cells * D
+    omega_half += pair * cells * D
     dbeta += pair * cells * D
     dmean_q = dmeans + pair * cells * D
     dmean_k = dmean_q + cells_total * D
     bias += head * (64 * 64)
-    dbias += ((image * chunks + chunk) * heads + head) * (64 * 64)
+    dbias_parts += ((image * chunks + chunk) * heads + head) * (64 * 64)
     qk_scale = scale * LOG2E
     n_cy = cells // n_cx
 
-    # Places of a window as rows of products of 64 columns (r, ry, rx) and of D columns (ty, tx), of a copy (fr, fy, fx)
-    # and of an operand (ay, ax).
+    # The places of a window: as rows of products of 64 columns (r, ry, rx) and of D columns (ty, tx), as rows of a copy
+    # (fr, fy, fx) and of an operand (ay, ax).
     r = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     ry, rx = r // WW, r % WW
     n_0 = ry * W + rx
@@ -461,12 +401,12 @@ def backward_tokens_gluon(
         n0, inside = _window_start(win, n_wx, H, W, fy, fx, WH, WW, EDGE)
         inside = inside[:, None]
         async_copy.wait_group(0)
-        # This window's cells, wanted later, and then the next window, wanted in the next turn.
+        # Copies of this window's cells, for later in this turn, and of the next window, for the next turn.
         at_e = ((ey * n_cx + ex)[:, None] + zero) * D + dim
         at_e += (cy0 * n_cx + cx0) * D
         e_valid = ((ey < NCY) & (cy0 + ey < n_cy) & (cx0 + ex < n_cx))[:, None]
         _copy(db_s.index(0), dbeta + at_e, mask=e_valid)
-        _copy(om_s.index(0), omega + at_e, mask=e_valid)
+        _copy(om_s.index(0), omega_half + at_e, mask=e_valid)
         _copy(dmk_s.index(0), dmean_k + at_e, mask=e_valid)
         _copy(dmq_s.index(0), dmean_q + at_e, mask=e_valid)
         async_copy.commit_group()
@@ -478,7 +418,7 @@ def backward_tokens_gluon(
             _copy(g_s.index(1 - now), grad + ((fn * sgn + dim) + m0 * sgn), mask=coming)
             _copy(v_s.index(1 - now), v + ((fn * svn + dim) + m0 * svn), mask=coming)
         async_copy.commit_group()
-        # The window's vectors came in the turn before, the next one's are asked for now.
+        # The vectors of this window were loaded in the last turn; now those of the next are.
         lse_i, delta_i, w, dl = lse_next, delta_next * scale, xi_next, dlog_xi_next * scale
         _, valid = _window_start(win + 1, n_wx, H, W, ry, rx, WH, WW, EDGE)
         valid = valid & (win + 1 < last)
@@ -490,7 +430,8 @@ def backward_tokens_gluon(
         dlog_xi_next = gl.load(dlog_xi + (m0 + tn), mask=valid, other=0.0)
         q_i, k_i, g_i, v_i = q_s.index(now + zero), k_s.index(now + zero), g_s.index(now + zero), v_s.index(now + zero)
 
-        # Keys of the window. The scale of q·kᵀ is in ds, so in dq and dk, and until the end in the bias's gradient.
+        # Keys of the window. ds includes the scale s, as dq and dk need it; the bias's gradient is divided by it at the
+        # end.
         fence_async_shared()
         if BIAS:
             s = _bias_fragments(bias, mma)
@@ -514,13 +455,13 @@ def backward_tokens_gluon(
         async_copy.wait_group(1)  # the cells are here; the next window may be under way
         fence_async_shared()
 
-        # One sum is finished and written before the next begins: registers are scarce.
+        # Each sum is written before the next begins, which saves registers.
         acc = warpgroup_mma(member, db_s.index(zero), zeros, use_acc=False)
         acc = acc * w[:, None]
         acc = warpgroup_mma(p_s.permute((1, 0)), g_i, acc)
         gl.store(dv + ((fn * sdn + dim) + n0 * sdn), gl.convert_layout(acc.to(dtype), flat), mask=inside)
 
-        # By log ξ = s^½ k·ω - ½ s ‖k‖² and by the mean.
+        # dk: through log ξ = s^½ k·ω - ½ s ‖k‖², through the mean, and through the window's logits.
         acc = warpgroup_mma(member, om_s.index(zero), zeros, use_acc=False)
         acc = (acc - k_i.load(thin).to(gl.float32)) * dl[:, None]
         acc = warpgroup_mma(member, dmk_s.index(zero), acc, is_async=True)
@@ -528,7 +469,8 @@ def backward_tokens_gluon(
         acc = warpgroup_mma_wait(0, deps=[acc])
         gl.store(dk + ((fn * sdn + dim) + n0 * sdn), gl.convert_layout(acc.to(dtype), flat), mask=inside)
 
-        # No logit passes the log-sum-exp but those of cells that are none, whose k̃ is 0.
+        # dq. A logit is never above the log-sum-exp, except for rows past the last cell: their k̃ is 0 and so is their
+        # logit.
         s = warpgroup_mma(q_i, kt_s.index(zero).permute((1, 0)), zeros_64, use_acc=False, is_async=True)
         dp = warpgroup_mma(g_i, bt_s.index(zero).permute((1, 0)), zeros_64, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -541,11 +483,11 @@ def backward_tokens_gluon(
         acc = warpgroup_mma(ds, kt_s.index(zero), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         if BIAS:
-            # Late, and read back: a sum of the registers above is put off to the end of the loop by the assembler,
-            # which then keeps p and dp, 64 registers of a thread, until there.
+            # Read back from shared memory. Were it added above, from registers, the assembler would still put the sum
+            # off until here, and would keep p and dp, 64 registers of each thread, that long.
             sum_bias += ds_s.load(mma).to(gl.float32)
         gl.store(dq + ((fn * sdn + dim) + n0 * sdn), gl.convert_layout(acc.to(dtype), flat), mask=inside)
     async_copy.wait_group(0)
     if BIAS:
         at = r[:, None] * 64 + gl.arange(0, 64, layout=col)[None, :]
-        gl.store(dbias + at, sum_bias / scale)
+        gl.store(dbias_parts + at, sum_bias / scale)

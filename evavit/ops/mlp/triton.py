@@ -1,19 +1,24 @@
 """The MLP of a transformer's block as fused kernels in Triton, forward and backward, behind `evavit.ops.mlp_gelu`.
 
-The hidden layer, four times as wide as the tokens, is what the elementwise steps move. With D the bytes of the tokens
-`(M, K)` and 4D those of the hidden layer the steps around the products of the second linear move
+The hidden layer is four times as wide as the tokens, so its elementwise steps move most of the bytes. With D the bytes
+of the tokens `(M, K)` and 4D those of the hidden layer `(M, N)`, the kernels move
 
-    forward    g = gelu(x W₁ᵀ + b₁)              x in -> g                       5D, not 13D: no z in memory
+    forward    g = gelu(x W₁ᵀ + b₁)              x in -> g                       5D, not 13D: z stays out of memory
     backward   z = x W₁ᵀ + b₁, again             x, dy in
-               dz = (dy W₂)·gelu'(z), Σ dz       -> dz, partial sums             6D, not 21D: no dg, no z in memory
+               dz = (dy W₂)·gelu'(z), Σ dz       -> dz, partial sums             6D, not 21D: so do z and dg
 
-and the backward keeps x and g, as the steps one by one keep x and z. What is left are products of matrices, and they
-are cuBLAS's: y = g W₂ᵀ + b₂, dx = dz W₁, dW₁ = dzᵀ x, dW₂ = dyᵀ g.
+The backward keeps x and g, where PyTorch's own steps would keep x and z. The other products of matrices are cuBLAS's:
+y = g W₂ᵀ + b₂, dx = dz W₁, dW₁ = dzᵀ x, dW₂ = dyᵀ g.
 
-Every sum runs in one fixed order: no atomics, two runs agree to the bit. Products accumulate in float32.
+Every sum runs in one fixed order, without atomics, so two runs agree to the bit. Products accumulate in float32.
+
+The legend of each kernel is its signature: behind an argument stand its shape, its dtype and who writes it; `writes`
+marks what the kernel writes itself. "dtype" is that of x, bfloat16 or float16. M, K, N and C are the tokens and the
+features in, hidden and out; BM, BN, BK and BC the tile of each. Where a tile overhangs M it reads the last token again;
+the other tiles divide their widths.
 """
 
-from typing import Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import triton
@@ -27,18 +32,11 @@ __all__ = ['mlp_fused']
 
 @triton.jit
 def _times_rows(
-    x,
-    weight,
-    row,
-    col,
-    stride,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """x[row] weight[col]ᵀ of x `(.., K)` and weight `(.., K)`."""
+    x, weight,  # (.., K) with this stride of rows, (.., K)
+    row, col, stride,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x[row] · weight[col]ᵀ, float32 `(BM, BN)`; STAGES steps of the loop are loaded ahead."""
     k = tl.arange(0, BK)
     x += row[:, None] * stride + k[None, :]
     weight += col[None, :] * K + k[:, None]
@@ -50,19 +48,11 @@ def _times_rows(
 
 @triton.jit
 def _times_columns(
-    x,
-    weight,
-    row,
-    col,
-    stride,
-    N,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """x[row] weight[:, col] of x `(.., K)` and weight `(K, N)`."""
+    x, weight,  # (.., K) with this stride of rows, (K, N)
+    row, col, stride, N,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x[row] · weight[:, col], as `_times_rows`."""
     k = tl.arange(0, BK)
     x += row[:, None] * stride + k[None, :]
     weight += k[:, None] * N + col[None, :]
@@ -74,20 +64,15 @@ def _times_columns(
 
 @triton.jit
 def _forward_hidden(
-    x,
-    weight,
-    bias,
-    g,
-    M,
-    N,
-    stride,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """g = gelu(x W₁ᵀ + b₁), one tile a program; those of the same rows run together and find x in the L2 cache."""
+    x,  # (M, K), dtype; the caller
+    weight, bias,  # W₁ (N, K), dtype, and b₁ (N), any float dtype; the caller
+    g,  # writes (M, N), dtype
+    M, N,
+    stride,  # of x's rows
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,  # loads in flight
+):  # fmt: skip
+    """g = gelu(x W₁ᵀ + b₁). Programs: (tiles), those of the same rows together, which share x in the L2 cache."""
     tiles = N // BN
     first = (tl.program_id(0) // tiles).to(tl.int64) * BM
     row = tl.arange(0, BM)
@@ -101,26 +86,19 @@ def _forward_hidden(
 
 @triton.jit
 def _backward_hidden(
-    dy,
-    x,
-    weight1,
-    bias1,
-    weight2,
-    dz,
-    db_parts,
-    M,
-    N,
-    stride_dy,
-    stride_x,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BC: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dz = (dy W₂)·gelu'(x W₁ᵀ + b₁), one tile a program, and its sum over the tile's rows."""
+    dy,  # (M, C), dtype; autograd
+    x,  # (M, K), dtype; the caller
+    weight1, bias1,  # W₁ (N, K), dtype, and b₁ (N), any float dtype; the caller
+    weight2,  # W₂ (C, N), dtype; the caller
+    dz,  # writes (M, N), dtype
+    db_parts,  # writes (tiles of rows, N) float32: dz summed over the rows of a tile, for sum_parts
+    M, N,
+    stride_dy, stride_x,  # of rows
+    K: tl.constexpr, C: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    STAGES: tl.constexpr,  # loads in flight
+):  # fmt: skip
+    """dz = (dy W₂)·gelu'(x W₁ᵀ + b₁), and its sum over rows, which is db₁. Programs as in `_forward_hidden`."""
     tiles = N // BN
     m = tl.program_id(0) // tiles
     first = m.to(tl.int64) * BM
@@ -136,14 +114,14 @@ def _backward_hidden(
     tl.store(db_parts + m.to(tl.int64) * N + col, tl.sum(tl.where(real, grad, 0.0), 0))
 
 
-# Tiles, measured on an H100; where a width is not divisible by its tile the tile shrinks.
-FORWARD = dict(BM=128, BN=128, BK=64, STAGES=3, num_warps=8)
-BACKWARD = dict(BM=128, BN=64, BK=64, STAGES=3, num_warps=4)
+# The fastest tiles on an H100. A tile that does not divide its width shrinks.
+FORWARD: Dict[str, int] = dict(BM=128, BN=128, BK=64, STAGES=3, num_warps=8)
+BACKWARD: Dict[str, int] = dict(BM=128, BN=64, BK=64, STAGES=3, num_warps=4)
 _launch = Launcher()
 
 
 def _divisor(n: int, most: int) -> int:
-    """The largest power of 2 up to most that divides n, a multiple of 16."""
+    """The largest power of 2 that divides n, and at most `most`, a power of 2."""
     return min(most, n & -n)
 
 
@@ -177,12 +155,14 @@ def _mlp(
     bias2: torch.Tensor,
     save: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """y = gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂ of x `(M, K)`, and gelu(..) `(M, N)` for the backward; empty without save."""
+    """y = gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂ of x `(M, K)`, and for the backward gelu(..) `(M, N)`, empty unless `save`."""
     g = _hidden(x, weight1, bias1)
     return torch.addmm(bias2, g, weight2.t()), g if save else g.new_empty(0, g.shape[1])
 
 
-def _mlp_fake(x, weight1, bias1, weight2, bias2, save):
+def _mlp_fake(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor, save: bool
+) -> Tuple[torch.Tensor, torch.Tensor]:
     M, N = x.shape[0], weight1.shape[0]
     return x.new_empty(M, weight2.shape[0]), x.new_empty(M if save else 0, N)
 
@@ -194,7 +174,7 @@ def _mlp_backward(
     bias1: torch.Tensor,
     weight2: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of z = x W₁ᵀ + b₁ `(M, N)` and of b₁, float32 `(N)`."""
+    """The gradients of z = x W₁ᵀ + b₁, `(M, N)`, and of b₁, float32 `(N)`."""
     (M, K), (C, N) = x.shape, weight2.shape
     options = {
         **BACKWARD,
@@ -227,19 +207,21 @@ def _mlp_backward(
         return dz, sum_parts(_launch, parts)
 
 
-def _mlp_backward_fake(grad, x, weight1, bias1, weight2):
+def _mlp_backward_fake(
+    grad: torch.Tensor, x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
     N = weight1.shape[0]
     return x.new_empty(x.shape[0], N), x.new_empty(N, dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, torch.Tensor]) -> None:
     x, weight1, bias1, weight2, bias2, save = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight1, bias1, weight2, output[1])
     ctx.saved, ctx.bias2_dtype = save, bias2.dtype
 
 
-def _autograd_backward(ctx, grad, *_):
+def _autograd_backward(ctx: Any, grad: Optional[torch.Tensor], *_: Any) -> Tuple[Optional[torch.Tensor], ...]:
     if grad is None:
         return (None,) * 6
     if not ctx.saved:
@@ -267,8 +249,10 @@ register_op('mlp_backward', _mlp_backward, _mlp_backward_fake)
 def mlp_fused(
     x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
 ) -> torch.Tensor:
-    """`evavit.ops.mlp_gelu` by the kernels; arguments have been checked and share one half-precision dtype, but for
-    bias1, of any."""
+    """`evavit.ops.mlp_gelu` by the kernels.
+
+    Arguments have been checked. All but bias1 have the same dtype, bfloat16 or float16.
+    """
     tensors = [x, weight1, bias1, weight2, bias2]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     flat = x.reshape(-1, x.shape[-1]).contiguous()

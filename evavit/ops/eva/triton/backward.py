@@ -26,10 +26,10 @@ from .pieces import (
 @triton.jit
 def backward_shared(
     q,  # (B, heads, N, D), dtype; the caller
-    out,  # y, (B, N, heads, D) in memory, dtype; forward_windows or forward_tokens
+    out,  # y, (B, N, heads, D) in memory, dtype; forward_windows, forward_tokens or forward_windows_gluon
     grad,  # dy (B, heads, N, D), dtype; autograd
     sqb, sqh, sqn, sqd, sgb, sgh, sgn, sgd,
-    lse,  # (B, heads, N) float32; forward_windows or forward_tokens
+    lse,  # (B, heads, N) float32; forward_windows, forward_tokens or forward_windows_gluon
     delta,  # writes δ (B, heads, N) float32
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
     dk_tilde_parts, dbeta_parts,  # if CELLS: writes (splits, B, heads, cells, D) float32
@@ -248,7 +248,7 @@ def backward_tokens(
     q, k, v,  # (B, heads, N, D), dtype; the caller
     grad,  # dy (B, heads, N, D), dtype; autograd
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sgb, sgh, sgn, sgd,
-    lse,  # (B, heads, N) float32; forward_windows or forward_tokens
+    lse,  # (B, heads, N) float32; forward_windows, forward_tokens or forward_windows_gluon
     delta,  # δ (B, heads, N) float32; backward_shared
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
     bias,  # if BIAS: (heads, S, S) float32 in units of log 2; pad_bias
@@ -256,7 +256,7 @@ def backward_tokens(
     dbeta,  # (B, heads, cells, D), dtype; backward_weights
     dmeans,  # (2, B, heads, cells, D), dtype; backward_summary
     xi, dlog_xi,  # (B, heads, N) float32; backward_weights
-    dq, dk, dv,  # writes (B, heads, N, D), dtype; channels adjoin
+    dq, dk, dv,  # writes (B, heads, N, D), dtype; the stride of channels is 1
     sdb, sdh, sdn,
     dbias_parts,  # if BIAS: writes (B, chunks, heads, S, S) float32; zero before where NT > 1
     heads, H, W, n_wx, n_win, n_cx, cells,
