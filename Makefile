@@ -5,7 +5,7 @@ EXTRAS ?= dev
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env quickstart test test-oldest lint contract contract-all soak gpu cpu-bench clean
+.PHONY: help env quickstart test test-oldest lint contract contract-all soak docs gpu cpu-bench clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
@@ -32,8 +32,9 @@ lint: $(STAMP)  ## ruff and its format over the whole tree, mypy over evavit/
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: $(STAMP)  ## the test suite, without the slow and gpu markers
+test: $(STAMP)  ## the test suite, without the slow and gpu markers; kernels in Triton's interpreter, a process of their own
 	$(PY) -m pytest -q -n auto
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto -m interpreter tests/ops
 
 PYTHON_OLDEST ?= python3.10
 OLDEST        := .venv-oldest
@@ -53,13 +54,18 @@ gpu: $(if $(filter $(VENV)/%,$(PY)),$(STAMP))  ## on a GPU: test the kernels, ru
 	$(PY) tools/gpu.py $(if $(STEPS),--steps $(STEPS)) $(if $(MODELS),--models $(MODELS))
 
 CPU_BENCH := OMP_NUM_THREADS=2 $(PY) benchmark.py --device cpu -b 8 --repeats 15 --warmup 3 --results-file results/cpu.csv
+docs: $(STAMP)  ## write the tables and the plot of the documentation; CHECK=--check says which are stale
+	$(PY) docs/make/tables.py $(CHECK)
+	$(PY) docs/make/scaling.py $(CHECK)
+
 cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, a few minutes; make docs/performance.md
 	$(CPU_BENCH) --bench infer --model eva_deit_tiny_784 eva_deit_tiny eva_pvt_v2_b3
 	$(CPU_BENCH) --bench train --model eva_deit_tiny_784
-	$(PY) tools/tables.py
+	$(PY) docs/make/tables.py
 
-soak: $(STAMP)  ## every promise of docs/reliability.md, a line each with its figure; under an hour on two cores
-	$(PY) tools/soak.py
+# A test may wait 20 times as long as it does alone before it says that a run hangs: the machine may be busy.
+soak: $(STAMP)  ## every promise of docs/reliability.md, with what its tests measured; under an hour on two cores
+	OMP_NUM_THREADS=1 EVAVIT_PATIENCE=20 $(PY) -m pytest -m 'soak and not gpu' --durations=0
 
 clean:  ## remove the environments and build leftovers
 	rm -rf $(VENV) $(OLDEST) build dist .contract *.egg-info .pytest_cache .ruff_cache .mypy_cache

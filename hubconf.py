@@ -8,8 +8,7 @@ dependencies = ['timm', 'torch']
 
 import timm as _timm  # noqa: E402
 
-from evavit.models import eva_deit as _eva_deit  # noqa: E402
-from evavit.models import eva_pvt_v2 as _eva_pvt_v2  # noqa: E402
+from evavit.models import model_names as _model_names  # noqa: E402
 
 
 def _entry_point(name):
@@ -21,9 +20,8 @@ def _entry_point(name):
     return entry_point
 
 
-for _family in (_eva_deit, _eva_pvt_v2):
-    for _name in _family.default_cfgs:
-        globals()[_name] = _entry_point(_name)
+for _name in _model_names():
+    globals()[_name] = _entry_point(_name)
 
 
 def timm_model(name, pretrained=False, **kwargs):

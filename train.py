@@ -3,8 +3,7 @@
 
 import sys
 
-from evavit.cli.train import main
-from evavit.errors import run_script
+from evavit.cli.scripts import train
 
 if __name__ == '__main__':
-    sys.exit(run_script(main))
+    sys.exit(train())

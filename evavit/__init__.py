@@ -1,19 +1,22 @@
 """Vision backbones with EVA, efficient attention via control variates, as timm models.
 
-Importing this package registers the models, so that `timm.create_model('eva_deit_tiny')` finds them.
+Importing this package registers the models, so that `timm.create_model('eva_deit_tiny')` finds them. The models with
+EVA are functions of the package too: `evavit.eva_deit_tiny(...)`.
 """
 
+from typing import Any, Callable
+
+from . import models
 from .layers import EvaAttention
-from .models import eva_deit_small, eva_deit_tiny, eva_deit_tiny_784, eva_pvt_v2_b3
 from .ops import eva_attention
 from .version import __version__
 
-__all__ = [
-    'EvaAttention',
-    '__version__',
-    'eva_attention',
-    'eva_deit_small',
-    'eva_deit_tiny',
-    'eva_deit_tiny_784',
-    'eva_pvt_v2_b3',
-]
+__all__ = ['EvaAttention', '__version__', 'eva_attention']
+__all__ += [name for name in models.model_names() if name.startswith('eva_')]
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The entry point of a model with EVA."""
+    if name in __all__:
+        return getattr(models, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

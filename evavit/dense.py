@@ -1,10 +1,11 @@
 """Backbones for detection: maps at strides 4 to 64 in torchvision's form, from a pyramid or from a plain model."""
 
 from collections import OrderedDict
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import torch
 from timm.layers import LayerNorm2d
+from timm.models import FeatureInfo
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -27,7 +28,7 @@ class SimpleFeaturePyramid(nn.Module):
     def __init__(self, in_channels: int, out_channels: int = 256) -> None:
         super().__init__()
         half, quarter = in_channels // 2, in_channels // 4
-        scales = [
+        scales: List[Tuple[List[nn.Module], int]] = [  # what resizes the map, and the channels that come out
             (
                 [
                     nn.ConvTranspose2d(in_channels, half, 2, stride=2),
@@ -66,12 +67,13 @@ class DetectionBackbone(nn.Module):
         out_channels: Channels of each map.
 
     Raises:
-        ValueError: strides that a detector with five levels cannot be made of.
+        ValueError: a pyramid of other than four maps.
     """
 
     def __init__(self, features: nn.Module, out_channels: int = 256) -> None:
         super().__init__()
-        strides, channels = features.feature_info.reduction(), features.feature_info.channels()
+        info: FeatureInfo = features.feature_info  # type: ignore[assignment]  # as `features_only=True` makes it
+        strides, channels = info.reduction(), info.channels()
         self.features = features
         self.out_channels = out_channels
         plain = len(set(strides)) == 1
@@ -86,7 +88,7 @@ class DetectionBackbone(nn.Module):
         maps = self.features(images)
         if self.simple is not None:
             maps = self.simple(maps[-1])
-        else:
+        elif self.fpn is not None:
             maps = list(self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps))).values())
         maps, names = self.pool(maps, maps, [str(i) for i in range(len(maps))])
         return OrderedDict(zip(names, maps, strict=True))

@@ -1,10 +1,11 @@
-"""Expected faults (a missing folder, a misspelt key, a loss that is not a number) end in one line and exit code 2.
+"""Faults that a user can mend end in one line and exit code 2: a missing folder, a misspelt key, a loss that is NaN.
 
-A run that a signal asked to stop ends with PREEMPTED instead: its state is saved, and the same line goes on with it.
+A run that a signal asked to stop ends with `PREEMPTED` instead: its state is saved, and the same command resumes it.
 """
 
 import os
 import sys
+from typing import Callable, Optional, Sequence
 
 import torch.distributed as dist
 from timm.utils import world_info_from_env
@@ -13,9 +14,9 @@ PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class UserError(Exception):
-    """A fault that the user can remedy. The text is one line that names the value and the remedy.
+    """A fault that the user can mend. The text is one line that names the value and the remedy.
 
-    Every process of a run finds such a fault at the same moment, so only the first prints it.
+    Every process of a run finds such a fault at the same moment, so only the first one prints it.
     """
 
 
@@ -27,7 +28,7 @@ class Preempted(Exception):
     """A signal asked the run to stop, and it has saved its state. All processes raise it together."""
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The last line of an exception's text, without the traceback that a data loader's worker puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[-1] if lines else type(error).__name__
@@ -35,12 +36,17 @@ def one_line(error):
     return line[len(prefix) :] if line.startswith(prefix) else line
 
 
-def first_line(error):
-    """An exception of a library, on one line: its headings joined with what follows."""
+def first_line(error: BaseException) -> str:
+    """The whole text of a library's exception, joined to one line; the exception's name where it has no text."""
     return ' '.join(str(error).split()) or type(error).__name__
 
 
-def _lost_worker(error):
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be read or written: the system's words, or the first 200 characters of the library's."""
+    return getattr(error, 'strerror', None) or first_line(error)[:200]
+
+
+def _lost_worker(error: RuntimeError) -> LocalError:
     """PyTorch's error on a loading process that was killed, as one line; another error is raised again."""
     text = first_line(error)
     if not text.startswith('DataLoader worker'):
@@ -50,7 +56,7 @@ def _lost_worker(error):
     )
 
 
-def run_script(main, argv=None):
+def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
     """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal."""
     code = 0
     try:
@@ -60,12 +66,11 @@ def run_script(main, argv=None):
         if world_info_from_env()[1] == 0:
             print(stop, file=sys.stderr, flush=True)
     except (UserError, RuntimeError) as error:
-        if not isinstance(error, UserError):
-            error = _lost_worker(error)
+        fault = error if isinstance(error, UserError) else _lost_worker(error)
         code = 2
         _, rank, world_size = world_info_from_env()
-        if rank == 0 or isinstance(error, LocalError):
-            print(f'error: {one_line(error)}', file=sys.stderr, flush=True)
+        if rank == 0 or isinstance(fault, LocalError):
+            print(f'error: {one_line(fault)}', file=sys.stderr, flush=True)
         if world_size > 1:
             # The other processes may wait for this one in a collective: leave without waiting for them,
             # torchrun then ends them.

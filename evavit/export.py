@@ -31,8 +31,9 @@ __all__ = [
 PRECISIONS = ('float32', 'bfloat16', 'float16', 'int8')
 MAX_BATCH = 1024  # upper end of the dynamic batch of programs and packages
 
-# What models like these are made of, of the operators that TensorRT's parser reads, and what it asks of each: from the
-# table of onnx-tensorrt for TensorRT 10.15. Resize is not among them, for the parser reads no cubic one.
+# The operators of models like these that TensorRT's parser reads, and what it asks of each, from the table of
+# onnx-tensorrt for TensorRT 10.15. Copied by hand: only TensorRT itself could say it, and writing a file does not need
+# it. Resize is not among them: the parser reads no cubic one.
 _CONSTANT_AXES = 'axes must be constant'
 TENSORRT_OPERATORS: Dict[str, str] = {
     **dict.fromkeys(
@@ -212,7 +213,7 @@ def tensorrt_objections(path: Path) -> List[str]:
         if rule == _CONSTANT_AXES:
             broken = not constants.issuperset(node.input[1:2])
         else:
-            broken = rule and (
+            broken = bool(rule) and (
                 len(node.output) > 1
                 or any(attribute.name == 'reduction' and attribute.s != b'none' for attribute in node.attribute)
             )

@@ -1,4 +1,4 @@
-"""Weights out: a folder in the form of the Hugging Face Hub, with a model card that says what the weights are."""
+"""Publish weights: a folder in the layout of the Hugging Face Hub, with a model card, or an upload to it."""
 
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -35,7 +35,7 @@ with torch.no_grad():
 ```
 """
 
-# Settings of train.py that say what a training was, in the order of the card.
+# Settings of train.py that the card lists as the recipe, in its order.
 _RECIPE = (
     'epochs',
     'batch_size',
@@ -70,18 +70,19 @@ def model_card(
     metrics: Optional[Dict[str, Any]] = None,
     description: Optional[str] = None,
 ) -> Dict[str, Any]:
-    """What timm's `generate_readme` and `push_to_hf_hub` make a model card of.
+    """The contents of a model card, in the form that timm's `generate_readme` and `push_to_hf_hub` take.
 
     Args:
         model: The model.
         source: Its name for `timm.create_model`, such as 'hf-hub:owner/name' or 'local-dir:FOLDER'.
         data: What it was trained on.
-        licence: Of the weights, by its SPDX name in lower case: that of the data may be narrower than the code's.
-        recipe: Settings of the training; those of `train.py` that say what it was are listed, by its names.
+        licence: Of the weights, by its SPDX name in lower case. The data may have a narrower one than the code.
+        recipe: Settings of the training by their names in `train.py`; the card lists those that matter.
         metrics: Name to value, as `validate.py` reports them.
         description: A first sentence; by default the architecture's name.
     """
-    name = model.pretrained_cfg['architecture']
+    cfg: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # timm's models have one
+    name = cfg['architecture']
     channels, *size = get_model_input_config(model)['input_size']
     details: Dict[str, Any] = {
         'Model Type': 'Image classification / feature backbone',
@@ -95,7 +96,8 @@ def model_card(
         'Papers': ['Efficient Attention via Control Variates: https://arxiv.org/abs/2302.04542'],
         'Code': f'evavit {__version__}',
     }
-    settings = {key: recipe[key] for key in _RECIPE if (recipe or {}).get(key) not in (None, False)}
+    given = recipe or {}
+    settings = {key: given[key] for key in _RECIPE if given.get(key) not in (None, False)}
     details['Recipe'] = settings or 'not given'
     details['Metrics'] = dict(metrics) if metrics else 'not given'
     return {
@@ -128,7 +130,7 @@ def save_folder(
 
     Args:
         model: A model from `timm.create_model`.
-        folder: Where to; made if need be.
+        folder: Folder to write to; made if it is missing.
         data_config: How images are prepared (mean, std, interpolation, crop_pct …); by default the model's own.
         label_names: Names of the classes, in their order.
         **card: data, licence, recipe, metrics and description of `model_card`.
@@ -154,10 +156,11 @@ def publish(
     label_names: Optional[list] = None,
     private: bool = False,
     **card: Any,
-):
+) -> Any:
     """Upload to the Hugging Face Hub with the same card, through timm's `push_to_hf_hub`; see `save_folder`.
 
-    A token of the Hub's own login is used. An existing model card is left as it is.
+    A token of the Hub's own login is used. An existing model card is left as it is. Returns
+    what timm's function does.
     """
     return push_to_hf_hub(
         model,

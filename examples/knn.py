@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from evavit.errors import UserError, run_script
-from evavit.training import build, data, loop
+from evavit.training import build, checks, data, loop
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
@@ -28,7 +28,7 @@ def features(model, loader, settings, device):
     """Features `(n, C)` and labels `(n)` of a split, on the CPU."""
     found, labels = [], []
     for images, target in loader:
-        with loop.autocast(settings, device):
+        with loop.autocast(settings.machine, device):
             found.append(model(images).float().cpu())  # the model has no classifier
         labels.append(target.cpu())
     return torch.cat(found), torch.cat(labels)
@@ -36,29 +36,25 @@ def features(model, loader, settings, device):
 
 def judge(settings, k):
     """Top-1, balanced accuracy and macro F1 in percent, and the number of pictures looked up and judged."""
-    device = start_process(settings.device).device
+    device = start_process(settings.machine.device).device
     torch.manual_seed(0)  # the weights, where no file gives them
-    train_set, names = data.open_dataset(settings, 'train', in_chans=build.image_channels(settings))
-    eval_set, _ = data.open_dataset(
-        settings, settings.split, class_names=names, in_chans=build.image_channels(settings)
-    )
-    model = build.build_model(settings, 0).to(device).eval()
-    config = data.resolve_input(settings, model)
-    known, labels = features(
-        model, data.eval_loader(train_set, settings, config, device, settings.batch_size), settings, device
-    )
-    asked, truth = features(
-        model, data.eval_loader(eval_set, settings, config, device, settings.batch_size), settings, device
-    )
+    read = dict(in_chans=checks.image_channels(settings.model), batch_size=settings.batch.batch_size)
+    train_set, names = data.open_dataset(settings.data, 'train', **read)
+    eval_set, _ = data.open_dataset(settings.data, settings.data.split, class_names=names, **read)
+    model = build.build_model(settings.model, 0).to(device).eval()
+    config = data.resolve_input(settings.model, model)
+    load = dict(batch_size=settings.batch.batch_size, machine=settings.machine, device=device)
+    known, labels = features(model, data.eval_loader(train_set, config, **load), settings, device)
+    asked, truth = features(model, data.eval_loader(eval_set, config, **load), settings, device)
     if k > len(known):
         raise UserError(f'-k {k}: the training split has {len(known)} images')
     guess = KNeighborsClassifier(k, metric='cosine', weights='distance').fit(known, labels).predict(asked)
-    figures = (
+    scores = (
         float((guess == truth.numpy()).mean()),
         balanced_accuracy_score(truth, guess),
         f1_score(truth, guess, average='macro', zero_division=0),
     )
-    return [100 * figure for figure in figures], len(known), len(asked)
+    return [100 * score for score in scores], len(known), len(asked)
 
 
 def main(argv=None):
@@ -69,9 +65,9 @@ def main(argv=None):
     settings, _ = parse_settings('validate', flags, __doc__)
     if args.k < 1:
         raise UserError(f'-k {args.k}: must be at least 1')
-    if not settings.model:
+    if not settings.model.model:
         raise UserError('no model: give --model NAME')
-    settings.pretrained_path = args.weights
+    settings.model.pretrained_path = args.weights
     (top1, balanced, macro), known, asked = judge(settings, args.k)
     print(
         f'{args.k} nearest of {known} images, {asked} judged: top-1 {top1:.2f}  balanced accuracy {balanced:.2f}  '

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 torch.set_num_threads(1)  # tests are small, and several of them run side by side
 
+PAGE = Path(__file__).resolve().parents[1] / 'docs' / 'reliability.md'
 GOLDEN = Path(__file__).resolve().parents[2] / 'shared' / 'golden'
 
 
@@ -45,8 +47,25 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+def promised(text=None):
+    """Names of tests, and paths of files of tests, in a text: by default docs/reliability.md."""
+    return set(re.findall(r'`([\w/]*\btest_\w+(?:\.py)?)`', PAGE.read_text(encoding='utf-8') if text is None else text))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Under `tools/soak.py` no test has a time limit of its own: it may run on a busy machine for hours."""
-    if 'EVAVIT_PATIENCE' in os.environ:
-        for item in items:
+    """The marker `soak` on each test of a promise. Under `make soak` a test may take hours on a busy machine."""
+    names = promised()
+    for item in items:
+        path = os.path.relpath(item.path, PAGE.parents[1]).replace(os.sep, '/')
+        if not names.isdisjoint((getattr(item, 'originalname', None), path)):
+            item.add_marker(pytest.mark.soak)
+        if 'EVAVIT_PATIENCE' in os.environ:
             item.add_marker(pytest.mark.timeout(0), append=False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests measured, by `record_property(name, text)`."""
+    for report in terminalreporter.getreports('passed'):
+        for _, value in report.user_properties:
+            terminalreporter.write_line(f'{report.nodeid}: {value}')

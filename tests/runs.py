@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -14,10 +15,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from evavit.training.signals import Requests
+from evavit.training.signals import SignalHandler
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ('apple', 'pear', 'plum')
+
+
+def words(flags):
+    """The words of a command line without quotes."""
+    return flags.split()
 
 
 def write_images(folder, counts, side=16):
@@ -35,43 +41,15 @@ def write_images(folder, counts, side=16):
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, window_size=2, partition_grid=2)
 SOFTMAX = {key: value for key, value in KWARGS.items() if key not in ('window_size', 'partition_grid')}
 MODEL = ['--model', 'eva_deit_tiny', '--model-kwargs', *(f'{key}={value}' for key, value in KWARGS.items())]
-QUICK = [
-    '-b',
-    '4',
-    '--epochs',
-    '2',
-    '--warmup-epochs',
-    '0',
-    '--lr',
-    '1e-3',
-    '--workers',
-    '0',
-    '--device',
-    'cpu',
-    '--log-interval',
-    '1',
-]
-DRAWN = [
-    '--aa',
-    'rand-m9-mstd0.5-inc1',
-    '--mixup',
-    '0.8',
-    '--cutmix',
-    '1',
-    '--reprob',
-    '0.25',
-    '--drop-path',
-    '0.2',
-    '--workers',
-    '2',
-    '--model-ema',
-    '--model-ema-decay',
-    '0.9',
-]  # every generator draws
+QUICK = words('-b 4 --epochs 2 --warmup-epochs 0 --lr 1e-3 --workers 0 --device cpu --log-interval 1')
+DRAWN = words(  # every generator draws
+    '--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1 --reprob 0.25 --drop-path 0.2 --workers 2 --model-ema '
+    '--model-ema-decay 0.9'
+)
 PLAIN = ['--no-aug', '--hflip', '0', '--color-jitter', '0', '--drop-path', '0']  # only the images' order is drawn
 
 
-PATIENCE = float(os.environ.get('EVAVIT_PATIENCE', 1))  # times the waiting that takes a run to hang, see tools/soak.py
+PATIENCE = float(os.environ.get('EVAVIT_PATIENCE', 1))  # times the waiting that takes a run to hang, see `make soak`
 
 
 class Code:
@@ -111,6 +89,7 @@ def write_bad_weights(folder):
 
 
 def load_script(name):
+    """The module of a script's program."""
     return importlib.import_module(f'evavit.cli.{name}')
 
 
@@ -147,14 +126,14 @@ def start(*words, session=True, **launch):
 
 def signal_at(monkeypatch, moments, number=signal.SIGTERM):
     """Send this process a signal after each of these updates of the run."""
-    now = Requests.now
+    poll = SignalHandler.poll
 
-    def signalled(requests, update, last):
+    def signalled(handler, update, last):
         if update in moments:
             os.kill(os.getpid(), number)
-        return now(requests, update, last)
+        return poll(handler, update, last)
 
-    monkeypatch.setattr(Requests, 'now', signalled)
+    monkeypatch.setattr(SignalHandler, 'poll', signalled)
 
 
 def rows(folder):

@@ -1,74 +1,89 @@
 #!/usr/bin/env python3
-"""The mean of several checkpoints' weights: python tools/avg_checkpoints.py --input output/RUN --output FILE
+"""Weights alone, of one checkpoint or averaged: python tools/avg_checkpoints.py --input output/RUN --output FILE
 
-The flags are those of timm's script of this name. Checkpoints are ranked by the metric that train.py stored in them,
-and the best -n are averaged in float64; without metrics, or with --no-sort, all of them.
+--input is a folder, whose checkpoints are ranked by the metric that train.py stored in them. The best -n are averaged
+in float64; without metrics, or with --no-sort, all of them. Or it is one file, whose weights are kept: optimizer,
+settings and position go, and the average stays where there is one. The flags are those of timm's script of this name.
+--hash puts the first eight digits of the file's SHA-256 before its ending, which timm and torch.hub check.
 """
 
-import argparse
+import hashlib
+import os
 import sys
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from evavit.errors import UserError, run_script
+from evavit.arguments import Parser
+from evavit.errors import UserError, reason_of, run_script
+from evavit.files import replacing
 from evavit.training import build
-from evavit.training.checkpoint import replacing, stored_metric
+from evavit.training.checkpoint import stored_metric
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--input', required=True, metavar='PATH', help='folder of checkpoints')
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument('--input', required=True, metavar='PATH', help='folder of checkpoints, or one file')
     parser.add_argument('--filter', default='checkpoint-*.pth.tar', help='which files in it (checkpoint-*.pth.tar)')
     parser.add_argument('--output', default='./averaged.pth', metavar='FILE', help='.pth or .safetensors')
     parser.add_argument('--no-use-ema', action='store_true', help='the plain weights, not the moving average')
     parser.add_argument('--no-sort', action='store_true', help='all of the files, whatever their metric')
     parser.add_argument('-n', type=int, default=10, help='checkpoints to average (10)')
+    parser.add_argument('--hash', action='store_true', help='put the start of the SHA-256 into the name')
     args = parser.parse_args(argv)
-    paths = sorted(path for path in Path(args.input).glob(args.filter) if path.is_file())
+    source, output = Path(args.input), Path(args.output)
+    paths = [source] if source.is_file() else sorted(path for path in source.glob(args.filter) if path.is_file())
     if not paths:
-        raise UserError(f'--input {args.input}: no file {args.filter} in it; name others with --filter')
-    if Path(args.output).exists():
-        raise UserError(f'--output {args.output} exists already; choose another name')
+        raise UserError(f'--input {source}: no file {args.filter} in it; name others with --filter')
+    if output.exists():
+        raise UserError(f'--output {output} exists already; choose another name')
     if args.n < 1:
         raise UserError(f'-n {args.n}: must be at least 1')
-    if not args.no_sort:
+    if len(paths) > 1 and not args.no_sort:
         metrics = {path: stored_metric(path) for path in paths}
         if None not in metrics.values():
             paths = sorted(paths, key=metrics.get, reverse=True)[: args.n]
     weights = average(paths, use_ema=not args.no_use_ema)
-    save(weights, args.output)
-    print(f'{args.output}: mean of {", ".join(path.name for path in paths)}')
+    output = save(weights, output, args.hash)
+    what = f'mean of {", ".join(path.name for path in paths)}' if len(paths) > 1 else f'weights of {paths[0].name}'
+    print(f'{output}: {what}, {sum(value.numel() for value in weights.values()) / 1e6:.2f} M numbers')
 
 
 def average(paths, use_ema=True):
-    """The mean of the weights of files, added in float64."""
-    total, first = {}, None
-    for path in paths:
+    """The mean of the weights of files, added in float64; a single file's as they are."""
+    first = build.read_weights(paths[0], use_ema=use_ema)
+    if len(paths) == 1:
+        return first
+    total = {name: value.double() for name, value in first.items()}
+    for path in paths[1:]:
         state = build.read_weights(path, use_ema=use_ema)
-        shapes = {name: value.shape for name, value in state.items()}
-        first = first or (path, shapes, {name: value.dtype for name, value in state.items()})
-        if shapes != first[1]:
-            raise UserError(f'{path} and {first[0]} are not of the same model: their tensors differ')
+        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in first.items()}:
+            raise UserError(f'{path} and {paths[0]} are not of the same model: their tensors differ')
         for name, value in state.items():
-            total[name] = total.get(name, 0) + value.double()
-    return {name: (value / len(paths)).to(first[2][name]) for name, value in total.items()}
+            total[name] += value.double()
+    return {name: (value / len(paths)).to(first[name].dtype) for name, value in total.items()}
 
 
-def save(weights, path):
-    """Weights alone, in the form that the name's ending says."""
-    if Path(path).suffix not in ('.pth', '.safetensors'):
+def save(weights, path, hashed=False):
+    """Write weights in the form that the name's ending says. Returns the name, with the hash where it is asked for."""
+    if path.suffix not in ('.pth', '.safetensors'):
         raise UserError(f'--output {path}: the name must end in .pth or .safetensors')
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--output {path}: cannot be written ({error.strerror})') from error
-    with replacing(path) as partial:
-        if str(path).endswith('.safetensors'):
-            safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, str(partial))
-        else:
-            torch.save(weights, partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            if path.suffix == '.safetensors':
+                safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, str(partial))
+            else:
+                torch.save(weights, partial)
+        if hashed:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+            named = path.with_name(f'{path.stem}-{digest}{path.suffix}')
+            os.replace(path, named)
+            return named
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # PyTorch's own for a write that fails
+        raise UserError(f'--output {path}: cannot be written ({reason_of(error)})') from error
+    return path
 
 
 if __name__ == '__main__':

@@ -6,8 +6,6 @@ fixed, stratified split. A folder that is complete is left as it is.
 """
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +13,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from evavit.files import replacing
 
 SIDE = 32
 COUNTS = {'train': 1437, 'validation': 360}
@@ -28,16 +28,13 @@ def build(folder):
     train, validation = train_test_split(
         indices, test_size=COUNTS['validation'], random_state=0, stratify=digits.target
     )
-    partial = folder.with_name(folder.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    for split, members in (('train', train), ('validation', validation)):
-        for index in members:
-            target = partial / split / str(digits.target[index])
-            target.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray((digits.images[index] * (255 / 16)).round().astype(np.uint8))  # values are 0…16
-            image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(target / f'{index:04d}.png')
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with replacing(folder) as partial:
+        for split, members in (('train', train), ('validation', validation)):
+            for index in members:
+                target = partial / split / str(digits.target[index])
+                target.mkdir(parents=True, exist_ok=True)
+                image = Image.fromarray((digits.images[index] * (255 / 16)).round().astype(np.uint8))  # values: 0…16
+                image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(target / f'{index:04d}.png')
     return True
 
 

@@ -3,8 +3,8 @@
 Fetches the source distribution of the installed timm with pip (kept in .contract/), runs its tests/test_models.py with
 our models in timm's families (timm_backend.py), and fails on any failure and on any test below that did not run.
 
-The four models with EVA are tested in full. Every other attention is tested with its `_deit_tiny` on the tests that are
-cheap; with --all each of its models is tested in full, which takes an hour or more of processor time.
+Every model with EVA is tested in full. Every other attention is tested in the first size, `deit_tiny`, on the tests
+that are cheap; with --all each of its models is tested in full, which takes an hour or more of processor time.
 """
 
 import argparse
@@ -19,9 +19,7 @@ from pathlib import Path
 
 import timm
 
-from evavit.layers import ATTENTIONS
-from evavit.models.eva_deit import VARIANTS as DEIT
-from evavit.models.eva_pvt_v2 import VARIANTS as PVT
+from evavit.models import model_names, variants
 
 TOOLS = Path(__file__).resolve().parent
 CACHE = TOOLS.parent / '.contract'
@@ -38,7 +36,8 @@ TESTS = {
     'test_model_backward_fx': 2,
     'test_model_forward_fx_torchscript': 1,
 }
-# timm has two tests of configuration and classifier, by the beginning of a name.
+# timm has two tests of configuration and classifier: one for models whose features are a map, one for all others and
+# for those named `eva_*`, as a family of its own is.
 CFGS, CFGS_NON_STD = (
     {'test_model_default_cfgs': 1, 'test_model_forward_features': 1},
     {'test_model_default_cfgs_non_std': 1},
@@ -54,7 +53,8 @@ CHEAP = (
 
 def tests_of(model, only=None):
     """Ids of the tests that a model has to pass."""
-    tests = TESTS | (CFGS if 'pvt' in model and not model.startswith('eva_') else CFGS_NON_STD)
+    is_map = timm.get_pretrained_cfg_value(model, 'pool_size') is not None
+    tests = TESTS | (CFGS if is_map and not model.startswith('eva_') else CFGS_NON_STD)
     return {
         f'{test}[{model}]' if batch is None else f'{test}[{batch}-{model}]'
         for test, batch in tests.items()
@@ -91,6 +91,24 @@ def fetch_timm(version: str) -> Path:
     return source
 
 
+def chosen(patterns=None, cheap=False):
+    """Name of each model to test → the tests, None for all.
+
+    Args:
+        patterns: Wildcards of names, ['*'] for every model; None for what the module's docstring says.
+        cheap: Of the models that patterns choose, the cheap tests only.
+    """
+    if patterns is not None:
+        only = CHEAP if cheap else None
+        return {name: only for name in model_names() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+    first = next(iter(variants()))
+    return {
+        name: None if name.startswith('eva_') else CHEAP
+        for name in model_names()
+        if name.startswith('eva_') or name.endswith(f'_{first}')
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--all', action='store_true', help='every model, in full')
@@ -98,18 +116,7 @@ def main() -> int:
     parser.add_argument('--cheap', action='store_true', help='of --all or --models, the cheap tests only')
     parser.add_argument('--jobs', '-n', default='0', help='processes (pytest-xdist)')
     args = parser.parse_args()
-    names = [f'{attention}_{variant}' for attention in ATTENTIONS for variant in (*DEIT, *PVT)]
-    only = CHEAP if args.cheap else None
-    if args.models or args.all:
-        wanted = {
-            name: only for name in names if args.all or any(fnmatch.fnmatch(name, pattern) for pattern in args.models)
-        }
-    else:
-        wanted = {
-            name: None if name.startswith('eva_') else CHEAP
-            for name in names
-            if name.startswith('eva_') or name.endswith('_deit_tiny')
-        }
+    wanted = chosen(['*'] if args.all else args.models, args.cheap)
     if not wanted:
         print(f'contract: no model is called {" or ".join(args.models)}')
         return 2

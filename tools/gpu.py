@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package may not be installed here
 
-from evavit.bench.models import read_rows, store_rows  # noqa: E402
+from evavit.bench.results import read_rows, store_rows  # noqa: E402
 
 GATHERING = threading.Lock()
 MODELS = {  # the longest to compile first
@@ -129,7 +129,7 @@ def main() -> int:
         elif step == 'models':
             good &= measure_models(args.models, args.torchcompile, args.results_file)
         elif step == 'page':
-            good &= start('page', [sys.executable, 'tools/tables.py'])
+            good &= start('page', [sys.executable, 'docs/make/tables.py'])
     return int(not good)
 
 

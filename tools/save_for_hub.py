@@ -6,23 +6,24 @@ Model, recipe, classes and image settings come from the checkpoint, which train.
 wrote with --results-file. FOLDER loads with timm.create_model("local-dir:FOLDER", pretrained=True).
 """
 
-import argparse
 import csv
 import json
 import sys
 from pathlib import Path
 
+from evavit.arguments import Parser
 from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
 from evavit.training import build, checkpoint
-from evavit.training.config import parse_settings
+from evavit.training.config import ModelConfig
 
+BUILT_FROM = ('model', 'model_kwargs', 'in_chans', 'img_size', 'input_size')
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')
 METRICS = ('top1', 'top5', 'loss', 'images')
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--checkpoint', required=True)
     parser.add_argument('--output', required=True, metavar='FOLDER')
     parser.add_argument('--data', required=True, help='what the weights were trained on')
@@ -35,11 +36,9 @@ def main(argv=None):
             f'{args.checkpoint}: holds no settings of train.py; take one of its checkpoints, or call '
             f'evavit.hub.save_folder with your own model'
         )
-    settings, _ = parse_settings('validate', [], None)
-    for name in ('model', 'model_kwargs', 'in_chans', 'img_size', 'input_size'):
-        setattr(settings, name, saved.get(name))
+    config = ModelConfig(**{name: saved.get(name) for name in BUILT_FROM})
     names = saved.get('class_names')
-    model = build.build_model(settings, saved.get('num_classes') or len(names))
+    model = build.build_model(config, saved.get('num_classes') or len(names))
     build.load_weights(model, args.checkpoint)
     metrics = read_metrics(args.results_file) if args.results_file else None
     try:

@@ -1,32 +1,39 @@
 """A pytest plugin for timm's tests: makes our models members of timm's families.
 
-timm picks tests by the last part of the module's name and by how a model's name begins. A model of ours joins the
-family whose classes it is made of, and its name is taken for that family's: what holds for `deit*` holds for
-`performer_deit_tiny`. So the tests of the family run on it. CONTRACT in the environment, JSON of models and the tests
-wanted of each (null: all that timm has), leaves the rest out.
+timm picks tests by the last part of the module's name and by patterns of names. A model of ours joins the family of
+timm whose class it is made of, and a pattern that holds for timm's softmax model beside it holds for it: 'deit*' holds
+for `performer_deit_tiny`. So the tests of the family run on it. CONTRACT in the environment, JSON of models and the
+tests wanted of each (null: all that timm has), leaves the rest out.
 """
 
+import fnmatch
 import json
 import os
 
 import timm
 from timm.models import _registry
 
-import evavit  # noqa: F401  registers the models
+from evavit.models import families, model_names, softmax_twin
 
-FAMILIES = {'eva_deit': 'vision_transformer', 'eva_pvt_v2': 'pvt_v2'}
-NAMES = {'deit*': '*_deit_*'}
 
-for module, family in FAMILIES.items():
-    _registry._module_to_models[family].update(_registry._module_to_models[module])
+def timm_family(model):
+    """The family of timm whose class a class of ours is made of, such as 'vision_transformer'."""
+    modules = [base.__module__ for base in model.__mro__]
+    return next(module for module in modules if module.startswith('timm.models.')).rpartition('.')[2]
+
+
+for family in families().values():
+    _registry._module_to_models[timm_family(family.model)].update(family.models)
 
 list_models = timm.list_models
 
 
 def widened(patterns):
-    """The patterns, and ours beside those that stand for a family of ours."""
+    """The patterns, and our models beside those that hold for their softmax models."""
     patterns = [patterns] if patterns and isinstance(patterns, str) else list(patterns)
-    return patterns and patterns + [ours for theirs, ours in NAMES.items() if theirs in patterns]
+    return patterns + [
+        name for name in model_names() if any(fnmatch.fnmatch(softmax_twin(name)[0], pattern) for pattern in patterns)
+    ]
 
 
 def list_models_with_ours(filter='', module='', pretrained=False, exclude_filters='', **kwargs):

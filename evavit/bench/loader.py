@@ -1,126 +1,130 @@
 """How many images the loader gives a second, alone and beside the training step (`benchmark.py --bench data`)."""
 
 import argparse
-import csv
 import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from evavit.errors import UserError
-from evavit.training import build, data, loop
+from evavit.training import build, checks, data, loop
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
-from .results import origin
+from .results import Row, origin, read_rows, write_rows
+
+__all__ = ['Repeated', 'main', 'measure', 'parse']
+
+Step = Callable[[torch.Tensor, torch.Tensor], None]
 
 LEAST = 500_000  # images that a pass can draw: more than 16 processes read in half a minute
 
 
-def parse(argv):
+def parse(argv: Sequence[str]) -> Tuple[argparse.Namespace, Any]:
     """The measurement's own flags, and the settings: of train.py, which say what is loaded and how."""
     parser = argparse.ArgumentParser(prog='benchmark.py --bench data', allow_abbrev=False, add_help=False)
     parser.add_argument('--workers-list', type=int, nargs='+', help='numbers of loader processes to measure')
     parser.add_argument('--seconds', type=float, default=10.0, help='length of each of the repeats')
-    parser.add_argument('--repeats', type=int, default=3, help='the figures are the medians of so many passes')
+    parser.add_argument('--repeats', type=int, default=3, help='rates are the medians of so many passes')
     parser.add_argument('--loader-only', action='store_true', help='leave the training step out')
     parser.add_argument('--results-file', help='CSV file to append the rows to')
     own, rest = parser.parse_known_args(argv)
     return own, parse_settings('train', rest)[0]
 
 
-def main(argv):
-    """Print a row for each number of workers."""
+def main(argv: Sequence[str]) -> None:
+    """Print a row for each number of workers, and add it to the results file."""
     own, settings = parse(argv)
-    build.check_settings(settings)
-    process = start_process(settings.device)
-    for workers in own.workers_list or [settings.workers]:
-        settings.workers = workers
+    checks.check_settings(settings)
+    process = start_process(settings.machine.device)
+    for workers in own.workers_list or [settings.machine.workers]:
+        settings.machine.workers = workers
         row = measure(settings, process, own.seconds, own.repeats, own.loader_only) | origin(process.device)
         print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
         if own.results_file:
-            append(Path(own.results_file), row)
+            path = Path(own.results_file)
+            write_rows(path, [*read_rows(path, list(row)), row], list(row))
     torch.distributed.destroy_process_group()
 
 
-def append(path, row):
-    """Put a row at the end of a CSV file, which is made if missing. UserError where it has other columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(row)
-    if path.exists():
-        with open(path, newline='', encoding='utf-8') as file:
-            columns = next(csv.reader(file), [])
-        if set(columns) != set(row):
-            raise UserError(f'--results-file {path}: has other columns; name another file')
-    new = not path.exists()
-    with open(path, 'a', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, columns, lineterminator='\n')
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_only: bool = False) -> Row:
+    """Measure the loader, alone and beside the training step.
 
+    Args:
+        settings: Of train.py.
+        process: As `start_process` returns it.
+        seconds: Length of each pass.
+        repeats: Passes; rates are the medians.
+        loader_only: Leave the training step out, and its columns.
 
-def measure(settings, process, seconds, repeats, loader_only=False):
-    """One row. img_per_s is the loader's alone, its batches on the device and normalised; step_img_per_s that of the
-    training step on one fixed batch; step_share the loader's time in percent of the step's, above 100 where the loader
-    is the slower one; both_img_per_s that of training from the loader; wait_share the percentage of that time in which
-    the loop waits for a batch."""
-    train_set, _, names = data.open_training_sets(settings)
-    images = len(train_set)
-    model = build.build_model(settings, data.class_count(settings, names)).to(process.device)
-    model = model.to(memory_format=torch.channels_last) if settings.channels_last else model
-    config = data.resolve_input(settings, model)
-    if not isinstance(train_set, torch.utils.data.IterableDataset):
-        train_set = Repeated(train_set, LEAST)
-    loader = data.train_loader(train_set, settings, config, process)
+    Returns:
+        A row. `img_per_s` is the loader's rate alone, its batches on the device and normalised. `step_img_per_s` is the
+        rate of the training step on one fixed batch. `step_share` is the step's rate in percent of the loader's: above
+        100 the loader is the slower one. `both_img_per_s` is the rate of training from the loader, `wait_share` the
+        percentage of that time in which the loop waits for a batch.
+    """
+    machine, batch_size, seed = settings.machine, settings.batch.batch_size, settings.run.seed
+    channels = checks.image_channels(settings.model)
+    opened, _, names = data.open_training_sets(settings.data, in_chans=channels, batch_size=batch_size, seed=seed)
+    images = len(opened)
+    classes = data.class_count(settings.data, settings.model.num_classes, names)
+    model = build.build_model(settings.model, classes).to(process.device)
+    model = model.to(memory_format=torch.channels_last) if machine.channels_last else model
+    config = data.resolve_input(settings.model, model)
+    train_set: Any = opened if isinstance(opened, torch.utils.data.IterableDataset) else Repeated(opened, LEAST)
+    loader = data.train_loader(
+        train_set, settings.augment, config, batch_size=batch_size, machine=machine, seed=seed, process=process
+    )
     step = None if loader_only else _training_step(model, settings, process)
-    alone, cpus, both, waits, steps = [], [], [], [], []
+    rates: Dict[str, List[float]] = {name: [] for name in ('alone', 'cpu', 'both', 'wait', 'step')}
     for epoch in range(repeats):
         rate, _, cpu = _pass(loader, settings, process, seconds, epoch)
-        alone.append(rate)
-        cpus.append(cpu)
+        rates['alone'].append(rate)
+        rates['cpu'].append(cpu)
         if step:
             rate, wait, _ = _pass(loader, settings, process, seconds, epoch, step)
-            both.append(rate)
-            waits.append(wait)
-            steps.append(_step_rate(step, settings, config, model, process, seconds / 3))
-    row = {
+            rates['both'].append(rate)
+            rates['wait'].append(wait)
+            rates['step'].append(_step_rate(step, settings, config, model, process, seconds / 3))
+    median = {name: statistics.median(values) for name, values in rates.items() if values}
+    row: Row = {
         'bench': 'data',
-        'model': settings.model,
-        'dataset': settings.dataset or 'folder',
+        'model': settings.model.model,
+        'dataset': settings.data.dataset or 'folder',
         'images': images,
-        'batch_size': settings.batch_size,
-        'workers': settings.workers,
+        'batch_size': batch_size,
+        'workers': machine.workers,
         'cpus': len(os.sched_getaffinity(0)),
-        'aa': settings.aa or '',
-        'amp': settings.amp_dtype if settings.amp else 'float32',
-        'img_per_s': round(statistics.median(alone), 1),
+        'aa': settings.augment.aa or '',
+        'amp': machine.amp_dtype if machine.amp else 'float32',
+        'img_per_s': round(median['alone'], 1),
         # Without workers all of the work is this process's: its processor time is the same on a machine that is shared.
-        'cpu_ms_per_img': '' if settings.workers else round(statistics.median(cpus), 2),
+        'cpu_ms_per_img': '' if machine.workers else round(median['cpu'], 2),
     }
     if step:
-        step_rate = statistics.median(steps)
         row |= {
-            'step_img_per_s': round(step_rate, 1),
-            'step_share': round(100 * step_rate / statistics.median(alone), 1),
-            'both_img_per_s': round(statistics.median(both), 1),
-            'wait_share': round(100 * statistics.median(waits), 1),
+            'step_img_per_s': round(median['step'], 1),
+            'step_share': round(100 * median['step'] / median['alone'], 1),
+            'both_img_per_s': round(median['both'], 1),
+            'wait_share': round(100 * median['wait'], 1),
         }
     return row
 
 
-def _training_step(model, settings, process):
-    optimizer = build.build_optimizer(model, settings, 1e-4)
-    mixup = build.build_mixup(settings, model.num_classes)
-    task = build.build_task(model.train(), settings, process.device)
-    build.compile_and_distribute(task, settings, process)
+def _training_step(model: Any, settings: Any, process: Any) -> Step:
+    optimizer = build.build_optimizer(model, settings.optim, 1e-4)
+    mixup = build.build_mixup(settings.loss, model.num_classes)
+    task = build.build_task(model.train(), settings.loss, process.device, settings.ema)
+    build.compile_and_distribute(task, settings.machine, process)
 
-    def step(images, target):
+    def step(images: torch.Tensor, target: torch.Tensor) -> None:
         if mixup is not None:
             images, target = mixup(images, target)
-        with loop.autocast(settings, process.device):
+        with loop.autocast(settings.machine, process.device):
             loss = task(images, target)['loss']
         loss.backward()
         optimizer.step()
@@ -129,18 +133,24 @@ def _training_step(model, settings, process):
     return step
 
 
-def _synchronise(process):
+def _synchronise(process: Any) -> None:
     if process.device.type == 'cuda':
         torch.cuda.synchronize(process.device)
 
 
-def _pass(loader, settings, process, seconds, epoch, step=None):
-    """Images a second, and the share of the time spent waiting, over about `seconds` after the workers' start: as many
-    batches as they hold ready are not counted, since they were made before the clock ran."""
-    held = 2 * settings.workers + 2
-    done, waited, start = 0, 0.0, None
+def _pass(
+    loader: DataLoader, settings: Any, process: Any, seconds: float, epoch: int, step: Optional[Step] = None
+) -> Tuple[float, float, float]:
+    """(images a second, share of the time spent waiting, milliseconds of processor time an image) over about `seconds`.
+
+    As many batches as the workers hold ready are not counted, since they were made before the clock ran.
+    """
+    held = 2 * settings.machine.workers + 2
+    done, waited, cpu = 0, 0.0, 0.0
+    start: Optional[float] = None
     asked = time.perf_counter()
-    for count, (images, target) in enumerate(data.epoch_batches(loader, settings, process, epoch)):
+    batches = data.epoch_batches(loader, settings.batch, seed=settings.run.seed, process=process, epoch=epoch)
+    for count, (images, target) in enumerate(batches):
         now = time.perf_counter()
         if start is not None:
             waited += now - asked
@@ -154,33 +164,36 @@ def _pass(loader, settings, process, seconds, epoch, step=None):
         asked = time.perf_counter()
         if start is not None and asked - start > seconds:
             break
+    if start is None:
+        raise UserError(f'the loader gave fewer than {held + 1} batches: lower --workers or -b')
     return done / (asked - start), waited / (asked - start), 1e3 * (time.process_time() - cpu) / max(1, done)
 
 
-class Repeated(torch.utils.data.Dataset):
+class Repeated(Dataset):
     """A small data set gone through again and again, so that one start of the workers serves a whole pass."""
 
-    def __init__(self, dataset, least):
+    def __init__(self, dataset: Any, least: int) -> None:
         self.dataset, self.length = dataset, max(len(dataset), least)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
         return self.dataset[index % len(self.dataset)]
 
     @property
-    def transform(self):
+    def transform(self) -> Any:
         return self.dataset.transform
 
     @transform.setter
-    def transform(self, transform):
+    def transform(self, transform: Any) -> None:
         self.dataset.transform = transform
 
 
-def _step_rate(step, settings, config, model, process, seconds):
-    images = torch.randn(settings.batch_size, *config['input_size'], device=process.device)
-    target = torch.randint(model.num_classes, (settings.batch_size,), device=process.device)
+def _step_rate(step: Step, settings: Any, config: Dict[str, Any], model: Any, process: Any, seconds: float) -> float:
+    """Images a second of the training step on one fixed batch."""
+    images = torch.randn(settings.batch.batch_size, *config['input_size'], device=process.device)
+    target = torch.randint(model.num_classes, (settings.batch.batch_size,), device=process.device)
     for _ in range(3):
         step(images, target)
     _synchronise(process)

@@ -1,19 +1,69 @@
-"""Where a figure comes from: what every row of a results file says beside it."""
+"""Results files: the columns of benchmark.py's rows, what a row says of its origin, reading and storing."""
 
 import contextlib
+import csv
 import datetime
 import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Dict
+from typing import Any, Dict, List, Sequence, Tuple
 
 import timm
 import torch
 
+from evavit.errors import UserError
+from evavit.files import replacing
 from evavit.version import __version__
 
-__all__ = ['origin']
+__all__ = [
+    'COLUMNS',
+    'HARMLESS',
+    'KEY',
+    'ORIGIN',
+    'Row',
+    'check_writable',
+    'is_done',
+    'origin',
+    'read_rows',
+    'store_rows',
+    'write_rows',
+]
+
+Row = Dict[str, Any]
+
+ORIGIN = ('device', 'torch', 'timm', 'evavit', 'commit', 'date')
+COLUMNS = (
+    'bench',
+    'case',
+    'model',
+    'attention',
+    'backend',
+    'batch_size',
+    'img_size',
+    'tokens',
+    'width',
+    'heads',
+    'amp_dtype',
+    'torchcompile',
+    'status',
+    'error',
+    'forward_ms',
+    'ms',
+    'eager_forward_ms',
+    'eager_ms',
+    'img_per_s',
+    'peak_memory_mib',
+    'forward_of_copy',
+    'backward_of_copy',
+    'copy_gb_per_s',
+    *ORIGIN,
+)
+# What a comparison is known by in a results file.
+KEY = ('bench', 'case', 'batch_size', 'img_size', 'tokens', 'width', 'heads', 'amp_dtype', 'torchcompile', 'device')
+
+# A row with another status is a failure, and is measured again.
+HARMLESS = ('ok', 'not available')
 
 
 def _cpu_name() -> str:
@@ -25,7 +75,10 @@ def _cpu_name() -> str:
 
 
 def origin(device: torch.device) -> Dict[str, str]:
-    """Device, versions, commit and date, for every row; COMMIT in the environment where there is no checkout."""
+    """The columns `ORIGIN`, for every row: device, versions, commit and date.
+
+    COMMIT in the environment names the commit where there is no checkout.
+    """
     commit = os.environ.get('COMMIT', '')
     if not commit:
         with contextlib.suppress(OSError):  # no git
@@ -36,16 +89,73 @@ def origin(device: torch.device) -> Dict[str, str]:
                 text=True,
                 check=False,
             ).stdout.strip()
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == 'cuda'
-        else f'{_cpu_name()}, {torch.get_num_threads()} threads'
-    )
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f'{_cpu_name()}, {torch.get_num_threads()} threads'
+    date = datetime.date.today().isoformat()
     return dict(
-        device=name,
-        torch=torch.__version__,
-        timm=timm.__version__,
-        evavit=__version__,
-        commit=commit or 'unknown',
-        date=datetime.date.today().isoformat(),
+        zip(ORIGIN, (name, torch.__version__, timm.__version__, __version__, commit or 'unknown', date), strict=True)
     )
+
+
+def _key(row: Row) -> Tuple[str, ...]:
+    return tuple(str(row.get(column, '')) for column in KEY)
+
+
+def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
+    """The rows of a CSV file; none where there is no file.
+
+    Raises:
+        UserError: the file has other columns, or the same in another order.
+    """
+    if not path.exists():
+        return []
+    with open(path, newline='', encoding='utf-8') as stream:
+        reader = csv.DictReader(stream)
+        if tuple(reader.fieldnames or ()) != tuple(columns):
+            raise UserError(f'{path} has other columns; name another file')
+        return list(reader)
+
+
+def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
+    """Write a CSV file of these columns anew, in a folder that is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, open(partial, 'w', newline='', encoding='utf-8') as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before anything is measured whether its rows can be stored. The folder is made if missing.
+
+    Raises:
+        UserError: the file or its folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with open(path, 'a'):
+                pass
+        else:
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        raise UserError(f'--results-file {path} cannot be written ({error.strerror}); name another file') from None
+
+
+def is_done(path: Path, key: Row) -> bool:
+    """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, and no failure among them."""
+    rows = [row for row in read_rows(path) if _key(row) == _key(key) and row['commit'] == key['commit']]
+    return bool(rows) and all(row['status'] in HARMLESS for row in rows)
+
+
+def store_rows(path: Path, rows: List[Row]) -> None:
+    """Put the rows of comparisons into a CSV file, in place of earlier rows of the same ones.
+
+    Raises:
+        UserError: the file has other columns.
+    """
+    new = {_key(row) for row in rows}
+    write_rows(path, [row for row in read_rows(path) if _key(row) not in new] + rows)

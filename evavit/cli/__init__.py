@@ -1,0 +1,1 @@
+"""The programs: each module has the `main` of the script of its name, `scripts` what starts them."""

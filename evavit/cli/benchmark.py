@@ -6,8 +6,8 @@
     python benchmark.py --bench data -c configs/eva_deit_tiny.yaml --data-dir DIR --workers-list 1 2 4
 
 Beside a model with EVA runs timm's softmax model of its size, beside EVA's op and layer scaled_dot_product_attention
-with each backend forced. Every contender is first held against float64: where it is off, its row says so, no figure is
-given and the exit code is 1. Figures are medians after a warm-up; a training step is forward, cross-entropy, backward
+with each backend forced. Every contender is first held against float64: where it is off, its row says so, it is not
+timed and the exit code is 1. Times are medians after a warm-up; a training step is forward, cross-entropy, backward
 and AdamW on one fixed batch of noise. A model may carry arguments: deit_tiny_patch16_224:patch_size=8.
 
 --bench data, which must come first, takes the flags of train.py: the loader's throughput, alone and beside the step.
@@ -19,31 +19,32 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 
-from evavit.bench import loader as throughput
-from evavit.bench import models as benchmarking
-from evavit.bench.results import origin
+from evavit.arguments import Parser, find_device, program
+from evavit.bench import loader
+from evavit.bench.clocks import copy_rate
+from evavit.bench.contenders import BACKENDS, GRIDS, Setting, bench_layer, bench_op, default_batch
+from evavit.bench.models import bench_model, input_size, parse_model
+from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
 from evavit.errors import UserError, run_script
 
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
 
-def positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text}')
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
     return int(text)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def parse(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = Parser(
+        prog=program('benchmark'), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add('--bench', nargs='+', choices=('train', 'infer', 'layer', 'op'), default=['train'], help='what to time')
     add('--model', '-m', nargs='+', default=[], help='models (default: eva_deit_tiny), with arguments after colons')
@@ -61,15 +62,15 @@ def parse(argv=None):
     add(
         '--backend',
         nargs='+',
-        choices=benchmarking.BACKENDS,
+        choices=BACKENDS,
         default=[],
-        help="contenders: EVA's triton and plain;"
+        help="contenders: EVA's gluon, triton and plain;"
         " softmax's flash, cudnn, efficient, and sdpa, where PyTorch chooses (default: what the device has; for models"
-        " EVA's faster one and sdpa)",
+        ' the one that EVA takes by itself, and sdpa)',
     )
     add('--amp-dtype', choices=('float32', 'bfloat16', 'float16'), help='default: bfloat16, on a CPU float32')
     add('--torchcompile', nargs='?', const='default', default='', choices=MODES, help='compile the models')
-    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add('--device', help='cpu, cuda or cuda:N (default: cuda where there is one, else cpu)')
     add('--repeats', type=positive, default=30, help='calls of which the median is taken (default: 30)')
     add('--warmup', type=positive, default=5, help='calls before them (default: 5)')
     add('--results-file', type=Path, help='CSV; rows of the same comparison are replaced')
@@ -78,36 +79,14 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-def find_device(args):
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise UserError(f'--device {args.device}: no such device; choose cpu or cuda') from None
-    if device.type not in ('cpu', 'cuda'):
-        raise UserError(f'--device {args.device}: only cpu and cuda are measured')
-    if device.type == 'cuda':
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(
-                f'--device {args.device}: this machine has {count} CUDA devices'
-                + ('' if count else '; use --device cpu')
-            )
-        torch.cuda.set_device(device.index or 0)
-    else:
-        for backend in ('triton', 'cudnn', 'efficient'):
-            if backend in args.backend:
-                raise UserError(f'--backend {backend} needs a CUDA device; a CPU has plain and sdpa')
-    return device
-
-
-def find_models(args):
+def find_models(args: argparse.Namespace) -> List[str]:
     """Names of the models in the order asked for; those with arguments are checked here."""
     texts = list(args.model)
     if args.model_list and os.path.isfile(args.model_list):
         texts += [line.strip() for line in Path(args.model_list).read_text().splitlines() if line.strip()]
     elif args.model_list:
         texts += args.model_list.split(',')
-    models = []
+    models: List[str] = []
     for text in texts or ['eva_deit_tiny']:
         if '*' in text or '?' in text:
             found = fnmatch.filter(timm.list_models(), text)
@@ -115,12 +94,12 @@ def find_models(args):
                 raise UserError(f'no model is called {text}')
             models += found
         else:
-            benchmarking.parse_model(text)
+            parse_model(text)
             models.append(text)
     return list(dict.fromkeys(models))
 
 
-def comparisons(args, setting):
+def comparisons(args: argparse.Namespace, setting: Setting) -> Iterator[Tuple[Row, Callable[[], List[Row]]]]:
     """(what the rows of a comparison share, function that makes them), of all that the flags ask for."""
     shared = {'amp_dtype': setting.dtype_name}
     models = find_models(args)
@@ -128,10 +107,10 @@ def comparisons(args, setting):
         if bench in ('op', 'layer'):
             if args.dim % args.num_heads:
                 raise UserError(f'--num-heads {args.num_heads} does not divide --dim {args.dim}')
-            measure = benchmarking.bench_op if bench == 'op' else benchmarking.bench_layer
-            for side in args.grid or (benchmarking.GRIDS if setting.cuda else (14, 28)):
-                batch = args.batch_size or benchmarking.default_batch(side, setting.device)
-                key = dict(
+            measure = bench_op if bench == 'op' else bench_layer
+            for side in args.grid or (GRIDS if setting.cuda else (14, 28)):
+                batch = args.batch_size or default_batch(side, setting.device)
+                key: Dict[str, Any] = dict(
                     bench=bench,
                     case=f'{side}x{side}',
                     batch_size=batch,
@@ -148,15 +127,15 @@ def comparisons(args, setting):
                     case=text,
                     batch_size=batch,
                     torchcompile=args.torchcompile or 'no',
-                    img_size=benchmarking.input_size(text, args.img_size)[1],
+                    img_size=input_size(text, args.img_size)[1],
                 )
                 yield (
                     key | shared,
-                    partial(benchmarking.bench_model, setting, bench, text, batch, args.img_size, args.torchcompile),
+                    partial(bench_model, setting, bench, text, batch, args.img_size, args.torchcompile),
                 )
 
 
-def report(row):
+def report(row: Row) -> None:
     shown = (
         'bench',
         'case',
@@ -178,44 +157,45 @@ def report(row):
     print('  '.join(f'{name} {row[name]}' for name in shown if row.get(name, '') != ''), flush=True)
 
 
-def main(argv=None):
+def main(argv: Optional[Sequence[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:2] == ['--bench', 'data']:
-        throughput.main(argv[2:])
+    if list(argv[:2]) == ['--bench', 'data']:
+        loader.main(argv[2:])
         return
     args = parse(argv)
-    device = find_device(args)
+    device = find_device(args.device)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device.index or 0)
+    for backend in ('gluon', 'triton', 'cudnn', 'efficient'):
+        if backend in args.backend and device.type == 'cpu':
+            raise UserError(f'--backend {backend} needs a CUDA device; a CPU has plain and sdpa')
+    if args.torchcompile and {'gluon', 'triton'} <= set(args.backend):
+        raise UserError('--backend gluon triton with --torchcompile: name one; a compiled model keeps its backend')
     if args.resume and not args.results_file:
         raise UserError('--resume needs a --results-file to go on with')
-    if args.results_file:
-        try:
-            benchmarking.store_rows(args.results_file, [])  # what keeps it from being written is said before the timing
-        except OSError as error:
-            raise UserError(
-                f'--results-file {args.results_file} cannot be written ({error.strerror}); name another file'
-            ) from None
+    if args.results_file:  # before the timing
+        check_writable(args.results_file)
+        read_rows(args.results_file)
     dtype = args.amp_dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
-    setting = benchmarking.Setting(
-        device, getattr(torch, dtype), args.backend, args.repeats, args.warmup, lock=args.lock
-    )
+    setting = Setting(device, getattr(torch, dtype), args.backend, args.repeats, args.warmup, lock=args.lock)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in PyTorch's matrix products
     planned = list(comparisons(args, setting))
     where = origin(device)
     if 'op' in args.bench:
         with setting.turn(alone=True):
-            setting.copy_gb_per_s = benchmarking.copy_rate(device)
-    red = False
+            setting.copy_gb_per_s = copy_rate(device)
+    failed = False
     for key, measure in planned:
-        if args.resume and benchmarking.is_done(args.results_file, key | where):
+        if args.resume and is_done(args.results_file, key | where):
             print(f'{key["bench"]} {key["case"]}: in {args.results_file} already')
             continue
         rows = [row | where for row in measure()]
         for row in rows:
             report(row)
         if args.results_file:  # after every comparison, so that a run cut short leaves what it measured
-            benchmarking.store_rows(args.results_file, rows)
-        red |= any(row['status'] not in benchmarking.HARMLESS for row in rows)
-    if red:
+            store_rows(args.results_file, rows)
+        failed |= any(row['status'] not in HARMLESS for row in rows)
+    if failed:
         raise SystemExit(1)
 
 

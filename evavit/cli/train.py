@@ -1,152 +1,198 @@
-"""Train an image classifier: python train.py -c configs/eva_deit_tiny.yaml --data-dir DIR
+"""Train an image classifier: train.py -c eva_deit_tiny --data-dir DIR
 
 Several GPUs of a machine: torchrun --nproc-per-node 8 train.py -c … --data-dir DIR
 """
 
 import logging
-import sys
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
 from timm.utils import world_info_from_env
 
-from evavit.errors import Preempted, run_script
-from evavit.training import build, checkpoint, data, dry_run, loop
-from evavit.training.config import parse_settings
+from evavit.errors import Preempted, UserError
+from evavit.training import build, checkpoint, checks, data, dry_run, loop
+from evavit.training.config import TrainConfig, parse_settings
 from evavit.training.distributed import start_process
-from evavit.training.metrics import Journal
-from evavit.training.signals import Requests
+from evavit.training.metrics import MetricsWriter
+from evavit.training.signals import SignalHandler
 
 log = logging.getLogger('evavit.train')
 
 
-def main(argv=None):
-    settings, _ = parse_settings('train', argv, __doc__)
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    config, _ = parse_settings('train', argv, __doc__)
     _, rank, processes = world_info_from_env()
-    rehearsal = dry_run.rehearse(settings, processes)
-    if settings.dry_run:
+    checked = dry_run.check_run(config, processes)
+    if config.run.dry_run:
         if rank == 0:
-            print('\n'.join(dry_run.describe(settings, rehearsal)))
+            print('\n'.join(dry_run.describe(config, checked)))
         return
     # From here on: a signal while the run starts is heeded after the first update, when there is something to save.
-    with Requests(settings.checkpoint_interval, rank == 0) as requests, ExitStack() as claims:
-        run_training(settings, rehearsal.batch, requests, claims)
+    with SignalHandler(config.run.checkpoint_interval, rank == 0) as handler, ExitStack() as held:
+        run_training(config, checked, handler, held)
 
 
-def run_training(settings, batch, requests, claims):
-    """The whole run. What it must hold until its end goes to `claims`."""
-    process = start_process(settings.device)
-    train_set, eval_set, class_names = data.open_training_sets(settings)
-    settings.num_classes = data.class_count(settings, class_names)
-    process.seed(settings.seed)  # every process draws the same weights
-    model = build.build_model(settings, settings.num_classes)
-    data_config = data.resolve_input(settings, model)
-    build.try_model(model, data_config['input_size'], settings)
-    model.to(process.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
-    train_loader = data.train_loader(train_set, settings, data_config, process)
-    eval_loader = data.eval_loader(
-        eval_set, settings, data_config, process.device, settings.validation_batch_size or settings.batch_size
+def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: SignalHandler, held: ExitStack) -> None:
+    """The whole run. `held` takes what must last until its end."""
+    process, batch = start_process(config.machine.device), checked.batch
+    train_set, eval_set, class_names = data.open_training_sets(
+        config.data,
+        in_chans=checks.image_channels(config.model),
+        batch_size=config.batch.batch_size,
+        seed=config.run.seed,
     )
-    updates_per_epoch = data.updates_per_epoch(train_loader, settings, batch)
+    classes = config.model.num_classes = data.class_count(config.data, config.model.num_classes, class_names)
+    if checked.ready:
+        model, data_config = checked.model, checked.data_config
+    else:
+        model, data_config = dry_run.initial_model(config, classes)
+    channels_last = config.machine.channels_last
+    model.to(process.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    train_loader = data.train_loader(
+        train_set,
+        config.augment,
+        data_config,
+        batch_size=config.batch.batch_size,
+        machine=config.machine,
+        seed=config.run.seed,
+        process=process,
+    )
+    eval_loader = data.eval_loader(
+        eval_set,
+        data_config,
+        batch_size=config.batch.validation_batch_size or config.batch.batch_size,
+        machine=config.machine,
+        device=process.device,
+    )
+    updates_per_epoch = data.updates_per_epoch(train_loader, batch.accumulated, batch.total)
 
-    optimizer = build.build_optimizer(model, settings, batch.lr)
-    schedule, epochs = build.build_schedule(optimizer, settings, updates_per_epoch)
-    task = build.build_task(model, settings, process.device)
+    optimizer = build.build_optimizer(model, config.optim, batch.lr)
+    schedule, epochs = build.build_schedule(optimizer, config.schedule, updates_per_epoch)
+    task = build.build_task(model, config.loss, process.device, config.ema)
     run = loop.Run(
         task=task,
         optimizer=optimizer,
-        stepper=loop.Stepper(settings, process.device),
+        stepper=loop.Stepper(config.machine, config.optim, process.device),
         schedule=schedule,
-        mixup=build.build_mixup(settings, model.num_classes),
-        settings=settings,
+        mixup=build.build_mixup(config.loss, model.num_classes),
         process=process,
         bad=train_set.bad,
+        machine=config.machine,
+        config=config.run,
         updates_per_epoch=updates_per_epoch,
         epochs=epochs,
         images_per_update=batch.total,
+        grad_accum_steps=batch.accumulated,
+        mixup_off_epoch=config.loss.mixup_off_epoch,
+        frozen_in_eval=config.model.linear_probe,
     )
 
-    folder = dry_run.output_folder(settings, data_config)
+    folder = dry_run.output_folder(config, data_config)
     if process.primary:
-        claims.enter_context(checkpoint.claimed(folder))
-    checkpoints = checkpoint.find_resume(settings, folder)
-    saver = checkpoint.Saver(run, class_names, folder) if process.primary else None
-    position = checkpoint.resume(checkpoints, run, saver)
-    build.compile_and_distribute(task, settings, process)
+        held.enter_context(checkpoint.locked_folder(folder))
+    checkpoints = checkpoint.find_resume(config.run.resume, folder)
+    settings = config.flat()
+    saver = checkpoint.Saver(run, settings, class_names, folder) if process.primary else None
+    position = checkpoint.resume(checkpoints, run, settings, saver)
+    build.compile_and_distribute(task, config.machine, process)
     if schedule is not None and checkpoints:
         schedule.step_update(run.done(position))
         schedule.step(position.epoch)
 
-    log.info(f'{settings.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
+    log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
     log.info(f'{batch}')
     log.info(f'{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}')
-    journal = Journal(folder, run, [str(batch)], position, class_names, data_config) if process.primary else None
+    writer = None
+    if process.primary:
+        save_settings(config, folder, str(batch))
+        writer = MetricsWriter(folder, run, position, class_names, data_config)
+
+    def batches(position: loop.Position) -> data.Batches:
+        first = position.update * batch.accumulated
+        return data.epoch_batches(
+            train_loader, config.batch, seed=config.run.seed, process=process, epoch=position.epoch, first=first
+        )
+
     try:
         while position.epoch < epochs:
-            position = train_epoch(run, position, train_loader, eval_loader, requests, journal, saver)
+            position = train_epoch(run, position, batches, eval_loader, handler, writer, saver)
     finally:
-        if journal is not None:
-            journal.close()
-    if process.primary:
-        log.info(f'done: best {settings.eval_metric} {saver.best_metric} in epoch {saver.best_epoch}; {folder}')
+        if writer is not None:
+            writer.close()
+    if saver is not None:
+        log.info(f'done: best {config.run.eval_metric} {saver.best_metric} in epoch {saver.best_epoch}; {folder}')
 
 
-def train_epoch(run, position, train_loader, eval_loader, requests, journal, saver):
-    """Train to the end of the epoch, judge, save. Returns the start of the next one."""
-    settings, process = run.settings, run.process
+def save_settings(config: TrainConfig, folder: Path, remark: str) -> None:
+    try:
+        config.save(folder / 'args.yaml', [remark])
+    except OSError as error:
+        raise UserError(f'--output {folder}: cannot be written ({error.strerror})') from error
 
-    def keep(position):
-        if saver is not None:
-            journal.flush()
+
+def train_epoch(
+    run: loop.Run,
+    position: loop.Position,
+    batches: Callable[[loop.Position], data.Batches],
+    eval_loader: Any,
+    handler: SignalHandler,
+    writer: Optional[MetricsWriter],
+    saver: Optional[checkpoint.Saver],
+) -> loop.Position:
+    """Train to the end of the epoch, validate, save. Returns the start of the next one.
+
+    Writer and saver are those of the first process, None in the others.
+    """
+    process = run.process
+
+    def save(position: loop.Position) -> None:
+        if saver is not None and writer is not None:
+            writer.flush()
             saver.save_position(position)
 
     run.bad.begin(position.bad)
-    batches = data.epoch_batches(
-        train_loader, settings, process, position.epoch, position.update * settings.grad_accum_steps
+    train_metrics = loop.train_epoch(
+        run, position, batches(position), handler, writer.scalar if writer else lambda *scalar: None, save
     )
-    trained = loop.train_epoch(
-        run, position, batches, requests, journal.scalar if journal else lambda *scalar: None, keep
-    )
-    judged = evaluate(run, eval_loader, journal.samples if journal else None)
-    loop.check_finite(run.task, judged, process, position.epoch, position.lr)
+    eval_metrics = evaluate(run, eval_loader, writer.samples if writer else None)
+    loop.check_finite(run.task, eval_metrics, process, position.epoch, position.lr)
     following = position.next_epoch()
     if run.schedule is not None:
         run.schedule.step(following.epoch)
-    if process.primary:
-        # The journal first: a run that dies between the two writes the epoch again, and loses no row.
-        journal.epoch(following, trained, judged, position.lr)
-        best, best_epoch = saver.save_epoch(following, judged[settings.eval_metric])
+    if saver is not None and writer is not None:
+        # The metrics first: a run that dies between the two writes the epoch again, and loses no row.
+        writer.epoch(following, train_metrics, eval_metrics, position.lr)
+        best, best_epoch = saver.save_epoch(following, eval_metrics[run.config.eval_metric])
         log.info(
             f'epoch {position.epoch}: '
-            + '  '.join(f'{name} {value:.4g}' for name, value in judged.items())
-            + f'  (best {settings.eval_metric} {best:.4g} in epoch {best_epoch})'
+            + '  '.join(f'{name} {value:.4g}' for name, value in eval_metrics.items())
+            + f'  (best {run.config.eval_metric} {best:.4g} in epoch {best_epoch})'
         )
-    if following.epoch < run.epochs and process.any(requests.stop):
+    if following.epoch < run.epochs and process.any(handler.stop):
         raise Preempted(f'asked to stop: epoch {position.epoch} is complete; go on with --resume auto')
     return following
 
 
-def evaluate(run, loader, first_batch):
+def evaluate(run: loop.Run, loader: Any, first_batch: Any) -> Dict[str, float]:
     """Metrics of the weights that the run is judged by; with an average, those of the plain weights are raw_*."""
     task = run.task
 
-    def judge(ema=False):
+    def metrics_of(ema: bool = False) -> Dict[str, float]:
         metrics, _ = loop.evaluate(
             task.get_eval_model(ema=ema),
             loader,
             task.create_evaluator,
-            run.settings,
+            run.machine,
+            run.config.log_interval,
             run.process,
             first_batch=first_batch,
         )
         return metrics
 
-    judged = judge()
+    plain = metrics_of()
     if not task.has_ema():
-        return judged
-    raw = {f'raw_{name}': value for name, value in judged.items()}
-    return {**judge(ema=True), **raw}
-
-
-if __name__ == '__main__':
-    sys.exit(run_script(main))
+        return plain
+    raw = {f'raw_{name}': value for name, value in plain.items()}
+    return {**metrics_of(ema=True), **raw}

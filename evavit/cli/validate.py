@@ -1,89 +1,95 @@
-"""Judge a classifier: python validate.py --checkpoint output/RUN/model_best.pth.tar --data-dir DIR
+"""Evaluate a classifier: validate.py --checkpoint output/RUN/model_best.pth.tar --data-dir DIR
 
 Model, classes and image settings come from the checkpoint, where train.py wrote it; flags win. Any timm model:
-python validate.py --model NAME --pretrained --data-dir DIR
+validate.py --model NAME --pretrained --data-dir DIR
 """
 
 import csv
 import json
 import logging
-import os
-import sys
 from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 from timm.task import ClassificationEvaluator
 
-from evavit.errors import UserError, run_script
-from evavit.training import build, checkpoint, data, loop
-from evavit.training.config import parse_settings
+from evavit.errors import UserError
+from evavit.files import replacing
+from evavit.training import build, checkpoint, checks, data, loop
+from evavit.training.config import ValidateConfig, parse_settings
 from evavit.training.distributed import start_process
 
 log = logging.getLogger('evavit.validate')
 
 
-def main(argv=None):
-    settings, given = parse_settings('validate', argv, __doc__)
-    process = start_process(settings.device)
-    class_names = checkpoint.complete_from_checkpoint(settings, given)
-    if settings.class_map:
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    config, given = parse_settings('validate', argv, __doc__)
+    process = start_process(config.machine.device)
+    class_names = checkpoint.complete_from_checkpoint(config, given)
+    if config.data.class_map:
         class_names = None
-    check_settings(settings)
+    check_settings(config)
 
     dataset, class_names = data.open_dataset(
-        settings,
-        settings.split,
+        config.data,
+        config.data.split,
         class_names=class_names,
-        in_chans=build.image_channels(settings),
-        num_samples=settings.num_samples,
+        in_chans=checks.image_channels(config.model),
+        num_samples=config.data.num_samples,
+        batch_size=config.batch.batch_size,
     )
-    model = build.build_model(settings, settings.num_classes)
-    settings.num_classes = model.num_classes
-    data.class_count(settings, class_names)
-    if settings.checkpoint:
-        checkpoint.load_checkpoint(model, settings)
-    data_config = data.resolve_input(settings, model)
-    build.try_model(model, data_config['input_size'], settings)
-    loader = data.eval_loader(dataset, settings, data_config, process.device, settings.batch_size)
+    model: Any = build.build_model(config.model, config.model.num_classes)
+    data.class_count(config.data, model.num_classes, class_names)
+    checkpoint.load_checkpoint(model, config.weights)
+    data_config = data.resolve_input(config.model, model)
+    build.try_model(model, data_config['input_size'], config.model)
+    machine = config.machine
+    loader = data.eval_loader(
+        dataset, data_config, batch_size=config.batch.batch_size, machine=machine, device=process.device
+    )
 
-    log.info(f'{settings.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
+    log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
     parameters = sum(p.numel() for p in model.parameters())
-    model.to(process.device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
-    if settings.torchcompile:
-        build.check_compile_backend(settings.torchcompile)
-        model = torch.compile(model, backend=settings.torchcompile, mode=settings.torchcompile_mode)
+    model.to(process.device, memory_format=torch.channels_last if machine.channels_last else torch.preserve_format)
+    if machine.torchcompile:
+        checks.check_compile_backend(machine.torchcompile)
+        model = torch.compile(model, backend=machine.torchcompile, mode=machine.torchcompile_mode)
 
-    def evaluator_of(max_samples):
+    def make_evaluator(max_samples: Optional[int]) -> ClassificationEvaluator:
         return ClassificationEvaluator(process.device, max_samples=max_samples)
 
-    metrics, images = loop.evaluate(model, loader, evaluator_of, settings, process)
+    metrics, images = loop.evaluate(model, loader, make_evaluator, machine, config.run.log_interval, process)
     log.info(
         f'top-1 {metrics["top1"]:.2f} %  top-5 {metrics["top5"]:.2f} %  loss {metrics["loss"]:.4f}  ({images} images)'
     )
-    if settings.results_file and process.primary:
-        write_results(settings.results_file, result_row(settings, metrics, images, parameters, data_config))
+    if config.run.results_file and process.primary:
+        write_results(Path(config.run.results_file), result_row(config, metrics, images, parameters, data_config))
 
 
-def check_settings(settings):
-    if not settings.model:
+def check_settings(config: ValidateConfig) -> None:
+    path, results = config.weights.checkpoint, config.run.results_file
+    if not config.model.model:
         raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')
-    if settings.checkpoint and settings.pretrained:
+    if path and config.model.pretrained:
         raise UserError('--pretrained and --checkpoint both name weights: give one of them')
-    if not settings.checkpoint and not settings.pretrained:
+    if not path and not config.model.pretrained:
         raise UserError('no weights to judge: give --checkpoint FILE, or --pretrained for those that timm publishes')
-    if settings.use_ema and str(settings.checkpoint).endswith('.safetensors'):
+    if config.weights.use_ema and str(path).endswith('.safetensors'):
         raise UserError(
-            f'--use-ema: {settings.checkpoint} holds one set of weights, the averaged one where the run '
+            f'--use-ema: {path} holds one set of weights, the averaged one where the run '
             f'kept an average; leave the flag out'
         )
-    if settings.results_file and Path(settings.results_file).suffix not in ('.csv', '.json'):
-        raise UserError(f'--results-file {settings.results_file}: the name must end in .csv or .json')
+    if results and Path(results).suffix not in ('.csv', '.json'):
+        raise UserError(f'--results-file {results}: the name must end in .csv or .json')
 
 
-def result_row(settings, metrics, images, parameters, data_config):
+def result_row(
+    config: ValidateConfig, metrics: Dict[str, float], images: int, parameters: int, data_config: Dict[str, Any]
+) -> Dict[str, Any]:
+    """The metrics under the names of timm's results files."""
     top1, top5 = round(metrics['top1'], 4), round(metrics['top5'], 4)
     return dict(
-        model=settings.model,
+        model=config.model.model,
         top1=top1,
         top1_err=round(100 - top1, 4),
         top5=top5,
@@ -94,26 +100,19 @@ def result_row(settings, metrics, images, parameters, data_config):
         interpolation=data_config['interpolation'],
         loss=round(metrics['loss'], 6),
         images=images,
-        checkpoint=settings.checkpoint or '',
+        checkpoint=config.weights.checkpoint or '',
     )
 
 
-def write_results(path, row):
-    path = Path(path)
-    partial = path.with_name(path.name + '.partial')
+def write_results(path: Path, row: Dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, 'w', encoding='utf-8', newline='') as file:
+        with replacing(path) as partial, open(partial, 'w', encoding='utf-8', newline='') as file:
             if path.suffix == '.json':
                 json.dump(row, file, indent=2)
             else:
-                writer = csv.DictWriter(file, fieldnames=row)
+                writer = csv.DictWriter(file, fieldnames=list(row))
                 writer.writeheader()
                 writer.writerow(row)
-        os.replace(partial, path)
     except OSError as error:
         raise UserError(f'--results-file {path}: cannot be written ({error.strerror})') from error
-
-
-if __name__ == '__main__':
-    sys.exit(run_script(main))

@@ -56,7 +56,7 @@ ATTENTIONS: Dict[str, Type[GridAttention]] = {
 
 
 def pop_attention_kwargs(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Take out of kwargs the options of the attention's own: keyword-only arguments that `GridAttention` lacks.
+    """Take an attention's own options out of kwargs: its keyword-only arguments that `GridAttention` does not have.
 
     Args:
         name: A key of `ATTENTIONS`.
@@ -76,13 +76,15 @@ def pop_attention_kwargs(name: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def attention_layer(name: str, feat_size: Optional[Sequence[int]] = None, **options) -> Callable[..., GridAttention]:
-    """What makes the layers of a model: the class of `ATTENTIONS` with its options, called with dim and num_heads.
+def attention_layer(
+    name: str, feat_size: Optional[Sequence[int]] = None, **options: Any
+) -> Callable[..., GridAttention]:
+    """A constructor for the layers of a model, to call with dim and num_heads: an attention with its options set.
 
     Args:
         name: A key of `ATTENTIONS`.
         feat_size: Grid (H, W) of the model, for an attention that is made for one grid.
-        options: Options of the attention's own.
+        **options: The attention's own options.
     """
     attention = ATTENTIONS[name]
     if attention.fixed_grid:

@@ -4,7 +4,7 @@ Paper: `Combiner: Full Attention Transformer with Sparse Computation Cost`, Ren 
 https://arxiv.org/abs/2107.05768
 """
 
-from typing import List
+from typing import Any, List
 
 import torch
 from timm.layers import RelPosBias, register_notrace_module
@@ -22,7 +22,7 @@ from evavit.ops.grid import (
     window_shape,
 )
 
-from .attention import GridAttention
+from .attention import GridAttention, device_and_dtype
 
 __all__ = ['CombinerAttention']
 
@@ -51,10 +51,7 @@ class CombinerAttention(GridAttention):
         window_size: Side of the spans in tokens; 7 gives spans of 49, the EVA paper's number.
         rel_pos_bias: Learned relative position bias inside the span.
         pooling: 'deepsets_max' for q_Ω and k_Ω as above, or 'max' for the maximum alone: W the identity, no ReLU.
-        qkv_bias: Bias of the q, k, v projection.
-        proj_bias: Bias of the output projection.
-        attn_drop: Dropout rate of the attention weights, of tokens and spans alike.
-        proj_drop: Dropout rate after the output projection.
+        **kwargs: Arguments of `GridAttention`; attn_drop drops the weights of tokens and of spans.
 
     Raises:
         ValueError: num_heads does not divide dim; window_size is not a whole number of at least 1; an unknown pooling;
@@ -69,17 +66,10 @@ class CombinerAttention(GridAttention):
         window_size: int = 7,
         rel_pos_bias: bool = True,
         pooling: str = 'deepsets_max',
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        **kwargs: Any,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        super().__init__(dim, num_heads, **kwargs)
+        dd = device_and_dtype(kwargs)
         check_whole('window_size', window_size, 1)
         if pooling not in ('deepsets_max', 'max'):
             raise ValueError(f"pooling must be 'deepsets_max' or 'max', got {pooling!r}")

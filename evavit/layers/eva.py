@@ -4,26 +4,22 @@ Paper: `Efficient Attention via Control Variates`, Zheng et al., ICLR 2023 - htt
 """
 
 import logging
-from typing import Final, List, Optional, Tuple, Union
+from typing import Any, Final, List, Optional, Tuple, Union
 
 import torch
 from timm.layers import RelPosBias, register_notrace_module, trunc_normal_, use_fused_attn
 from torch import nn
 
-from evavit.ops import (
-    eva_attention_mass,
-    eva_attention_packed,
-    eva_attention_variant,
-    eva_backend,
-    eva_num_cells,
-    halo_size,
-)
-from evavit.ops.checks import check_partition
-from evavit.ops.grid import accumulation_dtype, relative_position_index
+from evavit.ops import eva_attention_mass, eva_attention_packed, eva_attention_variant, eva_num_cells, halo_size
+from evavit.ops.backends import autocast_dtype
+from evavit.ops.eva import EVA
+from evavit.ops.eva.case import EvaCase, SummaryTensors
+from evavit.ops.eva.checks import check_partition
+from evavit.ops.grid import accumulation_dtype
 
 from .attention import GridAttention
 
-__all__ = ['EvaAttention', 'HaloRelPosBias']
+__all__ = ['EvaAttention', 'HaloRelPosBias', 'eva_layer_case']
 
 _logger = logging.getLogger(__name__)
 
@@ -43,9 +39,15 @@ class Summary(nn.Module):
             (none).
     """
 
-    def __init__(self, head_dim: int, kind: str = 'linear_ln', device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        kind: str = 'linear_ln',
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Any = {'device': device, 'dtype': dtype}
         self.proj = _HeldLinear(head_dim, head_dim, **dd) if kind != 'identity' else None
         self.norm = nn.LayerNorm(head_dim, **dd) if kind == 'linear_ln' else None
 
@@ -59,11 +61,11 @@ class Summary(nn.Module):
 
 
 class HaloRelPosBias(nn.Module):
-    """Relative position bias between a window and the same with `halo` tokens of context on every side.
+    """Table of relative position biases between a window and the same with `halo` tokens of context on every side.
 
     One row of `relative_position_bias_table` for each offset (dy, dx), query minus key, of 2·(window_size + halo) - 1
-    along each axis: with r = window_size + halo, row (dy + r - 1)·(2r - 1) + dx + r - 1. For halo 0 that is timm's
-    RelPosBias.
+    along each axis: with r = window_size + halo, row (dy + r - 1)·(2r - 1) + dx + r - 1. For halo 0 that is the table
+    of timm's RelPosBias.
 
     Args:
         window_size: Side of the windows in tokens.
@@ -71,32 +73,33 @@ class HaloRelPosBias(nn.Module):
         num_heads: Heads.
     """
 
-    def __init__(self, window_size: int, halo: int, num_heads: int, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        window_size: int,
+        halo: int,
+        num_heads: int,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
         super().__init__()
         reach = window_size + halo
         self.window_size = (reach, reach)  # of the window whose table has these rows
-        self.window, self.halo, self.num_heads = window_size, halo, num_heads
         self.relative_position_bias_table = nn.Parameter(
             torch.empty((2 * reach - 1) ** 2, num_heads, device=device, dtype=dtype)
         )
-        index = torch.empty(window_size**2 * (window_size + 2 * halo) ** 2, dtype=torch.long, device=device)
-        self.register_buffer('relative_position_index', index, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the table and the index."""
+        """Initialise the table."""
         trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.init_non_persistent_buffers()
 
-    def init_non_persistent_buffers(self) -> None:
-        """Fill the index."""
-        index = self.relative_position_index
-        index.copy_(relative_position_index(self.window, self.halo, index.device))
 
-    def get_bias(self) -> torch.Tensor:
-        """The bias `(1, h, window_size², (window_size + 2·halo)²)`."""
-        bias = self.relative_position_bias_table[self.relative_position_index]
-        return bias.view(self.window * self.window, -1, self.num_heads).permute(2, 0, 1).unsqueeze(0)
+def eva_layer_case(layer: GridAttention, window_size: int, partition_grid: int, variant: bool = False) -> EvaCase:
+    """What a layer asks the backends of EVA about: where it is, in its mode, under autocast as it is now."""
+    weight = next(layer.qkv.parameters(), torch.empty(0))  # quantized or adapted layers may have no `weight`
+    dropout = layer.training and layer.attn_drop.p > 0.0
+    sizes = layer.head_dim, window_size, partition_grid
+    return EvaCase(weight.device, autocast_dtype(weight), *sizes, dropout=dropout, variant=variant)
 
 
 @register_notrace_module  # torch.fx keeps it as one node: windows and cells follow the size of the grid
@@ -109,7 +112,7 @@ class EvaAttention(GridAttention):
     Fused CUDA kernels run where they can (`evavit.ops.eva_backend`), unless timm's switch is off when the layer is
     made (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment) or the layer's `fused_attn` is
     set to False. They have no dropout of attention weights: with attn_drop, training takes the plain path, and a log
-    line says so. `extra_repr` names the code that runs.
+    line says so. `backend` names the code that runs, and `extra_repr` why no faster one does.
 
     The ablations, all arguments from `partition` on, run in plain PyTorch: `evavit.ops.eva_attention_variant`.
 
@@ -118,8 +121,6 @@ class EvaAttention(GridAttention):
         num_heads: Heads h; must divide dim.
         window_size: Side of the windows in tokens (the set E); 0 for no window.
         partition_grid: Cells asked for along each axis; 0 for no cells. The layer then has no summaries.
-        qkv_bias: Bias of the q, k, v projection.
-        proj_bias: Bias of the output projection.
         proposal_scale: Factor of the proposal's mean; ½ evaluates weights of the published implementation.
         noise_std: Standard deviation of the proposal's noise in training; 0 for none. The published implementation
             has head_dim^(-¼) in these units.
@@ -132,8 +133,8 @@ class EvaAttention(GridAttention):
         proposal: Ablation (Table 8): mean of the proposal, q̃ + k̃ for 'qk', q̃ for 'q', 0 for 'zero', or one parameter
             for each head and cell for 'learned', `proposal_mean`.
         overlap: Ablation: E is the window and half a window of context on each of its sides.
-        attn_drop: Dropout rate of the attention weights, of tokens and cells alike.
-        proj_drop: Dropout rate after the output projection.
+        **kwargs: qkv_bias, proj_bias, attn_drop (of the weights of tokens and cells alike), proj_drop, device and
+            dtype of `GridAttention`.
 
     Raises:
         ValueError: num_heads does not divide dim; a window_size or partition_grid that is not a whole number of at
@@ -151,8 +152,6 @@ class EvaAttention(GridAttention):
         *,
         window_size: int = 7,
         partition_grid: int = 7,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
         proposal_scale: float = 1.0,
         noise_std: float = 1.0,
         rel_pos_bias: bool = True,
@@ -161,15 +160,12 @@ class EvaAttention(GridAttention):
         num_samples: int = 1,
         proposal: str = 'qk',
         overlap: bool = False,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        **kwargs: Any,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        dd: Any = {'device': device, 'dtype': dtype}
+        super().__init__(dim, num_heads, **kwargs, **dd)
         for name, value in (
             ('window_size', window_size),
             ('partition_grid', partition_grid),
@@ -180,16 +176,15 @@ class EvaAttention(GridAttention):
         check_partition(window_size, partition_grid)
         if noise_std < 0:
             raise ValueError(f'noise_std must be 0 (no noise) or more, got {noise_std}')
-        ablations = [
-            ('partition', partition, ('all', 'complement')),
-            ('summary', summary, ('linear_ln', 'linear', 'identity')),
-            ('proposal', proposal, ('qk', 'q', 'zero', 'learned')),
-        ]
-        for name, value, choices in ablations:
-            if value not in choices:
-                raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
-            if value != choices[0] and not partition_grid:
-                raise ValueError(f'{name} {value!r} is about cells, and partition_grid 0 has none; leave it out')
+        for name, choice, choices in (
+            ('partition', partition, ['all', 'complement']),
+            ('summary', summary, ['linear_ln', 'linear', 'identity']),
+            ('proposal', proposal, ['qk', 'q', 'zero', 'learned']),
+        ):
+            if choice not in choices:
+                raise ValueError(f'{name} must be one of {", ".join(choices)}, got {choice!r}')
+            if choice != choices[0] and not partition_grid:
+                raise ValueError(f'{name} {choice!r} is about cells, and partition_grid 0 has none; leave it out')
         if num_samples < 1:
             raise ValueError(f'num_samples must be at least 1, got {num_samples}')
         if num_samples > 1 and (not partition_grid or noise_std == 0):
@@ -210,9 +205,9 @@ class EvaAttention(GridAttention):
         self.overlap = overlap
         self.variant = (partition, summary, num_samples, proposal, overlap) != ('all', 'linear_ln', 1, 'qk', False)
         self.fused_attn = use_fused_attn()
-        if attn_drop > 0 and self.fused_attn:
+        if self.attn_drop.p > 0 and self.fused_attn:
             _logger.warning(
-                'attn_drop %g: training takes plain PyTorch, the fused kernels have no such dropout', attn_drop
+                'attn_drop %g: training takes plain PyTorch, the fused kernels have no such dropout', self.attn_drop.p
             )
         needs_q = partition_grid and proposal in ('qk', 'q')
         self.summary_q = Summary(self.head_dim, summary, **dd) if needs_q else None
@@ -238,44 +233,41 @@ class EvaAttention(GridAttention):
 
     def init_non_persistent_buffers(self) -> None:
         """Draw the fixed noise of evaluation."""
-        if self.eval_noise is not None:
+        if isinstance(self.eval_noise, torch.Tensor):
             S = self.num_samples
             noise = torch.randn(S, self.head_dim, generator=torch.Generator().manual_seed(0))
             self.eval_noise.copy_((S / (S - 1)) ** 0.5 * (noise - noise.mean(0)))
 
+    @torch.jit.unused
+    def _case(self) -> EvaCase:
+        return eva_layer_case(self, self.window_size, self.partition_grid, self.variant)
+
+    @property
+    @torch.jit.unused
+    def backend(self) -> str:
+        """The code that runs where the layer is, in its mode and under autocast as it is now: 'gluon', 'triton' or
+        'plain'; see `evavit/ops/backends.py`."""
+        return EVA.name(self._case()) if self.fused_attn else 'plain'
+
     def extra_repr(self) -> str:
-        weight = next(self.qkv.parameters(), torch.empty(0))  # quantized or adapted layers may have no `weight`
-        backend = (
-            eva_backend(
-                weight.device,
-                weight.dtype,
-                self.head_dim,
-                self.window_size,
-                self.partition_grid,
-                self.attn_drop.p if self.training else 0.0,
-                self.variant,
-            )
-            if self.fused_attn
-            else 'plain'
-        )
-        ablations = (
-            (
+        backend = EVA.describe(self._case()) if self.fused_attn else 'plain (fused_attn is False)'
+        ablations = ''
+        if self.variant:
+            ablations = (
                 f'partition={self.partition}, summary={self.summary}, num_samples={self.num_samples}, '
                 f'proposal={self.proposal}, overlap={self.overlap}, '
             )
-            if self.variant
-            else ''
-        )
         return (
             f'num_heads={self.num_heads}, window_size={self.window_size}, partition_grid={self.partition_grid}, '
-            f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}, {ablations}backend={backend}'
+            f'proposal_scale={self.proposal_scale:g}, noise_std={self.noise_std:g}, {ablations}'
+            f'backend={backend}'
         )
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         if self.variant:
             return self._attend_variant(qkv, feat_size)
-        summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None
-        summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None
+        summary_q: Optional[SummaryTensors] = None
+        summary_k: Optional[SummaryTensors] = None
         noise: Optional[torch.Tensor] = None
         if self.summary_q is not None and self.summary_k is not None:
             q, k = self.summary_q(), self.summary_k()
@@ -287,7 +279,7 @@ class EvaAttention(GridAttention):
             feat_size,
             summary_q,
             summary_k,
-            rel_pos_bias=self._bias(qkv),
+            rel_pos_bias=self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             window_size=self.window_size,
             partition_grid=self.partition_grid,
             proposal_scale=self.proposal_scale,
@@ -295,15 +287,6 @@ class EvaAttention(GridAttention):
             dropout_p=self.attn_drop.p if self.training else 0.0,
             fused=self.fused_attn,
         )
-
-    def _bias(self, qkv: torch.Tensor) -> Optional[torch.Tensor]:
-        """The bias, or its table where kernels may take it as it is."""
-        if self.rel_pos is None:
-            return None
-        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-            if self.fused_attn and qkv.is_cuda and type(self.rel_pos) is RelPosBias:
-                return self.rel_pos.relative_position_bias_table
-        return self.rel_pos.get_bias().squeeze(0)
 
     def _draw_noise(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         """noise_std · ε `(B, h, C_p, S, d)`, the first draw of a forward pass in training."""
@@ -322,7 +305,7 @@ class EvaAttention(GridAttention):
         noise: Optional[torch.Tensor] = None
         if self.training and self.noise_std > 0 and self.partition_grid > 0:
             noise = self._draw_noise(qkv, feat_size)
-        elif self.eval_noise is not None:
+        elif isinstance(self.eval_noise, torch.Tensor):
             noise = self.noise_std * self.eval_noise.view(1, 1, 1, self.num_samples, self.head_dim)
         return eva_attention_variant(
             q,
@@ -331,7 +314,7 @@ class EvaAttention(GridAttention):
             feat_size,
             self.summary_q() if self.summary_q is not None else None,
             self.summary_k() if self.summary_k is not None else None,
-            rel_pos_bias=self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            rel_pos_bias=self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             window_size=self.window_size,
             partition_grid=self.partition_grid,
             partition=self.partition,
@@ -354,7 +337,7 @@ class EvaAttention(GridAttention):
             k,
             feat_size,
             self.summary_k() if self.summary_k is not None else None,
-            self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             self.window_size,
             self.partition_grid,
         )

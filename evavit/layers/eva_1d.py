@@ -7,14 +7,15 @@ Papers:
 """
 
 import math
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.layers import trunc_normal_
 from torch import nn
 
 from evavit.ops import Eva1dCache, eva_attention_1d, eva_attention_1d_step, halo_size
-from evavit.ops.checks import check_chunks, check_whole
+from evavit.ops.checks import check_whole
+from evavit.ops.eva.checks import check_chunks
 from evavit.ops.grid import accumulation_dtype
 
 from .attention import GridAttention
@@ -38,6 +39,8 @@ class T5RelPosBias(nn.Module):
         causal: No buckets for keys that come later.
     """
 
+    bucket: torch.Tensor
+
     def __init__(
         self,
         window_size: int,
@@ -47,8 +50,8 @@ class T5RelPosBias(nn.Module):
         num_buckets: int = 32,
         max_distance: int = 128,
         causal: bool = False,
-        device=None,
-        dtype=None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         exact = num_buckets // (2 if causal else 4)
@@ -115,7 +118,8 @@ class EvaAttention1d(GridAttention):
         rel_pos_bias: Learned T5 relative position bias inside E.
         num_buckets: Buckets of the bias.
         max_distance: Distance in tokens from which on offsets share the last bucket.
-        qkv_bias, proj_bias, proposal_scale, noise_std, attn_drop, proj_drop: As in `EvaAttention`.
+        proposal_scale, noise_std: As in `EvaAttention`.
+        **kwargs: qkv_bias, proj_bias, attn_drop, proj_drop, device and dtype of `GridAttention`.
 
     Raises:
         ValueError: num_heads does not divide dim; sizes that are no whole numbers or negative, both 0, or do not divide
@@ -131,22 +135,17 @@ class EvaAttention1d(GridAttention):
         cell_size: int = 8,
         causal: bool = False,
         overlap: bool = False,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
         proposal_scale: float = 1.0,
         noise_std: float = 1.0,
         rel_pos_bias: bool = True,
         num_buckets: int = 32,
         max_distance: int = 128,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        **kwargs: Any,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        dd: Any = {'device': device, 'dtype': dtype}
+        super().__init__(dim, num_heads, **kwargs, **dd)
         for name, value, least in (
             ('window_size', window_size, 0),
             ('cell_size', cell_size, 0),
@@ -179,14 +178,22 @@ class EvaAttention1d(GridAttention):
             else None
         )
 
+    @property
+    @torch.jit.unused
+    def backend(self) -> str:
+        """The code that runs: always 'plain', sequences have no kernels."""
+        return 'plain'
+
     def extra_repr(self) -> str:
         return (
             f'num_heads={self.num_heads}, window_size={self.window_size}, cell_size={self.cell_size}, '
             f'causal={self.causal}, overlap={self.overlap}, proposal_scale={self.proposal_scale:g}, '
-            f'noise_std={self.noise_std:g}'
+            f'noise_std={self.noise_std:g}, backend=plain (sequences have no kernels)'
         )
 
-    def forward(self, x: torch.Tensor, key_padding_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(  # type: ignore[override]  # a sequence has no grid
+        self, x: torch.Tensor, key_padding_mask: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """Attend over tokens `(B, N, C)`.
 
         Args:
@@ -232,7 +239,7 @@ class EvaAttention1d(GridAttention):
         qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
         return qkv.unbind(0)
 
-    def _shared(self) -> dict:
+    def _shared(self) -> Dict[str, Any]:
         """Arguments of the whole sequence and of a step alike."""
         return dict(
             summary_q=self.summary_q() if self.summary_q is not None else None,

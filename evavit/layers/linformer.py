@@ -3,7 +3,7 @@
 Paper: `Linformer: Self-Attention with Linear Complexity`, Wang et al., 2020 - https://arxiv.org/abs/2006.04768
 """
 
-from typing import List, Sequence, Tuple
+from typing import Any, ClassVar, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import nn
 from evavit.ops.checks import check_grid, check_tokens, check_whole
 from evavit.ops.grid import static_size
 
-from .attention import GridAttention
+from .attention import GridAttention, device_and_dtype
 
 __all__ = ['LinformerAttention', 'TokenProjection', 'resize_token_projection']
 
@@ -33,9 +33,9 @@ def resize_token_projection(weight: torch.Tensor, feat_size: Sequence[int]) -> t
 class TokenProjection(nn.Module):
     """The N tokens of a grid to r combinations of them: `(B, h, N, d)` to `(B, h, r, d)`, one matrix for all heads."""
 
-    def __init__(self, projection_dim: int, feat_size: Tuple[int, int], device=None, dtype=None) -> None:
+    def __init__(self, projection_dim: int, feat_size: Tuple[int, int], **dd: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(projection_dim, feat_size[0], feat_size[1], device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(projection_dim, feat_size[0], feat_size[1], **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,17 +65,14 @@ class LinformerAttention(GridAttention):
         projection_dim: r; 128 as in the paper's model for 512 tokens. The EVA paper has no Linformer on images; it
             uses 256 for its language model.
         share_kv: One projection for keys and values, E = F ("key-value sharing").
-        qkv_bias: Bias of the q, k, v projection.
-        proj_bias: Bias of the output projection.
-        attn_drop: Dropout rate of the attention weights.
-        proj_drop: Dropout rate after the output projection.
+        **kwargs: Arguments of `GridAttention`.
 
     Raises:
         ValueError: num_heads does not divide dim; projection_dim is not a whole number of at least 1; feat_size is not
             two positive numbers; a dropout rate outside 0 to 1. In the forward pass: another grid than feat_size.
     """
 
-    fixed_grid = True
+    fixed_grid: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -85,17 +82,10 @@ class LinformerAttention(GridAttention):
         feat_size: Sequence[int] = (14, 14),
         projection_dim: int = 128,
         share_kv: bool = False,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        **kwargs: Any,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        super().__init__(dim, num_heads, **kwargs)
+        dd = device_and_dtype(kwargs)
         check_whole('projection_dim', projection_dim, 1)
         check_grid(list(feat_size))
         self.projection_dim = projection_dim

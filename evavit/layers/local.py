@@ -5,15 +5,17 @@ two dimensions with a relative position bias as in `Swin Transformer` (windows n
 https://arxiv.org/abs/2103.14030
 """
 
-from typing import Final, List
+from typing import Any, Final, List, Optional
 
 import torch
 from timm.layers import RelPosBias, register_notrace_module, use_fused_attn
 
 from evavit.ops import eva_attention_packed
 from evavit.ops.checks import check_whole
+from evavit.ops.eva import EVA
 
 from .attention import GridAttention
+from .eva import eva_layer_case
 
 __all__ = ['LocalAttention']
 
@@ -26,7 +28,8 @@ class LocalAttention(GridAttention):
 
         y_n = Σ_m softmax over m ∈ E^n of (s q_n·k_m + b(n, m)) · v_m
 
-    This is EVA without cells (`evavit.ops.eva_attention`): any grid, where a window that runs over the edge holds its
+    This is EVA without cells (`evavit.ops.eva_attention`), whose kernels run where they can; `backend` and `extra_repr`
+    say which. Any grid, where a window that runs over the edge holds its
     real tokens only. Time and memory grow with N·window_size². A window over the whole grid without a bias is softmax
     attention.
 
@@ -35,10 +38,7 @@ class LocalAttention(GridAttention):
         num_heads: Heads h; must divide dim.
         window_size: Side of the windows in tokens, at least 1.
         rel_pos_bias: Learned relative position bias inside the window.
-        qkv_bias: Bias of the q, k, v projection.
-        proj_bias: Bias of the output projection.
-        attn_drop: Dropout rate of the attention weights.
-        proj_drop: Dropout rate after the output projection.
+        **kwargs: qkv_bias, proj_bias, attn_drop, proj_drop, device and dtype of `GridAttention`.
 
     Raises:
         ValueError: num_heads does not divide dim; a window_size that is not a whole number of at least 1; a dropout
@@ -54,30 +54,33 @@ class LocalAttention(GridAttention):
         *,
         window_size: int = 7,
         rel_pos_bias: bool = True,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        **kwargs: Any,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        dd: Any = {'device': device, 'dtype': dtype}
+        super().__init__(dim, num_heads, **kwargs, **dd)
         check_whole('window_size', window_size, 1)
         self.window_size = window_size
         self.fused_attn = use_fused_attn()  # the kernels of EVA
         self.rel_pos = RelPosBias((window_size, window_size), num_heads, **dd) if rel_pos_bias else None
 
+    @property
+    @torch.jit.unused
+    def backend(self) -> str:
+        """The code that runs where the layer is, as of `EvaAttention`: 'triton' or 'plain'."""
+        return EVA.name(eva_layer_case(self, self.window_size, 0)) if self.fused_attn else 'plain'
+
     def extra_repr(self) -> str:
-        return f'num_heads={self.num_heads}, window_size={self.window_size}'
+        case = eva_layer_case(self, self.window_size, 0)
+        backend = EVA.describe(case) if self.fused_attn else 'plain (fused_attn is False)'
+        return f'num_heads={self.num_heads}, window_size={self.window_size}, backend={backend}'
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         return eva_attention_packed(
             qkv,
             feat_size,
-            rel_pos_bias=self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            rel_pos_bias=self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             window_size=self.window_size,
             partition_grid=0,
             dropout_p=self.attn_drop.p if self.training else 0.0,

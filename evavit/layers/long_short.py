@@ -4,7 +4,7 @@ Paper: `Long-Short Transformer: Efficient Transformers for Language and Vision`,
 https://arxiv.org/abs/2107.02192
 """
 
-from typing import List, Tuple
+from typing import Any, List, Tuple
 
 import torch
 from timm.layers import RelPosBias, register_notrace_module
@@ -13,7 +13,7 @@ from torch import nn
 from evavit.ops.checks import check_tokens, check_whole
 from evavit.ops.grid import from_windows, joint_attention, softmax, static_size, to_windows, window_logits, window_shape
 
-from .attention import GridAttention
+from .attention import GridAttention, device_and_dtype
 
 __all__ = ['LongShortAttention']
 
@@ -37,7 +37,7 @@ class LongShortAttention(GridAttention):
     LN_L and LN_G are the paper's DualLN, one LayerNorm over all heads' channels for each of the two sets: at
     initialisation the averages k̄ are much smaller than single keys. Time and memory grow with N·(window_size² + r).
     As in the EVA paper, windows do not overlap (Zhu et al. extend each by half a window) and have a relative position
-    bias b. Where one window holds the whole grid, y would be softmax attention but for the r further keys.
+    bias b. If one window holds the whole grid, y differs from softmax attention only by the r further keys.
 
     Args:
         dim: Channels C.
@@ -46,10 +46,7 @@ class LongShortAttention(GridAttention):
         projection_dim: r; 16 in the EVA paper's Table 9. The parameters and FLOPs of its Table 2 are those of 49.
         dual_ln: Normalise keys and values as above; the identity in place of LN_L and LN_G if not.
         rel_pos_bias: Learned relative position bias inside the window.
-        qkv_bias: Bias of the q, k, v projection.
-        proj_bias: Bias of the output projection.
-        attn_drop: Dropout rate of the attention weights, of both sets alike.
-        proj_drop: Dropout rate after the output projection.
+        **kwargs: Arguments of `GridAttention`; attn_drop drops the weights of both sets.
 
     Raises:
         ValueError: num_heads does not divide dim; window_size or projection_dim is not a whole number of at least 1;
@@ -65,17 +62,10 @@ class LongShortAttention(GridAttention):
         projection_dim: int = 16,
         dual_ln: bool = True,
         rel_pos_bias: bool = True,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        **kwargs: Any,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        super().__init__(dim, num_heads, **kwargs)
+        dd = device_and_dtype(kwargs)
         check_whole('window_size', window_size, 1)
         check_whole('projection_dim', projection_dim, 1)
         self.window_size = window_size

@@ -4,7 +4,7 @@ Paper: `Nyströmformer: A Nyström-Based Algorithm for Approximating Self-Attent
 https://arxiv.org/abs/2102.03902
 """
 
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 from timm.layers import register_notrace_module
@@ -13,7 +13,7 @@ from torch import nn
 from evavit.ops.checks import check_tokens, check_whole
 from evavit.ops.grid import accumulation_dtype, cell_means, cell_shape, softmax, static_size
 
-from .attention import GridAttention
+from .attention import GridAttention, device_and_dtype
 
 __all__ = ['NystromformerAttention', 'iterative_pseudo_inverse']
 
@@ -56,10 +56,7 @@ class NystromformerAttention(GridAttention):
         landmark_grid: Landmarks asked for along each axis; 7 gives at most 49, the EVA paper's number.
         pinv_iterations: Steps of the pseudo-inverse; 6 in the paper.
         conv_kernel_size: Length of DConv's kernels in tokens, odd; 33 in the authors' code, 0 for no convolution.
-        qkv_bias: Bias of the q, k, v projection.
-        proj_bias: Bias of the output projection.
-        attn_drop: Dropout rate of the queries' weights over the landmarks, softmax(s Q K̃ᵀ).
-        proj_drop: Dropout rate after the output projection.
+        **kwargs: Arguments of `GridAttention`; attn_drop drops the queries' weights of the landmarks, softmax(s Q K̃ᵀ).
 
     Raises:
         ValueError: num_heads does not divide dim; landmark_grid or pinv_iterations that are not whole numbers of at
@@ -74,17 +71,10 @@ class NystromformerAttention(GridAttention):
         landmark_grid: int = 7,
         pinv_iterations: int = 6,
         conv_kernel_size: int = 33,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        **kwargs: Any,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        super().__init__(dim, num_heads, **kwargs)
+        dd = device_and_dtype(kwargs)
         check_whole('landmark_grid', landmark_grid, 1)
         check_whole('pinv_iterations', pinv_iterations, 1)
         check_whole('conv_kernel_size', conv_kernel_size, 0)
@@ -128,7 +118,7 @@ class NystromformerAttention(GridAttention):
         values: Optional[torch.Tensor] = None
         if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
             if not qkv.is_meta and torch.is_autocast_enabled(qkv.device.type):
-                with torch.autocast(qkv.device.type, enabled=False):  # an inverse has no digits to give away
+                with torch.autocast(qkv.device.type, enabled=False):  # an inverse needs all digits of float32
                     values = self._landmark_values(q_l, k_l, k, v)
         if values is None:
             values = self._landmark_values(q_l, k_l, k, v)

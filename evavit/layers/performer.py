@@ -3,29 +3,102 @@
 Paper: `Rethinking Attention with Performers`, Choromanski et al., ICLR 2021 - https://arxiv.org/abs/2009.14794
 """
 
-from typing import List
+from typing import Any, List, Optional
 
 import torch
 from timm.layers import register_notrace_module
 
-from evavit.ops import random_feature_attention
+from evavit.ops.checks import check_dropout, check_tokens
+from evavit.ops.grid import accumulation_dtype
+from evavit.ops.random_features import check_directions, feature_averages, log_positive_features, weigh_samples
 
-from .attention import GridAttention
+from .attention import GridAttention, device_and_dtype
 from .random_directions import RandomDirections
 
-__all__ = ['PerformerAttention']
+__all__ = ['PerformerAttention', 'random_feature_attention']
+
+
+def log_relu_features(x: torch.Tensor, directions: torch.Tensor, scale: float, eps: float = 1e-3) -> torch.Tensor:
+    """log(ReLU(ω·scale^½ x / S^½) + eps): the generalised attention of the Performer's paper, which is no softmax."""
+    dtype = accumulation_dtype(x)
+    projected = (scale**0.5 * x.to(dtype)) @ directions.to(dtype).transpose(-2, -1)
+    return ((directions.shape[-2] ** -0.5 * projected).relu() + eps).log()
+
+
+def _random_feature_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    directions: torch.Tensor,
+    kind: str,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
+    if kind == 'relu':
+        log_q, log_k = log_relu_features(q, directions, scale), log_relu_features(k, directions, scale)
+    else:
+        log_q, log_k = log_positive_features(q, directions, scale), log_positive_features(k, directions, scale)
+    total, averages = feature_averages(log_k, v)
+    return weigh_samples(log_q + total, averages, dropout_p)
+
+
+def random_feature_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feat_size: List[int],
+    directions: torch.Tensor,
+    kind: str = 'positive',
+    scale: Optional[float] = None,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    """Attention through random features (Performer), Equation (4) of the EVA paper.
+
+        y_n = Σ_m φ(q̂_n)·φ(k̂_m) v_m / Σ_m φ(q̂_n)·φ(k̂_m),    φ(x) = S^(-½) [ξ(x, ω_1), …, ξ(x, ω_S)]
+
+    computed as the importance sampler of `evavit.ops.random_features`. Time and memory grow with N·S. With positive
+    features and ω ~ N(0, I) the error against softmax attention falls as S^(-½).
+
+    Args:
+        q: Queries `(B, h, N, d)`, any strides.
+        k: Keys, like q.
+        v: Values, like q.
+        feat_size: Grid `(H, W)` with N = H·W; only checked, order and neighbourhood play no part.
+        directions: ω, `(h, S, d)`.
+        kind: 'positive' for ξ, or 'relu' for ReLU(ω·x) with a small constant.
+        scale: s; d^(-½) if None.
+        dropout_p: Probability to drop a direction's weight for a query; the rest is scaled up.
+
+    Returns:
+        `(B, h, N, d)` in q's dtype.
+
+    Raises:
+        ValueError: arguments that do not fit each other, or an unknown kind.
+    """
+    check_tokens(q, k, v, feat_size)
+    check_directions(q, directions)
+    check_dropout(dropout_p)
+    if kind != 'positive' and kind != 'relu':
+        raise ValueError(f"kind must be 'positive' or 'relu', got '{kind}'")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+        if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+            with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen here
+                return _random_feature_attention(q, k, v, directions, kind, scale, dropout_p)
+    return _random_feature_attention(q, k, v, directions, kind, scale, dropout_p)
 
 
 @register_notrace_module
 class PerformerAttention(GridAttention):
     """Multi-head attention through random features on tokens `(B, N, C)`, `forward(x, feat_size)`.
 
-    With φ the features of S directions ω (see `evavit.ops.random_feature_attention`) and q̂, k̂ = d^(-¼) q, d^(-¼) k:
+    With φ the features of S directions ω (see `random_feature_attention`) and q̂, k̂ = d^(-¼) q, d^(-¼) k:
 
         y_n = Σ_m φ(q̂_n)·φ(k̂_m) v_m / Σ_m φ(q̂_n)·φ(k̂_m)
 
-    Time and memory grow with N·S, on any grid, which plays no part. No parameters beyond softmax attention's. With
-    positive features it approaches softmax attention as S^(-½).
+    Time and memory grow with N·S; the grid plays no part. The parameters are softmax attention's. With positive
+    features the error against softmax attention falls as S^(-½).
 
     Args:
         dim: Channels C.
@@ -35,10 +108,7 @@ class PerformerAttention(GridAttention):
         orthogonal: Directions orthogonal in blocks of the head dim.
         redraw_interval: Training steps between two draws of the directions, on average; 1 draws in each step, 0 never.
             Evaluation always has the same directions.
-        qkv_bias: Bias of the q, k, v projection.
-        proj_bias: Bias of the output projection.
-        attn_drop: Dropout rate of a query's weights of the directions.
-        proj_drop: Dropout rate after the output projection.
+        **kwargs: Arguments of `GridAttention`; attn_drop drops a query's weights of the directions.
 
     Raises:
         ValueError: num_heads does not divide dim; num_features or redraw_interval that are no whole numbers of at least
@@ -54,17 +124,10 @@ class PerformerAttention(GridAttention):
         feature_kind: str = 'positive',
         orthogonal: bool = True,
         redraw_interval: int = 1,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        **kwargs: Any,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        super().__init__(dim, num_heads, **kwargs)
+        dd = device_and_dtype(kwargs)
         if feature_kind not in ('positive', 'relu'):
             raise ValueError(f"feature_kind must be 'positive' or 'relu', got {feature_kind!r}")
         self.feature_kind = feature_kind

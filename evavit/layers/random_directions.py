@@ -1,12 +1,31 @@
 """The directions of random features as a part of a layer: drawn anew in training, fixed in evaluation."""
 
+from typing import Any, Dict, List, Optional
+
 import torch
 from torch import nn
 
 from evavit.ops.checks import check_whole
-from evavit.ops.random_features import orthogonal_directions
 
-__all__ = ['RandomDirections']
+__all__ = ['RandomDirections', 'orthogonal_directions']
+
+
+def orthogonal_directions(gaussian: torch.Tensor) -> torch.Tensor:
+    """Independent standard normal rows `(..., S, d)` made orthogonal in blocks of d, each still N(0, I) on its own.
+
+    Gram-Schmidt inside each block (the last may be short), then each row gets its old length back: length and
+    direction of a normal vector are independent. Orthogonal directions lower the variance of random features. In
+    float64, through a Cholesky factor, which a GPU does in one go: G = L Q with orthonormal rows Q for L Lᵀ = G Gᵀ.
+    """
+    d = gaussian.shape[-1]
+    rows = gaussian.double()
+    length = rows.norm(2, -1, True)
+    unit = rows / length
+    blocks: List[torch.Tensor] = []
+    for block in unit.split(d, -2):
+        factor, _ = torch.linalg.cholesky_ex(block @ block.transpose(-2, -1))
+        blocks.append(torch.linalg.solve_triangular(factor, block, upper=False))
+    return (length * torch.cat(blocks, -2)).to(gaussian.dtype)
 
 
 class RandomDirections(nn.Module):
@@ -20,12 +39,15 @@ class RandomDirections(nn.Module):
         num_heads: Heads h, each with directions of its own.
         num_features: Directions S of each head.
         head_dim: Their size d.
-        orthogonal: Make them orthogonal in blocks of d (`evavit.ops.random_features.orthogonal_directions`).
+        orthogonal: Make them orthogonal in blocks of d (`orthogonal_directions`).
         redraw_interval: Training steps between two draws, on average: each step redraws with probability
             1 / redraw_interval, which needs no counter of steps. 1 draws in each step; 0 trains with the directions of
             evaluation. Above 1 the directions in use are in the state dict, `kept`, so that a run goes on with them
             after a stop; weights with and without them load into one another.
     """
+
+    fixed: torch.Tensor
+    kept: Optional[torch.Tensor]
 
     def __init__(
         self,
@@ -34,8 +56,8 @@ class RandomDirections(nn.Module):
         head_dim: int,
         orthogonal: bool = True,
         redraw_interval: int = 1,
-        device=None,
-        dtype=None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         check_whole('num_features', num_features, 1)
@@ -57,11 +79,13 @@ class RandomDirections(nn.Module):
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
-        """Fill the directions of evaluation."""
+        """Fill the directions of evaluation; a layer on the meta device has nothing to fill."""
+        if self.fixed.is_meta:
+            return
         drawn = torch.randn(self.fixed.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         self.fixed.copy_(self._shaped(drawn))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         key = f'{prefix}kept'
         if self.kept is None:
             state_dict.pop(key, None)  # of a run that kept its directions; evaluation has others anyway

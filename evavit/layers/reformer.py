@@ -3,7 +3,7 @@
 Paper: `Reformer: The Efficient Transformer`, Kitaev et al., ICLR 2020 - https://arxiv.org/abs/2001.04451
 """
 
-from typing import List
+from typing import Any, List
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import nn
 from evavit.ops.checks import check_tokens, check_whole
 from evavit.ops.grid import accumulation_dtype, static_size
 
-from .attention import GridAttention
+from .attention import GridAttention, device_and_dtype
 
 __all__ = ['ReformerAttention']
 
@@ -37,23 +37,22 @@ class ReformerAttention(GridAttention):
     other. The number of buckets is the even number next above N / chunk_size, at most 128. The rotations are drawn anew
     in each training forward, from the default generator of the input's device; in evaluation they are fixed (a
     non-persistent buffer from a fixed seed). Time and memory grow with N·num_hashes·chunk_size, and sorting with
-    N log N. It approximates softmax attention with these shared keys, not that with keys of their own; with rounds
-    enough for every pair to meet it is exactly that.
+    N log N. It approximates softmax attention in which these shared keys take the place of keys of their own, and
+    equals it when there are enough rounds for every pair to meet.
 
     Args:
         dim: Channels C.
         num_heads: Heads h; must divide dim.
         num_hashes: Rounds of hashing; 4 in the EVA paper's language model, its only one with Reformer.
         chunk_size: Tokens of a chunk; 64 there, as in the Reformer paper's code.
-        qkv_bias: Bias of the query and value projection.
-        proj_bias: Bias of the output projection.
-        attn_drop: Dropout rate of the attention weights.
-        proj_drop: Dropout rate after the output projection.
+        **kwargs: Arguments of `GridAttention`.
 
     Raises:
         ValueError: num_heads does not divide dim; num_hashes or chunk_size is not a whole number of at least 1; a
             dropout rate outside 0 to 1.
     """
+
+    rotations: torch.Tensor
 
     def __init__(
         self,
@@ -62,22 +61,15 @@ class ReformerAttention(GridAttention):
         *,
         num_hashes: int = 4,
         chunk_size: int = 64,
-        qkv_bias: bool = True,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
+        **kwargs: Any,
     ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
-        )
+        super().__init__(dim, num_heads, **kwargs)
+        dd = device_and_dtype(kwargs)
         check_whole('num_hashes', num_hashes, 1)
         check_whole('chunk_size', chunk_size, 1)
         self.num_hashes = num_hashes
         self.chunk_size = chunk_size
-        self.qkv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)  # queries are keys: no rows for these
+        self.qkv = nn.Linear(dim, 2 * dim, bias=self.qkv.bias is not None, **dd)  # queries are keys: no rows for these
         self.register_buffer(
             'rotations', torch.empty(num_hashes, self.head_dim, MAX_BUCKETS // 2, **dd), persistent=False
         )

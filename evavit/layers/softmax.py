@@ -1,6 +1,6 @@
 """Softmax attention over the whole grid, through PyTorch's scaled_dot_product_attention."""
 
-from typing import Final, List
+from typing import Any, Final, List
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ class SoftmaxAttention(GridAttention):
 
     fused_attn: Final[bool]
 
-    def __init__(self, dim: int, num_heads: int, **kwargs) -> None:
+    def __init__(self, dim: int, num_heads: int, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, **kwargs)
         self.fused_attn = use_fused_attn()
 

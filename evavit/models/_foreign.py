@@ -99,8 +99,8 @@ def convert_published_eva(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torc
     return converted
 
 
-# Parts of timm's and DeiT's softmax models that nothing here corresponds to: tokens beside the grid and what reads
-# them, and the convolutions with which PVT shortens keys and values.
+# What timm's and DeiT's softmax models have and ours lack: tokens that are not of the grid and the head that reads
+# one, and the convolutions with which PVT shortens keys and values.
 _NO_COUNTERPART = re.compile(
     r'^(cls_token|dist_token|reg_token|head_dist\..*)$|\.attn\.(sr|norm)\.(weight|bias)$|relative_position_index$'
 )
@@ -169,8 +169,8 @@ def convert_softmax(
     return converted
 
 
-# Size of the constant part of what the LayerNorm sees, in deviations of the queries or keys (see `linear_summary`).
-# From 8 on the error of the attention hardly falls; bfloat16 rounds the constant part, which speaks for a small one.
+# Size of the constant part of the LayerNorm's input, in standard deviations of the queries or keys (see
+# `linear_summary`). Above 8 the error of the attention hardly falls, and bfloat16 rounds a larger constant more.
 _LINEAR_RATIO = 8.0
 
 
@@ -228,7 +228,7 @@ def linear_summary(
 
 
 class Change(NamedTuple):
-    """What became of a tensor: its name in the model (in the file, where it was dropped), the action, the reason.
+    """What was done with a tensor: its name in the model (in the file, if it was dropped), the action, the reason.
 
     Actions are 'taken', 'renamed', 'merged', 'resized', 'fresh' and 'dropped'.
     """

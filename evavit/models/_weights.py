@@ -1,4 +1,4 @@
-"""What the families share when weights come in: every file becomes a state dict of the model, with a report."""
+"""Files of weights, fitted to a model of any family, with a report of what was done to each tensor."""
 
 import contextlib
 import logging
@@ -6,7 +6,7 @@ import math
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union, cast
 
 import torch
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
@@ -26,6 +26,9 @@ from ._foreign import (
     linear_summary,
     weight_sources,
 )
+
+if TYPE_CHECKING:  # which imports this file
+    from ._grid import GridModel
 
 __all__ = ['fit_checkpoint', 'fit_strictly', 'pretrained_filter', 'read_weights', 'readable']
 
@@ -82,7 +85,7 @@ def _fault(path: Path, error: Exception) -> str:
 
 @contextlib.contextmanager
 def readable(overlay: Optional[Mapping[str, Any]]) -> Iterator[None]:
-    """While timm reads the file of a `pretrained_cfg_overlay`: the errors of `read_weights` in place of its own."""
+    """Raise the errors of `read_weights` where timm fails to read the file of a `pretrained_cfg_overlay`."""
     try:
         yield
     except Exception:
@@ -126,13 +129,13 @@ def _unwrap(state_dict: Weights) -> Weights:
     return clean_state_dict(state_dict)
 
 
-def _start_attention(name: str, attn: EvaAttention, state: Weights, feat_size: List[int]) -> Tuple[Weights, str]:
-    """What EVA has beside softmax attention, such that it is near to it: tensors by their name within the layer."""
+def _start_attention(name: str, attn: EvaAttention, state: Weights, feat_size: List[int]) -> Weights:
+    """Start values, by name within the layer, of what softmax attention lacks; EVA then begins close to it."""
     start: Weights = {}
     weight, bias = state[f'{name}.qkv.weight'], state.get(f'{name}.qkv.bias')
     block = name.rpartition('.')[0]
-    norm = tuple(state.get(f'{block}.norm1.{part}') for part in ('weight', 'bias'))
-    norm = norm if None not in norm else None
+    gamma, beta = (state.get(f'{block}.norm1.{part}') for part in ('weight', 'bias'))
+    norm = None if gamma is None or beta is None else (gamma, beta)
     for i, summary in enumerate(('summary_q', 'summary_k')):
         if getattr(attn, summary) is None:
             continue
@@ -150,7 +153,7 @@ def _start_attention(name: str, attn: EvaAttention, state: Weights, feat_size: L
     return start
 
 
-def _add_fresh(state: Weights, model: nn.Module, new_head: bool) -> Dict[str, str]:
+def _add_fresh(state: Weights, model: 'GridModel', new_head: bool) -> Dict[str, str]:
     """Add to a state dict what the model has beside it: name → why it starts so."""
     own = model.state_dict()
     fresh: Dict[str, str] = {}
@@ -158,7 +161,7 @@ def _add_fresh(state: Weights, model: nn.Module, new_head: bool) -> Dict[str, st
         if f'{name}.qkv.weight' not in state or not hasattr(attn, 'attend'):
             continue
         missing = [key for key in own if key.startswith(f'{name}.') and key not in state]
-        start = {}
+        start: Weights = {}
         if isinstance(attn, EvaAttention) and missing:
             start = _start_attention(name, attn, state, model.block_grid(name))
         for key in missing:
@@ -186,7 +189,7 @@ def fit_checkpoint(
 
     Args:
         state_dict: Tensors by name, as they are in the file.
-        model: The model that they are for.
+        model: The model that they are for, of one of the families.
         new_head: Start the classifier anew where the file has other classes or none.
 
     Returns:
@@ -216,8 +219,9 @@ def fit_checkpoint(
         )
     if classes[1] is None:
         state = {name: value for name, value in state.items() if not name.startswith('head.')}
-    state = _resize(state, model)
-    fresh = _add_fresh(state, model, new_head)
+    backbone = cast('GridModel', model)
+    state = _resize(state, backbone)
+    fresh = _add_fresh(state, backbone, new_head)
     _check_names(state, own, kind)
     _check_shapes(state, own)
     changes = []
@@ -245,7 +249,7 @@ def _size(shape: Tuple[int, ...]) -> str:
     return '×'.join(map(str, shape))
 
 
-def _resize(state: Weights, model: nn.Module) -> Weights:
+def _resize(state: Weights, model: 'GridModel') -> Weights:
     """Positions, patches, image channels, bias tables and projections of tokens in the sizes of a model."""
     own = model.state_dict()
     # What follows no size of grid, patch or window comes first: resampling fails on another width with its own words.
@@ -332,12 +336,12 @@ def file_classes(state_dict: Weights) -> Optional[int]:
 def fit_strictly(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
     """A state dict as it is where it fits a model, and fitted to it otherwise, with the table in the log.
 
-    Both models do this in a strict `load_state_dict`. So `create_model(…, checkpoint_path=FILE)` takes the files that
+    The models do this in a strict `load_state_dict`. So `create_model(…, checkpoint_path=FILE)` takes the files that
     `pretrained_cfg_overlay=dict(file=FILE)` takes, except that the classes must agree.
     """
     own = model.state_dict()
     if state_dict.keys() == own.keys() and all(state_dict[name].shape == value.shape for name, value in own.items()):
         return state_dict
-    fitted, changes = fit_checkpoint(state_dict, model, new_head=False)
+    fitted, changes = fit_checkpoint(dict(state_dict), model, new_head=False)
     _log(changes)
     return fitted

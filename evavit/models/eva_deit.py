@@ -4,35 +4,34 @@ Papers:
   * `Efficient Attention via Control Variates` - https://arxiv.org/abs/2302.04542 (settings: Appendix E.2)
   * `Training data-efficient image transformers & distillation through attention` - https://arxiv.org/abs/2012.12877
 
-The model is timm's VisionTransformer without a class token, with mean pooling after the final LayerNorm. Two things are
-new, and they are the whole seam between timm's ViT and an attention that needs the grid:
+The model is timm's VisionTransformer without a class token, with mean pooling after the final LayerNorm. Two additions
+connect it to an attention that needs the grid:
 
   * `GridBlock` hands `feat_size` on to its attention: `block(x, feat_size)`, as the blocks of timm's PVT do.
   * `GridVisionTransformer` knows `feat_size` after the patch embedding and passes it to every block.
 
-A third is there for speed alone: `PatchProjection`, the patch embedding's convolution as the matrix product that it is.
+A third is for speed: `PatchProjection` computes the patch embedding's convolution as a matrix product.
 
-Tokens stay `(B, N, C)` between the blocks. What would break the grid (class and register tokens, patch dropout,
+Tokens stay `(B, N, C)` between the blocks. What does not fit a grid (class and register tokens, patch dropout,
 attention masks) is refused.
 """
 
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Literal, Optional, Tuple, Type, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 from torch.nn import functional as F
 
-from evavit.layers import ATTENTIONS, FusedMlp, attention_layer, pop_attention_kwargs
+from evavit.layers import ATTENTIONS, FusedMlp, GridAttention, attention_layer, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
-from ._register import register_variants
-from ._weights import fit_strictly, pretrained_filter, readable
+from ._grid import GridModel, Variant, build_grid_model, grid_cfgs, register_family, variant
+from ._weights import pretrained_filter
 
 __all__ = ['GridBlock', 'GridPatchEmbed', 'GridVisionTransformer', 'PatchProjection']
 
@@ -40,10 +39,10 @@ __all__ = ['GridBlock', 'GridPatchEmbed', 'GridVisionTransformer', 'PatchProject
 class PatchProjection(nn.Conv2d):
     """A convolution of patches that do not overlap, `stride == kernel_size`, as one matrix product of all patches.
 
-    The same parameters and function as the convolution, `(B, in_chans, height, width)` to `(B, C, H, W)` with what
-    fills no patch left out; its output lies in memory as `(B, H, W, C)`, as the tokens that it becomes. Libraries of
-    convolutions are slow at three channels: cuDNN takes 15 % of an inference of `eva_deit_tiny` on an H100. Images of
-    other than in_chans channels are an AssertionError, as images of another size are in timm.
+    Parameters and result are the convolution's: `(B, in_chans, height, width)` to `(B, C, H, W)`. Pixels at the right
+    and bottom that do not fill a patch are left out. The output lies in memory as `(B, H, W, C)`, the order of the
+    tokens. Convolutions of three channels are slow: cuDNN's takes 15 % of an inference of `eva_deit_tiny` on an H100.
+    Another number of channels is an AssertionError, as another image size is in timm.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,7 +60,7 @@ class PatchProjection(nn.Conv2d):
 class GridPatchEmbed(PatchEmbed):
     """timm's PatchEmbed on a `PatchProjection`; arguments as there."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.proj = self._as_product(self.proj)
 
@@ -78,14 +77,9 @@ class GridPatchEmbed(PatchEmbed):
     def _as_product(conv: nn.Conv2d) -> nn.Conv2d:
         if isinstance(conv, PatchProjection):
             return conv
-        proj = PatchProjection(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            bias=conv.bias is not None,
-            device='meta',
-        )
+        size = (conv.kernel_size[0], conv.kernel_size[1])
+        bias = conv.bias is not None
+        proj = PatchProjection(conv.in_channels, conv.out_channels, size, size, bias=bias, device='meta')
         proj.weight, proj.bias = conv.weight, conv.bias
         return proj.train(conv.training)
 
@@ -115,13 +109,13 @@ class GridBlock(Block):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         mlp_layer: Type[nn.Module] = FusedMlp,
-        device=None,
-        dtype=None,
-        **kwargs,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        **kwargs: Any,
     ) -> None:
         if qk_norm or scale_attn_norm:
             raise ValueError('qk_norm and scale_attn_norm are not part of these attentions; leave them out')
-        dd = {'device': device, 'dtype': dtype}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         # nn.Identity takes any arguments: no softmax attention is made only to be thrown away.
         super().__init__(
             dim,
@@ -137,13 +131,14 @@ class GridBlock(Block):
             dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
         )
 
-    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    # The grid stands where timm's blocks take a mask. No reason after the comment below: TorchScript would not read it.
+    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:  # type: ignore[override]
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), feat_size)))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x
 
 
-class GridVisionTransformer(VisionTransformer):
+class GridVisionTransformer(GridModel, VisionTransformer):
     """timm's VisionTransformer whose blocks see the token grid; any image size with `dynamic_img_size`.
 
     Args:
@@ -165,7 +160,7 @@ class GridVisionTransformer(VisionTransformer):
         self,
         *,
         attn_layer: str = 'eva',
-        global_pool: str = 'avg',
+        global_pool: Literal['', 'avg', 'avgmax', 'max', 'map', 'prr'] = 'avg',
         fc_norm: Optional[bool] = False,
         class_token: bool = False,
         reg_tokens: int = 0,
@@ -176,7 +171,7 @@ class GridVisionTransformer(VisionTransformer):
         patch_size: Union[int, Tuple[int, int]] = 16,
         embed_layer: Callable[..., nn.Module] = GridPatchEmbed,
         mlp_layer: Type[nn.Module] = FusedMlp,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         refused = dict(class_token=class_token, reg_tokens=reg_tokens, patch_drop_rate=patch_drop_rate)
         for name, value in refused.items():
@@ -205,13 +200,8 @@ class GridVisionTransformer(VisionTransformer):
             dynamic_img_pad=dynamic_img_size if dynamic_img_pad is None else dynamic_img_pad,
             **kwargs,
         )
-        self.blocks = nn.ModuleList(self.blocks)  # nn.Sequential would call a block with the tokens alone
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Parameters without weight decay: the position embedding and the bias tables."""
-        tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
-        return super().no_weight_decay() | tables
+        # nn.Sequential would call a block with the tokens alone.
+        self.blocks = nn.ModuleList(self.blocks)  # type: ignore[assignment]  # timm's is an nn.Sequential
 
     @torch.jit.ignore
     def set_input_size(
@@ -220,14 +210,13 @@ class GridVisionTransformer(VisionTransformer):
         patch_size: Optional[Union[int, Tuple[int, int]]] = None,
     ) -> None:
         """Change the size of the images or the patches; what depends on the grid is resampled to the new one."""
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
-        for blk in self.blocks:
-            if blk.attn.fixed_grid:
-                blk.attn.set_feat_size(list(self.patch_embed.grid_size))
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As in PyTorch; a strict load fits what does not fit as it is, see `evavit.models.fit_checkpoint`."""
-        return super().load_state_dict(fit_strictly(state_dict, self) if strict else state_dict, strict, assign)
+        super().set_input_size(
+            img_size=None if img_size is None else to_2tuple(img_size),
+            patch_size=None if patch_size is None else to_2tuple(patch_size),
+        )
+        for attn in self.modules():
+            if isinstance(attn, GridAttention) and attn.fixed_grid:
+                attn.set_feat_size(list(self.patch_embed.grid_size))
 
     @torch.jit.ignore
     def block_grid(self, name: str) -> List[int]:
@@ -249,7 +238,8 @@ class GridVisionTransformer(VisionTransformer):
             feat_size = [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]]
         return self.norm_pre(self._pos_embed(x)), feat_size
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    # None of these takes timm's mask, and with it `is_causal`.
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
         x, feat_size = self._embed(x)
         for blk in self.blocks:
@@ -259,10 +249,10 @@ class GridVisionTransformer(VisionTransformer):
                 x = blk(x, feat_size)
         return self.norm(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
+    def forward_intermediates(  # type: ignore[override]
         self,
         x: torch.Tensor,
         indices: Optional[Union[int, List[int]]] = None,
@@ -317,59 +307,27 @@ class GridVisionTransformer(VisionTransformer):
         return self.norm(x), intermediates
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: GridVisionTransformer) -> Dict[str, torch.Tensor]:
-    """Fit a checkpoint to a model: ours of any image, patch and window size, timm's or DeiT's softmax, or the published
-    EVA's. What became of each tensor goes to the log; see `evavit.models.fit_checkpoint`."""
-    return pretrained_filter(state_dict, model)
+checkpoint_filter_fn = pretrained_filter  # the name that timm's own files have for it
 
 
-def _create_eva_deit(variant: str, pretrained: bool = False, **kwargs) -> GridVisionTransformer:
-    out_indices = kwargs.pop('out_indices', 3)
-    with readable(kwargs.get('pretrained_cfg_overlay')):
-        return build_model_with_cfg(
-            GridVisionTransformer,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-            **kwargs,
-        )
+def _create_eva_deit(name: str, pretrained: bool = False, **kwargs: Any) -> GridVisionTransformer:
+    feature_cfg = dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter')
+    return build_grid_model(GridVisionTransformer, name, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': None,
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+def _describe(size: Variant, attention: str) -> str:
+    patch = size.model_args['patch_size']
+    return f'{size.title} with {attention}: {(224 // patch) ** 2} tokens (patch {patch}) at 224 × 224.'
 
 
 VARIANTS = {
-    'deit_tiny': dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
-    'deit_small': dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
-    'deit_tiny_784': dict(patch_size=8, embed_dim=192, depth=12, num_heads=3),
+    'deit_tiny': variant('DeiT-Tiny', 'deit_tiny_patch16_224', patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    'deit_small': variant('DeiT-Small', 'deit_small_patch16_224', patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    'deit_tiny_784': variant(
+        'DeiT-Tiny-784', 'deit_tiny_patch16_224', dict(patch_size=8), patch_size=8, embed_dim=192, depth=12, num_heads=3
+    ),
 }
 
-default_cfgs = generate_default_cfgs(
-    {f'{attention}_{variant}': _cfg() for attention in ATTENTIONS for variant in VARIANTS}
-)
+default_cfgs = grid_cfgs(VARIANTS, fixed_input_size=True)
 
-register_variants(
-    _create_eva_deit,
-    VARIANTS,
-    {
-        'deit_tiny': 'DeiT-Tiny with {}: 196 tokens (patch 16) at 224 × 224.',
-        'deit_small': 'DeiT-Small with {}: 196 tokens (patch 16) at 224 × 224.',
-        'deit_tiny_784': 'DeiT-Tiny-784 with {}: 784 tokens (patch 8) at 224 × 224.',
-    },
-)
+register_family(_create_eva_deit, VARIANTS, _describe, softmax_args=dict(class_token=False, global_pool='avg'))

@@ -6,32 +6,27 @@ Papers:
 
 The model is timm's PyramidVisionTransformerV2 with the attention of every block replaced: the chosen one in the first
 stages and softmax in the last, whose 49 tokens at 224 × 224 are one window. timm's blocks already hand `feat_size` to
-their attention, so nothing else changes but for the speed of its MLP.
+their attention. The only other change makes the MLP faster.
 """
 
-from typing import Any, Dict, Final, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Dict, Final, List, Optional, Tuple, Union
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple, to_ntuple, use_fused_attn
-from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._input import update_model_input_size
 from timm.models.pvt_v2 import MlpWithDepthwiseConv, PyramidVisionTransformerV2
 from torch import nn
 
-from evavit.layers import ATTENTIONS, attention_layer, check_heads, pop_attention_kwargs
+from evavit.layers import ATTENTIONS, GridAttention, attention_layer, check_heads, pop_attention_kwargs
 from evavit.layers.mlp import is_exact_gelu, is_hooked
-from evavit.ops import depthwise_gelu, depthwise_gelu_backend
+from evavit.ops import depthwise_gelu
+from evavit.ops.dwconv import DWCONV, DepthwiseCase
 from evavit.ops.grid import fix_image_size
 
-from ._register import register_variants
-from ._weights import fit_strictly, pretrained_filter, readable
+from ._grid import GridModel, Variant, build_grid_model, grid_cfgs, register_family, variant
+from ._weights import pretrained_filter
 
 __all__ = ['FusedMlpWithDepthwiseConv', 'GridPyramidVisionTransformerV2']
-
-# Options that an attention has in the pyramid unless they are given. LARA's published parameter count, 39.9 M, is that
-# of landmarks projected over all channels.
-OPTIONS = {'lara': dict(landmark_proj='channels')}
 
 
 class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
@@ -39,9 +34,9 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
 
     That is one CUDA kernel where there can be one, unless timm's switch is off when the layer is made
     (`timm.layers.set_fused_attn(False)`, or TIMM_FUSED_ATTN=0 in the environment) or the layer's `fused_mlp` is set to
-    False; `extra_repr` names the code that runs. Under TorchScript and torch.fx, with another activation or another
-    convolution in the place of `dwconv`, and while `relu`, `dwconv` or `act` have hooks or a `forward` of their own,
-    the modules are called one by one, as in timm.
+    False; `backend` names the code that runs, and `extra_repr` why no faster one does. Under TorchScript and torch.fx,
+    with another activation or another convolution in the place of `dwconv`, and while `relu`, `dwconv` or `act` have
+    hooks or a `forward` of their own, the modules are called one by one, as in timm.
 
     Args:
         mlp: timm's MLP, whose modules this one takes over: parameters, their names and values stay.
@@ -58,31 +53,49 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
     @torch.jit.ignore
     def _one_operator(self) -> bool:
         """Whether what comes between the linears is `depthwise_gelu`'s, and nobody looks between its steps."""
+        return self._why_not() is None
+
+    @torch.jit.unused
+    def _why_not(self) -> Optional[str]:
+        """Why it is not, or None."""
         if any(is_hooked(module) for module in (self.relu, self.dwconv, self.act)):
-            return False
-        if not is_exact_gelu(self.act) or type(self.relu) is not nn.Identity or type(self.dwconv) is not nn.Conv2d:
-            return False
+            return 'a layer inside has hooks or a forward of its own'
+        if not is_exact_gelu(self.act) or type(self.relu) is not nn.Identity:
+            return 'another activation than the exact GELU'
         conv = self.dwconv
-        one = conv.stride == conv.dilation == conv.padding == (1, 1) and conv.padding_mode == 'zeros'
-        return (
-            one
+        fits = (
+            type(conv) is nn.Conv2d
+            and conv.stride == conv.dilation == conv.padding == (1, 1)
+            and conv.padding_mode == 'zeros'
             and conv.kernel_size == (3, 3)
             and conv.groups == conv.in_channels == conv.out_channels
             and conv.bias is not None
         )
+        return None if fits else 'another convolution'
 
+    @torch.jit.unused
+    def _case(self) -> DepthwiseCase:
+        return DepthwiseCase(self.dwconv.weight.device, self.dwconv.weight.dtype)
+
+    @property
+    @torch.jit.unused
+    def backend(self) -> str:
+        """The code that runs where the layer is: 'triton' or 'plain'."""
+        return DWCONV.name(self._case()) if self.fused_mlp and self._one_operator() else 'plain'
+
+    @torch.jit.ignore
     def extra_repr(self) -> str:
-        backend = 'plain'
-        if self.fused_mlp and self._one_operator():
-            backend = depthwise_gelu_backend(self.dwconv.weight.device, self.dwconv.weight.dtype)
-        return f'backend={backend}'
+        reason = self._why_not() if self.fused_mlp else 'fused_mlp is False'
+        return f'backend={DWCONV.describe(self._case())}' if reason is None else f'backend=plain ({reason})'
 
     def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         """Tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W) to tokens `(B, N, out_features)`."""
         x = self.fc1(x)
         if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-            if isinstance(x, torch.Tensor) and self._one_operator():  # torch.fx has a proxy, which tells nothing
-                x = depthwise_gelu(x, self.dwconv.weight, self.dwconv.bias, feat_size, self.fused_mlp)
+            if isinstance(x, torch.Tensor) and self._one_operator():  # under torch.fx x is a proxy
+                bias = self.dwconv.bias
+                assert bias is not None  # _one_operator has seen it
+                x = depthwise_gelu(x, self.dwconv.weight, bias, feat_size, self.fused_mlp)
                 return self.drop(self.fc2(self.drop(x)))
         B, _, C = x.shape
         x = self.relu(x.transpose(1, 2).view(B, C, feat_size[0], feat_size[1]))
@@ -90,7 +103,7 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
         return self.drop(self.fc2(self.drop(x)))
 
 
-class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
+class GridPyramidVisionTransformerV2(GridModel, PyramidVisionTransformerV2):
     """timm's PyramidVisionTransformerV2 on full-length keys and values; images of any size.
 
     Args:
@@ -117,29 +130,31 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
         proj_drop_rate: float = 0.0,
         img_size: Optional[Union[int, Tuple[int, int]]] = None,
         dynamic_img_size: bool = True,
-        device=None,
-        dtype=None,
-        **kwargs,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        **kwargs: Any,
     ) -> None:
         if not dynamic_img_size:
             raise ValueError('dynamic_img_size=False: this model takes images of any size; leave the argument out')
         for name in ('sr_ratios', 'linear'):
             if name in kwargs:
                 raise ValueError(f'{name}={kwargs[name]}: keys and values are not downsampled here; leave it out')
-        dd = {'device': device, 'dtype': dtype}
-        attn_kwargs = {**OPTIONS.get(attn_layer, {}), **pop_attention_kwargs(attn_layer, kwargs)}
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
+        attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
+        attn_kwargs = {**ATTENTIONS[attn_layer].pyramid_options, **attn_kwargs}
         heads = to_ntuple(len(embed_dims))(num_heads)
         for dim, stage_heads in zip(embed_dims, heads, strict=True):
             check_heads(dim, stage_heads)
         super().__init__(
             embed_dims=embed_dims,
             num_heads=heads,
-            sr_ratios=1,
+            sr_ratios=(1,) * len(embed_dims),
             qkv_bias=qkv_bias,
             proj_drop_rate=proj_drop_rate,
             **kwargs,
             **dd,
         )
+        stage: Any  # Module says nothing of what it holds
         for i, (stage, feat_size) in enumerate(zip(self.stages, self._feat_sizes(img_size or 224), strict=True)):
             last = i == len(self.stages) - 1
             layer = attention_layer('softmax') if last else attention_layer(attn_layer, feat_size, **attn_kwargs)
@@ -156,14 +171,10 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise all parameters and buffers, as for a model that came empty from the meta device."""
         for module in self.modules():
-            if needs_reset and hasattr(module, 'reset_parameters'):
-                module.reset_parameters()
+            reset = getattr(module, 'reset_parameters', None)
+            if needs_reset and reset is not None:
+                reset()
             self._init_weights(module)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Parameters without weight decay: the bias tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `(B, in_chans, height, width)` to the last stage's map `(B, C, H, W)`."""
@@ -181,15 +192,11 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
         Weights depend on it only with an attention that is made for one grid, whose weights are fitted to the new one.
         """
         for stage, feat_size in zip(self.stages, self._feat_sizes(img_size), strict=True):
-            for block in stage.blocks:
-                if block.attn.fixed_grid:
-                    block.attn.set_feat_size(feat_size)
+            for attn in stage.modules():
+                if isinstance(attn, GridAttention) and attn.fixed_grid:
+                    attn.set_feat_size(feat_size)
         self.nominal_size = to_2tuple(img_size)
         update_model_input_size(self, img_size)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As in PyTorch; a strict load fits what does not fit as it is, see `evavit.models.fit_checkpoint`."""
-        return super().load_state_dict(fit_strictly(state_dict, self) if strict else state_dict, strict, assign)
 
     @torch.jit.ignore
     def block_grid(self, name: str) -> List[int]:
@@ -202,58 +209,27 @@ class GridPyramidVisionTransformerV2(PyramidVisionTransformerV2):
         return state_dict
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Fit a checkpoint to a model: ours of any window size, timm's softmax, or the published EVA's. What became of each
-    tensor goes to the log; see `evavit.models.fit_checkpoint`."""
-    return pretrained_filter(state_dict, model)
+checkpoint_filter_fn = pretrained_filter  # the name that timm's own files have for it
 
 
-def _create_eva_pvt_v2(variant: str, pretrained: bool = False, **kwargs) -> GridPyramidVisionTransformerV2:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    with readable(kwargs.get('pretrained_cfg_overlay')):
-        return build_model_with_cfg(
-            GridPyramidVisionTransformerV2,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
-            **kwargs,
-        )
+def _create_eva_pvt_v2(name: str, pretrained: bool = False, **kwargs: Any) -> GridPyramidVisionTransformerV2:
+    feature_cfg = dict(flatten_sequential=True, out_indices=kwargs.pop('out_indices', (0, 1, 2, 3)))
+    return build_grid_model(GridPyramidVisionTransformerV2, name, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+def _describe(size: Variant, attention: str) -> str:
+    return (
+        f'{size.title} with {attention} in stages 1-3 and softmax in stage 4; head dim 32, 3,136 tokens in stage 1 at '
+        '224 × 224.'
+    )
 
 
-VARIANTS = {'pvt_v2_b3': dict(depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16))}
+VARIANTS = {
+    'pvt_v2_b3': variant(
+        'PVT-v2-b3', 'pvt_v2_b3', depths=(3, 4, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(2, 4, 10, 16)
+    ),
+}
 
-default_cfgs = generate_default_cfgs(
-    {
-        f'{attention}_{variant}': _cfg(fixed_input_size=ATTENTIONS[attention].fixed_grid)
-        for attention in ATTENTIONS
-        for variant in VARIANTS
-    }
-)
+default_cfgs = grid_cfgs(VARIANTS, pool_size=(7, 7))
 
-register_variants(
-    _create_eva_pvt_v2,
-    VARIANTS,
-    {
-        'pvt_v2_b3': 'PVT-v2-b3 with {} in stages 1-3 and softmax in stage 4; head dim 32, 3,136 tokens in stage 1 at '
-        '224 × 224.',
-    },
-)
+register_family(_create_eva_pvt_v2, VARIANTS, _describe)

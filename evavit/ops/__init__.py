@@ -6,10 +6,7 @@ from .eva.exact import control_variate_coefficients, eva_estimator
 from .eva.mass import eva_attention_mass
 from .eva.sequence import Eva1dCache, eva_attention_1d, eva_attention_1d_step
 from .eva.variants import eva_attention_variant, halo_size
-from .lara import lara_attention
 from .mlp import mlp_gelu, mlp_gelu_backend
-from .random_features import random_feature_attention
-from .scatterbrain import scatterbrain_attention
 
 __all__ = [
     'Eva1dCache',
@@ -26,9 +23,6 @@ __all__ = [
     'eva_estimator',
     'eva_num_cells',
     'halo_size',
-    'lara_attention',
     'mlp_gelu',
     'mlp_gelu_backend',
-    'random_feature_attention',
-    'scatterbrain_attention',
 ]

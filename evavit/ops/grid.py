@@ -1,8 +1,16 @@
-"""The 2D token grid: rectangular blocks of a raster-order sequence, and their inverse.
+"""The 2D token grid: how its tokens fall into windows and cells, and attention inside windows.
 
 Tokens come as `(B, h, N, d)` with `feat_size = (H, W)` and N = H·W in raster order. A *block* is a rectangle of
 `(bh, bw)` tokens; blocks start at multiples of its size from the top-left corner, and those at the bottom and right
-edge may be short. Windows and cells are both blocks: windows of a fixed size, cells of a size that follows the grid.
+edge may be short: zeros fill them up, and a mask says where. In this order:
+
+    sizes      of the grid, of a window (fixed), of a cell (it follows the grid), numbers of blocks
+    blocks     tokens by block and back; windows are blocks in one axis
+    bands      rows of blocks, for sums over cells without a copy
+    halos      blocks with tokens of context around them
+    attention  inside windows: precision, relative position bias, logits, softmax
+
+Everything is written for TorchScript as well.
 """
 
 import operator
@@ -56,7 +64,7 @@ def fix_image_size(images: torch.Tensor) -> None:
     """
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript skips this block, but not a longer condition
         if torch.compiler.is_compiling():
-            static_size(images.shape[2:])
+            static_size(list(images.shape[2:]))
 
 
 def window_shape(feat_size: List[int], window_size: int) -> Tuple[int, int]:
@@ -111,6 +119,24 @@ def block_mask(feat_size: List[int], block: Tuple[int, int], device: torch.devic
     return rows.view(nH, block[0], 1, 1) & cols.view(nW, block[1])
 
 
+def to_windows(x: torch.Tensor, feat_size: List[int], window: Tuple[int, int]) -> torch.Tensor:
+    """Tokens `(B, h, N, d)` by window: `(B, h, windows, tokens of a window, d)`; zeros fill up short windows."""
+    return to_blocks(x, feat_size, window).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+
+
+def from_windows(x: torch.Tensor, feat_size: List[int], window: Tuple[int, int]) -> torch.Tensor:
+    """Inverse of `to_windows`, without what filled up short windows."""
+    nH, nW = block_counts(feat_size, window)
+    x = x.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4)
+    return from_blocks(x, feat_size)
+
+
+def window_mask(feat_size: List[int], window: Tuple[int, int], device: torch.device) -> Optional[torch.Tensor]:
+    """Which places of the windows hold a token: bool `(windows, tokens of a window)`, or None where all do."""
+    mask = block_mask(feat_size, window, device)
+    return mask if mask is None else mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
 def to_bands(x: torch.Tensor, feat_size: List[int], block: Tuple[int, int]) -> torch.Tensor:
     """Split tokens `(B, h, N, d)` into bands, one a row of blocks: `(B·nH, bh·W, h·d)`, heads side by side.
 
@@ -137,6 +163,16 @@ def band_cells(feat_size: List[int], block: Tuple[int, int], device: torch.devic
         in_grid = torch.arange(nH * block[0] * W, device=device) < H * W
         in_block = in_block & in_grid.view(nH, 1, -1)
     return in_block
+
+
+def cell_means(x: torch.Tensor, feat_size: List[int], cell: Tuple[int, int]) -> torch.Tensor:
+    """Mean of the tokens `(B, h, N, d)` of each cell: `(B, h, cells, d)` in x's dtype, summed in at least float32."""
+    dtype = accumulation_dtype(x)
+    total = to_blocks(x, feat_size, cell).sum((3, 5), dtype=dtype).flatten(2, 3)
+    mask = block_mask(feat_size, cell, x.device)
+    if mask is None:
+        return (total / (cell[0] * cell[1])).to(x.dtype)
+    return (total / mask.sum((1, 3), dtype=dtype).view(-1, 1)).to(x.dtype)
 
 
 def to_halos(x: torch.Tensor, feat_size: List[int], block: Tuple[int, int], halo: Tuple[int, int]) -> torch.Tensor:
@@ -178,47 +214,34 @@ def softmax(logits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return logits.softmax(-1, dtype=accumulation_dtype(logits)).to(like.dtype)
 
 
-def to_windows(x: torch.Tensor, feat_size: List[int], window: Tuple[int, int]) -> torch.Tensor:
-    """Tokens `(B, h, N, d)` by window: `(B, h, windows, tokens of a window, d)`; zeros fill up short windows."""
-    return to_blocks(x, feat_size, window).transpose(3, 4).flatten(4, 5).flatten(2, 3)
-
-
-def from_windows(x: torch.Tensor, feat_size: List[int], window: Tuple[int, int]) -> torch.Tensor:
-    """Inverse of `to_windows`, without what filled up short windows."""
-    nH, nW = block_counts(feat_size, window)
-    x = x.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4)
-    return from_blocks(x, feat_size)
-
-
-def window_mask(feat_size: List[int], window: Tuple[int, int], device: torch.device) -> Optional[torch.Tensor]:
-    """Which places of the windows hold a token: bool `(windows, tokens of a window)`, or None where all do."""
-    mask = block_mask(feat_size, window, device)
-    return mask if mask is None else mask.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-
-
 def relative_position_index(window_size: int, halo: int, device: torch.device) -> torch.Tensor:
-    """Which row of a table of biases belongs to each pair of a query of a window and a key of the same window with
-    `halo` tokens of context on every side: with r = window_size + halo and (dy, dx) query minus key, row
-    (dy + r - 1)·(2r - 1) + dx + r - 1. `(window_size² · (window_size + 2·halo)²)`, in raster order, queries first."""
+    """Which row of a table of biases belongs to each query of a window and each key of that window with `halo` tokens
+    of context on every side.
+
+    With r = window_size + halo and (dy, dx) the query's place minus the key's, row (dy + r - 1)·(2r - 1) + dx + r - 1.
+    `(window_size² · (window_size + 2·halo)²)`, places in raster order, queries first.
+    """
     reach = window_size + halo
-    query, key = torch.arange(window_size, device=device), torch.arange(-halo, reach, device=device)
-    step = query.unsqueeze(1) - key + reach - 1
-    return (step[:, None, :, None] * (2 * reach - 1) + step[None, :, None, :]).flatten()
+    query = torch.arange(reach - 1, reach - 1 + window_size, device=device)
+    step = query.unsqueeze(1) - torch.arange(-halo, reach, device=device)
+    return ((step * (2 * reach - 1))[:, None, :, None] + step[None, :, None, :]).flatten()
 
 
-def table_bias(table: torch.Tensor, window_size: int) -> torch.Tensor:
-    """The bias `(h, window_size², window_size²)` by a table `((2·window_size - 1)², h)` of differences of places."""
-    area = window_size * window_size  # TorchScript's ** is a float
-    index = relative_position_index(window_size, 0, table.device)
-    return table[index].view(area, area, -1).permute(2, 0, 1)
+def table_bias(table: torch.Tensor, window_size: int, halo: int = 0) -> torch.Tensor:
+    """The bias `(h, window_size², (window_size + 2·halo)²)` from its table `((2·(window_size + halo) - 1)², h)`."""
+    index = relative_position_index(window_size, halo, table.device)
+    # The gradient of index_select is the faster one on a CPU; on CUDA only that of indexing sums in one fixed order.
+    rows = table[index] if table.is_cuda else table.index_select(0, index)
+    return rows.unflatten(0, [window_size * window_size, -1]).permute(2, 0, 1)
 
 
-def crop_bias(bias: torch.Tensor, window_size: int, window: Tuple[int, int]) -> torch.Tensor:
-    """The bias `(h, window_size², window_size²)` of a window that the grid cuts to `window` tokens along both axes."""
+def crop_bias(bias: torch.Tensor, window_size: int, window: Tuple[int, int], halo: int = 0) -> torch.Tensor:
+    """The bias of `table_bias` for a window that the grid cuts to `window` tokens along both axes."""
     if window[0] == window_size and window[1] == window_size:
         return bias
-    side = [window_size, window_size]
-    bias = bias.unflatten(2, side).unflatten(1, side)[:, : window[0], : window[1], : window[0], : window[1]]
+    reach = window_size + 2 * halo
+    bias = bias.unflatten(2, [reach, reach]).unflatten(1, [window_size, window_size])
+    bias = bias[:, : window[0], : window[1], : window[0] + 2 * halo, : window[1] + 2 * halo]
     return bias.flatten(3, 4).flatten(1, 2)
 
 
@@ -277,13 +300,3 @@ def joint_attention(
     # All windows share the other values: one product for all queries of an (image, head).
     out = (attn[..., area:].flatten(2, 3) @ v_shared).unflatten(2, [attn.shape[2], attn.shape[3]])
     return attn[..., :area] @ v_local + out
-
-
-def cell_means(x: torch.Tensor, feat_size: List[int], cell: Tuple[int, int]) -> torch.Tensor:
-    """Mean of the tokens `(B, h, N, d)` of each cell: `(B, h, cells, d)` in x's dtype, summed in at least float32."""
-    dtype = accumulation_dtype(x)
-    total = to_blocks(x, feat_size, cell).sum((3, 5), dtype=dtype).flatten(2, 3)
-    mask = block_mask(feat_size, cell, x.device)
-    if mask is None:
-        return (total / (cell[0] * cell[1])).to(x.dtype)
-    return (total / mask.sum((1, 3), dtype=dtype).view(-1, 1)).to(x.dtype)

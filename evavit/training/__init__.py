@@ -1,1 +1,1 @@
-"""What train.py and validate.py are made of: options, data, recipe, loop, state."""
+"""What train.py and validate.py are made of: settings and their checks, data, what is built, the loop, checkpoints."""

@@ -15,19 +15,22 @@ import os
 import shutil
 import socket
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
 
 import safetensors
 import safetensors.torch
 import torch
 from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
+from torch import nn
 
-from evavit.errors import LocalError, UserError, first_line
-
-from .build import check_fit, load_weights, read_weights
-from .loop import Position, weights_are_finite
+from evavit.errors import LocalError, UserError, first_line, reason_of
+from evavit.files import replacing, sync_folder
+from evavit.training.build import check_fit, load_weights, read_weights
+from evavit.training.config import ExportConfig, ValidateConfig, WeightsConfig
+from evavit.training.loop import Position, Run, weights_are_finite
 
 log = logging.getLogger(__name__)
 
@@ -46,49 +49,28 @@ FROM_CHECKPOINT = (
 
 
 @contextmanager
-def replacing(path):
-    """Yields the name of a file to write, which then takes the place of `path`, whole and on the disk, or not at all.
-
-    Raises:
-        LocalError: the file cannot be written, as on a full disk. What was at `path` is still there.
-    """
-    partial = Path(f'{path}.partial')
+def saving(path: Union[str, Path]) -> Iterator[Path]:
+    """`files.replacing`, on the disk before it returns; errors of the write become a LocalError that names the file."""
     try:
-        partial.unlink(missing_ok=True)
-        yield partial
-        with open(partial, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(partial.parent)
+        with replacing(path, durable=True) as partial:
+            yield partial
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # PyTorch's own for a write that fails
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise LocalError(
-            f'{path}: cannot be written ({getattr(error, "strerror", None) or first_line(error)[:200]}); '
+            f'{path}: cannot be written ({reason_of(error)}); '
             f'what was saved before is whole: make room and go on with --resume auto'
         ) from error
 
 
-def _sync_folder(folder):
-    """Bring renamed files to the disk, where the system knows how."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 @contextmanager
-def claimed(folder):
-    """As a context the folder is this process's alone to write, until it ends in whatever way: the lock is its own, and
-    not that of the loading processes it starts.
+def locked_folder(folder: Path) -> Iterator[None]:
+    """While the context lasts, or until this process ends in whatever way, no other run can lock the folder.
+
+    The loading processes that it starts do not hold the lock.
 
     Raises:
-        UserError: the folder cannot be made.
-        LocalError: another run is writing there.
+        UserError: The folder cannot be made.
+        LocalError: Another run is writing there.
     """
-    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / '.lock').touch()
@@ -114,27 +96,26 @@ def claimed(folder):
 class Saver(CheckpointSaver):
     """timm's CheckpointSaver; every file appears whole or not at all, and weights are also written as safetensors."""
 
-    def __init__(self, run, class_names, folder):
-        task, settings = run.task, run.settings
+    def __init__(self, run: Run, settings: Dict[str, Any], class_names: Optional[List[str]], folder: Path):
         super().__init__(
-            model=unwrap_model(task.get_trainable_module()),
+            model=unwrap_model(run.task.get_trainable_module()),
             optimizer=run.optimizer,
-            args=argparse.Namespace(**vars(settings), class_names=class_names),
+            args=argparse.Namespace(**settings, class_names=class_names),
             amp_scaler=run.stepper if run.stepper.scaling else None,
             checkpoint_dir=str(folder),
             recovery_dir=str(folder),
-            decreasing=settings.eval_metric == 'loss',
-            max_history=settings.checkpoint_hist,
-            task=task,
+            decreasing=run.config.eval_metric == 'loss',
+            max_history=run.config.checkpoint_hist,
+            task=run.task,
         )
-        self.plan = plan_of(run)
+        self.batches = batches_of(run)
         self.position = Position()
         self.last = Path(folder, 'last.pth.tar')
 
-    def save_epoch(self, position, metric):
+    def save_epoch(self, position: Position, metric: float) -> Tuple[float, int]:
         """Write the state at the start of an epoch, with the metric of the one before; returns the best and its epoch.
 
-        Doing it again changes nothing: a run that was killed on the way does it again when it resumes.
+        To do it twice changes nothing: a run that was killed on the way does it again when it resumes.
         """
         self.position, epoch = position, position.epoch - 1
         if not math.isfinite(metric):
@@ -145,7 +126,7 @@ class Saver(CheckpointSaver):
             self._save_weights('model_best.safetensors', epoch, metric)
         return best
 
-    def save_position(self, position):
+    def save_position(self, position: Position) -> None:
         """Write the state within an epoch, unless its numbers have gone bad."""
         if position.streak or not weights_are_finite(self.task):
             log.warning(
@@ -158,40 +139,41 @@ class Saver(CheckpointSaver):
         self._save(whole, position.epoch - 1)
         self._replace(whole, str(self.last))
 
-    def state_dict(self, epoch=None, metric=None):
-        return {**super().state_dict(epoch, metric), 'position': dataclasses.asdict(self.position), 'plan': self.plan}
+    def state_dict(self, epoch: Optional[int] = None, metric: Optional[float] = None) -> Dict[str, Any]:
+        position = dataclasses.asdict(self.position)
+        return {**super().state_dict(epoch, metric), 'position': position, 'plan': self.batches}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, 'pending': (None, None)})
         if self.best_metric is not None and math.isnan(self.best_metric):
             self.best_metric = self.best_epoch = None
 
-    def _save_weights(self, name, epoch, metric):
+    def _save_weights(self, name: str, epoch: int, metric: float) -> None:
         model = unwrap_model(self.task.get_trainable_module(ema=self.task.has_ema()))
         weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         about = dict(format='pt', epoch=str(epoch), metric=str(metric), args=json.dumps(vars(self.args)))
-        with replacing(self.last.with_name(name)) as partial:
+        with saving(self.last.with_name(name)) as partial:
             safetensors.torch.save_file(weights, str(partial), metadata=about)
             shutil.copymode(self.last, partial)  # safetensors makes a file that only its owner can read
 
-    def _save(self, save_path, epoch, metric=None):
-        with replacing(save_path) as partial, open(partial, 'wb') as file:
+    def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
+        with saving(save_path) as partial, open(partial, 'wb') as file:
             # An open file: given a name, torch up to 2.8 says nothing of a disk that fills with the last 8 KiB.
             super()._save(file, epoch, metric)
 
-    def _replace(self, src, dst):
+    def _replace(self, src: str, dst: str) -> None:
         if os.path.exists(dst):
             self._duplicate(dst, self.last.with_name('previous.pth.tar'))
         os.replace(src, dst)
-        _sync_folder(self.checkpoint_dir)
+        sync_folder(self.checkpoint_dir)
 
-    def _duplicate(self, src, dst):
-        with replacing(dst) as partial:
+    def _duplicate(self, src: Union[str, Path], dst: Union[str, Path]) -> None:
+        with saving(dst) as partial:
             super()._duplicate(src, partial)
 
 
-def plan_of(run):
-    """What decides which images an update sees."""
+def batches_of(run: Run) -> Dict[str, int]:
+    """What decides which images an update sees; a checkpoint holds it under the key `plan`."""
     return dict(
         images_per_update=run.images_per_update,
         updates_per_epoch=run.updates_per_epoch,
@@ -199,14 +181,13 @@ def plan_of(run):
     )
 
 
-def find_resume(settings, folder):
-    """The checkpoints to continue from, the one to try first foremost; none for a fresh start.
+def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
+    """The checkpoints to continue from, in the order to try them; none for a fresh start.
 
-    A folder that holds a run is not overwritten, unless it goes on from one of its own checkpoints.
+    A folder that holds a run is not overwritten, unless the run goes on from one of its own checkpoints.
     """
-    folder = Path(folder)
-    if settings.resume and settings.resume != 'auto':
-        chosen = Path(settings.resume)
+    if resume and resume != 'auto':
+        chosen = Path(resume)
         if not chosen.is_file():
             raise UserError(f'--resume {chosen}: no such checkpoint')
         if (folder / 'last.pth.tar').is_file() and chosen.resolve().parent != folder.resolve():
@@ -214,29 +195,37 @@ def find_resume(settings, folder):
         return [chosen]
     kept = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda path: path.stat().st_mtime, reverse=True)
     found = [path for path in (folder / 'last.pth.tar', folder / 'previous.pth.tar', *kept) if path.is_file()]
-    if found and settings.resume != 'auto':
+    if found and resume != 'auto':
         raise UserError(f'{folder} already holds a run: continue it with --resume auto, or choose another --experiment')
-    if not found and settings.resume == 'auto':
+    if not found and resume == 'auto':
         log.info(f'no checkpoint in {folder} yet: starting fresh')
     return found
 
 
-def resume(candidates, run, saver):
-    """Restore weights, average, optimizer and scaler from the first candidate that is whole. Returns the position,
-    the run's first one where there is no candidate.
+def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Optional[Saver]) -> Position:
+    """Restore weights, average, optimizer and scaler from the first candidate that is whole.
+
+    Args:
+        candidates: From `find_resume`.
+        run: The run to go on with.
+        settings: All of its settings by their names, to tell which have changed.
+        saver: That of the first process, whose ranking of checkpoints is restored; None in the others.
+
+    Returns:
+        Where the run goes on: its beginning where there is no candidate.
 
     Raises:
-        UserError: none is whole, one does not fit this run, or the processes do not see the same one.
+        UserError: None is whole, one does not fit this run, or the processes do not see the same one.
     """
     if not candidates:
-        _agree(run, 'none', Position())
+        _check_same(run, 'none', Position())
         return Position()
     path, checkpoint, damaged = _first_whole(candidates)
-    settings, task = run.settings, run.task
+    task = run.task
     check_fit(unwrap_model(task.get_trainable_module()), clean_state_dict(checkpoint['state_dict']), path)
-    full = not settings.no_resume_opt
+    full = not run.config.no_resume_opt
     if full:
-        _check_optimizer(path, checkpoint, settings)
+        _check_optimizer(path, checkpoint, settings['opt'])
     try:
         task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
         if task.has_ema():
@@ -250,9 +239,9 @@ def resume(candidates, run, saver):
             f'written with, or the weights alone with --no-resume-opt'
         ) from error
     position = _position(path, checkpoint, run)
-    _agree(run, path, position)
+    _check_same(run, path, position)
     log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
-    _tell_changes(path, checkpoint, settings)
+    _warn_of_changes(path, checkpoint, settings)
     if saver is not None:
         _set_aside(damaged)
     if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and 'saver' in checkpoint:
@@ -262,8 +251,8 @@ def resume(candidates, run, saver):
     return position
 
 
-def _agree(run, path, position):
-    run.process.agree(
+def _check_same(run: Run, path: Union[str, Path], position: Position) -> None:
+    run.process.check_equal(
         (str(path), dataclasses.astuple(position)),
         lambda seen: (
             f'the processes would continue from different checkpoints '
@@ -273,7 +262,7 @@ def _agree(run, path, position):
     )
 
 
-UNTOLD = {  # settings that may change from start to start without changing what is trained
+NO_EFFECT = {  # settings that may change from start to start without changing what is trained
     'data_dir',
     'output',
     'experiment',
@@ -294,26 +283,26 @@ UNTOLD = {  # settings that may change from start to start without changing what
 }
 
 
-def _tell_changes(path, checkpoint, settings):
-    """A line on the settings that this run has and the checkpoint's had not."""
-    before = checkpoint.get('args')
-    before = vars(before) if isinstance(before, argparse.Namespace) else {}
+def _warn_of_changes(path: Path, checkpoint: Dict[str, Any], settings: Dict[str, Any]) -> None:
+    """A warning that names the settings which differ from the checkpoint's."""
+    args = checkpoint.get('args')
+    before = vars(args) if isinstance(args, argparse.Namespace) else {}
     changed = [
         f'{name} {before[name]} → {value}'
-        for name, value in vars(settings).items()
-        if name in before and name not in UNTOLD and before[name] != value
+        for name, value in settings.items()
+        if name in before and name not in NO_EFFECT and before[name] != value
     ]
     if changed:
         log.warning(f"warning: other settings than those of {path}, this run's hold: {', '.join(changed)}")
 
 
-def _set_aside(damaged):
+def _set_aside(damaged: List[Path]) -> None:
     """Else the next save would put the damaged last checkpoint in the place of the whole one before it."""
     for path in damaged:
         os.replace(path, f'{path}.damaged')
 
 
-def _first_whole(candidates):
+def _first_whole(candidates: List[Path]) -> Tuple[Path, Dict[str, Any], List[Path]]:
     """The path and content of the first whole checkpoint, and the paths before it."""
     for number, path in enumerate(candidates):
         try:
@@ -322,13 +311,14 @@ def _first_whole(candidates):
             if number + 1 == len(candidates):
                 raise
             log.warning(f'{error}: going back to {candidates[number + 1].name}, the one before')
+    raise ValueError('no candidates')
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: Path) -> Dict[str, Any]:
     """A checkpoint of a run, whole: every part of the file has the checksum that was written with it.
 
     Raises:
-        UserError: the file is cut short, damaged, of another kind, or carries code.
+        UserError: The file is cut short, damaged, of another kind, or carries code.
     """
     if path.suffix == '.safetensors':
         raise UserError(
@@ -352,9 +342,9 @@ def read_checkpoint(path):
     try:
         if 'position' in saved:
             Position(**saved['position'])
-            changed = saved['plan'].keys() ^ {'images_per_update', 'updates_per_epoch', 'processes'}
+            changed: Any = saved['plan'].keys() ^ {'images_per_update', 'updates_per_epoch', 'processes'}
         else:
-            changed = None if isinstance(checkpoint.get('epoch', -1), int) else {'epoch'}
+            changed = set() if isinstance(checkpoint.get('epoch', -1), int) else {'epoch'}
     except (AttributeError, KeyError, TypeError) as error:
         changed = first_line(error)
     if changed:
@@ -362,26 +352,26 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def _check_optimizer(path, checkpoint, settings):
+def _check_optimizer(path: Path, checkpoint: Dict[str, Any], opt: str) -> None:
     """Weights alone, or another optimizer's state, are nothing to continue from."""
     if 'epoch' not in checkpoint or 'optimizer' not in checkpoint:
         raise UserError(
             f'--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from '
             f'them with --initial-checkpoint'
         )
-    before = getattr(checkpoint.get('args'), 'opt', settings.opt)
-    if before != settings.opt:
+    before = getattr(checkpoint.get('args'), 'opt', opt)
+    if before != opt:
         raise UserError(
-            f'{path} was written with opt {before}, this run has {settings.opt}; continue with --opt '
+            f'{path} was written with opt {before}, this run has {opt}; continue with --opt '
             f'{before}, or take the weights alone with --no-resume-opt'
         )
 
 
-# What the flags decide in an optimizer; "fused" follows the device, see `recipe.build_optimizer`.
+# What the flags decide in an optimizer; "fused" follows the device, see `build.build_optimizer`.
 FROM_FLAGS = ('lr', 'initial_lr', 'weight_decay', 'betas', 'eps', 'momentum', 'fused')
 
 
-def _load_optimizer(run, checkpoint):
+def _load_optimizer(run: Run, checkpoint: Dict[str, Any]) -> None:
     state, groups = checkpoint['optimizer'], run.optimizer.param_groups
     if len(groups) != len(state['param_groups']):
         raise ValueError(
@@ -396,12 +386,12 @@ def _load_optimizer(run, checkpoint):
         run.stepper.load_state_dict(scaler)
 
 
-def _position(path, checkpoint, run):
+def _position(path: Path, checkpoint: Dict[str, Any], run: Run) -> Position:
     """The place to go on from. Within an epoch it counts only where an update sees the same images as before."""
     saved = checkpoint.get('saver') or {}
     if 'position' not in saved:
         return Position(epoch=checkpoint.get('epoch', -1) + 1)
-    position, then, now = Position(**saved['position']), saved['plan'], plan_of(run)
+    position, then, now = Position(**saved['position']), saved['plan'], batches_of(run)
     changed = f'{path} was written by {then["processes"]} processes with {then["images_per_update"]} images an update'
     if position.update and any(then[key] != now[key] for key in ('images_per_update', 'updates_per_epoch')):
         log.info(
@@ -417,7 +407,7 @@ def _position(path, checkpoint, run):
     return position
 
 
-def saved_settings(path):
+def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
     """The settings that train.py stored in a checkpoint, {} for a file of other origin."""
     if not Path(path).is_file():
         raise UserError(f'{path}: no such checkpoint')
@@ -436,11 +426,11 @@ def saved_settings(path):
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
-def has_average(path):
+def has_average(path: Union[str, Path]) -> bool:
     return zipfile.is_zipfile(path) and load_checkpoint_metadata(str(path)).get('state_dict_ema') is not None
 
 
-def stored_metric(path):
+def stored_metric(path: Union[str, Path]) -> Optional[float]:
     """What a checkpoint was ranked by, None where that is not in the file."""
     saved_settings(path)  # a file that cannot be read ends in one line here
     if str(path).endswith('.safetensors'):
@@ -451,25 +441,29 @@ def stored_metric(path):
     return checkpoint.get('metric') if isinstance(checkpoint, dict) else None
 
 
-def complete_from_checkpoint(settings, given):
+def complete_from_checkpoint(config: Union[ValidateConfig, ExportConfig], given: Set[str]) -> Optional[List[str]]:
     """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
-    saved = saved_settings(settings.checkpoint) if settings.checkpoint else {}
+    model, path = config.model, config.weights.checkpoint
+    saved = saved_settings(path) if path else {}
     kwargs = dict(saved.get('model_kwargs') or {})
     if given & {'img_size', 'input_size'}:  # either says the size, of which the run may have told the model itself
         given = given | {'img_size', 'input_size'}
         kwargs.pop('img_size', None)
     for name in FROM_CHECKPOINT:
         if name not in given and name in saved:
-            setattr(settings, name, saved[name])
-    if not saved or settings.model == saved.get('model'):
-        settings.model_kwargs = {**kwargs, **(settings.model_kwargs or {})}
+            setattr(model, name, saved[name])
+    if not saved or model.model == saved.get('model'):
+        model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
     return saved.get('class_names')
 
 
-def load_checkpoint(model, settings):
-    """Load the weights that settings.checkpoint names, fitted to the model as `recipe.load_weights` does it."""
-    if settings.use_ema:
-        read_weights(settings.checkpoint)  # says what is wrong with a file that cannot be read
-        if not has_average(settings.checkpoint):
-            raise UserError(f'--use-ema: {settings.checkpoint} holds no averaged weights; leave the flag out')
-    load_weights(model, settings.checkpoint, use_ema=settings.use_ema)
+def load_checkpoint(model: nn.Module, config: WeightsConfig) -> None:
+    """Load the weights that the settings name, if they do, fitted to the model as `build.load_weights` does it."""
+    path = config.checkpoint
+    if not path:
+        return
+    if config.use_ema:
+        read_weights(path)  # says what is wrong with a file that cannot be read
+        if not has_average(path):
+            raise UserError(f'--use-ema: {path} holds no averaged weights; leave the flag out')
+    load_weights(model, path, use_ema=config.use_ema)

@@ -1,16 +1,17 @@
-"""The processes of a run: one, or those that torchrun or SLURM started. One process is a group of one.
+"""The processes of a run: one, or those that torchrun or SLURM started. A single process, too, forms a process group.
 
-A group of one lets timm's samplers work alike everywhere: the order of the images depends on seed and epoch alone, and
-repeated augmentation works without several processes.
+With a group timm's samplers work in the same way everywhere: the order of the images depends on seed and epoch alone,
+and repeated augmentation works in a single process.
 """
 
+import functools
 import logging
 import os
 import random
-import re
 import sys
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any, Callable, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
 
+from evavit.arguments import find_device
 from evavit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ RESTARTS = 'TORCHELASTIC_RESTART_COUNT'
 
 
 class Draw(IntEnum):
-    """What is drawn at a place of the run, so that no two things share a seed."""
+    """What random numbers are drawn for, so that no two things share a seed."""
 
     EPOCH = 1
     STEP = 2
@@ -35,95 +37,92 @@ class Draw(IntEnum):
 
 @dataclass(frozen=True)
 class Process:
+    """This process of a run: its device, its rank among all and on its machine, and how many there are."""
+
     device: torch.device
     rank: int
     local_rank: int
     world_size: int
 
     @property
-    def primary(self):
+    def primary(self) -> bool:
         return self.rank == 0
 
     @property
-    def distributed(self):
+    def distributed(self) -> bool:
         return self.world_size > 1
 
-    def mean(self, tensor):
-        """The mean of a tensor over all processes. A NaN of one is then a NaN of all."""
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over all processes. If one has a NaN, all get it."""
         if self.distributed:
             dist.all_reduce(tensor)
             tensor = tensor / self.world_size
         return tensor
 
-    def gather(self, item):
+    def gather(self, item: Any) -> List[Any]:
         """The items of all processes, in the order of their ranks."""
         items = [item] * self.world_size
         if self.distributed:
             dist.all_gather_object(items, item)
         return items
 
-    def agree(self, value, remark):
-        """UserError with `remark(values)` in all processes, unless `value` is the same in each."""
+    def check_equal(self, value: Any, message: Callable[[List[Any]], str]) -> None:
+        """UserError with `message(values)` in all processes, unless `value` is the same in each."""
         values = self.gather(value)
         if any(other != values[0] for other in values):
-            raise UserError(remark(values))
+            raise UserError(message(values))
 
-    def any(self, flag):
+    def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
-    def wait(self):
+    def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.distributed:
             dist.barrier()
 
-    def seed(self, seed, *place):
-        """Seed every generator: for the weights alike in all processes, for a place in each its own way.
+    def seed(self, seed: int, *place: int) -> None:
+        """Seed every generator. Without a place all processes get the same seed, as for the weights; with one, each its
+        own.
 
-        A place is what is drawn there, a `Draw`, and whole numbers such as epoch and step.
-        Whatever was drawn before is then of no effect: a run that begins at a place draws as one that came there.
+        A place says what is drawn (a `Draw`) and where in the run (numbers such as epoch and step). What was drawn
+        before does not matter: a run that resumes at a place draws what an uninterrupted one draws there.
         """
         random_seed(seed_at(seed, *place, self.rank) if place else seed)
 
 
-def seed_at(seed, *place):
+def seed_at(seed: int, *place: int) -> int:
     """A number of 32 bits that follows from the run's seed and a place in the run, see `Process.seed`."""
     return int(np.random.SeedSequence((seed, *place)).generate_state(1)[0])
 
 
-def seed_sample(seed):
+def seed_sample(seed: int) -> None:
     """Seed what draws the augmentation of one image: Python's, NumPy's and PyTorch's generators of this CPU process."""
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
 
 
-def _restarted_rendezvous(_, **kwargs):
+def _restarted_rendezvous(_: str, **kwargs: Any) -> Iterator[Any]:
     """env://, with keys of its own for each restart by torchrun: its store still holds the addresses of the processes
     that died, and new ones would wait for those."""
     for store, rank, world_size in dist.rendezvous('env://', **kwargs):
         yield dist.PrefixStore(f'restart {os.environ[RESTARTS]}', store), rank, world_size
 
 
-dist.register_rendezvous_handler('restarted', _restarted_rendezvous)
+@functools.cache  # PyTorch takes a scheme once
+def _rendezvous_url() -> str:
+    dist.register_rendezvous_handler('evavit-restarted', _restarted_rendezvous)
+    return 'evavit-restarted://'
 
 
-def check_device(device):
-    if device and not re.fullmatch(r'cpu|cuda(:\d+)?', device):
-        raise UserError(f'--device {device}: takes cpu, cuda or cuda:N')
-
-
-def start_process(device=None):
-    """Choose the device, join the group, and let only the first process log."""
-    check_device(device)
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    kind = device.split(':')[0]
-    if kind == 'cuda' and not torch.cuda.is_available():
-        raise UserError(f'--device {device}: PyTorch sees no CUDA device here; use --device cpu')
+def start_process(device: Optional[str] = None) -> Process:
+    """Choose the device, join the process group, and let only the first process log."""
+    name = str(find_device(device))
     try:
-        joined = init_distributed_device_so(device, dist_url='restarted://' if RESTARTS in os.environ else None)
+        joined = init_distributed_device_so(name, dist_url=_rendezvous_url() if RESTARTS in os.environ else None)
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {device}: {" ".join(str(error).split())[:300]}') from error
+        raise UserError(f'--device {name}: {" ".join(str(error).split())[:300]}') from error
     if not joined['distributed'] and not dist.is_initialized():
         dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     process = Process(torch.device(joined['device']), joined['global_rank'], joined['local_rank'], joined['world_size'])
@@ -131,7 +130,7 @@ def start_process(device=None):
     return process
 
 
-def _start_log(primary):
+def _start_log(primary: bool) -> None:
     """Lines of this package go to standard output of the first process; libraries only warn."""
     package = logging.getLogger('evavit')
     package.handlers.clear()

@@ -1,260 +1,175 @@
-"""What can be known of a run before it starts: whether its settings fit together, and what they come to.
+"""What can be known of a run before it starts: whether its parts can be built, and what they come to.
 
-Models, optimizers and schedules are built on the meta device, where tensors have shapes and no content: no data is
-read, no device is touched, no memory is filled.
+Where the weights are not needed, the model is built on the meta device, where tensors have shapes and no content: no
+data is read, no device is touched, no memory is filled.
 """
 
-import importlib.util
-import logging
-import os
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.utils import random_seed
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 
-from evavit.errors import UserError, first_line
+from evavit.errors import UserError
+from evavit.training import build, checks, data
+from evavit.training.config import TrainConfig
 
-from . import build, data
-from .distributed import check_device
-
-log = logging.getLogger(__name__)
-
-HUBS = ('hfds', 'hfids', 'tfds')  # kinds of data sets that are found by their name alone
-PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
 ROUND = 512  # bytes: PyTorch's CUDA allocator gives memory in multiples of it
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """A run's settings, checked against each other."""
+class CheckedRun:
+    """A run whose settings fit together.
 
-    batch: build.BatchPlan
-    model: torch.nn.Module  # on the meta device, or where it cannot be built there, on the CPU
-    data_config: dict
+    `model` has the run's initial weights if `ready`. Else it has shapes alone, and a number of classes that is a
+    stand-in where only the data can tell.
+    """
+
+    batch: checks.GlobalBatch
+    model: Any
+    data_config: Dict[str, Any]
     optimizer: torch.optim.Optimizer
+    ready: bool
 
 
-def rehearse(settings, processes):
+def check_run(config: TrainConfig, processes: int) -> CheckedRun:
     """Build all that a run is made of except its data. Raises UserError for whatever does not fit together.
 
     Args:
-        settings: of train.py.
-        processes: number of processes of the run.
+        config: The settings.
+        processes: Number of processes of the run.
     """
-    build.check_settings(settings)
-    check_device(settings.device)
-    batch = build.plan_batch(settings, processes)
-    if settings.min_lr > batch.lr and settings.sched not in ('none', 'constant'):
-        raise UserError(
-            f'min_lr {settings.min_lr:g} is above the learning rate {batch.lr:g} ({batch.lr_rule}); lower --min-lr'
-        )
-    _check_names(settings)
-    _check_paths(settings)
-    _check_source(settings)
-    classes = settings.num_classes or 2
-    try:
-        model = build.build_model(settings, classes, device='meta')
-        data_config = data.resolve_input(settings, model)
-        build.try_model(model, data_config['input_size'], settings)
-    except UserError:
-        # Either a fault of the settings or a model that needs real tensors: on the CPU the first shows again.
-        model = build.build_model(settings, classes, device='cpu')
-        data_config = data.resolve_input(settings, model)
-        build.try_model(model, data_config['input_size'], settings)
-    optimizer = build.build_optimizer(model, settings, batch.lr)
-    build.build_schedule(optimizer, settings, updates_per_epoch=1000)
-    if settings.num_classes:
-        build.build_mixup(settings, settings.num_classes)
-    build.build_task(model, SimpleNamespace(**{**vars(settings), 'model_ema': False}), torch.device('cpu'))
-    _check_augmentation(settings, data_config)
-    return Rehearsal(batch, model, data_config, optimizer)
-
-
-def _check_names(settings):
-    """Names that no file system takes; the rest of the checks can then ask for them."""
-    for name in (
-        'data_dir',
-        'output',
-        'experiment',
-        'resume',
-        'pretrained_path',
-        'initial_checkpoint',
-        'class_map',
-        'train_split',
-        'val_split',
-    ):
-        path = getattr(settings, name) or ''
-        try:
-            os.lstat(path or '.')
-        except FileNotFoundError:  # what comes after a missing folder has not been looked at
-            longest = max(len(os.fsencode(part)) for part in Path(path).parts)
-            fault = 'a name of more than 255 bytes' if longest > 255 else None
-        except (NotADirectoryError, PermissionError):
-            continue
-        except (OSError, ValueError) as error:
-            fault = getattr(error, 'strerror', None) or first_line(error)
-        else:
-            continue
-        if fault:
-            raise UserError(f'{name} {path[:100]!r}: not a path ({fault})')
-
-
-def _check_paths(settings):
-    for name in ('pretrained_path', 'initial_checkpoint', 'resume'):
-        path = getattr(settings, name)
-        if path and not (name == 'resume' and path == 'auto') and not Path(path).is_file():
-            raise UserError(f'--{name.replace("_", "-")} {path}: no such file')
-    place = Path(settings.output, settings.experiment or '')
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(
-            f'--output {Path(settings.output, settings.experiment or "")}: cannot be written, {place} is '
-            f'{"not writable" if place.is_dir() else "no folder"}'
-        )
-    if settings.class_map:
-        data.read_class_map(settings.class_map, settings.data_dir)
-
-
-def _check_source(settings):
-    """The data set's name, and that something is there; nothing of it is read."""
-    prefix = data.check_name(settings.dataset)
-    package = PACKAGES.get(prefix)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f'dataset {settings.dataset} needs the package {package}, which is not installed: pip install {package}'
-        )
-    if not settings.data_dir:
-        if prefix not in HUBS and not settings.dry_run:
-            raise UserError(
-                'no data: give --data-dir DIR, a folder of images sorted into class folders'
-                if not prefix
-                else f'dataset {settings.dataset}: say with --data-dir where it lies'
-            )
-    elif '://' not in settings.data_dir and not settings.dataset_download and not Path(settings.data_dir).exists():
-        raise UserError(f'{settings.data_dir}: no such folder (--data-dir)')
-    if settings.aug_repeats and prefix in ('wds', 'hfids', 'tfds'):
-        raise UserError(
-            f'aug_repeats {settings.aug_repeats} needs a data set with an index; {settings.dataset} is '
-            f'read as a stream: set --aug-repeats 0'
-        )
-
-
-def _check_augmentation(settings, data_config):
-    try:
-        create_transform(
-            data_config['input_size'],
-            is_training=True,
-            no_aug=settings.no_aug,
-            scale=settings.scale,
-            ratio=settings.ratio,
-            hflip=settings.hflip,
-            vflip=settings.vflip,
-            color_jitter=settings.color_jitter,
-            auto_augment=settings.aa,
-            interpolation=settings.train_interpolation or data_config['interpolation'],
-            mean=data_config['mean'],
-            std=data_config['std'],
-            crop_pct=data_config['crop_pct'],
-            use_prefetcher=True,
-        )
-    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f'augmentation (aa {settings.aa}): timm does not take it, {first_line(error)}') from error
-
-
-def output_folder(settings, data_config):
-    """Where the run writes: output/experiment, or a name of time, model and image size."""
-    name = settings.experiment or (
-        f'{datetime.now():%Y%m%d-%H%M%S}-{settings.model.replace("/", "_")}-{data_config["input_size"][-1]}'
-    )
-    return Path(settings.output, name)
-
-
-def describe(settings, rehearsal):
-    """The lines of --dry-run. The number of images needs a look at the data set's listing; no image is read."""
-    batch, model, size = rehearsal.batch, rehearsal.model, rehearsal.data_config['input_size']
-    lines = [('model', f'{settings.model}, input {"×".join(map(str, size))}')]
-    images = None
-    if settings.data_dir or data.check_name(settings.dataset) in HUBS:
-        train_set, eval_set, names = data.open_training_sets(settings)
-        classes = data.class_count(settings, names)
-        if classes != model.num_classes:
-            settings.num_classes = classes
-            rehearsal = rehearse(settings, batch.processes)
-            model = rehearsal.model
-        images = len(train_set)
-        lines.append(('data', f'{images:,} images to train on, {len(eval_set):,} to validate on, {classes} classes'))
+    checks.check_settings(config)
+    batch = checks.global_batch(config.batch, config.schedule, processes)
+    checks.check_files(config)
+    classes = config.model.num_classes
+    ready = classes is not None and not config.run.dry_run
+    if ready:
+        model, data_config = initial_model(config, classes or 0)
     else:
-        lines.append(
-            (
-                'data',
-                'not given (--data-dir)'
-                + (f', {settings.num_classes} classes' if settings.num_classes else ', counted as 2 classes'),
-            )
+        try:
+            model, data_config = _make(config, classes or 2, 'meta')
+        except UserError:
+            # Either a fault of the settings or a model that needs real tensors: on the CPU the first shows again.
+            model, data_config = _make(config, classes or 2, 'cpu')
+    optimizer = build.build_optimizer(model, config.optim, batch.lr)
+    build.build_schedule(optimizer, config.schedule, updates_per_epoch=1000)
+    if classes:
+        build.build_mixup(config.loss, classes)
+    build.build_task(model, config.loss, torch.device('cpu'))
+    checks.check_transform(config.augment, data_config)
+    return CheckedRun(batch, model, data_config, optimizer, ready)
+
+
+def initial_model(config: TrainConfig, num_classes: int) -> Tuple[Any, Dict[str, Any]]:
+    """The model on the CPU with the weights it starts from, the same in every process, and its data settings."""
+    random_seed(config.run.seed)
+    return _make(config, num_classes)
+
+
+def _make(config: TrainConfig, num_classes: int, device: Any = None) -> Tuple[Any, Dict[str, Any]]:
+    model = build.build_model(config.model, num_classes, device)
+    data_config = data.resolve_input(config.model, model)
+    build.try_model(model, data_config['input_size'], config.model)
+    return model, data_config
+
+
+def output_folder(config: TrainConfig, data_config: Dict[str, Any]) -> Path:
+    """Where the run writes: output/experiment, or a name of time, model and image size."""
+    name = config.run.experiment or (
+        f'{datetime.now():%Y%m%d-%H%M%S}-{(config.model.model or "").replace("/", "_")}-{data_config["input_size"][-1]}'
+    )
+    return Path(config.run.output, name)
+
+
+def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
+    """The lines of --dry-run. The number of images needs a look at the data set's listing; no image is read.
+
+    The model is left without content.
+    """
+    batch, model, size = checked.batch, checked.model, checked.data_config['input_size']
+    lines = [('model', f'{config.model.model}, input {"×".join(map(str, size))}')]
+    train_set = None
+    if config.data.data_dir or data.check_name(config.data.dataset) in checks.HUBS:
+        train_set, eval_set, names = data.open_training_sets(
+            config.data,
+            in_chans=checks.image_channels(config.model),
+            batch_size=config.batch.batch_size,
+            seed=config.run.seed,
         )
+        classes = data.class_count(config.data, config.model.num_classes, names)
+        if classes != model.num_classes:
+            build.build_mixup(config.loss, classes)
+            with next(model.parameters()).device:
+                model.reset_classifier(classes)
+        lines.append(
+            ('data', f'{len(train_set):,} images to train on, {len(eval_set):,} to validate on, {classes} classes')
+        )
+    elif config.model.num_classes:
+        lines.append(('data', f'not given (--data-dir), {config.model.num_classes} classes'))
+    else:
+        lines.append(('data', 'not given (--data-dir), counted as 2 classes'))
+    schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters())
     lines += [
         ('parameters', f'{parameters / 1e6:.2f} M'),
         ('multiply-adds', f'{multiply_adds(model, size) / 1e9:.3g} G for one image, forward'),
-        ('global batch', str(batch).split('; lr ')[0].removeprefix('global batch ')),
-        ('learning rate', f'{batch.lr:g} ({batch.lr_rule}), {settings.opt}, {settings.sched}'),
+        ('global batch', batch.sizes()),
+        ('learning rate', f'{batch.lr:g} ({batch.lr_rule}), {config.optim.opt}, {schedule.sched}'),
     ]
-    _, epochs = build.build_schedule(rehearsal.optimizer, settings, updates_per_epoch=1)
-    if images is None:
+    _, epochs = build.build_schedule(checked.optimizer, schedule, updates_per_epoch=1)
+    if train_set is None:
         lines.append(('steps', f'unknown without data; {epochs} epochs'))
     else:
-        updates = _batches(train_set, settings, batch) // settings.grad_accum_steps
+        updates = _batches(train_set, config.augment.aug_repeats, batch) // batch.accumulated
         if not updates:
             raise UserError(
-                f"the training split has {images} images, less than one update's {batch.total}; lower -b "
+                f"the training split has {len(train_set)} images, less than one update's {batch.total}; lower -b "
                 f'or --grad-accum-steps'
             )
         lines.append(('steps', f'{epochs} epochs of {updates:,} updates, {epochs * updates:,} in all'))
-    warmup = (
-        'none'
-        if not settings.warmup_epochs or settings.sched == 'none'
-        else (
-            f'{settings.warmup_epochs} epochs from {settings.warmup_lr:g}, '
-            f'{"before" if settings.warmup_prefix else "among"} the {settings.epochs}'
-        )
-    )
+    if not schedule.warmup_epochs or schedule.sched == 'none':
+        warmup = 'none'
+    else:
+        place = 'before' if schedule.warmup_prefix else 'among'
+        warmup = f'{schedule.warmup_epochs} epochs from {schedule.warmup_lr:g}, {place} the {schedule.epochs}'
     lines += [
         ('warm-up', warmup),
-        ('output', str(output_folder(settings, rehearsal.data_config))),
+        ('output', str(output_folder(config, checked.data_config))),
         (
             'memory',
-            f'{step_memory(settings, rehearsal) / 2**30:.2f} GiB of tensors on each device at the peak of a '
-            f'training step, by a simulated step{"" if settings.amp else " in float32"}; the CUDA context and '
+            f'{step_memory(config, checked) / 2**30:.2f} GiB of tensors on each device at the peak of a '
+            f'training step, by a simulated step{"" if config.machine.amp else " in float32"}; the CUDA context and '
             f"the allocator's gaps come on top",
         ),
     ]
     return [f'{name:<14} {text}' for name, text in lines]
 
 
-def _batches(train_set, settings, batch):
+def _batches(train_set: Any, aug_repeats: int, batch: checks.GlobalBatch) -> int:
     """Batches of one process in an epoch, as the loader's sampler counts them."""
     if isinstance(train_set, torch.utils.data.IterableDataset):
-        return len(train_set) // (batch.per_process * batch.processes)
-    if settings.aug_repeats:
-        sampler = RepeatAugSampler(train_set, batch.processes, 0, num_repeats=settings.aug_repeats)
+        return len(train_set) // (batch.per_process * batch.processes)  # type: ignore[arg-type]  # timm's have a length
+    sampler: Any
+    if aug_repeats:
+        sampler = RepeatAugSampler(train_set, batch.processes, 0, num_repeats=aug_repeats)
     else:
         sampler = DistributedSampler(train_set, batch.processes, 0)
     return len(sampler) // batch.per_process
 
 
-def multiply_adds(model, input_size):
+def multiply_adds(model: Any, input_size: Tuple[int, ...]) -> int:
     """Multiply-adds of the forward pass of one image (torch.utils.flop_counter)."""
     device = next(model.parameters()).device
     training = model.training
@@ -266,14 +181,17 @@ def multiply_adds(model, input_size):
 
 
 class LiveMemory(TorchDispatchMode):
-    """Adds up the storages that live while it is on, and keeps the largest sum (`peak`, bytes)."""
+    """Adds up the storages that live while it is on, and keeps the largest sum (`peak`, bytes).
 
-    def __init__(self):
+    PyTorch's `torch.distributed._tools.mem_tracker.MemTracker` finds the same peaks, in about eleven times the time.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.known = {}
+        self.known: Dict[int, Any] = {}
 
-    def note(self, tensor):
+    def note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.known:
@@ -282,11 +200,11 @@ class LiveMemory(TorchDispatchMode):
             self.live += size
             self.peak = max(self.peak, self.live)
 
-    def _drop(self, key, size):
+    def _drop(self, key: int, size: int) -> None:
         self.known.pop(key, None)
         self.live -= size
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for item in tree_leaves(out):
             if isinstance(item, torch.Tensor):
@@ -294,35 +212,36 @@ class LiveMemory(TorchDispatchMode):
         return out
 
 
-def step_memory(settings, rehearsal):
+def step_memory(config: TrainConfig, checked: CheckedRun) -> int:
     """Bytes of tensors at the peak of a training step on one device: weights, gradients, the optimizer's state, moving
     average, activations and what the kernels' inputs and outputs need in between.
 
     One step is run on fake tensors, which have shapes and no content, and the storages alive are added up. Autocast is
-    the CPU's, whose choice of low precision is nearly CUDA's. What a kernel allocates inside itself is not seen.
+    the CPU's, whose choice of low precision is nearly CUDA's. What a kernel allocates inside itself is not seen. The
+    model is left without content.
     """
-    size = (settings.batch_size, *rehearsal.data_config['input_size'])
-    model = build.build_model(settings, rehearsal.model.num_classes, device='meta').train()
-    mixing = build.mixes(settings)
+    size = (config.batch.batch_size, *checked.data_config['input_size'])
+    model = checked.model.to('meta').train()
     with ExitStack() as modes:
         modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = model.to_empty(device='cpu')
         weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
         gradients = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.requires_grad)
-        optimizer = build.build_optimizer(model, settings, rehearsal.batch.lr)
+        optimizer = build.build_optimizer(model, config.optim, checked.batch.lr)
         images = torch.empty(size)
-        target = torch.empty(size[0], model.num_classes) if mixing else torch.zeros(size[0], dtype=torch.long)
+        mixed = checks.mixes(config.loss)
+        target = torch.empty(size[0], model.num_classes) if mixed else torch.zeros(size[0], dtype=torch.long)
         memory = LiveMemory()
         for tensor in (*model.parameters(), *model.buffers(), images, target):
             memory.note(tensor)
         with memory:
-            with torch.autocast('cpu', getattr(torch, settings.amp_dtype), enabled=settings.amp):
+            with torch.autocast('cpu', getattr(torch, config.machine.amp_dtype), enabled=config.machine.amp):
                 logits = model(images)
                 loss = F.cross_entropy(logits, target)
             loss.backward()
             before = memory.live
             optimizer.step()
         state = max(0, memory.live - before)  # made by the first step, there from the beginning of the next
-    copies = (weights if settings.model_ema else 0) + (gradients if settings.grad_accum_steps > 1 else 0)
-    buckets = gradients if rehearsal.batch.processes > 1 else 0  # DistributedDataParallel sends copies
+    copies = (weights if config.ema.model_ema else 0) + (gradients if config.batch.grad_accum_steps > 1 else 0)
+    buckets = gradients if checked.batch.processes > 1 else 0  # DistributedDataParallel sends copies
     return memory.peak + state + copies + buckets

@@ -1,4 +1,4 @@
-"""What a run leaves to read: args.yaml, summary.csv, TensorBoard's event files."""
+"""What a run leaves to read: summary.csv and TensorBoard's event files."""
 
 import contextlib
 import csv
@@ -6,64 +6,62 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from timm.utils import trim_summary, unwrap_model, update_summary
 
-from evavit.errors import LocalError, UserError
+from evavit.errors import LocalError
 from evavit.layers import EvaAttention
-
-from .checkpoint import replacing
-from .config import save_settings
-from .loop import autocast
+from evavit.training.checkpoint import saving
+from evavit.training.loop import Position, Run, autocast
 
 log = logging.getLogger(__name__)
 
 SAMPLES = 16  # images shown with their predictions, and looked at for the attention's health
 
 
-class Journal:
-    """Writes a run's readable files; on a resume what was written after the position is dropped.
+class MetricsWriter:
+    """Writes a run's metrics to a folder; on a resume what was written after the position is dropped.
 
     Args:
-        folder: The run's folder; made if missing.
+        folder: The run's folder.
         run: A `loop.Run`.
-        remarks: Comments at the head of args.yaml.
         position: Where the run goes on.
         class_names: Names by label, or None.
         data_config: Mean and standard deviation that the images were normalised with.
-
-    Raises:
-        UserError: the folder cannot be written.
     """
 
-    def __init__(self, folder, run, remarks, position, class_names, data_config):
+    def __init__(
+        self,
+        folder: Path,
+        run: Run,
+        position: Position,
+        class_names: Optional[List[str]],
+        data_config: Dict[str, Any],
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         self.run, self.class_names, self.data_config = run, class_names, data_config
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_settings(run.settings, folder / 'args.yaml', remarks)
-        except OSError as error:
-            raise UserError(f'--output {folder}: cannot be written ({error.strerror})') from error
-        self.summary, self.shown = Path(folder, 'summary.csv'), None
+        self.summary = folder / 'summary.csv'
+        self.shown: Optional[Tuple[torch.Tensor, List[int], List[int], List[float]]] = None
         if self.summary.exists():
             self._trim_summary(position.epoch)
-        with self._written():
+        with self._disk_errors():
             self.writer = SummaryWriter(str(folder), purge_step=run.done(position) + 1)
 
-    def _trim_summary(self, epoch):
+    def _trim_summary(self, epoch: int) -> None:
         try:
             self._rewrite_summary(lambda name: trim_summary(name, epoch))
-        except (ValueError, csv.Error) as error:  # a run that can go on does, its figures so far are TensorBoard's too
+        except (ValueError, csv.Error) as error:  # no reason to stop the run: TensorBoard has the metrics so far too
             damaged = f'{self.summary}.damaged'
             log.warning(f'warning: {self.summary} is no summary of a run ({str(error)[:80]}): kept as {damaged}')
             os.replace(self.summary, damaged)
 
-    def _fit_summary(self, name, columns):
-        """A run that goes on with other settings may have other columns: those of the rows so far come last."""
+    def _fit_summary(self, name: str, columns: List[str]) -> None:
+        """A run that goes on with other settings may have other columns: those that it no longer has come last."""
         if not os.path.exists(name):
             return
         with open(name, newline='', encoding='utf-8') as file:
@@ -76,8 +74,8 @@ class Journal:
                 writer.writerows(rows)
 
     @contextlib.contextmanager
-    def _written(self):
-        """TensorBoard's files fill a disk too, and its writer says so at any later call."""
+    def _disk_errors(self) -> Iterator[None]:
+        """TensorBoard's writer reports a full disk at any later call: here as one line."""
         try:
             yield
         except OSError as error:
@@ -86,55 +84,59 @@ class Journal:
                 f'before is whole: make room and go on with --resume auto'
             ) from error
 
-    def _rewrite_summary(self, change):
-        with replacing(self.summary) as partial:
+    def _rewrite_summary(self, change: Callable[[str], None]) -> None:
+        with saving(self.summary) as partial:
             if self.summary.exists():
                 shutil.copy(self.summary, partial)
             change(str(partial))
 
-    def scalar(self, update, name, value):
-        with self._written():
+    def scalar(self, update: int, name: str, value: float) -> None:
+        with self._disk_errors():
             self.writer.add_scalar(name, value, update)
 
-    def samples(self, images, target, output):
+    def samples(self, images: torch.Tensor, target: torch.Tensor, output: torch.Tensor) -> None:
         """Keep the first batch of a validation for `epoch` to show."""
         chances, labels = output[:SAMPLES].float().softmax(-1).max(-1)
         self.shown = images[:SAMPLES], target[:SAMPLES].tolist(), labels.tolist(), chances.tolist()
 
-    def epoch(self, position, trained, judged, lr):
-        """Enter the epoch that ends at `position`, the start of the next one."""
-        columns = ['epoch', *(f'train_{name}' for name in trained), *(f'eval_{name}' for name in judged), 'lr']
+    def epoch(
+        self, position: Position, train_metrics: Dict[str, float], eval_metrics: Dict[str, float], lr: float
+    ) -> None:
+        """Write the epoch that ends at `position`, the start of the next one."""
+        columns = ['epoch', *(f'train_{name}' for name in train_metrics), *(f'eval_{name}' for name in eval_metrics)]
 
-        def enter(name):
-            self._fit_summary(name, columns)
-            update_summary(position.epoch - 1, trained, judged, filename=name, lr=lr)
+        def add_row(name: str) -> None:
+            self._fit_summary(name, [*columns, 'lr'])
+            update_summary(position.epoch - 1, train_metrics, eval_metrics, filename=name, lr=lr)
 
-        self._rewrite_summary(enter)
+        self._rewrite_summary(add_row)
         update = self.run.done(position)
-        for name, value in judged.items():
+        for name, value in eval_metrics.items():
             self.scalar(update, f'eval/{name}', value)
-        if self.shown:  # no image, where none of this process's share can be read
-            with self._written():
+        if self.shown:  # None where none of this process's share of the images can be read
+            with self._disk_errors():
                 self.writer.add_image('validation', self._picture(*self.shown), update)
-            for layer, figures in attention_health(self.run, self.shown[0]).items():
-                for name, value in figures.items():
+            for layer, masses in attention_health(self.run, self.shown[0]).items():
+                for name, value in masses.items():
                     self.scalar(update, f'{name}/{layer}', value)
         self.shown = None
         self.flush()
 
-    def flush(self):
-        """Bring the curves to the disk, before a checkpoint from whose position on they would not be drawn again."""
-        with self._written():
+    def flush(self) -> None:
+        """Bring the curves to the disk: a run that resumes from a checkpoint does not draw what came before it."""
+        with self._disk_errors():
             self.writer.flush()
 
-    def close(self):
-        with self._written():
+    def close(self) -> None:
+        with self._disk_errors():
             self.writer.close()
 
-    def _name(self, label):
+    def _name(self, label: int) -> str:
         return self.class_names[label] if self.class_names else str(label)
 
-    def _picture(self, images, target, labels, chances):
+    def _picture(
+        self, images: torch.Tensor, target: Sequence[int], labels: Sequence[int], chances: Sequence[float]
+    ) -> np.ndarray:
         """Images `(n, C, H, W)` side by side, under each what was predicted, and the truth where that is wrong."""
         device = images.device
         mean, std = (torch.tensor(self.data_config[key], device=device).view(-1, 1, 1) for key in ('mean', 'std'))
@@ -155,21 +157,21 @@ class Journal:
 
 
 @torch.no_grad()
-def attention_health(run, images):
-    """{layer: {figure: value}} of the EVA layers, for a few images through the weights in training, in evaluation mode.
+def attention_health(run: Run, images: torch.Tensor) -> Dict[str, Dict[str, float]]:
+    """{layer: {name: value}} of the EVA layers: where attention goes, as a mean over images, heads and queries.
 
-    Where attention goes, mean over images, heads and queries: see `evavit.layers.EvaAttention.attention_mass`. Layers
-    with an ablation have other weights and are left out.
+    The images pass through the weights in training, in evaluation mode. `evavit.layers.EvaAttention.attention_mass`
+    defines the values. Layers with an ablation have other weights and are left out.
     """
-    model = unwrap_model(run.task.get_trainable_module())
+    model: Any = unwrap_model(run.task.get_trainable_module())
     layers = {
         module: name
         for name, module in model.named_modules()
         if isinstance(module, EvaAttention) and not module.variant
     }
-    found = {}
+    found: Dict[str, Dict[str, float]] = {}
 
-    def look(layer, args):
+    def look(layer: Any, args: Tuple[torch.Tensor, ...]) -> None:
         exact, cells, effective = layer.attention_mass(*args)
         found[layers[layer]] = dict(
             mass_on_E=exact.mean().item(), mass_on_cells=cells.mean().item(), effective_cells=effective.mean().item()
@@ -179,7 +181,7 @@ def attention_health(run, images):
     training = model.training
     try:
         model.eval()
-        with autocast(run.settings, run.process.device):
+        with autocast(run.machine, run.process.device):
             model(images)
     finally:
         model.train(training)

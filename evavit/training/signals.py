@@ -1,51 +1,62 @@
-"""What is asked of a run while it trains: a checkpoint every so often, and by SIGTERM or SIGUSR1 to save and stop."""
+"""When a run saves within an epoch, and when it stops: an interval of the user's, and SIGTERM or SIGUSR1."""
 
 import re
 import signal
 import time
+from types import TracebackType
+from typing import Any, Dict, Optional, Tuple, Type
 
 from evavit.errors import UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(
+    getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)
+)  # Windows lacks SIGUSR1
 
 
-class Requests:
-    """As a context it takes the two signals; `now` tells after each update whether to save, and whether to stop.
+def parse_interval(text: Optional[str]) -> Tuple[Optional[int], Optional[float]]:
+    """(updates, seconds) between checkpoints, of which one is None: '500' updates or '10m' minutes. UserError else."""
+    if text is None:
+        return None, None
+    number = re.fullmatch(r'(\d+)(m?)|(\d+\.\d+)(m)', text)
+    value = float(number[1] or number[3]) if number else 0.0
+    if number is None or not value:
+        raise UserError(f'checkpoint_interval {text!r}: takes a number of updates (500) or of minutes (10m)')
+    return (None, 60 * value) if number[2] or number[4] else (int(value), None)
+
+
+class SignalHandler:
+    """As a context it catches the two signals. `poll` says after each update whether to save and whether to stop.
 
     Args:
-        interval: A number of updates such as '500', or of minutes such as '10m'; None saves only after epochs.
+        interval: See `parse_interval`; None saves only after epochs.
         primary: Whether this process is the one that asks for checkpoints.
 
     Raises:
-        UserError: an interval of another form.
+        UserError: An interval of another form.
     """
 
-    def __init__(self, interval, primary=True):
-        number = re.fullmatch(r'(\d+)(m?)|(\d+\.\d+)(m)', interval or '1')
-        value = float(number[1] or number[3]) if number else 0.0
-        if not value:
-            raise UserError(f'checkpoint_interval {interval!r}: takes a number of updates (500) or of minutes (10m)')
-        minutes = bool(number[2] or number[4])
-        self.updates = int(value) if interval and not minutes else None
-        self.seconds = 60 * value if interval and minutes else None
+    def __init__(self, interval: Optional[str], primary: bool = True):
+        self.updates, self.seconds = parse_interval(interval)
         self.primary = primary
         self.stop = False
         self.saved = time.monotonic()
-        self.handlers = {}
+        self.handlers: Dict[int, Any] = {}  # what handled the signals before
 
-    def __enter__(self):
-        self.handlers = {number: signal.signal(number, self._stop) for number in SIGNALS}
+    def __enter__(self) -> 'SignalHandler':
+        self.handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def _stop(self, *_):
+    def _handle(self, *_: Any) -> None:
         self.stop = True
 
-    def now(self, update, last):
-        """(save, stop) after `update` updates of the run; `last` is the epoch's last one, saved before validation."""
+    def poll(self, update: int, last: bool) -> Tuple[bool, bool]:
+        """(save, stop) after `update` updates of the run. `last` is the epoch's last one, saved before validation."""
         due = (self.updates is not None and (last or update % self.updates == 0)) or (
             self.seconds is not None and (last or time.monotonic() - self.saved >= self.seconds)
         )

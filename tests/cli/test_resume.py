@@ -125,9 +125,9 @@ def test_a_signal_while_the_run_starts(call, images, tmp_path, monkeypatch):
     """It is heeded as soon as there is something to save."""
     open_sets = data.open_training_sets
 
-    def signalled(settings):
+    def signalled(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return open_sets(settings)
+        return open_sets(*args, **kwargs)
 
     monkeypatch.setattr(data, 'open_training_sets', signalled)
     place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']

@@ -1,19 +1,17 @@
 """The autoregressive image model learns, and draws pixel by pixel what it learned."""
 
-import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip('sklearn')
-SCRIPT = Path(__file__).resolve().parents[2] / 'examples' / 'causal_digits.py'
-spec = importlib.util.spec_from_file_location('causal_digits', SCRIPT)
-causal_digits = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(causal_digits)
+from programs import ROOT, load_program
+
+SCRIPT = ROOT / 'examples' / 'causal_digits.py'
+causal_digits = load_program('examples/causal_digits.py')
 
 
 def test_a_short_training_beats_the_unigram_model():

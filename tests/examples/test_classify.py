@@ -1,23 +1,17 @@
 """The example of inference prepares pictures as timm does in validation, without timm."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
+from programs import load_program
 from timm.data import create_transform
 
 pytest.importorskip('onnxruntime', reason='needs evavit[export]')
-FILE = Path(__file__).resolve().parents[2] / 'examples' / 'classify.py'
 
 
 @pytest.fixture(scope='module')
 def example():
-    spec = importlib.util.spec_from_file_location('evavit_example_classify', FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program('examples/classify.py')
 
 
 @pytest.mark.parametrize('picture_size', [(640, 427), (123, 301), (224, 224), (40, 31)])

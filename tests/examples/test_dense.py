@@ -1,11 +1,8 @@
 """The examples of dense prediction learn, at small size, with both families and each head."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from programs import load_program
 
 pytest.importorskip('segmentation_models_pytorch', reason='needs evavit[dense]')
 pytest.importorskip('skimage', reason='needs evavit[dense]')
@@ -13,23 +10,16 @@ PYRAMID = dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2
 PLAIN = dict(depth=2, embed_dim=48, num_heads=3)
 
 
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / 'examples'))
-    torch.manual_seed(0)
-    yield importlib.import_module
-    for name in ('segment', 'detect'):
-        sys.modules.pop(name, None)
+segment, detect = load_program('examples/segment.py'), load_program('examples/detect.py')
 
 
 @pytest.mark.parametrize(
     'decoder, kwargs',
     [('Unet', dict(decoder_channels=(32, 32, 16, 16, 8))), ('FPN', dict(decoder_pyramid_channels=64))],
 )
-def test_segmentation_learns_coins(example, decoder, kwargs):
+def test_segmentation_learns_coins(decoder, kwargs):
     import segmentation_models_pytorch as smp
 
-    segment = example('segment')
     image, mask = segment.coins()
     model = smp.create_model(decoder, 'tu-eva_pvt_v2_b3', encoder_weights=None, classes=1, **kwargs, **PYRAMID)
     losses = segment.train(model, image, mask, steps=20, batch=2, lr=3e-3, side=96)
@@ -38,8 +28,7 @@ def test_segmentation_learns_coins(example, decoder, kwargs):
     assert segment.overlap(model, image, mask) > everything + 0.2
 
 
-def test_every_coin_has_its_box(example):
-    detect, segment = example('detect'), example('segment')
+def test_every_coin_has_its_box():
     _, mask = segment.coins()
     (target,) = detect.targets(mask[None])
     assert len(target['boxes']) == 24 and (target['labels'] == 1).all()
@@ -49,8 +38,7 @@ def test_every_coin_has_its_box(example):
 
 @pytest.mark.parametrize('model, kwargs', [('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', PLAIN)])
 @pytest.mark.parametrize('detector, steps', [('retinanet', 15), ('faster_rcnn', 6)])
-def test_detection_learns_coins(example, model, kwargs, detector, steps):
-    detect, segment = example('detect'), example('segment')
+def test_detection_learns_coins(model, kwargs, detector, steps):
     image, mask = segment.coins()
     network = detect.build(model, detector, side=96, out_channels=32, **kwargs)
     losses = detect.train(network, image, mask, steps=steps, side=96, lr=1e-3)
@@ -71,9 +59,9 @@ def test_detection_learns_coins(example, model, kwargs, detector, steps):
         ('detect', ['--model', 'linformer_deit_tiny'], ['linformer', 'one size']),
     ],
 )
-def test_mistakes(example, monkeypatch, capsys, name, flags, words):
-    module = example(name)
-    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *flags])
+def test_mistakes(monkeypatch, capsys, name, flags, words):
+    module = {'segment': segment, 'detect': detect}[name]
+    monkeypatch.setattr('sys.argv', [f'{name}.py', *flags])
     with pytest.raises(SystemExit) as stop:
         module.main()
     line = capsys.readouterr().err.splitlines()[-1]

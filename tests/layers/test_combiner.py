@@ -1,9 +1,35 @@
 import pytest
 import torch
-from layer_checks import GRIDS, assert_matches, heads_of, randomise
-from references import combiner_loop
+import torch.nn.functional as F
+from helpers import GRIDS, assert_matches, grid_windows, heads_of, in_order, randomise, split, window_bias
 
 from evavit.layers import CombinerAttention, EvaAttention, SoftmaxAttention
+
+
+def combiner_loop(q, k, v, feat_size, bias_table=None, window_size=7, projections=None):
+    """Combiner-Fixed: one span of queries after the other, every other span summarised by a maximum; of the ReLU of
+    projections (W_q, W_k) for DeepSets-Max."""
+    s = q.shape[-1] ** -0.5
+    spans = grid_windows(feat_size, window_size)
+    parts = list(zip(split(q, spans), split(k, spans), split(v, spans), strict=True))
+    keys, values = [], []
+    W_q, W_k = (None, None) if projections is None else projections
+
+    def pooled(x, W):
+        return (x if W is None else F.relu(x @ W.T)).max(2, keepdim=True).values
+
+    for q_m, k_m, v_m in parts:
+        inside = torch.softmax(s * pooled(q_m, W_q) @ k_m.transpose(2, 3), -1)
+        keys.append(pooled(k_m, W_k))
+        values.append(inside @ v_m)
+    outputs = []
+    for number, (tokens, (q_n, k_m, v_m)) in enumerate(zip(spans, parts, strict=True)):
+        others = [r for r in range(len(spans)) if r != number]
+        logits = [s * q_n @ k_m.transpose(2, 3) + window_bias(bias_table, tokens, feat_size[1], window_size)]
+        logits += [s * q_n @ keys[r].transpose(2, 3) for r in others]
+        weights = torch.softmax(torch.cat(logits, -1), -1)
+        outputs.append(weights @ torch.cat([v_m, *(values[r] for r in others)], 2))
+    return in_order(outputs, spans)
 
 
 @pytest.mark.parametrize('feat_size', GRIDS)

@@ -1,9 +1,41 @@
 import pytest
 import torch
-from layer_checks import GRIDS, assert_matches, heads_of, randomise
-from references import long_short_loop
+import torch.nn.functional as F
+from helpers import GRIDS, assert_matches, grid_windows, heads_of, in_order, randomise, window_bias
 
 from evavit.layers import EvaAttention, LongShortAttention
+
+
+def merge_heads(x):
+    """`(B, h, N, d)` to `(B, N, h·d)`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def long_short_loop(q, k, v, feat_size, projection, norms=None, bias_table=None, window_size=7):
+    """Long-short attention; projection (W `(h·r, C)`, b), norms ((weight, bias) of LN_L, of LN_G) over C channels."""
+    B, h, _, d = q.shape
+    s = d**-0.5
+    logits = merge_heads(k) @ projection[0].T + projection[1]
+    r = logits.shape[-1] // h
+    P = torch.stack([torch.softmax(logits[..., head * r : (head + 1) * r], 1) for head in range(h)], 1)  # (B, h, N, r)
+    k_bar, v_bar = P.transpose(2, 3) @ k, P.transpose(2, 3) @ v
+    if norms is not None:
+
+        def normalise(x, norm):
+            return F.layer_norm(merge_heads(x), (h * d,), *norm).view(B, -1, h, d).transpose(1, 2)
+
+        k, v, k_bar, v_bar = (
+            normalise(x, norm)
+            for x, norm in zip((k, v, k_bar, v_bar), (norms[0], norms[0], norms[1], norms[1]), strict=True)
+        )
+    windows = grid_windows(feat_size, window_size)
+    outputs = []
+    for tokens in windows:
+        local = s * q[:, :, tokens] @ k[:, :, tokens].transpose(2, 3)
+        local = local + window_bias(bias_table, tokens, feat_size[1], window_size)
+        weights = torch.softmax(torch.cat([local, s * q[:, :, tokens] @ k_bar.transpose(2, 3)], -1), -1)
+        outputs.append(weights @ torch.cat([v[:, :, tokens], v_bar], 2))
+    return in_order(outputs, windows)
 
 
 @pytest.mark.parametrize('feat_size', GRIDS)

@@ -1,11 +1,37 @@
+import math
 from itertools import pairwise
 
 import pytest
 import torch
-from layer_checks import assert_matches, heads_of, randomise
-from references import reformer_loop
+from helpers import assert_matches, heads_of, randomise
 
 from evavit.layers import ReformerAttention
+
+
+def reformer_loop(q, v, rotations, chunk_size):
+    """LSH attention over the union of what a query meets in any round; rotations `(rounds, d, buckets / 2)`."""
+    N = q.shape[2]
+    images = []
+    for image in range(q.shape[0]):
+        heads = []
+        for head in range(q.shape[1]):
+            Q, V = q[image, head], v[image, head]
+            sees = torch.zeros(N, N, dtype=torch.bool)
+            for R in rotations:
+                bucket = [int(torch.cat([x @ R, -(x @ R)]).argmax()) for x in Q.detach()]
+                place = {n: i for i, n in enumerate(sorted(range(N), key=lambda n: (bucket[n], n)))}
+                for n in range(N):
+                    for m in range(N):
+                        if bucket[m] == bucket[n] and place[n] // chunk_size - place[m] // chunk_size in (0, 1):
+                            sees[n, m] = n != m
+            for n in range(N):
+                if not sees[n].any():
+                    sees[n, n] = True
+            keys = torch.stack([x / x.norm() for x in Q])
+            heads.append(torch.softmax((Q @ keys.T).masked_fill(~sees, -math.inf), 1) @ V)
+        images.append(torch.stack(heads))
+    return torch.stack(images)
+
 
 # Grids small enough for a loop over pairs: chunks that divide N, a short last chunk, one chunk, one token.
 GRIDS = [(8, 8), (9, 7), (5, 13), (5, 3), (1, 1)]

@@ -46,7 +46,7 @@ def run(model, size=(224, 224), batch=1):
     ],
 )
 def test_published_parameters(name, parameters):
-    """The multiply-adds are held against the paper by tools/zoo.py, which tests/docs runs."""
+    """The multiply-adds are held against the paper by docs/make/zoo.py, which tests/docs runs."""
     model = timm.create_model(name, device='meta')
     assert f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}' == parameters
 

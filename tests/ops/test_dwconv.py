@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from kernel_checks import DTYPES, agrees_in_the_interpreter, gpu, relative_rms
+from ops.kernels import DTYPES, gpu, graphs_of, interpreter, relative_rms
 from timm.layers import set_fused_attn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import evavit  # noqa: F401
 from evavit.models.eva_pvt_v2 import FusedMlpWithDepthwiseConv
 from evavit.ops import depthwise_gelu, depthwise_gelu_backend
+from evavit.ops.dwconv import DWCONV
 
 NAMES = ['out', 'x', 'weight', 'bias']
 
@@ -75,37 +76,42 @@ def test_backend():
     assert depthwise_gelu_backend(torch.device('cpu'), torch.float32) == 'plain'
 
 
-INTERPRETED = """
-import sys, torch
-sys.path[:0] = [{tests!r}]
-import evavit.ops.dwconv as dwconv
-from evavit.ops.dwconv import triton as dwconv_triton
-from kernel_checks import relative_rms
-from ops.test_dwconv import make_case, run
-torch.manual_seed(0)
-dwconv_triton.LAUNCH = {{name: dict(launch, BC=16, P=4, programs=8) for name, launch in dwconv_triton.LAUNCH.items()}}
-# The last is several tiles to a program; the interpreter rounds halves towards zero.
-for feat_size, C, dtype, bound in [((1, 1), 8, torch.float32, 1e-6), ((1, 7), 40, torch.float32, 1e-6),
-                                   ((5, 3), 16, torch.float16, 1e-3), ((9, 11), 24, torch.float32, 1e-6)]:
-    case = make_case(feat_size, C, dtype)
-    reference = run(case, feat_size, dtype=torch.float64)
-    runs_fused, dwconv._runs_fused = dwconv._runs_fused, lambda *args: True
-    fused, again = run(case, feat_size, fused=True), run(case, feat_size, fused=True)
-    dwconv._runs_fused = runs_fused
-    for name, value in fused.items():
-        error = relative_rms(value, reference[name])
-        assert error < bound, (feat_size, name, error)
-        assert torch.equal(value, again[name]), (feat_size, name)
-x, weight, bias, _ = make_case((3, 4), 8)
-leaves = x.requires_grad_(), weight.reshape(8, 9).t().contiguous().requires_grad_(), bias.requires_grad_()
-torch.library.opcheck(torch.ops.evavit.depthwise_gelu.default, (*leaves, [3, 4]))
-print('agree')
-"""
+class TestInTheInterpreter:
+    pytestmark = interpreter
 
+    # In the last two a program has several tiles, which rows and channels do not fill. The parameters are float32, as
+    # under autocast.
+    @pytest.mark.parametrize(
+        ('feat_size', 'C', 'dtype', 'bound'),
+        [
+            ((1, 1), 8, torch.float32, 1e-6),
+            ((1, 7), 40, torch.float32, 1e-6),
+            ((5, 3), 16, torch.float16, 1e-3),
+            ((9, 11), 24, torch.float32, 1e-6),
+            ((16, 2), 20, torch.float32, 1e-6),
+        ],
+        ids=str,
+    )
+    def test_shapes(self, feat_size, C, dtype, bound, poison, monkeypatch):
+        from evavit.ops.dwconv import triton as kernels
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip('triton')
-    agrees_in_the_interpreter(INTERPRETED)
+        tiles = dict(BC=16, P=4, programs=8)
+        monkeypatch.setattr(kernels, 'LAUNCH', {name: {**launch, **tiles} for name, launch in kernels.LAUNCH.items()})
+        kernels._cached_plan.cache_clear()
+        case = make_case(feat_size, C, dtype)
+        reference = run(case, feat_size, dtype=torch.float64)
+        fused, again = (run(case, feat_size, function=kernels.depthwise_gelu_fused) for _ in range(2))
+        kernels._cached_plan.cache_clear()
+        for name, value in fused.items():
+            assert relative_rms(value, reference[name]) < bound, name
+            assert torch.equal(value, again[name]), f'{name} differs between two runs'
+
+    def test_opcheck(self):
+        import evavit.ops.dwconv.triton  # noqa: F401, registers the operators
+
+        x, weight, bias, _ = make_case((3, 4), 8)
+        leaves = x.requires_grad_(), weight.reshape(8, 9).t().contiguous().requires_grad_(), bias.requires_grad_()
+        torch.library.opcheck(torch.ops.evavit.depthwise_gelu.default, (*leaves, [3, 4]))
 
 
 def make_mlp(act_layer=nn.GELU, device='cpu', **kwargs):
@@ -206,22 +212,15 @@ class TestMlp:
         assert 'backend=plain' in make_mlp()[1].extra_repr()
 
     @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # tracing fixes the grid, as it should
-    def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(self, monkeypatch):
+    def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(self):
         pytest.importorskip('triton')
-        monkeypatch.setattr('evavit.ops.dwconv.depthwise_gelu_backend', lambda *args: 'triton')
         _, mlp = make_mlp()
-        x, graphs = torch.randn(1, 15, 12), []
-
-        def backend(graph, _):
-            graphs.append(str(graph.graph))
-            return lambda *args: [x]  # a CPU cannot run them
-
-        torch.compiler.reset()
-        torch.compile(mlp, backend=backend, fullgraph=True)(x, [5, 3])
-        assert 'evavit.depthwise_gelu' in graphs[0]
-        assert 'evavit' not in str(torch.export.export(mlp, (x, [5, 3])).graph)
-        mlp.requires_grad_(False)
-        assert 'evavit::' not in str(torch.jit.trace(lambda x: mlp(x, [5, 3]), x, check_trace=False).graph)
+        x = torch.randn(1, 15, 12)
+        with DWCONV.forced('triton'):
+            assert 'evavit.depthwise_gelu' in graphs_of(mlp, x, [5, 3])[0]
+            assert 'evavit' not in str(torch.export.export(mlp, (x, [5, 3])).graph)
+            mlp.requires_grad_(False)
+            assert 'evavit::' not in str(torch.jit.trace(lambda x: mlp(x, [5, 3]), x, check_trace=False).graph)
 
 
 def check(case, feat_size, dtype):

@@ -4,13 +4,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from kernel_checks import agrees_in_the_interpreter, gpu, relative_rms
+from ops.kernels import gpu, graphs_of, on_either, relative_rms
 from timm.layers import Mlp, SwiGLU
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from evavit.layers import FusedMlp
 from evavit.ops import mlp_gelu, mlp_gelu_backend
+from evavit.ops.mlp import MLP
 
 NAMES = ['out', 'x', 'weight1', 'bias1', 'weight2', 'bias2']
 HALVES = [torch.bfloat16, torch.float16]
@@ -244,49 +245,30 @@ def test_models_take_it_unless_told_otherwise():
     assert set(FusedMlp(16, 32).state_dict()) == set(Mlp(16, 32).state_dict())
 
 
-INTERPRETED = """
-import sys, torch
-sys.path[:0] = [{tests!r}]
-from evavit.ops.mlp import triton as mlp_triton
-from kernel_checks import relative_rms
-from ops.test_mlp import make_case, run
-mlp = sys.modules['evavit.ops.mlp']
-torch.manual_seed(0)
-for shape in [(1, 16, 32, 16), (77, 48, 80, 32), (130, 16, 64, 48)]:
-    case = make_case(*shape, torch.float16, device='cpu')
+@on_either
+@pytest.mark.parametrize(
+    'shape',
+    [(1, 16, 32, 16), (77, 48, 80, 32), (130, 16, 64, 48), (128, 32, 16, 16), (129, 32, 144, 16)],
+    ids=['one row', 'odd', 'two tiles of rows', 'whole tiles', 'two tiles of rows, nine of columns'],
+)
+def test_small_cases(shape, device, poison):
+    """In float16, which the interpreter multiplies right."""
+    case = make_case(*shape, torch.float16, device=device)
     reference = run(case, fused=False, dtype=torch.float64)
-    runs_fused, mlp._runs_fused = mlp._runs_fused, lambda *args: True
-    fused = run(case, fused=True)
-    mlp._runs_fused = runs_fused
+    with MLP.forced('triton'):
+        fused = run(case, fused=True)
     for name, value in fused.items():
-        error = relative_rms(value, reference[name])
-        assert error < 1e-3, (shape, name, error)
-print('agree')
-"""
+        assert relative_rms(value, reference[name]) < 1e-3, name
 
 
-def test_kernels_in_the_interpreter():
-    """Triton's interpreter runs the kernels' arithmetic without a GPU; it is chosen per process, so this starts one.
-    In float16: the interpreter multiplies bfloat16's bits as if they were whole numbers."""
+def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not():
     pytest.importorskip('triton')
-    agrees_in_the_interpreter(INTERPRETED)
-
-
-def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not(monkeypatch):
-    pytest.importorskip('triton')
-    monkeypatch.setattr('evavit.ops.mlp.mlp_gelu_backend', lambda *args, **kwargs: 'triton')
     x, *weights, _ = make_case(8, 16, 32, 16, torch.bfloat16, device='cpu')
-    graphs = []
 
     class Wrapped(nn.Module):
         def forward(self, x):
             return mlp_gelu(x, *weights, fused=True)
 
-    def backend(graph, _):
-        graphs.append(str(graph.graph))
-        return lambda *args: [x]  # a CPU cannot run them
-
-    torch.compiler.reset()
-    torch.compile(Wrapped(), backend=backend, fullgraph=True)(x)
-    assert 'evavit.mlp' in graphs[0]
-    assert 'evavit' not in str(torch.export.export(Wrapped(), (x,)).graph)
+    with MLP.forced('triton'):
+        assert 'evavit.mlp' in graphs_of(Wrapped(), x)[0]
+        assert 'evavit' not in str(torch.export.export(Wrapped(), (x,)).graph)

@@ -1,14 +1,13 @@
-"""tools/avg_checkpoints.py, clean_checkpoint.py and save_for_hub.py on a run of train.py."""
+"""tools/avg_checkpoints.py and save_for_hub.py on a run of train.py."""
 
 import hashlib
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from programs import load_program
 from runs import CLASSES, MODEL, QUICK, load_script, weights, write_images
 
 from evavit.errors import run_script
@@ -17,13 +16,7 @@ TOOLS = Path(__file__).parents[2] / 'tools'
 
 
 def tool(name):
-    sys.path.insert(0, str(TOOLS))  # one tool may import another, as Python arranges for a script
-    try:
-        spec = importlib.util.spec_from_file_location(f'evavit_tool_{name}', TOOLS / f'{name}.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOLS))
+    module = load_program(f'tools/{name}.py')
     return lambda *flags: run_script(module.main, [str(flag) for flag in flags])
 
 
@@ -62,14 +55,15 @@ def test_average(run, tmp_path, capsys):
 
 
 def test_clean(run, tmp_path, capsys):
-    assert tool('clean_checkpoint')('--checkpoint', run / 'last.pth.tar', '--output', tmp_path / 'mine.pth') == 0
+    one = ('--input', run / 'last.pth.tar', '--output')
+    assert tool('avg_checkpoints')(*one, tmp_path / 'mine.pth', '--hash') == 0
     (file,) = tmp_path.iterdir()
     assert file.name == f'mine-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth'
     clean, last = torch.load(file), weights(run / 'last.safetensors')
     assert clean.keys() == last.keys() and all(torch.equal(clean[name], last[name]) for name in last)
     (tmp_path / 'cut.pth').write_bytes(file.read_bytes()[:1000])
     capsys.readouterr()
-    assert tool('clean_checkpoint')('--checkpoint', tmp_path / 'cut.pth', '--output', tmp_path / 'x.pth') == 2
+    assert tool('avg_checkpoints')('--input', tmp_path / 'cut.pth', '--output', tmp_path / 'x.pth') == 2
     assert 'cut.pth: not a readable checkpoint' in capsys.readouterr().err
 
 
@@ -129,7 +123,7 @@ def test_outputs_that_cannot_be_written(run, tmp_path, capsys):
         ),
         ('avg_checkpoints', ['--input', run, '--output', tmp_path / 'file' / 'mean.pth'], 'cannot be written'),
         ('avg_checkpoints', ['--input', run, '--output', tmp_path / 'mean.txt'], '.pth or .safetensors'),
-        ('clean_checkpoint', ['--checkpoint', checkpoint, '--output', tmp_path / 'mean.txt'], '.pth or .safetensors'),
+        ('avg_checkpoints', ['--input', checkpoint, '--output', tmp_path / 'mean.txt'], '.pth or .safetensors'),
     ):
         assert tool(name)(*flags) == 2
         line = capsys.readouterr().err.strip()

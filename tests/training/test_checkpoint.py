@@ -21,8 +21,12 @@ from evavit.training.loop import Position
 ONE = Process(torch.device('cpu'), 0, 0, 1)
 
 
+def settings_of(*flags):
+    return parse_settings('train', ['--model', 'tiny', '--checkpoint-hist', '2', *flags])[0]
+
+
 def run_of(*flags):
-    settings, _ = parse_settings('train', ['--model', 'tiny', '--checkpoint-hist', '2', *flags])
+    settings = settings_of(*flags)
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -32,21 +36,30 @@ def run_of(*flags):
     return loop.Run(
         task=ClassificationTask(model, verbose=False),
         optimizer=optimizer,
-        stepper=loop.Stepper(settings, ONE.device),
+        stepper=loop.Stepper(settings.machine, settings.optim, ONE.device),
         schedule=None,
         mixup=None,
-        settings=settings,
         process=ONE,
         bad=None,
+        machine=settings.machine,
+        config=settings.run,
         updates_per_epoch=10,
         epochs=3,
         images_per_update=4,
     )
 
 
+def saver_of(run, folder):
+    return checkpoint.Saver(run, settings_of().flat(), ['a', 'b'], folder)
+
+
+def resume(candidates, run, saver=None, flags=()):
+    return checkpoint.resume(candidates, run, settings_of(*flags).flat(), saver)
+
+
 @pytest.fixture
 def saver(tmp_path):
-    return checkpoint.Saver(run_of(), ['a', 'b'], tmp_path)
+    return saver_of(run_of(), tmp_path)
 
 
 def test_best_and_last(saver, tmp_path):
@@ -85,7 +98,7 @@ def test_settings_travel_with_the_weights(saver, tmp_path, name):
     saver.save_epoch(Position(1), 10.0)
     saved = checkpoint.saved_settings(tmp_path / name)
     assert saved['model'] == 'tiny' and saved['class_names'] == ['a', 'b']
-    assert set(saved) == {*vars(parse_settings('train', [])[0]), 'class_names'}
+    assert list(saved) == [*settings_of().flat(), 'class_names']
 
 
 def test_a_file_of_other_origin_has_no_settings(tmp_path):
@@ -148,12 +161,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saver, tmp_path,
     with pytest.raises(UserError, match=r'last\.pth\.tar: not a'):
         checkpoint.read_checkpoint(last)
     with pytest.raises(UserError, match=r'last\.pth\.tar: not a'):  # a file that was asked for by name has no stand-in
-        checkpoint.resume(checkpoint.find_resume(argparse.Namespace(resume=str(last)), tmp_path), run_of(), None)
+        resume(checkpoint.find_resume(str(last), tmp_path), run_of(), None)
 
-    candidates = checkpoint.find_resume(argparse.Namespace(resume='auto'), tmp_path)
+    candidates = checkpoint.find_resume('auto', tmp_path)
     run = run_of()
     with caplog.at_level('WARNING', 'evavit'):
-        position = checkpoint.resume(candidates, run, None)
+        position = resume(candidates, run, None)
     assert checkpoint.read_checkpoint(tmp_path / 'previous.pth.tar')['saver']['position']['update'] == 3
     assert position.update == 3 and run.task.get_trainable_module().bias.tolist() == [3, 3]
     assert 'last.pth.tar' in caplog.text and 'going back to previous.pth.tar' in caplog.text
@@ -161,7 +174,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saver, tmp_path,
 
     change(tmp_path / 'previous.pth.tar', how)
     with pytest.raises(UserError, match=r'previous\.pth\.tar: not a'):  # and no silent start from nothing
-        checkpoint.resume(candidates, run, None)
+        resume(candidates, run, None)
 
 
 def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch):
@@ -173,7 +186,7 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
     def play(folder, killed_at):
         folder.mkdir()
         run = run_of()
-        saver, calls = checkpoint.Saver(run, ['a', 'b'], folder), 0
+        saver, calls = saver_of(run, folder), 0
         replace = checkpoint.os.replace
 
         def count(src, dst):
@@ -191,9 +204,9 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
                 saver.save_epoch(Position(epoch + 1), metric)
             except Killed:
                 run = run_of()
-                saver = checkpoint.Saver(run, ['a', 'b'], folder)
-                candidates = checkpoint.find_resume(argparse.Namespace(resume='auto'), folder)
-                done = checkpoint.resume(candidates, run, saver).epoch if candidates else 0
+                saver = saver_of(run, folder)
+                candidates = checkpoint.find_resume('auto', folder)
+                done = resume(candidates, run, saver).epoch if candidates else 0
                 if done == epoch:  # the epoch was not yet saved: it comes again
                     with torch.no_grad():
                         saver.model.bias.fill_(epoch)
@@ -229,10 +242,10 @@ def test_processes_that_see_different_checkpoints_stop(saver, tmp_path):
         if value != other:
             raise UserError(remark([value, other]))
 
-    run.process = argparse.Namespace(world_size=2, agree=agree, primary=False)
+    run.process = argparse.Namespace(world_size=2, check_equal=agree, primary=False)
     for candidates in ([tmp_path / 'last.pth.tar'], []):
         with pytest.raises(UserError, match='one folder that all machines see'):
-            checkpoint.resume(candidates, run, None)
+            resume(candidates, run, None)
 
 
 def test_a_position_whose_numbers_are_bad_is_not_saved(saver, tmp_path):
@@ -251,10 +264,10 @@ def test_a_position_whose_numbers_are_bad_is_not_saved(saver, tmp_path):
 def test_another_number_of_processes(saver, tmp_path, caplog, processes, images, updates, expected):
     saver.save_position(Position(2, 5))
     run = run_of()
-    run.process = argparse.Namespace(world_size=processes, agree=lambda *_: None, primary=True)
+    run.process = argparse.Namespace(world_size=processes, check_equal=lambda *_: None, primary=True)
     run.images_per_update, run.updates_per_epoch = images, updates
     with caplog.at_level('INFO', 'evavit'):
-        assert checkpoint.resume([tmp_path / 'last.pth.tar'], run, None) == expected
+        assert resume([tmp_path / 'last.pth.tar'], run, None) == expected
     assert ('restarts at epoch 2' in caplog.text) == (expected.update == 0)
     assert ('go on in the same order' in caplog.text) == (processes == 2 and expected.update > 0)
 
@@ -270,9 +283,8 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_pa
             saver.save_position(Position(0, update))
         change(tmp_path / 'last.pth.tar', 'half')
         run = run_of()
-        resumed = checkpoint.Saver(run, ['a', 'b'], tmp_path)
-        auto = argparse.Namespace(resume='auto')
-        assert checkpoint.resume(checkpoint.find_resume(auto, tmp_path), run, resumed).update == 3
+        resumed = saver_of(run, tmp_path)
+        assert resume(checkpoint.find_resume('auto', tmp_path), run, resumed).update == 3
         replace, calls = checkpoint.os.replace, []
 
         def killed(src, dst, moment=moment, calls=calls, replace=replace):
@@ -285,18 +297,19 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_pa
             patch.setattr(checkpoint.os, 'replace', killed)
             with contextlib.suppress(Killed):
                 resumed.save_position(Position(0, 9))
-        assert checkpoint.resume(checkpoint.find_resume(auto, tmp_path), run_of(), None).update in (3, 9), moment
+        assert resume(checkpoint.find_resume('auto', tmp_path), run_of(), None).update in (3, 9), moment
     assert (tmp_path / 'last.pth.tar.damaged').is_file()
 
 
 def test_the_flags_of_a_resumed_run_hold(saver, tmp_path, caplog):
     """The optimizer's state brings its own rates and decays: those of the flags win, and the log says what changed."""
     saver.save_position(Position(0, 3))
-    run = run_of('--lr', '0.5', '--weight-decay', '0.3', '--workers', '9')
+    flags = ('--lr', '0.5', '--weight-decay', '0.3', '--workers', '9')
+    run = run_of(*flags)
     for group in run.optimizer.param_groups:
         group.update(lr=0.5, weight_decay=0.3)
     with caplog.at_level('WARNING', 'evavit'):
-        checkpoint.resume([tmp_path / 'last.pth.tar'], run, None)
+        resume([tmp_path / 'last.pth.tar'], run, flags=flags)
     assert {(group['lr'], group['weight_decay']) for group in run.optimizer.param_groups} == {(0.5, 0.3)}
     assert run.optimizer.state  # its moments are the checkpoint's
     assert 'lr None → 0.5, weight_decay 0.05 → 0.3' in caplog.text.replace(
@@ -305,7 +318,7 @@ def test_the_flags_of_a_resumed_run_hold(saver, tmp_path, caplog):
     assert 'workers' not in caplog.text
     run.optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(1))]))
     with pytest.raises(UserError, match='1 groups of parameters, this run 2'):
-        checkpoint.resume([tmp_path / 'last.pth.tar'], run, None)
+        resume([tmp_path / 'last.pth.tar'], run, None)
 
 
 def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
@@ -313,7 +326,7 @@ def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
     (tmp_path / 'other').mkdir()
     elsewhere = shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'other')
     with pytest.raises(UserError, match='holds another run than --resume'):
-        checkpoint.find_resume(argparse.Namespace(resume=elsewhere), tmp_path)
+        checkpoint.find_resume(str(elsewhere), tmp_path)
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
@@ -321,7 +334,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
 
     def second(expected):
         try:
-            with checkpoint.claimed(tmp_path):
+            with checkpoint.locked_folder(tmp_path):
                 os._exit(0)
         except LocalError as error:
             os._exit(1 if f'another run is writing there (process {expected} on' in str(error) else 2)
@@ -332,10 +345,10 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
         child.join()
         return child.exitcode
 
-    with checkpoint.claimed(tmp_path):
+    with checkpoint.locked_folder(tmp_path):
         assert outcome() == 1
     assert outcome() == 0
-    with checkpoint.claimed(tmp_path):
+    with checkpoint.locked_folder(tmp_path):
         assert outcome() == 1
 
 

@@ -4,11 +4,12 @@ import pytest
 import yaml
 
 from evavit.errors import UserError
-from evavit.training.config import OPTIONS, options_of, parse_settings, save_settings
+from evavit.training.config import OPTIONS, options_of, parse_settings, recipes
 
 
 def settings_of(*argv, script='train'):
-    return parse_settings(script, list(argv))[0]
+    """{name: value}, without the sections."""
+    return parse_settings(script, list(argv))[0].flat()
 
 
 @pytest.fixture
@@ -24,34 +25,41 @@ def config(tmp_path):
 def test_flags_win_over_yaml_and_yaml_over_defaults(config):
     path = config('epochs: 7\nlr: 0.5\namp: true\nno_aug: true\n')
     settings, given = parse_settings('train', ['-c', path, '--lr', '0.25', '--no-amp', '--aug'])
-    assert (settings.epochs, settings.lr, settings.amp, settings.no_aug) == (7, 0.25, False, False)
-    assert settings.batch_size == options_of('train')['batch_size'].default
+    assert (settings.schedule.epochs, settings.schedule.lr) == (7, 0.25)
+    assert (settings.machine.amp, settings.augment.no_aug) == (False, False)
+    assert settings.batch.batch_size == options_of('train')['batch_size'].default
     assert given == {'epochs', 'lr', 'amp', 'no_aug'}
 
 
 def test_model_kwargs_join_key_by_key(config):
     path = config('model_kwargs: {window_size: 7, depth: 3}\n')
     settings = settings_of('-c', path, '--model-kwargs', 'depth=4', 'act_layer=gelu', 'qkv_bias=false')
-    assert settings.model_kwargs == dict(window_size=7, depth=4, act_layer='gelu', qkv_bias=False)
+    assert settings['model_kwargs'] == dict(window_size=7, depth=4, act_layer='gelu', qkv_bias=False)
 
 
 def test_yaml_takes_what_flags_take(config):
     # YAML 1.1 reads 3e-4 as text
     text = "lr: 3e-4\nepochs: '10'\nmean: ['0.5', 1, 0.25]\nlr_base: 1\nmodel: resnet18\n"
     settings = settings_of('-c', config(text))
-    assert settings.lr == 3e-4 and settings.epochs == 10 and settings.mean == [0.5, 1.0, 0.25]
-    assert isinstance(settings.lr_base, float)
+    assert settings['lr'] == 3e-4 and settings['epochs'] == 10 and settings['mean'] == [0.5, 1.0, 0.25]
+    assert isinstance(settings['lr_base'], float)
 
 
 def sample(option):
     if option.choices:
         value = option.choices[-1]
     else:
-        value = {bool: not option.default, int: 3, float: 0.5, str: 'text', dict: dict(depth=2)}[option.type]
+        value = {
+            bool: not option.default,
+            int: max(3, int(option.low or 0)),
+            float: 0.5,
+            str: 'text',
+            dict: dict(depth=2),
+        }[option.type]
     return value if option.count is None else [value] * (2 if option.count == '+' else option.count)
 
 
-@pytest.mark.parametrize('script', ['train', 'validate'])
+@pytest.mark.parametrize('script', ['train', 'validate', 'export'])
 def test_every_option_survives_flag_and_file(script, tmp_path):
     for name, option in options_of(script).items():
         value = sample(option)
@@ -61,10 +69,10 @@ def test_every_option_survives_flag_and_file(script, tmp_path):
             flags = [option.flag, 'depth=2']
         else:
             flags = [option.flag, *map(str, value if isinstance(value, list) else [value])]
-        settings = settings_of(*flags, script=script)
-        assert getattr(settings, name) == value
-        save_settings(settings, tmp_path / 'args.yaml', ['a remark'])
-        assert vars(settings_of('-c', str(tmp_path / 'args.yaml'), script=script)) == vars(settings)
+        settings, _ = parse_settings(script, flags)
+        assert settings.flat()[name] == value == getattr(getattr(settings, option.section), name)
+        settings.save(tmp_path / 'args.yaml', ['a remark'])
+        assert settings_of('-c', str(tmp_path / 'args.yaml'), script=script) == settings.flat()
 
 
 def test_defaults_fit_their_own_options():
@@ -73,13 +81,13 @@ def test_defaults_fit_their_own_options():
 
 
 def test_defaults_are_not_shared():
-    settings_of().decay_milestones.append(5)
-    assert settings_of().decay_milestones == [90, 180, 270]
+    settings_of()['decay_milestones'].append(5)
+    assert settings_of()['decay_milestones'] == [90, 180, 270]
 
 
 @pytest.mark.parametrize('flag, value', [('--torchcompile', 'inductor'), ('--torchcompile=eager', 'eager')])
 def test_flag_with_and_without_value(flag, value):
-    assert settings_of(flag).torchcompile == value
+    assert settings_of(flag)['torchcompile'] == value
 
 
 def test_nearest_name(config):
@@ -97,12 +105,22 @@ def test_help_lists_every_flag(capsys):
     assert all(option.flag in text for option in options_of('train').values())
 
 
-@pytest.mark.parametrize(
-    'name', ['eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3', 'quickstart', 'fashion_mnist']
-)
+def test_an_unknown_config_comes_with_the_known_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r'-c eva_deit_tinny: .*\(did you mean eva_deit_tiny\?\): there are eva_deit_small'
+    ):
+        settings_of('-c', 'eva_deit_tinny')
+    with pytest.raises(UserError, match='cannot be read'):
+        settings_of('-c', 'eva_deit_tiny.yaml')
+    (tmp_path / 'eva_deit_tiny').write_text('epochs: 7')  # a file of the user's own
+    assert settings_of('-c', 'eva_deit_tiny')['epochs'] == 7
+
+
+@pytest.mark.parametrize('name', recipes())
 def test_every_config_is_valid_and_has_no_key_twice(name, request):
     path = request.config.rootpath / 'configs' / f'{name}.yaml'
     settings = settings_of('-c', str(path))
-    assert settings.model
+    assert settings['model'] and settings == settings_of('-c', name)
     keys = [line.split(':')[0] for line in path.read_text().splitlines() if line[:1].isalpha()]
     assert len(keys) == len(set(keys)) and set(keys) == set(yaml.safe_load(path.read_text()))

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 def parts(*flags):
     settings, _ = parse_settings('train', list(flags))
     model = torch.nn.Linear(3, 2)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1), Stepper(settings, torch.device('cpu'))
+    stepper = Stepper(settings.machine, settings.optim, torch.device('cpu'))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1), stepper
 
 
 def step(model, optimizer, stepper, images, loss=None):
@@ -67,8 +68,8 @@ def test_the_norm_is_that_of_the_gradient_before_scale_and_clipping():
 def test_a_fused_optimizer_skips_without_the_host_waiting(flags):
     settings, _ = parse_settings('train', ['--clip-grad', '1', '--opt', 'adamw', *flags])
     model = torch.nn.Linear(3, 2).cuda()
-    optimizer = build_optimizer(model, settings, 0.1)
-    stepper, parameters = Stepper(settings, torch.device('cuda')), list(model.parameters())
+    optimizer = build_optimizer(model, settings.optim, 0.1)
+    stepper, parameters = Stepper(settings.machine, settings.optim, torch.device('cuda')), list(model.parameters())
     bad = torch.full((2, 3), float('nan'), device='cuda')
     for images in (torch.ones_like(bad), bad, torch.ones_like(bad)):
         before = [value.clone() for value in parameters]
@@ -85,7 +86,7 @@ def test_a_fused_optimizer_skips_without_the_host_waiting(flags):
 
 @pytest.fixture(scope='module')
 def adversarial():
-    spec = importlib.util.spec_from_file_location('adversarial', ROOT / 'tools' / 'adversarial.py')
+    spec = importlib.util.spec_from_file_location('adversarial', ROOT / 'experiments' / 'adversarial' / 'run.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""Launches of Triton's kernels, and sums of their partial sums; imported only where Triton is."""
+"""Launches of Triton kernels, their registration as operators, and sums of their partial sums. Imports Triton."""
 
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -6,17 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
+from .torch_private import below_autograd, current_raw_stream
+
 __all__ = ['Launcher', 'ceil_div', 'on_device', 'register_op', 'sum_parts']
 
 LIBRARY = torch.library.Library('evavit', 'FRAGMENT')
 
 
 def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
-def on_device(x: torch.Tensor):
-    """Triton launches on the current device."""
+def on_device(x: torch.Tensor) -> torch.cuda.device:
+    """`with on_device(x):` makes x's device the current one, on which Triton launches. Does nothing for CPU tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else torch.cuda.device(-1)
 
 
@@ -27,67 +30,78 @@ def register_op(
     setup_context: Optional[Callable] = None,
     backward: Optional[Callable] = None,
 ) -> None:
-    """Make a function an operator of PyTorch, differentiable where `backward` is given.
+    """Register `torch.ops.evavit.<short>`, with a derivative where `backward` is given.
 
     Args:
-        short: The operator's name in the namespace evavit.
-        function: Computes it.
-        fake: The same for tensors without data.
+        short: The operator's name.
+        function: Computes it. Its annotations make the operator's schema.
+        fake: Takes the same arguments without data and returns empty outputs of the right shapes and dtypes.
         setup_context: `setup_context(ctx, inputs, output)`, as in `torch.autograd.Function`.
-        backward: `backward(ctx, *grads)`, likewise. It has no derivative itself: create_graph raises RuntimeError.
+        backward: `backward(ctx, *grads)`, as in `torch.autograd.Function`. It cannot be differentiated again:
+            `create_graph=True` raises RuntimeError.
     """
-    # Not torch.library.custom_op and register_autograd: what they wrap around each call takes the processor longer
-    # than the launches in it.
+    # `torch.library.custom_op` and `register_autograd` would do the same, but the Python that they run around each call
+    # takes longer than launching the kernels.
     name = f'evavit::{short}'
     torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(name, ('cuda', 'cpu'), function)  # 'cpu' serves Triton's interpreter
+    torch.library.impl(name, ('cuda', 'cpu'), function)  # 'cpu' is for Triton's interpreter
     torch.library.register_fake(name, fake)
-    if backward is None:
+    if setup_context is None or backward is None:
         return
     op = getattr(torch.ops.evavit, short).default
 
-    def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with below_autograd():
             output = op(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
-    def backward_once(ctx, *grads):
-        if torch.is_grad_enabled():  # with create_graph; without a word its part of a second derivative would be zero
+    def backward_once(ctx: Any, *grads: Optional[torch.Tensor]) -> Any:
+        # Gradients are enabled here only under create_graph. Without this error the second derivative would lack the
+        # operator's part, silently.
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 f'{name} has no second derivative, which create_graph asks for; take the plain path: '
                 f'fused=False, or timm.layers.set_fused_attn(False) before the model is made'
             )
         return backward(ctx, *grads)
 
-    differentiable = type(
+    differentiable: Any = type(
         f'{short}_function',
         (torch.autograd.Function,),
         {'forward': staticmethod(forward), 'backward': staticmethod(backward_once)},
     )
 
-    def with_gradient(*inputs):
+    def with_gradient(*inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             return differentiable.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*inputs)
 
     LIBRARY.impl(short, with_gradient, 'Autograd')
 
 
 class Launcher:
-    """launcher(kernel, grid, *args, **options): kernel[grid](*args, **options) at less of the processor's time.
+    """Launches kernels, with less work on the CPU than Triton's own `kernel[grid](...)`.
 
-    The options are the kernel's constexprs and Triton's own; a kernel takes its tensors at the same places each time.
-    Triton looks into every argument of every launch to find the compiled kernel, which takes the processor longer than
-    most of these kernels take the GPU. What it found is kept for the next launch of the same kind.
+    `launcher(kernel, grid, *args, **options)` computes `kernel[grid](*args, **options)`. Triton inspects every argument
+    of every launch to find the compiled kernel, which takes longer than most of these kernels run on the GPU. A
+    launcher remembers the compiled kernel by the arguments that decide on it: device, grid, the tensors' dtypes and
+    alignment, and all other values.
+
+    Args:
+        kernel: A function decorated with `triton.jit` or `gluon.jit`.
+        grid: The number of programs along three axes.
+        args: The arguments that are no constexprs, by position. A kernel must get its tensors at the same positions in
+            each launch.
+        options: All of the kernel's constexprs, and Triton's num_warps, num_stages and maxnreg.
     """
 
     def __init__(self) -> None:
-        self.tensors: Dict[int, List[int]] = {}
-        self.compiled: Dict[tuple, Tuple[Callable, List[Any]]] = {}
+        self.tensors: Dict[int, List[int]] = {}  # id of a kernel -> positions of its tensors
+        self.compiled: Dict[tuple, Tuple[Callable, List[Any]]] = {}  # key -> launch function, constexprs
 
-    def __call__(self, kernel, grid: Tuple[int, int, int], *args, **options) -> None:
+    def __call__(self, kernel: Any, grid: Tuple[int, int, int], *args: Any, **options: Any) -> None:
         tensors = self.tensors.get(id(kernel))
         if tensors is None:
             tensors = self.tensors[id(kernel)] = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
@@ -97,14 +111,14 @@ class Launcher:
             passed[i] = address = x.data_ptr()
             kinds[i] = x.dtype
             bits |= address
-        # Triton compiles again for addresses that are no multiples of 16.
+        # Triton compiles a kernel of its own for addresses that are not multiples of 16.
         odd = tuple(passed[i] % 16 for i in tensors) if bits % 16 else ()
         device = args[tensors[0]].get_device()
         key = (id(kernel), device, grid, odd, *kinds, *options.values())
         found = self.compiled.get(key)
         if found is not None:
             run, constants = found
-            run(*passed, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
+            run(*passed, *constants, stream=current_raw_stream(device))
         else:
             compiled = kernel[grid](*args, **options)
             if compiled is not None:  # None in Triton's interpreter
@@ -112,8 +126,13 @@ class Launcher:
 
 
 @triton.jit
-def _sum_parts(parts, total, count, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """total[j] = Σ_i parts[i, j], in one fixed order."""
+def _sum_parts(
+    parts,  # (count, width) float32; from a kernel that wrote one row a program
+    total,  # writes (width) float32
+    count, width,
+    ROWS: tl.constexpr, COLS: tl.constexpr,  # rows of `parts` added at a time, columns of a program
+):  # fmt: skip
+    """total[j] = Σ_i parts[i, j], always added in the same order. Programs: (tiles of columns)."""
     j = tl.program_id(0) * COLS + tl.arange(0, COLS)
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for i0 in range(0, count, ROWS):
@@ -127,7 +146,7 @@ def _sum_parts(parts, total, count, width, ROWS: tl.constexpr, COLS: tl.constexp
 
 
 def sum_parts(launch: Launcher, parts: torch.Tensor) -> torch.Tensor:
-    """Sum over the first axis of a float32 tensor."""
+    """The sum over the first axis of a contiguous float32 tensor; equal to the bit on every run."""
     total = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
     width = total.numel()
     launch(_sum_parts, (ceil_div(width, 32), 1, 1), parts, total, parts.shape[0], width, ROWS=64, COLS=32)

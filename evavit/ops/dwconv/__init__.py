@@ -1,13 +1,50 @@
 """A depthwise 3 × 3 convolution and GELU on tokens of a 2D grid: what is between the linears of PVT v2's MLP."""
 
-from typing import List
+from typing import List, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
-from evavit.ops.backends import has_kernels, needs_plain
+from evavit.ops.backends import Backend, Registry, has_kernels
 
-__all__ = ['depthwise_gelu', 'depthwise_gelu_backend']
+__all__ = ['DWCONV', 'DepthwiseCase', 'depthwise_gelu', 'depthwise_gelu_backend']
+
+
+class DepthwiseCase(NamedTuple):
+    """What a backend of the depthwise convolution is asked about."""
+
+    device: torch.device
+    dtype: Optional[torch.dtype]  # of the tokens; None for weights of another one without autocast
+
+
+def _why_not_triton(case: DepthwiseCase) -> Optional[str]:
+    if case.device.type != 'cuda':
+        return 'no CUDA device'
+    if case.dtype is None:
+        return 'tensors of several dtypes'
+    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f'{str(case.dtype).removeprefix("torch.")} is not float32, bfloat16 or float16'
+    return None if has_kernels('dwconv.triton') else 'Triton is not installed'
+
+
+def _run_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    from .triton import depthwise_gelu_fused
+
+    if torch.is_autocast_enabled('cuda'):
+        x = x.to(torch.get_autocast_dtype('cuda'))
+    return depthwise_gelu_fused(x, weight, bias, feat_size)
+
+
+def _plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    B, _, C = x.shape
+    # In memory this view is a channels-last image: there is nothing to copy.
+    z = F.conv2d(x.transpose(1, 2).view(B, C, feat_size[0], feat_size[1]), weight, bias, padding=1, groups=C)
+    return F.gelu(z.flatten(2).transpose(1, 2))
+
+
+DWCONV = Registry('depthwise_gelu', DepthwiseCase)
+DWCONV.register(Backend('triton', _why_not_triton, _run_triton))
+DWCONV.register(Backend('plain', lambda case: None, _plain))
 
 
 def depthwise_gelu(
@@ -29,7 +66,7 @@ def depthwise_gelu(
         weight: `(C, 1, 3, 3)`, as of `nn.Conv2d(C, C, 3, groups=C)`.
         bias: `(C)`.
         feat_size: Grid `(H, W)` with N = H·W.
-        fused: Use the Triton kernels where `depthwise_gelu_backend` has them, plain PyTorch elsewhere.
+        fused: Take the backend that `depthwise_gelu_backend` names, which may be kernels; False for plain PyTorch.
 
     Returns:
         `(B, N, C)` in x's dtype; under autocast in autocast's, as a convolution.
@@ -46,37 +83,18 @@ def depthwise_gelu(
             f'{C} channels need weight {[C, 1, 3, 3]} and bias {[C]}, got {list(weight.shape)} and {list(bias.shape)}'
         )
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-        if fused and _runs_fused(x, weight):
-            return _fused(x, weight, bias, feat_size)
-    # In memory this view is a channels-last image: there is nothing to copy.
-    z = F.conv2d(x.transpose(1, 2).view(B, C, H, W), weight, bias, padding=1, groups=C)
-    return F.gelu(z.flatten(2).transpose(1, 2))
+        if fused and B > 0 and N * C > 0:  # or there is nothing to launch a kernel for
+            # Without autocast a convolution refuses dtypes that differ.
+            autocast = x.device.type == 'cuda' and torch.is_autocast_enabled('cuda')
+            case = (x.device, x.dtype if autocast or x.dtype == weight.dtype else None)
+            return DWCONV.choose(case).run(x, weight, bias, feat_size)
+    return _plain(x, weight, bias, feat_size)
 
 
 def depthwise_gelu_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Which code `depthwise_gelu` takes for such tokens, `fused` permitting: 'triton' or 'plain'.
+    """Which backend `depthwise_gelu` takes for such tokens with `fused`: 'triton' or 'plain'.
 
-    Triton wants a CUDA device and float32, bfloat16 or float16.
+    Triton wants a CUDA device and float32, bfloat16 or float16. `EVAVIT_BACKEND` has a say, see
+    `evavit/ops/backends.py`.
     """
-    fits = device.type == 'cuda' and dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return 'triton' if fits and has_kernels('dwconv.triton') else 'plain'
-
-
-def _runs_fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if needs_plain():
-        return False
-    # Without autocast a convolution refuses dtypes that differ. An empty batch has nothing to launch a kernel for.
-    autocast = x.device.type == 'cuda' and torch.is_autocast_enabled('cuda')
-    return (
-        x.numel() > 0
-        and (x.dtype == weight.dtype or autocast)
-        and depthwise_gelu_backend(x.device, x.dtype) == 'triton'
-    )
-
-
-def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-    from .triton import depthwise_gelu_fused
-
-    if torch.is_autocast_enabled('cuda'):
-        x = x.to(torch.get_autocast_dtype('cuda'))
-    return depthwise_gelu_fused(x, weight, bias, feat_size)
+    return DWCONV.name(DepthwiseCase(device, dtype))

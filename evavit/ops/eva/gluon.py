@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-__all__ = ['_backward_shared_gluon', '_backward_tokens_gluon', '_forward_windows_gluon']
+__all__ = ['backward_shared_gluon', 'backward_tokens_gluon', 'forward_windows_gluon']
 
 LOG2E = gl.constexpr(1.4426950408889634)
 # Triton renamed it between 3.6 and 3.9.
@@ -50,7 +50,7 @@ def _window_start(win, n_wx, H, W, y, x, WH: gl.constexpr, WW: gl.constexpr, EDG
 
 @gluon.jit
 def _bias_fragments(bias, mma: gl.constexpr):
-    """A bias that `_pad_bias_fragments` wrote, as an accumulator (64, 64): 16 bytes a load, no value changes hands."""
+    """A bias that `pad_bias_fragments` wrote, as an accumulator (64, 64): 16 bytes a load, no value changes hands."""
     four: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
     i = gl.arange(0, 1024, layout=gl.SliceLayout(1, four))
     j = gl.arange(0, 4, layout=gl.SliceLayout(0, four))
@@ -60,7 +60,7 @@ def _bias_fragments(bias, mma: gl.constexpr):
 
 
 @gluon.jit
-def _forward_windows_gluon(
+def forward_windows_gluon(
     q,
     k,
     v,
@@ -196,7 +196,7 @@ def _forward_windows_gluon(
 
 
 @gluon.jit
-def _backward_shared_gluon(
+def backward_shared_gluon(
     q,
     out,
     grad,
@@ -271,7 +271,7 @@ def _backward_shared_gluon(
     zeros = gl.zeros([64, T], gl.float32, layout=mma)
 
     for n0 in range(first, last, T):
-        zero = n0 >> 30  # see _forward_windows_gluon
+        zero = n0 >> 30  # see forward_windows_gluon
         now = ((n0 - first) // T) % 2
         j = j_0 + (zero + n0)
         lse_n = gl.load(lse + j, mask=j < last, other=float('inf'))  # no weight where there is no token
@@ -304,7 +304,7 @@ def _backward_shared_gluon(
 
 
 @gluon.jit
-def _backward_tokens_gluon(
+def backward_tokens_gluon(
     q,
     k,
     v,
@@ -452,7 +452,7 @@ def _backward_tokens_gluon(
     dlog_xi_next = gl.load(dlog_xi + (n0 + tn_0), mask=valid, other=0.0)
 
     for win in range(first, last):
-        zero = win >> 30  # see _forward_windows_gluon
+        zero = win >> 30  # see forward_windows_gluon
         fn = fn_0 + zero
         n, tn = n_0 + zero, tn_0 + zero
         now = (win - first) % 2
@@ -472,7 +472,7 @@ def _backward_tokens_gluon(
         async_copy.commit_group()
         m0, coming = _window_start(win + 1, n_wx, H, W, fy, fx, WH, WW, EDGE)
         coming = (coming & (win + 1 < last))[:, None]
-        if PER_PROGRAM > 1:  # see _forward_windows_gluon
+        if PER_PROGRAM > 1:  # see forward_windows_gluon
             _copy(q_s.index(1 - now), q + ((fn * sqn + dim) + m0 * sqn), mask=coming)
             _copy(k_s.index(1 - now), k + ((fn * skn + dim) + m0 * skn), mask=coming)
             _copy(g_s.index(1 - now), grad + ((fn * sgn + dim) + m0 * sgn), mask=coming)

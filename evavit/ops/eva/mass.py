@@ -4,16 +4,20 @@ from typing import List, Optional, Tuple
 
 import torch
 
-from evavit.ops.eva import Summary, summarise
 from evavit.ops.grid import (
     accumulation_dtype,
     cell_means,
     cell_shape,
     from_windows,
+    table_bias,
     to_windows,
     window_logits,
     window_shape,
 )
+
+from .case import SummaryTensors, as_summary
+from .checks import check_bias_table
+from .plain import summarise
 
 __all__ = ['eva_attention_mass']
 
@@ -23,7 +27,7 @@ def eva_attention_mass(
     q: torch.Tensor,
     k: torch.Tensor,
     feat_size: List[int],
-    summary_k: Optional[Summary] = None,
+    summary_k: Optional[SummaryTensors] = None,
     rel_pos_bias: Optional[torch.Tensor] = None,
     window_size: int = 7,
     partition_grid: int = 7,
@@ -43,7 +47,12 @@ def eva_attention_mass(
     Returns:
         exact, cells, effective, each `(B, h, N)` in float32 (float64 for float64). effective, between 1 and the number
         of cells, says among how many the mass on the cells is spread; it is 0 where there are none.
+
+    Raises:
+        ValueError: a rel_pos_bias of another shape, a summary_k that is not four tensors.
     """
+    check_bias_table(q.shape[1], window_size, rel_pos_bias)
+    summary = as_summary(summary_k)
     dtype = accumulation_dtype(q)
     q, k = q.to(dtype), k.to(dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -52,12 +61,13 @@ def eva_attention_mass(
     exact = torch.full(queries.shape[:4], float('-inf'), dtype=dtype, device=q.device)
     if window_size > 0:
         keys = to_windows(k, feat_size, window)
-        exact = window_logits(queries, keys, feat_size, window, rel_pos_bias, window_size).logsumexp(-1)
+        bias = table_bias(rel_pos_bias, window_size) if rel_pos_bias is not None else None
+        exact = window_logits(queries, keys, feat_size, window, bias, window_size).logsumexp(-1)
 
     cells = torch.full_like(exact, float('-inf'))
     effective = torch.zeros_like(exact)
-    if partition_grid > 0 and summary_k is not None:
-        k_tilde = summarise(cell_means(k, feat_size, cell_shape(feat_size, partition_grid)), summary_k, norm_eps)
+    if partition_grid > 0 and summary is not None:
+        k_tilde = summarise(cell_means(k, feat_size, cell_shape(feat_size, partition_grid)), summary, norm_eps)
         logits = queries @ k_tilde.unsqueeze(2).transpose(-2, -1)
         cells = logits.logsumexp(-1)
         log_p = logits.log_softmax(-1)
@@ -65,7 +75,7 @@ def eva_attention_mass(
 
     total = torch.logaddexp(exact, cells)
 
-    def in_order(x):
+    def in_order(x: torch.Tensor) -> torch.Tensor:
         return from_windows(x.unsqueeze(-1), feat_size, window).squeeze(-1)
 
     return in_order((exact - total).exp()), in_order((cells - total).exp()), in_order(effective)

@@ -8,10 +8,11 @@ from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 
-from evavit.ops.checks import check_eva_1d_args
 from evavit.ops.grid import from_blocks, halo_mask, to_halos
 
-from .variants import CellSummaries, attend, halo_size, summarise_cells
+from .case import SequenceOptions
+from .checks import check_sequence
+from .variants import CellSummaries, Proposal, attend, halo_size, summarise_cells
 
 __all__ = ['Eva1dCache', 'eva_attention_1d', 'eva_attention_1d_step']
 
@@ -27,25 +28,24 @@ class Eva1dCache(NamedTuple):
     cell_values: torch.Tensor  # their β
 
 
-def _attend_1d(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    summary_q: Optional[List[torch.Tensor]],
-    summary_k: Optional[List[torch.Tensor]],
-    rel_pos_bias: Optional[torch.Tensor],
-    window_size: int,
-    cell_size: int,
-    causal: bool,
-    overlap: bool,
-    key_padding_mask: Optional[torch.Tensor],
-    scale: float,
-    proposal_scale: float,
-    noise: Optional[torch.Tensor],
-    dropout_p: float,
-    norm_eps: float,
-) -> torch.Tensor:
+def _proposal(options: SequenceOptions, summary_k: List[torch.Tensor]) -> Proposal:
+    return Proposal(
+        options.summary_q,
+        summary_k,
+        'qk',
+        None,
+        options.scale,
+        options.proposal_scale,
+        options.noise,
+        1.0,
+        options.norm_eps,
+    )
+
+
+def _attend_1d(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: SequenceOptions) -> torch.Tensor:
     """`eva_attention_1d`; the arguments are checked, autocast is off."""
+    window_size, cell_size, causal = options.window_size, options.cell_size, options.causal
+    key_padding_mask, rel_pos_bias = options.key_padding_mask, options.rel_pos_bias
     N, device = q.shape[2], q.device
     row = [1, N]
     padding = key_padding_mask.view(-1, 1, N, 1) if key_padding_mask is not None else None
@@ -57,7 +57,7 @@ def _attend_1d(
     starts = torch.arange(0, N, window, device=device)
     cells: Optional[CellSummaries] = None
     cell_mask: Optional[torch.Tensor] = None
-    if cell_size > 0 and summary_k is not None:
+    if cell_size > 0 and options.summary_k is not None:
         block, none = (1, cell_size), (0, 0)
         tokens = halo_mask(row, block, none, device)
         if padding is not None:
@@ -67,15 +67,7 @@ def _attend_1d(
             to_halos(k, row, block, none),
             to_halos(v, row, block, none),
             tokens,
-            summary_q,
-            summary_k,
-            'qk',
-            None,
-            scale,
-            proposal_scale,
-            noise,
-            1.0,
-            norm_eps,
+            _proposal(options, options.summary_k),
         )
         cell_mask = tokens.any(-1).unsqueeze(-2).unsqueeze(-2)
         if causal:  # cells complete where the query's chunk begins
@@ -88,7 +80,7 @@ def _attend_1d(
     values: Optional[torch.Tensor] = None
     mask: Optional[torch.Tensor] = None
     if window_size > 0:
-        block, halo = (1, window), (0, halo_size(window_size) if overlap else 0)
+        block, halo = (1, window), (0, options.halo)
         reach = window + halo[1] * (1 if causal else 2)  # no context on the right of a causal chunk
         keys, values = to_halos(k, row, block, halo)[:, :, :, :reach], to_halos(v, row, block, halo)[:, :, :, :reach]
         mask = halo_mask(row, block, halo, device)[:, :reach].unsqueeze(1)
@@ -103,9 +95,8 @@ def _attend_1d(
             mask = mask | ~mask.any(-1, keepdim=True)  # a query in the padding: finite, and zero in the end
         if rel_pos_bias is not None:
             rel_pos_bias = rel_pos_bias[:, :window, :reach]
-    out = attend(
-        to_halos(q, row, (1, window), (0, 0)), keys, values, rel_pos_bias, mask, cells, cell_mask, scale, dropout_p
-    )
+    queries = to_halos(q, row, (1, window), (0, 0))
+    out = attend(queries, keys, values, rel_pos_bias, mask, cells, cell_mask, options.scale, options.dropout_p)
     out = from_blocks(out.unsqueeze(2).unsqueeze(2), row)
     return out if padding is None else out.masked_fill(padding, 0.0)
 
@@ -166,10 +157,7 @@ def eva_attention_1d(
     Raises:
         ValueError: arguments that do not fit each other; the message names the value.
     """
-    check_eva_1d_args(
-        q,
-        k,
-        v,
+    options = SequenceOptions(
         summary_q,
         summary_k,
         rel_pos_bias,
@@ -178,50 +166,18 @@ def eva_attention_1d(
         causal,
         halo_size(window_size) if overlap else 0,
         key_padding_mask,
-        noise,
-        dropout_p,
-    )
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-        if not q.is_meta and torch.is_autocast_enabled(q.device.type):
-            with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen already
-                return _attend_1d(
-                    q,
-                    k,
-                    v,
-                    summary_q,
-                    summary_k,
-                    rel_pos_bias,
-                    window_size,
-                    cell_size,
-                    causal,
-                    overlap,
-                    key_padding_mask,
-                    scale,
-                    proposal_scale,
-                    noise,
-                    dropout_p,
-                    norm_eps,
-                )
-    return _attend_1d(
-        q,
-        k,
-        v,
-        summary_q,
-        summary_k,
-        rel_pos_bias,
-        window_size,
-        cell_size,
-        causal,
-        overlap,
-        key_padding_mask,
-        scale,
+        q.shape[-1] ** -0.5 if scale is None else scale,
         proposal_scale,
         noise,
         dropout_p,
         norm_eps,
     )
+    check_sequence(q, k, v, options)
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+        if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+            with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen already
+                return _attend_1d(q, k, v, options)
+    return _attend_1d(q, k, v, options)
 
 
 def eva_attention_1d_step(
@@ -253,12 +209,24 @@ def eva_attention_1d_step(
     Raises:
         ValueError: more than one token, a cache of other sequences, or arguments that do not fit each other.
     """
-    halo = halo_size(window_size) if overlap else 0
-    check_eva_1d_args(q, k, v, summary_q, summary_k, rel_pos_bias, window_size, cell_size, True, halo, None, None, 0.0)
+    options = SequenceOptions(
+        summary_q,
+        summary_k,
+        rel_pos_bias,
+        window_size,
+        cell_size,
+        True,
+        halo_size(window_size) if overlap else 0,
+        None,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        proposal_scale,
+        None,
+        0.0,
+        norm_eps,
+    )
+    check_sequence(q, k, v, options)
     if q.shape[2] != 1:
         raise ValueError(f'a step takes one token, got {q.shape[2]}')
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     if cache is None:
         none = q[:, :, :0]
         cache = Eva1dCache(0, none, none, [none, none, none], none, none)
@@ -270,12 +238,12 @@ def eva_attention_1d_step(
             f'new sequence with cache None'
         )
     place = cache.length % window_size
-    past = halo if place == 0 else cache.keys.shape[2]  # a new chunk keeps its context only
+    past = options.halo if place == 0 else cache.keys.shape[2]  # a new chunk keeps its context only
     keys = torch.cat([cache.keys[:, :, max(cache.keys.shape[2] - past, 0) :], k], 2)
     values = torch.cat([cache.values[:, :, max(cache.values.shape[2] - past, 0) :], v], 2)
     bias: Optional[torch.Tensor] = None
     if rel_pos_bias is not None:
-        last = halo + place + 1
+        last = options.halo + place + 1
         bias = rel_pos_bias[:, place : place + 1, last - keys.shape[2] : last]
 
     cells: Optional[CellSummaries] = None
@@ -284,28 +252,14 @@ def eva_attention_1d_step(
         key, value = cache.cell_keys[:, :, :visible], cache.cell_values[:, :, :visible].unsqueeze(3)
         cells = CellSummaries(key, value, value[..., 0], value)  # one sample: its ω and weight are not read
     with torch.autocast(q.device.type, enabled=False):
-        out = attend(
-            q.unsqueeze(2), keys.unsqueeze(2), values.unsqueeze(2), bias, None, cells, None, scale, 0.0
-        ).squeeze(2)
+        tokens = (q.unsqueeze(2), keys.unsqueeze(2), values.unsqueeze(2))
+        out = attend(*tokens, bias, None, cells, None, options.scale, 0.0).squeeze(2)
         open_cell, cell_keys, cell_values = cache.open_cell, cache.cell_keys, cache.cell_values
         if cell_size > 0 and summary_k is not None:
             open_cell = [torch.cat([old, new], 2) for old, new in zip(open_cell, (q, k, v), strict=True)]
             if open_cell[0].shape[2] == cell_size:
-                done = summarise_cells(
-                    open_cell[0].unsqueeze(2),
-                    open_cell[1].unsqueeze(2),
-                    open_cell[2].unsqueeze(2),
-                    None,
-                    summary_q,
-                    summary_k,
-                    'qk',
-                    None,
-                    scale,
-                    proposal_scale,
-                    None,
-                    1.0,
-                    norm_eps,
-                )
+                cell_q, cell_k, cell_v = [x.unsqueeze(2) for x in open_cell]
+                done = summarise_cells(cell_q, cell_k, cell_v, None, _proposal(options, summary_k))
                 cell_keys = torch.cat([cell_keys.to(done.key.dtype), done.key], 2)
                 cell_values = torch.cat([cell_values.to(done.value.dtype), done.value.squeeze(3)], 2)
                 open_cell = [tokens[:, :, :0] for tokens in open_cell]

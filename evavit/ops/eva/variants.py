@@ -13,22 +13,40 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from evavit.ops.checks import check_eva_variant_args, check_partition
-from evavit.ops.eva import eva_num_cells, summarise
 from evavit.ops.grid import (
     accumulation_dtype,
     block_counts,
     block_mask,
     cell_shape,
+    crop_bias,
     from_blocks,
     halo_mask,
     static_size,
+    table_bias,
     to_blocks,
     to_halos,
     window_shape,
 )
 
-__all__ = ['CellSummaries', 'attend', 'eva_attention_variant', 'halo_size', 'summarise_cells']
+from .case import Summary, VariantOptions
+from .checks import check_partition, check_variant
+from .plain import summarise
+
+__all__ = ['CellSummaries', 'Proposal', 'attend', 'eva_attention_variant', 'halo_size', 'summarise_cells']
+
+
+class Proposal(NamedTuple):
+    """How the samples of a cell are drawn, and its key: parameters and options of `summarise_cells`."""
+
+    summary_q: Optional[List[torch.Tensor]]  # of σ, see `_sigma`
+    summary_k: List[torch.Tensor]
+    kind: str  # 'qk', 'q', 'zero' or 'learned'
+    mean: Optional[torch.Tensor]  # of a learned proposal, broadcasts to `(B, h, G, d)`
+    scale: float
+    proposal_scale: float
+    noise: Optional[torch.Tensor]  # noise_std · ε, broadcasts to `(B, h, G, S, d)`; None for the mean alone
+    noise_std: float
+    norm_eps: float
 
 
 class CellSummaries(NamedTuple):
@@ -51,7 +69,7 @@ def _sigma(mean: torch.Tensor, summary: List[torch.Tensor], norm_eps: float) -> 
         return mean
     if len(summary) == 2:
         return F.linear(mean.to(summary[0].dtype), summary[0], summary[1]).to(mean.dtype)
-    return summarise(mean, (summary[0], summary[1], summary[2], summary[3]), norm_eps)
+    return summarise(mean, Summary(summary[0], summary[1], summary[2], summary[3]), norm_eps)
 
 
 def _mean(x: torch.Tensor, mask: Optional[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -63,19 +81,7 @@ def _mean(x: torch.Tensor, mask: Optional[torch.Tensor], dtype: torch.dtype) -> 
 
 
 def summarise_cells(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Optional[torch.Tensor],
-    summary_q: Optional[List[torch.Tensor]],
-    summary_k: List[torch.Tensor],
-    proposal: str,
-    proposal_mean: Optional[torch.Tensor],
-    scale: float,
-    proposal_scale: float,
-    noise: Optional[torch.Tensor],
-    noise_std: float,
-    norm_eps: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor], proposal: Proposal
 ) -> CellSummaries:
     """Summaries and control variates of cells, from their tokens.
 
@@ -83,24 +89,22 @@ def summarise_cells(
         q: Queries by cell, `(B, h, G, T, d)`; k and v likewise.
         mask: Which of them are tokens, bool, broadcasts to `(B, h, G, T)`; None for all. A cell without any gets
             finite numbers that nobody may look at.
-        summary_q, summary_k: Parameters of σ, see `_sigma`.
-        proposal: 'qk', 'q', 'zero' or 'learned'.
-        proposal_mean: Of a learned proposal, broadcasts to `(B, h, G, d)`.
-        noise: noise_std · ε, broadcasts to `(B, h, G, S, d)`; None for the mean alone.
+        proposal: See `Proposal`.
     """
+    scale, noise, summary_q, proposal_mean = proposal.scale, proposal.noise, proposal.summary_q, proposal.mean
     dtype = accumulation_dtype(q)
-    k_tilde = _sigma(_mean(k, mask, dtype), summary_k, norm_eps)
+    k_tilde = _sigma(_mean(k, mask, dtype), proposal.summary_k, proposal.norm_eps)
     mean = torch.zeros_like(k_tilde)
-    if proposal == 'learned':
+    if proposal.kind == 'learned':
         assert proposal_mean is not None
         mean = mean + proposal_mean.to(dtype)
-    elif proposal != 'zero':
+    elif proposal.kind != 'zero':
         assert summary_q is not None
-        mean = _sigma(_mean(q, mask, dtype), summary_q, norm_eps)
-        if proposal == 'qk':
+        mean = _sigma(_mean(q, mask, dtype), summary_q, proposal.norm_eps)
+        if proposal.kind == 'qk':
             mean = mean + k_tilde
 
-    omega = (scale**0.5 * proposal_scale * mean).unsqueeze(3)
+    omega = (scale**0.5 * proposal.proposal_scale * mean).unsqueeze(3)
     if noise is not None:
         omega = omega + noise.to(dtype)
     k = k.to(dtype)
@@ -112,7 +116,8 @@ def summarise_cells(
 
     log_weight = log_xi.logsumexp(-1)
     if noise is not None and noise.shape[3] > 1:  # log N(ω; 0, I) - log N(ω; μ, noise_std² I), less a constant
-        log_weight = log_weight - 0.5 * (omega * omega).sum(-1) + 0.5 * (noise.to(dtype) / noise_std).square().sum(-1)
+        epsilon = noise.to(dtype) / proposal.noise_std
+        log_weight = log_weight - 0.5 * (omega * omega).sum(-1) + 0.5 * epsilon.square().sum(-1)
     return CellSummaries(k_tilde, omega, log_weight, value)
 
 
@@ -216,15 +221,7 @@ def _complement(
     window: Tuple[int, int],
     halo: Tuple[int, int],
     cell: Tuple[int, int],
-    summary_q: Optional[List[torch.Tensor]],
-    summary_k: List[torch.Tensor],
-    proposal: str,
-    proposal_mean: Optional[torch.Tensor],
-    scale: float,
-    proposal_scale: float,
-    noise: Optional[torch.Tensor],
-    noise_std: float,
-    norm_eps: float,
+    proposal: Proposal,
 ) -> Tuple[CellSummaries, torch.Tensor]:
     """One set of cells P_c less E^n for each window, and which of them have a token left, bool `(windows, 1, C_p)`.
 
@@ -242,8 +239,9 @@ def _complement(
     outside = (out_h.view(-1, 1, cell[0], 1) | out_w.view(1, -1, 1, cell[1])).flatten(2).flatten(0, 1)
     mask = is_token.index_select(0, of_cell) & outside
 
-    if proposal_mean is not None:
-        proposal_mean = proposal_mean.index_select(2, of_cell)
+    mean, noise = proposal.mean, proposal.noise
+    if mean is not None:
+        mean = mean.index_select(2, of_cell)
     if noise is not None and noise.shape[2] > 1:
         noise = noise.index_select(2, of_cell)
     met = summarise_cells(
@@ -251,15 +249,17 @@ def _complement(
         k.index_select(2, of_cell),
         v.index_select(2, of_cell),
         mask,
-        summary_q,
-        summary_k,
-        proposal,
-        proposal_mean,
-        scale,
-        proposal_scale,
-        noise,
-        noise_std,
-        norm_eps,
+        Proposal(
+            proposal.summary_q,
+            proposal.summary_k,
+            proposal.kind,
+            mean,
+            proposal.scale,
+            proposal.proposal_scale,
+            noise,
+            proposal.noise_std,
+            proposal.norm_eps,
+        ),
     )
 
     count = q.shape[2]
@@ -278,36 +278,17 @@ def _repeat(x: torch.Tensor, times: int) -> torch.Tensor:
     return torch.stack([x] * times, 2).flatten(2, 3)
 
 
-def _variant(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    feat_size: List[int],
-    summary_q: Optional[List[torch.Tensor]],
-    summary_k: Optional[List[torch.Tensor]],
-    rel_pos_bias: Optional[torch.Tensor],
-    window_size: int,
-    partition_grid: int,
-    partition: str,
-    proposal: str,
-    proposal_mean: Optional[torch.Tensor],
-    overlap: bool,
-    scale: float,
-    proposal_scale: float,
-    noise: Optional[torch.Tensor],
-    noise_std: float,
-    dropout_p: float,
-    norm_eps: float,
-) -> torch.Tensor:
+def _variant(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: VariantOptions) -> torch.Tensor:
     """`eva_attention_variant`; the arguments are checked, autocast is off."""
+    feat_size, window_size, summary_k = options.feat_size, options.window_size, options.summary_k
     # Without a window queries differ in nothing but themselves: the grid is one group of them, whose E is empty.
     window = window_shape(feat_size, window_size) if window_size > 0 else (feat_size[0], feat_size[1])
-    halo = (halo_size(window_size), halo_size(window_size)) if overlap else (0, 0)
+    halo = (options.halo, options.halo)
 
     cells: Optional[CellSummaries] = None
     cell_mask: Optional[torch.Tensor] = None
-    if partition_grid > 0 and summary_k is not None:
-        cell = cell_shape(feat_size, partition_grid)
+    if options.partition_grid > 0 and summary_k is not None:
+        cell = cell_shape(feat_size, options.partition_grid)
         rows, cols = block_counts(feat_size, cell)
         q_cells = to_blocks(q, feat_size, cell).transpose(3, 4).flatten(4, 5).flatten(2, 3)
         k_cells = to_blocks(k, feat_size, cell).transpose(3, 4).flatten(4, 5).flatten(2, 3)
@@ -315,73 +296,41 @@ def _variant(
         mask = block_mask(feat_size, cell, q.device)
         if mask is not None:
             mask = mask.transpose(1, 2).flatten(2).flatten(0, 1)
-        if proposal_mean is not None:
-            proposal_mean = proposal_mean[:, :rows, :cols].flatten(1, 2).unsqueeze(0)
-        cells = summarise_cells(
-            q_cells,
-            k_cells,
-            v_cells,
-            mask,
-            summary_q,
+        mean = options.proposal_mean
+        if mean is not None:
+            mean = mean[:, :rows, :cols].flatten(1, 2).unsqueeze(0)
+        proposal = Proposal(
+            options.summary_q,
             summary_k,
-            proposal,
-            proposal_mean,
-            scale,
-            proposal_scale,
-            noise,
-            noise_std,
-            norm_eps,
+            options.proposal,
+            mean,
+            options.scale,
+            options.proposal_scale,
+            options.noise,
+            options.noise_std,
+            options.norm_eps,
         )
-        if partition == 'complement' and window_size > 0:
+        cells = summarise_cells(q_cells, k_cells, v_cells, mask, proposal)
+        if options.partition == 'complement' and window_size > 0:
             if mask is None:
                 mask = torch.ones([rows * cols, cell[0] * cell[1]], dtype=torch.bool, device=q.device)
             cells, cell_mask = _complement(
-                cells,
-                q_cells,
-                k_cells,
-                v_cells,
-                mask,
-                feat_size,
-                window,
-                halo,
-                cell,
-                summary_q,
-                summary_k,
-                proposal,
-                proposal_mean,
-                scale,
-                proposal_scale,
-                noise,
-                noise_std,
-                norm_eps,
+                cells, q_cells, k_cells, v_cells, mask, feat_size, window, halo, cell, proposal
             )
 
     keys: Optional[torch.Tensor] = None
     values: Optional[torch.Tensor] = None
     local_mask: Optional[torch.Tensor] = None
+    bias: Optional[torch.Tensor] = None
+    rel_pos_bias = options.rel_pos_bias
     if window_size > 0:
         keys, values = to_halos(k, feat_size, window, halo), to_halos(v, feat_size, window, halo)
-        if overlap or feat_size[0] % window[0] > 0 or feat_size[1] % window[1] > 0:
+        if options.halo > 0 or feat_size[0] % window[0] > 0 or feat_size[1] % window[1] > 0:
             local_mask = halo_mask(feat_size, window, halo, q.device).unsqueeze(1)
         if rel_pos_bias is not None:
-            side = window_size + 2 * halo[0]
-            rel_pos_bias = rel_pos_bias.unflatten(2, [side, side]).unflatten(1, [window_size, window_size])
-            rel_pos_bias = (
-                rel_pos_bias[:, : window[0], : window[1], : window[0] + 2 * halo[0], : window[1] + 2 * halo[1]]
-                .flatten(3, 4)
-                .flatten(1, 2)
-            )
-    out = attend(
-        to_halos(q, feat_size, window, (0, 0)),
-        keys,
-        values,
-        rel_pos_bias,
-        local_mask,
-        cells,
-        cell_mask,
-        scale,
-        dropout_p,
-    )
+            bias = crop_bias(table_bias(rel_pos_bias, window_size, options.halo), window_size, window, options.halo)
+    queries = to_halos(q, feat_size, window, (0, 0))
+    out = attend(queries, keys, values, bias, local_mask, cells, cell_mask, options.scale, options.dropout_p)
     nH, nW = block_counts(feat_size, window)
     return from_blocks(out.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4), feat_size)
 
@@ -430,8 +379,8 @@ def eva_attention_variant(
         summary_q: Parameters of q's σ: projection weight `(d, d)` and bias `(d)`, LayerNorm weight `(d)` and bias
             `(d)`; the first two; or none. Needed for the proposals 'qk' and 'q'.
         summary_k: The same for k's. Needed unless partition_grid is 0.
-        rel_pos_bias: b, `(h, window_size², (window_size + 2·halo)²)`, with halo = 0, or `halo_size(window_size)` for
-            `overlap`: [head, query's place in the window, key's place in the window with its halo], in raster order.
+        rel_pos_bias: The table of b, `((2r - 1)², h)` with r = window_size, or window_size + `halo_size(window_size)`
+            for `overlap`: with (dy, dx) the query's place minus the key's, row (dy + r - 1)·(2r - 1) + dx + r - 1.
         partition: 'all', cells over all tokens; or 'complement', for each query over those outside of its E.
         proposal: 'qk', 'q', 'zero' or 'learned'.
         proposal_mean: m of a learned proposal, `(h, partition_grid, partition_grid, d)`: by row and column of the cell.
@@ -447,69 +396,27 @@ def eva_attention_variant(
     """
     feat_size = static_size(feat_size)
     check_partition(window_size, partition_grid)
-    check_eva_variant_args(
-        q,
-        k,
-        v,
+    options = VariantOptions(
         feat_size,
         summary_q,
         summary_k,
         rel_pos_bias,
         window_size,
         partition_grid,
-        eva_num_cells(feat_size, partition_grid),
         partition,
         proposal,
         proposal_mean,
         halo_size(window_size) if overlap else 0,
-        noise,
-        noise_std,
-        dropout_p,
-    )
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-        if not q.is_meta and torch.is_autocast_enabled(q.device.type):
-            with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen above
-                return _variant(
-                    q,
-                    k,
-                    v,
-                    feat_size,
-                    summary_q,
-                    summary_k,
-                    rel_pos_bias,
-                    window_size,
-                    partition_grid,
-                    partition,
-                    proposal,
-                    proposal_mean,
-                    overlap,
-                    scale,
-                    proposal_scale,
-                    noise,
-                    noise_std,
-                    dropout_p,
-                    norm_eps,
-                )
-    return _variant(
-        q,
-        k,
-        v,
-        feat_size,
-        summary_q,
-        summary_k,
-        rel_pos_bias,
-        window_size,
-        partition_grid,
-        partition,
-        proposal,
-        proposal_mean,
-        overlap,
-        scale,
+        q.shape[-1] ** -0.5 if scale is None else scale,
         proposal_scale,
         noise,
         noise_std,
         dropout_p,
         norm_eps,
     )
+    check_variant(q, k, v, options)
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+        if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+            with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen above
+                return _variant(q, k, v, options)
+    return _variant(q, k, v, options)

@@ -1,13 +1,62 @@
 """The MLP of a transformer's block: two linears and the exact GELU between them."""
 
-from typing import Optional
+import operator
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
-from evavit.ops.backends import has_kernels, needs_plain
+from evavit.ops.backends import Backend, Registry, has_kernels
 
-__all__ = ['mlp_gelu', 'mlp_gelu_backend']
+__all__ = ['MLP', 'MlpCase', 'mlp_gelu', 'mlp_gelu_backend']
+
+
+class MlpCase(NamedTuple):
+    """What a backend of the MLP is asked about."""
+
+    device: torch.device
+    dtype: Optional[torch.dtype]  # of the products: autocast's under autocast; None for tensors of several
+    in_features: int
+    hidden_features: int
+    out_features: int
+
+
+def _why_not_triton(case: MlpCase) -> Optional[str]:
+    if case.device.type != 'cuda':
+        return 'no CUDA device'
+    if case.dtype is None:
+        return 'tensors of several dtypes'
+    if case.dtype == torch.float32:
+        return 'float32, where there is nothing to win'
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return f'{str(case.dtype).removeprefix("torch.")} is not bfloat16 or float16'
+    for features in (case.in_features, case.hidden_features, case.out_features):
+        if features % 16:
+            return f'16 does not divide {features} features'
+    return None if has_kernels('mlp.triton') else 'Triton is not installed'
+
+
+def _run_triton(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
+    from .triton import mlp_fused
+
+    # As autocast would cast them, but for the first bias: the kernels add it as it is.
+    if torch.is_autocast_enabled('cuda'):
+        dtype = torch.get_autocast_dtype('cuda')
+        x, weight1, weight2, bias2 = (t.to(dtype) for t in (x, weight1, weight2, bias2))
+    return mlp_fused(x, weight1, bias1, weight2, bias2)
+
+
+def _run_plain(
+    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
+) -> torch.Tensor:
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+MLP = Registry('mlp_gelu', MlpCase)
+MLP.register(Backend('triton', _why_not_triton, _run_triton))
+MLP.register(Backend('plain', lambda case: None, _run_plain))
 
 
 def mlp_gelu(
@@ -29,7 +78,7 @@ def mlp_gelu(
         bias1: b₁ `(N)`, or None.
         weight2: W₂ `(C, N)`.
         bias2: b₂ `(C)`, or None.
-        fused: Use the Triton kernels where `mlp_gelu_backend` has them, plain PyTorch elsewhere.
+        fused: Take the backend that `mlp_gelu_backend` names, which may be kernels; False for plain PyTorch.
 
     Returns:
         `(.., C)`, in the dtype that `F.linear` gives.
@@ -50,52 +99,29 @@ def mlp_gelu(
                 f'got {list(bias.shape)}'
             )
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-        if fused and bias1 is not None and bias2 is not None and _runs_fused(x, weight1, bias1, weight2, bias2):
-            return _fused(x, weight1, bias1, weight2, bias2)
+        if fused and bias1 is not None and bias2 is not None and x.numel() > 0:  # or there is nothing to launch for
+            dtype = _dtype(x, weight1, bias1, weight2, bias2)
+            case = (x.device, dtype, operator.index(K), operator.index(N), operator.index(C))
+            return MLP.choose(case).run(x, weight1, bias1, weight2, bias2)
     return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
 
 def mlp_gelu_backend(
     device: torch.device, dtype: torch.dtype, in_features: int, hidden_features: int, out_features: int
 ) -> str:
-    """Which code `mlp_gelu` takes for such arguments, `fused` permitting: 'triton' or 'plain'.
+    """Which backend `mlp_gelu` takes for such arguments with `fused`: 'triton' or 'plain'.
 
     Triton wants a CUDA device, bfloat16 or float16 (autocast's dtype under autocast), and features that 16 divides. In
-    float32 the products take longer than the bytes, so that there is nothing to win.
+    float32 the products take longer than the bytes, so that there is nothing to win. `EVAVIT_BACKEND` has a say, see
+    `evavit/ops/backends.py`.
     """
-    fits = (
-        device.type == 'cuda'
-        and dtype in (torch.bfloat16, torch.float16)
-        and in_features % 16 == 0
-        and hidden_features % 16 == 0
-        and out_features % 16 == 0
-    )
-    return 'triton' if fits and has_kernels('mlp.triton') else 'plain'
+    return MLP.name(MlpCase(device, dtype, in_features, hidden_features, out_features))
 
 
-def _runs_fused(
+def _dtype(
     x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
-) -> bool:
-    if needs_plain():
-        return False
-    dtype = x.dtype
-    if x.device.type == 'cuda' and torch.is_autocast_enabled('cuda') and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype('cuda')
-    elif not x.dtype == weight1.dtype == bias1.dtype == weight2.dtype == bias2.dtype:
-        return False  # `F.linear` says what it thinks of that
-    # An empty batch has nothing to launch a kernel for.
-    return (
-        x.numel() > 0 and mlp_gelu_backend(x.device, dtype, x.shape[-1], weight1.shape[0], weight2.shape[0]) == 'triton'
-    )
-
-
-def _fused(
-    x: torch.Tensor, weight1: torch.Tensor, bias1: torch.Tensor, weight2: torch.Tensor, bias2: torch.Tensor
-) -> torch.Tensor:
-    from .triton import mlp_fused
-
-    # As autocast would cast them, but for the first bias: the kernels add it as it is.
-    if torch.is_autocast_enabled('cuda'):
-        dtype = torch.get_autocast_dtype('cuda')
-        x, weight1, weight2, bias2 = (t.to(dtype) for t in (x, weight1, weight2, bias2))
-    return mlp_fused(x, weight1, bias1, weight2, bias2)
+) -> Optional[torch.dtype]:
+    """That of the products; None for several without autocast, which `F.linear` refuses in its own words."""
+    if x.device.type == 'cuda' and torch.is_autocast_enabled('cuda') and x.dtype != torch.float64:
+        return torch.get_autocast_dtype('cuda')
+    return x.dtype if x.dtype == weight1.dtype == bias1.dtype == weight2.dtype == bias2.dtype else None

@@ -7,22 +7,36 @@ the first two are mistakes, and the link is left out with a warning.
 import logging
 import os
 from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
+from evavit.arguments import nearest
 from evavit.errors import UserError
-from evavit.training.config import nearest
 
 log = logging.getLogger(__name__)
 
-SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
+SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))
 OTHER_IMAGES = {
-    ".avif", ".bmp", ".gif", ".heic", ".jfif", ".jp2", ".pbm", ".pgm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+    '.avif',
+    '.bmp',
+    '.gif',
+    '.heic',
+    '.jfif',
+    '.jp2',
+    '.pbm',
+    '.pgm',
+    '.ppm',
+    '.tga',
+    '.tif',
+    '.tiff',
+    '.webp',
+}
 
 
-def find_split(root, split):
+def find_split(root: Path, split: str) -> Path:
     """root/split or root/split.tar, or under its other usual name; for validation also root itself, where it holds
     classes and no split."""
     inside = sorted(path.name for path in root.iterdir())
@@ -31,63 +45,72 @@ def find_split(root, split):
     for name in (split, *synonyms):
         if name in folders:
             return root / name
-        if f"{name}.tar" in inside:
-            return root / f"{name}.tar"
+        if f'{name}.tar' in inside:
+            return root / f'{name}.tar'
     splits = [name for names in SPLIT_NAMES for name in names]
-    if split in SPLIT_NAMES[1] and folders and not any(
-            name in folders or f"{name}.tar" in inside for name in splits):
-        log.info(f"{root} has no folder for a split: all of its images are taken for {split}")
+    if split in SPLIT_NAMES[1] and folders and not any(name in folders or f'{name}.tar' in inside for name in splits):
+        log.info(f'{root} has no folder for a split: all of its images are taken for {split}')
         return root
-    raise UserError(f"{root}: no folder {split}, but {', '.join(folders[:8]) or 'none at all'}; images belong in "
-                    f"{root / split}/CLASS/")
+    raise UserError(
+        f'{root}: no folder {split}, but {", ".join(folders[:8]) or "none at all"}; images belong in '
+        f'{root / split}/CLASS/'
+    )
 
 
 class ClassFolders(ReaderImageFolder):
     """timm's folder reader over a tree that was walked and checked here: the same images, order and labels.
 
     Args:
-        root: folder whose folders without subfolders are the classes.
+        root: Folder whose folders without subfolders are the classes.
         class_to_idx: {class: label}, where labels are fixed; None numbers the classes in natural order.
 
     Raises:
-        UserError: an image outside of a class folder, of another format or of an unknown class; a class folder without
+        UserError: An image outside of a class folder, of another format or of an unknown class; a class folder without
             an image, where that would change the labels.
     """
 
-    def __init__(self, root, class_to_idx=None):
+    def __init__(self, root: Path, class_to_idx: Optional[Dict[str, int]] = None):
         self.root = str(root)
         found, empty = _walk(Path(root))
         if empty and class_to_idx is None:
-            raise UserError(f"{empty[0]}{_and_more(empty)}: class folder without an image "
-                            f"({', '.join(get_img_extensions())}); add some, or remove it")
+            raise UserError(
+                f'{empty[0]}{_and_more(empty)}: class folder without an image '
+                f'({", ".join(get_img_extensions())}); add some, or remove it'
+            )
         if empty:
-            log.warning(f"warning: {empty[0]}{_and_more(empty)}: class folder without an image; its label stays unused")
+            log.warning(f'warning: {empty[0]}{_and_more(empty)}: class folder without an image; its label stays unused')
         if class_to_idx is None:
             names = sorted({name for _, name in found}, key=natural_key)
             class_to_idx = {name: index for index, name in enumerate(names)}
         for path, name in found:
             if name not in class_to_idx:
-                raise UserError(f"{os.path.dirname(path)}: class {name} is not among the {len(class_to_idx)} known "
-                                f"classes{nearest(name, class_to_idx)}, those of training split, checkpoint or "
-                                f"--class-map")
+                raise UserError(
+                    f'{os.path.dirname(path)}: class {name} is not among the {len(class_to_idx)} known '
+                    f'classes{nearest(name, class_to_idx)}, those of training split, checkpoint or '
+                    f'--class-map'
+                )
         self.class_to_idx = class_to_idx
         self.samples = sorted(((path, class_to_idx[name]) for path, name in found), key=lambda it: natural_key(it[0]))
         if not self.samples:
-            raise UserError(f"{root}: no class folders; it should hold CLASS/IMAGE files")
+            raise UserError(f'{root}: no class folders; it should hold CLASS/IMAGE files')
 
 
-def _walk(root):
+def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
     """[(path, class)] of all images, and the class folders without one."""
     endings = get_img_extensions()
-    found, empty, circles, strange = [], [], [], []
-    todo = [(root, (os.path.realpath(root),))]
+    found: List[Tuple[str, str]] = []
+    empty: List[str] = []
+    circles: List[str] = []
+    strange: List[str] = []
+    todo: List[Tuple[Path, Tuple[str, ...]]] = [(root, (os.path.realpath(root),))]
     while todo:
         folder, ancestors = todo.pop()
-        subfolders, images = 0, []
+        subfolders = 0
+        images: List[str] = []
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
+            raise UserError(f'{folder}: cannot be read ({error.strerror})') from error
         for entry in entries:
             ending = os.path.splitext(entry.name)[1].lower()
             if _is(entry.is_dir):
@@ -98,8 +121,10 @@ def _walk(root):
                 subfolders += 1
                 todo.append((Path(entry.path), (*ancestors, real)))
             elif ending in OTHER_IMAGES:
-                raise UserError(f"{entry.path}: only {', '.join(endings)} are read; convert such images to PNG or "
-                                f"JPEG, or take them away")
+                raise UserError(
+                    f'{entry.path}: only {", ".join(endings)} are read; convert such images to PNG or '
+                    f'JPEG, or take them away'
+                )
             elif ending in endings:
                 # A link that leads nowhere is an image that cannot be read; to open a pipe would wait forever.
                 (images if entry.is_symlink() or _is(entry.is_file) else strange).append(entry.path)
@@ -107,14 +132,16 @@ def _walk(root):
         if not images and not subfolders and folder != root:
             empty.append(str(folder))
         found += [(path, folder.name) for path in images]
-    for paths, what in ((circles, "links that lead back to a folder around them"),
-                        (strange, "names of images that are no files")):
+    for paths, what in (
+        (circles, 'links that lead back to a folder around them'),
+        (strange, 'names of images that are no files'),
+    ):
         if paths:
-            log.warning(f"warning: {len(paths)} {what}, left out: {paths[0]}{_and_more(paths)}")
+            log.warning(f'warning: {len(paths)} {what}, left out: {paths[0]}{_and_more(paths)}')
     return found, sorted(empty)
 
 
-def _is(kind):
+def _is(kind: Callable[[], bool]) -> bool:
     """False for a link that leads to itself, where os.DirEntry raises."""
     try:
         return kind()
@@ -122,20 +149,24 @@ def _is(kind):
         return False
 
 
-def _check_place(folder, root, images, subfolders):
+def _check_place(folder: Path, root: Path, images: List[str], subfolders: int) -> None:
     if not images:
         return
     if folder == root:
-        raise UserError(f"{images[0]}{_and_more(images)}: an image outside of the class folders; move it to "
-                        f"{root}/CLASS/, or take it away")
+        raise UserError(
+            f'{images[0]}{_and_more(images)}: an image outside of the class folders; move it to '
+            f'{root}/CLASS/, or take it away'
+        )
     if subfolders:
-        raise UserError(f"{folder}: holds both images ({os.path.basename(images[0])}{_and_more(images)}) and folders "
-                        f"({_first_folder(folder)}); a class folder holds images alone")
+        raise UserError(
+            f'{folder}: holds both images ({os.path.basename(images[0])}{_and_more(images)}) and folders '
+            f'({_first_folder(folder)}); a class folder holds images alone'
+        )
 
 
-def _first_folder(folder):
+def _first_folder(folder: Path) -> str:
     return min(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
-def _and_more(names):
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+def _and_more(names: Sequence[str]) -> str:
+    return f' and {len(names) - 1} more' if len(names) > 1 else ''

@@ -5,7 +5,7 @@ import torch
 from references import eva_loop, grid_cells, grid_windows
 from timm.layers import RelPosBias
 
-from evavit.ops import eva_attention, eva_num_cells
+from evavit.ops import eva_attention, eva_attention_packed, eva_num_cells
 
 GRIDS = [(14, 14), (28, 28), (13, 13), (24, 24), (7, 50), (50, 7), (1, 1), (5, 3)]
 WINDOWS = [1, 4, 7, 'larger']  # than the grid
@@ -57,7 +57,7 @@ def bias_from_table(table, window_size, num_heads):
 
 def run_op(leaves, noise, feat_size, window_size, partition_grid, **kwargs):
     q, k, v, summaries = arguments(leaves)
-    bias = bias_from_table(leaves['table'], window_size, q.shape[1]) if 'table' in leaves else None
+    bias = leaves.get('table')
     return eva_attention(q, k, v, feat_size, *summaries, bias, window_size, partition_grid, noise=noise, **kwargs)
 
 
@@ -277,17 +277,31 @@ def test_memory_for_the_backward_pass_is_linear():
     assert large < 1.2 * small
 
 
-@pytest.mark.parametrize(('feat_size', 'window_size'), [((8, 8), 4), ((5, 9), 3), ((4, 7), 6)])
-def test_table_of_biases(feat_size, window_size):
-    q, k, v = torch.randn(3, 2, 3, feat_size[0] * feat_size[1], 8, dtype=torch.float64)
-    table = torch.randn((2 * window_size - 1) ** 2, 3, dtype=torch.float64, requires_grad=True)
-    results = []
-    for bias in table, bias_from_table(table, window_size, 3):
-        out = eva_attention(q, k, v, feat_size, rel_pos_bias=bias, window_size=window_size, partition_grid=0)
-        results.append((out, *torch.autograd.grad(out.square().sum(), [table])))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    assert results[0][1].abs().max() > 0.1
+def test_packed_is_the_same():
+    leaves, noise = make_inputs(2, 3, 8, (13, 9), 4, 3)
+    q, k, v, summaries = arguments(leaves)
+    args = (*summaries, leaves['table'], 4, 3)
+    apart = eva_attention(q, k, v, (13, 9), *args, noise=noise)
+    packed = eva_attention_packed(leaves['qkv'].permute(2, 0, 3, 1, 4), (13, 9), *args, noise=noise)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=0)
+    grads = [torch.autograd.grad(out.square().sum(), list(leaves.values())) for out in (packed, apart)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    'qkv, message',
+    [
+        (torch.zeros(1, 2, 16, 8), r'qkv must be \(3, batch, heads, tokens, head_dim\), got shape \[1, 2, 16, 8\]'),
+        (torch.zeros(2, 1, 2, 16, 8), r'qkv must be .* got shape \[2, 1, 2, 16, 8\]'),
+        (torch.zeros(3, 1, 2, 15, 8), r'feat_size \(4, 4\) does not hold the 15 tokens of qkv'),
+        (torch.zeros(3, 1, 2, 16, 8, dtype=torch.long), 'qkv must be floating point'),
+    ],
+)
+@pytest.mark.parametrize('fused', [True, False])
+def test_bad_packed_tokens(qkv, message, fused):
+    with pytest.raises(ValueError, match=message):
+        eva_attention_packed(qkv, [4, 4], partition_grid=0, fused=fused)
 
 
 @pytest.mark.parametrize(
@@ -298,8 +312,14 @@ def test_table_of_biases(feat_size, window_size):
         (dict(partition_grid=-2), 'partition_grid must be 0'),
         (dict(feat_size=(3, 5)), r'feat_size \(3, 5\) does not hold the 16 tokens'),
         (dict(summary_q=None), 'needs summary_q and summary_k'),
-        (dict(rel_pos_bias=torch.zeros(2, 9, 9)), r'rel_pos_bias must be .*\(2, 16, 16\)'),
-        (dict(rel_pos_bias=torch.zeros(25, 2)), r'rel_pos_bias, as a table, must be .*\(49, 2\), got'),
+        (
+            dict(rel_pos_bias=torch.zeros(2, 16, 16)),
+            r'rel_pos_bias must be the table .* = \(49, 2\), got \[2, 16, 16\]; '
+            r'pass relative_position_bias_table, not get_bias\(\)$',
+        ),
+        (dict(rel_pos_bias=torch.zeros(25, 2)), r'rel_pos_bias must be the table .* = \(49, 2\), got \[25, 2\]$'),
+        (dict(summary_k=(torch.eye(8), torch.zeros(8))), 'four tensors; got 2'),
+        (dict(summary_k=(torch.eye(8), *torch.zeros(3, 7))), r'summary_k must hold a \(8, 8\) weight'),
         (dict(noise=torch.zeros(1, 2, 3, 8)), r'noise must be .*\(1, 2, 16, 8\)'),
         (dict(dropout_p=1.0), 'dropout_p must be'),
         (dict(k=torch.zeros(1, 2, 15, 8)), 'must have one shape'),

@@ -3,20 +3,23 @@
 import itertools
 import re
 import sys
+import types
 
 import pytest
 import torch
-from kernel_checks import agrees_in_the_interpreter
-from ops.eva.test_triton import check, make_case, run
+from ops.eva.cases import check, make_case, run
+from ops.eva.gluon_emulator import Emulator
+from ops.kernels import interpreter, relative_rms
 
 from evavit.ops import eva_attention_packed
+from evavit.ops.eva import EVA
 
 triton = pytest.importorskip('triton')
 eva_triton = pytest.importorskip('evavit.ops.eva.triton.plan')
 eva_gluon = pytest.importorskip('evavit.ops.eva.gluon')
 launching = pytest.importorskip('evavit.ops.common.launch')
 
-KERNELS = ['_forward_windows_gluon', '_backward_shared_gluon', '_backward_tokens_gluon']
+KERNELS = ['forward_windows_gluon', 'backward_shared_gluon', 'backward_tokens_gluon']
 # feat_size, window_size, partition_grid: 49, 64, 4 and 1 cells; windows of 6, 7 and 8, one cut to 5 × 7; edges.
 SHAPES = [
     ((14, 14), 7, 7),
@@ -50,12 +53,12 @@ def chosen(launches):
     return [kernel.fn.__name__ for kernel, *_ in launches if kernel.fn.__name__ in KERNELS]
 
 
-def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', **kwargs):
+def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', backend='gluon', **kwargs):
     """The launches of a training step as on a Hopper."""
-    monkeypatch.setattr('evavit.ops.eva._runs_fused', lambda *args: True)
     monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
     launches = record(monkeypatch)
-    run(make_case(*shape, dtype, device='cpu', **kwargs), *shape, fused=True, layout=layout)
+    with EVA.forced(backend):
+        run(make_case(*shape, dtype, device='cpu', **kwargs), *shape, fused=True, layout=layout)
     return launches
 
 
@@ -64,6 +67,11 @@ class TestChoice:
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
     def test_default_windows_and_cells(self, shape, dtype, monkeypatch):
         assert chosen(launched_on_hopper(monkeypatch, shape, dtype, d=64)) == KERNELS
+
+    def test_triton_is_none_of_them(self, monkeypatch):
+        launches = launched_on_hopper(monkeypatch, SHAPES[0], torch.bfloat16, d=64, backend='triton')
+        assert launches
+        assert chosen(launches) == []
 
     @pytest.mark.parametrize('layout', ['views', 'contiguous'])
     def test_layouts(self, layout, monkeypatch):
@@ -111,13 +119,13 @@ class TestChoice:
         assert not eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 5, 7)
 
     def test_gradient_that_cannot_be_copied(self, monkeypatch):
-        monkeypatch.setattr('evavit.ops.eva._runs_fused', lambda *args: True)
         monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
         launches = record(monkeypatch)
         qkv, summary, *_ = make_case((14, 14), 7, 7, torch.float16, d=64, device='cpu')
-        eva_attention_packed(
-            qkv.requires_grad_().permute(2, 0, 3, 1, 4), [14, 14], summary[:4], summary[4:], fused=True
-        ).sum().backward()  # expanded from one number
+        with EVA.forced('gluon'):
+            eva_attention_packed(
+                qkv.requires_grad_().permute(2, 0, 3, 1, 4), [14, 14], summary[:4], summary[4:], fused=True
+            ).sum().backward()  # the gradient is one number, expanded
         assert chosen(launches) == KERNELS[:1]
 
     def test_devices_and_releases(self, monkeypatch):
@@ -193,46 +201,49 @@ def test_compiles_for_hopper(shape, d, dtype, bias, monkeypatch):
         assert set(after) == {'bar.sync'}
 
 
-EMULATED = """
-import sys, types, torch
-sys.path[:0] = [{tests!r}]
-import evavit.ops.eva
-from evavit.ops.eva import gluon as eva_gluon
-from evavit.ops.eva.triton import plan as eva_triton
-from evavit.ops.common.launch import Launcher
-from ops.gluon_emulator import Emulator
-from kernel_checks import relative_rms
-from ops.eva.test_triton import make_case, run
-emulator, reference_path = Emulator(eva_gluon), evavit.ops.eva._runs_fused
-launch, launched = Launcher.__call__, []
-def emulated(launcher, kernel, grid, *args, **options):
-    if kernel not in emulator.kernels.values():
-        return launch(launcher, kernel, grid, *args, **options)
-    launched.append(kernel.__name__)
-    del options['num_warps']
-    emulator.launch(kernel, grid, args, options)
-Launcher.__call__ = emulated
-eva_triton._gluon = lambda device: types.SimpleNamespace(**emulator.kernels)
-eva_triton.PROGRAMS = 4  # several windows a program
-torch.manual_seed(0)
-for shape, d, bias, layout in [(((14, 14), 7, 7), 64, True, 'packed'), (((17, 16), 6, 3), 32, False, 'contiguous'),
-                               (((13, 15), 8, 8), 32, 'table', 'views')]:
-    case = make_case(*shape, torch.float16, B=1, h=2, d=d, bias=bias, device='cpu')
-    reference = run(case, *shape, fused=False, dtype=torch.float64)
-    evavit.ops.eva._runs_fused = lambda *args: True
-    fused = run(case, *shape, fused=True, layout=layout)
-    evavit.ops.eva._runs_fused = reference_path
-    for name, value in fused.items():
-        error = relative_rms(value, reference[name])
-        assert error < 1e-3, (shape, name, error)
-assert launched == {kernels!r} * 3, launched
-print('agree')
-"""
+class TestArithmetic:
+    """The kernels in Gluon by `gluon_emulator`, the others around them in Triton's interpreter."""
 
+    pytestmark = interpreter
 
-def test_arithmetic():
-    """Around the kernels in Gluon, by `gluon_emulator`, the others run in Triton's interpreter."""
-    agrees_in_the_interpreter(EMULATED, kernels=KERNELS)
+    @pytest.fixture
+    def launched(self, monkeypatch):
+        """The names of the emulated kernels, as they are launched."""
+        emulator, launch, names = Emulator(eva_gluon), launching.Launcher.__call__, []
+
+        def emulated(launcher, kernel, grid, *args, **options):
+            if kernel not in emulator.kernels.values():
+                return launch(launcher, kernel, grid, *args, **options)
+            names.append(kernel.__name__)
+            del options['num_warps']
+            emulator.launch(kernel, grid, args, options)
+
+        monkeypatch.setattr(launching.Launcher, '__call__', emulated)
+        monkeypatch.setattr(eva_triton, '_gluon', lambda device: types.SimpleNamespace(**emulator.kernels))
+        monkeypatch.setattr(eva_triton, 'PROGRAMS', 4)  # several windows a program
+        eva_triton._cached_plan.cache_clear()
+        yield names
+        eva_triton._cached_plan.cache_clear()
+
+    @pytest.mark.parametrize(
+        ('shape', 'options', 'layout'),
+        [
+            (((14, 14), 7, 7), dict(d=64), 'packed'),
+            (((17, 16), 6, 3), dict(d=32, bias=False), 'contiguous'),
+            (((13, 15), 8, 8), dict(d=32), 'views'),
+            (((7, 7), 7, 1), dict(d=32, noise=False), 'packed'),
+            (((5, 9), 7, 3), dict(d=32, noise=False), 'packed'),
+        ],
+        ids=['default', 'no bias, cells across windows', 'edges, 64 cells', 'one window, one cell', 'short windows'],
+    )
+    def test_small_cases(self, shape, options, layout, launched, poison):
+        case = make_case(*shape, torch.float16, B=1, h=2, device='cpu', **options)
+        reference = run(case, *shape, fused=False, dtype=torch.float64)
+        with EVA.forced('gluon'):
+            fused = run(case, *shape, fused=True, layout=layout)
+        assert launched == KERNELS
+        for name, value in fused.items():
+            assert relative_rms(value, reference[name]) < 1e-3, name
 
 
 def is_hopper():
@@ -259,7 +270,7 @@ class TestKernels:
         assert chosen(launches) == KERNELS * 2
 
     @pytest.mark.parametrize('shape', SHAPES, ids=str)
-    @pytest.mark.parametrize(('dtype', 'bias'), [(torch.bfloat16, 'table'), (torch.float16, False)], ids=str)
+    @pytest.mark.parametrize(('dtype', 'bias'), [(torch.bfloat16, True), (torch.float16, False)], ids=str)
     def test_heads_of_32_channels(self, shape, dtype, bias, launches):
         check(make_case(*shape, dtype, d=32, bias=bias), shape, dtype)
         assert chosen(launches) == KERNELS * 2

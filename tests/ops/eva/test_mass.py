@@ -52,7 +52,7 @@ def test_against_the_definition(feat_size, window_size, partition_grid):
     layer = EvaAttention(12, 3, window_size=max(window_size, 1), partition_grid=2).double()
     torch.nn.init.normal_(layer.rel_pos.relative_position_bias_table)
     summary_k = layer.summary_k()
-    bias = layer.rel_pos.get_bias().squeeze(0) if window_size else None
+    bias = layer.rel_pos.relative_position_bias_table if window_size else None
     found = eva_attention_mass(
         q, k, feat_size, summary_k if partition_grid else None, bias, window_size, partition_grid
     )
@@ -71,10 +71,16 @@ def test_it_is_the_mass_of_the_attention_itself():
     window = grid_windows(feat_size, 3)[0]
     v = torch.ones_like(q)
     v[:, :, window] = 0  # window and cell 0 hold the same tokens: what comes through are the other cells
-    bias = layer.rel_pos.get_bias().squeeze(0)
+    bias = layer.rel_pos.relative_position_bias_table
     out = eva_attention(q, k, v, feat_size, layer.summary_q(), layer.summary_k(), bias, 3, 2)
     exact, cells, effective = layer.attention_mass(x, feat_size)
     through = out[:, :, window, 0]
     assert (through < cells[:, :, window]).all() and (through > 0).all()
     torch.testing.assert_close(exact + cells, torch.ones_like(exact))
     assert (effective > 1).all() and (effective <= 4 + 1e-9).all()
+
+
+def test_a_bias_that_is_no_table_is_refused():
+    q, k = torch.randn(2, 1, 2, 9, 4)
+    with pytest.raises(ValueError, match=r'rel_pos_bias must be the table .* pass relative_position_bias_table'):
+        eva_attention_mass(q, k, (3, 3), None, torch.zeros(2, 9, 9), 3, 0)

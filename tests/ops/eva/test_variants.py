@@ -67,15 +67,7 @@ def tensors(leaves, options):
 
 
 def run_op(leaves, options):
-    bias = None
-    if 'table' in leaves:
-        w = options['window_size']
-        halo = halo_size(w) if options['overlap'] else 0
-        place = torch.arange(w)
-        offset = place[:, None] - torch.arange(-halo, w + halo) + w + halo - 1  # query - key, from 0
-        index = offset[:, None, :, None] * (2 * (w + halo) - 1) + offset[None, :, None, :]
-        bias = leaves['table'][index].permute(4, 0, 1, 2, 3).flatten(3).flatten(1, 2)
-    return eva_attention_variant(**tensors(leaves, options), rel_pos_bias=bias, **options)
+    return eva_attention_variant(**tensors(leaves, options), rel_pos_bias=leaves.get('table'), **options)
 
 
 def check(leaves, options, bound=1e-10):
@@ -285,7 +277,7 @@ def test_memory_of_samples_is_weights_of_samples_not_a_beta_for_each_query():
         (dict(summary_k=[torch.zeros(8)]), r'summary_k must hold .* got \[\[8\]\]'),
         (dict(noise=torch.zeros(1, 2, 3, 1, 8)), r'noise must be .*\(1, 2, 16, any, 8\)'),
         (dict(noise=torch.zeros(1, 2, 16, 2, 8), noise_std=0.0), '2 samples need a noise_std above 0, got 0'),
-        (dict(overlap=True, rel_pos_bias=torch.zeros(2, 16, 16)), r'rel_pos_bias must be .*\(2, 16, 64\)'),
+        (dict(overlap=True, rel_pos_bias=torch.zeros(2, 16, 16)), r'rel_pos_bias must be the table .*\(121, 2\), got'),
         (dict(overlap=True, window_size=0), 'overlap needs windows; got window_size 0'),
         (dict(dropout_p=1.0), 'dropout_p must be'),
     ],

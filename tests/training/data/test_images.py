@@ -14,56 +14,57 @@ from evavit.errors import LocalError, UserError
 from evavit.training.data.images import UNREADABLE, BadImageError, BadImages, CheckedImages, decode, substitute
 from evavit.training.distributed import Process
 
-ALONE = Process(torch.device("cpu"), 0, 0, 1)
+ALONE = Process(torch.device('cpu'), 0, 0, 1)
 GOOD, BAD = faults.good_files(), faults.bad_files()
 
 
-def read(content, mode="RGB"):
+def read(content, mode='RGB'):
     return np.asarray(decode(io.BytesIO(content), mode)).astype(float)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize('name', GOOD)
 def test_odd_images_are_read(name, mode):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter('error')
         image = decode(io.BytesIO(GOOD[name]), mode)
     assert image.mode == mode
     for training in (True, False):
         channels = len(image.getbands())
-        transform = create_transform((channels, 32, 32), is_training=training, mean=(0.5,) * channels,
-                                     std=(0.5,) * channels)
+        transform = create_transform(
+            (channels, 32, 32), is_training=training, mean=(0.5,) * channels, std=(0.5,) * channels
+        )
         assert transform(image).shape[1:] == (32, 32)
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize('name', BAD)
 def test_broken_images_have_a_reason(name):
     content, words = BAD[name]
     with pytest.raises(BadImageError) as error:
-        decode(io.BytesIO(content), "RGB")
-    assert words in str(error.value) and "\n" not in str(error.value) and "0x" not in str(error.value)
+        decode(io.BytesIO(content), 'RGB')
+    assert words in str(error.value) and '\n' not in str(error.value) and '0x' not in str(error.value)
 
 
 def test_odd_images_show_what_they_hold():
-    plain = read(GOOD["plain.png"])
-    for name in ("png_called.jpg", "tiff_called.png", "bmp_called.png"):
+    plain = read(GOOD['plain.png'])
+    for name in ('png_called.jpg', 'tiff_called.png', 'bmp_called.png'):
         assert np.array_equal(read(GOOD[name]), plain), name
     # Pillow's own convert gives white for nearly all of 16 bits; ink and light are not mixed up in CMYK.
-    ramp = read(GOOD["sixteen.png"])[:, 0, 0]
+    ramp = read(GOOD['sixteen.png'])[:, 0, 0]
     assert np.abs(ramp - np.linspace(0, 255, len(ramp))).max() <= 1
-    assert np.abs(read(GOOD["cmyk.jpg"]) - plain).mean() < 12
-    palette = Image.open(io.BytesIO(GOOD["palette.png"]))
+    assert np.abs(read(GOOD['cmyk.jpg']) - plain).mean() < 12
+    palette = Image.open(io.BytesIO(GOOD['palette.png']))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert np.array_equal(read(GOOD["palette.png"]), np.asarray(palette.convert("RGB")).astype(float))
-    assert read(GOOD["one_pixel.png"]).tolist() == [[[200, 100, 50]]]
+        warnings.simplefilter('ignore')
+        assert np.array_equal(read(GOOD['palette.png']), np.asarray(palette.convert('RGB')).astype(float))
+    assert read(GOOD['one_pixel.png']).tolist() == [[[200, 100, 50]]]
 
 
-@pytest.mark.parametrize("mode, dtype", [("I;16B", ">u2"), ("I", np.int32)])
+@pytest.mark.parametrize('mode, dtype', [('I;16B', '>u2'), ('I', np.int32)])
 def test_other_forms_of_sixteen_bits(mode, dtype):
     values = np.array([[0, 256, 32768, 65535]], dtype)
     image = Image.frombytes(mode, (4, 1), values.tobytes())
-    assert np.asarray(decode(io.BytesIO(faults.encode(image, "TIFF")), "L")).tolist() == [[0, 1, 128, 255]]
+    assert np.asarray(decode(io.BytesIO(faults.encode(image, 'TIFF')), 'L')).tolist() == [[0, 1, 128, 255]]
 
 
 @pytest.mark.timeout(60)
@@ -74,10 +75,10 @@ def test_mutated_files_are_read_or_refused():
     readable = 0
     for number in range(500):
         try:
-            image = decode(io.BytesIO(faults.mutate(contents[number % len(contents)], rng)), "RGB")
+            image = decode(io.BytesIO(faults.mutate(contents[number % len(contents)], rng)), 'RGB')
         except BadImageError:
             continue
-        assert image.mode == "RGB" and np.asarray(image).ndim == 3
+        assert image.mode == 'RGB' and np.asarray(image).ndim == 3
         readable += 1
     assert 50 < readable < 450  # the damage is neither harmless nor total
 
@@ -85,11 +86,11 @@ def test_mutated_files_are_read_or_refused():
 @pytest.fixture
 def folder(tmp_path):
     """A reader over 30 images, of which 4, 5, 6 and 20 are broken in different ways."""
-    (tmp_path / "a").mkdir()
+    (tmp_path / 'a').mkdir()
     for number in range(30):
-        faults.picture(seed=number).save(tmp_path / "a" / f"{number:02d}.png")
-    for number, name in ((4, "truncated.png"), (5, "zeros.jpg"), (6, "bomb.png"), (20, "text.png")):
-        (tmp_path / "a" / f"{number:02d}.png").write_bytes(BAD[name][0])
+        faults.picture(seed=number).save(tmp_path / 'a' / f'{number:02d}.png')
+    for number, name in ((4, 'truncated.png'), (5, 'zeros.jpg'), (6, 'bomb.png'), (20, 'text.png')):
+        (tmp_path / 'a' / f'{number:02d}.png').write_bytes(BAD[name][0])
     return tmp_path
 
 
@@ -100,7 +101,7 @@ def pixels(dataset, index):
 
 def test_the_replacement_depends_on_index_and_seed_alone(folder):
     def run(seed, order):
-        dataset = CheckedImages(ImageDataset(str(folder)), "RGB", 1.0, seed)
+        dataset = CheckedImages(ImageDataset(str(folder)), 'RGB', 1.0, seed)
         shown = {index: pixels(dataset, index) for index in order}
         assert dataset.bad.count == 4
         return [shown[index] for index in sorted(shown)]
@@ -109,7 +110,7 @@ def test_the_replacement_depends_on_index_and_seed_alone(folder):
     torch.rand(5), np.random.rand(3)
     assert first == run(0, reversed(range(30)))
     assert first != run(1, range(30))
-    good = CheckedImages(ImageDataset(str(folder)), "RGB", 1.0, 0)
+    good = CheckedImages(ImageDataset(str(folder)), 'RGB', 1.0, 0)
     for index in (4, 5, 6, 20):
         chain = [substitute(index, attempt, 0, 30) for attempt in range(1, 10)]
         source = next(candidate for candidate in chain if candidate not in (4, 5, 6, 20))
@@ -123,14 +124,14 @@ def test_replacements_are_spread_evenly():
 
 
 def test_validation_leaves_them_out(folder):
-    dataset = CheckedImages(ImageDataset(str(folder)), "RGB", 1.0)
+    dataset = CheckedImages(ImageDataset(str(folder)), 'RGB', 1.0)
     targets = [dataset[index][1] for index in range(30)]
     assert [index for index, target in enumerate(targets) if target == UNREADABLE] == [4, 5, 6, 20]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize('workers', [0, 2])
 def test_workers_count_each_image_once_and_name_it(folder, workers):
-    dataset = CheckedImages(ImageDataset(str(folder)), "RGB", 0.2, 0)
+    dataset = CheckedImages(ImageDataset(str(folder)), 'RGB', 0.2, 0)
     dataset.transform = create_transform((3, 16, 16))
     order = [*range(30), 4, 5]  # drawn again
     loader = torch.utils.data.DataLoader(dataset, batch_size=4, sampler=order, num_workers=workers)
@@ -139,18 +140,18 @@ def test_workers_count_each_image_once_and_name_it(folder, workers):
         for _ in loader:
             pass
         assert dataset.bad.review(ALONE) == 4
-        names = {index: line.split("\n")[0].rsplit("/", 1)[1] for index, line in dataset.bad.met.items()}
-        assert names == {4: "04.png", 5: "05.png", 6: "06.png", 20: "20.png"}
-        assert len(dataset.bad.told) == 4, epoch
+        names = {index: line.split('\n')[0].rsplit('/', 1)[1] for index, line in dataset.bad.found.items()}
+        assert names == {4: '04.png', 5: '05.png', 6: '06.png', 20: '20.png'}
+        assert len(dataset.bad.reported) == 4, epoch
 
 
 def test_more_than_allowed_stop_the_run():
     bad = BadImages(1000, 0.002)
     for index in (1, 2, 2, 1):
-        bad.mark(index, f"{index}.png", "torn")
+        bad.mark(index, f'{index}.png', 'torn')
     assert bad.limit == 2 and bad.review(ALONE) == 2
-    bad.mark(3, "3.png", "torn")
-    with pytest.raises(UserError, match=r"3.png is not a readable image \(torn\); 3 of 1000 .*0.002 allows 2"):
+    bad.mark(3, '3.png', 'torn')
+    with pytest.raises(UserError, match=r'3.png is not a readable image \(torn\); 3 of 1000 .*0.002 allows 2'):
         bad.review(ALONE)
     bad.begin()
     assert bad.review(ALONE) == 0
@@ -159,14 +160,14 @@ def test_more_than_allowed_stop_the_run():
 def test_the_rest_of_an_epoch_knows_its_bad_images():
     before, after = BadImages(3000, 1.0), BadImages(3000, 1.0)
     for index in range(1200):  # more than the names that are kept
-        before.mark(index, f"{index}.png", "torn")
+        before.mark(index, f'{index}.png', 'torn')
     assert before.review(ALONE) == 1200
-    after.begin(before.met)
-    assert after.met == before.met and not after.count
+    after.begin(before.found)
+    assert after.found == before.found and not after.count
     for index in (3, 1100, 1500):  # two were met before the run was stopped
-        after.mark(index, f"{index}.png", "torn")
+        after.mark(index, f'{index}.png', 'torn')
     assert after.review(ALONE) == 1201 and after.count == 1
-    assert after.told - before.met.keys() == {1500}  # by a warning
+    assert after.reported - before.found.keys() == {1500}  # by a warning
     after.begin()
     assert after.review(ALONE) == 0
 
@@ -174,16 +175,16 @@ def test_the_rest_of_an_epoch_knows_its_bad_images():
 def test_long_names_and_many_images_do_not_harm():
     bad = BadImages(5000, 1.0)
     for index in range(1500):
-        bad.mark(index, f"{'x' * 700}/{index}.png", "torn")
+        bad.mark(index, f'{"x" * 700}/{index}.png', 'torn')
     assert bad.review(ALONE) == 1500
-    names = [line.split("\n")[0] for line in bad.met.values() if line]
+    names = [line.split('\n')[0] for line in bad.found.values() if line]
     assert len(names) == BadImages.LINES
-    assert all(name.startswith("...") and name.endswith(".png") for name in names)
+    assert all(name.startswith('...') and name.endswith('.png') for name in names)
 
 
 def test_a_data_set_that_is_gone_stops_at_once(folder):
-    dataset = CheckedImages(ImageDataset(str(folder)), "RGB", 1.0, 0)
-    for image in (folder / "a").iterdir():
+    dataset = CheckedImages(ImageDataset(str(folder)), 'RGB', 1.0, 0)
+    for image in (folder / 'a').iterdir():
         image.unlink()
-    with pytest.raises(LocalError, match=r"No such file or directory.*9 others"):
+    with pytest.raises(LocalError, match=r'No such file or directory.*9 others'):
         dataset[0]

@@ -1,6 +1,5 @@
 """Data sets: Fashion-MNIST's files without a download, class order, splits, input settings."""
 
-import argparse
 import gzip
 
 import numpy as np
@@ -8,55 +7,53 @@ import pytest
 import timm
 from PIL import Image
 
-from evavit.training import data
 from evavit.errors import UserError
+from evavit.training import data
+from evavit.training.config import DataConfig, ModelConfig
 
 
-def settings_of(**given):
-    defaults = dict(data_dir=None, dataset="", dataset_download=False, class_map=None, batch_size=4, num_classes=None,
-                    in_chans=None, img_size=None, input_size=None, mean=None, std=None, interpolation=None,
-                    crop_pct=None, max_bad_images=0.0, seed=0)
-    return argparse.Namespace(**{**defaults, **given})
+def open_dataset(config, split, **rest):
+    return data.open_dataset(config, split, batch_size=4, seed=0, **rest)
 
 
 def write_idx(path, array):
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape)
-    with gzip.open(path, "wb") as file:
+    header = bytes([0, 0, 8, array.ndim]) + b''.join(int(n).to_bytes(4, 'big') for n in array.shape)
+    with gzip.open(path, 'wb') as file:
         file.write(header + array.astype(np.uint8).tobytes())
 
 
 @pytest.fixture
 def fashion(tmp_path):
-    raw = tmp_path / "FashionMNIST" / "raw"
+    raw = tmp_path / 'FashionMNIST' / 'raw'
     raw.mkdir(parents=True)
-    for prefix, count in (("train", 20), ("t10k", 10)):
-        write_idx(raw / f"{prefix}-images-idx3-ubyte.gz", np.random.default_rng(0).integers(0, 256, (count, 28, 28)))
-        write_idx(raw / f"{prefix}-labels-idx1-ubyte.gz", np.arange(count) % 10)
+    for prefix, count in (('train', 20), ('t10k', 10)):
+        write_idx(raw / f'{prefix}-images-idx3-ubyte.gz', np.random.default_rng(0).integers(0, 256, (count, 28, 28)))
+        write_idx(raw / f'{prefix}-labels-idx1-ubyte.gz', np.arange(count) % 10)
     return tmp_path
 
 
-@pytest.mark.parametrize("in_chans, mode", [(1, "L"), (3, "RGB")])
+@pytest.mark.parametrize('in_chans, mode', [(1, 'L'), (3, 'RGB')])
 def test_packed_files_are_read_without_a_download(fashion, in_chans, mode):
-    settings = settings_of(dataset="torch/fashion_mnist", data_dir=str(fashion))
-    for split, count in (("train", 20), ("validation", 10)):
-        dataset, names = data.open_dataset(settings, split, in_chans=in_chans)
+    settings = DataConfig(max_bad_images=0.0, dataset='torch/fashion_mnist', data_dir=str(fashion))
+    for split, count in (('train', 20), ('validation', 10)):
+        dataset, names = open_dataset(settings, split, in_chans=in_chans)
         assert len(dataset) == count and len(names) == 10
         image, target = dataset[3]
         assert image.mode == mode and target == 3
-    assert not list(fashion.rglob("*.partial"))
+    assert not list(fashion.rglob('*.partial'))
 
 
 def test_a_broken_packed_file_is_named(fashion):
-    broken = fashion / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    broken = fashion / 'FashionMNIST' / 'raw' / 't10k-images-idx3-ubyte.gz'
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(UserError, match="t10k-images"):
-        data.open_dataset(settings_of(dataset="torch/fashion_mnist", data_dir=str(fashion)), "train")
+    with pytest.raises(UserError, match='t10k-images'):
+        open_dataset(DataConfig(max_bad_images=0.0, dataset='torch/fashion_mnist', data_dir=str(fashion)), 'train')
 
 
 def write_folder(root, *classes):
     for index, name in enumerate(classes):
         (root / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8), (40 * index, 0, 0)).save(root / name / "image.png")
+        Image.new('RGB', (8, 8), (40 * index, 0, 0)).save(root / name / 'image.png')
 
 
 def labels(dataset):
@@ -64,46 +61,53 @@ def labels(dataset):
 
 
 def test_validation_has_the_labels_of_training(tmp_path):
-    write_folder(tmp_path / "train", "a2", "a10", "b")
-    write_folder(tmp_path / "val", "b", "a10")
-    settings = settings_of(data_dir=str(tmp_path))
-    train, names = data.open_dataset(settings, "train")
-    assert names == ["a2", "a10", "b"] and labels(train) == [0, 1, 2]  # natural order
-    validation, known = data.open_dataset(settings, "validation", class_names=names)
+    write_folder(tmp_path / 'train', 'a2', 'a10', 'b')
+    write_folder(tmp_path / 'val', 'b', 'a10')
+    settings = DataConfig(max_bad_images=0.0, data_dir=str(tmp_path))
+    train, names = open_dataset(settings, 'train')
+    assert names == ['a2', 'a10', 'b'] and labels(train) == [0, 1, 2]  # natural order
+    validation, known = open_dataset(settings, 'validation', class_names=names)
     assert labels(validation) == [1, 2] and known == names
 
 
 def test_class_map_fixes_the_order(tmp_path):
-    write_folder(tmp_path / "train", "a", "b")
-    (tmp_path / "classes.txt").write_text("c\nb\na\n")
-    settings = settings_of(data_dir=str(tmp_path), class_map=str(tmp_path / "classes.txt"))
-    dataset, names = data.open_dataset(settings, "train")
-    assert names == ["c", "b", "a"] and labels(dataset) == [2, 1]
-    assert data.class_count(settings, names) == 3
-    settings.class_map = str(tmp_path / "nowhere.txt")
-    with pytest.raises(UserError, match="nowhere"):
-        data.open_dataset(settings, "train")
+    write_folder(tmp_path / 'train', 'a', 'b')
+    (tmp_path / 'classes.txt').write_text('c\nb\na\n')
+    settings = DataConfig(max_bad_images=0.0, data_dir=str(tmp_path), class_map=str(tmp_path / 'classes.txt'))
+    dataset, names = open_dataset(settings, 'train')
+    assert names == ['c', 'b', 'a'] and labels(dataset) == [2, 1]
+    assert data.class_count(settings, None, names) == 3
+    settings.class_map = str(tmp_path / 'nowhere.txt')
+    with pytest.raises(UserError, match='nowhere'):
+        open_dataset(settings, 'train')
 
 
 def test_a_folder_of_classes_alone_is_validated_whole(tmp_path):
-    write_folder(tmp_path, "a", "b")
-    dataset, _ = data.open_dataset(settings_of(data_dir=str(tmp_path)), "validation")
+    write_folder(tmp_path, 'a', 'b')
+    dataset, _ = open_dataset(DataConfig(max_bad_images=0.0, data_dir=str(tmp_path)), 'validation')
     assert len(dataset) == 2
-    with pytest.raises(UserError, match="no folder train"):
-        data.open_dataset(settings_of(data_dir=str(tmp_path)), "train")
+    with pytest.raises(UserError, match='no folder train'):
+        open_dataset(DataConfig(max_bad_images=0.0, data_dir=str(tmp_path)), 'train')
 
 
 def test_grey_images_load_in_one_channel(tmp_path):
-    write_folder(tmp_path / "train", "a")
-    dataset, _ = data.open_dataset(settings_of(data_dir=str(tmp_path)), "train", in_chans=1)
-    assert dataset[0][0].mode == "L"
+    write_folder(tmp_path / 'train', 'a')
+    dataset, _ = open_dataset(DataConfig(max_bad_images=0.0, data_dir=str(tmp_path)), 'train', in_chans=1)
+    assert dataset[0][0].mode == 'L'
 
 
-@pytest.mark.parametrize("given, size, mean", [
-    (dict(), (3, 32, 32), 3), (dict(in_chans=1), (1, 32, 32), 1), (dict(in_chans=1, mean=[0.3]), (1, 32, 32), 1),
-    (dict(img_size=64), (3, 64, 64), 3), (dict(input_size=[3, 48, 64]), (3, 48, 64), 3)])
+@pytest.mark.parametrize(
+    'given, size, mean',
+    [
+        (dict(), (3, 32, 32), 3),
+        (dict(in_chans=1), (1, 32, 32), 1),
+        (dict(in_chans=1, mean=[0.3]), (1, 32, 32), 1),
+        (dict(img_size=64), (3, 64, 64), 3),
+        (dict(input_size=[3, 48, 64]), (3, 48, 64), 3),
+    ],
+)
 def test_input_settings_follow_the_model(given, size, mean):
-    kwargs = dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, in_chans=given.get("in_chans", 3))
-    model = timm.create_model("vit_tiny_patch16_224", **kwargs)
-    config = data.resolve_input(settings_of(**given), model)
-    assert tuple(config["input_size"]) == size and len(config["mean"]) == len(config["std"]) == mean
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, in_chans=given.get('in_chans', 3))
+    model = timm.create_model('vit_tiny_patch16_224', **kwargs)
+    config = data.resolve_input(ModelConfig(**given), model)
+    assert tuple(config['input_size']) == size and len(config['mean']) == len(config['std']) == mean

@@ -1,6 +1,7 @@
-"""The backward kernels.
+"""The backward kernels, in the order in which they run: `backward_shared`, `_weights`, `_summary`, `_tokens`.
 
-With p a weight of (16), dp = dy · value and δ = y · dy, the gradient of its logit is p (dp - δ).
+With p a weight of (16), dp = dy · value and δ = y · dy, the gradient of its logit is p (dp - δ). pieces.py says how to
+read the signatures. In them "parts" are partial sums, one for each program, which sum_parts or the next kernel adds up.
 """
 
 import triton
@@ -8,54 +9,40 @@ import triton.language as tl
 
 from .pieces import (
     LOG2E,
-    _bias_tile,
-    _cell_tokens,
-    _load_cells,
-    _load_rows,
-    _load_weight,
-    _normalise,
-    _store_rows,
-    _window_rows,
+    bias_tile,
+    cell_tokens,
+    load_cells,
+    load_rows,
+    load_weight,
+    log_weights,
+    next_weights,
+    normalise,
+    split_program,
+    store_rows,
+    window_rows,
 )
 
 
 @triton.jit
-def _backward_shared(
-    q,
-    out,
-    grad,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    sgb,
-    sgh,
-    sgn,
-    sgd,
-    lse,
-    delta,
-    k_tilde,
-    beta,
-    dk_tilde,
-    dbeta,
-    heads,
-    N,
-    cells,
-    splits,
-    per_split,
-    cells_total,
-    scale,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    CELLS: tl.constexpr,
+def backward_shared(
+    q,  # (B, heads, N, D), dtype; the caller
+    out,  # y, (B, N, heads, D) in memory, dtype; forward_windows or forward_tokens
+    grad,  # dy (B, heads, N, D), dtype; autograd
+    sqb, sqh, sqn, sqd, sgb, sgh, sgn, sgd,
+    lse,  # (B, heads, N) float32; forward_windows or forward_tokens
+    delta,  # writes δ (B, heads, N) float32
+    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    dk_tilde_parts, dbeta_parts,  # if CELLS: writes (splits, B, heads, cells, D) float32
+    heads, N, cells,
+    splits, per_split,  # programs that share the tokens of an (image, head), and tokens of each
+    cells_total, scale,
+    D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,  # tokens and cells of a tile
+    CELLS: tl.constexpr,  # whether there are cells
     PREC: tl.constexpr,
-):
-    """δ, and the part of dk̃ and dβ that comes through (16), of BC cells from per_split tokens of an (image, head)."""
-    head = tl.program_id(0) % heads
-    split = (tl.program_id(0) // heads) % splits
-    image = (tl.program_id(0) // (heads * splits)).to(tl.int64)
+):  # fmt: skip
+    """δ, and the part of dk̃ and dβ that comes through (16). Programs: (B · splits · heads, tiles of BC cells)."""
+    head, split, image = split_program(heads, splits)
     pair = image * heads + head
     q += image * sqb + head * sqh
     grad += image * sgb + head * sgh
@@ -63,20 +50,20 @@ def _backward_shared(
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     cell_valid = c < cells
     if CELLS:
-        kt = _load_rows(k_tilde + pair * cells * D, c, cell_valid, D, 1, D, BD)
-        bt = _load_rows(beta + pair * cells * D, c, cell_valid, D, 1, D, BD)
+        kt = load_rows(k_tilde + pair * cells * D, c, cell_valid, D, 1, D, BD)
+        bt = load_rows(beta + pair * cells * D, c, cell_valid, D, 1, D, BD)
         acc_k = tl.zeros([BC, BD], tl.float32)
         acc_b = tl.zeros([BC, BD], tl.float32)
     for n0 in range(split * per_split, tl.minimum(split * per_split + per_split, N), BM):
         n = n0 + tl.arange(0, BM)
         valid = n < N
-        y = _load_rows(out, n, valid, heads * D, 1, D, BD).to(tl.float32)
-        dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
+        y = load_rows(out, n, valid, heads * D, 1, D, BD).to(tl.float32)
+        dy = load_rows(grad, n, valid, sgn, sgd, D, BD)
         delta_n = tl.sum(y * dy.to(tl.float32), 1)
         if tl.program_id(1) == 0:
             tl.store(delta + pair * N + n, delta_n, mask=valid)
         if CELLS:
-            q_n = _load_rows(q, n, valid, sqn, sqd, D, BD)
+            q_n = load_rows(q, n, valid, sqn, sqd, D, BD)
             lse_n = tl.load(lse + pair * N + n, mask=valid, other=0.0)
             # Transposed, (cells, tokens): the sums over tokens are then plain products.
             s = tl.dot(kt, tl.trans(q_n), input_precision=PREC) * (scale * LOG2E)
@@ -87,50 +74,29 @@ def _backward_shared(
             acc_k = tl.dot(ds.to(q_n.dtype), q_n, acc_k, input_precision=PREC)
     if CELLS:
         row = split * cells_total + pair * cells + c
-        _store_rows(dk_tilde, row, cell_valid, D, 1, acc_k * scale, D, BD)
-        _store_rows(dbeta, row, cell_valid, D, 1, acc_b, D, BD)
+        store_rows(dk_tilde_parts, row, cell_valid, D, 1, acc_k * scale, D, BD)
+        store_rows(dbeta_parts, row, cell_valid, D, 1, acc_b, D, BD)
 
 
 @triton.jit
-def _backward_weights(
-    k,
-    v,
-    skb,
-    skh,
-    skn,
-    skd,
-    svb,
-    svh,
-    svn,
-    svd,
-    omega,
-    dbeta_parts,
-    dbeta,
-    omega_half,
-    domega,
-    xi,
-    dlog_xi,
-    heads,
-    H,
-    W,
-    n_cx,
-    cells,
-    ch,
-    cw,
-    cells_total,
-    splits,
+def backward_weights(
+    k, v,  # (B, heads, N, D), dtype; the caller
+    skb, skh, skn, skd, svb, svh, svn, svd,
+    omega,  # (B, heads, cells, D) float32; forward_cells
+    dbeta_parts,  # (splits, B, heads, cells, D) float32; backward_shared
+    dbeta,  # writes their sum (B, heads, cells, D), dtype
+    omega_half,  # if OMEGA_HALF: writes ω / s^½ (B, heads, cells, D), dtype, for backward_tokens_gluon
+    domega,  # writes (B, heads, cells, D) float32
+    xi, dlog_xi,  # writes ξ and d log ξ of each token in its cell (B, heads, N) float32
+    heads, H, W, n_cx, cells, ch, cw, cells_total,
+    splits,  # parts
     scale_half,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    G: tl.constexpr,
-    T: tl.constexpr,
-    ONCE: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+    G: tl.constexpr, T: tl.constexpr,  # cells of a program, and tokens of each that it loads at a time
+    ONCE: tl.constexpr,  # whether T holds a whole cell, so that k and v are loaded once
     OMEGA_HALF: tl.constexpr,
-):
-    """Through β = Σ ξ v: ξ and d log ξ of every token, dω of G cells of one (image, head).
-
-    OMEGA_HALF: ω / s^½ in the dtype of the products of `eva_gluon` is written too.
-    """
+):  # fmt: skip
+    """Through β = Σ ξ v: ξ and d log ξ of every token, dω of every cell. Programs: (B · heads, tiles of G cells)."""
     head = tl.program_id(0) % heads
     image = (tl.program_id(0) // heads).to(tl.int64)
     pair = image * heads + head
@@ -142,23 +108,22 @@ def _backward_weights(
     xi += pair * H * W
     dlog_xi += pair * H * W
     row = pair * cells + c
-    om = _load_rows(omega, row, cell_valid, D, 1, D, BD)
+    om = load_rows(omega, row, cell_valid, D, 1, D, BD)
     db = tl.zeros([G, BD], tl.float32)
     for i in range(splits):
-        db += _load_rows(dbeta_parts, i * cells_total + row, cell_valid, D, 1, D, BD)
-    _store_rows(dbeta, row, cell_valid, D, 1, db, D, BD)
+        db += load_rows(dbeta_parts, i * cells_total + row, cell_valid, D, 1, D, BD)
+    store_rows(dbeta, row, cell_valid, D, 1, db, D, BD)
     if OMEGA_HALF:
-        _store_rows(omega_half, row, cell_valid, D, 1, om / scale_half, D, BD)
+        store_rows(omega_half, row, cell_valid, D, 1, om / scale_half, D, BD)
 
     if ONCE:
-        n, valid = _cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
-        k_t = _load_cells(k, n, valid, skn, skd, D, BD)
-        log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
-        log_xi = tl.where(valid, log_xi, float('-inf'))
+        n, valid = cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
+        k_t = load_cells(k, n, valid, skn, skd, D, BD)
+        log_xi = log_weights(k_t, om, valid, scale_half)
         top = tl.where(cell_valid, tl.max(log_xi, 1), 0.0)
         w = tl.exp2((log_xi - top[:, None]) * LOG2E)
         w = w / tl.where(cell_valid, tl.sum(w, 1), 1.0)[:, None]
-        dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+        dw = tl.sum(load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
         dl = w * (dw - tl.sum(w * dw, 1)[:, None])
         tl.store(xi + n, w, mask=valid)
         tl.store(dlog_xi + n, dl, mask=valid)
@@ -168,66 +133,52 @@ def _backward_weights(
         total = tl.zeros([G], tl.float32)
         mean_dw = tl.zeros([G], tl.float32)
         for t0 in range(0, ch * cw, T):
-            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
-            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
-            dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
-            log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
-            log_xi = tl.where(valid, log_xi, float('-inf'))
-            new_top = tl.maximum(top, tl.max(log_xi, 1))
-            safe = tl.where(new_top == float('-inf'), 0.0, new_top)
-            decay = tl.exp2((top - safe) * LOG2E)
-            w = tl.exp2((log_xi - safe[:, None]) * LOG2E)
+            n, valid = cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = load_cells(k, n, valid, skn, skd, D, BD)
+            dw = tl.sum(load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+            log_xi = log_weights(k_t, om, valid, scale_half)
+            top, decay, w = next_weights(log_xi, top)
             total = total * decay + tl.sum(w, 1)
             mean_dw = mean_dw * decay + tl.sum(w * dw, 1)
-            top = new_top
         top = tl.where(cell_valid, top, 0.0)
         total = tl.where(cell_valid, total, 1.0)
         mean_dw = mean_dw / total
         dom = tl.zeros([G, BD], tl.float32)
         for t0 in range(0, ch * cw, T):
-            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
-            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
-            dw = tl.sum(_load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
-            log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
-            log_xi = tl.where(valid, log_xi, float('-inf'))
+            n, valid = cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = load_cells(k, n, valid, skn, skd, D, BD)
+            dw = tl.sum(load_cells(v, n, valid, svn, svd, D, BD) * db[:, None, :], 2)
+            log_xi = log_weights(k_t, om, valid, scale_half)
             w = tl.exp2((log_xi - top[:, None]) * LOG2E) / total[:, None]
             dl = w * (dw - mean_dw[:, None])
             tl.store(xi + n, w, mask=valid)
             tl.store(dlog_xi + n, dl, mask=valid)
             dom += tl.sum(dl[:, :, None] * k_t, 1)
-    _store_rows(domega, row, cell_valid, D, 1, dom * scale_half, D, BD)
+    store_rows(domega, row, cell_valid, D, 1, dom * scale_half, D, BD)
 
 
 @triton.jit
-def _backward_summary(
-    means,
-    domega,
-    dk_tilde,
-    w_q,
-    b_q,
-    g_q,
-    w_k,
-    b_k,
-    g_k,
-    dmeans,
-    dparams,
+def backward_summary(
+    means,  # q̄ and k̄ (2, B, heads, cells, D) float32; forward_cells
+    domega,  # (B, heads, cells, D) float32; backward_weights
+    dk_tilde_parts,  # (splits, B, heads, cells, D) float32; backward_shared
+    w_q, b_q, g_q,  # of q's summary: W (D, D), b, weight of LayerNorm (D), any float dtype; the caller
+    w_k, b_k, g_k,  # of k's summary
+    dmeans,  # writes (2, B, heads, cells, D), dtype: what each token of a cell gets through its mean
+    dparams_parts,  # writes (programs, 2, D² + 3 D) float32: dW, db, and of LayerNorm's weight and bias
     cells_total,
-    splits,
-    H,
-    W,
-    n_cx,
-    cells,
-    ch,
-    cw,
-    omega_scale,
-    eps,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    R: tl.constexpr,
+    splits,  # parts of dk̃
+    H, W, n_cx, cells, ch, cw,
+    omega_scale,  # s^½ · proposal_scale, by which (28) multiplies q̃ + k̃
+    eps,  # of LayerNorm
+    D: tl.constexpr, BD: tl.constexpr,
+    R: tl.constexpr,  # cells of a tile
     PREC: tl.constexpr,
-):
-    """Through σ of (26), for q (program 0 of axis 1) or k (1): the gradient that each token of a cell gets through its
-    mean, and partial sums of the parameters' gradients, packed weight, bias, LayerNorm weight, LayerNorm bias."""
+):  # fmt: skip
+    """Through the summaries (26): the gradients of q̄ and k̄ and of the parameters. Programs: (any number, 2).
+
+    Axis 1 is 0 for q's summary and 1 for k's; the programs of axis 0 share the cells of all images and heads.
+    """
     which = tl.program_id(1)
     if which == 0:
         weight, bias, norm_weight = w_q, b_q, g_q
@@ -238,7 +189,7 @@ def _backward_summary(
     dtype: tl.constexpr = dmeans.dtype.element_ty
     g = tl.load(norm_weight + dim, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + dim, mask=inside, other=0.0).to(tl.float32)
-    w = _load_weight(weight, D, BD)
+    w = load_weight(weight, D, BD)
     w_half = w.to(dtype)
     sum_w = tl.zeros([BD, BD], tl.float32)
     sum_b = tl.zeros([BD], tl.float32)
@@ -247,13 +198,13 @@ def _backward_summary(
     for r0 in range(tl.program_id(0) * R, cells_total, tl.num_programs(0) * R):
         row = r0 + tl.arange(0, R)
         valid = row < cells_total
-        mean = _load_rows(means, which * cells_total + row, valid, D, 1, D, BD)
+        mean = load_rows(means, which * cells_total + row, valid, D, 1, D, BD)
         z = tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :]
-        z_hat, inv = _normalise(z, eps, D, BD)
-        d = omega_scale * _load_rows(domega, row, valid, D, 1, D, BD)
+        z_hat, inv = normalise(z, eps, D, BD)
+        d = omega_scale * load_rows(domega, row, valid, D, 1, D, BD)
         if which == 1:
             for i in range(splits):
-                d += _load_rows(dk_tilde, i * cells_total + row, valid, D, 1, D, BD)
+                d += load_rows(dk_tilde_parts, i * cells_total + row, valid, D, 1, D, BD)
         sum_g += tl.sum(d * z_hat, 0)
         sum_o += tl.sum(d, 0)
         d = d * g[None, :]
@@ -265,17 +216,17 @@ def _backward_summary(
         c = row % cells
         count = tl.minimum(ch, H - (c // n_cx) * ch) * tl.minimum(cw, W - (c % n_cx) * cw)
         dmean = tl.dot(dz, w_half, input_precision=PREC) / count.to(tl.float32)[:, None]
-        _store_rows(dmeans, which * cells_total + row, valid, D, 1, dmean, D, BD)
-    dparams += (tl.program_id(0) * 2 + which) * (D * D + 3 * D)
-    tl.store(dparams + dim[:, None] * D + dim[None, :], sum_w, mask=inside[:, None] & inside[None, :])
-    tl.store(dparams + D * D + dim, sum_b, mask=inside)
-    tl.store(dparams + D * D + D + dim, sum_g, mask=inside)
-    tl.store(dparams + D * D + 2 * D + dim, sum_o, mask=inside)
+        store_rows(dmeans, which * cells_total + row, valid, D, 1, dmean, D, BD)
+    dparams_parts += (tl.program_id(0) * 2 + which) * (D * D + 3 * D)
+    tl.store(dparams_parts + dim[:, None] * D + dim[None, :], sum_w, mask=inside[:, None] & inside[None, :])
+    tl.store(dparams_parts + D * D + dim, sum_b, mask=inside)
+    tl.store(dparams_parts + D * D + D + dim, sum_g, mask=inside)
+    tl.store(dparams_parts + D * D + 2 * D + dim, sum_o, mask=inside)
 
 
 @triton.jit
 def _logit_grad(q_i, k_j, v_j, dy, lse, delta, bias, valid, valid_j, qk_scale, BIAS: tl.constexpr, PREC: tl.constexpr):
-    """The weights p and the gradients p (dp - δ) of the logits of queries i and keys j."""
+    """The weights p of queries i for keys j, and the gradients p (dp - δ) of their logits. `bias` points to a tile."""
     s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC) * qk_scale
     if BIAS:
         s += tl.load(bias)
@@ -286,81 +237,41 @@ def _logit_grad(q_i, k_j, v_j, dy, lse, delta, bias, valid, valid_j, qk_scale, B
 
 @triton.jit
 def _key_grad_through_cells(k_j, omega, dmean, dlog_xi, c, valid, scale, scale_half, D: tl.constexpr, BD: tl.constexpr):
-    """What reaches keys k through their cells c: by log ξ = s^½ k·ω - ½ s ‖k‖² and by the mean."""
-    om = _load_rows(omega, c, valid, D, 1, D, BD).to(tl.float32)
-    dm = _load_rows(dmean, c, valid, D, 1, D, BD).to(tl.float32)
+    """What reaches keys k through their cells c: by the mean, and by log ξ = s^½ k·ω - ½ s ‖k‖²."""
+    om = load_rows(omega, c, valid, D, 1, D, BD).to(tl.float32)
+    dm = load_rows(dmean, c, valid, D, 1, D, BD).to(tl.float32)
     return dm + dlog_xi[:, None] * (scale_half * om - scale * k_j.to(tl.float32))
 
 
 @triton.jit
-def _backward_tokens(
-    q,
-    k,
-    v,
-    grad,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skn,
-    skd,
-    svb,
-    svh,
-    svn,
-    svd,
-    sgb,
-    sgh,
-    sgn,
-    sgd,
-    lse,
-    delta,
-    k_tilde,
-    beta,
-    bias,
-    omega,
-    dbeta,
-    dmeans,
-    xi,
-    dlog_xi,
-    dq,
-    dk,
-    dv,
-    sdb,
-    sdh,
-    sdn,
-    dbias,
-    heads,
-    H,
-    W,
-    n_wx,
-    n_win,
-    n_cx,
-    cells,
-    chunks,
-    cells_total,
-    scale,
-    scale_half,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    CH: tl.constexpr,
-    CW: tl.constexpr,
-    BM: tl.constexpr,
-    NT: tl.constexpr,
-    BC: tl.constexpr,
-    NC: tl.constexpr,
-    PER_PROGRAM: tl.constexpr,
-    LOCAL: tl.constexpr,
+def backward_tokens(
+    q, k, v,  # (B, heads, N, D), dtype; the caller
+    grad,  # dy (B, heads, N, D), dtype; autograd
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sgb, sgh, sgn, sgd,
+    lse,  # (B, heads, N) float32; forward_windows or forward_tokens
+    delta,  # δ (B, heads, N) float32; backward_shared
+    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    bias,  # if BIAS: (heads, S, S) float32 in units of log 2; pad_bias
+    omega,  # (B, heads, cells, D) float32; forward_cells
+    dbeta,  # (B, heads, cells, D), dtype; backward_weights
+    dmeans,  # (2, B, heads, cells, D), dtype; backward_summary
+    xi, dlog_xi,  # (B, heads, N) float32; backward_weights
+    dq, dk, dv,  # writes (B, heads, N, D), dtype; channels adjoin
+    sdb, sdh, sdn,
+    dbias_parts,  # if BIAS: writes (B, chunks, heads, S, S) float32; zero before where NT > 1
+    heads, H, W, n_wx, n_win, n_cx, cells,
+    chunks,  # programs that share the windows of an (image, head)
+    cells_total, scale, scale_half,
+    D: tl.constexpr, BD: tl.constexpr,
+    WH: tl.constexpr, WW: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr,
+    BM: tl.constexpr, NT: tl.constexpr, BC: tl.constexpr, NC: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,  # windows of a program
+    LOCAL: tl.constexpr,  # whether there are windows; without them, n_win counts tiles of tokens
     BIAS: tl.constexpr,
     PREC: tl.constexpr,
-):
-    """dq, dk, dv of the tokens of PER_PROGRAM windows of one (image, head), and their part of the bias's gradient."""
-    head = tl.program_id(0) % heads
-    chunk = (tl.program_id(0) // heads) % chunks
-    image = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
+):  # fmt: skip
+    """dq, dk and dv, all that reaches them, and the gradient of the bias. Programs: (B · chunks · heads)."""
+    head, chunk, image = split_program(heads, chunks)
     pair = image * heads + head
     q += image * sqb + head * sqh
     k += image * skb + head * skh
@@ -380,23 +291,23 @@ def _backward_tokens(
     dmean_q = dmeans + pair * cells * D
     dmean_k = dmean_q + cells_total * D
     bias += head * (NT * BM * NT * BM)
-    dbias += ((image * chunks + chunk) * heads + head) * (NT * BM * NT * BM)
+    dbias_parts += ((image * chunks + chunk) * heads + head) * (NT * BM * NT * BM)
     qk_scale = scale * LOG2E
     c0 = tl.arange(0, BC)
     if NC == 1:
-        kt_0 = _load_rows(k_tilde, c0, c0 < cells, D, 1, D, BD)
-        beta_0 = _load_rows(beta, c0, c0 < cells, D, 1, D, BD)
+        kt_0 = load_rows(k_tilde, c0, c0 < cells, D, 1, D, BD)
+        beta_0 = load_rows(beta, c0, c0 < cells, D, 1, D, BD)
     if LOCAL and BIAS and NT == 1:
         sum_bias = tl.zeros([BM, BM], tl.float32)
 
     for win in range(chunk * PER_PROGRAM, tl.minimum(chunk * PER_PROGRAM + PER_PROGRAM, n_win)):
         for i in range(NT):
-            n, c, valid = _window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
-            q_i = _load_rows(q, n, valid, sqn, sqd, D, BD)
-            dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
+            n, c, valid = window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+            q_i = load_rows(q, n, valid, sqn, sqd, D, BD)
+            dy = load_rows(grad, n, valid, sgn, sgd, D, BD)
             if NT == 1:
-                k_i = _load_rows(k, n, valid, skn, skd, D, BD)
-                v_i = _load_rows(v, n, valid, svn, svd, D, BD)
+                k_i = load_rows(k, n, valid, skn, skd, D, BD)
+                v_i = load_rows(v, n, valid, svn, svd, D, BD)
             lse_i = tl.load(lse + n, mask=valid, other=0.0)
             delta_i = tl.load(delta + n, mask=valid, other=0.0)
             if NT == 1 and NC > 0:
@@ -408,48 +319,24 @@ def _backward_tokens(
                 if NC == 1:
                     kt, bt = kt_0, beta_0
                 else:
-                    kt = _load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
-                    bt = _load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
+                    kt = load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
+                    bt = load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
                 p, ds = _logit_grad(q_i, kt, bt, dy, lse_i, delta_i, bias, valid, c_t < cells, qk_scale, False, PREC)
                 acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
             if LOCAL and NT > 1:
                 for j in range(NT):
-                    n_j, c_j, valid_j = _window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
-                    k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
-                    v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
-                    p, ds = _logit_grad(
-                        q_i,
-                        k_j,
-                        v_j,
-                        dy,
-                        lse_i,
-                        delta_i,
-                        _bias_tile(bias, i, j, BM, NT),
-                        valid,
-                        valid_j,
-                        qk_scale,
-                        BIAS,
-                        PREC,
-                    )
+                    n_j, c_j, valid_j = window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+                    k_j = load_rows(k, n_j, valid_j, skn, skd, D, BD)
+                    v_j = load_rows(v, n_j, valid_j, svn, svd, D, BD)
+                    b_ij = bias_tile(bias, i, j, BM, NT)
+                    p, ds = _logit_grad(q_i, k_j, v_j, dy, lse_i, delta_i, b_ij, valid, valid_j, qk_scale, BIAS, PREC)
                     acc = tl.dot(ds.to(k_j.dtype), k_j, acc, input_precision=PREC)
-                    if BIAS:  # too large for registers: summed in this program's own part of memory
-                        ptr = _bias_tile(dbias, i, j, BM, NT)
+                    if BIAS:  # several tiles are too many for registers: added up in this program's part in memory
+                        ptr = bias_tile(dbias_parts, i, j, BM, NT)
                         tl.store(ptr, tl.load(ptr) + ds)
             if LOCAL and NT == 1:
-                p, ds = _logit_grad(
-                    q_i,
-                    k_i,
-                    v_i,
-                    dy,
-                    lse_i,
-                    delta_i,
-                    _bias_tile(bias, 0, 0, BM, NT),
-                    valid,
-                    valid,
-                    qk_scale,
-                    BIAS,
-                    PREC,
-                )
+                b_ij = bias_tile(bias, 0, 0, BM, NT)
+                p, ds = _logit_grad(q_i, k_i, v_i, dy, lse_i, delta_i, b_ij, valid, valid, qk_scale, BIAS, PREC)
                 if BIAS:
                     sum_bias += ds
                 ds = ds.to(q_i.dtype)
@@ -457,58 +344,46 @@ def _backward_tokens(
                 acc = tl.dot(ds, k_i, acc, input_precision=PREC)
             acc = acc * scale
             if NC > 0:
-                acc += _load_rows(dmean_q, c, valid, D, 1, D, BD).to(tl.float32)
-            _store_rows(dq, n, valid, sdn, 1, acc, D, BD)
-            if NT == 1:  # one sum finished and written before the next begins: registers are scarce
+                acc += load_rows(dmean_q, c, valid, D, 1, D, BD).to(tl.float32)
+            store_rows(dq, n, valid, sdn, 1, acc, D, BD)
+            if NT == 1:  # each sum is written before the next begins, which saves registers
                 acc_v = tl.zeros([BM, BD], tl.float32)
                 acc_k = tl.zeros([BM, BD], tl.float32)
                 if LOCAL:
                     acc_v = tl.dot(tl.trans(p), dy, input_precision=PREC)
                 if NC > 0:
-                    acc_v += w[:, None] * _load_rows(dbeta, c, valid, D, 1, D, BD).to(tl.float32)
-                _store_rows(dv, n, valid, sdn, 1, acc_v, D, BD)
+                    acc_v += w[:, None] * load_rows(dbeta, c, valid, D, 1, D, BD).to(tl.float32)
+                store_rows(dv, n, valid, sdn, 1, acc_v, D, BD)
                 if LOCAL:
                     acc_k = tl.dot(tl.trans(ds), q_i, input_precision=PREC) * scale
                 if NC > 0:
                     acc_k += _key_grad_through_cells(k_i, omega, dmean_k, dl, c, valid, scale, scale_half, D, BD)
-                _store_rows(dk, n, valid, sdn, 1, acc_k, D, BD)
+                store_rows(dk, n, valid, sdn, 1, acc_k, D, BD)
         if LOCAL and NT > 1:
             for j in range(NT):
-                n_j, c_j, valid_j = _window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
-                k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
-                v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
+                n_j, c_j, valid_j = window_rows(win, j, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+                k_j = load_rows(k, n_j, valid_j, skn, skd, D, BD)
+                v_j = load_rows(v, n_j, valid_j, svn, svd, D, BD)
                 acc_k = tl.zeros([BM, BD], tl.float32)
                 acc_v = tl.zeros([BM, BD], tl.float32)
                 for i in range(NT):
-                    n, c, valid = _window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
-                    q_i = _load_rows(q, n, valid, sqn, sqd, D, BD)
-                    dy = _load_rows(grad, n, valid, sgn, sgd, D, BD)
+                    n, c, valid = window_rows(win, i, H, W, n_wx, n_cx, WH, WW, CH, CW, LOCAL, BM)
+                    q_i = load_rows(q, n, valid, sqn, sqd, D, BD)
+                    dy = load_rows(grad, n, valid, sgn, sgd, D, BD)
                     lse_i = tl.load(lse + n, mask=valid, other=0.0)
                     delta_i = tl.load(delta + n, mask=valid, other=0.0)
-                    p, ds = _logit_grad(
-                        q_i,
-                        k_j,
-                        v_j,
-                        dy,
-                        lse_i,
-                        delta_i,
-                        _bias_tile(bias, i, j, BM, NT),
-                        valid,
-                        valid_j,
-                        qk_scale,
-                        BIAS,
-                        PREC,
-                    )
+                    b_ij = bias_tile(bias, i, j, BM, NT)
+                    p, ds = _logit_grad(q_i, k_j, v_j, dy, lse_i, delta_i, b_ij, valid, valid_j, qk_scale, BIAS, PREC)
                     acc_k = tl.dot(tl.trans(ds.to(q_i.dtype)), q_i, acc_k, input_precision=PREC)
                     acc_v = tl.dot(tl.trans(p.to(dy.dtype)), dy, acc_v, input_precision=PREC)
                 acc_k = acc_k * scale
                 if NC > 0:
                     w = tl.load(xi + n_j, mask=valid_j, other=0.0)
                     dl = tl.load(dlog_xi + n_j, mask=valid_j, other=0.0)
-                    acc_v += w[:, None] * _load_rows(dbeta, c_j, valid_j, D, 1, D, BD).to(tl.float32)
+                    acc_v += w[:, None] * load_rows(dbeta, c_j, valid_j, D, 1, D, BD).to(tl.float32)
                     acc_k += _key_grad_through_cells(k_j, omega, dmean_k, dl, c_j, valid_j, scale, scale_half, D, BD)
-                _store_rows(dk, n_j, valid_j, sdn, 1, acc_k, D, BD)
-                _store_rows(dv, n_j, valid_j, sdn, 1, acc_v, D, BD)
+                store_rows(dk, n_j, valid_j, sdn, 1, acc_k, D, BD)
+                store_rows(dv, n_j, valid_j, sdn, 1, acc_v, D, BD)
 
     if LOCAL and BIAS and NT == 1:
-        tl.store(_bias_tile(dbias, 0, 0, BM, NT), sum_bias)
+        tl.store(bias_tile(dbias_parts, 0, 0, BM, NT), sum_bias)

@@ -1,73 +1,50 @@
-"""The forward kernels: `_forward_cells`, then `_forward_windows`, or `_forward_tokens` for what takes more tiles."""
+"""The forward kernels: `forward_cells`, then one of `forward_windows` and `forward_tokens`.
+
+`forward_windows` is for windows and cells that fit one tile each, `forward_tokens` for more tiles and for no windows.
+pieces.py says how to read the signatures.
+"""
 
 import triton
 import triton.language as tl
 
 from .pieces import (
     LOG2E,
-    _bias_tile,
-    _cell_tokens,
-    _load_cells,
-    _load_rows,
-    _split_bias,
-    _store_rows,
-    _summary,
-    _window_rows,
-    _window_start,
+    bias_tile,
+    cell_tokens,
+    load_cells,
+    load_rows,
+    log_weights,
+    next_weights,
+    split_bias,
+    split_program,
+    store_rows,
+    summarise,
+    window_rows,
+    window_start,
 )
 
 
 @triton.jit
-def _forward_cells(
-    q,
-    k,
-    v,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skn,
-    skd,
-    svb,
-    svh,
-    svn,
-    svd,
-    w_q,
-    b_q,
-    g_q,
-    o_q,
-    w_k,
-    b_k,
-    g_k,
-    o_k,
-    noise,
-    k_tilde,
-    beta,
-    omega,
-    means,
-    heads,
-    H,
-    W,
-    n_cx,
-    cells,
-    ch,
-    cw,
-    cells_total,
-    scale_half,
-    proposal_scale,
-    eps,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    G: tl.constexpr,
-    T: tl.constexpr,
-    ONCE: tl.constexpr,
+def forward_cells(
+    q, k, v,  # (B, heads, N, D), dtype; the caller
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
+    w_q, b_q, g_q, o_q,  # of q's summary: W (D, D), b, weight and bias of LayerNorm (D), any float dtype; the caller
+    w_k, b_k, g_k, o_k,  # of k's summary
+    noise,  # if NOISE: noise_std · ε (B, heads, cells, D), any float dtype; the caller
+    k_tilde, beta,  # writes k̃ and β (B, heads, cells, D), dtype
+    omega,  # if SAVE: writes ω (B, heads, cells, D) float32
+    means,  # if SAVE: writes q̄ and k̄ (2, B, heads, cells, D) float32
+    heads, H, W, n_cx, cells, ch, cw, cells_total,
+    scale_half, proposal_scale,
+    eps,  # of LayerNorm
+    D: tl.constexpr, BD: tl.constexpr,
+    G: tl.constexpr, T: tl.constexpr,  # cells of a program, and tokens of each that it loads at a time
+    ONCE: tl.constexpr,  # whether T holds a whole cell, so that k is loaded once
     NOISE: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
-):
-    """k̃ and β of G cells of one (image, head). ONCE: T holds a whole cell, so that k is read once."""
+):  # fmt: skip
+    """k̃, ω and β of the cells. Programs: (B · heads, tiles of G cells)."""
     head = tl.program_id(0) % heads
     image = (tl.program_id(0) // heads).to(tl.int64)
     c = tl.program_id(1) * G + tl.arange(0, G)
@@ -79,107 +56,86 @@ def _forward_cells(
     k += image * skb + head * skh
     v += image * svb + head * svh
 
-    n, valid = _cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
-    k_tile = _load_cells(k, n, valid, skn, skd, D, BD)
-    q_sum = tl.sum(_load_cells(q, n, valid, sqn, sqd, D, BD), 1)
+    n, valid = cell_tokens(y0, x0, cell_valid, 0, H, W, ch, cw, T)
+    k_tile = load_cells(k, n, valid, skn, skd, D, BD)
+    q_sum = tl.sum(load_cells(q, n, valid, sqn, sqd, D, BD), 1)
     k_sum = tl.sum(k_tile, 1)
     if not ONCE:
         for t0 in range(T, ch * cw, T):
-            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
-            q_sum += tl.sum(_load_cells(q, n, valid, sqn, sqd, D, BD), 1)
-            k_sum += tl.sum(_load_cells(k, n, valid, skn, skd, D, BD), 1)
+            n, valid = cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            q_sum += tl.sum(load_cells(q, n, valid, sqn, sqd, D, BD), 1)
+            k_sum += tl.sum(load_cells(k, n, valid, skn, skd, D, BD), 1)
     q_mean = q_sum / count[:, None]
     k_mean = k_sum / count[:, None]
-    kt = _summary(k_mean, w_k, b_k, g_k, o_k, eps, D, BD, PREC)
-    om = proposal_scale * scale_half * (_summary(q_mean, w_q, b_q, g_q, o_q, eps, D, BD, PREC) + kt)
+    kt = summarise(k_mean, w_k, b_k, g_k, o_k, eps, D, BD, PREC)
+    om = proposal_scale * scale_half * (summarise(q_mean, w_q, b_q, g_q, o_q, eps, D, BD, PREC) + kt)
 
     row = (image * heads + head) * cells + c
     if NOISE:
-        om += _load_rows(noise, row, cell_valid, D, 1, D, BD).to(tl.float32)
-    _store_rows(k_tilde, row, cell_valid, D, 1, kt, D, BD)
+        om += load_rows(noise, row, cell_valid, D, 1, D, BD).to(tl.float32)
+    store_rows(k_tilde, row, cell_valid, D, 1, kt, D, BD)
     if SAVE:
-        _store_rows(omega, row, cell_valid, D, 1, om, D, BD)
-        _store_rows(means, row, cell_valid, D, 1, q_mean, D, BD)
-        _store_rows(means, cells_total + row, cell_valid, D, 1, k_mean, D, BD)
+        store_rows(omega, row, cell_valid, D, 1, om, D, BD)
+        store_rows(means, row, cell_valid, D, 1, q_mean, D, BD)
+        store_rows(means, cells_total + row, cell_valid, D, 1, k_mean, D, BD)
 
-    # log ξ = s^½ k·ω - ½ s ‖k‖² = s^½ k·(ω - ½ s^½ k); the softmax over a cell weighs the values.
+    # β: the values of a cell, weighed by the softmax of log ξ.
     if ONCE:
-        log_xi = scale_half * tl.sum(k_tile * (om[:, None, :] - 0.5 * scale_half * k_tile), 2)
-        log_xi = tl.where(valid, log_xi, float('-inf'))
+        log_xi = log_weights(k_tile, om, valid, scale_half)
         top = tl.where(cell_valid, tl.max(log_xi, 1), 0.0)
         xi = tl.exp2((log_xi - top[:, None]) * LOG2E)
         total = tl.where(cell_valid, tl.sum(xi, 1), 1.0)
-        acc = tl.sum(xi[:, :, None] * _load_cells(v, n, valid, svn, svd, D, BD), 1)
+        acc = tl.sum(xi[:, :, None] * load_cells(v, n, valid, svn, svd, D, BD), 1)
     else:
         top = tl.full([G], float('-inf'), tl.float32)
         total = tl.zeros([G], tl.float32)
         acc = tl.zeros([G, BD], tl.float32)
         for t0 in range(0, ch * cw, T):
-            n, valid = _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
-            k_t = _load_cells(k, n, valid, skn, skd, D, BD)
-            v_t = _load_cells(v, n, valid, svn, svd, D, BD)
-            log_xi = scale_half * tl.sum(k_t * (om[:, None, :] - 0.5 * scale_half * k_t), 2)
-            log_xi = tl.where(valid, log_xi, float('-inf'))
-            new_top = tl.maximum(top, tl.max(log_xi, 1))
-            # A short cell may have none of these tokens, a cell past the last has none at all.
-            safe = tl.where(new_top == float('-inf'), 0.0, new_top)
-            decay = tl.exp2((top - safe) * LOG2E)
-            xi = tl.exp2((log_xi - safe[:, None]) * LOG2E)
+            n, valid = cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T)
+            k_t = load_cells(k, n, valid, skn, skd, D, BD)
+            v_t = load_cells(v, n, valid, svn, svd, D, BD)
+            log_xi = log_weights(k_t, om, valid, scale_half)
+            top, decay, xi = next_weights(log_xi, top)
             total = total * decay + tl.sum(xi, 1)
             acc = acc * decay[:, None] + tl.sum(xi[:, :, None] * v_t, 1)
-            top = new_top
         total = tl.where(cell_valid, total, 1.0)
-    _store_rows(beta, row, cell_valid, D, 1, acc / total[:, None], D, BD)
+    store_rows(beta, row, cell_valid, D, 1, acc / total[:, None], D, BD)
 
 
 @triton.jit
-def _forward_tokens(
-    q,
-    k,
-    v,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skn,
-    skd,
-    svb,
-    svh,
-    svn,
-    svd,
-    k_tilde,
-    beta,
-    bias,
-    out,
-    lse,
-    heads,
-    H,
-    W,
-    n_wx,
-    n_win,
-    cells,
-    chunks,
+def _add_keys(s, values, top, total, acc, PREC: tl.constexpr):
+    """One step of a running softmax: its maximum, its sum of weights and its weighted sum of values after the keys with
+    logits s. The first keys of a query include a real one, so that no maximum is -inf."""
+    new_top = tl.maximum(top, tl.max(s, 1))
+    decay = tl.exp2(top - new_top)
+    p = tl.exp2(s - new_top[:, None])
+    total = total * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(values.dtype), values, acc * decay[:, None], input_precision=PREC)
+    return new_top, total, acc
+
+
+@triton.jit
+def forward_tokens(
+    q, k, v,  # (B, heads, N, D), dtype; the caller
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
+    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    bias,  # if BIAS: (heads, S, S) float32 in units of log 2; pad_bias
+    out,  # writes y, (B, N, heads, D) in memory, dtype
+    lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
+    heads, H, W, n_wx, n_win, cells,
+    chunks,  # programs that share the windows of an (image, head)
     scale,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    BM: tl.constexpr,
-    NT: tl.constexpr,
-    BC: tl.constexpr,
-    NC: tl.constexpr,
-    PER_PROGRAM: tl.constexpr,
-    LOCAL: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+    WH: tl.constexpr, WW: tl.constexpr,
+    BM: tl.constexpr, NT: tl.constexpr, BC: tl.constexpr, NC: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,  # windows of a program
+    LOCAL: tl.constexpr,  # whether there are windows; without them, n_win counts tiles of tokens
     BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
-):
-    """`_forward_windows` for what takes more than one tile, NT of BM tokens or NC of BC cells, or has no windows."""
-    head = tl.program_id(0) % heads
-    chunk = (tl.program_id(0) // heads) % chunks
-    image = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
+):  # fmt: skip
+    """(16) for any number of tiles of tokens and cells, by a running softmax. Programs: (B · chunks · heads)."""
+    head, chunk, image = split_program(heads, chunks)
     q += image * sqb + head * sqh
     k += image * skb + head * skh
     v += image * svb + head * svh
@@ -193,94 +149,59 @@ def _forward_tokens(
 
     for win in range(chunk * PER_PROGRAM, tl.minimum(chunk * PER_PROGRAM + PER_PROGRAM, n_win)):
         for i in range(NT):
-            n, _, valid = _window_rows(win, i, H, W, n_wx, 1, WH, WW, 1, 1, LOCAL, BM)
-            q_i = _load_rows(q, n, valid, sqn, sqd, D, BD)
+            n, _, valid = window_rows(win, i, H, W, n_wx, 1, WH, WW, 1, 1, LOCAL, BM)
+            q_i = load_rows(q, n, valid, sqn, sqd, D, BD)
             top = tl.full([BM], float('-inf'), tl.float32)
             total = tl.zeros([BM], tl.float32)
             acc = tl.zeros([BM, BD], tl.float32)
             if LOCAL:
                 for j in range(NT):
-                    n_j, _, valid_j = _window_rows(win, j, H, W, n_wx, 1, WH, WW, 1, 1, LOCAL, BM)
-                    k_j = _load_rows(k, n_j, valid_j, skn, skd, D, BD)
-                    v_j = _load_rows(v, n_j, valid_j, svn, svd, D, BD)
+                    n_j, _, valid_j = window_rows(win, j, H, W, n_wx, 1, WH, WW, 1, 1, LOCAL, BM)
+                    k_j = load_rows(k, n_j, valid_j, skn, skd, D, BD)
+                    v_j = load_rows(v, n_j, valid_j, svn, svd, D, BD)
                     s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC) * qk_scale
                     if BIAS:
-                        s += tl.load(_bias_tile(bias, i, j, BM, NT))
+                        s += tl.load(bias_tile(bias, i, j, BM, NT))
                     s = tl.where(valid_j[None, :], s, float('-inf'))
-                    # The first tile holds the window's first token, so that no maximum is -inf.
-                    new_top = tl.maximum(top, tl.max(s, 1))
-                    decay = tl.exp2(top - new_top)
-                    p = tl.exp2(s - new_top[:, None])
-                    total = total * decay + tl.sum(p, 1)
-                    acc = tl.dot(p.to(v_j.dtype), v_j, acc * decay[:, None], input_precision=PREC)
-                    top = new_top
+                    top, total, acc = _add_keys(s, v_j, top, total, acc, PREC)
             for t in range(NC):
                 c_t = t * BC + c
-                kt = _load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
-                bt = _load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
+                kt = load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
+                bt = load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
                 s = tl.dot(q_i, tl.trans(kt), input_precision=PREC) * qk_scale
                 s = tl.where((c_t < cells)[None, :], s, float('-inf'))
-                new_top = tl.maximum(top, tl.max(s, 1))
-                decay = tl.exp2(top - new_top)
-                p = tl.exp2(s - new_top[:, None])
-                total = total * decay + tl.sum(p, 1)
-                acc = tl.dot(p.to(bt.dtype), bt, acc * decay[:, None], input_precision=PREC)
-                top = new_top
-            _store_rows(out, n, valid, heads * D, 1, acc / total[:, None], D, BD)
-            if SAVE:  # in units of log 2, as the backward's exp2 takes it
+                top, total, acc = _add_keys(s, bt, top, total, acc, PREC)
+            store_rows(out, n, valid, heads * D, 1, acc / total[:, None], D, BD)
+            if SAVE:
                 tl.store(lse + n, top + tl.log2(total), mask=valid)
 
 
 @triton.jit
-def _forward_windows(
-    q,
-    k,
-    v,
-    sqb,
-    sqh,
-    sqn,
-    sqd,
-    skb,
-    skh,
-    skn,
-    skd,
-    svb,
-    svh,
-    svn,
-    svd,
-    k_tilde,
-    beta,
-    bias,
-    out,
-    lse,
-    heads,
-    H,
-    W,
-    n_wx,
-    n_win,
-    cells,
-    chunks,
+def forward_windows(
+    q, k, v,  # (B, heads, N, D), dtype; the caller
+    sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
+    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    bias,  # if BIAS: (heads, BM, BM) float32 in units of q·kᵀ; pad_bias
+    out,  # writes y, (B, N, heads, D) in memory, dtype
+    lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
+    heads, H, W, n_wx, n_win, cells,
+    chunks,  # programs that share the windows of an (image, head)
     scale,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    BM: tl.constexpr,
-    BC: tl.constexpr,
-    PER_PROGRAM: tl.constexpr,
-    PACKED: tl.constexpr,
-    EDGE: tl.constexpr,
-    CELLS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr,
+    WH: tl.constexpr, WW: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
+    PER_PROGRAM: tl.constexpr,  # windows of a program
+    PACKED: tl.constexpr,  # whether q, k and v have equal strides
+    EDGE: tl.constexpr,  # whether windows overhang the grid
+    CELLS: tl.constexpr,  # whether there are cells
     BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
-):
-    """(16) where one tile holds a window and one the cells, for PER_PROGRAM windows of one (image, head)."""
-    if PACKED:  # equal strides, told to the compiler: one set of offsets
+):  # fmt: skip
+    """(16) where one tile holds a window and one all cells. Programs: (B · chunks · heads)."""
+    if PACKED:  # so the compiler keeps one set of offsets, not three
         skb, skh, skn, skd, svb, svh, svn, svd = sqb, sqh, sqn, sqd, sqb, sqh, sqn, sqd
-    head = tl.program_id(0) % heads
-    chunk = (tl.program_id(0) // heads) % chunks
-    image = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
+    head, chunk, image = split_program(heads, chunks)
     q += image * sqb + head * sqh
     k += image * skb + head * skh
     v += image * svb + head * svh
@@ -291,17 +212,17 @@ def _forward_windows(
     ry, rx = r // WW, r % WW
     n = ry * W + rx
     if BIAS:
-        high, low, eye = _split_bias(bias + head * (BM * BM), q.dtype.element_ty, BM)
+        high, low, eye = split_bias(bias + head * (BM * BM), q.dtype.element_ty, BM)
     if CELLS:
         c = tl.arange(0, BC)
-        kt = _load_rows(k_tilde + (image * heads + head) * cells * D, c, c < cells, D, 1, D, BD)
-        bt = _load_rows(beta + (image * heads + head) * cells * D, c, c < cells, D, 1, D, BD)
+        kt = load_rows(k_tilde + (image * heads + head) * cells * D, c, c < cells, D, 1, D, BD)
+        bt = load_rows(beta + (image * heads + head) * cells * D, c, c < cells, D, 1, D, BD)
 
     for win in range(chunk * PER_PROGRAM, tl.minimum(chunk * PER_PROGRAM + PER_PROGRAM, n_win)):
-        n0, valid = _window_start(win, n_wx, W, H, ry, rx, WH, WW, EDGE)
-        q_i = _load_rows(q + n0 * sqn, n, valid, sqn, sqd, D, BD)
-        k_i = _load_rows(k + n0 * skn, n, valid, skn, skd, D, BD)
-        v_i = _load_rows(v + n0 * svn, n, valid, svn, svd, D, BD)
+        n0, valid = window_start(win, n_wx, W, H, ry, rx, WH, WW, EDGE)
+        q_i = load_rows(q + n0 * sqn, n, valid, sqn, sqd, D, BD)
+        k_i = load_rows(k + n0 * skn, n, valid, skn, skd, D, BD)
+        v_i = load_rows(v + n0 * svn, n, valid, svn, svd, D, BD)
         if BIAS:
             s = tl.dot(eye, low, input_precision=PREC)
             s = tl.dot(eye, high, s, input_precision=PREC)
@@ -321,6 +242,6 @@ def _forward_windows(
             p = tl.exp2(s_c - top[:, None])
             total += tl.sum(p, 1)
             acc = tl.dot(p.to(bt.dtype), bt, acc, input_precision=PREC)
-        _store_rows(out + n0 * (heads * D), n, valid, heads * D, 1, acc / total[:, None], D, BD)
-        if SAVE:  # in units of log 2, as the backward's exp2 takes it
+        store_rows(out + n0 * (heads * D), n, valid, heads * D, 1, acc / total[:, None], D, BD)
+        if SAVE:
             tl.store(lse + n0 + n, top + tl.log2(total), mask=valid)

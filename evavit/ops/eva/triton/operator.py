@@ -1,32 +1,31 @@
-"""The operators evavit::eva and evavit::eva_backward."""
+"""The operators evavit::eva and evavit::eva_backward, and the launches behind them.
 
-from typing import List, Optional, Tuple
+Their schemas hold tensors and numbers one by one, which PyTorch asks for; a packed call has no k and v. Above them,
+`eva_attention_fused` takes what all backends of EVA take.
+"""
+
+from typing import Any, List, Optional, Tuple
 
 import torch
 
 from evavit.ops.common.launch import ceil_div, on_device, register_op
+from evavit.ops.eva.case import EvaOptions
 from evavit.ops.grid import block_counts, cell_shape
 
 from . import plan as _sizes
-from .backward import (
-    _backward_shared,
-    _backward_summary,
-    _backward_tokens,
-    _backward_weights,
-)
-from .forward import _forward_cells, _forward_tokens, _forward_windows
+from .backward import backward_shared, backward_summary, backward_tokens, backward_weights
+from .forward import forward_cells, forward_tokens, forward_windows
 from .pieces import LN2
-from .plan import (
-    LAUNCH,
-    WINDOWS_BACKWARD,
-    WINDOWS_FORWARD,
-    _plan,
-)
+from .plan import WINDOWS_BACKWARD, WINDOWS_FORWARD, _plan
 
 __all__ = ['eva_attention_fused']
 
+Outputs = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-def _unpack(q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor]):
+
+def _unpack(
+    q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor]
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if k is None or v is None:
         return q[0], q[1], q[2]
     return q, k, v
@@ -38,7 +37,7 @@ def _tokens_like(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(B, N, h, d).transpose(1, 2)
 
 
-def _forward_outputs(q, cells: int, save: bool) -> Tuple[torch.Tensor, ...]:
+def _forward_outputs(q: torch.Tensor, cells: int, save: bool) -> Outputs:
     B, h, N, d = q.shape
     saved_tokens, saved_cells = (N, cells) if save else (0, 0)
     return (
@@ -72,14 +71,16 @@ def _eva(
     proposal_scale: float,
     norm_eps: float,
     save: bool,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    gluon: bool,
+) -> Outputs:
     """Forward: y, and for the backward log-sum-exp `(B, h, N)`, k̃, β, ω `(B, h, C_p, d)`, means `(2, B, h, C_p, d)`.
 
     All but y, k̃ and β are float32: the LayerNorm of rounded means is not that of the forward.
 
     q, k, v are `(B, h, N, d)`; or q is all three, `(3, B, h, N, d)`, and k and v are None: then their gradient comes
     back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty. The
-    summaries' parameters come one by one, since autograd takes a list of tensors apart and together in Python.
+    summaries' parameters come one by one, since autograd takes a list of tensors apart and together in Python. `gluon`
+    lets the kernels in Gluon run where they take these tensors.
     """
     q, k, v = _unpack(q, k, v)
     plan = _plan(q, feat_size, window_size, partition_grid)
@@ -89,143 +90,48 @@ def _eva(
     strides = (*q.stride(), *k.stride(), *v.stride())
     with on_device(q):
         if plan.cells:
-            tile = plan.cell_tiles[0]
             plan.launch(
-                _forward_cells,
-                (plan.B * plan.heads, ceil_div(plan.cells, tile['G']), 1),
-                q,
-                k,
-                v,
-                *strides,
-                w_q,
-                b_q,
-                g_q,
-                o_q,
-                w_k,
-                b_k,
-                g_k,
-                o_k,
+                forward_cells,
+                (plan.B * plan.heads, ceil_div(plan.cells, plan.cell_tiles[0]['G']), 1),
+                *(q, k, v, *strides),
+                *(w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k),
                 noise if noise is not None else q,
-                k_tilde,
-                beta,
-                omega,
-                means,
-                plan.heads,
-                plan.H,
-                plan.W,
-                plan.n_cx,
-                plan.cells,
-                plan.ch,
-                plan.cw,
-                plan.rows,
-                scale**0.5,
-                proposal_scale,
-                norm_eps,
-                D=plan.D,
-                BD=plan.BD,
-                **tile,
+                *(k_tilde, beta, omega, means),
+                *plan.cell_sizes,
+                *(scale**0.5, proposal_scale, norm_eps),
+                **plan.options['forward_cells'],
                 NOISE=noise is not None,
                 SAVE=save,
-                PREC=plan.summary_prec,
             )
-        has_bias = plan.local and rel_pos_bias is not None
         per_program = plan.per_program(WINDOWS_FORWARD)
         chunks = ceil_div(plan.n_win, per_program)
-        gluon = plan.gluon(strides, q, k, v)
+        module = plan.gluon(strides, q, k, v) if gluon else None
+        bias = rel_pos_bias if plan.local else None
         padded = q
-        if has_bias:
-            pad = plan.pad_bias if gluon is None else plan.pad_bias_fragments
-            padded = pad(rel_pos_bias, scale if plan.one_tile else LN2)
-        args = (
-            k_tilde,
-            beta,
-            padded,
-            out,
-            lse,
-            plan.heads,
-            plan.H,
-            plan.W,
-            plan.n_wx,
-            plan.n_win,
-            plan.cells,
-            chunks,
-            scale,
-        )
-        options = dict(D=plan.D, WH=plan.wh, WW=plan.ww, PER_PROGRAM=per_program, BIAS=has_bias, SAVE=save)
-        tiles = dict(BD=plan.BD, BM=plan.BM, BC=plan.BC, PREC=plan.prec)
+        if bias is not None:
+            pad = plan.pad_bias if module is None else plan.pad_bias_fragments
+            padded = pad(bias, scale if plan.one_tile else LN2)
         grid = plan.B * chunks * plan.heads, 1, 1
-        if gluon is not None:
+        sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks
+        args = (k_tilde, beta, padded, out, lse, *sizes, scale)
+        options = dict(PER_PROGRAM=per_program, BIAS=bias is not None, SAVE=save)
+        if module is not None:
+            tokens = (q, k, v, *strides[:3], *strides[4:7], *strides[8:11])
             plan.launch(
-                gluon._forward_windows_gluon,
-                grid,
-                q,
-                k,
-                v,
-                *strides[:3],
-                *strides[4:7],
-                *strides[8:11],
-                *args,
-                **options,
-                EDGE=plan.edge,
-                **LAUNCH['gluon'],
+                module.forward_windows_gluon, grid, *tokens, *args, **options, **plan.options['forward_windows_gluon']
             )
         elif plan.one_tile:
-            plan.launch(
-                _forward_windows,
-                grid,
-                q,
-                k,
-                v,
-                *strides,
-                *args,
-                **options,
-                **tiles,
-                PACKED=strides[:4] == strides[4:8] == strides[8:],
-                EDGE=plan.edge,
-                CELLS=plan.cells > 0,
-                **LAUNCH['forward_windows'],
-            )
+            options['PACKED'] = strides[:4] == strides[4:8] == strides[8:]
+            plan.launch(forward_windows, grid, q, k, v, *strides, *args, **options, **plan.options['forward_windows'])
         else:
-            plan.launch(
-                _forward_tokens,
-                grid,
-                q,
-                k,
-                v,
-                *strides,
-                *args,
-                **options,
-                **tiles,
-                NT=plan.NT,
-                NC=plan.NC,
-                LOCAL=plan.local,
-                **LAUNCH['forward_tokens'],
-            )
+            plan.launch(forward_tokens, grid, q, k, v, *strides, *args, **options, **plan.options['forward_tokens'])
     return outputs
 
 
 def _eva_fake(
-    q,
-    k,
-    v,
-    feat_size,
-    w_q,
-    b_q,
-    g_q,
-    o_q,
-    w_k,
-    b_k,
-    g_k,
-    o_k,
-    rel_pos_bias,
-    noise,
-    window_size,
-    partition_grid,
-    scale,
-    proposal_scale,
-    norm_eps,
-    save,
-):
+    q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor], feat_size: List[int], *rest: Any
+) -> Outputs:
+    *_, partition_grid, _scale, _proposal_scale, _norm_eps, save, _gluon = rest
     q, k, v = _unpack(q, k, v)
     cells = 0
     if partition_grid > 0:
@@ -234,7 +140,9 @@ def _eva_fake(
     return _forward_outputs(q, cells, save)
 
 
-def _token_grads(q, k, v) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _token_grads(
+    q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor]
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty gradients of q, k, v; of a packed q, in memory `(B, N, 3, h, d)`, and two empty tensors."""
     if k is None or v is None:
         _, B, h, N, d = q.shape
@@ -261,6 +169,7 @@ def _eva_backward(
     scale: float,
     proposal_scale: float,
     norm_eps: float,
+    gluon: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v (of a packed q: of all, and two empty tensors), of the summaries' parameters, float32
     `(2, d² + 3d)` packed, and of the bias, float32."""
@@ -277,7 +186,7 @@ def _eva_backward(
             q.new_zeros(dbias_shape, dtype=torch.float32),
         )
 
-    def empty(*shape, dtype=torch.float32):
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
     pairs = plan.B * plan.heads
@@ -289,244 +198,109 @@ def _eva_backward(
     dk_tilde_parts, dbeta_parts = empty(splits, plan.rows, D), empty(splits, plan.rows, D)
     q_strides, grad_strides = q.stride(), grad.stride()
     strides = (*q_strides, *k.stride(), *v.stride(), *grad_strides)
-    gluon = plan.gluon(strides, q, k, v, grad, k_tilde, beta)
+    module = plan.gluon(strides, q, k, v, grad, k_tilde, beta) if gluon else None
     with on_device(q):
         shared = (
-            lse,
-            delta,
-            k_tilde,
-            beta,
-            dk_tilde_parts,
-            dbeta_parts,
-            plan.heads,
-            plan.N,
-            cells,
-            splits,
-            per_split,
-            plan.rows,
-            scale,
+            *(lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts),
+            *(plan.heads, plan.N, cells, splits, per_split, plan.rows, scale),
         )
-        if gluon is not None:
+        if module is not None:
             plan.launch(
-                gluon._backward_shared_gluon,
+                module.backward_shared_gluon,
                 (pairs * splits, 1, 1),
-                q,
-                out,
-                grad,
-                *q_strides[:3],
-                *grad_strides[:3],
+                *(q, out, grad, *q_strides[:3], *grad_strides[:3]),
                 *shared,
-                D=D,
-                T=32,
-                **LAUNCH['gluon'],
+                **plan.options['backward_shared_gluon'],
             )
         else:
             plan.launch(
-                _backward_shared,
+                backward_shared,
                 (pairs * splits, max(plan.NC, 1), 1),
-                q,
-                out,
-                grad,
-                *q_strides,
-                *grad_strides,
+                *(q, out, grad, *q_strides, *grad_strides),
                 *shared,
-                D=D,
-                BD=plan.BD,
-                BM=min(64, 32 if plan.BD > 64 or q.dtype == torch.float32 else 64),
-                BC=plan.BC,
-                CELLS=cells > 0,
-                PREC=plan.prec,
-                **LAUNCH['backward_shared'],
+                **plan.options['backward_shared'],
             )
         xi = dlog_xi = domega = dbeta = omega_half = dmeans = delta
         if cells:
             xi, dlog_xi = torch.empty_like(delta), torch.empty_like(delta)
             domega, dbeta = empty(plan.rows, D), empty(plan.rows, D, dtype=q.dtype)
-            omega_half = empty(plan.rows, D, dtype=q.dtype) if gluon is not None else dbeta
-            tile = plan.cell_tiles[1]
+            omega_half = empty(plan.rows, D, dtype=q.dtype) if module is not None else dbeta
             plan.launch(
-                _backward_weights,
-                (pairs, ceil_div(cells, tile['G']), 1),
-                k,
-                v,
-                *strides[4:12],
-                omega,
-                dbeta_parts,
-                dbeta,
-                omega_half,
-                domega,
-                xi,
-                dlog_xi,
-                plan.heads,
-                plan.H,
-                plan.W,
-                plan.n_cx,
-                cells,
-                plan.ch,
-                plan.cw,
-                plan.rows,
-                splits,
-                scale**0.5,
-                D=D,
-                BD=plan.BD,
-                OMEGA_HALF=gluon is not None,
-                **tile,
+                backward_weights,
+                (pairs, ceil_div(cells, plan.cell_tiles[1]['G']), 1),
+                *(k, v, *strides[4:12]),
+                *(omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi),
+                *plan.cell_sizes,
+                *(splits, scale**0.5),
+                **plan.options['backward_weights'],
+                OMEGA_HALF=module is not None,
             )
-            R = 32 if plan.BD > 64 or q.dtype == torch.float32 else 64
-            programs = min(ceil_div(plan.rows, R), 128)
+            programs = min(ceil_div(plan.rows, plan.options['backward_summary']['R']), 128)
             dparams = empty(programs, 2, D * D + 3 * D)
             dmeans = empty(2, plan.rows, D, dtype=q.dtype)
             w_q, b_q, g_q, _, w_k, b_k, g_k, _ = summary
             plan.launch(
-                _backward_summary,
+                backward_summary,
                 (programs, 2, 1),
-                means,
-                domega,
-                dk_tilde_parts,
-                w_q,
-                b_q,
-                g_q,
-                w_k,
-                b_k,
-                g_k,
-                dmeans,
-                dparams,
-                plan.rows,
-                splits,
-                plan.H,
-                plan.W,
-                plan.n_cx,
-                cells,
-                plan.ch,
-                plan.cw,
-                scale**0.5 * proposal_scale,
-                norm_eps,
-                D=D,
-                BD=plan.BD,
-                R=R,
-                PREC=plan.summary_prec,
-                **LAUNCH['backward_summary'],
+                *(means, domega, dk_tilde_parts),
+                *(w_q, b_q, g_q, w_k, b_k, g_k),
+                *(dmeans, dparams),
+                *(plan.rows, splits, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw),
+                *(scale**0.5 * proposal_scale, norm_eps),
+                **plan.options['backward_summary'],
             )
             dparams = plan.sum(dparams)
         else:
             dparams = empty(0, 0)
         # The peak of memory is next: what is read no more goes first.
-        del dk_tilde_parts, dbeta_parts, domega
+        del dk_tilde_parts, dbeta_parts, domega, shared
         grads = _token_grads(*inputs)
         dq, dk, dv = grads[0] if inputs[1] is None else grads
 
         per_program = plan.per_program(WINDOWS_BACKWARD)
         chunks = ceil_div(plan.n_win, per_program)
-        dbias_parts = delta
+        dbias_parts, padded = delta, q
         if bias is not None:
             # Registers hold the sum over one tile; the sum over more is kept in memory, from zero.
             side = plan.NT * plan.BM
             make = torch.empty if plan.NT == 1 else torch.zeros
             dbias_parts = make((plan.B * chunks, plan.heads, side, side), dtype=torch.float32, device=q.device)
-        padded = q
-        if bias is not None:
-            padded = plan.pad_bias(bias, LN2) if gluon is None else plan.pad_bias_fragments(bias, scale)
+            padded = plan.pad_bias(bias, LN2) if module is None else plan.pad_bias_fragments(bias, scale)
         grid = plan.B * chunks * plan.heads, 1, 1
+        saved = lse, delta, k_tilde, beta, padded
+        through_cells = dbeta, dmeans, xi, dlog_xi
+        written = dq, dk, dv, *dq.stride()[:3], dbias_parts
         sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells, chunks, plan.rows, scale
-        options = dict(
-            D=D, WH=plan.wh, WW=plan.ww, CH=plan.ch, CW=plan.cw, PER_PROGRAM=per_program, BIAS=bias is not None
-        )
-        if gluon is not None:
+        options = dict(PER_PROGRAM=per_program, BIAS=bias is not None)
+        if module is not None:
             plan.launch(
-                gluon._backward_tokens_gluon,
+                module.backward_tokens_gluon,
                 grid,
-                q,
-                k,
-                v,
-                grad,
-                *strides[:3],
-                *strides[4:7],
-                *strides[8:11],
-                *strides[12:15],
-                lse,
-                delta,
-                k_tilde,
-                beta,
-                padded,
-                omega_half,
-                dbeta,
-                dmeans,
-                xi,
-                dlog_xi,
-                dq,
-                dk,
-                dv,
-                *dq.stride()[:3],
-                dbias_parts,
-                *sizes,
+                *(q, k, v, grad, *strides[:3], *strides[4:7], *strides[8:11], *strides[12:15]),
+                *(*saved, omega_half, *through_cells, *written, *sizes),
                 **options,
-                **plan.window_cells,
-                EDGE=plan.edge,
-                **LAUNCH['gluon'],
+                **plan.options['backward_tokens_gluon'],
             )
         else:
             plan.launch(
-                _backward_tokens,
+                backward_tokens,
                 grid,
-                q,
-                k,
-                v,
-                grad,
-                *strides,
-                lse,
-                delta,
-                k_tilde,
-                beta,
-                padded,
-                omega,
-                dbeta,
-                dmeans,
-                xi,
-                dlog_xi,
-                dq,
-                dk,
-                dv,
-                *dq.stride()[:3],
-                dbias_parts,
-                *sizes,
-                scale**0.5,
+                *(q, k, v, grad, *strides),
+                *(*saved, omega, *through_cells, *written, *sizes, scale**0.5),
                 **options,
-                BD=plan.BD,
-                BM=plan.BM,
-                NT=plan.NT,
-                BC=plan.BC,
-                NC=plan.NC,
-                LOCAL=plan.local,
-                PREC=plan.prec,
-                **LAUNCH['backward_tokens'],
+                **plan.options['backward_tokens'],
             )
         if bias is not None:
-            dbias = plan.bias_grad(plan.sum(dbias_parts), bias.dim() == 2)
+            dbias = plan.bias_grad(plan.sum(dbias_parts))
         else:
             dbias = torch.zeros(dbias_shape, dtype=torch.float32, device=q.device)
     return (*grads, dparams, dbias)
 
 
 def _eva_backward_fake(
-    grad,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    k_tilde,
-    beta,
-    omega,
-    means,
-    feat_size,
-    summary,
-    rel_pos_bias,
-    window_size,
-    partition_grid,
-    scale,
-    proposal_scale,
-    norm_eps,
-):
+    grad: torch.Tensor, q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor], *rest: Any
+) -> Tuple[torch.Tensor, ...]:
+    *_, rel_pos_bias, _window_size, partition_grid, _scale, _proposal_scale, _norm_eps, _gluon = rest
     D = q.shape[-1]
     params = (2, D * D + 3 * D) if partition_grid > 0 else (0, 0)
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
@@ -537,55 +311,28 @@ def _eva_backward_fake(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    (
-        q,
-        k,
-        v,
-        feat_size,
-        *summary,
-        rel_pos_bias,
-        _,
-        window_size,
-        partition_grid,
-        scale,
-        proposal_scale,
-        norm_eps,
-        save,
-    ) = inputs
+def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, ...]) -> None:
+    q, k, v, feat_size, *summary, rel_pos_bias, _noise, window_size, partition_grid = inputs[:16]
+    scale, proposal_scale, norm_eps, save, gluon = inputs[16:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, rel_pos_bias, *output, *summary)
-    ctx.options = feat_size, window_size, partition_grid, scale, proposal_scale, norm_eps
+    ctx.options = feat_size, window_size, partition_grid, scale, proposal_scale, norm_eps, gluon
     ctx.saved = save
 
 
-def _autograd_backward(ctx, grad, *_):
-    nones = [None] * 20
+def _autograd_backward(ctx: Any, grad: Optional[torch.Tensor], *_: Any) -> Tuple[Optional[torch.Tensor], ...]:
+    nones: List[Optional[torch.Tensor]] = [None] * 21
     if grad is None:
         return (*nones,)
     if not ctx.saved:
         raise RuntimeError('the fused EVA ran without keeping what its backward needs; this is a fault of evavit')
     q, k, v, rel_pos_bias, out, lse, k_tilde, beta, omega, means, *summary = ctx.saved_tensors
-    feat_size, window_size, partition_grid, scale, proposal_scale, norm_eps = ctx.options
+    feat_size, *options = ctx.options
+    partition_grid = options[1]
     dq, dk, dv, dparams, dbias = torch.ops.evavit.eva_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        k_tilde,
-        beta,
-        omega,
-        means,
-        feat_size,
-        summary if partition_grid else [],
-        rel_pos_bias,
-        window_size,
-        partition_grid,
-        scale,
-        proposal_scale,
-        norm_eps,
+        *(grad, q, k, v, out, lse, k_tilde, beta, omega, means),
+        *(feat_size, summary if partition_grid else [], rel_pos_bias),
+        *options,
     )
     dsummary = nones[:8]
     if partition_grid:
@@ -594,10 +341,7 @@ def _autograd_backward(ctx, grad, *_):
         dsummary = [g.to(p.dtype).view(p.shape) for g, p in zip((*parts[0], *parts[1]), summary, strict=True)]
     packed = k is None
     return (
-        dq,
-        None if packed else dk,
-        None if packed else dv,
-        None,
+        *(dq, None if packed else dk, None if packed else dv, None),
         *dsummary,
         None if rel_pos_bias is None else dbias.to(rel_pos_bias.dtype),
         *nones[13:],
@@ -608,45 +352,25 @@ register_op('eva', _eva, _eva_fake, _setup_context, _autograd_backward)
 register_op('eva_backward', _eva_backward, _eva_backward_fake)
 
 
-def eva_attention_fused(
-    q: torch.Tensor,
-    k: Optional[torch.Tensor],
-    v: Optional[torch.Tensor],
-    feat_size: List[int],
-    summary_q: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
-    summary_k: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = None,
-    rel_pos_bias: Optional[torch.Tensor] = None,
-    window_size: int = 7,
-    partition_grid: int = 7,
-    scale: Optional[float] = None,
-    proposal_scale: float = 1.0,
-    noise: Optional[torch.Tensor] = None,
-    norm_eps: float = 1e-5,
-) -> torch.Tensor:
+def eva_attention_fused(tokens: Tuple[torch.Tensor, ...], options: EvaOptions, gluon: bool) -> torch.Tensor:
     """`evavit.ops.eva_attention` without dropout, by the kernels; arguments have been checked.
 
-    q may hold all three, `(3, B, h, N, d)`, with k and v None.
+    Args:
+        tokens: q, k, v `(B, h, N, d)`, or one tensor with all three, `(3, B, h, N, d)`.
+        options: Of the call.
+        gluon: Whether the kernels in Gluon run where they take these tensors.
     """
+    q, k, v = tokens if len(tokens) == 3 else (tokens[0], None, None)
     summary: List[Optional[torch.Tensor]] = [None] * 8
-    if partition_grid > 0 and summary_q is not None and summary_k is not None:
-        summary = [x.contiguous() for x in (*summary_q, *summary_k)]
-        noise = noise.contiguous() if noise is not None else None
-    else:
-        noise = None
-    tensors = [x for x in (q, k, v, rel_pos_bias, *summary) if x is not None]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    noise = None
+    if options.partition_grid > 0 and options.summary_q is not None and options.summary_k is not None:
+        summary = [x.contiguous() for x in (*options.summary_q, *options.summary_k)]
+        noise = options.noise.contiguous() if options.noise is not None else None
+    learned = [x for x in (*tokens, options.rel_pos_bias, *summary) if x is not None]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in learned)
     return torch.ops.evavit.eva(
-        q,
-        k,
-        v,
-        feat_size,
+        *(q, k, v, options.feat_size),
         *summary,
-        rel_pos_bias,
-        noise,
-        window_size,
-        partition_grid,
-        q.shape[-1] ** -0.5 if scale is None else scale,
-        proposal_scale,
-        norm_eps,
-        save,
+        *(options.rel_pos_bias, noise, options.window_size, options.partition_grid),
+        *(options.scale, options.proposal_scale, options.norm_eps, save, gluon),
     )[0]

@@ -1,4 +1,25 @@
-"""Pieces of kernels. n, y, x, c are the numbers of tokens, rows, columns and cells; `valid` says which are real."""
+"""What the kernels of forward.py and backward.py share, and the kernels that lay out the table of biases.
+
+The legend of each kernel is its signature: behind an argument stand its shape, its dtype and the kernel that writes it;
+`writes` marks what this kernel writes itself. "dtype" is that of q. Tensors are contiguous unless strides are passed.
+In all signatures
+
+    B, heads, H, W, N   images, heads, rows and columns of the grid, tokens (N = H · W)
+    D, BD               channels of a head, and columns of its tile: the next power of 2, at least 16
+    cells, cells_total  cells of an image (C_p), and B · heads · cells
+    n_cx, ch, cw        cells side by side, and height and width of a cell in tokens; CH, CW where they are constants
+    n_win, n_wx         windows of an image, and windows side by side
+    WH, WW, SIDE        height and width of a window in tokens; window_size, which a small grid cuts to WH × WW
+    BM, NT              rows of a tile of tokens, and tiles of a window; S = NT · BM
+    BC, NC              rows of a tile of cells, and tiles that hold all cells; NC = 0 without cells
+    sqb, sqh, sqn, sqd  strides of q over images, heads, tokens and channels, in elements; sk. of k, sv. of v, sg. of
+                        grad, sd. of dq, dk and dv
+    scale, scale_half   the softmax scale s, and s^½
+    PREC                how float32 tiles are multiplied: 'ieee' or 'tf32'
+
+and in the code `n`, `y`, `x` and `c` are numbers of tokens, rows, columns and cells, `valid` says which of them exist,
+and `pair` is image · heads + head. Logits and log-sum-exps are in units of log 2: every exponential is a power of 2.
+"""
 
 import math
 
@@ -6,40 +27,41 @@ import triton
 import triton.language as tl
 
 LN2 = math.log(2)
-LOG2E = tl.constexpr(1 / LN2)  # the kernels' exponentials are powers of 2
+LOG2E = tl.constexpr(1 / LN2)
 
 
 @triton.jit
-def _load_rows(base, row, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
-    """Rows `(R)` of a `(.., D)` tensor as a tile `(R, BD)`; zero where there is no row or no column."""
+def load_rows(base, row, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
+    """Rows `(R)` of a `(.., D)` tensor as a tile `(R, BD)`, zero where `valid` is false and beyond D."""
     dim = tl.arange(0, BD)
     mask = valid[:, None] if D == BD else valid[:, None] & (dim < D)[None, :]
     return tl.load(base + (row[:, None] * stride_row + dim[None, :] * stride_dim), mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_rows(base, row, valid, stride_row, stride_dim, x, D: tl.constexpr, BD: tl.constexpr):
+def store_rows(base, row, valid, stride_row, stride_dim, x, D: tl.constexpr, BD: tl.constexpr):
+    """The inverse of `load_rows`: a tile x `(R, BD)` into the valid rows of a tensor of any dtype."""
     dim = tl.arange(0, BD)
     mask = valid[:, None] if D == BD else valid[:, None] & (dim < D)[None, :]
     tl.store(base + (row[:, None] * stride_row + dim[None, :] * stride_dim), x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _window_rows(
-    win,
-    tile,
-    H,
-    W,
-    n_wx,
-    n_cx,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    CH: tl.constexpr,
-    CW: tl.constexpr,
-    LOCAL: tl.constexpr,
+def split_program(heads, parts):
+    """The head, the part of an image and the image (int64) of a program; on axis 0 heads change fastest."""
+    program = tl.program_id(0)
+    return program % heads, (program // heads) % parts, (program // (heads * parts)).to(tl.int64)
+
+
+@triton.jit
+def window_rows(
+    win, tile,  # number of a window of the image, and of a tile in it
+    H, W, n_wx, n_cx,
+    WH: tl.constexpr, WW: tl.constexpr, CH: tl.constexpr, CW: tl.constexpr,
+    LOCAL: tl.constexpr,  # whether there are windows; without them, the tiles of the grid in raster order
     BM: tl.constexpr,
-):
-    """Token numbers, cells and validity of the tile-th BM tokens of a window; of the grid if there is no LOCAL."""
+):  # fmt: skip
+    """Tokens, their cells and which are real, `(BM)` each, of one tile of a window."""
     r = tile * BM + tl.arange(0, BM)
     if LOCAL:
         y, x = (win // n_wx) * WH + r // WW, (win % n_wx) * WW + r % WW
@@ -51,15 +73,8 @@ def _window_rows(
 
 
 @triton.jit
-def _bias_tile(bias, i, j, BM: tl.constexpr, NT: tl.constexpr):
-    """Pointers to the tile (i, j) of a padded bias `(NT · BM, NT · BM)`."""
-    r = tl.arange(0, BM)
-    return bias + (i * BM + r)[:, None] * (NT * BM) + (j * BM + r)[None, :]
-
-
-@triton.jit
-def _window_start(win, n_wx, W, H, ry, rx, WH: tl.constexpr, WW: tl.constexpr, EDGE: tl.constexpr):
-    """The first token of a window, and which of its places (ry, rx) hold a token."""
+def window_start(win, n_wx, W, H, ry, rx, WH: tl.constexpr, WW: tl.constexpr, EDGE: tl.constexpr):
+    """The first token of a window, and which of its places (ry, rx) hold a token. EDGE: windows overhang the grid."""
     y0, x0 = (win // n_wx) * WH, (win % n_wx) * WW
     valid = ry < WH
     if EDGE:
@@ -68,67 +83,84 @@ def _window_start(win, n_wx, W, H, ry, rx, WH: tl.constexpr, WW: tl.constexpr, E
 
 
 @triton.jit
-def _split_bias(bias, dtype: tl.constexpr, BM: tl.constexpr):
-    """A padded bias, in units of q·kᵀ, as two half-precision matrices high + low, and the unit matrix that brings them
-    into a sum of products: they wait in shared memory, where float32 would take registers that the kernel lacks."""
+def bias_tile(bias, i, j, BM: tl.constexpr, NT: tl.constexpr):
+    """Pointers to the tile (i, j) of one head's padded bias `(S, S)`."""
     r = tl.arange(0, BM)
-    x = tl.load(_bias_tile(bias, 0, 0, BM, 1))
+    return bias + (i * BM + r)[:, None] * (NT * BM) + (j * BM + r)[None, :]
+
+
+@triton.jit
+def split_bias(bias, dtype: tl.constexpr, BM: tl.constexpr):
+    """A padded bias `(BM, BM)`, in units of q·kᵀ, as the sum high + low of two bfloat16 matrices, and the unit matrix.
+
+    unit · high + unit · low adds the bias to q·kᵀ. Operands of products wait in shared memory; a float32 bias would
+    wait in registers, of which the kernel has too few. For float32 tokens all three are float32, and low is zero.
+    """
+    r = tl.arange(0, BM)
+    x = tl.load(bias_tile(bias, 0, 0, BM, 1))
     kind: tl.constexpr = tl.float32 if dtype == tl.float32 else tl.bfloat16
     high = x.to(kind)
     return high, (x - high.to(tl.float32)).to(kind), (r[:, None] == r[None, :]).to(kind)
 
 
 @triton.jit
-def _bias_at(bias, i, j, mask, SIDE: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr):
-    """The bias of queries i and keys j of a window with rows of WW, for one head: the program's axis 2."""
+def _bias_at(table, i, j, mask, SIDE: tl.constexpr, WW: tl.constexpr):
+    """The bias of queries i and keys j of a window with rows of WW. Axis 2 of the programs is the head."""
     head = tl.program_id(2)
-    if TABLE:  # (differences of places, heads)
-        place = (i // WW - j // WW + SIDE - 1) * (2 * SIDE - 1) + i % WW - j % WW + SIDE - 1
-        offset = place * tl.num_programs(2) + head
-    else:  # (heads, SIDE², SIDE²)
-        offset = ((head * SIDE * SIDE + (i // WW) * SIDE + i % WW) * SIDE + j // WW) * SIDE + j % WW
-    return tl.load(bias + offset, mask=mask, other=0.0).to(tl.float32)
+    place = (i // WW - j // WW + SIDE - 1) * (2 * SIDE - 1) + i % WW - j % WW + SIDE - 1
+    offset = place * tl.num_programs(2) + head
+    return tl.load(table + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _pad_bias(
-    bias,
-    padded,
-    unit,
+def pad_bias(
+    table,  # ((2 SIDE - 1)², heads), any float dtype; rel_pos_bias
+    padded,  # writes (heads, S, S) float32
+    unit,  # what the bias is divided by: s for units of q·kᵀ, log 2 for units of log 2
     S,
-    SIDE: tl.constexpr,
-    WH: tl.constexpr,
-    WW: tl.constexpr,
-    TABLE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The bias of a window of WH × WW in a unit, padded with zeros to `(S, S)`."""
+    SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
+    TILE: tl.constexpr,  # rows and columns of a program
+):  # fmt: skip
+    """The bias between the places of a window, zero where there is none. Programs: (S / TILE, S / TILE, heads)."""
     i = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
     j = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
-    x = _bias_at(bias, i, j, (i < WH * WW) & (j < WH * WW), SIDE, WW, TABLE) / unit
+    x = _bias_at(table, i, j, (i < WH * WW) & (j < WH * WW), SIDE, WW) / unit
     tl.store(padded + tl.program_id(2) * S * S + i * S + j, x)
 
 
 @triton.jit
-def _pad_bias_fragments(
-    bias, padded, unit, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, TABLE: tl.constexpr
-):
-    """`_pad_bias` for one tile of 64, in the order in which the 128 threads of a warp group hold a tile of products: 4
-    values of a thread, threads, eighths of the columns. Keys that are none get what no logit outweighs."""
+def pad_bias_fragments(
+    table,  # ((2 SIDE - 1)², heads), any float dtype; rel_pos_bias
+    padded,  # writes (heads, 4096) float32
+    unit,  # what the bias is divided by: s
+    SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
+):  # fmt: skip
+    """`pad_bias` for windows of one tile of 64 and the kernels in Gluon. Programs: (16, 1, heads).
+
+    The order is the one in which the 128 threads of a warp group hold a product `(64, 64)`: eighths of the columns,
+    threads, 4 values of a thread. Keys that do not exist get a bias that no logit outweighs.
+    """
     m = tl.program_id(0) * 256 + tl.arange(0, 256)
     i = (m >> 7 & 3) * 16 + (m >> 1 & 1) * 8 + (m >> 4 & 7)
     j = (m >> 9) * 8 + (m >> 2 & 3) * 2 + (m & 1)
     key = j < WH * WW
-    x = _bias_at(bias, i, j, key & (i < WH * WW), SIDE, WW, TABLE) / unit
+    x = _bias_at(table, i, j, key & (i < WH * WW), SIDE, WW) / unit
     tl.store(padded + tl.program_id(2) * 4096 + m, tl.where(key, x, -(2.0**100)))
 
 
 @triton.jit
-def _table_grad(
-    dbias, dtable, S, heads, SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, E: tl.constexpr, I: tl.constexpr
-):
-    """The gradient of a table of biases: its entry for a difference of places is the sum over the pairs of places of
-    a window of WH × WW that are so far apart, in one fixed order."""
+def table_grad(
+    dbias,  # (heads, S, S) float32; backward_tokens, its parts summed by sum_parts
+    dtable,  # writes ((2 SIDE - 1)², heads) float32
+    S, heads,
+    SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,
+    E: tl.constexpr, I: tl.constexpr,  # entries of a program, and queries added at a time
+):  # fmt: skip
+    """The gradient of the table of biases. Programs: (tiles of entries, heads).
+
+    An entry belongs to a difference of places. Its gradient is the sum over all pairs of places of a window with that
+    difference, always added in the same order.
+    """
     e = tl.program_id(0) * E + tl.arange(0, E)
     head = tl.program_id(1)
     dy, dx = e // (2 * SIDE - 1) - (SIDE - 1), e % (2 * SIDE - 1) - (SIDE - 1)
@@ -142,8 +174,8 @@ def _table_grad(
 
 
 @triton.jit
-def _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T: tl.constexpr):
-    """Token numbers and validity `(G, T)` of the tokens t0.. of cells whose corners are y0, x0 `(G)`."""
+def cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T: tl.constexpr):
+    """Numbers of the T tokens from t0 on of cells whose corners are y0, x0 `(G)`, and which exist: `(G, T)` each."""
     t = t0 + tl.arange(0, T)
     y = y0[:, None] + (t // cw)[None, :]
     x = x0[:, None] + (t % cw)[None, :]
@@ -152,7 +184,7 @@ def _cell_tokens(y0, x0, cell_valid, t0, H, W, ch, cw, T: tl.constexpr):
 
 
 @triton.jit
-def _load_cells(base, n, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
+def load_cells(base, n, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.constexpr):
     """Tokens n `(G, T)` as a float32 tile `(G, T, BD)`."""
     dim = tl.arange(0, BD)
     mask = valid[:, :, None] if D == BD else valid[:, :, None] & (dim < D)[None, None, :]
@@ -161,15 +193,33 @@ def _load_cells(base, n, valid, stride_row, stride_dim, D: tl.constexpr, BD: tl.
 
 
 @triton.jit
-def _load_weight(weight, D: tl.constexpr, BD: tl.constexpr):
-    """W of (26), `(out, in)`."""
-    dim = tl.arange(0, BD)
-    return _load_rows(weight, dim, dim < D, D, 1, D, BD).to(tl.float32)
+def log_weights(k, omega, valid, scale_half):
+    """log ξ = s^½ k·ω - ½ s ‖k‖² = s^½ k·(ω - ½ s^½ k) of keys k `(G, T, BD)` of cells with ω `(G, BD)`; -inf for keys
+    that do not exist."""
+    log_xi = scale_half * tl.sum(k * (omega[:, None, :] - 0.5 * scale_half * k), 2)
+    return tl.where(valid, log_xi, float('-inf'))
 
 
 @triton.jit
-def _normalise(z, eps, D: tl.constexpr, BD: tl.constexpr):
-    """LayerNorm without its affine part, and 1/σ, over the D real columns."""
+def next_weights(log_xi, top):
+    """One step of a softmax over the tokens of cells: the new maxima `(G)`, the factors `(G)` that scale old sums, and
+    the weights `(G, T)` of these tokens, not yet divided by their total."""
+    new_top = tl.maximum(top, tl.max(log_xi, 1))
+    # A short cell may have none of these tokens, and a cell past the last has none at all.
+    safe = tl.where(new_top == float('-inf'), 0.0, new_top)
+    return new_top, tl.exp2((top - safe) * LOG2E), tl.exp2((log_xi - safe[:, None]) * LOG2E)
+
+
+@triton.jit
+def load_weight(weight, D: tl.constexpr, BD: tl.constexpr):
+    """W of (26), `(out, in)`, as a float32 tile `(BD, BD)`."""
+    dim = tl.arange(0, BD)
+    return load_rows(weight, dim, dim < D, D, 1, D, BD).to(tl.float32)
+
+
+@triton.jit
+def normalise(z, eps, D: tl.constexpr, BD: tl.constexpr):
+    """LayerNorm of z `(R, BD)` over its D real columns, without weight and bias; and 1/σ `(R)`."""
     inside = (tl.arange(0, BD) < D)[None, :]
     centred = tl.where(inside, z - tl.sum(z, 1)[:, None] / D, 0.0)
     inv = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / D + eps)
@@ -177,12 +227,12 @@ def _normalise(z, eps, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _summary(mean, weight, bias, norm_weight, norm_bias, eps, D: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
-    """σ of (26)."""
+def summarise(mean, weight, bias, norm_weight, norm_bias, eps, D: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
+    """LN(W mean + b) of (26) for means `(R, BD)` in float32: q̃ or k̃."""
     dim = tl.arange(0, BD)
-    w = _load_weight(weight, D, BD)
+    w = load_weight(weight, D, BD)
     b = tl.load(bias + dim, mask=dim < D, other=0.0).to(tl.float32)
-    z_hat, _ = _normalise(tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :], eps, D, BD)
+    z_hat, _ = normalise(tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :], eps, D, BD)
     g = tl.load(norm_weight + dim, mask=dim < D, other=0.0).to(tl.float32)
     o = tl.load(norm_bias + dim, mask=dim < D, other=0.0).to(tl.float32)
     return z_hat * g[None, :] + o[None, :]

@@ -1,8 +1,9 @@
-"""The sizes and launches of a call of the kernels, and which of them run."""
+"""The sizes and launches of a call of the kernels, and whether those in Gluon run."""
 
 import functools
 import warnings
-from typing import Dict, List, Tuple
+from types import ModuleType
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import triton
@@ -10,8 +11,9 @@ import triton
 from evavit.ops.common.launch import Launcher, ceil_div, sum_parts
 from evavit.ops.grid import block_counts, cell_shape, window_shape
 
-from .forward import _forward_windows
-from .pieces import _pad_bias, _pad_bias_fragments, _table_grad
+from . import why_not_gluon_sizes
+from .forward import forward_windows
+from .pieces import pad_bias, pad_bias_fragments, table_grad
 
 # Programs that keep a large GPU busy; a constant, so that sums are split alike on every device.
 PROGRAMS = 768
@@ -28,26 +30,40 @@ LAUNCH = {
 GLUON_VERSIONS = (3, 6), (3, 9)
 
 
-@functools.cache
-def _gluon(device: int):
-    """The module `eva_gluon` where the CUDA device has Hopper's products and Triton has its Gluon, or None."""
-    if device < 0 or not isinstance(_forward_windows, triton.runtime.JITFunction):  # the CPU, Triton's interpreter
-        return None
+def why_not_gluon_device(device: int) -> Optional[str]:
+    """Why the kernels in Gluon do not run on this CUDA device (-1 for the CPU), or None.
+
+    Warns where it is Triton's release alone: another one would be faster.
+    """
+    if not isinstance(forward_windows, triton.runtime.JITFunction):
+        return "Triton's interpreter has no Gluon"
+    if device < 0:
+        return 'no CUDA device'
     if torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
-        return None
+        return 'the GPU is no Hopper'
     version = tuple(int(part) for part in triton.__version__.split('.')[:2])
     try:
         if not GLUON_VERSIONS[0] <= version <= GLUON_VERSIONS[1]:
             raise ImportError('not a release that they were tried with')
-        from evavit.ops.eva import gluon as eva_gluon
+        from evavit.ops.eva import gluon  # noqa: F401
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f'EVA takes its slower kernels, without Gluon: Triton is {triton.__version__} ({error}), '
             f'Triton 3.6 to 3.9 has the faster ones',
             stacklevel=2,
         )
+        return f'Triton is {triton.__version__}, not 3.6 to 3.9'
+    return None
+
+
+@functools.cache
+def _gluon(device: int) -> Optional[ModuleType]:
+    """The module of kernels in Gluon where the device runs them, or None."""
+    if why_not_gluon_device(device) is not None:
         return None
-    return eva_gluon
+    from evavit.ops.eva import gluon
+
+    return gluon
 
 
 class _Plan:
@@ -63,6 +79,7 @@ class _Plan:
     ) -> None:
         self.B, self.heads, self.N, self.D = shape
         self.H, self.W = feat_size
+        grid = [self.H, self.W]
         self.BD = max(16, triton.next_power_of_2(self.D))
         # float32 products go through shared memory, which half-sized tiles do not overrun.
         self.full = full
@@ -73,9 +90,9 @@ class _Plan:
 
         self.local = window_size > 0
         self.side = max(window_size, 1)
-        self.wh, self.ww = window_shape(feat_size, window_size) if self.local else (1, 1)
+        self.wh, self.ww = window_shape(grid, window_size) if self.local else (1, 1)
         if self.local:
-            n_wy, self.n_wx = block_counts(feat_size, (self.wh, self.ww))
+            n_wy, self.n_wx = block_counts(grid, (self.wh, self.ww))
             self.n_win = n_wy * self.n_wx
             self.BM = min(tile, max(16, triton.next_power_of_2(self.wh * self.ww)))
             self.NT = ceil_div(self.wh * self.ww, self.BM)
@@ -85,27 +102,30 @@ class _Plan:
 
         self.cells, self.n_cx, self.ch, self.cw, self.BC, self.NC = 0, 1, 1, 1, 16, 0
         if partition_grid > 0:
-            self.ch, self.cw = cell_shape(feat_size, partition_grid)
-            n_cy, self.n_cx = block_counts(feat_size, (self.ch, self.cw))
+            self.ch, self.cw = cell_shape(grid, partition_grid)
+            n_cy, self.n_cx = block_counts(grid, (self.ch, self.cw))
             self.cells = n_cy * self.n_cx
             self.BC = min(tile, max(16, triton.next_power_of_2(self.cells)))
             self.NC = ceil_div(self.cells, self.BC)
         self.rows = self.B * self.heads * self.cells
+        # As two of the kernels take them.
+        self.cell_sizes = (self.heads, self.H, self.W, self.n_cx, self.cells, self.ch, self.cw, self.rows)
 
-        # The default windows and cells in half precision: the forward's fast case.
+        # The default windows and cells: the forward's fast case.
         self.one_tile = self.local and self.NT == 1 and self.NC <= 1
         self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
-        # What `eva_gluon` takes, but for the device and the strides.
-        self.gluon_sizes = self.one_tile and not full and self.D in (32, 64) and self.BM == 64 and self.cells > 0
+        dtype = torch.float32 if full else torch.bfloat16  # of halves, either
+        tokens = self.wh * self.ww if self.local else 0
+        self.gluon_sizes = why_not_gluon_sizes(dtype, self.D, tokens, self.cells) is None
         self.gluon_strides: Dict[tuple, bool] = {}
         self.launch = Launcher()
 
-    def gluon(self, strides: Tuple[int, ...], *tensors: torch.Tensor):
-        """The module `eva_gluon` where its kernels take these tensors, or None; strides are of those `(B, h, N, d)`.
+    def gluon(self, strides: Tuple[int, ...], *tensors: torch.Tensor) -> Optional[ModuleType]:
+        """The module of kernels in Gluon where they take these tensors, or None; strides are of those `(B, h, N, d)`.
 
-        They take half precision, heads of 32 or 64 channels, windows of 33 to 64 places (6 to 8 a side), 1 to 64 cells.
-        They copy 16 bytes at a time: channels are next to each other, other strides are multiples of 16, as Triton
-        tells the compiler, and tensors start at multiples of 16 bytes. Offsets inside an image are 32 bits.
+        Of sizes see `why_not_gluon_sizes`. The kernels copy 16 bytes at a time: channels are next to each other, other
+        strides are multiples of 16, as Triton tells the compiler, and tensors start at multiples of 16 bytes. Offsets
+        inside an image are 32 bits.
         """
         if not self.gluon_sizes:
             return None
@@ -124,7 +144,7 @@ class _Plan:
         return module if self.gluon_strides[strides] and addresses % 16 == 0 else None
 
     @functools.cached_property
-    def window_cells(self) -> dict:
+    def window_cells(self) -> Dict[str, int]:
         """The most rows and columns of cells that a window meets, and the tile that holds them."""
 
         def spanned(tokens: int, cell: int, cells: int) -> int:
@@ -173,80 +193,69 @@ class _Plan:
         warps = 1 if narrow else 2 if T * G <= 32 else 4
         return forward, tile(warps, G, T)
 
+    @functools.cached_property
+    def options(self) -> Dict[str, Dict[str, Any]]:
+        """What the kernels' launches have in common for this plan: constexprs and Triton's own options."""
+        sizes = dict(D=self.D, BD=self.BD)
+        tiles = dict(**sizes, BM=self.BM, BC=self.BC, PREC=self.prec)
+        many = dict(**tiles, NT=self.NT, NC=self.NC, LOCAL=self.local)
+        window = dict(WH=self.wh, WW=self.ww)
+        both = dict(**window, CH=self.ch, CW=self.cw)
+        small = self.BD > 64 or self.full
+        forward_tile, backward_tile = self.cell_tiles
+        options: Dict[str, Dict[str, Any]] = {
+            'forward_cells': dict(**sizes, **forward_tile, PREC=self.summary_prec),
+            'forward_windows': dict(**tiles, **window, EDGE=self.edge, CELLS=self.cells > 0),
+            'forward_windows_gluon': dict(**window, D=self.D, EDGE=self.edge),
+            'forward_tokens': dict(**many, **window),
+            'backward_shared': dict(**sizes, BM=32 if small else 64, BC=self.BC, CELLS=self.cells > 0, PREC=self.prec),
+            'backward_shared_gluon': dict(D=self.D, T=32),
+            'backward_weights': dict(**sizes, **backward_tile),
+            'backward_summary': dict(**sizes, R=32 if small else 64, PREC=self.summary_prec),
+            'backward_tokens': dict(**many, **both),
+            'backward_tokens_gluon': dict(**both, **self.window_cells, D=self.D, EDGE=self.edge),
+        }
+        for name, of_kernel in options.items():
+            of_kernel.update(LAUNCH.get(name, LAUNCH['gluon'] if name.endswith('_gluon') else {}))
+        return options
+
     def per_program(self, windows: int) -> int:
         """Windows that one program walks: at most `windows`, fewer where the card would stay empty."""
         enough = max(1, self.B * self.heads * self.n_win // PROGRAMS)
         return min(windows, triton.next_power_of_2(enough), self.n_win)
 
     def pad_bias(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
-        """The bias `(h, NT · BM, NT · BM)` of this grid's windows, aligned to tiles; from a table as well."""
+        """The bias `(h, NT · BM, NT · BM)` of this grid's windows from its table, aligned to tiles."""
         side = self.NT * self.BM
         padded = torch.empty(self.heads, side, side, dtype=torch.float32, device=bias.device)
-        self.launch(
-            _pad_bias,
-            (side // 16, side // 16, self.heads),
-            bias.contiguous(),
-            padded,
-            unit,
-            side,
-            SIDE=self.side,
-            WH=self.wh,
-            WW=self.ww,
-            TABLE=bias.dim() == 2,
-            TILE=16,
-        )
+        grid, sizes = (side // 16, side // 16, self.heads), dict(SIDE=self.side, WH=self.wh, WW=self.ww)
+        self.launch(pad_bias, grid, bias.contiguous(), padded, unit, side, **sizes, TILE=16)
         return padded
 
     def pad_bias_fragments(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
-        """`pad_bias` in the order in which `eva_gluon` loads it."""
+        """`pad_bias` in the order in which the kernels in Gluon load it."""
         padded = torch.empty(self.heads, 64, 64, dtype=torch.float32, device=bias.device)
-        self.launch(
-            _pad_bias_fragments,
-            (16, 1, self.heads),
-            bias.contiguous(),
-            padded,
-            unit,
-            SIDE=self.side,
-            WH=self.wh,
-            WW=self.ww,
-            TABLE=bias.dim() == 2,
-        )
+        grid, sizes = (16, 1, self.heads), dict(SIDE=self.side, WH=self.wh, WW=self.ww)
+        self.launch(pad_bias_fragments, grid, bias.contiguous(), padded, unit, **sizes)
         return padded
 
     def sum(self, parts: torch.Tensor) -> torch.Tensor:
         """Sum over the first axis of a float32 tensor."""
         return sum_parts(self.launch, parts)
 
-    def bias_grad(self, dbias: torch.Tensor, table: bool) -> torch.Tensor:
-        """The adjoint of `pad_bias`, but for the unit: the gradient of the bias, or of its table."""
-        h, side, (wh, ww) = self.heads, self.side, (self.wh, self.ww)
-        if table:
-            entries = (2 * side - 1) ** 2
-            dtable = torch.empty(entries, h, dtype=dbias.dtype, device=dbias.device)
-            self.launch(
-                _table_grad,
-                (ceil_div(entries, 16), h, 1),
-                dbias,
-                dtable,
-                dbias.shape[-1],
-                h,
-                SIDE=side,
-                WH=wh,
-                WW=ww,
-                E=16,
-                I=64,
-            )
-            return dtable
-        dbias = dbias[:, : wh * ww, : wh * ww]
-        if wh < side or ww < side:
-            whole = dbias.new_zeros(h, side, side, side, side)
-            whole[:, :wh, :ww, :wh, :ww] = dbias.reshape(h, wh, ww, wh, ww)
-            dbias = whole.view(h, side * side, side * side)
-        return dbias.contiguous()
+    def bias_grad(self, dbias: torch.Tensor) -> torch.Tensor:
+        """The adjoint of `pad_bias`, but for the unit: the gradient of the table."""
+        h, entries = self.heads, (2 * self.side - 1) ** 2
+        table = torch.empty(entries, h, dtype=dbias.dtype, device=dbias.device)
+        grid, sizes = (ceil_div(entries, 16), h, 1), dict(SIDE=self.side, WH=self.wh, WW=self.ww)
+        self.launch(table_grad, grid, dbias, table, dbias.shape[-1], h, **sizes, E=16, I=64)
+        return table
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_plan(shape, full, feat_size, window_size, partition_grid) -> _Plan:
+def _cached_plan(
+    shape: Tuple[int, int, int, int], full: bool, feat_size: Tuple[int, int], window_size: int, partition_grid: int
+) -> _Plan:
     return _Plan(shape, full, feat_size, window_size, partition_grid)
 
 
@@ -257,7 +266,7 @@ def _plan(q: torch.Tensor, feat_size: List[int], window_size: int, partition_gri
 def takes_gluon(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], window_size: int, partition_grid: int
 ) -> bool:
-    """Whether `eva_attention_fused` runs the kernels of `eva_gluon` on these tensors, with a gradient like them."""
+    """Whether the backend 'gluon' runs its kernels on these tensors, with a gradient like them."""
     strides = (*q.stride(), *k.stride(), *v.stride())
     return _plan(q, feat_size, window_size, partition_grid).gluon(strides, q, k, v) is not None
 

@@ -1,0 +1,78 @@
+"""What the programs of this folder share: rows of results/, tables in Markdown, pages with tables between markers."""
+
+import csv
+from pathlib import Path
+from typing import Dict, Iterable, List, Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Row = Dict[str, str]
+
+
+def read_results(name: str) -> List[Row]:
+    """The rows of a file in results/; none where there is no such file."""
+    path = ROOT / 'results' / name
+    if not path.exists():
+        return []
+    with open(path, newline='') as stream:
+        return list(csv.DictReader(stream))
+
+
+def pick(rows: Iterable[Row], **wanted) -> List[Row]:
+    """The rows that have these values in these columns."""
+    return [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
+
+
+def origins(rows: Iterable[Row]) -> str:
+    """Where rows were measured and with what: each device, version, commit and date once."""
+    return (
+        '; '.join(
+            sorted(
+                {
+                    f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}, commit {row["commit"]}, {row["date"]}'
+                    for row in rows
+                }
+            )
+        )
+        + '.'
+    )
+
+
+def line(cells: Iterable[object]) -> str:
+    """A row of a table in Markdown."""
+    return f'| {" | ".join(map(str, cells))} |'
+
+
+def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown."""
+    return '\n'.join([line(columns), '|' + '---|' * len(columns), *map(line, rows)])
+
+
+def replace(text: str, marker: str, generated: str) -> str:
+    """The text with what stands between <!-- marker --> and <!-- /marker --> replaced."""
+    begin, end = f'<!-- {marker} -->', f'<!-- /{marker} -->'
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f'error: a page needs one {begin} and one {end}')
+    return f'{text.split(begin)[0]}{begin}\n{generated}\n{end}{text.split(end)[1]}'
+
+
+def update(page: str, tables: Dict[str, str], check: bool, remedy: str) -> bool:
+    """Put tables into a page, each between its markers; with check only say which are stale. Whether all are fresh.
+
+    Args:
+        page: Path from the root of the repository.
+        tables: The markers' name to the table.
+        check: Write nothing.
+        remedy: The command that mends a stale page.
+    """
+    path = ROOT / page
+    text = path.read_text(encoding='utf-8')
+    stale = {marker: generated for marker, generated in tables.items() if replace(text, marker, generated) != text}
+    for marker in tables:
+        state = 'up to date' if marker not in stale else f'stale; run {remedy}' if check else 'written'
+        print(f'{page}: {marker} {state}')
+    if stale and not check:
+        for marker, generated in stale.items():
+            text = replace(text, marker, generated)
+        path.write_text(text, encoding='utf-8')
+    return not stale or not check

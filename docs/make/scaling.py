@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Write the tables of docs/scaling.md from what one GPU reached: python docs/make/scaling.py [--check]
+
+Measured are results/h100.csv, images a second and the batch of one GPU, and results/data_cpu.csv, what a CPU core
+prepares. All else is arithmetic over the assumptions below, each of which is a flag. With --check nothing is written;
+the exit code is 1 if a table is stale.
+"""
+
+import argparse
+import math
+import sys
+
+import pages
+import timm
+
+import evavit  # noqa: F401  (registers the models)
+
+MODELS = ('eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3')
+GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+IMAGES, EPOCHS = 1_281_167, 300
+
+
+def assumptions():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--check', action='store_true', help='write nothing, fail if a table is stale')
+    parser.add_argument('--node', type=int, default=8, help='GPUs of one machine')
+    parser.add_argument('--node-gb', type=float, default=300, help='GB/s a GPU sends within a machine (NVLink 4: 450)')
+    parser.add_argument('--net-gb', type=float, default=40, help='GB/s a GPU sends between machines (400 Gbit/s: 50)')
+    parser.add_argument('--latency', type=float, default=15, help='microseconds of one hop of an all-reduce')
+    parser.add_argument('--buckets', type=int, default=0, help="all-reduces a step; 0: one for each 25 MiB, DDP's way")
+    parser.add_argument('--overlap', type=float, default=0.7, help='share of the backward pass that hides them')
+    parser.add_argument('--backward', type=float, default=2 / 3, help='share of the step that is backward pass')
+    parser.add_argument('--kilobytes', type=float, default=110, help='of one ImageNet JPEG')
+    parser.add_argument(
+        '--loader',
+        type=float,
+        default=loader_rate(),
+        help='images a second that a CPU core prepares; measured in results/data_cpu.csv',
+    )
+    parser.add_argument('--price', type=float, default=2.5, help='dollars of a GPU for an hour')
+    parser.add_argument('--fixed', type=float, default=5, help='ms of a step that do not shrink with the batch')
+    return parser.parse_args()
+
+
+def loader_rate():
+    """Images a second of one core, from the processor time an image takes."""
+    return 1e3 / float(
+        [row['cpu_ms_per_img'] for row in pages.read_results('data_cpu.csv') if row['cpu_ms_per_img']][-1]
+    )
+
+
+def measured():
+    """{model: (batch, seconds of its step)} of the compiled models at 224 pixels, each in the faster mode."""
+    steps = {}
+    for row in pages.pick(pages.read_results('h100.csv'), bench='train', status='ok', img_size=224):
+        if row['torchcompile'] != 'no' and row['model'] in MODELS:
+            step = int(row['batch_size']), int(row['batch_size']) / float(row['img_per_s'])
+            steps[row['model']] = min(step, steps.get(row['model'], step), key=lambda x: x[1] / x[0])
+    return steps
+
+
+def gradient_bytes(model):
+    """float32 gradients: DDP sends them as they are, under bfloat16 autocast too."""
+    return 4 * sum(p.numel() for p in timm.create_model(model, device='meta').parameters())
+
+
+def all_reduce(size, gpus, a):
+    """Seconds of one step's all-reduces. Within a machine a ring over NVLink; between machines NCCL reduces within each
+    machine first, every GPU then sends its share over its own network card, a tree for the latency."""
+    if gpus == 1:
+        return 0.0
+    inside = min(gpus, a.node)
+    machines = math.ceil(gpus / a.node)
+    seconds = 2 * (inside - 1) / inside * size / (a.node_gb * 1e9)
+    hops = 2 * (inside - 1)
+    if machines > 1:
+        seconds += 2 * (machines - 1) / machines * size / inside / (a.net_gb * 1e9)
+        hops += 2 * math.ceil(math.log2(machines))
+    buckets = a.buckets or math.ceil(size / (25 * 2**20))
+    return seconds + buckets * hops * a.latency * 1e-6
+
+
+def step(model, gpus, per_gpu, steps, a):
+    """(compute, communication, what of it is not hidden), seconds of one step of `per_gpu` images on each GPU.
+
+    Compute: the measured seconds an image, and never less than the fixed time of a step's kernels and host."""
+    batch, seconds = steps[model]
+    fixed = a.fixed * 1e-3
+    compute = fixed + per_gpu * max(0.0, seconds - fixed) / batch
+    sent = all_reduce(gradient_bytes(model), gpus, a)
+    return compute, sent, max(0.0, sent - a.overlap * a.backward * compute)
+
+
+def strong(steps, a):
+    """The recipe's global batch of 1,024, spread over the GPUs."""
+    columns, rows = ['GPUs', 'images a GPU', *(f'`{model}`' for model in MODELS)], []
+    for gpus in GPUS:
+        cells = []
+        for model in MODELS:
+            compute, sent, open_ = step(model, gpus, 1024 / gpus, steps, a)
+            cells.append(
+                f'{1e3 * compute:.1f} + {1e3 * open_:.1f} ({1e3 * sent:.1f}), '
+                f'{100 * step(model, 1, 1024, steps, a)[0] / gpus / (compute + open_):.0f} %'
+            )
+        rows.append([gpus, f'{1024 / gpus:g}', *cells])
+    return pages.table(columns, rows)
+
+
+def weak(steps, a):
+    """The measured batch on each GPU: the global batch grows."""
+    columns, rows = ['GPUs', *(f'`{model}` ({steps[model][0]} a GPU)' for model in MODELS)], []
+    for gpus in GPUS:
+        cells = []
+        for model in MODELS:
+            compute, sent, open_ = step(model, gpus, steps[model][0], steps, a)
+            rate = gpus * steps[model][0] / (compute + open_)
+            cells.append(f'{rate:,.0f} img/s, {100 * compute / (compute + open_):.0f} % ({100 * sent / compute:.1f} %)')
+        rows.append([gpus, *cells])
+    return pages.table(columns, rows)
+
+
+def runs(steps, a):
+    """The published recipe of 300 epochs at a global batch of 1,024: hours and dollars."""
+    columns, rows = ['model', 'gradients', *(f'{gpus} GPU{"s" * (gpus > 1)}' for gpus in (1, 8, 16, 32, 64))], []
+    for model in MODELS:
+        cells = []
+        for gpus in (1, 8, 16, 32, 64):
+            # One GPU accumulates over batches of the measured size; several have 1,024 / GPUs at once.
+            per_gpu = min(1024 / gpus, steps[model][0])
+            compute, _, open_ = step(model, gpus, per_gpu, steps, a)
+            updates = EPOCHS * (IMAGES // 1024)
+            hours = updates * (1024 / gpus / per_gpu * compute + open_) / 3600
+            cells.append(f'{hours:,.1f} h, ${hours * gpus * a.price:,.0f}')
+        rows.append([f'`{model}`', f'{gradient_bytes(model) / 1e6:.1f} MB', *cells])
+    return pages.table(columns, rows)
+
+
+def inputs(steps, a):
+    """What a GPU and a machine of `node` GPUs must be fed with at the measured rate."""
+    columns = ['model', 'img/s a GPU', 'MB/s a GPU', f'MB/s a machine of {a.node}', 'cores a GPU', 'GB/s of 1,024 GPUs']
+    rows = []
+    for model in MODELS:
+        batch, seconds = steps[model]
+        rate = batch / seconds
+        read = rate * a.kilobytes * 1e3
+        rows.append(
+            [
+                f'`{model}`',
+                f'{rate:,.0f}',
+                f'{read / 1e6:,.0f}',
+                f'{a.node * read / 1e6:,.0f}',
+                f'{rate / a.loader:.0f}',
+                f'{1024 * read / 1e9:,.0f}',
+            ]
+        )
+    return pages.table(columns, rows)
+
+
+def stated(steps, a):
+    """The assumptions, as the tables above were made with."""
+    columns, rows = ['assumption', 'flag', 'value'], []
+    for flag, unit in (
+        ('node', 'GPUs a machine'),
+        ('node_gb', 'GB/s a GPU sends within a machine'),
+        ('net_gb', 'GB/s a GPU sends between machines'),
+        ('latency', 'µs a hop of an all-reduce'),
+        ('overlap', 'of the backward pass hides communication'),
+        ('backward', 'of a step is backward pass'),
+        ('fixed', 'ms of a step do not shrink'),
+        ('kilobytes', 'kB a JPEG'),
+        ('loader', 'img/s a CPU core prepares'),
+        ('price', '$ a GPU hour'),
+    ):
+        rows.append([unit, f'`--{flag.replace("_", "-")}`', f'{getattr(a, flag):.3g}'])
+    return pages.table(columns, rows)
+
+
+TABLES = {'assumptions': stated, 'runs': runs, 'strong': strong, 'weak': weak, 'inputs': inputs}
+
+
+def main() -> int:
+    a = assumptions()
+    steps = measured()
+    made = {marker: make(steps, a) for marker, make in TABLES.items()}
+    return int(not pages.update('docs/scaling.md', made, a.check, 'python docs/make/scaling.py'))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""The attentions' options, and the paper's Tables 1, 2 and 6 on our models, for `tables.py` beside this file.
+
+Parameters and multiply-adds are counted on the code; memory and time come from results/zoo_h100.csv, which
+experiments/zoo_step measures. Where a count differs from the paper's in a digit that the paper prints, `REASONS` says
+why; a difference without a reason and a reason without a difference are errors.
+"""
+
+import csv
+import inspect
+from functools import lru_cache, partial
+from pathlib import Path
+
+import performance
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from evavit.layers import ATTENTIONS, EvaAttention, GridAttention
+from evavit.models import softmax_twin, variants
+from evavit.ops.grid import block_counts, cell_shape
+
+# Tables 1 and 2 of the paper: parameters (M), FLOPs (G, multiply-adds), top-1 on ImageNet-1k.
+PAPER = {
+    'deit_tiny': {
+        'local': (5.7, 1.1, '67.10'),
+        'performer': (5.7, 1.2, '65.92'),
+        'lara': (5.8, 1.2, '71.48'),
+        'eva': (5.8, 1.2, '73.00'),
+        'softmax': (5.7, 1.3, '72.98'),
+    },
+    'deit_small': {
+        'local': (22.0, 4.3, '74.06'),
+        'performer': (22.0, 4.4, '74.29'),
+        'lara': (22.2, 4.5, '79.48'),
+        'eva': (22.2, 4.4, '80.65'),
+        'softmax': (22.0, 4.6, '80.36'),
+    },
+    'deit_tiny_784': {
+        'performer': (5.7, 4.9, '67.19'),
+        'local': (5.7, 4.4, '70.62'),
+        'scatterbrain': (5.7, 5.2, '73.50'),
+        'nystromformer': (5.7, 4.8, '74.20'),
+        'lara': (5.8, 4.6, '75.02'),
+        'combiner': (5.7, 4.7, '75.56'),
+        'long_short': (6.1, 5.0, '76.41'),
+        'eva': (5.8, 4.6, '76.67'),
+        'softmax': (5.7, 7.0, '77.16'),
+    },
+    'pvt_v2_b3': {
+        'local': (36.0, 7.2, '83.34'),
+        'performer': (36.0, 8.2, '82.40'),
+        'lara': (39.9, 7.7, '83.47'),
+        'eva': (36.1, 7.4, '83.71'),
+        'softmax': (45.2, 6.9, '83.14'),
+    },
+}
+# Table 6: memory (G) and milliseconds an iteration, of training DeiT-Tiny-784 on V100s.
+PAPER_STEP = {'performer': (8.1, 87), 'local': (7.8, 65), 'eva': (9.9, 94), 'softmax': (17.7, 99)}
+STEPS = Path(__file__).resolve().parents[2] / 'results' / 'zoo_h100.csv'
+UNITS = {'parameters': 'M', 'multiply-adds': 'G'}
+
+PERFORMER = (
+    '128 features cost 4·N·128·C a layer: features of q and of k, keys by values, the output. {} features '
+    "would give the paper's figure; it names their number (128, Table 9) for DeiT-Tiny-784 alone."
+)
+REASONS = {
+    ('softmax_deit_tiny', 'multiply-adds'): "timm's `deit_tiny_patch16_224`, with a class token, is {deit_tiny_g} G.",
+    ('local_deit_small', 'parameters'): "22.050 M are softmax's, 0.012 M are bias tables.",
+    ('performer_deit_tiny', 'multiply-adds'): PERFORMER.format('45 to 99'),
+    ('performer_deit_small', 'multiply-adds'): PERFORMER.format('36 to 63'),
+    (
+        'performer_deit_tiny_784',
+        'multiply-adds',
+    ): '128 features (Table 9) cost 4·N·128·C a layer: features of q and of k, keys by values, the output. The '
+    "paper's figure is three of these products.",
+    ('performer_pvt_v2_b3', 'multiply-adds'): PERFORMER.format('141 to 152'),
+    (
+        'softmax_pvt_v2_b3',
+        'parameters',
+    ): "The paper's row is the original, with downsampled keys and values: timm's `pvt_v2_b3` has {pvt_m} M.",
+    ('softmax_pvt_v2_b3', 'multiply-adds'): "Likewise: timm's `pvt_v2_b3` is {pvt_g} G.",
+    (
+        'scatterbrain_deit_tiny_784',
+        'multiply-adds',
+    ): 'Keys by values are summed by window once, and the sums outside of a window are sums of those. The same '
+    'product once more over all tokens gives 5.24 G.',
+    (
+        'nystromformer_deit_tiny_784',
+        'multiply-adds',
+    ): "The pseudo-inverse meets the m landmarks' values, m × d; by the N × m weights first, it is 4.78 G.",
+    (
+        'lara_deit_tiny_784',
+        'multiply-adds',
+    ): 'The density of each sample under each proposal is 0.006 G of it; without, 4.648 G.',
+    (
+        'combiner_deit_tiny_784',
+        'parameters',
+    ): 'DeepSets-Max (Table 9) projects the queries and keys of a head, 2·64² weights a layer. Without '
+    "(`pooling='max'`) it is {combiner_m} M, but then {combiner_g} G.",
+    (
+        'long_short_deit_tiny_784',
+        'parameters',
+    ): 'Table 9 gives a dynamic projection of 16; with 49 (`projection_dim=49`) it is {long_short_m} M.',
+    ('long_short_deit_tiny_784', 'multiply-adds'): 'Likewise: with 49 it is {long_short_g} G.',
+}
+
+
+@lru_cache
+def count(name: str, **kwargs) -> tuple:
+    """Parameters and multiply-adds of a model for one 224 × 224 image: convolutions and matrix products.
+
+    The blocks of a stage are alike: all but the first are taken out, which is counted and multiplied. Not counted are
+    the sums over cells, additions that plain PyTorch is faster at as products with a matrix of 0 and 1.
+    """
+    model = timm.create_model(name, device='meta', **kwargs).eval()
+    stages = {path: blocks for path, blocks in model.named_modules() if path.rpartition('.')[2] == 'blocks'}
+    depths = {f'{path}.0': len(blocks) for path, blocks in stages.items()}
+    for blocks in stages.values():
+        del blocks[1:]
+    sums = {}
+    for path, module in model.named_modules():
+        if isinstance(module, EvaAttention) and module.partition_grid and not module.variant:
+            module.register_forward_pre_hook(partial(_count_sums, sums, path.rpartition('.')[0]))
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model(torch.empty(1, 3, 224, 224, device='meta'))
+    parameters = sum(p.numel() for p in model.parameters())
+    multiply_adds = flops.get_total_flops() // 2 - sum(sums.values())
+    for path, depth in depths.items():
+        of_block = flops.get_flop_counts()[f'{type(model).__name__}.{path}']
+        parameters += (depth - 1) * sum(p.numel() for p in model.get_submodule(path).parameters())
+        multiply_adds += (depth - 1) * (sum(of_block.values()) // 2 - sums.get(path, 0))
+    return parameters, multiply_adds
+
+
+def _count_sums(sums: dict, path: str, layer: EvaAttention, args: tuple) -> None:
+    """What the 0/1 products of a layer are counted as: means of q and k, ω by token, β; a band has one row of cells."""
+    x, feat_size = args
+    cells_of_a_band = block_counts(feat_size, cell_shape(feat_size, layer.partition_grid))[1]
+    sums[path] = 4 * cells_of_a_band * x.shape[1] * x.shape[2]
+
+
+def compared(ours: float, paper: float) -> tuple:
+    """The difference as text, empty where the paper's digits are ours."""
+    return '' if f'{ours:.1f}' == f'{paper:.1f}' else f'{ours - paper:+.2f}'
+
+
+def tables() -> str:
+    """A table a variant with all attentions, then the reasons of the differences."""
+    facts = {}
+    for key, (name, kwargs) in dict(
+        deit_tiny=('deit_tiny_patch16_224', {}),  # with its class token
+        pvt=softmax_twin('softmax_pvt_v2_b3'),
+        combiner=('combiner_deit_tiny_784', dict(pooling='max')),
+        long_short=('long_short_deit_tiny_784', dict(projection_dim=49)),
+    ).items():
+        parameters, multiply_adds = count(name, **kwargs)
+        facts |= {f'{key}_m': f'{parameters / 1e6:.2f}', f'{key}_g': f'{multiply_adds / 1e9:.3f}'}
+    lines, reasons, used = [], [], set()
+    for variant in variants():
+        paper = PAPER.get(variant, {})
+        lines += [
+            '',
+            '| model | parameters | paper | difference | multiply-adds | paper | difference | top-1 in the paper |',
+            '|---|---|---|---|---|---|---|---|',
+        ]
+        for attention in ATTENTIONS:
+            name = f'{attention}_{variant}'
+            *published, top1 = paper.get(attention, (None, None, '–'))
+            cells = [f'`{name}`']
+            for (what, unit), ours, theirs in zip(UNITS.items(), count(name), published, strict=True):
+                ours = ours / (1e6 if unit == 'M' else 1e9)
+                difference = '' if theirs is None else compared(ours, theirs)
+                if difference:
+                    if (name, what) not in REASONS:
+                        raise SystemExit(
+                            f'error: {name}: {ours:.3f} {unit} {what}, the paper has {theirs}; REASONS in '
+                            f'docs/make/zoo.py does not say why'
+                        )
+                    used.add((name, what))
+                    reasons.append(f'* `{name}`, {what}: {REASONS[name, what].format(**facts)}')
+                cells += [f'{ours:.2f} {unit}', '–' if theirs is None else f'{theirs} {unit}', difference]
+            lines.append('| ' + ' | '.join([*cells, top1]) + ' |')
+    if unused := set(REASONS) - used:
+        raise SystemExit(f'error: docs/make/zoo.py has reasons for what does not differ: {sorted(unused)}')
+    return '\n'.join([*lines[1:], '', 'Where a printed digit differs:', '', *reasons])
+
+
+def options() -> str:
+    """A row an attention: its class, its own options with their defaults, the image sizes that it takes."""
+    shared = inspect.signature(GridAttention).parameters
+    rows = ['| attention | class | own options | image sizes |', '|---|---|---|---|']
+    for name, attention in ATTENTIONS.items():
+        own = [
+            f'`{key}={parameter.default!r}`'
+            for key, parameter in inspect.signature(attention).parameters.items()
+            if key not in shared and key != 'feat_size' and parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        rows.append(
+            f'| `{name}` | `{attention.__name__}` | {", ".join(own)} | '
+            f'{"of `img_size`, as made" if attention.fixed_grid else "any"} |'
+        )
+    return '\n'.join(rows)
+
+
+def steps() -> str:
+    """Memory and time of a training step with each attention, eager and compiled, beside the paper's Table 6."""
+    measured = []
+    if STEPS.exists():
+        with open(STEPS, newline='') as stream:
+            # Beside EVA's model stands timm's softmax model, which is no attention of the zoo.
+            measured = [
+                row
+                for row in csv.DictReader(stream)
+                if row['bench'] == 'train'
+                and row['attention'] in ('', 'eva')
+                and row['case'].endswith('_deit_tiny_784')
+            ]
+    if not measured:
+        return 'Not measured yet.'
+    batches = sorted({int(row['batch_size']) for row in measured})
+    if len(batches) > 1 or len({row['device'] for row in measured}) > 1:
+        raise SystemExit(f'error: {STEPS.name} mixes batch sizes {batches} or devices; keep one of each')
+    lines = [
+        '| model | GiB, eager | ms, eager | GiB, compiled | ms, compiled | G in the paper | ms in the paper | '
+        'top-1 in the paper |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for attention in ATTENTIONS:
+        rows = performance.pick(measured, case=f'{attention}_deit_tiny_784')
+        cells = [f'`{attention}_deit_tiny_784`' + (', plain' if any(row['backend'] == 'plain' for row in rows) else '')]
+        for mode in ('no', 'default'):
+            cells += _step(performance.pick(rows, torchcompile=mode))
+        cells += [str(figure) for figure in PAPER_STEP.get(attention, ('–', '–'))]
+        cells.append(PAPER['deit_tiny_784'].get(attention, ('', '', '–'))[2])
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + (
+        f'\n\nBatch {batches[0]}, {measured[0]["amp_dtype"]} autocast. {performance.origins(measured)}'
+    )
+
+
+def _step(rows: list) -> list:
+    """GiB and milliseconds of a model in one mode; what became of it where it has none."""
+    figures = performance.pick(rows, status='ok')
+    if figures:
+        best = min(figures, key=lambda row: float(row['ms']))
+        memory = f'{float(best["peak_memory_mib"]) / 1024:.1f}' if best['peak_memory_mib'] else '–'
+        return [memory, f'{float(best["ms"]):.1f}']
+    return ['–', rows[0]['status'].replace('|', '/') if rows else 'not measured']

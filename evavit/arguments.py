@@ -1,0 +1,66 @@
+"""What every command line has in common: faults in one line, the nearest name for a misspelt one, `--device`."""
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any, Iterable, Optional, Sequence
+
+import torch
+
+from evavit.errors import UserError
+
+__all__ = ['Parser', 'check_device', 'find_device', 'nearest', 'program']
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with other manners: a fault is a `UserError` of one line, an unknown flag comes with the nearest
+    known one, and no flag can be shortened."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{'allow_abbrev': False, **kwargs})
+
+    def error(self, message: str) -> Any:
+        raise UserError(message)
+
+    # argparse declares overloads for the type of `namespace`, of which only the default is used here
+    def parse_args(  # type: ignore[override]
+        self, args: Optional[Sequence[str]] = None, namespace: None = None
+    ) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].split('=')[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            what = 'unknown flag' if word.startswith('-') else 'unexpected word'
+            raise UserError(f'{what} {unknown[0]}{nearest(word, flags)}; {self.prog} --help lists the flags')
+        return known
+
+
+def program(script: str) -> str:
+    """A script's name as it was called: train.py in a clone, evavit-train where the package is installed."""
+    return f'evavit-{script}' if Path(sys.argv[0]).stem == f'evavit-{script}' else f'{script}.py'
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """' (did you mean X?)' where a known name is near, else nothing."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f' (did you mean {near[0]}?)' if near else ''
+
+
+def check_device(name: Optional[str]) -> None:
+    """UserError unless the name has the form of a device; whether there is one is not asked."""
+    if name and not re.fullmatch(r'cpu|cuda(:\d+)?', name):
+        raise UserError(f'--device {name}: takes cpu, cuda or cuda:N')
+
+
+def find_device(name: Optional[str] = None) -> torch.device:
+    """The device of this name, by default the GPU where there is one, else the CPU. UserError where it is missing."""
+    check_device(name)
+    device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise UserError(f'--device {name}: PyTorch sees no CUDA device here; use --device cpu')
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f'--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here')
+    return device

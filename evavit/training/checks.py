@@ -1,0 +1,299 @@
+"""What can be said of settings before anything is built: whether they fit together and name things that are there."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Dict, Iterable, Optional, Tuple
+
+import torch
+from timm.data import create_transform
+from timm.optim import get_optimizer_info, list_optimizers
+
+from evavit.arguments import check_device, nearest
+from evavit.errors import UserError, first_line
+from evavit.training import data
+from evavit.training.config import (
+    AugmentConfig,
+    BatchConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from evavit.training.signals import parse_interval
+
+HUBS = ('hfds', 'hfids', 'tfds')  # kinds of data sets that are found by their name alone
+PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Settings of train.py that contradict each other or do nothing, each a UserError. No file is looked at."""
+    _check_model(config.model)
+    _check_optimizer(config.optim, config.model)
+    _check_schedule(config.schedule)
+    _check_augmentation(config.augment)
+    if mixes(config.loss) and config.batch.batch_size % 2:
+        raise UserError(
+            f'mixup and cutmix pair the images of a batch: batch_size {config.batch.batch_size} must be even'
+        )
+    if config.loss.smoothing >= 1:
+        raise UserError(f'smoothing {config.loss.smoothing:g} leaves nothing of the label: it must be less than 1')
+    _check_run(config.run)
+    if config.loss.mixup_off_epoch and not mixes(config.loss):
+        raise UserError('mixup_off_epoch does nothing without mixup or cutmix; leave it out')
+    _check_needed(
+        ('torchcompile_mode', config.machine.torchcompile_mode, 'torchcompile', config.machine.torchcompile),
+        ('bce_target_thresh', config.loss.bce_target_thresh is not None, 'bce_loss', config.loss.bce_loss),
+        ('no_resume_opt', config.run.no_resume_opt, 'resume', config.run.resume),
+        ('model_ema_warmup', config.ema.model_ema_warmup, 'model_ema', config.ema.model_ema),
+    )
+    if not config.data.train_split or not config.data.val_split:
+        raise UserError('train_split and val_split name splits: they must not be empty')
+    if config.machine.torchcompile:
+        check_compile_backend(config.machine.torchcompile)
+    check_device(config.machine.device)
+
+
+def _check_model(config: ModelConfig) -> None:
+    if not config.model:
+        raise UserError('no model: give --model NAME or a config file with -c')
+    starts = [name for name in ('pretrained', 'pretrained_path', 'initial_checkpoint') if getattr(config, name)]
+    if len(starts) > 1:
+        raise UserError(f'{" and ".join(starts)} both name the weights to start from: give one of them')
+    if config.linear_probe and not starts:
+        raise UserError('linear_probe trains the classifier alone: say with --pretrained-path what gives the features')
+    image_channels(config)
+
+
+def _check_optimizer(config: OptimConfig, model: ModelConfig) -> None:
+    name = config.opt.lower()
+    if name not in list_optimizers():
+        raise UserError(f'unknown optimizer {config.opt}{nearest(name, map(str, list_optimizers()))}')
+    if model.linear_probe and config.layer_decay:
+        raise UserError(
+            f'layer_decay {config.layer_decay:g} does nothing with linear_probe, which trains one layer; leave '
+            f'one of them out'
+        )
+    if config.layer_decay == 0:
+        raise UserError('layer_decay 0 trains nothing but the head: give a factor above 0, or leave it out')
+    if config.clip_grad == 0:
+        raise UserError('clip_grad 0 lets no gradient through: give a bound above 0, or leave it out for no clipping')
+    optimizer = get_optimizer_info(name)
+    if optimizer.second_order:
+        raise UserError(
+            f'opt {config.opt} needs second derivatives, which train.py does not compute; choose another --opt'
+        )
+    if config.opt_betas and not optimizer.has_betas:
+        raise UserError(f'opt_betas {config.opt_betas}: {config.opt} has none; leave them out, or choose another --opt')
+    if config.opt_betas and len(config.opt_betas) != optimizer.num_betas:
+        raise UserError(f'opt_betas {config.opt_betas}: {config.opt} takes {optimizer.num_betas} numbers')
+
+
+def _check_schedule(config: ScheduleConfig) -> None:
+    if config.warmup_epochs >= config.epochs and not config.warmup_prefix and config.sched != 'none':
+        raise UserError(
+            f'warmup_epochs {config.warmup_epochs} must be less than epochs {config.epochs}; lower --warmup-epochs, '
+            f'or add the warm-up to the epochs with --warmup-prefix'
+        )
+    if config.sched == 'step' and not config.decay_epochs:
+        raise UserError(
+            f'decay_epochs {config.decay_epochs}: the step schedule needs a number of epochs above 0 between steps'
+        )
+    if config.sched == 'multistep':
+        milestones = config.decay_milestones
+        if any(a >= b for a, b in pairwise(milestones)):
+            raise UserError(f'decay_milestones {milestones} must rise')
+        if milestones[-1] >= config.epochs:
+            raise UserError(
+                f'decay_milestones {milestones}: the run ends after {config.epochs} epochs, before the last of them'
+            )
+
+
+def _check_augmentation(config: AugmentConfig) -> None:
+    if config.ratio and config.ratio[0] == 0:
+        raise UserError(f'ratio {config.ratio}: an aspect ratio must be above 0')
+    if config.scale and config.scale[1] == 0:
+        raise UserError(f"scale {config.scale}: the crop's area must be above 0")
+    for name in ('scale', 'ratio'):
+        bounds = getattr(config, name)
+        if bounds and bounds[0] > bounds[1]:
+            raise UserError(f'{name} {bounds}: the first number is the smaller one')
+    if config.no_aug and (config.aa or config.reprob):
+        raise UserError(
+            f'no_aug turns augmentation off: '
+            f'{f"aa {config.aa}" if config.aa else f"reprob {config.reprob:g}"} would do nothing; leave one of them out'
+        )
+
+
+def _check_run(config: RunConfig) -> None:
+    if config.resume == 'auto' and not config.experiment:
+        raise UserError("--resume auto looks in this run's folder: name it with --experiment")
+    if config.experiment and '..' in Path(config.experiment).parts:
+        raise UserError(f'experiment {config.experiment}: a folder inside of --output, so without ..')
+    parse_interval(config.checkpoint_interval)
+
+
+def _check_needed(*rules: Tuple[str, Any, str, Any]) -> None:
+    """Each rule: a setting and whether it is given, the one it needs and whether that is given."""
+    for name, given, needed, there in rules:
+        if given and not there:
+            raise UserError(f'{name} does nothing without {needed}; add --{needed.replace("_", "-")}')
+
+
+def mixes(config: LossConfig) -> bool:
+    """Whether images and labels are mixed."""
+    return config.mixup > 0 or config.cutmix > 0
+
+
+def image_channels(config: ModelConfig) -> int:
+    """Channels that images are loaded with: 1 for grey, 3 for colour. Another number is a UserError."""
+    given = dict(
+        input_size=config.input_size[0] if config.input_size else None,
+        in_chans=config.in_chans,
+        model_kwargs=(config.model_kwargs or {}).get('in_chans'),
+    )
+    for name, channels in given.items():
+        if channels is not None and channels not in (1, 3):
+            raise UserError(f'{name}: {channels} image channels; images are loaded with 1 or 3')
+    return next((channels for channels in given.values() if channels is not None), 3)
+
+
+def check_compile_backend(backend: str) -> None:
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(f'unknown backend of torch.compile {backend}{nearest(backend, known)}')
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """How the images of one update come together, and the learning rate that follows."""
+
+    per_process: int
+    processes: int
+    accumulated: int
+    lr: float
+    lr_rule: str
+
+    @property
+    def total(self) -> int:
+        return self.per_process * self.processes * self.accumulated
+
+    def __str__(self) -> str:
+        return f'global batch {self.sizes()}; lr {self.lr:g} ({self.lr_rule})'
+
+    def sizes(self) -> str:
+        return (
+            f'{self.total} = {self.per_process} per process × {self.processes} processes × '
+            f'{self.accumulated} accumulated'
+        )
+
+
+def global_batch(config: BatchConfig, schedule: ScheduleConfig, processes: int) -> GlobalBatch:
+    """Check batch per process × processes × accumulation against global_batch_size, and scale the learning rate."""
+    per_process, accumulated, wanted = config.batch_size, config.grad_accum_steps, config.global_batch_size
+    total = per_process * processes * accumulated
+    if wanted is not None and total != wanted:
+        raise UserError(
+            f'global_batch_size {wanted} is not {per_process} (-b) × {processes} (processes) × {accumulated} '
+            f'(--grad-accum-steps) = {total}; {_batch_advice(wanted, per_process, processes)}'
+        )
+    lr, rule = schedule.lr, 'as given'
+    if lr is None:
+        ratio = total / schedule.lr_base_size
+        lr = schedule.lr_base * (ratio if schedule.lr_base_scale == 'linear' else ratio**0.5)
+        rule = f'{schedule.lr_base:g} at {schedule.lr_base_size}, {schedule.lr_base_scale}'
+    if schedule.min_lr > lr and schedule.sched not in ('none', 'constant'):
+        raise UserError(f'min_lr {schedule.min_lr:g} is above the learning rate {lr:g} ({rule}); lower --min-lr')
+    return GlobalBatch(per_process, processes, accumulated, lr, rule)
+
+
+def _batch_advice(wanted: int, per_process: int, processes: int) -> str:
+    if wanted % processes:
+        return f'{wanted} does not divide among {processes} processes: change their number or --global-batch-size'
+    share = wanted // processes
+    steps = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= per_process)
+    advice = f'use -b {share // steps} --grad-accum-steps {steps}'
+    return advice if steps == 1 else f'{advice}, or -b {share} --grad-accum-steps 1 if memory allows'
+
+
+def check_files(config: TrainConfig) -> None:
+    """Files and folders that the settings name are there, and the output can be written. No image is read."""
+    named = {name: getattr(config.run, name) for name in ('output', 'experiment', 'resume')}
+    named |= {name: getattr(config.model, name) for name in ('pretrained_path', 'initial_checkpoint')}
+    named |= {name: getattr(config.data, name) for name in ('data_dir', 'class_map', 'train_split', 'val_split')}
+    _check_names(named.items())
+    for name in ('pretrained_path', 'initial_checkpoint', 'resume'):
+        path = named[name]
+        if path and not (name == 'resume' and path == 'auto') and not Path(path).is_file():
+            raise UserError(f'--{name.replace("_", "-")} {path}: no such file')
+    place = folder = Path(config.run.output, config.run.experiment or '')
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(
+            f'--output {folder}: cannot be written, {place} is {"not writable" if place.is_dir() else "no folder"}'
+        )
+    if config.data.class_map:
+        data.read_class_map(config.data.class_map, config.data.data_dir)
+    _check_source(config.data, config.augment.aug_repeats, config.run.dry_run)
+
+
+def _check_names(named: Iterable[Tuple[str, Optional[str]]]) -> None:
+    """Names that no file system takes; the other checks can then ask for them."""
+    for name, path in named:
+        try:
+            os.lstat(path or '.')
+        except FileNotFoundError:  # what comes after a missing folder has not been looked at
+            longest = max(len(os.fsencode(part)) for part in Path(path or '.').parts)
+            fault = 'a name of more than 255 bytes' if longest > 255 else None
+        except (NotADirectoryError, PermissionError):
+            continue
+        except (OSError, ValueError) as error:
+            fault = getattr(error, 'strerror', None) or first_line(error)
+        else:
+            continue
+        if fault:
+            raise UserError(f'{name} {str(path)[:100]!r}: not a path ({fault})')
+
+
+def _check_source(config: DataConfig, aug_repeats: int, dry_run: bool) -> None:
+    """The data set's name, and that something is there; nothing of it is read."""
+    prefix = data.check_name(config.dataset)
+    package = PACKAGES.get(prefix)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f'dataset {config.dataset} needs the package {package}, which is not installed: pip install {package}'
+        )
+    if not config.data_dir:
+        if prefix not in HUBS and not dry_run:
+            raise UserError(
+                'no data: give --data-dir DIR, a folder of images sorted into class folders'
+                if not prefix
+                else f'dataset {config.dataset}: say with --data-dir where it lies'
+            )
+    elif '://' not in config.data_dir and not config.dataset_download and not Path(config.data_dir).exists():
+        raise UserError(f'{config.data_dir}: no such folder (--data-dir)')
+    if aug_repeats and prefix in ('wds', 'hfids', 'tfds'):
+        raise UserError(
+            f'aug_repeats {aug_repeats} needs a data set with an index; {config.dataset} is '
+            f'read as a stream: set --aug-repeats 0'
+        )
+
+
+def check_transform(config: AugmentConfig, data_config: Dict[str, Any]) -> None:
+    """timm takes these settings of augmentation for images of this size."""
+    try:
+        create_transform(
+            data_config['input_size'],
+            is_training=True,
+            no_aug=config.no_aug,
+            use_prefetcher=True,
+            **data.transform_arguments(config, data_config),
+        )
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f'augmentation (aa {config.aa}): timm does not take it, {first_line(error)}') from error

@@ -1,0 +1,219 @@
+"""Data sets: timm's, with the checks that timm leaves out.
+
+A folder without images of a class, or a validation folder with classes that the training folder lacks, would change the
+labels without a word: here each is a UserError (`folders`). An image that cannot be read is counted (`images`).
+"""
+
+import gzip
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers.class_map import load_class_map
+
+from evavit.arguments import nearest
+from evavit.errors import UserError, first_line
+from evavit.files import replacing
+from evavit.training.config import DataConfig
+from evavit.training.data.folders import SPLIT_NAMES, ClassFolders, find_split
+from evavit.training.data.images import CheckedImages, CheckedStream
+
+KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+TORCH_DATASETS = (
+    'cifar10',
+    'cifar100',
+    'mnist',
+    'kmnist',
+    'fashion_mnist',
+    'qmnist',
+    'imagenet',
+    'inaturalist',
+    'places365',
+    'image_folder',
+)
+Checked = Union[CheckedImages, CheckedStream]
+
+
+def open_dataset(
+    config: DataConfig,
+    split: str,
+    *,
+    batch_size: int,
+    seed: int = 42,
+    is_training: bool = False,
+    class_names: Optional[List[str]] = None,
+    in_chans: int = 3,
+    num_samples: Optional[int] = None,
+) -> Tuple[Checked, Optional[List[str]]]:
+    """The data set of one split, and the names of its classes (None where the data set does not know them).
+
+    Args:
+        config: Where the data is.
+        split: Name of the split.
+        batch_size: Images of a batch, which timm's streams share among their workers.
+        seed: Order of a stream, and what takes the place of unreadable images.
+        is_training: Another image takes the place of one that cannot be read.
+        class_names: Those that the training split or a checkpoint has: the labels then follow them.
+        in_chans: 3 for colour, 1 for grey.
+        num_samples: Images of a stream that does not say.
+
+    Raises:
+        UserError: The data is not there, or is not what `config` says.
+    """
+    mode = 'RGB' if in_chans == 3 else 'L'
+    prefix = check_name(config.dataset)
+    if not prefix:
+        dataset, names = _open_folder(config, split, class_names)
+        return _checked(dataset, mode, config.max_bad_images, seed if is_training else None), names
+    if config.class_map:
+        read_class_map(config.class_map, config.data_dir)
+    class_map: Any = config.class_map  # timm's annotation leaves out the path that it takes as well
+    if prefix == 'torch':
+        _unpack_raw_files(config.data_dir)
+    try:
+        dataset = create_dataset(
+            config.dataset,
+            root=config.data_dir,
+            split=split,
+            class_map=class_map,
+            is_training=is_training,
+            download=config.dataset_download,
+            batch_size=batch_size,
+            num_samples=num_samples,
+            seed=seed,
+            input_img_mode=mode,
+        )
+    except (AssertionError, RuntimeError, ValueError, OSError, ImportError) as error:
+        raise UserError(f'dataset {config.dataset}, {split}, in {config.data_dir}: {first_line(error)}') from error
+    labels: Dict[str, int] = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
+    found = getattr(dataset, 'classes', None) or sorted(labels, key=labels.__getitem__)
+    checked = _checked(dataset, mode, config.max_bad_images, seed if is_training else None)
+    return checked, list(map(str, found)) if found else None
+
+
+def _checked(dataset: Any, mode: str, max_bad_images: float, seed: Optional[int]) -> Checked:
+    """The data set with a count of its unreadable images; with a seed others take their place."""
+    if isinstance(dataset, IterableImageDataset):
+        return CheckedStream(dataset.reader, mode, max_bad_images)
+    return CheckedImages(dataset, mode, max_bad_images, seed)
+
+
+def _open_folder(
+    config: DataConfig, split: str, class_names: Optional[List[str]]
+) -> Tuple[ImageDataset, Optional[List[str]]]:
+    """timm's data set of a folder or tar file, and the names of its classes."""
+    if not config.data_dir:
+        raise UserError('no data: give --data-dir DIR, a folder of images sorted into class folders')
+    root = Path(config.data_dir)
+    if not root.exists():
+        raise UserError(f'{root}: no such folder (--data-dir)')
+    if root.is_file() and split in SPLIT_NAMES[0]:
+        raise UserError(
+            f'{root}: a tar file holds one split; to train, give a folder with {split}.tar, or with '
+            f'{split}/CLASS/IMAGE files'
+        )
+    if root.is_dir():
+        root = find_split(root, split)
+    class_to_idx = read_class_map(config.class_map, config.data_dir) if config.class_map else None
+    if class_names is not None and class_to_idx is None:
+        class_to_idx = {name: index for index, name in enumerate(class_names)}
+    if root.is_dir():
+        reader = ClassFolders(root, class_to_idx)
+        labels = reader.class_to_idx
+        dataset = ImageDataset(str(root), reader=reader)
+    else:
+        try:
+            dataset = create_dataset('', root=str(root), class_map=class_to_idx or {})
+        except (AssertionError, ValueError, OSError, tarfile.TarError) as error:
+            raise UserError(f'{root}: not a readable tar file of CLASS/IMAGE files ({first_line(error)})') from error
+        labels = dataset.reader.class_name_to_idx
+    return dataset, sorted(labels, key=labels.__getitem__)
+
+
+def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:
+    """{class: label} of a text file, which lies at `path` or, as in timm, in the folder `root`."""
+    if Path(path).suffix.lower() != '.txt':
+        raise UserError(f'--class-map {path}: must be a .txt file with one class name a line')
+    try:
+        file = Path(path) if Path(path).exists() else Path(root or '', path)
+        lines = [line.strip() for line in file.read_text(encoding='utf-8').splitlines()]
+        seen = {''}
+        for number, name in enumerate(lines, 1):
+            if name in seen:
+                raise UserError(
+                    f'--class-map {path}: line {number} {f"repeats {name}" if name else "is empty"}; it '
+                    f'should hold each class name once, one a line'
+                )
+            seen.add(name)
+        return load_class_map(path, str(root or ''))
+    except (AssertionError, OSError, ValueError) as error:
+        raise UserError(f'--class-map {path}: {first_line(error)}') from error
+
+
+def check_name(dataset: str) -> str:
+    """The kind of a data set, '' for a folder or tar file. An unknown name is a UserError."""
+    prefix, slash, name = dataset.partition('/')
+    prefix = prefix.lower()
+    if not slash:
+        if prefix:
+            raise UserError(
+                f'unknown dataset {dataset}: leave --dataset empty for an image folder, or write '
+                f'{", ".join(f"{kind}/NAME" for kind in KINDS)}'
+            )
+        return ''
+    if prefix not in KINDS:
+        raise UserError(f'unknown dataset {dataset}{nearest(prefix, KINDS)}: it must begin with {", ".join(KINDS)}')
+    if prefix == 'torch' and name.lower() not in (*TORCH_DATASETS, 'inat', 'folder'):
+        raise UserError(
+            f'unknown dataset {dataset}{nearest(name.lower(), TORCH_DATASETS)}: timm reads torch/ data '
+            f'sets {", ".join(TORCH_DATASETS)}'
+        )
+    return prefix
+
+
+def _unpack_raw_files(root: Optional[str]) -> None:
+    """Unpack the .gz files of MNIST-like data sets where they lie: torchvision only unpacks what it downloads."""
+    for packed in sorted(Path(root or '.').glob('*/raw/*-ubyte.gz')):
+        plain = packed.with_suffix('')
+        if plain.exists():
+            continue
+        try:
+            with (
+                replacing(plain, shared=True) as partial,
+                gzip.open(packed, 'rb') as source,
+                open(partial, 'wb') as file,
+            ):
+                shutil.copyfileobj(source, file)
+        except (OSError, EOFError) as error:
+            raise UserError(f'{packed}: cannot be unpacked ({first_line(error)})') from error
+
+
+def open_training_sets(
+    config: DataConfig, *, in_chans: int, batch_size: int, seed: int
+) -> Tuple[Checked, Checked, Optional[List[str]]]:
+    """Training split, validation split with the same classes in the same order, and their names."""
+    shared: Dict[str, Any] = dict(in_chans=in_chans, batch_size=batch_size, seed=seed)
+    train_set, names = open_dataset(
+        config, config.train_split, is_training=True, num_samples=config.train_num_samples, **shared
+    )
+    eval_set, _ = open_dataset(
+        config, config.val_split, class_names=names, num_samples=config.val_num_samples, **shared
+    )
+    return train_set, eval_set, names
+
+
+def class_count(config: DataConfig, num_classes: Optional[int], class_names: Optional[List[str]]) -> int:
+    """num_classes as given, checked against the data; else as many as the data has."""
+    found = len(class_names) if class_names else None
+    if num_classes is None:
+        if found is None:
+            raise UserError(f'the data set {config.dataset} does not say how many classes it has; set --num-classes')
+        return found
+    if found is not None and (num_classes < found or (num_classes > found and not config.class_map)):
+        raise UserError(
+            f'num_classes is {num_classes}, but {config.data_dir} has {found} classes; set --num-classes '
+            f'{found}, or give --class-map if the folder holds some of the {num_classes}'
+        )
+    return num_classes

@@ -1,0 +1,221 @@
+"""Loaders: timm's, which start at any batch of an epoch and draw there what they would have drawn without a stop."""
+
+import os
+import signal
+import threading
+from itertools import islice
+from typing import Any, Dict, Iterator, Optional, Tuple
+
+import torch
+from timm.data import IterableImageDataset, create_loader, resolve_data_config
+from timm.models import get_model_input_config
+
+from evavit.errors import UserError, first_line
+from evavit.training.config import AugmentConfig, BatchConfig, MachineConfig, ModelConfig
+from evavit.training.data.augment import SeededErasing, repair_posterize
+from evavit.training.distributed import Draw, Process, seed_at, seed_sample
+
+Batches = Iterator[Tuple[torch.Tensor, torch.Tensor]]
+
+
+class SeededDataset(torch.utils.data.Dataset):
+    """A data set asked by (index, seed of the draw): what is drawn for an image depends on nothing that came before."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Tuple[int, int]) -> Any:
+        index, seed = draw
+        seed_sample(seed)
+        return self.dataset[index]
+
+
+class SeededSampler(torch.utils.data.Sampler):
+    """A sampler's indices from any place of the epoch to its last update's, each with the seed of its draw.
+
+    The seed follows from the image's place among those of all processes: a global batch is augmented alike however many
+    processes and workers share it.
+    """
+
+    def __init__(self, sampler: Any, seed: int, rank: int, world_size: int):
+        self.sampler, self.seed, self.rank, self.world_size = sampler, seed, rank, world_size
+        self.epoch, self.first = 0, 0
+        self.last: Optional[int] = None
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Tuple[int, int]]:
+        for place, index in islice(enumerate(self.sampler), self.first, self.last):
+            yield index, seed_at(self.seed, Draw.IMAGE, self.epoch, place * self.world_size + self.rank)
+
+
+def _start_worker(info: Any) -> int:
+    """A worker heeds SIGTERM only from its own main process. Schedulers send it to every process of a job, and a run
+    that is to save needs its workers for the update under way."""
+    if hasattr(signal, 'sigwaitinfo'):  # not on every system
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        threading.Thread(target=_wait_for_parents_signal, args=(os.getppid(),), daemon=True).start()
+    return info.seed
+
+
+def _wait_for_parents_signal(parent: int) -> None:
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]:
+    """timm's data settings (input size, mean, std, crop, interpolation) for the model as it was built."""
+    names = ('in_chans', 'img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct')
+    given = {name: getattr(config, name) for name in names}
+    if given['input_size'] is None and given['img_size'] is None:
+        given['input_size'] = get_model_input_config(model)['input_size']
+    channels = given['input_size'][0] if given['input_size'] else given['in_chans'] or 3
+    for key in ('mean', 'std'):
+        if given[key] is not None and len(given[key]) not in (1, channels):
+            raise UserError(f'{key} {given[key]} has {len(given[key])} numbers for images of {channels} channels')
+    resolved = resolve_data_config(given, model=model)
+    for key in ('mean', 'std'):  # ImageNet's three numbers do for grey images as their average
+        if len(resolved[key]) != channels:
+            resolved[key] = (sum(resolved[key]) / len(resolved[key]),) * channels
+    return resolved
+
+
+def train_loader(
+    dataset: Any,
+    augment: AugmentConfig,
+    data_config: Dict[str, Any],
+    *,
+    batch_size: int,
+    machine: MachineConfig,
+    seed: int,
+    process: Process,
+) -> Any:
+    """Batches of augmented images on the process's device, for `epoch_batches` to start an epoch of.
+
+    Args:
+        dataset: From `open_dataset`.
+        augment: What is done to the images.
+        data_config: From `resolve_input`.
+        batch_size: Images of a batch.
+        machine: Loading processes and memory.
+        seed: The run's.
+        process: This process.
+    """
+    device = process.device
+    if not isinstance(dataset, IterableImageDataset):
+        dataset = SeededDataset(dataset)
+    try:
+        loader = create_loader(
+            dataset,
+            input_size=data_config['input_size'],
+            batch_size=batch_size,
+            is_training=True,
+            no_aug=augment.no_aug,
+            re_prob=augment.reprob,
+            re_mode=augment.remode,
+            re_count=augment.recount,
+            num_aug_repeats=augment.aug_repeats,
+            num_workers=machine.workers,
+            distributed=True,
+            pin_memory=machine.pin_mem and device.type == 'cuda',
+            device=device,
+            persistent_workers=False,
+            worker_seeding=_start_worker,  # type: ignore[arg-type]  # timm takes a function too
+            **transform_arguments(augment, data_config),
+        )
+    except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f'augmentation (aa {augment.aa}, aug_repeats {augment.aug_repeats}): timm does not take it, '
+            f'{first_line(error)}'
+        ) from error
+    repair_posterize(dataset.transform)
+    if isinstance(dataset, SeededDataset):
+        loader.batch_sampler.sampler = SeededSampler(loader.sampler, seed, process.rank, process.world_size)
+    if loader.random_erasing is not None:
+        loader.random_erasing = SeededErasing(loader.random_erasing, seed, process)
+    return loader
+
+
+def transform_arguments(augment: AugmentConfig, data_config: Dict[str, Any]) -> Dict[str, Any]:
+    """What timm's `create_transform` and `create_loader` both take."""
+    return dict(
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,
+        auto_augment=augment.aa,
+        interpolation=augment.train_interpolation or data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        crop_pct=data_config['crop_pct'],
+    )
+
+
+def eval_loader(
+    dataset: Any, data_config: Dict[str, Any], *, batch_size: int, machine: MachineConfig, device: torch.device
+) -> Any:
+    """Batches of images on the device, in order; the sampler knows which of them only make the processes even."""
+    return create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=batch_size,
+        is_training=False,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        num_workers=machine.workers,
+        distributed=True,
+        pin_memory=machine.pin_mem and device.type == 'cuda',
+        device=device,
+        persistent_workers=False,
+    )
+
+
+def epoch_batches(
+    loader: Any, batch: BatchConfig, *, seed: int, process: Process, epoch: int, first: int = 0
+) -> Batches:
+    """Iterator over the batches of an epoch from number `first` on.
+
+    The order depends on seed and epoch alone, not on the number of processes. A data set that is a stream is read again
+    from the epoch's start, up to the batch; its augmentation depends on the number of workers too.
+    """
+    order, streams = seed * 100_003 + epoch, isinstance(loader.dataset, IterableImageDataset)
+    process.seed(seed, Draw.EPOCH, epoch)  # the workers' own seeds, which a stream draws from
+    if loader.random_erasing is not None:
+        loader.random_erasing.epoch, loader.random_erasing.batch = epoch, 0 if streams else first
+    if streams:
+        loader.dataset.set_epoch(order)
+        return islice(iter(loader), first, None)
+    loader.sampler.set_epoch(order)
+    draws = loader.batch_sampler.sampler
+    # Not the batches after the last update: workers would read some of them, and count the bad images there, or not.
+    last = len(loader) // batch.grad_accum_steps * batch.grad_accum_steps
+    draws.epoch, draws.first, draws.last = epoch, first * batch.batch_size, last * batch.batch_size
+    return iter(loader)
+
+
+def updates_per_epoch(loader: Any, grad_accum_steps: int, images_per_update: int) -> int:
+    """Whole updates in an epoch; what is left at its end is not trained on in that epoch."""
+    updates = len(loader) // grad_accum_steps
+    if updates == 0:
+        raise UserError(
+            f"the training split has {len(loader.dataset)} images, less than one update's {images_per_update}; "
+            f'lower -b or --grad-accum-steps'
+        )
+    return updates

@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""Softmax weights in an EVA model, and how near it starts: python experiments/softmax_to_eva/run.py
+
+Trains a small softmax ViT on scikit-learn's Digits (a minute or two on a core), takes its weights into the same model
+with EVA, and compares ways to start what EVA has beside softmax attention: the summaries, and the bias of the window.
+Printed for each: the error of the attention's output, mean over the layers on the softmax network's own tokens; the
+error of the logits; accuracy. No training follows. `--pyramid` does it with a small PVT of timm, which shortens keys
+and values. `--weights FILE` takes a file of a softmax ViT (timm's names) instead of training, and two photographs that
+scikit-learn carries: errors alone. Needs scikit-learn.
+"""
+
+import argparse
+import csv
+import logging
+import math
+import re
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import evavit
+from evavit.models import fit_checkpoint
+
+DIGITS = dict(in_chans=1, img_size=32, patch_size=4, embed_dim=96, depth=3, num_heads=3, num_classes=10)
+WINDOW = dict(window_size=4, partition_grid=4)  # on 8 × 8 tokens: windows of a quarter, cells of 2 × 2
+PYRAMID = dict(
+    in_chans=1,
+    embed_dims=(32, 64, 96, 128),
+    depths=(1, 1, 1, 1),
+    num_heads=(1, 2, 3, 4),
+    mlp_ratios=(4, 4, 4, 4),
+    num_classes=10,
+)  # at 64 × 64 pixels: 16 × 16 tokens, 8 × 8, 4 × 4, 2 × 2
+
+
+def digits(side: int = 32) -> tuple:
+    """Images `(1797, 1, side, side)` of mean 0 and deviation 1, and their labels; the last 360 are the test."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().unsqueeze(1)
+    images = F.interpolate((images - images.mean()) / images.std(), size=side, mode='bicubic')
+    return images, torch.from_numpy(data.target)
+
+
+def photographs(side: int, count: int = 8) -> torch.Tensor:
+    """Crops of scikit-learn's two sample photographs, `(count, 3, side, side)`."""
+    from sklearn.datasets import load_sample_images
+
+    rng, pictures, crops = np.random.default_rng(0), load_sample_images().images, []
+    for i in range(count):
+        picture, size = pictures[i % 2], rng.integers(200, 420)
+        y, x = rng.integers(0, picture.shape[0] - size + 1), rng.integers(0, picture.shape[1] - size + 1)
+        crop = Image.fromarray(picture[y : y + size, x : x + size]).resize((side, side), Image.Resampling.BICUBIC)
+        crops.append(np.asarray(crop) / 255)
+    images = torch.from_numpy(np.stack(crops)).float().permute(0, 3, 1, 2)
+    mean, std = (
+        torch.tensor(value).view(3, 1, 1) for value in (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+    )
+    return (images - mean) / std
+
+
+def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int) -> None:
+    """AdamW, a cosine from 2.5e-3 to 0 with a short warm-up, digits shifted by up to two pixels."""
+    size = 48
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.5e-3, epochs * (len(images) // size), pct_start=0.1)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images)).split(size):
+            if len(batch) < size:
+                continue
+            shift = torch.randint(-2, 3, (2,)).tolist()
+            loss = F.cross_entropy(model(images[batch].roll(shift, (2, 3))), labels[batch], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+def blocks(network: torch.nn.Module) -> list:
+    """The blocks that have EVA in an EVA model: all of a DeiT, those before the last stage of a pyramid."""
+    return (
+        [block for stage in network.stages[:-1] for block in stage.blocks]
+        if hasattr(network, 'stages')
+        else list(network.blocks)
+    )
+
+
+def starts(softmax: torch.nn.Module, sizes: dict, window: dict) -> dict:
+    """Models with EVA that hold the softmax network's weights, by how the rest starts."""
+    pyramid = 'depths' in sizes
+
+    def model(attention='eva', **options):
+        name = f'{attention}_{"pvt_v2_b3" if pyramid else "deit_tiny"}'
+        return timm.create_model(name, **sizes, **(window if attention == 'eva' else {}), **options).eval()
+
+    def converted(**options):
+        ours = model(**options)
+        ours.load_state_dict(fit_checkpoint(softmax.state_dict(), ours)[0])
+        return ours
+
+    def usual(network):
+        """What EVA has of its own, as training from nothing starts it."""
+        own = {name: value for name, value in model().state_dict().items() if 'summary' in name or 'rel_pos' in name}
+        network.load_state_dict({**network.state_dict(), **own})
+        return network
+
+    def identity_before_norm(network, length):
+        """The projection the identity; LayerNorm gives every summary the length `length` times √d."""
+        for block in blocks(network):
+            for summary, rows in zip((block.attn.summary_q, block.attn.summary_k), (0, 1), strict=True):
+                torch.nn.init.eye_(summary.proj.weight)
+                torch.nn.init.zeros_(summary.proj.bias)
+                torch.nn.init.zeros_(summary.norm.bias)
+                scale = 1.0
+                if length == 'typical':  # of a token's query or key, whose input is white with the norm's variances
+                    weight = block.attn.qkv.weight.chunk(3)[rows] * block.norm1.weight
+                    scale = weight.square().sum(1).mean().sqrt().item()
+                torch.nn.init.constant_(summary.norm.weight, scale)
+        return network
+
+    def bias(network, shift):
+        """The bias of the window as the conversion has it, and `shift`; None for no bias at all."""
+        for block in blocks(network):
+            table = block.attn.rel_pos.relative_position_bias_table
+            table.copy_(torch.zeros_like(table) if shift is None else table + shift)
+        return network
+
+    whole = {'softmax, keys and values not shortened': converted(attention='softmax')} if pyramid else {}
+    return whole | {
+        'as from nothing': usual(converted()),
+        'projection 1, LayerNorm weight 1': identity_before_norm(converted(), 'one'),
+        'projection 1, LayerNorm weight typical': identity_before_norm(converted(), 'typical'),
+        '**linear summary, as converted**': converted(),
+        'the same, no count of tokens in the bias': bias(converted(), None),
+        'the same, count × 0.6': bias(converted(), 0.5),
+        'the same, count × 1.6': bias(converted(), -0.5),
+        'the same, proposal_scale=0.5': converted(proposal_scale=0.5),
+        'the same, proposal_scale=0': converted(proposal_scale=0.0),
+        "the same, partition='complement'": converted(partition='complement'),
+        "summary='identity'": converted(summary='identity'),
+    }
+
+
+def errors(softmax: torch.nn.Module, eva: torch.nn.Module, images: torch.Tensor) -> tuple:
+    """Relative errors of EVA: of the attentions' outputs on the softmax network's tokens, and of the network's."""
+    seen, layers = [], []
+    hooks = [block.attn.register_forward_pre_hook(lambda _, args: seen.append(args)) for block in blocks(softmax)]
+    target = softmax(images)
+    for hook in hooks:
+        hook.remove()
+    for ours, theirs, (x, feat_size) in zip(blocks(eva), blocks(softmax), seen, strict=True):
+        want = theirs.attn(x, feat_size)
+        layers.append((ours.attn(x, feat_size) - want).norm() / want.norm())
+    return torch.stack(layers).mean().item(), ((eva(images) - target).norm() / target.norm()).item()
+
+
+def from_file(path: str) -> tuple:
+    """The softmax network of a file at 14 × 14 tokens, its sizes, and photographs of that size."""
+    state = timm.models.load_state_dict(path)
+    patch = state['patch_embed.proj.weight'].shape[-1]
+    dim = state['pos_embed'].shape[-1]
+    sizes = dict(
+        img_size=14 * patch,
+        patch_size=patch,
+        embed_dim=dim,
+        num_heads=dim // 64,
+        num_classes=0,
+        depth=1 + max(int(re.search(r'\d+', name)[0]) for name in state if name.startswith('blocks.')),
+        init_values=1.0 if 'blocks.0.ls1.gamma' in state else None,
+    )
+    softmax = timm.create_model('softmax_deit_tiny', **sizes).eval()
+    softmax.load_state_dict(state)
+    return softmax, sizes, photographs(14 * patch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--epochs', type=int, default=20)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--pyramid', action='store_true', help='a small PVT instead of a ViT')
+    parser.add_argument('--weights', metavar='FILE', help='a softmax ViT instead of training one on Digits')
+    parser.add_argument('--label', help='what the rows are called')
+    parser.add_argument('--results-file', metavar='CSV', help='append the rows to this file')
+    args = parser.parse_args()
+    logging.getLogger('evavit').setLevel(logging.ERROR)  # eleven conversions are eleven tables
+    torch.manual_seed(args.seed)
+    if args.weights:
+        softmax, sizes, images = from_file(args.weights)
+        args.label = args.label or args.weights
+        labels, window = None, {}
+    else:
+        images, labels = digits(64 if args.pyramid else 32)
+        sizes, window = PYRAMID if args.pyramid else DIGITS, WINDOW
+        softmax = timm.create_model('pvt_v2_b3' if args.pyramid else 'softmax_deit_tiny', **sizes)
+        args.label = args.label or ('Digits, PVT, 256 tokens' if args.pyramid else 'Digits, 64 tokens')
+        train(softmax, images[:-360], labels[:-360], args.epochs)
+        images, labels = images[-360:], labels[-360:]
+    with torch.no_grad():
+        table(args, softmax, sizes, window, images, labels)
+
+
+def table(args, softmax, sizes, window, images, labels) -> list:
+    """Print the comparison, and write it where asked. Returns its rows."""
+
+    def top1(model):
+        return math.nan if labels is None else 100 * (model(images).argmax(1) == labels).float().mean().item()
+
+    rows = [dict(start='softmax', attention=0.0, output=0.0, top1=top1(softmax))]
+    for name, model in starts(softmax, sizes, window).items():
+        attention, output = errors(softmax, model, images)
+        rows.append(dict(start=name, attention=attention, output=output, top1=top1(model)))
+    print(f'{"start":44} {"attention":>9} {"output":>8} {"top-1":>7}')
+    for row in rows:
+        print(f'{row["start"]:44} {row["attention"]:9.3f} {row["output"]:8.3f} {row["top1"]:7.2f}')
+    if args.results_file:
+        with open(args.results_file, 'a', newline='') as file:
+            writer = csv.writer(file)
+            if not file.tell():
+                writer.writerow(['weights', *rows[0], 'seed', 'torch', 'timm', 'evavit'])
+            for row in rows:
+                cells = [f'{value:.4f}' if isinstance(value, float) else value for value in row.values()]
+                writer.writerow(
+                    [args.label, *cells, args.seed, torch.__version__, timm.__version__, evavit.__version__]
+                )
+    return rows
+
+
+if __name__ == '__main__':
+    main()

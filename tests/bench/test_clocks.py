@@ -1,0 +1,71 @@
+"""Clocks and memory: medians, turns, as many calls as were asked for."""
+
+import pytest
+import torch
+
+from evavit.bench import clocks
+
+CPU = torch.device('cpu')
+
+
+def test_calls_take_turns_on_a_cpu(monkeypatch):
+    """And each has the median of its own times."""
+    now, log = [0.0], []
+
+    def call(name, seconds):
+        def call():
+            log.append(name)
+            now[0] += next(seconds)
+
+        return call
+
+    monkeypatch.setattr(clocks.time, 'perf_counter', lambda: now[0])
+    calls = [call('a', iter([9.0, 1.0, 2.0, 4.0])), call('b', iter([9.0, 3.0, 3.0, 5.0]))]
+    assert clocks.median_seconds(calls, CPU, repeats=3, warmup=1) == [2.0, 3.0]
+    assert log == ['a', 'b'] * 4
+
+
+@pytest.mark.parametrize('each, repeats', [(1.0, 30), (200.0, 15), (900.0, 10)])
+def test_numbers_of_calls_on_a_gpu(monkeypatch, each, repeats):
+    """do_bench is told milliseconds: those of the calls asked for, of fewer where these take long, of 10 at least."""
+    testing = pytest.importorskip('triton.testing')
+    asked = []
+
+    def do_bench(call, warmup, rep, return_mode):
+        asked.append((warmup, rep, return_mode))
+        return each
+
+    monkeypatch.setattr(testing, 'do_bench', do_bench)
+    assert clocks._cuda_seconds(lambda: None, repeats=30, warmup=2) == pytest.approx(each / 1e3)
+    assert asked == [(0, 0, 'median'), (2 * each, repeats * each, 'median')]
+
+
+def test_no_copy_rate_of_a_cpu():
+    assert clocks.copy_rate(CPU) is None
+
+
+def test_peak_of_memory():
+    mib = 2**20 // 4
+
+    def run():
+        first = torch.zeros(3 * mib)
+        second = first + 1
+        del first
+        return second + 1  # three of the four are alive at no time
+
+    assert 5.9 * 2**20 < clocks.peak_bytes(run, CPU) < 6.5 * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_a_graph_takes_as_long_as_its_kernels():
+    """A copy of 256 MiB, called and replayed: the device is busy and Python is not seen. And nothing is faster than a
+    copy of 1 GiB, by much."""
+    device = torch.device('cuda')
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    called, replayed = clocks.median_seconds(
+        [lambda: target.copy_(source), clocks.graphed(lambda: target.copy_(source))], device, repeats=10, warmup=3
+    )
+    assert replayed == pytest.approx(called, rel=0.1)
+    assert 2 * source.numel() / called / 1e9 == pytest.approx(clocks.copy_rate(device), rel=0.25)

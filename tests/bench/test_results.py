@@ -1,0 +1,54 @@
+"""Results files: rows that replace one another, failures that are measured again, files of other columns."""
+
+import pytest
+import torch
+
+from evavit.bench.results import COLUMNS, ORIGIN, check_writable, is_done, origin, read_rows, store_rows, write_rows
+from evavit.errors import UserError
+
+
+def test_failures_are_measured_again(tmp_path):
+    path = tmp_path / 'results.csv'
+    row = dict(bench='op', case='5x5', tokens=25, device='cpu', commit='abc', status='2e-1 from float64')
+    store_rows(path, [row])
+    assert not is_done(path, row)
+    store_rows(path, [dict(row, status='ok')])
+    assert is_done(path, row) and len(read_rows(path)) == 1 and not is_done(path, dict(row, tokens=36))
+    assert tuple(read_rows(path)[0]) == COLUMNS
+
+
+def test_a_file_of_other_columns_stays(tmp_path):
+    path = tmp_path / 'rows.csv'
+    path.write_text('a,b\n1,2\n')
+    for refused in (lambda: read_rows(path), lambda: store_rows(path, [])):
+        with pytest.raises(UserError, match='other columns'):
+            refused()
+    assert path.read_text() == 'a,b\n1,2\n'
+    assert read_rows(path, ('a', 'b')) == [{'a': '1', 'b': '2'}] and read_rows(tmp_path / 'none.csv') == []
+
+
+def test_a_write_that_fails_leaves_the_rows(tmp_path):
+    path = tmp_path / 'rows.csv'
+    write_rows(path, [{'a': 1}], ['a'])
+    with pytest.raises(ValueError):  # of csv: a row with a column too many
+        write_rows(path, [{'a': 2}, {'b': 3}], ['a'])
+    assert read_rows(path, ['a']) == [{'a': '1'}] and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    path = tmp_path / 'new' / 'rows.csv'
+    check_writable(path)
+    assert path.parent.is_dir() and not path.exists()
+    path.write_text('kept')
+    check_writable(path)
+    assert path.read_text() == 'kept'
+    for bad in (tmp_path, path / 'rows.csv'):
+        with pytest.raises(UserError, match='cannot be written'):
+            check_writable(bad)
+
+
+def test_origin_names_the_commit_of_the_environment(monkeypatch):
+    monkeypatch.setenv('COMMIT', 'abc')
+    found = origin(torch.device('cpu'))
+    assert tuple(found) == ORIGIN and found['commit'] == 'abc' and found['torch'] == torch.__version__
+    assert found['device'].endswith(' threads')

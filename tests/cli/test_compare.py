@@ -1,0 +1,108 @@
+"""python -m evavit.compare: rows and files, and every fault is one line."""
+
+import csv
+
+import pytest
+import torch
+from PIL import Image
+
+from evavit.cli import compare
+from evavit.errors import run_script
+
+
+def call(capsys, *flags):
+    code = run_script(compare.main, [str(flag) for flag in flags])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_table_and_a_file(capsys, tmp_path):
+    pytest.importorskip('sklearn')
+    path = tmp_path / 'new' / 'rows.csv'
+    code, out, err = call(
+        capsys,
+        '--tokens',
+        49,
+        '5x9',
+        '--attentions',
+        'softmax',
+        'eva',
+        'reformer',
+        '--repeats',
+        1,
+        '--warmup',
+        1,
+        '-b',
+        2,
+        '--results-file',
+        path,
+        '--device',
+        'cpu',
+    )
+    assert code == 0, err
+    with open(path, newline='') as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row['tokens'], row['attention']) for row in rows] == [
+        (tokens, name) for tokens in ('49', '45') for name in ('mean', 'softmax', 'eva', 'reformer')
+    ]
+    by_name = {row['attention']: row for row in rows[:4]}
+    assert float(by_name['softmax']['error']) < 1e-4 < float(by_name['eva']['error']) < float(by_name['mean']['error'])
+    for row in rows:
+        assert row['batch_size'] == '2' and row['torch'] == torch.__version__ and row['device'] and row['commit']
+        if row['attention'] != 'mean':
+            assert float(row['forward_backward_ms']) > 0 and float(row['memory_mib']) > 0
+    assert all(f'{row["attention"]:>14}{row["error"]:>8}' in out for row in rows)
+
+
+def test_half_precision_and_a_picture_of_ones_own(capsys, tmp_path):
+    Image.radial_gradient('L').save(tmp_path / 'mine.png')
+    code, out, err = call(
+        capsys,
+        '--tokens',
+        49,
+        '--attentions',
+        'softmax',
+        '--repeats',
+        1,
+        '--warmup',
+        1,
+        '--dtype',
+        'bfloat16',
+        '--image',
+        tmp_path / 'mine.png',
+        '--device',
+        'cpu',
+    )
+    assert code == 0, err
+    error = float(out.splitlines()[-1].split()[2])
+    assert 1e-4 < error < 1e-2  # rounding alone
+
+
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        (['--tokens', '200'], ['200', 'no square', '14x14']),
+        (['--tokens', '4x'], ['4x', 'number of tokens or a grid']),
+        (['--tokens', '0'], ['0', 'number of tokens or a grid']),
+        (['--attentions', 'evo'], ['evo', 'eva']),
+        (['--dtype', 'float8'], ['float8', 'bfloat16']),
+        (['--device', 'gpu'], ['gpu', 'cuda']),
+        (['--device', 'cuda:99'], ['cuda:99', '--device cpu']),
+        (['--image', 'nowhere.jpg'], ['--image', 'nowhere.jpg']),
+        (['--image', __file__], ['--image', 'test_compare.py']),
+        (['--logit-std', '0'], ['0', 'above 0']),
+        (['--logit-std', 'nan'], ['nan', 'above 0']),
+        (['-b', '0'], ['0', 'at least 1']),
+        (['--results-file', 'rows.txt'], ['rows.txt', '.csv']),
+        (['--results-file', f'{__file__}/rows.csv'], ['--results-file', 'rows.csv', 'another']),
+        (['--seed', '-1'], ['-1', 'whole number']),
+        (['--seed', str(10**23)], ['below 2⁶³']),
+        (['--tokns', '4'], ['--tokns']),
+    ],
+)
+def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, flags, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, *flags)
+    lines = err.splitlines()
+    assert code == 2 and len(lines) == 1 and lines[0].startswith('error: ') and all(word in err for word in words), err
+    assert not list(tmp_path.iterdir())

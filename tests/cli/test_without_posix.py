@@ -1,0 +1,32 @@
+"""What Windows lacks is not needed to import the package and to train on a CPU; and importing changes nothing."""
+
+import os
+import subprocess
+import sys
+
+from runs import MODEL, PATIENCE, QUICK, ROOT, rows
+
+
+def test_a_run_without_what_windows_lacks(images, tmp_path):
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--workers', '1']
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'tests' / 'without_posix.py'), *map(str, [*MODEL, *QUICK, *place])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+        timeout=300 * PATIENCE,
+    )
+    assert done.returncode == 0 and 'imported' in done.stdout, done.stdout + done.stderr
+    assert [row['epoch'] for row in rows(tmp_path / 'run')] == ['0', '1']
+
+
+def test_importing_changes_nothing(tmp_path):
+    """timm's operations of augmentation, PyTorch's ways to find processes, the handling of signals."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'tests' / 'imports.py')],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        timeout=120 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,42 @@
+"""examples/knn.py on images whose classes differ in colour."""
+
+import re
+
+import pytest
+
+pytest.importorskip('sklearn')
+from programs import load_program
+from runs import CLASSES, write_images
+
+from evavit.errors import run_script
+
+
+def test_neighbours_of_features(tmp_path, capsys):
+    example = load_program('examples/knn.py')
+    for split in ('train', 'validation'):
+        write_images(tmp_path / split, dict.fromkeys(CLASSES, 6))
+    flags = [
+        '--model',
+        'eva_deit_tiny',
+        '--model-kwargs',
+        'img_size=16',
+        'patch_size=4',
+        'embed_dim=16',
+        'depth=1',
+        'num_heads=2',
+        '--data-dir',
+        str(tmp_path),
+        '--device',
+        'cpu',
+        '--workers',
+        '0',
+        '-k',
+        '3',
+    ]
+    assert run_script(example.main, flags) == 0
+    out = capsys.readouterr().out
+    # The classes differ in colour, which features of random weights tell as well.
+    found = re.search(r'3 nearest of 18 images, 18 judged: top-1 (\S+)  balanced accuracy (\S+)  macro F1 (\S+)', out)
+    assert found and float(found[1]) > 80, out
+    assert run_script(example.main, [*flags[:-1], '19']) == 2
+    assert '18 images' in capsys.readouterr().err

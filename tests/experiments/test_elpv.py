@@ -1,0 +1,103 @@
+"""experiments/elpv from end to end with a model of one block: pretraining, fine-tuning, rows."""
+
+import csv
+import gzip
+import re
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip('sklearn')
+from programs import load_program
+from runs import write_images
+
+from evavit.errors import run_script
+
+
+def write_fashion_mnist(folder, count=20):
+    """The four files with a few pictures of noise, packed as they are published."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split in ('train', 't10k'):
+        for kind, head, content in (
+            ('images-idx3', (2051, count, 28, 28), rng.integers(0, 255, count * 784)),
+            ('labels-idx1', (2049, count), np.arange(count) % 10),
+        ):
+            data = struct.pack(f'>{len(head)}I', *head) + content.astype(np.uint8).tobytes()
+            (folder / f'{split}-{kind}-ubyte.gz').write_bytes(gzip.compress(data))
+
+
+def test_the_comparison_at_a_small_size(tmp_path, monkeypatch, capsys):
+    example = load_program('experiments/elpv/run.py')
+    monkeypatch.setattr(example, 'ARMS', tuple(arm for arm in example.ARMS if arm[0] == 'eva_deit_tiny'))
+    write_fashion_mnist(tmp_path / 'FashionMNIST' / 'raw')
+    for task, names in (('type', ('mono', 'poly')), ('defect', ('p000', 'p033', 'p067'))):
+        for split in ('train', 'validation'):
+            write_images(tmp_path / 'elpv' / task / split, dict.fromkeys(names, 3))
+    flags = [
+        '--data-dir',
+        tmp_path / 'elpv',
+        '--fashion-mnist',
+        tmp_path,
+        '--output',
+        tmp_path / 'runs',
+        '--results-file',
+        tmp_path / 'rows.csv',
+        '--seeds',
+        '1',
+        '--epochs',
+        '1',
+        '--pretrain-epochs',
+        '1',
+        '--workers',
+        '0',
+        '--pretrain-workers',
+        '0',
+        '--device',
+        'cpu',
+        '--no-amp',
+        '-b',
+        '3',
+        '--min-lr',
+        '0',
+        '--global-batch-size',
+        '3',
+        '--model-kwargs',
+        'depth=1',
+        'embed_dim=16',
+        'num_heads=2',
+    ]
+    threads = torch.get_num_threads()
+    try:
+        assert run_script(example.main, list(map(str, flags))) == 0, capsys.readouterr()
+    finally:
+        torch.set_num_threads(threads)
+    with open(tmp_path / 'rows.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert sorted((row['task'], row['start']) for row in rows) == [
+        ('defect', 'fashion_mnist'),
+        ('defect', 'scratch'),
+        ('fashion_mnist', 'scratch'),
+        ('type', 'fashion_mnist'),
+        ('type', 'scratch'),
+    ]
+    assert all(0 <= float(row['balanced_accuracy']) <= 100 and row['date'] for row in rows)
+    assert {row['majority'] for row in rows if row['task'] == 'defect'} == {'33.333'}
+    # The patches of 2 pixels and one channel came along, resampled to 16; the weights of a finished run are gone.
+    log = (tmp_path / 'runs' / 'type-eva_deit_tiny-fashion_mnist-0.log').read_text()
+    assert re.search(r'resized +1 +patch_embed\.proj +16×1×2×2 to 16×1×16×16', log), log
+    assert not list((tmp_path / 'runs' / 'type-eva_deit_tiny-scratch-0').glob('*.pth.tar'))
+    # Once more: nothing is left to do.
+    capsys.readouterr()
+    monkeypatch.setattr(example, 'run', lambda *_: pytest.fail('a run was made again'))
+    assert run_script(example.main, list(map(str, flags))) == 0
+    assert 'balanced_accuracy' in capsys.readouterr().out
+
+
+def test_data_that_is_not_there(tmp_path, capsys):
+    example = load_program('experiments/elpv/run.py')
+    flags = ['--data-dir', str(tmp_path), '--fashion-mnist', str(tmp_path)]
+    assert run_script(example.main, flags) == 2
+    assert 'experiments/elpv/build_data.py' in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""The steps of `make gpu`, and tools/sanitize.py where there is no GPU."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from programs import ROOT, load_program
+
+from evavit.bench.results import store_rows
+from evavit.cli import benchmark
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """tools/gpu.py in a folder of its own, with its commands recorded and not run; `fails` names those that fail."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    module = load_program('tools/gpu.py')
+    module.commands, module.fails = {}, set()
+    monkeypatch.setattr(module, 'WORK', tmp_path)
+    monkeypatch.setattr(module.shutil, 'which', lambda name: f'/bin/{name}')
+
+    def run(command, stdout, **kwargs):
+        name = Path(stdout.name).stem
+        module.commands[name] = command
+        return SimpleNamespace(returncode=int(name in module.fails))
+
+    def steps(*flags):
+        module.commands.clear()
+        monkeypatch.setattr(sys, 'argv', ['gpu.py', *flags, '--results-file', str(tmp_path / 'all' / 'rows.csv')])
+        return module.main()
+
+    monkeypatch.setattr(module, 'subprocess', SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    module.call = steps
+    return module
+
+
+def test_steps_of_a_gpu_machine(gpu, capsys):
+    store_rows(gpu.WORK / 'op.csv', [dict(bench='op', case='14x14', status='ok')])
+    gpu.fails = {'test'}
+    assert gpu.call() == 1
+    assert list(gpu.commands)[:4] == ['test', 'sanitize', 'op', 'layer'] and list(gpu.commands)[-1] == 'page'
+    assert set(gpu.commands) - {'test', 'sanitize', 'op', 'layer', 'page'} == {
+        f'{name}_{mode}' for name in gpu.MODELS for mode in ('default', 'reduce-overhead')
+    }
+    with open(gpu.WORK / 'all' / 'rows.csv', newline='') as stream:
+        assert [row['case'] for row in csv.DictReader(stream)] == ['14x14']
+
+    gpu.fails = set()
+    assert gpu.call('--steps', 'test', 'sanitize') == 0
+    assert list(gpu.commands) == ['test']  # the one that failed
+    assert gpu.call('--steps', 'models', '--models', 'tiny', '896', '--torchcompile', 'reduce-overhead') == 0
+    assert set(gpu.commands) == {'tiny_reduce-overhead', '896_reduce-overhead'}
+    assert 'done before' in capsys.readouterr().out
+
+
+def test_its_benches_parse(gpu):
+    assert gpu.call('--steps', 'op', 'layer', 'models') == 0
+    assert all(command[1] == 'benchmark.py' for command in gpu.commands.values())
+    parsed = {name: benchmark.parse(command[2:]) for name, command in gpu.commands.items()}
+    assert all(args.resume and args.results_file.parent == gpu.WORK for args in parsed.values())
+    assert len({args.results_file for args in parsed.values()}) == len(parsed)  # they run side by side
+    models = {name: args for name, args in parsed.items() if name not in ('op', 'layer')}
+    assert all(
+        args.torchcompile == name.partition('_')[2] and args.bench == ['train', 'infer'] and args.lock
+        for name, args in models.items()
+    )
+    assert {(args.model[0], args.img_size) for args in models.values()} == {
+        ('eva_deit_tiny', None),
+        ('eva_deit_small', None),
+        ('eva_pvt_v2_b3', None),
+        ('eva_deit_tiny_784', None),
+        ('eva_deit_tiny_784', 448),
+        ('eva_deit_tiny_784', 896),
+    }
+
+
+def test_sanitize_needs_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip('a GPU is there')
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'tools' / 'sanitize.py')],
+        capture_output=True,
+        text=True,
+        env={'PYTHONPATH': str(ROOT)},
+    )
+    assert done.returncode == 2 and done.stderr == 'error: no CUDA device\n'
+
+
+def test_gpu_steps_need_a_device():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'tools' / 'gpu.py'), '--steps', 'op'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert 'no CUDA device here' in done.stderr
