@@ -16,7 +16,7 @@ from evavit.ops.eva import EVA
 
 triton = pytest.importorskip('triton')
 eva_triton = pytest.importorskip('evavit.ops.eva.triton.plan')
-eva_gluon = pytest.importorskip('evavit.ops.eva.gluon')
+eva_gluon = pytest.importorskip('evavit.ops.eva.gluon', exc_type=ImportError)  # Triton 3.5 and older lacks parts of it
 launching = pytest.importorskip('evavit.ops.common.launch')
 
 KERNELS = ['forward_windows_gluon', 'backward_shared_gluon', 'backward_tokens_gluon']
