@@ -1,6 +1,6 @@
 import pytest
 import torch
-from references import eva_loop
+from ops.eva.references import eva_loop
 
 from evavit.convert import PUBLISHED_EVA_KWARGS, convert_published_eva
 from evavit.layers import EvaAttention

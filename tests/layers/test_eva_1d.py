@@ -1,6 +1,7 @@
 import pytest
 import torch
-from references import eva_1d_loop, relative_errors
+from helpers import relative_errors
+from ops.eva.references import eva_1d_loop
 
 from evavit.layers import EvaAttention1d
 from evavit.layers.eva_1d import T5RelPosBias

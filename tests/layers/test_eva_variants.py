@@ -5,7 +5,8 @@ import math
 import pytest
 import timm
 import torch
-from references import eva_variant_loop, relative_errors
+from helpers import relative_errors
+from ops.eva.references import eva_variant_loop
 
 import evavit
 from evavit.layers import EvaAttention

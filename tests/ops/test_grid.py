@@ -1,6 +1,6 @@
 import pytest
 import torch
-from references import grid_cells, grid_windows
+from helpers import grid_cells, grid_windows
 
 from evavit.ops import eva_num_cells
 from evavit.ops.grid import band_cells, block_mask, cell_shape, from_blocks, to_bands, to_blocks

@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 import torch
-from references import eva_loop, grid_cells, grid_windows
+from helpers import grid_cells, grid_windows
+from ops.eva.references import eva_loop
 from timm.layers import RelPosBias
 
 from evavit.ops import eva_attention, eva_attention_packed, eva_num_cells

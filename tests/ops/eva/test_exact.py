@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from references import estimator_loop, relative_errors
+from helpers import relative_errors
+from ops.eva.references import estimator_loop
 
 from evavit.ops import control_variate_coefficients, eva_estimator
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from references import bias_rows, grid_cells, grid_windows
+from helpers import bias_rows, grid_cells, grid_windows
 
 from evavit.layers import EvaAttention
 from evavit.ops import eva_attention, eva_attention_mass

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from references import eva_1d_loop, eva_loop, relative_errors, saved_bytes
+from helpers import relative_errors, saved_bytes
+from ops.eva.references import eva_1d_loop, eva_loop
 
 from evavit.ops import eva_attention_1d, eva_attention_1d_step, halo_size
 

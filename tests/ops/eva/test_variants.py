@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from references import eva_loop, eva_variant_loop, relative_errors, saved_bytes
+from helpers import relative_errors, saved_bytes
+from ops.eva.references import eva_loop, eva_variant_loop
 
 from evavit.ops import eva_attention_variant, eva_num_cells, halo_size
 
