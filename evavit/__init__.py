@@ -4,7 +4,7 @@ Importing this package registers the models, so that `timm.create_model('eva_dei
 EVA are functions of the package too: `evavit.eva_deit_tiny(...)`.
 """
 
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 from . import models
 from .layers import EvaAttention
@@ -13,6 +13,10 @@ from .version import __version__
 
 __all__ = ['EvaAttention', '__version__', 'eva_attention']
 __all__ += [name for name in models.model_names() if name.startswith('eva_')]
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

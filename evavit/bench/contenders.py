@@ -22,6 +22,7 @@ from timm.layers import RelPosBias
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evavit.errors import UserError
 from evavit.layers import EvaAttention, SoftmaxAttention
 from evavit.ops import eva_attention, eva_attention_packed, eva_num_cells
 from evavit.ops.backends import use_backend
@@ -32,15 +33,14 @@ from .clocks import Call, graphed, median_seconds, peak_bytes
 from .results import HARMLESS, Row
 
 __all__ = [
-    'BACKENDS',
     'ERROR_BOUNDS',
-    'EVA_BACKENDS',
     'GRIDS',
     'SDPA_BACKENDS',
     'Contender',
     'NotAvailable',
     'Setting',
     'WrongResult',
+    'backend_names',
     'bench_layer',
     'bench_op',
     'check_backend',
@@ -52,14 +52,17 @@ __all__ = [
     'worst_error',
 ]
 
-EVA_BACKENDS = ('gluon', 'triton', 'plain')
 SDPA_BACKENDS = {
     'flash': SDPBackend.FLASH_ATTENTION,
     'cudnn': SDPBackend.CUDNN_ATTENTION,
     'efficient': SDPBackend.EFFICIENT_ATTENTION,
 }
-# 'sdpa' leaves the choice to PyTorch.
-BACKENDS = (*EVA_BACKENDS, *SDPA_BACKENDS, 'sdpa')
+
+
+def backend_names() -> Tuple[str, ...]:
+    """All contenders: EVA's registered backends, SDPA's, and 'sdpa', which leaves the choice to PyTorch."""
+    return (*EVA.backends, *SDPA_BACKENDS, 'sdpa')
+
 
 # Sides of the token grid and images a batch. From 28 × 28 to 224 × 224 every batch has 100,352 tokens or nearly so.
 GRIDS = {14: 256, 28: 128, 56: 32, 80: 16, 112: 8, 160: 4, 224: 2, 256: 2}
@@ -95,7 +98,7 @@ class Setting:
     Args:
         device: Where to measure.
         dtype: Of attention's tensors, and of autocast for layers and models (float32: no autocast).
-        backends: Names of `BACKENDS`; () for those that the device has.
+        backends: Names from `backend_names`; () for those that the device has.
         repeats: Measured calls of each contender; fewer of calls that take long, on CUDA.
         warmup: Calls before them.
         copy_gb_per_s: Bytes read and written a second by a copy, see `copy_rate`; None leaves the bandwidth out.
@@ -126,7 +129,11 @@ class Setting:
         else:
             import fcntl  # not on every system
 
-            with open(self.lock, 'a') as stream:
+            try:
+                stream = open(self.lock, 'a')  # noqa: SIM115, closed below
+            except OSError as error:
+                raise UserError(f'--lock {self.lock}: cannot be opened ({error.strerror})') from error
+            with stream:
                 fcntl.flock(stream, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
                 yield
 
@@ -214,7 +221,7 @@ def force(backend: str) -> Callable[[], ContextManager]:
     """A context in which EVA, or scaled_dot_product_attention, takes one backend where it can."""
     if backend in SDPA_BACKENDS:
         return lambda: sdpa_kernel(SDPA_BACKENDS[backend])
-    return (lambda: use_backend(backend)) if backend in EVA_BACKENDS else contextlib.nullcontext
+    return (lambda: use_backend(backend)) if backend in EVA.backends else contextlib.nullcontext
 
 
 def within(context: Callable[[], ContextManager], call: Call) -> Call:
@@ -272,14 +279,14 @@ def default_batch(side: int, device: torch.device) -> int:
 
 
 def _attention_backends(setting: Setting) -> Sequence[str]:
-    return setting.backends or ((*EVA_BACKENDS, *SDPA_BACKENDS) if setting.cuda else ('plain', 'sdpa'))
+    return setting.backends or ((*EVA.backends, *SDPA_BACKENDS) if setting.cuda else ('plain', 'sdpa'))
 
 
 def _row(bench: str, backend: str, batch: int, side: int, heads: int, width: int) -> Row:
     return dict(
         bench=bench,
         case=f'{side}x{side}',
-        attention='eva' if backend in EVA_BACKENDS else 'softmax',
+        attention='eva' if backend in EVA.backends else 'softmax',
         backend=backend,
         batch_size=batch,
         tokens=side * side,
@@ -298,7 +305,7 @@ def check_backend(contender: str, taken: Callable[[], str]) -> None:
     """Raises NotAvailable where EVA takes another backend than the one that its contender is named after."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of a choice that cannot be obeyed: the row says so
-        if contender in EVA_BACKENDS and taken() != contender:
+        if contender in EVA.backends and taken() != contender:
             raise NotAvailable
 
 
@@ -330,10 +337,10 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
 
     def calls(backend: str, dtype: torch.dtype) -> Tuple[Callable[[], torch.Tensor], Callable[[], Tensors]]:
         # The kernels take q, k, v as one tensor, as the layer has them; apart, no gradient has to be gathered.
-        packed = backend in EVA_BACKENDS and backend != 'plain'
+        packed = backend in EVA.backends and backend != 'plain'
         leaves = [x.detach().to(dtype).requires_grad_() for x in ([qkv] if packed else qkv.unbind(0))]
         parameters: List[torch.Tensor] = []
-        if backend in EVA_BACKENDS:
+        if backend in EVA.backends:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             parameters = [x.detach().to(wide).requires_grad_() for x in (*summary, table)]
             options: Dict[str, Any] = dict(
@@ -376,7 +383,7 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
         def check() -> float:
             check_backend(backend, lambda: EVA.name(EvaCase(device, dtype, d, 7, 7, (side, side))))
             if row['attention'] not in references:
-                exact = 'plain' if backend in EVA_BACKENDS else backend
+                exact = 'plain' if backend in EVA.backends else backend
                 references[row['attention']] = outputs(exact, torch.float64)
             return worst_error(outputs(backend, dtype), references[row['attention']])
 
@@ -419,7 +426,7 @@ def bench_layer(setting: Setting, batch: int, side: int, heads: int = 3, head_di
         row = _row('layer', backend, batch, side, heads, heads * head_dim)
         context = force(backend)
         torch.manual_seed(0)
-        kind = EvaAttention if backend in EVA_BACKENDS else SoftmaxAttention
+        kind = EvaAttention if backend in EVA.backends else SoftmaxAttention
         layer: Any = kind(heads * head_dim, heads, device=device).train()
         layer.fused_attn = backend != 'plain'
         judged = copy.deepcopy(layer).eval()

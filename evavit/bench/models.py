@@ -17,11 +17,11 @@ from evavit.arguments import nearest
 from evavit.errors import UserError, first_line
 from evavit.layers import EvaAttention
 from evavit.models import softmax_twin
+from evavit.ops.eva import EVA
 
 from .clocks import Call
 from .contenders import (
     ERROR_BOUNDS,
-    EVA_BACKENDS,
     Contender,
     Setting,
     WrongResult,
@@ -104,7 +104,7 @@ def _set_fused(model: nn.Module, fused: bool) -> None:
 def _eva_backend(module: nn.Module) -> str:
     """The backend of a module's EVA layers: 'plain' if one of them takes that, else the fastest that one takes."""
     taken = {layer.backend for layer in _eva_layers(module)}
-    return 'plain' if 'plain' in taken else next(backend for backend in EVA_BACKENDS if backend in taken)
+    return 'plain' if 'plain' in taken else next(backend for backend in EVA.backends if backend in taken)
 
 
 def _model_contenders(
@@ -114,16 +114,16 @@ def _model_contenders(
     name, kwargs = parse_model(text)
     model = _build(name, kwargs, img_size)
     if not _eva_layers(model):
-        softmax = [backend for backend in setting.backends if backend not in EVA_BACKENDS]
+        softmax = [backend for backend in setting.backends if backend not in EVA.backends]
         return [(name, kwargs, '', backend) for backend in (softmax if setting.backends else [''])]
     backends = setting.backends
     if not backends:
         with setting.autocast():
             backends = (_eva_backend(model.to(setting.device)), 'sdpa')
-    contenders = [(name, kwargs, 'eva', backend) for backend in backends if backend in EVA_BACKENDS]
+    contenders = [(name, kwargs, 'eva', backend) for backend in backends if backend in EVA.backends]
     twin = softmax_twin(name)
     if twin is not None:
-        contenders += [(*twin, 'softmax', backend) for backend in backends if backend not in EVA_BACKENDS]
+        contenders += [(*twin, 'softmax', backend) for backend in backends if backend not in EVA.backends]
     return contenders
 
 

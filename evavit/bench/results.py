@@ -111,11 +111,14 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
     """
     if not path.exists():
         return []
-    with open(path, newline='', encoding='utf-8') as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise UserError(f'{path} has other columns; name another file')
-        return list(reader)
+    try:
+        with open(path, newline='', encoding='utf-8') as stream:
+            reader = csv.DictReader(stream)
+            if tuple(reader.fieldnames or ()) == tuple(columns):
+                return list(reader)
+    except (UnicodeDecodeError, csv.Error):  # no table at all
+        pass
+    raise UserError(f'{path} has other columns; name another file')
 
 
 def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:

@@ -27,10 +27,11 @@ import torch
 from evavit.arguments import Parser, find_device, program
 from evavit.bench import loader
 from evavit.bench.clocks import copy_rate
-from evavit.bench.contenders import BACKENDS, GRIDS, Setting, bench_layer, bench_op, default_batch
+from evavit.bench.contenders import GRIDS, Setting, backend_names, bench_layer, bench_op, default_batch
 from evavit.bench.models import bench_model, input_size, parse_model
 from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
 from evavit.errors import UserError, run_script
+from evavit.ops.eva import EVA
 
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
@@ -62,9 +63,9 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add(
         '--backend',
         nargs='+',
-        choices=BACKENDS,
+        choices=backend_names(),
         default=[],
-        help="contenders: EVA's gluon, triton and plain;"
+        help=f"contenders: EVA's {', '.join(EVA.backends)};"
         " softmax's flash, cudnn, efficient, and sdpa, where PyTorch chooses (default: what the device has; for models"
         ' the one that EVA takes by itself, and sdpa)',
     )
@@ -169,8 +170,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for backend in ('gluon', 'triton', 'cudnn', 'efficient'):
         if backend in args.backend and device.type == 'cpu':
             raise UserError(f'--backend {backend} needs a CUDA device; a CPU has plain and sdpa')
-    if args.torchcompile and {'gluon', 'triton'} <= set(args.backend):
-        raise UserError('--backend gluon triton with --torchcompile: name one; a compiled model keeps its backend')
+    kernels = [backend for backend in args.backend if backend in EVA.backends and backend != 'plain']
+    if args.torchcompile and len(kernels) > 1:
+        raise UserError(
+            f'--backend {" ".join(kernels)} with --torchcompile: name one; a compiled model keeps its backend'
+        )
     if args.resume and not args.results_file:
         raise UserError('--resume needs a --results-file to go on with')
     if args.results_file:  # before the timing

@@ -2,8 +2,10 @@
 call these functions, which return the exit code."""
 
 from importlib import import_module
+from typing import Optional, Sequence
 
-from evavit.errors import run_script
+from evavit.errors import UserError, run_script
+from evavit.ops.backends import check_environment
 
 
 def train() -> int:
@@ -23,4 +25,13 @@ def export() -> int:
 
 
 def _run(name: str) -> int:
-    return run_script(import_module(f'evavit.cli.{name}').main)
+    main = import_module(f'evavit.cli.{name}').main
+
+    def checked(argv: Optional[Sequence[str]] = None) -> None:
+        try:
+            check_environment()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        main(argv)
+
+    return run_script(checked)

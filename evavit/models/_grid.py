@@ -16,7 +16,7 @@ How deep a model is, it says itself: the `blocks` of a plain model, the `blocks`
 """
 
 import sys
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Type
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Type, get_type_hints
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -166,7 +166,7 @@ def register_family(
         name: size._replace(softmax_args={**size.softmax_args, **(softmax_args or {})}) for name, size in sizes.items()
     }
     family = create.__module__.rpartition('.')[2]
-    _FAMILIES[family] = Family(create.__annotations__['return'], twins, tuple(names))
+    _FAMILIES[family] = Family(get_type_hints(create)['return'], twins, tuple(names))
 
 
 def _entry_point(
@@ -180,7 +180,7 @@ def _entry_point(
 
     entry_point.__module__ = create.__module__
     entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__annotations__['return'] = create.__annotations__['return']
+    entry_point.__annotations__['return'] = get_type_hints(create)['return']
     return entry_point
 
 

@@ -9,27 +9,29 @@ Backends are asked in the order of registration; the first one whose `why_not(ca
 plain PyTorch, which takes every case. Graphs that are traced or exported, `torch.func` and forward-mode differentiation
 always take it.
 
-`EVAVIT_BACKEND=plain|triton|gluon` in the environment, or `use_backend(name)` around some code, puts that backend first
-in every operator that has it. Where it cannot run, a warning says why, once for each reason, and the usual choice runs.
-A name that no operator has is a ValueError. Nothing is chosen where timm's switch is off (`set_fused_attn(False)`) or a
-function is called with `fused=False`: that is plain PyTorch, whatever the variable says.
+`EVAVIT_BACKEND=plain|triton|gluon` in the environment, read when evavit is imported, or `use_backend(name)` around some
+code, puts that backend first in every operator that has it. Where it cannot run, one line of the log says why, once for
+each reason, and the usual choice runs. A name that no operator has is a ValueError, from a script one line. Nothing is
+chosen where timm's switch is off (`set_fused_attn(False)`) or a function is called with `fused=False`: that is plain
+PyTorch, whatever the variable says.
 
-Tests run kernels on a machine without their device: in `with EVA.forced('triton'):` that backend is not asked.
+Tests run kernels on a machine without their device: `why_not` is skipped inside `with EVA.forced('triton'):`.
 """
 
 import contextlib
 import functools
 import importlib
+import logging
 import os
-import warnings
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Set, Tuple
 
 import torch
 
 from evavit.ops.common.torch_private import is_exporting, is_forward_mode, is_transforming
 
-__all__ = ['Backend', 'Registry', 'autocast_dtype', 'has_kernels', 'needs_plain', 'use_backend']
+__all__ = ['Backend', 'Registry', 'autocast_dtype', 'check_environment', 'has_kernels', 'needs_plain', 'use_backend']
 
+_logger = logging.getLogger(__name__)
 _registries: Dict[str, 'Registry'] = {}
 _preferred: Optional[str] = os.environ.get('EVAVIT_BACKEND') or None
 _said: Set[Tuple[str, str]] = set()  # operators and reasons that have been warned of
@@ -41,7 +43,7 @@ class Backend(NamedTuple):
     Attributes:
         name: As in `EVAVIT_BACKEND`.
         why_not: `why_not(case)` is None, or one line on why it cannot compute the case, for a user to read. It is asked
-            once for each case, before anything is imported that the backend needs.
+            once for each case. It looks at the case first and imports what the backend needs last.
         run: Computes the operator; what it takes is up to the operator.
     """
 
@@ -95,7 +97,7 @@ class Registry:
         """That name and, where it is not the first backend, why the one before it does not run."""
         name = self.name(case)
         if name in (self.forced_name, _preferred):
-            return f'{name} (EVAVIT_BACKEND)'
+            return f'{name} (chosen)'
         place = list(self.backends).index(name)
         if place == 0:
             return name
@@ -119,6 +121,8 @@ def use_backend(name: Optional[str]) -> Iterator[None]:
     """As `EVAVIT_BACKEND=name` around some code; None for the usual choice. A graph that torch.compile made before
     keeps the backend that it was made with."""
     global _preferred
+    if name is not None:
+        check_name(name, 'use_backend')
     before, _preferred = _preferred, name
     _decide.cache_clear()
     try:
@@ -126,6 +130,19 @@ def use_backend(name: Optional[str]) -> Iterator[None]:
     finally:
         _preferred = before
         _decide.cache_clear()
+
+
+def check_name(name: str, where: str) -> None:
+    """ValueError unless an operator has a backend of this name."""
+    known = sorted({each for registry in _registries.values() for each in registry.backends})
+    if name not in known:
+        raise ValueError(f'{where} is {name!r}; choose from {", ".join(known)}')
+
+
+def check_environment() -> None:
+    """ValueError for an EVAVIT_BACKEND that no operator has."""
+    if _preferred is not None:
+        check_name(_preferred, 'EVAVIT_BACKEND')
 
 
 @functools.lru_cache(maxsize=1024)
@@ -137,16 +154,14 @@ def _decide(op: str, fields: Tuple[Any, ...], graph: Optional[str]) -> str:
     if registry.forced_name is not None:
         return registry.forced_name if graph is None else last
     if _preferred is not None:
-        known = sorted({name for each in _registries.values() for name in each.backends})
-        if _preferred not in known:
-            raise ValueError(f'EVAVIT_BACKEND is {_preferred!r}; choose from {", ".join(known)}')
+        check_environment()
         if _preferred in registry.backends:
             reason = None if _preferred == last else graph or registry.backends[_preferred].why_not(case)
             if reason is None:
                 return _preferred
             if (op, reason) not in _said:
                 _said.add((op, reason))
-                warnings.warn(f'EVAVIT_BACKEND={_preferred}: {op} cannot take it: {reason}', stacklevel=2)
+                _logger.warning(f'backend {_preferred}: {op} cannot take it: {reason}')
     if graph is not None:
         return last
     return next((name for name, each in registry.backends.items() if each.why_not(case) is None), last)

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
-import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from timm.layers import set_fused_attn
 
+from evavit.cli import benchmark, scripts
 from evavit.layers import EvaAttention, EvaAttention1d, FusedMlp, LocalAttention
 from evavit.ops import backends, eva_attention, eva_attention_packed, eva_backend, mlp_gelu_backend
 from evavit.ops.backends import Backend, use_backend
@@ -27,6 +28,14 @@ def fresh(monkeypatch):
     monkeypatch.setattr(backends, '_said', set())
     with use_backend(None):
         yield
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the log is told."""
+    lines = []
+    monkeypatch.setattr(backends._logger, 'warning', lines.append)
+    return lines
 
 
 @pytest.fixture
@@ -115,70 +124,63 @@ def test_devices_without_gluon(monkeypatch):
 def test_a_preferred_backend_runs(name, hopper):
     with use_backend(name):
         assert EVA.name(case()) == name
-        assert EVA.describe(case()) == f'{name} (EVAVIT_BACKEND)'
+        assert EVA.describe(case()) == f'{name} (chosen)'
         others = 'plain' if name == 'plain' else 'triton'  # the MLP has no Gluon, and keeps its own choice
         assert mlp_gelu_backend(CUDA, torch.bfloat16, 64, 64, 64) == others
     assert EVA.name(case()) == 'gluon'
 
 
-def test_a_preferred_backend_that_cannot_run_is_named_once_for_each_reason(hopper):
+def test_a_preferred_backend_that_cannot_run_is_named_once_for_each_reason(hopper, said):
     with use_backend('gluon'):
-        with pytest.warns(UserWarning, match=r'^EVAVIT_BACKEND=gluon: eva_attention cannot take it: head_dim 48 is'):
-            assert EVA.name(case(head_dim=48)) == 'triton'
-        with warnings.catch_warnings():
-            warnings.simplefilter('error')
-            assert EVA.name(case(head_dim=48, window_size=8)) == 'triton'
-        with pytest.warns(UserWarning, match='no CUDA device'):
-            assert EVA.name(case(device=CPU)) == 'plain'
+        assert EVA.name(case(head_dim=48)) == 'triton'
+        assert EVA.name(case(head_dim=48, window_size=8)) == 'triton'
+        assert EVA.name(case(device=CPU)) == 'plain'
+    head_dim, device = said
+    assert head_dim.startswith('backend gluon: eva_attention cannot take it: head_dim 48 is')
+    assert device == 'backend gluon: eva_attention cannot take it: no CUDA device'
 
 
-def test_an_unknown_backend_is_refused():
+def test_an_unknown_backend_is_refused(monkeypatch):
     with (
+        pytest.raises(ValueError, match=r"^use_backend is 'cudnn'; choose from gluon, plain, triton$"),
         use_backend('cudnn'),
-        pytest.raises(ValueError, match="EVAVIT_BACKEND is 'cudnn'; choose from gluon, plain, triton"),
     ):
+        pass
+    monkeypatch.setattr(backends, '_preferred', 'cudnn')
+    backends._decide.cache_clear()
+    with pytest.raises(ValueError, match=r"^EVAVIT_BACKEND is 'cudnn'; choose from gluon, plain, triton$"):
         EVA.name(case())
 
 
-def test_graphs_that_leave_take_plain(hopper, monkeypatch):
+@pytest.mark.parametrize('script', ['train', 'benchmark'])
+def test_an_unknown_backend_is_one_line_of_a_script(script, monkeypatch, capsys):
+    monkeypatch.setattr(backends, '_preferred', 'tritn')
+    assert getattr(scripts, script)() == 2
+    assert capsys.readouterr().err == "error: EVAVIT_BACKEND is 'tritn'; choose from gluon, plain, triton\n"
+
+
+def test_graphs_that_leave_take_plain(hopper, said, monkeypatch):
     monkeypatch.setattr(backends, 'is_exporting', lambda: True)
     assert EVA.choose(tuple(case())).name == 'plain'
     with EVA.forced('triton'):
         assert EVA.choose(tuple(case())).name == 'plain'
-    with use_backend('triton'), pytest.warns(UserWarning, match='cannot take it: the graph is being exported'):
+    with use_backend('triton'):
         assert EVA.choose(tuple(case())).name == 'plain'
+    assert said == ['backend triton: eva_attention cannot take it: the graph is being exported']
 
 
-def test_the_environment_chooses():
-    code = """
-import torch, warnings
-from evavit.layers import EvaAttention, FusedMlp
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter('always')
-    layer, mlp = EvaAttention(32, 2), FusedMlp(32, 64)
-    for _ in range(2):
-        mlp(layer(torch.randn(1, 20, 32), [4, 5]))
-    print(layer.backend, [str(warning.message) for warning in caught])
-import sys
-print('evavit.ops.common.launch' in sys.modules)  # which imports Triton
-"""
-    expected = {
-        'plain': ['plain []', 'False'],
-        'triton': [
-            "plain ['EVAVIT_BACKEND=triton: eva_attention cannot take it: no CUDA device', "
-            "'EVAVIT_BACKEND=triton: mlp_gelu cannot take it: no CUDA device']",
-            'False',
-        ],
-    }
-    for name, lines in expected.items():
-        done = subprocess.run(
-            [sys.executable, '-c', code],
-            text=True,
-            capture_output=True,
-            env={**os.environ, 'EVAVIT_BACKEND': name},
-            check=True,
-        )
-        assert done.stdout.splitlines()[-2:] == lines
+@pytest.mark.parametrize('name', ['plain', 'triton'])
+def test_the_environment_chooses(name):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name('environment.py')],
+        text=True,
+        capture_output=True,
+        env={**os.environ, 'EVAVIT_BACKEND': name},
+        check=True,
+    )
+    assert done.stdout.splitlines() == ['plain', 'without Triton']
+    reasons = [f'backend triton: {op} cannot take it: no CUDA device' for op in ('eva_attention', 'mlp_gelu')]
+    assert done.stderr.splitlines() == (reasons if name == 'triton' else [])
 
 
 @pytest.fixture
@@ -197,7 +199,7 @@ def throwaway():
     EVA.unregister('throwaway')
 
 
-def test_a_new_backend_costs_one_call(throwaway):
+def test_a_new_backend_costs_one_call(throwaway, said):
     assert list(EVA.backends) == ['throwaway', 'gluon', 'triton', 'plain']
     qkv = torch.randn(3, 2, 2, 20, 8, requires_grad=True)
     options = dict(window_size=3, partition_grid=0)
@@ -213,10 +215,19 @@ def test_a_new_backend_costs_one_call(throwaway):
     torch.compiler.reset()
     compiled = torch.compile(layer.eval(), backend='eager', fullgraph=True)
     torch.testing.assert_close(compiled(x, [4, 5]), layer(x, [4, 5]))
-    with use_backend('throwaway'), pytest.warns(UserWarning, match='EVAVIT_BACKEND=throwaway: .* head dims above 16'):
+    with use_backend('throwaway'):
         eva_attention_packed(torch.randn(3, 1, 1, 20, 32), [4, 5], **options, fused=True)
+    assert said == ['backend throwaway: eva_attention cannot take it: head dims above 16']
     with pytest.raises(ValueError, match="eva_attention has a backend 'throwaway' already"):
         EVA.register(Backend('throwaway', lambda case: None, eva_plain))
+
+
+def test_benchmark_measures_a_new_backend_beside_the_others(throwaway, capsys):
+    flags = '--grid 4 -b 1 --dim 32 --num-heads 2 --device cpu --repeats 1 --warmup 1 --backend throwaway plain'
+    benchmark.main(['--bench', 'layer', *flags.split()])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split('backend ')[1].split()[0] for row in rows] == ['throwaway', 'plain']
+    assert all('status ok' in row for row in rows) and throwaway
 
 
 def test_the_switch_keeps_its_meaning(throwaway):
