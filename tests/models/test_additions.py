@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDITIONS = Path(__file__).parent / 'additions'
+EVERY_ATTENTION = ROOT / 'tests' / 'layers' / 'test_every_attention.py'
 SIZE = "'deit_nano': variant('DeiT-Nano', 'deit_tiny_patch16_224', patch_size=16, embed_dim=48, depth=2, num_heads=3),"
 
 
@@ -45,3 +46,12 @@ def test_a_size_is_a_line_a_family_a_file_and_an_attention_a_file_and_two_lines(
         [sys.executable, '-B', ADDITIONS / 'found.py'], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout + found.stderr
+    # The tests that every attention passes, on the copy.
+    common = subprocess.run(
+        [sys.executable, '-B', '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k', 'toy', EVERY_ATTENTION],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert common.returncode == 0, common.stdout + common.stderr

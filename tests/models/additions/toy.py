@@ -3,10 +3,15 @@
 from typing import Any, List
 
 import torch
+from timm.layers import register_notrace_module
+
+from evavit.ops.checks import check_tokens
+from evavit.ops.grid import static_size
 
 from .attention import GridAttention
 
 
+@register_notrace_module
 class ToyAttention(GridAttention):
     """The values, times a factor."""
 
@@ -15,4 +20,6 @@ class ToyAttention(GridAttention):
         self.factor = factor
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-        return self.factor * qkv[2]
+        q, k, v = qkv.unbind(0)
+        check_tokens(q, k, v, static_size(feat_size))
+        return self.factor * self.attn_drop(v)

@@ -1,0 +1,3 @@
+"""The former name of `evavit.export`."""
+
+from .export import *  # noqa: F403
