@@ -68,7 +68,7 @@ class LocalAttention(GridAttention):
     @property
     @torch.jit.unused
     def backend(self) -> str:
-        """The code that runs where the layer is, as of `EvaAttention`: 'triton' or 'plain'."""
+        """The code that runs where the layer is, as in `EvaAttention`: 'triton' or 'plain'."""
         return EVA.name(eva_layer_case(self, self.window_size, 0)) if self.fused_attn else 'plain'
 
     def extra_repr(self) -> str:

@@ -46,7 +46,7 @@ class Variant(NamedTuple):
     """A size of a family."""
 
     title: str  # as papers call it
-    model_args: Dict[str, Any]  # of the family's class; a user's own come before them
+    model_args: Dict[str, Any]  # of the family's class; a user's arguments override them
     softmax: str  # timm's softmax model of this size
     softmax_args: Dict[str, Any]  # its arguments
 

@@ -52,7 +52,7 @@ class FusedMlpWithDepthwiseConv(MlpWithDepthwiseConv):
 
     @torch.jit.ignore
     def _one_operator(self) -> bool:
-        """Whether what comes between the linears is `depthwise_gelu`'s, and nobody looks between its steps."""
+        """Whether `depthwise_gelu` does what is between the linears, and no hook needs the values in between."""
         return self._why_not() is None
 
     @torch.jit.unused

@@ -1,7 +1,7 @@
 """A depthwise 3 × 3 convolution and GELU as fused kernels in Triton, behind `evavit.ops.depthwise_gelu`.
 
-Memory traffic bounds both, and so nearly do the instructions that it takes. In units of one `(B, N, C)` tensor the
-kernels move
+Memory traffic limits both kernels; the number of instructions is nearly as tight. In units of one `(B, N, C)` tensor
+the kernels move
 
     forward               x in              -> gelu(z)                           2
     backward   of z:      x, dy in          -> dz, partial sums of parameters    3
@@ -57,9 +57,8 @@ def _weights(weight, c, flip: tl.constexpr, C: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def _lanes(tile, lanes, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
-    """For the P lanes of a tile: the first row, the token there, and whether the columns left of it, its own and right
-    of
-    it exist. `(P)` each."""
+    """For the P lanes of a tile: the first row, the token there, and whether the columns left of it, its own
+    and right of it exist. `(P)` each."""
     strips: tl.constexpr = (H + R - 1) // R
     f = tile * P + tl.arange(0, P)
     strip, column = f // W, f % W
@@ -223,7 +222,7 @@ class _Plan:
         self.item_size = item_size
         self.launch = Launcher()
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019, plans are few and live in a cache themselves
+    @functools.lru_cache(maxsize=8)  # noqa: B019, few plans exist, and they are cached too
     def work(self, kernel: str) -> Tuple[int, Tuple[int, int], Dict[str, int]]:
         """The number of groups of lanes, (lanes, per_program), and the options of a launch."""
         options = dict(LAUNCH[kernel])

@@ -10,15 +10,15 @@ units of one `(B, N, C)` tensor the kernels move
                summary: the cells' tensors alone                    -> dq̄, dk̄, parameters              0
                tokens:  q, k, v, dy in                              -> dq, dk, dv, bias                 7
 
-where 4 and 8 are the floors. The kernel that writes dq, dk and dv comes last, when everything that reaches a token
-through its cell is known: so each gradient is written once and read never.
+The minimum is 4 forward and 8 backward. The kernel that writes dq, dk and dv comes last, when everything that reaches
+a token through its cell is known, so each gradient is written once and never read.
 
-Every sum runs in one fixed order, in a program or over partial sums in memory: no atomics, two runs agree to the bit.
+Every sum runs in one fixed order, without atomics: two runs agree to the bit.
 Products of half-precision tensors accumulate in float32, float32 tensors are multiplied in full float32.
 
 On Hopper `evavit/ops/eva/gluon.py` has faster kernels for three of these, for the default windows and cells. The
-backend 'gluon' is these three among the others; 'triton' is none of them. Triton is imported for the first case on a
-CUDA device, not with this module.
+backend 'gluon' takes these three and Triton's for the rest; 'triton' takes Triton's for all. Triton is imported for the
+first case on a CUDA device, not with this module.
 """
 
 import functools
