@@ -12,6 +12,7 @@ from torch import nn
 
 from evavit.ops import eva_attention_mass, eva_attention_packed, eva_attention_variant, eva_num_cells, halo_size
 from evavit.ops.backends import autocast_dtype
+from evavit.ops.checks import check_int, check_number
 from evavit.ops.eva import EVA
 from evavit.ops.eva.case import EvaCase, SummaryTensors
 from evavit.ops.eva.checks import check_partition
@@ -94,12 +95,15 @@ class HaloRelPosBias(nn.Module):
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
 
-def eva_layer_case(layer: GridAttention, window_size: int, partition_grid: int, variant: bool = False) -> EvaCase:
+def eva_layer_case(
+    layer: GridAttention, window_size: int, partition_grid: int, variant: bool = False, count_cells: str = 'one'
+) -> EvaCase:
     """What a layer asks the backends of EVA about: where it is, in its mode, under autocast as it is now."""
     weight = next(layer.qkv.parameters(), torch.empty(0))  # quantized or adapted layers may have no `weight`
     dropout = layer.training and layer.attn_drop.p > 0.0
     sizes = layer.head_dim, window_size, partition_grid
-    return EvaCase(weight.device, autocast_dtype(weight), *sizes, dropout=dropout, variant=variant)
+    device, dtype = weight.device, autocast_dtype(weight)
+    return EvaCase(device, dtype, *sizes, dropout=dropout, variant=variant, count_cells=count_cells)
 
 
 @register_notrace_module  # torch.fx keeps it as one node: windows and cells follow the size of the grid
@@ -114,7 +118,8 @@ class EvaAttention(GridAttention):
     set to False. They have no dropout of attention weights: with attn_drop, training takes the plain path, and a log
     line says so. `backend` names the code that runs, and `extra_repr` why no faster one does.
 
-    The ablations, all arguments from `partition` on, run in plain PyTorch: `evavit.ops.eva_attention_variant`.
+    The ablations, the arguments from `partition` to `overlap`, run in plain PyTorch:
+    `evavit.ops.eva_attention_variant`.
 
     Args:
         dim: Channels C.
@@ -133,13 +138,16 @@ class EvaAttention(GridAttention):
         proposal: Ablation (Table 8): mean of the proposal, q̃ + k̃ for 'qk', q̃ for 'q', 0 for 'zero', or one parameter
             for each head and cell for 'learned', `proposal_mean`.
         overlap: Ablation: E is the window and half a window of context on each of its sides.
+        count_cells: How often a cell counts in the softmax: 'one' is the paper; 'all' as often as it has tokens;
+            'outside' as often as it has tokens outside of the query's E. The last two are for weights that were
+            trained with softmax attention.
         **kwargs: qkv_bias, proj_bias, attn_drop (of the weights of tokens and cells alike), proj_drop, device and
             dtype of `GridAttention`.
 
     Raises:
         ValueError: num_heads does not divide dim; a window_size or partition_grid that is not a whole number of at
-            least 0, or both 0; a negative noise_std; a dropout rate outside 0 to 1; an ablation that does not exist
-            or has nothing to act on.
+            least 0, or both 0; a negative noise_std; a dropout rate outside 0 to 1; an ablation or a count_cells that
+            does not exist or has nothing to act on.
     """
 
     fused_attn: Final[bool]
@@ -160,26 +168,24 @@ class EvaAttention(GridAttention):
         num_samples: int = 1,
         proposal: str = 'qk',
         overlap: bool = False,
+        count_cells: str = 'one',
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
         **kwargs: Any,
     ) -> None:
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_heads, **kwargs, **dd)
-        for name, value in (
-            ('window_size', window_size),
-            ('partition_grid', partition_grid),
-            ('num_samples', num_samples),
-        ):
-            if not isinstance(value, int):
-                raise ValueError(f'{name} must be a whole number, got {value!r}')
         check_partition(window_size, partition_grid)
+        check_int('num_samples', num_samples)
+        check_number('proposal_scale', proposal_scale)
+        check_number('noise_std', noise_std)
         if noise_std < 0:
             raise ValueError(f'noise_std must be 0 (no noise) or more, got {noise_std}')
         for name, choice, choices in (
             ('partition', partition, ['all', 'complement']),
             ('summary', summary, ['linear_ln', 'linear', 'identity']),
             ('proposal', proposal, ['qk', 'q', 'zero', 'learned']),
+            ('count_cells', count_cells, ['one', 'all', 'outside']),
         ):
             if choice not in choices:
                 raise ValueError(f'{name} must be one of {", ".join(choices)}, got {choice!r}')
@@ -203,6 +209,7 @@ class EvaAttention(GridAttention):
         self.num_samples = num_samples
         self.proposal = proposal
         self.overlap = overlap
+        self.count_cells = count_cells
         self.variant = (partition, summary, num_samples, proposal, overlap) != ('all', 'linear_ln', 1, 'qk', False)
         self.fused_attn = use_fused_attn()
         if self.attn_drop.p > 0 and self.fused_attn:
@@ -240,7 +247,7 @@ class EvaAttention(GridAttention):
 
     @torch.jit.unused
     def _case(self) -> EvaCase:
-        return eva_layer_case(self, self.window_size, self.partition_grid, self.variant)
+        return eva_layer_case(self, self.window_size, self.partition_grid, self.variant, self.count_cells)
 
     @property
     @torch.jit.unused
@@ -251,9 +258,9 @@ class EvaAttention(GridAttention):
 
     def extra_repr(self) -> str:
         backend = EVA.describe(self._case()) if self.fused_attn else 'plain (fused_attn is False)'
-        ablations = ''
+        ablations = f'count_cells={self.count_cells}, ' if self.count_cells != 'one' else ''
         if self.variant:
-            ablations = (
+            ablations += (
                 f'partition={self.partition}, summary={self.summary}, num_samples={self.num_samples}, '
                 f'proposal={self.proposal}, overlap={self.overlap}, '
             )
@@ -286,6 +293,7 @@ class EvaAttention(GridAttention):
             noise=noise,
             dropout_p=self.attn_drop.p if self.training else 0.0,
             fused=self.fused_attn,
+            count_cells=self.count_cells,
         )
 
     def _draw_noise(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
@@ -325,6 +333,7 @@ class EvaAttention(GridAttention):
             noise=noise,
             noise_std=self.noise_std,
             dropout_p=self.attn_drop.p if self.training else 0.0,
+            count_cells=self.count_cells,
         )
 
     @torch.jit.ignore
@@ -340,4 +349,5 @@ class EvaAttention(GridAttention):
             self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             self.window_size,
             self.partition_grid,
+            count_cells=self.count_cells,
         )

@@ -14,7 +14,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from evavit.ops import Eva1dCache, eva_attention_1d, eva_attention_1d_step, halo_size
-from evavit.ops.checks import check_whole
+from evavit.ops.checks import check_number, check_whole
 from evavit.ops.eva.checks import check_chunks
 from evavit.ops.grid import accumulation_dtype
 
@@ -153,6 +153,8 @@ class EvaAttention1d(GridAttention):
         ):
             check_whole(name, value, least)
         check_chunks(window_size, cell_size, causal, overlap)
+        check_number('proposal_scale', proposal_scale)
+        check_number('noise_std', noise_std)
         if noise_std < 0:
             raise ValueError(f'noise_std must be 0 (no noise) or more, got {noise_std}')
         self.window_size = window_size

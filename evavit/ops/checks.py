@@ -1,5 +1,7 @@
 """Checks of arguments that several operators and layers need: ValueErrors that name the value and the remedy."""
 
+import math
+import numbers
 from typing import List, Optional
 
 import torch
@@ -8,6 +10,8 @@ __all__ = [
     'check_bias',
     'check_dropout',
     'check_grid',
+    'check_int',
+    'check_number',
     'check_tokens',
     'check_whole',
     'shape_of',
@@ -43,9 +47,37 @@ def check_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: L
         raise ValueError(f'feat_size ({H}, {W}) does not hold the {q.shape[2]} tokens of q')
 
 
+def check_int(name: str, value: int) -> None:
+    """A whole number, and no bool."""
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+        if type(value) is not int and (
+            isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt))
+        ):
+            raise ValueError(f'{name} must be a whole number, got {value!r}')
+
+
+def _check_real(name: str, value: float, what: str) -> None:
+    """A number, and no bool."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if type(value) is not float and (
+            isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat))
+        ):
+            raise ValueError(f'{name} must be {what}, got {value!r}')
+
+
+def check_number(name: str, value: float, above_zero: bool = False) -> None:
+    """A finite number, above 0 if asked."""
+    what = 'a finite number above 0' if above_zero else 'a finite number'
+    _check_real(name, value, what)
+    lowest = 0.0 if above_zero else -math.inf
+    if not (value > lowest and value < math.inf):  # NaN is neither
+        raise ValueError(f'{name} must be {what}, got {value}')
+
+
 def check_dropout(dropout_p: float) -> None:
     """A dropout probability is at least 0 and below 1."""
-    if dropout_p < 0.0 or dropout_p >= 1.0:
+    _check_real('dropout_p', dropout_p, 'at least 0 and below 1')
+    if not (dropout_p >= 0.0 and dropout_p < 1.0):  # NaN is neither
         raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
 
 

@@ -19,6 +19,8 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .checks import check_int
+
 __all__ = [
     'accumulation_dtype',
     'band_cells',
@@ -50,10 +52,17 @@ def static_size(feat_size: List[int]) -> List[int]:
     """The grid's size as plain numbers, so that torch.compile makes one graph per size.
 
     Symbolic sizes would run through every ceiling division below into guards that take minutes to prove.
+
+    Raises:
+        ValueError: a size that is no whole number.
     """
     if torch.jit.is_scripting():
         return feat_size
     else:
+        if isinstance(feat_size, (int, float)):
+            raise ValueError(f'feat_size must be (height, width) in tokens, got {feat_size}')
+        for size in feat_size:
+            check_int('feat_size', size)
         return [operator.index(size) for size in feat_size]
 
 

@@ -16,7 +16,7 @@ from evavit.ops.backends import Backend, Registry
 from evavit.ops.grid import static_size
 
 from .case import EvaCase, EvaOptions, SummaryTensors, as_summary, eva_case, eva_num_cells
-from .checks import check_eva_options, check_packed_tokens, check_partition, check_tokens
+from .checks import check_eva_options, check_packed_tokens, check_partition, check_tokens, softmax_scale
 from .plain import eva_plain, split_packed
 from .triton import GLUON, TRITON
 
@@ -57,6 +57,7 @@ def eva_attention(
     dropout_p: float = 0.0,
     norm_eps: float = 1e-5,
     fused: bool = False,
+    count_cells: str = 'one',
 ) -> torch.Tensor:
     """Efficient attention via control variates, Equation (16): in plain PyTorch, or with `fused` by CUDA kernels.
 
@@ -65,8 +66,10 @@ def eva_attention(
         q̃_c, k̃_c = LN_q(W_q q̄_c + b_q), LN_k(W_k k̄_c + b_k)                                    (26)
         ω_c      = s^½ · proposal_scale · (q̃_c + k̃_c) + noise_c                                  (28), Algorithm 1
         β_c      = Σ_m softmax_m(ω_c · s^½ k_m - ½ s ‖k_m‖²) v_m,  m ∈ P_c
-        y_n      = softmax([s q_n·k_m + b(n, m)  for m ∈ E^n] ∪ [s q_n·k̃_c  for all c])
+        y_n      = softmax([s q_n·k_m + b(n, m)  for m ∈ E^n] ∪ [s q_n·k̃_c + log n_c  for all c])
                    applied to the values [v_m] ∪ [β_c]                                            (16)
+
+    The paper has n_c = 1: a cell counts once. `count_cells` lets it count as its tokens do in softmax attention.
 
     Windows and cells start at the top-left corner; where one runs over the edge it holds its real tokens only. Sums
     over tokens, the softmaxes and LayerNorm accumulate in float32 for half-precision inputs (float64 for float64).
@@ -92,6 +95,8 @@ def eva_attention(
         dropout_p: Probability to drop an attention weight, of tokens and cells alike; the rest is scaled up.
         norm_eps: LayerNorm's ε.
         fused: Take the backend that `eva_backend` names, which may be kernels; False for plain PyTorch.
+        count_cells: 'one' for n_c = 1; 'all' for the tokens of the cell, n_c = |P_c|; 'outside' for those that are not
+            in the query's window, n_c = |P_c| - |P_c ∩ E^n|: a cell that lies wholly in the window drops out.
 
     Returns:
         `(B, h, N, d)` in q's dtype, in memory `(B, N, h, d)` where there is a window: merging heads copies nothing.
@@ -109,11 +114,12 @@ def eva_attention(
         rel_pos_bias,
         window_size,
         partition_grid,
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        softmax_scale(scale, q.shape[-1]),
         proposal_scale,
         noise,
         dropout_p,
         norm_eps,
+        count_cells,
     )
     check_eva_options(q.shape[0], q.shape[1], q.shape[3], options)
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
@@ -136,6 +142,7 @@ def eva_attention_packed(
     dropout_p: float = 0.0,
     norm_eps: float = 1e-5,
     fused: bool = False,
+    count_cells: str = 'one',
 ) -> torch.Tensor:
     """`eva_attention` of q, k, v in one tensor `(3, B, h, N, d)`, any strides.
 
@@ -151,11 +158,12 @@ def eva_attention_packed(
         rel_pos_bias,
         window_size,
         partition_grid,
-        qkv.shape[-1] ** -0.5 if scale is None else scale,
+        softmax_scale(scale, qkv.shape[-1]),
         proposal_scale,
         noise,
         dropout_p,
         norm_eps,
+        count_cells,
     )
     check_eva_options(qkv.shape[1], qkv.shape[2], qkv.shape[4], options)
     if not torch.jit.is_scripting():  # noqa: SIM102

@@ -48,6 +48,7 @@ class EvaOptions(NamedTuple):
     noise: Optional[torch.Tensor]
     dropout_p: float
     norm_eps: float
+    count_cells: str
 
 
 class VariantOptions(NamedTuple):
@@ -69,6 +70,7 @@ class VariantOptions(NamedTuple):
     noise_std: float
     dropout_p: float
     norm_eps: float
+    count_cells: str
 
 
 class SequenceOptions(NamedTuple):
@@ -101,6 +103,7 @@ class EvaCase(NamedTuple):
     dropout: bool = False  # of attention weights
     noise_grad: bool = False  # whether the noise wants a gradient
     variant: bool = False  # whether it is one of the ablations of `eva_attention_variant`
+    count_cells: str = 'one'
 
 
 def as_summary(summary: Optional[SummaryTensors]) -> Optional[Summary]:
@@ -136,4 +139,5 @@ def eva_case(x: torch.Tensor, options: EvaOptions) -> Tuple[Any, ...]:
         True if options.dropout_p > 0.0 else False,  # noqa: SIM210
         noise is not None and noise.requires_grad,
         False,
+        options.count_cells,
     )

@@ -4,24 +4,42 @@ from typing import List, Optional
 
 import torch
 
-from evavit.ops.checks import check_dropout, check_grid, check_tokens, shape_of
+from evavit.ops.checks import check_dropout, check_grid, check_int, check_number, check_tokens, shape_of
 
 from .case import EvaOptions, SequenceOptions, Summary, VariantOptions, eva_num_cells
 
 __all__ = [
     'check_bias_table',
     'check_chunks',
+    'check_count',
     'check_eva_options',
     'check_packed_tokens',
     'check_partition',
     'check_sequence',
     'check_tokens',
     'check_variant',
+    'softmax_scale',
 ]
 
 
+def softmax_scale(scale: Optional[float], head_dim: int) -> float:
+    """The scale s of an argument that may be None: head_dim^(-½) then."""
+    if scale is None:
+        return head_dim**-0.5
+    check_number('scale', scale, above_zero=True)
+    return scale
+
+
+def check_count(count_cells: str) -> None:
+    """How a cell counts in the softmax."""
+    if count_cells not in ('one', 'all', 'outside'):
+        raise ValueError(f"count_cells must be 'one', 'all' or 'outside', got '{count_cells}'")
+
+
 def check_partition(window_size: int, partition_grid: int) -> None:
-    """A query must see something: a window, cells, or both."""
+    """Sizes are whole numbers, and a query must see something: a window, cells, or both."""
+    check_int('window_size', window_size)
+    check_int('partition_grid', partition_grid)
     if window_size < 0:
         raise ValueError(f'window_size must be 0 (no window) or more, got {window_size}')
     if partition_grid < 0:
@@ -86,7 +104,10 @@ def check_eva_options(batch: int, heads: int, head_dim: int, options: EvaOptions
                     f'{shape_of(noise)}'
                 )
     check_bias_table(heads, options.window_size, options.rel_pos_bias)
+    check_number('proposal_scale', options.proposal_scale)
+    check_number('norm_eps', options.norm_eps, above_zero=True)
     check_dropout(options.dropout_p)
+    check_count(options.count_cells)
 
 
 def _check_summary(name: str, summary: List[torch.Tensor], d: int) -> None:
@@ -139,7 +160,11 @@ def check_variant(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Va
             if options.noise_std <= 0.0 and noise.shape[3] > 1:
                 raise ValueError(f'{noise.shape[3]} samples need a noise_std above 0, got {options.noise_std}')
     check_bias_table(h, options.window_size, options.rel_pos_bias, options.halo)
+    check_number('proposal_scale', options.proposal_scale)
+    check_number('noise_std', options.noise_std)
+    check_number('norm_eps', options.norm_eps, above_zero=True)
     check_dropout(options.dropout_p)
+    check_count(options.count_cells)
 
 
 def _broadcasts(noise: torch.Tensor, B: int, h: int, cells: int, d: int) -> bool:
@@ -190,11 +215,15 @@ def check_sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: S
             f'key_padding_mask must be bool (batch, tokens) = ({B}, {N}), true where a position is '
             f'padding, got {key_padding_mask.dtype} {shape_of(key_padding_mask)}'
         )
+    check_number('proposal_scale', options.proposal_scale)
+    check_number('norm_eps', options.norm_eps, above_zero=True)
     check_dropout(options.dropout_p)
 
 
 def check_chunks(window_size: int, cell_size: int, causal: bool, overlap: bool) -> None:
     """Chunks and cells of a sequence: a query must see something, and a causal one every token before it."""
+    check_int('window_size', window_size)
+    check_int('cell_size', cell_size)
     if window_size < 0:
         raise ValueError(f'window_size must be 0 (no chunks) or more, got {window_size}')
     if cell_size < 0:

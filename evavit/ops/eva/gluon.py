@@ -62,11 +62,20 @@ def _bias_fragments(bias, mma: gl.constexpr):
 
 
 @gluon.jit
+def _count_tile(log_count, win, c, COUNT: gl.constexpr):
+    """Pointers to what is added to the logits of cells c in windows `win`, from `log_counts`."""
+    if COUNT == 2:
+        log_count += win * 64
+    return log_count + c
+
+
+@gluon.jit
 def forward_windows_gluon(
     q, k, v,  # (B, heads, N, D), dtype; the caller
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn,
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
     bias,  # if BIAS: (heads, 4096) float32 in units of q·kᵀ; pad_bias_fragments
+    log_count,  # if COUNT: (1 or n_win, 64) float32 in units of q·kᵀ; log_counts
     out,  # writes y, (B, N, heads, D) in memory, dtype
     lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
     heads, H, W, n_wx, n_win, cells,
@@ -75,7 +84,7 @@ def forward_windows_gluon(
     D: gl.constexpr, WH: gl.constexpr, WW: gl.constexpr,
     PER_PROGRAM: gl.constexpr,  # windows of a program
     EDGE: gl.constexpr,  # whether windows overhang the grid
-    BIAS: gl.constexpr,
+    BIAS: gl.constexpr, COUNT: gl.constexpr,
     SAVE: gl.constexpr,  # whether there will be a backward
 ):  # fmt: skip
     """(16), as `forward_windows`. Programs: (B · chunks · heads)."""
@@ -145,6 +154,8 @@ def forward_windows_gluon(
         async_copy.commit_group()
         q_i, k_i, v_i = q_s.index(now + zero), k_s.index(now + zero), v_s.index(now + zero)
 
+        if COUNT:  # early, since it waits for memory
+            count = gl.load(_count_tile(log_count, win, j + zero, COUNT))
         fence_async_shared()
         if BIAS:
             s = _bias_fragments(bias, mma)
@@ -158,7 +169,10 @@ def forward_windows_gluon(
             s = gl.where(seen[None, :], s, float('-inf'))
         top = gl.max(s, 1)
         t = warpgroup_mma_wait(0, deps=[t])
-        t = gl.where((j < cells)[None, :], t, float('-inf'))
+        if COUNT:  # -inf beyond the last cell
+            t += count[None, :]
+        else:
+            t = gl.where((j < cells)[None, :], t, float('-inf'))
         top = gl.maximum(top, gl.max(t, 1)) * qk_scale
         s = gl.exp2(s * qk_scale - top[:, None])
         total = gl.sum(s, 1)
@@ -189,12 +203,16 @@ def backward_shared_gluon(
     lse,  # (B, heads, N) float32; forward_windows_gluon
     delta,  # writes δ (B, heads, N) float32
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    log_count,  # if COUNT: (1 or n_win, 64) float32 in units of q·kᵀ; log_counts
     dk_tilde_parts, dbeta_parts,  # writes (splits, B, heads, cells, D) float32
     heads, N, cells,
     splits, per_split,  # programs that share the tokens of an (image, head), and tokens of each
     cells_total, scale,
+    W, n_wx,  # if COUNT is 2, else None
     D: gl.constexpr,
+    WH: gl.constexpr, WW: gl.constexpr,  # if COUNT is 2
     T: gl.constexpr,  # tokens of a tile
+    COUNT: gl.constexpr,
 ):  # fmt: skip
     """δ, and the part of dk̃ and dβ that comes through (16), as `backward_shared`. Programs: (B · splits · heads).
 
@@ -225,6 +243,7 @@ def backward_shared_gluon(
     f_0 = gl.arange(0, T, layout=gl.SliceLayout(1, flat))
     j_0 = gl.arange(0, T, layout=col)
     fc = gl.arange(0, 64, layout=gl.SliceLayout(1, flat))
+    cells_0 = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))[:, None]
 
     kt_s = gl.allocate_shared_memory(dtype, [1, 64, D], cell_tile)
     bt_s = gl.allocate_shared_memory(dtype, [1, 64, D], cell_tile)
@@ -249,6 +268,12 @@ def backward_shared_gluon(
         now = ((n0 - first) // T) % 2
         j = j_0 + (zero + n0)
         lse_n = gl.load(lse + j, mask=j < last, other=float('inf'))  # weights are 0 where there is no token
+        if COUNT:
+            win = j
+            if COUNT == 2:
+                real = gl.minimum(j, N - 1)
+                win = (real // W // WH) * n_wx + real % W // WW
+            count = gl.load(_count_tile(log_count, win[None, :], cells_0 + zero, COUNT))
         async_copy.wait_group(0)
         f = f_0 + (zero + n0 + T)
         _copy(q_s.index(1 - now), q + (f[:, None] * sqn + dim), mask=(f < last)[:, None])
@@ -263,6 +288,8 @@ def backward_shared_gluon(
         gl.store(delta + (f - T), d, mask=f - T < last)
         d = gl.convert_layout(d, col)
         s = warpgroup_mma_wait(1, deps=[s])
+        if COUNT:
+            s += count
         p = gl.exp2(s * qk_scale - lse_n[None, :])
         dp = warpgroup_mma_wait(0, deps=[dp])
         acc_b = warpgroup_mma(gl.convert_layout(p.to(dtype), dot_a), g_i, acc_b, is_async=True)
@@ -286,6 +313,7 @@ def backward_tokens_gluon(
     delta,  # δ (B, heads, N) float32; backward_shared_gluon
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
     bias,  # if BIAS: (heads, 4096) float32 in units of q·kᵀ; pad_bias_fragments
+    log_count,  # if COUNT: (1 or n_win, 64) float32 in units of q·kᵀ; log_counts
     omega_half,  # ω / s^½ (B, heads, cells, D), dtype; backward_weights
     dbeta,  # (B, heads, cells, D), dtype; backward_weights
     dmeans,  # (2, B, heads, cells, D), dtype; backward_summary
@@ -301,7 +329,7 @@ def backward_tokens_gluon(
     NCX: gl.constexpr, NCY: gl.constexpr,  # columns and rows of cells that a window meets at most
     PER_PROGRAM: gl.constexpr,  # windows of a program
     EDGE: gl.constexpr,  # whether windows overhang the grid
-    BIAS: gl.constexpr,
+    BIAS: gl.constexpr, COUNT: gl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv, and the gradient of the bias, as `backward_tokens`. Programs: (B · chunks · heads)."""
     dtype: gl.constexpr = q.dtype.element_ty
@@ -473,7 +501,12 @@ def backward_tokens_gluon(
         # logit.
         s = warpgroup_mma(q_i, kt_s.index(zero).permute((1, 0)), zeros_64, use_acc=False, is_async=True)
         dp = warpgroup_mma(g_i, bt_s.index(zero).permute((1, 0)), zeros_64, use_acc=False, is_async=True)
+        if COUNT:
+            j = gl.arange(0, 64, layout=col)
+            count = gl.load(_count_tile(log_count, win, j + zero, COUNT))
         s = warpgroup_mma_wait(1, deps=[s])
+        if COUNT:
+            s += count[None, :]
         p = gl.exp2(gl.minimum(s * qk_scale - lse_i[:, None], 0.0))
         dp = warpgroup_mma_wait(0, deps=[dp])
         ds = p * (dp * scale - delta_i[:, None])

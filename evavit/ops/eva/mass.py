@@ -4,11 +4,13 @@ from typing import List, Optional, Tuple
 
 import torch
 
+from evavit.ops.checks import check_number
 from evavit.ops.grid import (
     accumulation_dtype,
     cell_means,
     cell_shape,
     from_windows,
+    static_size,
     table_bias,
     to_windows,
     window_logits,
@@ -16,7 +18,8 @@ from evavit.ops.grid import (
 )
 
 from .case import SummaryTensors, as_summary
-from .checks import check_bias_table
+from .checks import check_bias_table, check_count, check_partition, softmax_scale
+from .counts import log_counts
 from .plain import summarise
 
 __all__ = ['eva_attention_mass']
@@ -33,6 +36,7 @@ def eva_attention_mass(
     partition_grid: int = 7,
     scale: Optional[float] = None,
     norm_eps: float = 1e-5,
+    count_cells: str = 'one',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How the softmax of Equation (16) divides over E^n and the cells, for every query.
 
@@ -41,21 +45,28 @@ def eva_attention_mass(
         exact = Σ_{m ∈ E^n} w_m,   cells = Σ_c w_c = 1 - exact,   effective = exp(-Σ_c p_c log p_c)
 
     Args:
-        q, k, feat_size, summary_k, rel_pos_bias, window_size, partition_grid, scale, norm_eps: As in `eva_attention`,
-            in which neither values nor noise move these weights.
+        q, k, feat_size, summary_k, rel_pos_bias, window_size, partition_grid, scale, norm_eps, count_cells: As in
+            `eva_attention`, in which neither values nor noise move these weights.
 
     Returns:
         exact, cells, effective, each `(B, h, N)` in float32 (float64 for float64). effective, between 1 and the number
-        of cells, says among how many the mass on the cells is spread; it is 0 where there are none.
+        of cells, says among how many the mass on the cells is spread; it is 0 where there are none, or where
+        `count_cells='outside'` leaves none.
 
     Raises:
-        ValueError: a rel_pos_bias of another shape, a summary_k that is not four tensors.
+        ValueError: a rel_pos_bias of another shape, a summary_k that is not four tensors, a number that cannot be.
     """
+    feat_size = static_size(feat_size)
+    check_partition(window_size, partition_grid)
+    check_number('norm_eps', norm_eps, above_zero=True)
+    check_count(count_cells)
     check_bias_table(q.shape[1], window_size, rel_pos_bias)
     summary = as_summary(summary_k)
+    if partition_grid > 0 and summary is None:
+        raise ValueError(f'partition_grid {partition_grid} needs summary_k; got None')
     dtype = accumulation_dtype(q)
     q, k = q.to(dtype), k.to(dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = softmax_scale(scale, q.shape[-1])
     window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
     queries = scale * to_windows(q, feat_size, window)
     exact = torch.full(queries.shape[:4], float('-inf'), dtype=dtype, device=q.device)
@@ -67,11 +78,14 @@ def eva_attention_mass(
     cells = torch.full_like(exact, float('-inf'))
     effective = torch.zeros_like(exact)
     if partition_grid > 0 and summary is not None:
-        k_tilde = summarise(cell_means(k, feat_size, cell_shape(feat_size, partition_grid)), summary, norm_eps)
+        cell, outside = cell_shape(feat_size, partition_grid), count_cells == 'outside' and window_size > 0
+        k_tilde = summarise(cell_means(k, feat_size, cell), summary, norm_eps)
         logits = queries @ k_tilde.unsqueeze(2).transpose(-2, -1)
+        if count_cells != 'one':
+            logits = logits + log_counts(feat_size, cell, window, (0, 0), outside, dtype, q.device).unsqueeze(1)
         cells = logits.logsumexp(-1)
-        log_p = logits.log_softmax(-1)
-        effective = (-(log_p.exp() * log_p).sum(-1)).exp()
+        p = (logits - cells.unsqueeze(-1)).exp()  # NaN in a window that all cells drop out of
+        effective = torch.special.entr(p).sum(-1).exp().masked_fill(cells.isneginf(), 0.0)
 
     total = torch.logaddexp(exact, cells)
 

@@ -20,6 +20,7 @@ from evavit.ops.grid import (
 )
 
 from .case import EvaOptions, Summary
+from .counts import log_counts
 
 __all__ = ['eva_plain', 'split_packed', 'summarise']
 
@@ -106,7 +107,11 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: EvaOptio
         k_tilde, beta = _control_variates(q, k, v, summary_q, summary_k, options)
         # All windows share the cells: one product for all queries of an (image, head).
         cells = queries.flatten(2, 3) @ (scale * k_tilde).to(logit_dtype).transpose(-2, -1)
-        logits.append(cells.to(dtype).unflatten(2, [queries.shape[2], queries.shape[3]]))
+        cells = cells.to(dtype).unflatten(2, [queries.shape[2], queries.shape[3]])
+        if options.count_cells != 'one':
+            cell, outside = cell_shape(feat_size, options.partition_grid), options.count_cells == 'outside' and area > 0
+            cells = cells + log_counts(feat_size, cell, window, (0, 0), outside, dtype, q.device).unsqueeze(1)
+        logits.append(cells)
 
     attn = torch.cat(logits, -1).softmax(-1).to(q.dtype)
     if dropout_p > 0.0:

@@ -11,7 +11,7 @@ import torch
 from evavit.ops.grid import from_blocks, halo_mask, to_halos
 
 from .case import SequenceOptions
-from .checks import check_sequence
+from .checks import check_sequence, softmax_scale
 from .variants import CellSummaries, Proposal, attend, halo_size, summarise_cells
 
 __all__ = ['Eva1dCache', 'eva_attention_1d', 'eva_attention_1d_step']
@@ -166,7 +166,7 @@ def eva_attention_1d(
         causal,
         halo_size(window_size) if overlap else 0,
         key_padding_mask,
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        softmax_scale(scale, q.shape[-1]),
         proposal_scale,
         noise,
         dropout_p,
@@ -218,7 +218,7 @@ def eva_attention_1d_step(
         True,
         halo_size(window_size) if overlap else 0,
         None,
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        softmax_scale(scale, q.shape[-1]),
         proposal_scale,
         None,
         0.0,

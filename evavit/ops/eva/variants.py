@@ -29,7 +29,8 @@ from evavit.ops.grid import (
 )
 
 from .case import Summary, VariantOptions
-from .checks import check_partition, check_variant
+from .checks import check_partition, check_variant, softmax_scale
+from .counts import log_counts
 from .plain import summarise
 
 __all__ = ['CellSummaries', 'Proposal', 'attend', 'eva_attention_variant', 'halo_size', 'summarise_cells']
@@ -131,6 +132,7 @@ def attend(
     cell_mask: Optional[torch.Tensor],
     scale: float,
     dropout_p: float,
+    log_count: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Attention of windows of queries to the tokens of their E and to cells, Equation (16), `(B, h, U, A, d)`.
 
@@ -148,6 +150,7 @@ def attend(
         mask: Who sees whom in E, bool, broadcasts to `(B, h, U, A, K)`; None for everybody.
         cells: Of all windows, or G = U · C_p of them, window after window; None for no cells.
         cell_mask: Who sees which cell, bool, broadcasts to `(B, h, U, A, C_p)`.
+        log_count: What is added to the logits of the cells, of that form; None for nothing.
     """
     dtype = accumulation_dtype(queries)
     # float16 ends at 65,504, before the logits do; bfloat16 has the range of float32.
@@ -175,6 +178,8 @@ def attend(
         queries = queries.reshape(B, h, sets, U * A // sets, d)
         k_tilde = cells.key.to(logit_dtype).unflatten(2, [sets, count])
         coarse = (queries @ k_tilde.transpose(-2, -1)).to(dtype).reshape(B, h, U, A, count)
+        if log_count is not None:
+            coarse = coarse + log_count
         if cell_mask is not None:
             coarse = coarse.masked_fill(~cell_mask, float('-inf'))
         logits.append(coarse)
@@ -287,6 +292,7 @@ def _variant(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Variant
 
     cells: Optional[CellSummaries] = None
     cell_mask: Optional[torch.Tensor] = None
+    log_count: Optional[torch.Tensor] = None
     if options.partition_grid > 0 and summary_k is not None:
         cell = cell_shape(feat_size, options.partition_grid)
         rows, cols = block_counts(feat_size, cell)
@@ -311,7 +317,11 @@ def _variant(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Variant
             options.norm_eps,
         )
         cells = summarise_cells(q_cells, k_cells, v_cells, mask, proposal)
-        if options.partition == 'complement' and window_size > 0:
+        complement = options.partition == 'complement' and window_size > 0
+        if options.count_cells != 'one':  # a cell less E has no token inside: 'all' and 'outside' count the same
+            outside = complement or (options.count_cells == 'outside' and window_size > 0)
+            log_count = log_counts(feat_size, cell, window, halo, outside, accumulation_dtype(q), q.device).unsqueeze(1)
+        if complement:
             if mask is None:
                 mask = torch.ones([rows * cols, cell[0] * cell[1]], dtype=torch.bool, device=q.device)
             cells, cell_mask = _complement(
@@ -330,7 +340,7 @@ def _variant(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Variant
         if rel_pos_bias is not None:
             bias = crop_bias(table_bias(rel_pos_bias, window_size, options.halo), window_size, window, options.halo)
     queries = to_halos(q, feat_size, window, (0, 0))
-    out = attend(queries, keys, values, bias, local_mask, cells, cell_mask, options.scale, options.dropout_p)
+    out = attend(queries, keys, values, bias, local_mask, cells, cell_mask, options.scale, options.dropout_p, log_count)
     nH, nW = block_counts(feat_size, window)
     return from_blocks(out.unflatten(3, [window[0], window[1]]).unflatten(2, [nH, nW]).transpose(3, 4), feat_size)
 
@@ -355,6 +365,7 @@ def eva_attention_variant(
     noise_std: float = 1.0,
     dropout_p: float = 0.0,
     norm_eps: float = 1e-5,
+    count_cells: str = 'one',
 ) -> torch.Tensor:
     """`eva_attention` with the paper's ablations (Table 8, Appendix C), in plain PyTorch; docs/math.md, section 12.
 
@@ -374,8 +385,9 @@ def eva_attention_variant(
     of N / P² tokens each, for P = partition_grid and w = window_size.
 
     Args:
-        q, k, v, feat_size, window_size, partition_grid, scale, proposal_scale, dropout_p, norm_eps: As in
-            `eva_attention`.
+        q, k, v, feat_size, window_size, partition_grid, scale, proposal_scale, dropout_p, norm_eps, count_cells: As in
+            `eva_attention`, with the E^n and P_c of here: cells less E^n count what is left of them for 'all' and for
+            'outside'.
         summary_q: Parameters of q's σ: projection weight `(d, d)` and bias `(d)`, LayerNorm weight `(d)` and bias
             `(d)`; the first two; or none. Needed for the proposals 'qk' and 'q'.
         summary_k: The same for k's. Needed unless partition_grid is 0.
@@ -407,12 +419,13 @@ def eva_attention_variant(
         proposal,
         proposal_mean,
         halo_size(window_size) if overlap else 0,
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        softmax_scale(scale, q.shape[-1]),
         proposal_scale,
         noise,
         noise_std,
         dropout_p,
         norm_eps,
+        count_cells,
     )
     check_variant(q, k, v, options)
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition

@@ -14,6 +14,11 @@ def sigma(mean, summary):
     return F.layer_norm(mean, mean.shape[-1:], *summary[2:]) if len(summary) == 4 else mean
 
 
+def count_of(cell, E, count_cells):
+    """How often a cell counts for queries with this E, both lists of tokens."""
+    return {'one': 1, 'all': len(cell), 'outside': len(set(cell) - set(E))}[count_cells]
+
+
 def eva_loop(
     q,
     k,
@@ -26,6 +31,7 @@ def eva_loop(
     partition_grid=7,
     proposal_scale=1.0,
     noise=None,
+    count_cells='one',
 ):
     """EVA for q, k, v `(B, h, N, d)`: one cell after the other, then one window of queries after the other.
 
@@ -55,11 +61,14 @@ def eva_loop(
     for tokens, q_E, k_E, v_E in zip(groups, split(q, groups), split(k, groups), split(v, groups), strict=True):
         if window_size == 0:
             k_E, v_E = k_E[:, :, :0], v_E[:, :, :0]
-        keys, values = torch.cat([k_E, summaries[0]], 2), torch.cat([v_E, summaries[1]], 2)
+        counts = [count_of(cell, tokens if window_size else [], count_cells) for cell in cells]
+        kept = [c for c, count in enumerate(counts) if count]
+        keys, values = torch.cat([k_E, summaries[0][:, :, kept]], 2), torch.cat([v_E, summaries[1][:, :, kept]], 2)
         logits = s * q_E @ keys.transpose(2, 3)
+        logits = logits + torch.tensor([0.0] * k_E.shape[2] + [math.log(counts[c]) for c in kept], dtype=q.dtype)
         if bias_table is not None:
             bias = bias_table[bias_rows(tokens, feat_size[1], window_size)].permute(2, 0, 1)
-            logits = logits + F.pad(bias, [0, len(betas)])
+            logits = logits + F.pad(bias, [0, len(kept)])
         outputs.append(torch.softmax(logits, -1) @ values)
     return in_order(outputs, groups)
 
@@ -86,6 +95,7 @@ def eva_variant_loop(
     proposal_scale=1.0,
     noise=None,
     noise_std=1.0,
+    count_cells='one',
 ):
     """EVA's ablations: window by window, cell by cell, sample by sample, with plain exponentials.
 
@@ -119,7 +129,8 @@ def eva_variant_loop(
             values.append(v[:, :, m : m + 1].expand_as(q_W))
         for c, cell in enumerate(grid_cells(feat_size, partition_grid)):
             kept = [m for m in cell if partition == 'all' or m not in E]
-            if not kept:
+            count = count_of(kept, E, count_cells)
+            if not kept or not count:
                 continue
             k_tilde = sigma(k[:, :, kept].mean(2), summary_k)
             mean = {
@@ -145,7 +156,7 @@ def eva_variant_loop(
                 scores = weight[..., None] * xi_q
                 numerator = numerator + scores[..., None] * (xi_k[..., None] * v[:, :, kept]).sum(2)[:, :, None]
                 denominator = denominator + (scores * xi_k.sum(-1)[..., None])[..., None]
-            logits.append(s * (q_W * k_tilde[:, :, None]).sum(-1))
+            logits.append(s * (q_W * k_tilde[:, :, None]).sum(-1) + math.log(count))
             values.append(numerator / denominator)
         weights = torch.stack(logits, -1).softmax(-1)
         y = (weights[..., None] * torch.stack(values, 3)).sum(3)

@@ -7,6 +7,7 @@ from ops.eva.references import eva_loop
 from timm.layers import RelPosBias
 
 from evavit.ops import eva_attention, eva_attention_packed, eva_num_cells
+from evavit.ops.eva.counts import log_counts
 
 GRIDS = [(14, 14), (28, 28), (13, 13), (24, 24), (7, 50), (50, 7), (1, 1), (5, 3)]
 WINDOWS = [1, 4, 7, 'larger']  # than the grid
@@ -129,6 +130,113 @@ def test_no_window_matches_the_loop(feat_size, partition_grid):
     expected = run_loop(leaves, noise, feat_size, 0, partition_grid)
     output = run_op(leaves, noise, feat_size, 0, partition_grid)
     assert max(errors(output, leaves, expected, leaves).values()) <= 1e-10
+
+
+@pytest.mark.parametrize('count_cells', ['all', 'outside'])
+@pytest.mark.parametrize(
+    ('feat_size', 'window_size', 'partition_grid'),
+    [
+        ((14, 14), 7, 7),  # cells that windows cut
+        ((12, 12), 4, 6),  # cells that lie in a window as a whole, and drop out
+        ((13, 9), 4, 3),
+        ((11, 20), 5, 7),
+        ((10, 9), 3, 7),
+        ((5, 3), 7, 2),  # smaller than a window
+        ((6, 5), 0, 2),
+        ((7, 5), 3, 0),
+        ((1, 1), 1, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(('bias', 'noise'), [(True, True), (False, True), (True, False)])
+def test_counted_cells_match_the_loop(feat_size, window_size, partition_grid, bias, noise, count_cells):
+    sizes = feat_size, window_size, partition_grid
+    leaves, epsilon = make_inputs(2, 2, 8, *sizes, bias=bias, noise=noise)
+    expected = run_loop(leaves, epsilon, *sizes, count_cells=count_cells)
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        copies = cast(leaves, dtype)
+        output = run_op(copies, epsilon if epsilon is None else epsilon.to(dtype), *sizes, count_cells=count_cells)
+        found = errors(output, copies, expected, leaves)
+        assert max(found.values()) <= bound, (dtype, found)
+
+
+@pytest.mark.parametrize('count_cells', ['all', 'outside'])
+@pytest.mark.parametrize(('dtype', 'bound'), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_counted_cells_in_half_precision(dtype, bound, count_cells):
+    sizes = (13, 9), 4, 7
+    leaves, noise = make_inputs(2, 2, 32, *sizes, dtype=torch.float32)
+    rounded = {name: value.detach().to(dtype).double().requires_grad_() for name, value in leaves.items()}
+    expected = run_loop(rounded, noise.double(), *sizes, count_cells=count_cells)
+    copies = cast(leaves, dtype)
+    output = run_op(copies, noise, *sizes, count_cells=count_cells)
+    assert output.dtype == dtype
+    found = errors(output, copies, expected, rounded)
+    assert found.pop('output') <= bound and max(found.values()) <= 10 * bound, found
+
+
+@pytest.mark.parametrize('partition_grid', [1, 3, 7])
+@pytest.mark.parametrize('window_size', [9, 12])
+@pytest.mark.parametrize('feat_size', [(9, 9), (5, 8), (1, 1)])
+def test_limit_a_window_over_the_grid_whose_cells_count_outside_is_softmax(feat_size, window_size, partition_grid):
+    """Whatever the cells are: each drops out, and its summary, its noise and its β with it."""
+    leaves, noise = make_inputs(2, 2, 8, feat_size, window_size, partition_grid, bias=False)
+    noise.requires_grad_()
+    q, k, v, _ = arguments(leaves)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    output = run_op(leaves, noise, feat_size, window_size, partition_grid, count_cells='outside')
+    assert relative_error(output, expected) < 1e-14
+    grad = torch.randn_like(output)
+    qkv, *rest = torch.autograd.grad(output, [*leaves.values(), noise], grad)
+    assert relative_error(qkv, torch.autograd.grad(expected, leaves['qkv'], grad)[0], 1e-9 * grad.norm()) < 1e-12
+    assert not any(x.count_nonzero() for x in rest)
+    for other in ('one', 'all'):
+        counted = run_op(leaves, noise, feat_size, window_size, partition_grid, count_cells=other)
+        assert feat_size == (1, 1) or relative_error(counted, expected) > 1e-3
+
+
+def test_a_cell_that_drops_out_gets_no_gradient_from_the_window():
+    leaves, noise = make_inputs(1, 2, 8, (8, 8), 4, 4)  # a window holds four cells
+    noise.requires_grad_()
+    output = run_op(leaves, noise, (8, 8), 4, 4, count_cells='outside')
+    window = grid_windows((8, 8), 4)[0]
+    (grad,) = torch.autograd.grad(output[:, :, window].square().sum(), noise)
+    inside = [set(cell) <= set(window) for cell in grid_cells((8, 8), 4)]
+    assert sum(inside) == 4
+    assert (grad != 0).all(-1)[0, 0].tolist() == [not x for x in inside]
+
+
+def test_where_counts_agree():
+    def run(*sizes):
+        leaves, noise = make_inputs(2, 2, 8, *sizes)
+        return [run_op(leaves, noise, *sizes, count_cells=count) for count in ('one', 'all', 'outside')]
+
+    one, every, outside = run((7, 6), 0, 3)  # E is empty
+    assert torch.equal(every, outside) and not torch.allclose(one, every)
+    one, every, outside = run((5, 4), 2, 0)  # no cells
+    assert torch.equal(one, every) and torch.equal(one, outside)
+    one, every, outside = run((5, 4), 2, 7)  # cells of one token
+    assert torch.equal(one, every) and not torch.allclose(one, outside)
+
+
+@pytest.mark.parametrize(('feat_size', 'window', 'halo', 'cell'), [((13, 9), 4, 0, (2, 3)), ((10, 11), 3, 2, (4, 2))])
+def test_counts_are_those_of_the_tokens(feat_size, window, halo, cell):
+    device = torch.device('cpu')
+    sizes = list(feat_size), cell, (window, window), (halo, halo)
+    every = log_counts(*sizes, False, torch.float64, device).exp()
+    outside = log_counts(*sizes, True, torch.float64, device).exp()
+    H, W = feat_size
+    cells = [
+        {(y, x) for y in range(top, min(top + cell[0], H)) for x in range(left, min(left + cell[1], W))}
+        for top in range(0, H, cell[0])
+        for left in range(0, W, cell[1])
+    ]
+    windows = [
+        {(y, x) for y in range(top - halo, top + window + halo) for x in range(left - halo, left + window + halo)}
+        for top in range(0, H, window)
+        for left in range(0, W, window)
+    ]
+    torch.testing.assert_close(every, torch.tensor([[len(c) for c in cells]]).double())
+    torch.testing.assert_close(outside, torch.tensor([[len(c - E) for c in cells] for E in windows]).double())
 
 
 @pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

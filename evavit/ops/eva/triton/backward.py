@@ -11,6 +11,7 @@ from .pieces import (
     LOG2E,
     bias_tile,
     cell_tokens,
+    count_tile,
     load_cells,
     load_rows,
     load_weight,
@@ -32,13 +33,17 @@ def backward_shared(
     lse,  # (B, heads, N) float32; forward_windows, forward_tokens or forward_windows_gluon
     delta,  # writes δ (B, heads, N) float32
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    log_count,  # if COUNT: (1 or n_win, tiles · BC) float32 in units of log 2; log_counts
     dk_tilde_parts, dbeta_parts,  # if CELLS: writes (splits, B, heads, cells, D) float32
     heads, N, cells,
     splits, per_split,  # programs that share the tokens of an (image, head), and tokens of each
     cells_total, scale,
+    W, n_wx,  # if COUNT is 2, else None
     D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,  # tokens and cells of a tile
+    WH: tl.constexpr, WW: tl.constexpr,  # if COUNT is 2
     CELLS: tl.constexpr,  # whether there are cells
+    COUNT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """δ, and the part of dk̃ and dβ that comes through (16). Programs: (B · splits · heads, tiles of BC cells)."""
@@ -67,6 +72,12 @@ def backward_shared(
             lse_n = tl.load(lse + pair * N + n, mask=valid, other=0.0)
             # Transposed, (cells, tokens): the sums over tokens are then plain products.
             s = tl.dot(kt, tl.trans(q_n), input_precision=PREC) * (scale * LOG2E)
+            if COUNT:
+                win = n
+                if COUNT == 2:
+                    real = tl.minimum(n, N - 1)
+                    win = (real // W // WH) * n_wx + real % W // WW
+                s += tl.load(count_tile(log_count, win[None, :], c[:, None], tl.num_programs(1) * BC, COUNT))
             p = tl.where(cell_valid[:, None] & valid[None, :], tl.exp2(s - lse_n[None, :]), 0.0)
             dp = tl.dot(bt, tl.trans(dy), input_precision=PREC)
             ds = p * (dp - delta_n[None, :])
@@ -226,7 +237,8 @@ def backward_summary(
 
 @triton.jit
 def _logit_grad(q_i, k_j, v_j, dy, lse, delta, bias, valid, valid_j, qk_scale, BIAS: tl.constexpr, PREC: tl.constexpr):
-    """The weights p of queries i for keys j, and the gradients p (dp - δ) of their logits. `bias` points to a tile."""
+    """The weights p of queries i for keys j, and the gradients p (dp - δ) of their logits. `bias` points to a tile, or
+    to a row for all queries."""
     s = tl.dot(q_i, tl.trans(k_j), input_precision=PREC) * qk_scale
     if BIAS:
         s += tl.load(bias)
@@ -252,6 +264,7 @@ def backward_tokens(
     delta,  # δ (B, heads, N) float32; backward_shared
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
     bias,  # if BIAS: (heads, S, S) float32 in units of log 2; pad_bias
+    log_count,  # if COUNT: (1 or n_win, NC · BC) float32 in units of log 2; log_counts
     omega,  # (B, heads, cells, D) float32; forward_cells
     dbeta,  # (B, heads, cells, D), dtype; backward_weights
     dmeans,  # (2, B, heads, cells, D), dtype; backward_summary
@@ -267,7 +280,7 @@ def backward_tokens(
     BM: tl.constexpr, NT: tl.constexpr, BC: tl.constexpr, NC: tl.constexpr,
     PER_PROGRAM: tl.constexpr,  # windows of a program
     LOCAL: tl.constexpr,  # whether there are windows; without them, n_win counts tiles of tokens
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, COUNT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv, all that reaches them, and the gradient of the bias. Programs: (B · chunks · heads)."""
@@ -321,7 +334,10 @@ def backward_tokens(
                 else:
                     kt = load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
                     bt = load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
-                p, ds = _logit_grad(q_i, kt, bt, dy, lse_i, delta_i, bias, valid, c_t < cells, qk_scale, False, PREC)
+                real, count = c_t < cells, bias
+                if COUNT:
+                    count = count_tile(log_count, win, c_t[None, :], NC * BC, COUNT)
+                p, ds = _logit_grad(q_i, kt, bt, dy, lse_i, delta_i, count, valid, real, qk_scale, COUNT > 0, PREC)
                 acc = tl.dot(ds.to(kt.dtype), kt, acc, input_precision=PREC)
             if LOCAL and NT > 1:
                 for j in range(NT):

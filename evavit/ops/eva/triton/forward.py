@@ -11,6 +11,7 @@ from .pieces import (
     LOG2E,
     bias_tile,
     cell_tokens,
+    count_tile,
     load_cells,
     load_rows,
     log_weights,
@@ -120,6 +121,7 @@ def forward_tokens(
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
     bias,  # if BIAS: (heads, S, S) float32 in units of log 2; pad_bias
+    log_count,  # if COUNT: (1 or n_win, NC · BC) float32 in units of log 2; log_counts
     out,  # writes y, (B, N, heads, D) in memory, dtype
     lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
     heads, H, W, n_wx, n_win, cells,
@@ -130,7 +132,7 @@ def forward_tokens(
     BM: tl.constexpr, NT: tl.constexpr, BC: tl.constexpr, NC: tl.constexpr,
     PER_PROGRAM: tl.constexpr,  # windows of a program
     LOCAL: tl.constexpr,  # whether there are windows; without them, n_win counts tiles of tokens
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, COUNT: tl.constexpr,
     SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +171,10 @@ def forward_tokens(
                 kt = load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
                 bt = load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
                 s = tl.dot(q_i, tl.trans(kt), input_precision=PREC) * qk_scale
-                s = tl.where((c_t < cells)[None, :], s, float('-inf'))
+                if COUNT:  # -inf beyond the last cell
+                    s += tl.load(count_tile(log_count, win, c_t[None, :], NC * BC, COUNT))
+                else:
+                    s = tl.where((c_t < cells)[None, :], s, float('-inf'))
                 top, total, acc = _add_keys(s, bt, top, total, acc, PREC)
             store_rows(out, n, valid, heads * D, 1, acc / total[:, None], D, BD)
             if SAVE:
@@ -182,6 +187,7 @@ def forward_windows(
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
     bias,  # if BIAS: (heads, BM, BM) float32 in units of q·kᵀ; pad_bias
+    log_count,  # if COUNT: (1 or n_win, BC) float32 in units of log 2; log_counts
     out,  # writes y, (B, N, heads, D) in memory, dtype
     lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
     heads, H, W, n_wx, n_win, cells,
@@ -194,7 +200,7 @@ def forward_windows(
     PACKED: tl.constexpr,  # whether q, k and v have equal strides
     EDGE: tl.constexpr,  # whether windows overhang the grid
     CELLS: tl.constexpr,  # whether there are cells
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, COUNT: tl.constexpr,
     SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +239,10 @@ def forward_windows(
         top = tl.max(s, 1)
         if CELLS:
             s_c = tl.dot(q_i, tl.trans(kt), input_precision=PREC) * qk_scale
-            s_c = tl.where((c < cells)[None, :], s_c, float('-inf'))
+            if COUNT:  # -inf beyond the last cell
+                s_c += tl.load(count_tile(log_count, win, c[None, :], BC, COUNT))
+            else:
+                s_c = tl.where((c < cells)[None, :], s_c, float('-inf'))
             top = tl.maximum(top, tl.max(s_c, 1))
         p = tl.exp2(s - top[:, None])
         total = tl.sum(p, 1)

@@ -67,6 +67,7 @@ def _eva(
     noise: Optional[torch.Tensor],
     window_size: int,
     partition_grid: int,
+    count_cells: str,
     scale: float,
     proposal_scale: float,
     norm_eps: float,
@@ -83,7 +84,7 @@ def _eva(
     lets the kernels in Gluon run where they take these tensors.
     """
     q, k, v = _unpack(q, k, v)
-    plan = _plan(q, feat_size, window_size, partition_grid)
+    plan = _plan(q, feat_size, window_size, partition_grid, count_cells)
     out, lse, k_tilde, beta, omega, means = outputs = _forward_outputs(q, plan.cells, save)
     if out.numel() == 0:
         return outputs
@@ -113,7 +114,8 @@ def _eva(
             padded = pad(bias, scale if plan.one_tile else LN2)
         grid = plan.B * chunks * plan.heads, 1, 1
         sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks
-        args = (k_tilde, beta, padded, out, lse, *sizes, scale)
+        log_count = plan.log_counts(module is not None, scale, q.device)
+        args = (k_tilde, beta, padded, log_count, out, lse, *sizes, scale)
         options = dict(PER_PROGRAM=per_program, BIAS=bias is not None, SAVE=save)
         if module is not None:
             tokens = (q, k, v, *strides[:3], *strides[4:7], *strides[8:11])
@@ -131,7 +133,7 @@ def _eva(
 def _eva_fake(
     q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor], feat_size: List[int], *rest: Any
 ) -> Outputs:
-    *_, partition_grid, _scale, _proposal_scale, _norm_eps, save, _gluon = rest
+    *_, partition_grid, _count_cells, _scale, _proposal_scale, _norm_eps, save, _gluon = rest
     q, k, v = _unpack(q, k, v)
     cells = 0
     if partition_grid > 0:
@@ -166,6 +168,7 @@ def _eva_backward(
     rel_pos_bias: Optional[torch.Tensor],
     window_size: int,
     partition_grid: int,
+    count_cells: str,
     scale: float,
     proposal_scale: float,
     norm_eps: float,
@@ -175,7 +178,7 @@ def _eva_backward(
     `(2, d² + 3d)` packed, and of the bias, float32."""
     inputs = q, k, v
     q, k, v = _unpack(q, k, v)
-    plan = _plan(q, feat_size, window_size, partition_grid)
+    plan = _plan(q, feat_size, window_size, partition_grid, count_cells)
     D, cells = plan.D, plan.cells
     bias = rel_pos_bias if plan.local else None
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
@@ -200,9 +203,11 @@ def _eva_backward(
     strides = (*q_strides, *k.stride(), *v.stride(), *grad_strides)
     module = plan.gluon(strides, q, k, v, grad, k_tilde, beta) if gluon else None
     with on_device(q):
+        log_count = plan.log_counts(module is not None, scale, q.device)
+        of_token = (plan.W, plan.n_wx) if plan.count == 2 else (None, None)
         shared = (
-            *(lse, delta, k_tilde, beta, dk_tilde_parts, dbeta_parts),
-            *(plan.heads, plan.N, cells, splits, per_split, plan.rows, scale),
+            *(lse, delta, k_tilde, beta, log_count, dk_tilde_parts, dbeta_parts),
+            *(plan.heads, plan.N, cells, splits, per_split, plan.rows, scale, *of_token),
         )
         if module is not None:
             plan.launch(
@@ -267,7 +272,7 @@ def _eva_backward(
             dbias_parts = make((plan.B * chunks, plan.heads, side, side), dtype=torch.float32, device=q.device)
             padded = plan.pad_bias(bias, LN2) if module is None else plan.pad_bias_fragments(bias, scale)
         grid = plan.B * chunks * plan.heads, 1, 1
-        saved = lse, delta, k_tilde, beta, padded
+        saved = lse, delta, k_tilde, beta, padded, log_count
         through_cells = dbeta, dmeans, xi, dlog_xi
         written = dq, dk, dv, *dq.stride()[:3], dbias_parts
         sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells, chunks, plan.rows, scale
@@ -300,7 +305,7 @@ def _eva_backward(
 def _eva_backward_fake(
     grad: torch.Tensor, q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor], *rest: Any
 ) -> Tuple[torch.Tensor, ...]:
-    *_, rel_pos_bias, _window_size, partition_grid, _scale, _proposal_scale, _norm_eps, _gluon = rest
+    *_, rel_pos_bias, _window_size, partition_grid, _count_cells, _scale, _proposal_scale, _norm_eps, _gluon = rest
     D = q.shape[-1]
     params = (2, D * D + 3 * D) if partition_grid > 0 else (0, 0)
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
@@ -312,16 +317,16 @@ def _eva_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, ...]) -> None:
-    q, k, v, feat_size, *summary, rel_pos_bias, _noise, window_size, partition_grid = inputs[:16]
-    scale, proposal_scale, norm_eps, save, gluon = inputs[16:]
+    q, k, v, feat_size, *summary, rel_pos_bias, _noise, window_size, partition_grid, count_cells = inputs[:17]
+    scale, proposal_scale, norm_eps, save, gluon = inputs[17:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, rel_pos_bias, *output, *summary)
-    ctx.options = feat_size, window_size, partition_grid, scale, proposal_scale, norm_eps, gluon
+    ctx.options = feat_size, window_size, partition_grid, count_cells, scale, proposal_scale, norm_eps, gluon
     ctx.saved = save
 
 
 def _autograd_backward(ctx: Any, grad: Optional[torch.Tensor], *_: Any) -> Tuple[Optional[torch.Tensor], ...]:
-    nones: List[Optional[torch.Tensor]] = [None] * 21
+    nones: List[Optional[torch.Tensor]] = [None] * 22
     if grad is None:
         return (*nones,)
     if not ctx.saved:
@@ -371,6 +376,6 @@ def eva_attention_fused(tokens: Tuple[torch.Tensor, ...], options: EvaOptions, g
     return torch.ops.evavit.eva(
         *(q, k, v, options.feat_size),
         *summary,
-        *(options.rel_pos_bias, noise, options.window_size, options.partition_grid),
+        *(options.rel_pos_bias, noise, options.window_size, options.partition_grid, options.count_cells),
         *(options.scale, options.proposal_scale, options.norm_eps, save, gluon),
     )[0]

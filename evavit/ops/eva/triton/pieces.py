@@ -16,6 +16,8 @@ In all signatures
                         grad, sd. of dq, dk and dv
     scale, scale_half   the softmax scale s, and s^½
     PREC                how float32 tiles are multiplied: 'ieee' or 'tf32'
+    COUNT               how often a cell counts: 0 for once, and log_count is None; 1 for log_count with one row for all
+                        windows; 2 for a row for each window
 
 and in the code `n`, `y`, `x` and `c` are numbers of tokens, rows, columns and cells, `valid` says which of them exist,
 and `pair` is image · heads + head. Logits and log-sum-exps are in units of log 2: every exponential is a power of 2.
@@ -171,6 +173,39 @@ def table_grad(
         mask = (i < WH * WW)[None, :] & (y >= 0) & (y < WH) & (x >= 0) & (x < WW)
         acc += tl.load(dbias + (head * S + i[None, :]) * S + y * WW + x, mask=mask, other=0.0)
     tl.store(dtable + e * heads + head, tl.sum(acc, 1), mask=e < (2 * SIDE - 1) * (2 * SIDE - 1))
+
+
+@triton.jit
+def log_counts(
+    log_count,  # writes (programs of axis 0, columns) float32
+    unit,  # what the logarithms are divided by: s for units of q·kᵀ, log 2 for units of log 2
+    H, W, n_wx, n_cx, cells, ch, cw,
+    WH: tl.constexpr, WW: tl.constexpr,
+    BC: tl.constexpr,
+    COUNT: tl.constexpr,  # 1 or 2
+):  # fmt: skip
+    """log of the tokens of each cell, less those in the window if COUNT is 2; -inf for none and beyond the last cell.
+    Programs: (rows of log_count, tiles of BC columns)."""
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    y0, x0 = (c // n_cx) * ch, (c % n_cx) * cw
+    y1, x1 = tl.minimum(y0 + ch, H), tl.minimum(x0 + cw, W)
+    count = (y1 - y0) * (x1 - x0)
+    if COUNT == 2:
+        wy, wx = (tl.program_id(0) // n_wx) * WH, (tl.program_id(0) % n_wx) * WW
+        rows = tl.minimum(y1, wy + WH) - tl.maximum(y0, wy)
+        cols = tl.minimum(x1, wx + WW) - tl.maximum(x0, wx)
+        count -= tl.maximum(rows, 0) * tl.maximum(cols, 0)
+    count = tl.where(c < cells, count, 0)
+    x = tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)) / unit, float('-inf'))
+    tl.store(log_count + tl.program_id(0) * tl.num_programs(1) * BC + c, x)
+
+
+@triton.jit
+def count_tile(log_count, win, c, columns, COUNT: tl.constexpr):
+    """Pointers to what is added to the logits of cells c in windows `win`, from `log_counts`."""
+    if COUNT == 2:
+        log_count += win * columns
+    return log_count + c
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from evavit.ops.grid import block_counts, cell_shape, window_shape
 
 from . import why_not_gluon_sizes
 from .forward import forward_windows
-from .pieces import pad_bias, pad_bias_fragments, table_grad
+from .pieces import LN2, log_counts, pad_bias, pad_bias_fragments, table_grad
 
 # Programs that keep a large GPU busy; a constant, so that sums are split alike on every device.
 PROGRAMS = 768
@@ -76,6 +76,7 @@ class _Plan:
         feat_size: Tuple[int, int],
         window_size: int,
         partition_grid: int,
+        count_cells: str = 'one',
     ) -> None:
         self.B, self.heads, self.N, self.D = shape
         self.H, self.W = feat_size
@@ -110,6 +111,10 @@ class _Plan:
         self.rows = self.B * self.heads * self.cells
         # As two of the kernels take them.
         self.cell_sizes = (self.heads, self.H, self.W, self.n_cx, self.cells, self.ch, self.cw, self.rows)
+
+        self.count = 0  # COUNT of the kernels
+        if count_cells != 'one' and self.cells:
+            self.count = 2 if count_cells == 'outside' and self.local else 1
 
         # The default windows and cells: the forward's fast case.
         self.one_tile = self.local and self.NT == 1 and self.NC <= 1
@@ -200,20 +205,30 @@ class _Plan:
         tiles = dict(**sizes, BM=self.BM, BC=self.BC, PREC=self.prec)
         many = dict(**tiles, NT=self.NT, NC=self.NC, LOCAL=self.local)
         window = dict(WH=self.wh, WW=self.ww)
+        of_token = window if self.count == 2 else dict(WH=1, WW=1)
+        count = dict(COUNT=self.count)
         both = dict(**window, CH=self.ch, CW=self.cw)
         small = self.BD > 64 or self.full
         forward_tile, backward_tile = self.cell_tiles
         options: Dict[str, Dict[str, Any]] = {
             'forward_cells': dict(**sizes, **forward_tile, PREC=self.summary_prec),
-            'forward_windows': dict(**tiles, **window, EDGE=self.edge, CELLS=self.cells > 0),
-            'forward_windows_gluon': dict(**window, D=self.D, EDGE=self.edge),
-            'forward_tokens': dict(**many, **window),
-            'backward_shared': dict(**sizes, BM=32 if small else 64, BC=self.BC, CELLS=self.cells > 0, PREC=self.prec),
-            'backward_shared_gluon': dict(D=self.D, T=32),
+            'forward_windows': dict(**tiles, **window, **count, EDGE=self.edge, CELLS=self.cells > 0),
+            'forward_windows_gluon': dict(**window, **count, D=self.D, EDGE=self.edge),
+            'forward_tokens': dict(**many, **window, **count),
+            'backward_shared': dict(
+                **sizes,
+                **of_token,
+                **count,
+                BM=32 if small else 64,
+                BC=self.BC,
+                CELLS=self.cells > 0,
+                PREC=self.prec,
+            ),
+            'backward_shared_gluon': dict(**of_token, **count, D=self.D, T=32),
             'backward_weights': dict(**sizes, **backward_tile),
             'backward_summary': dict(**sizes, R=32 if small else 64, PREC=self.summary_prec),
-            'backward_tokens': dict(**many, **both),
-            'backward_tokens_gluon': dict(**both, **self.window_cells, D=self.D, EDGE=self.edge),
+            'backward_tokens': dict(**many, **both, **count),
+            'backward_tokens_gluon': dict(**both, **count, **self.window_cells, D=self.D, EDGE=self.edge),
         }
         for name, of_kernel in options.items():
             of_kernel.update(LAUNCH.get(name, LAUNCH['gluon'] if name.endswith('_gluon') else {}))
@@ -239,6 +254,21 @@ class _Plan:
         self.launch(pad_bias_fragments, grid, bias.contiguous(), padded, unit, **sizes)
         return padded
 
+    def log_counts(self, gluon: bool, scale: float, device: torch.device) -> Optional[torch.Tensor]:
+        """What the number of its tokens adds to a cell's logits, by window, or None where each cell counts once.
+
+        Made for each call, as the padded bias is: a tensor that a plan kept would not survive the graph or the stream
+        that it was made in.
+        """
+        if self.count == 0:
+            return None
+        rows, tiles, BC = self.n_win if self.count == 2 else 1, 1 if gluon else self.NC, 64 if gluon else self.BC
+        log_count = torch.empty(rows, tiles * BC, dtype=torch.float32, device=device)
+        sizes = self.H, self.W, self.n_wx, self.n_cx, self.cells, self.ch, self.cw
+        options = dict(WH=self.wh, WW=self.ww, BC=BC, COUNT=self.count)
+        self.launch(log_counts, (rows, tiles, 1), log_count, scale if gluon else LN2, *sizes, **options, num_warps=1)
+        return log_count
+
     def sum(self, parts: torch.Tensor) -> torch.Tensor:
         """Sum over the first axis of a float32 tensor."""
         return sum_parts(self.launch, parts)
@@ -254,13 +284,21 @@ class _Plan:
 
 @functools.lru_cache(maxsize=256)
 def _cached_plan(
-    shape: Tuple[int, int, int, int], full: bool, feat_size: Tuple[int, int], window_size: int, partition_grid: int
+    shape: Tuple[int, int, int, int],
+    full: bool,
+    feat_size: Tuple[int, int],
+    window_size: int,
+    partition_grid: int,
+    count_cells: str,
 ) -> _Plan:
-    return _Plan(shape, full, feat_size, window_size, partition_grid)
+    return _Plan(shape, full, feat_size, window_size, partition_grid, count_cells)
 
 
-def _plan(q: torch.Tensor, feat_size: List[int], window_size: int, partition_grid: int) -> _Plan:
-    return _cached_plan(tuple(q.shape), q.dtype == torch.float32, tuple(feat_size), window_size, partition_grid)
+def _plan(
+    q: torch.Tensor, feat_size: List[int], window_size: int, partition_grid: int, count_cells: str = 'one'
+) -> _Plan:
+    full = q.dtype == torch.float32
+    return _cached_plan(tuple(q.shape), full, tuple(feat_size), window_size, partition_grid, count_cells)
 
 
 def takes_gluon(
