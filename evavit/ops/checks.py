@@ -53,7 +53,7 @@ def check_int(name: str, value: int) -> None:
         if type(value) is not int and (
             isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt))
         ):
-            raise ValueError(f'{name} must be a whole number, got {value!r}')
+            raise ValueError(f'{name} must be a whole number, got ' + repr(value))  # TorchScript reads no !r
 
 
 def _check_real(name: str, value: float, what: str) -> None:
@@ -62,7 +62,7 @@ def _check_real(name: str, value: float, what: str) -> None:
         if type(value) is not float and (
             isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat))
         ):
-            raise ValueError(f'{name} must be {what}, got {value!r}')
+            raise ValueError(f'{name} must be {what}, got ' + repr(value))
 
 
 def check_number(name: str, value: float, above_zero: bool = False) -> None:

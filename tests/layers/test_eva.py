@@ -1,7 +1,9 @@
 import pytest
+import timm
 import torch
 from ops.eva.references import eva_loop
 
+from evavit import export as exporting
 from evavit.convert import PUBLISHED_EVA_KWARGS, convert_published_eva
 from evavit.layers import EvaAttention
 
@@ -33,9 +35,8 @@ def layer_loop(layer, x, feat_size, noise=None):
         for s in (layer.summary_q, layer.summary_k)
     ]
     table = layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None
-    y = eva_loop(
-        q, k, v, feat_size, *summaries, table, layer.window_size, layer.partition_grid, layer.proposal_scale, noise
-    )
+    sizes = layer.window_size, layer.partition_grid, layer.proposal_scale
+    y = eva_loop(q, k, v, feat_size, *summaries, table, *sizes, noise, layer.count_cells)
     return layer.proj(y.transpose(1, 2).reshape(B, N, C))
 
 
@@ -49,6 +50,8 @@ def layer_loop(layer, x, feat_size, noise=None):
         dict(partition_grid=0),
         dict(rel_pos_bias=False, proposal_scale=0.5),
         dict(qkv_bias=False, proj_bias=False),
+        dict(count_cells='all'),
+        dict(count_cells='outside', window_size=5, partition_grid=6),
     ],
 )
 def test_output_and_gradients_match_the_loop(feat_size, kwargs):
@@ -143,6 +146,15 @@ def test_device_and_dtype_reach_every_parameter_and_buffer():
         ((48, 3), dict(window_size=-7), 'window_size must be'),
         ((48, 3), dict(noise_std=-1.0), 'noise_std must be'),
         ((48, 3), dict(partition_grid=2.5), 'partition_grid must be a whole number, got 2.5'),
+        ((48, 3), dict(window_size=True), 'window_size must be a whole number, got True'),
+        ((48, 3), dict(noise_std=float('nan')), 'noise_std must be a finite number, got nan'),
+        ((48, 3), dict(proposal_scale='1'), "proposal_scale must be a finite number, got '1'"),
+        ((48, 3), dict(count_cells='some'), "count_cells must be one of one, all, outside, got 'some'"),
+        (
+            (48, 3),
+            dict(count_cells='all', partition_grid=0),
+            "count_cells 'all' is about cells, and partition_grid 0 has none; leave it out",
+        ),
         ((48, 3), dict(attn_drop=1.0), 'attn_drop must be'),
     ],
 )
@@ -160,6 +172,46 @@ def test_repr_names_the_settings():
     assert 'window_size=7, partition_grid=3, proposal_scale=0.5' in repr(
         EvaAttention(48, 3, partition_grid=3, proposal_scale=0.5)
     )
+    assert 'count_cells' not in repr(EvaAttention(48, 3))
+    assert 'noise_std=1, count_cells=outside, backend=' in repr(EvaAttention(48, 3, count_cells='outside'))
+
+
+@pytest.mark.parametrize('count_cells', ['all', 'outside'])
+def test_counted_cells_script_trace_compile_and_export(count_cells):
+    layer = randomise(EvaAttention(24, 3, window_size=4, partition_grid=5, count_cells=count_cells)).eval()
+    x = torch.randn(2, 9 * 7, 24)
+    expected = layer(x, [9, 7])
+    one = EvaAttention(24, 3, window_size=4, partition_grid=5).eval()
+    one.load_state_dict(layer.state_dict())
+    assert (one(x, [9, 7]) - expected).norm() > 0.01 * expected.norm()
+    torch.testing.assert_close(torch.jit.script(layer)(x, [9, 7]), expected)
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x, [9, 7]), expected)
+    torch.testing.assert_close(compiled(x[:, :42], [6, 7]), layer(x[:, :42], [6, 7]))
+    assert len(graphs) == 2
+    dynamic = ({0: torch.export.Dim('batch', max=64)}, [None, None])
+    program = torch.export.export(layer, (x, [9, 7]), dynamic_shapes=dynamic)
+    torch.testing.assert_close(program.module()(x[:1], [9, 7]), expected[:1])
+
+
+def test_counted_cells_in_onnx(tmp_path):
+    for package in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(package)
+    options = dict(depth=1, img_size=80, num_classes=3, window_size=2, partition_grid=4, count_cells='outside')
+    model = randomise(timm.create_model('eva_deit_tiny', **options)).eval()
+    exporting.to_onnx(model, tmp_path / 'model.onnx', (3, 80, 80))
+    assert not exporting.tensorrt_objections(tmp_path / 'model.onnx')
+    images = torch.randn(3, 3, 80, 80)
+    with torch.no_grad():
+        expected = model(images)
+    torch.testing.assert_close(exporting.load_exported(tmp_path / 'model.onnx')(images), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('name', ['eva_layer_14x14', 'eva_layer_28x28', 'eva_layer_56x56'])

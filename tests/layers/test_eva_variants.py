@@ -34,6 +34,7 @@ VARIANTS = [
     ),
     dict(overlap=True, partition_grid=0),
     dict(window_size=0, num_samples=3),
+    dict(overlap=True, count_cells='outside'),
 ]
 IDS = ['-'.join(f'{key}={value}' for key, value in variant.items()) for variant in VARIANTS]
 
@@ -82,6 +83,7 @@ def test_output_and_gradients_match_the_loop(kwargs, training):
         layer.proposal_scale,
         noise,
         layer.noise_std,
+        layer.count_cells,
     )
     expected = layer.proj(y.transpose(1, 2).reshape(2, 35, 16))
     leaves = dict(layer.named_parameters(), x=x)

@@ -41,7 +41,8 @@ def small(name, *shape, **options):
 
 
 # For the interpreter, which takes seconds for what a GPU does in microseconds. The options are those of `make_case`,
-# `layout` of `run`, and `programs`, how many keep a device busy: where few do, each walks several windows.
+# `layout` and `count_cells` of `run`, and `programs`, how many keep a device busy: where few do, each walks several
+# windows.
 SMALL_CASES = [
     small('odd and not square', (9, 7), 4, 3),
     small('several windows a program', (9, 7), 4, 3, programs=1),
@@ -68,7 +69,33 @@ SMALL_CASES = [
     small('no cells', (6, 5), 5, 0),
     small('no cells, no bias', (6, 5), 5, 0, bias=False),
     small('no cells, windows of two tiles', (9, 5), 9, 0),
+    small('all count', (9, 7), 4, 3, count_cells='all'),
+    small('outside counts', (9, 7), 4, 3, count_cells='outside'),
+    small('outside counts, several windows a program', (8, 12), 4, 4, programs=1, count_cells='outside'),
+    small('outside counts, no bias, halves', (9, 7), 4, 4, bias=False, dtype=torch.float16, count_cells='outside'),
+    small('outside counts, all cells drop out', (3, 4), 7, 2, count_cells='outside'),
+    small('all cells drop out, windows of two tiles', (9, 4), 9, 3, count_cells='outside'),
+    small('outside counts, windows of two tiles', (10, 8), 9, 4, count_cells='outside'),
+    small('outside counts, two tiles of cells', (9, 7), 3, 7, count_cells='outside'),
+    small('all count, two tiles of cells', (9, 7), 3, 7, count_cells='all'),
+    small('outside counts, no window', (5, 6), 0, 3, count_cells='outside'),
+    small('all count, no window, two tiles of cells', (7, 6), 0, 7, count_cells='all'),
+    small('outside counts, no cells', (6, 5), 5, 0, count_cells='outside'),
 ]
+# Of the same kinds as SHAPES, and where cells drop out: in pairs of windows and cells, and all of them.
+COUNTED_SHAPES = [
+    ((14, 14), 7, 7),
+    ((28, 28), 8, 7),
+    ((13, 9), 7, 7),
+    ((29, 17), 4, 3),
+    ((37, 37), 7, 13),
+    ((16, 31), 14, 14),
+    ((5, 5), 7, 3),
+    ((9, 9), 16, 4),
+    ((13, 9), 0, 7),
+    ((16, 31), 7, 0),
+]
+COUNTS = ['all', 'outside']
 
 
 def make_case(
@@ -126,15 +153,15 @@ def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layo
     return dict(zip(names, [out.detach(), *grads[0].unbind(2), *grads[1:]], strict=False))
 
 
-def check(case, shape, dtype, layout='packed'):
-    reference = run(case, *shape, fused=False, dtype=torch.float64)
+def check(case, shape, dtype, layout='packed', **kwargs):
+    reference = run(case, *shape, fused=False, dtype=torch.float64, **kwargs)
     if dtype == torch.float32:
-        plain = run(case, *shape, fused=False)
+        plain = run(case, *shape, fused=False, **kwargs)
     else:
         with torch.autocast('cuda', dtype):
-            plain = run(case, *shape, fused=False)
-    fused = run(case, *shape, fused=True, layout=layout)
-    again = run(case, *shape, fused=True, layout=layout)
+            plain = run(case, *shape, fused=False, **kwargs)
+    fused = run(case, *shape, fused=True, layout=layout, **kwargs)
+    again = run(case, *shape, fused=True, layout=layout, **kwargs)
     for name, value in fused.items():
         assert torch.equal(value, again[name]), f'{name} differs between two runs'
         # A gradient that is zero but for rounding, as of a constant added to all logits, is measured against its terms.
@@ -154,13 +181,14 @@ def check_small(shape, options, device, monkeypatch):
 
     options = dict(B=1, h=2, d=16, dtype=torch.float32) | options
     layout, programs = options.pop('layout', 'packed'), options.pop('programs', None)
+    count_cells = options.pop('count_cells', 'one')
     if programs:
         monkeypatch.setattr(plan, 'PROGRAMS', programs)
         plan._cached_plan.cache_clear()
     case = make_case(*shape, **options, device=device)
-    reference = run(case, *shape, fused=False, dtype=torch.float64)
+    reference = run(case, *shape, fused=False, dtype=torch.float64, count_cells=count_cells)
     with EVA.forced('triton'):
-        fused = run(case, *shape, fused=True, layout=layout)
+        fused = run(case, *shape, fused=True, layout=layout, count_cells=count_cells)
     if programs:
         plan._cached_plan.cache_clear()
     for name, value in fused.items():

@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from helpers import grid_cells, grid_windows
@@ -434,6 +435,26 @@ def test_bad_packed_tokens(qkv, message, fused):
         (dict(k=torch.zeros(1, 2, 15, 8)), 'must have one shape'),
         (dict(v=torch.zeros(1, 2, 16, 8).double()), 'must have one dtype'),
         (dict(q=torch.zeros(2, 16, 8)), r'q must be \(batch, heads, tokens, head_dim\)'),
+        (dict(window_size=3.0), 'window_size must be a whole number, got 3.0'),
+        (dict(window_size=True), 'window_size must be a whole number, got True'),
+        (dict(window_size='7'), "window_size must be a whole number, got '7'"),
+        (dict(partition_grid=2.5), 'partition_grid must be a whole number, got 2.5'),
+        (dict(partition_grid=torch.tensor(4)), r'partition_grid must be a whole number, got tensor\(4\)'),
+        (dict(feat_size=(4.0, 4)), 'feat_size must be a whole number, got 4.0'),
+        (dict(feat_size=16), r'feat_size must be \(height, width\) in tokens, got 16'),
+        (dict(scale=-0.5), 'scale must be a finite number above 0, got -0.5'),
+        (dict(scale=0), 'scale must be a finite number above 0, got 0'),
+        (dict(scale=float('inf')), 'scale must be a finite number above 0, got inf'),
+        (dict(scale='1'), "scale must be a finite number above 0, got '1'"),
+        (dict(proposal_scale=float('nan')), 'proposal_scale must be a finite number, got nan'),
+        (dict(proposal_scale=True), 'proposal_scale must be a finite number, got True'),
+        (dict(dropout_p=float('nan')), 'dropout_p must be at least 0 and below 1, got nan'),
+        (dict(dropout_p=None), 'dropout_p must be at least 0 and below 1, got None'),
+        (dict(norm_eps=0.0), 'norm_eps must be a finite number above 0, got 0.0'),
+        (dict(norm_eps=-1e-5), 'norm_eps must be a finite number above 0, got -1e-05'),
+        (dict(norm_eps=float('nan')), 'norm_eps must be a finite number above 0, got nan'),
+        (dict(count_cells='some'), "count_cells must be 'one', 'all' or 'outside', got 'some'"),
+        (dict(count_cells=1), "count_cells must be 'one', 'all' or 'outside', got '1'"),
     ],
 )
 def test_bad_arguments_name_the_value(change, message):
@@ -449,5 +470,15 @@ def test_bad_arguments_name_the_value(change, message):
         window_size=4,
         partition_grid=4,
     )
-    with pytest.raises(ValueError, match=message):
-        eva_attention(**(args | change))
+    for fused in (False, True):
+        with pytest.raises(ValueError, match=message) as caught:
+            eva_attention(**(args | change), fused=fused)
+        assert '\n' not in str(caught.value)
+
+
+def test_numbers_of_other_types_are_taken():
+    """Whole numbers of NumPy, and whole numbers where any number will do."""
+    leaves, noise = make_inputs(1, 2, 8, (4, 4), 2, 2)
+    expected = run_op(leaves, noise, (4, 4), 2, 2, scale=1.0, proposal_scale=1.0)
+    sizes = (np.int64(4), np.int32(4)), np.int64(2), np.int64(2)
+    assert torch.equal(run_op(leaves, noise, *sizes, scale=1, proposal_scale=np.float32(1)), expected)

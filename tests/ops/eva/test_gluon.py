@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from ops.eva.cases import check, make_case, run
+from ops.eva.cases import COUNTS, check, make_case, run
 from ops.eva.gluon_emulator import Emulator
 from ops.kernels import interpreter, relative_rms
 
@@ -53,12 +53,13 @@ def chosen(launches):
     return [kernel.fn.__name__ for kernel, *_ in launches if kernel.fn.__name__ in KERNELS]
 
 
-def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', backend='gluon', **kwargs):
+def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', backend='gluon', count_cells='one', **kwargs):
     """The launches of a training step as on a Hopper."""
     monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
     launches = record(monkeypatch)
     with EVA.forced(backend):
-        run(make_case(*shape, dtype, device='cpu', **kwargs), *shape, fused=True, layout=layout)
+        case = make_case(*shape, dtype, device='cpu', **kwargs)
+        run(case, *shape, fused=True, layout=layout, count_cells=count_cells)
     return launches
 
 
@@ -67,6 +68,11 @@ class TestChoice:
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
     def test_default_windows_and_cells(self, shape, dtype, monkeypatch):
         assert chosen(launched_on_hopper(monkeypatch, shape, dtype, d=64)) == KERNELS
+
+    @pytest.mark.parametrize('count_cells', COUNTS)
+    def test_counted_cells(self, count_cells, monkeypatch):
+        launches = launched_on_hopper(monkeypatch, SHAPES[2], torch.bfloat16, d=64, count_cells=count_cells)
+        assert chosen(launches) == KERNELS
 
     def test_triton_is_none_of_them(self, monkeypatch):
         launches = launched_on_hopper(monkeypatch, SHAPES[0], torch.bfloat16, d=64, backend='triton')
@@ -147,38 +153,40 @@ class TestChoice:
 
 
 @pytest.mark.parametrize(
-    ('shape', 'd', 'dtype', 'bias'),
+    ('shape', 'd', 'dtype', 'bias', 'count_cells'),
     [
-        (((28, 28), 7, 7), 64, torch.bfloat16, True),
-        (((13, 15), 7, 7), 64, torch.float16, True),
-        (((7, 7), 7, 7), 64, torch.bfloat16, False),
-        (((30, 30), 7, 7), 32, torch.bfloat16, True),
+        (((28, 28), 7, 7), 64, torch.bfloat16, True, 'one'),
+        (((13, 15), 7, 7), 64, torch.float16, True, 'one'),
+        (((7, 7), 7, 7), 64, torch.bfloat16, False, 'one'),
+        (((30, 30), 7, 7), 32, torch.bfloat16, True, 'one'),
+        (((28, 28), 7, 7), 64, torch.bfloat16, True, 'all'),
+        (((13, 15), 7, 7), 64, torch.bfloat16, False, 'outside'),
     ],
     ids=str,
 )
-def test_compiles_for_hopper(shape, d, dtype, bias, monkeypatch):
+def test_compiles_for_hopper(shape, d, dtype, bias, count_cells, monkeypatch):
     """Triton compiles for a device that is not there; its assembly holds what the kernels rely on."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     names = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
-    launches = launched_on_hopper(monkeypatch, shape, dtype, d=d, bias=bias, B=1, h=1 if shape == SHAPES[7] else 2)
+    options = dict(d=d, bias=bias, B=1, h=1 if shape == SHAPES[7] else 2, count_cells=count_cells)
+    launches = launched_on_hopper(monkeypatch, shape, dtype, **options)
     assert len(chosen(launches)) == 3
     for kernel, args, options in launches:
         if kernel.fn.__name__ not in KERNELS:
             continue
         values = dict(zip(kernel.arg_names, args, strict=False))
-        signature, attrs = {}, {}
+        signature, constants, attrs = {}, {}, {}
         for i, (name, value) in enumerate(values.items()):
             if torch.is_tensor(value):
                 signature[name] = names[value.dtype]
-            elif value == 1:
-                signature[name] = 'constexpr'
+            elif value is None or value == 1:
+                signature[name], constants[i,] = 'constexpr', value
             else:
                 signature[name] = 'i32' if isinstance(value, int) else 'fp32'
             if torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0):
                 attrs[i,] = [['tt.divisibility', 16]]
-        constants = {(i,): 1 for i, name in enumerate(signature) if signature[name] == 'constexpr'}
         for i, name in enumerate(kernel.arg_names[len(args) :], len(args)):
             signature[name], constants[i,] = 'constexpr', options[name]
         source = GluonASTSource(kernel, signature, constants, attrs)
@@ -233,16 +241,34 @@ class TestArithmetic:
             (((13, 15), 8, 8), dict(d=32), 'views'),
             (((7, 7), 7, 1), dict(d=32, noise=False), 'packed'),
             (((5, 9), 7, 3), dict(d=32, noise=False), 'packed'),
+            (((13, 15), 7, 3), dict(d=32, count_cells='all'), 'packed'),
+            (((15, 13), 7, 7), dict(d=64, count_cells='outside'), 'packed'),
+            (((13, 15), 8, 4), dict(d=32, bias=False, count_cells='outside'), 'packed'),
+            (((6, 7), 7, 3), dict(d=32, count_cells='outside'), 'packed'),
         ],
-        ids=['default', 'no bias, cells across windows', 'edges, 64 cells', 'one window, one cell', 'short windows'],
+        ids=[
+            'default',
+            'no bias, cells across windows',
+            'edges, 64 cells',
+            'one window, one cell',
+            'short windows',
+            'all count',
+            'outside counts',
+            'outside counts, cells drop out',
+            'outside counts, all cells drop out',
+        ],
     )
     def test_small_cases(self, shape, options, layout, launched, poison):
+        options = dict(options)
+        count_cells = options.pop('count_cells', 'one')
         case = make_case(*shape, torch.float16, B=1, h=2, device='cpu', **options)
-        reference = run(case, *shape, fused=False, dtype=torch.float64)
+        reference = run(case, *shape, fused=False, dtype=torch.float64, count_cells=count_cells)
         with EVA.forced('gluon'):
-            fused = run(case, *shape, fused=True, layout=layout)
+            fused = run(case, *shape, fused=True, layout=layout, count_cells=count_cells)
         assert launched == KERNELS
         for name, value in fused.items():
+            if not reference[name].count_nonzero():
+                assert not value.count_nonzero(), name
             assert relative_rms(value, reference[name]) < 1e-3, name
 
 
@@ -267,6 +293,13 @@ class TestKernels:
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
     def test_shapes(self, shape, dtype, launches):
         check(make_case(*shape, dtype, d=64), shape, dtype)
+        assert chosen(launches) == KERNELS * 2
+
+    @pytest.mark.parametrize('count_cells', COUNTS)
+    @pytest.mark.parametrize('shape', SHAPES, ids=str)
+    @pytest.mark.parametrize(('dtype', 'd', 'bias'), [(torch.bfloat16, 64, True), (torch.float16, 32, False)], ids=str)
+    def test_counted_cells(self, shape, dtype, d, bias, count_cells, launches):
+        check(make_case(*shape, dtype, d=d, bias=bias), shape, dtype, count_cells=count_cells)
         assert chosen(launches) == KERNELS * 2
 
     @pytest.mark.parametrize('shape', SHAPES, ids=str)

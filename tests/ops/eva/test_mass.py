@@ -3,13 +3,14 @@
 import pytest
 import torch
 from helpers import bias_rows, grid_cells, grid_windows
+from ops.eva.references import count_of
 
 from evavit.layers import EvaAttention
 from evavit.ops import eva_attention, eva_attention_mass
 
 
 @torch.no_grad()
-def mass_loop(q, k, feat_size, summary_k, bias_table, window_size, partition_grid):
+def mass_loop(q, k, feat_size, summary_k, bias_table, window_size, partition_grid, count_cells='one'):
     """One query after the other, in float64."""
     B, h, N, d = q.shape
     out = torch.zeros(3, B, h, N, dtype=torch.float64)
@@ -33,7 +34,12 @@ def mass_loop(q, k, feat_size, summary_k, bias_table, window_size, partition_gri
                             for other, m in enumerate(window)
                         ]
                     )
-                    summary = [(d**-0.5 * q[b, head, n] @ key).exp() for key in k_tilde]
+                    counts = [count_of(cell, window if window_size else [], count_cells) for cell in cells]
+                    summary = [
+                        count * (d**-0.5 * q[b, head, n] @ key).exp()
+                        for count, key in zip(counts, k_tilde, strict=True)
+                        if count
+                    ]
                     total = sum(exact) + sum(summary)
                     p = [float(w / sum(summary)) for w in summary]
                     out[0, b, head, n] = sum(exact) / total
@@ -46,7 +52,8 @@ def mass_loop(q, k, feat_size, summary_k, bias_table, window_size, partition_gri
     'feat_size, window_size, partition_grid',
     [((4, 4), 2, 2), ((5, 7), 3, 2), ((3, 5), 4, 3), ((5, 4), 0, 2), ((5, 3), 2, 0)],
 )
-def test_against_the_definition(feat_size, window_size, partition_grid):
+@pytest.mark.parametrize('count_cells', ['one', 'all', 'outside'])
+def test_against_the_definition(feat_size, window_size, partition_grid, count_cells):
     N, d = feat_size[0] * feat_size[1], 4
     q, k = torch.randn(2, 2, 3, N, d, dtype=torch.float64).unbind(0)
     layer = EvaAttention(12, 3, window_size=max(window_size, 1), partition_grid=2).double()
@@ -54,10 +61,17 @@ def test_against_the_definition(feat_size, window_size, partition_grid):
     summary_k = layer.summary_k()
     bias = layer.rel_pos.relative_position_bias_table if window_size else None
     found = eva_attention_mass(
-        q, k, feat_size, summary_k if partition_grid else None, bias, window_size, partition_grid
+        q,
+        k,
+        feat_size,
+        summary_k if partition_grid else None,
+        bias,
+        window_size,
+        partition_grid,
+        count_cells=count_cells,
     )
     expected = mass_loop(
-        q, k, feat_size, summary_k, layer.rel_pos.relative_position_bias_table, window_size, partition_grid
+        q, k, feat_size, summary_k, layer.rel_pos.relative_position_bias_table, window_size, partition_grid, count_cells
     )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -84,3 +98,15 @@ def test_a_bias_that_is_no_table_is_refused():
     q, k = torch.randn(2, 1, 2, 9, 4)
     with pytest.raises(ValueError, match=r'rel_pos_bias must be the table .* pass relative_position_bias_table'):
         eva_attention_mass(q, k, (3, 3), None, torch.zeros(2, 9, 9), 3, 0)
+
+
+def test_cells_without_a_summary_and_numbers_that_cannot_be_are_refused():
+    q, k = torch.randn(2, 1, 2, 9, 4)
+    for change, message in (
+        (dict(partition_grid=3), 'partition_grid 3 needs summary_k; got None'),
+        (dict(window_size=True), 'window_size must be a whole number, got True'),
+        (dict(norm_eps=0.0), 'norm_eps must be a finite number above 0, got 0.0'),
+        (dict(count_cells='some'), "count_cells must be 'one', 'all' or 'outside', got 'some'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            eva_attention_mass(q, k, (3, 3), **(dict(window_size=3, partition_grid=0) | change))

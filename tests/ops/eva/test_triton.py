@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.eva.cases import SHAPES, SMALL_CASES, check, check_small, make_case, run
+from ops.eva.cases import COUNTED_SHAPES, COUNTS, SHAPES, SMALL_CASES, check, check_small, make_case, run
 from ops.kernels import DTYPES, gpu, graphs_of, interpreter, on_either, relative_rms
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +18,21 @@ class TestKernels:
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     def test_shapes(self, shape, dtype, poison):
         check(make_case(*shape, dtype), shape, dtype)
+
+    @pytest.mark.parametrize('count_cells', COUNTS)
+    @pytest.mark.parametrize('shape', COUNTED_SHAPES, ids=str)
+    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
+    def test_counted_cells(self, shape, dtype, count_cells, poison):
+        check(make_case(*shape, dtype), shape, dtype, count_cells=count_cells)
+
+    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
+    def test_a_window_over_the_grid_is_softmax(self, dtype):
+        """Cells that count outside drop out, and everything that is theirs gets no gradient."""
+        qkv, *rest = make_case((16, 13), 16, 7, dtype, d=64, bias=False)
+        found = run((qkv, *rest), (16, 13), 16, 7, fused=True, count_cells='outside')
+        expected = torch.nn.functional.scaled_dot_product_attention(*qkv.double().permute(2, 0, 3, 1, 4))
+        assert relative_rms(found['out'], expected) < (1e-5 if dtype == torch.float32 else 5e-3)
+        assert not any(value.count_nonzero() for name, value in found.items() if '.' in name)
 
     @pytest.mark.parametrize('d', [16, 48, 64, 80, 96, 128])
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -52,8 +67,8 @@ class TestOperator:
     pytestmark = gpu
     shape = ((14, 14), 7, 7)
 
-    def layer(self):
-        layer = EvaAttention(96, 3, device='cuda').train()
+    def layer(self, **kwargs):
+        layer = EvaAttention(96, 3, **kwargs, device='cuda').train()
         layer.fused_attn = True
         return layer, torch.randn(2, 196, 96, device='cuda', requires_grad=True)
 
@@ -67,9 +82,10 @@ class TestOperator:
         qkv, summary, bias, noise, _ = make_case(*self.shape, torch.float32, d=16)
         leaves = [x.requires_grad_() for x in (qkv, *summary, bias)]
         packed = leaves[0].permute(2, 0, 3, 1, 4)
-        rest = ([14, 14], *leaves[1:9], bias, noise, 7, 7, 0.25, 1.0, 1e-5, True, False)
-        torch.library.opcheck(torch.ops.evavit.eva.default, (packed, None, None, *rest))
-        torch.library.opcheck(torch.ops.evavit.eva.default, (*packed.unbind(0), *rest))
+        for count_cells in ('one', 'outside'):
+            rest = ([14, 14], *leaves[1:9], bias, noise, 7, 7, count_cells, 0.25, 1.0, 1e-5, True, False)
+            torch.library.opcheck(torch.ops.evavit.eva.default, (packed, None, None, *rest))
+            torch.library.opcheck(torch.ops.evavit.eva.default, (*packed.unbind(0), *rest))
 
     def test_layer_names_its_backend(self):
         layer, _ = self.layer()
@@ -77,9 +93,10 @@ class TestOperator:
         layer.fused_attn = False
         assert layer.backend == 'plain' and 'backend=plain (fused_attn is False)' in layer.extra_repr()
 
+    @pytest.mark.parametrize('count_cells', ['one', 'outside'])
     @pytest.mark.parametrize('mode', ['default', 'reduce-overhead'])
-    def test_compiles_into_one_graph(self, mode):
-        layer, x = self.layer()
+    def test_compiles_into_one_graph(self, mode, count_cells):
+        layer, x = self.layer(count_cells=count_cells)
         layer.noise_std = 0.0
         compiled = torch.compile(layer, fullgraph=True, mode=mode)
         for _ in range(3):
@@ -92,8 +109,9 @@ class TestOperator:
         again = self.step(layer, x, lambda *args: checkpoint(layer, *args, use_reentrant=False))
         assert all(torch.equal(a, b) for a, b in zip(self.step(layer, x), again, strict=True))
 
-    def test_cuda_graph(self):
-        layer, x = self.layer()
+    @pytest.mark.parametrize('count_cells', ['one', 'outside'])
+    def test_cuda_graph(self, count_cells):
+        layer, x = self.layer(count_cells=count_cells)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

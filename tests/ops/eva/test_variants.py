@@ -93,6 +93,14 @@ VARIANTS = [
     dict(num_samples=3, partition='complement', proposal='learned', overlap=True, summary='linear'),
     dict(num_samples=3, partition='complement', proposal_scale=0.5, bias=False),
 ]
+COUNTED = [
+    dict(count_cells='all'),
+    dict(count_cells='outside'),
+    dict(count_cells='outside', overlap=True),
+    dict(count_cells='all', partition='complement'),
+    dict(count_cells='outside', partition='complement', overlap=True),
+    dict(count_cells='outside', num_samples=3, proposal='learned', summary='identity', bias=False, noise_std=0.5),
+]
 
 
 def name_of(options):
@@ -117,6 +125,24 @@ def test_windows_and_cells_of_other_sizes(window_size, partition_grid, variant):
 @pytest.mark.parametrize('partition_grid', [1, 3])
 def test_no_window(partition_grid, variant):
     check(*make_case((5, 6), 0, partition_grid, **variant))
+
+
+@pytest.mark.parametrize('variant', COUNTED, ids=name_of)
+@pytest.mark.parametrize(
+    ('feat_size', 'window_size', 'partition_grid'),
+    [((8, 8), 4, 4), ((7, 10), 4, 3), ((11, 5), 2, 7), ((3, 2), 4, 2), ((1, 1), 4, 3), ((5, 6), 0, 2)],
+    ids=str,
+)
+def test_counted_cells_match_the_loop(feat_size, window_size, partition_grid, variant):
+    if window_size == 0:
+        variant = {key: value for key, value in variant.items() if key != 'overlap'}
+    check(*make_case(feat_size, window_size, partition_grid, **variant))
+
+
+def test_cells_less_the_window_count_what_is_left_of_them():
+    leaves, options = make_case((7, 10), partition='complement', overlap=True)
+    one, every, outside = (run_op(leaves, options | dict(count_cells=count)) for count in ('one', 'all', 'outside'))
+    assert torch.equal(every, outside) and not torch.allclose(one, every)
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -193,6 +219,8 @@ def test_limit_cells_of_one_token_outside_of_the_window_are_softmax_attention(ov
     torch.testing.assert_close(run_op(leaves, options), expected, rtol=1e-12, atol=1e-12)
     options['partition'] = 'all'  # tokens of the window count twice: not softmax
     assert (run_op(leaves, options) - expected).norm() > 0.01 * expected.norm()
+    options['count_cells'] = 'outside'  # tokens of the window have no cell any more: softmax
+    torch.testing.assert_close(run_op(leaves, options), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_limit_a_window_over_the_grid_leaves_no_cell():
@@ -281,6 +309,10 @@ def test_memory_of_samples_is_weights_of_samples_not_a_beta_for_each_query():
         (dict(overlap=True, rel_pos_bias=torch.zeros(2, 16, 16)), r'rel_pos_bias must be the table .*\(121, 2\), got'),
         (dict(overlap=True, window_size=0), 'overlap needs windows; got window_size 0'),
         (dict(dropout_p=1.0), 'dropout_p must be'),
+        (dict(count_cells='none'), "count_cells must be 'one', 'all' or 'outside', got 'none'"),
+        (dict(noise_std=float('nan')), 'noise_std must be a finite number, got nan'),
+        (dict(window_size=3.0), 'window_size must be a whole number, got 3.0'),
+        (dict(scale=-1.0), 'scale must be a finite number above 0, got -1.0'),
     ],
 )
 def test_bad_arguments_name_the_value(change, message):
