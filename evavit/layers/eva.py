@@ -7,8 +7,10 @@ import logging
 from typing import Any, Final, List, Optional, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from timm.layers import RelPosBias, register_notrace_module, trunc_normal_, use_fused_attn
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from evavit.ops import eva_attention_mass, eva_attention_packed, eva_attention_variant, eva_num_cells, halo_size
 from evavit.ops.backends import autocast_dtype
@@ -19,6 +21,7 @@ from evavit.ops.eva.checks import check_partition
 from evavit.ops.grid import accumulation_dtype
 
 from .attention import GridAttention
+from .mlp import is_hooked
 
 __all__ = ['EvaAttention', 'HaloRelPosBias', 'eva_layer_case']
 
@@ -26,13 +29,25 @@ _logger = logging.getLogger(__name__)
 
 
 class _HeldLinear(nn.Linear):
-    """A Linear whose parameters are read and which is never called: `quantize_dynamic` exchanges nn.Linear alone."""
+    """A Linear that stays in floating point: `quantize_dynamic` exchanges nn.Linear alone."""
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is its parameters and nothing else: no adapter, no hook, no quantized or computed weight."""
+    return (
+        type(module) in (_HeldLinear, nn.Linear, nn.LayerNorm)
+        and not is_hooked(module)
+        and not is_traceable_wrapper_subclass(module.weight)
+    )
 
 
 class Summary(nn.Module):
     """σ of Equation (26): what turns a cell's mean into its summary. `forward()` gives the parameters.
 
-    Holds them only; `evavit.ops.eva_attention` applies them.
+    `evavit.ops.eva_attention` applies them to the means that it makes. Whatever stands in the place of `proj` counts as
+    it computes: an adapter, a pruned, quantized or hooked Linear is called on the rows of the identity and on zero,
+    which gives its weight and bias with their gradients, in one product of d × d. It has to be affine. Dropout in front
+    of an adapter drops its input channels, the same for all cells of a call.
 
     Args:
         head_dim: Channels of a head.
@@ -49,15 +64,40 @@ class Summary(nn.Module):
     ) -> None:
         super().__init__()
         dd: Any = {'device': device, 'dtype': dtype}
+        self.head_dim = head_dim
         self.proj = _HeldLinear(head_dim, head_dim, **dd) if kind != 'identity' else None
         self.norm = nn.LayerNorm(head_dim, **dd) if kind == 'linear_ln' else None
 
     def forward(self) -> List[torch.Tensor]:
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+            if not all(_is_plain(module) for module in self.children()):
+                return self._effective()
         parameters: List[torch.Tensor] = []
         if self.proj is not None:
             parameters += [self.proj.weight, self.proj.bias]
         if self.norm is not None:
             parameters += [self.norm.weight, self.norm.bias]
+        return parameters
+
+    @torch.jit.unused
+    def _effective(self) -> List[torch.Tensor]:
+        """The parameters of a projection and a norm that compute what `proj` and `norm` do."""
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        rows = torch.eye(self.head_dim + 1, self.head_dim, dtype=like.dtype, device=like.device)
+        parameters: List[torch.Tensor] = []
+        with torch.autocast(rows.device.type, enabled=False):
+            if self.proj is not None:
+                weight, bias = self.proj(rows).split([self.head_dim, 1])
+                parameters += [(weight - bias).t(), bias[0]]
+            if self.norm is not None:
+                if _is_plain(self.norm):
+                    return [*parameters, self.norm.weight, self.norm.bias]
+                # Two opposite vectors; large, so that the norm's eps is nothing beside their variance.
+                signs = 1.0 - 2.0 * (torch.arange(self.head_dim, device=rows.device) % 2).to(rows.dtype)
+                rows = 100.0 * torch.stack([signs - signs.mean(), signs.mean() - signs])
+                normal = F.layer_norm(rows[0], [self.head_dim])
+                up, down = self.norm(rows)
+                parameters += [(up - down) / (2 * normal), (up + down) / 2]
         return parameters
 
 
