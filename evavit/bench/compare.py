@@ -32,8 +32,8 @@ __all__ = [
 
 DIM, NUM_HEADS, PATCH = 192, 3, 16  # DeiT-Tiny
 UNTIMED = dict(forward_ms='', forward_backward_ms='', memory_mib='')  # columns of a row without a measurement
-# Options that take out what softmax attention does not have.
-PLAIN = dict(rel_pos_bias=False, conv_kernel_size=0, dual_ln=False, pooling='max')
+# Options that take out what softmax attention does not have, or what is not made of queries, keys and values alone.
+PLAIN = dict(rel_pos_bias=False, conv_kernel_size=0, dual_ln=False, pooling='max', projection_source='keys')
 
 
 def open_picture(path: Optional[str] = None) -> Image.Image:

@@ -4,6 +4,7 @@ Paper: `Linear Complexity Randomized Self-attention Mechanism`, Zheng et al., IC
 https://arxiv.org/abs/2204.04667
 """
 
+import math
 from typing import Any, ClassVar, Dict, List, Optional
 
 import torch
@@ -11,7 +12,7 @@ from timm.layers import register_notrace_module
 from torch import nn
 
 from evavit.ops.checks import check_dropout, check_tokens, check_whole
-from evavit.ops.grid import accumulation_dtype, cell_means, cell_shape, static_size
+from evavit.ops.grid import accumulation_dtype, cell_means, cell_shape, softmax, static_size
 from evavit.ops.random_features import feature_averages, log_positive_features, weigh_samples
 
 from .attention import GridAttention, device_and_dtype
@@ -48,6 +49,7 @@ def _lara_attention(
     landmarks_q: torch.Tensor,
     landmarks_k: torch.Tensor,
     weighting: str,
+    alpha_coeff: float,
     noise: Optional[torch.Tensor],
     scale: float,
     dropout_p: float,
@@ -73,7 +75,7 @@ def _lara_attention(
         affinity = affinity - affinity.mean(-1, keepdim=True)
         if samples > 1:
             affinity = affinity.repeat_interleave(samples, -1)
-        alpha = (own - log_mixture).exp().unsqueeze(-2) + affinity
+        alpha = (own - log_mixture).exp().unsqueeze(-2) + alpha_coeff * affinity
         log_weights = log_weights + alpha.clamp(min=1e-8).log() - own.unsqueeze(-2)
     else:
         log_weights = log_weights - log_mixture.unsqueeze(-2)
@@ -91,6 +93,7 @@ def lara_attention(
     landmarks_q: torch.Tensor,
     landmarks_k: torch.Tensor,
     weighting: str = 'optimal',
+    alpha_coeff: float = 2.0,
     noise: Optional[torch.Tensor] = None,
     scale: Optional[float] = None,
     dropout_p: float = 0.0,
@@ -98,14 +101,14 @@ def lara_attention(
     """LARA, linear randomized attention (Zheng et al., ICML 2022, arXiv 2204.04667): random features whose directions
     come from C proposals that follow the input, weighted by multiple importance sampling.
 
-        μ_c   = s^½ (q̃_c + k̃_c),    ω_cj ~ q_c = N(μ_c, I)  (ω_c = μ_c without noise)
+        μ_c   = s^½ (q̃_c + k̃_c),    ω_cj = μ_c + noise,    q_c = N(μ_c, I)  (ω_c = μ_c without noise)
         w_ncj = α_nc(ω_cj) · N(ω_cj; 0, I) ξ(q̂_n, ω_cj) Σ_m ξ(k̂_m, ω_cj) / q_c(ω_cj)
         y_n   = Σ_cj w_ncj f(ω_cj) / Σ_cj w_ncj
 
     with one of three weightings of the proposals:
 
         'balance'  α_c  = q_c(ω) / Σ_c' q_c'(ω), the balance heuristic
-        'optimal'  α_nc = q_c(ω) / Σ_c' q_c'(ω) + r_nc - mean_c'(r_nc'), at least 1e-8, with
+        'optimal'  α_nc = q_c(ω) / Σ_c' q_c'(ω) + a (r_nc - mean_c'(r_nc')), at least 1e-8, with a = alpha_coeff and
                    r_nc = softmax over the queries n of s q_n·q̃_c: an approximation of the weights of least variance
         'biased'   α_nc = exp(q̂_n·μ_c) q_c(ω) / Σ_c' q_c'(ω), whose α_nc do not add up to 1
 
@@ -119,7 +122,9 @@ def lara_attention(
         landmarks_q: q̃, `(B, h, C, d)`.
         landmarks_k: k̃, likewise.
         weighting: 'optimal', 'balance' or 'biased'.
-        noise: ω_cj - μ_c, `(B, h, C, S, d)` for S samples of each proposal; None in evaluation.
+        alpha_coeff: a of 'optimal'; 2 as the authors launched it on ImageNet.
+        noise: ω_cj - μ_c, `(B, h, C, S, d)` for S samples of each proposal; None in evaluation. The densities q_c stay
+            of unit variance, whatever the noise's is.
         scale: s; d^(-½) if None.
         dropout_p: Probability to drop a sample's weight for a query; the rest is scaled up.
 
@@ -139,8 +144,10 @@ def lara_attention(
     if not torch.jit.is_scripting():  # noqa: SIM102
         if not q.is_meta and torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):
-                return _lara_attention(q, k, v, landmarks_q, landmarks_k, weighting, noise, scale, dropout_p)
-    return _lara_attention(q, k, v, landmarks_q, landmarks_k, weighting, noise, scale, dropout_p)
+                return _lara_attention(
+                    q, k, v, landmarks_q, landmarks_k, weighting, alpha_coeff, noise, scale, dropout_p
+                )
+    return _lara_attention(q, k, v, landmarks_q, landmarks_k, weighting, alpha_coeff, noise, scale, dropout_p)
 
 
 class Landmarks(nn.Module):
@@ -166,13 +173,25 @@ class Landmarks(nn.Module):
         return means.unflatten(-1, [x.shape[1], x.shape[3]]).transpose(1, 2)
 
 
+def mix_landmarks(landmarks: torch.Tensor) -> torch.Tensor:
+    """Softmax attention of landmarks `(B, h, C, d)` to themselves, Σ_c' softmax_c'(d^(-½) k̃_c·k̃_c') k̃_c'."""
+    logits = landmarks.shape[-1] ** -0.5 * landmarks @ landmarks.transpose(-2, -1)
+    return softmax(logits, landmarks) @ landmarks
+
+
 @register_notrace_module
 class LaraAttention(GridAttention):
     """Multi-head LARA on tokens `(B, N, C)` with their grid, `forward(x, feat_size)`; see `lara_attention`.
 
         q̃_c, k̃_c = LN(W · mean of q, k over cell c + b)
-        y_n = Σ_c w_nc f(ω_c) / Σ_c w_nc,    ω_c ~ q_c = N(d^(-¼) (q̃_c + k̃_c), I),
+        k̃_c ← Σ_c' softmax_c'(d^(-½) k̃_c·k̃_c') k̃_c'                        with landmark_mixing
+        y_n = Σ_c w_nc f(ω_c) / Σ_c w_nc,    ω_c = μ_c + noise_std · ε,    q_c = N(μ_c, I),    μ_c = d^(-¼) (q̃_c + k̃_c)
         w_nc = α_nc N(ω_c; 0, I) ξ(q̂_n, ω_c) Σ_m ξ(k̂_m, ω_c) / q_c(ω_c)
+
+    The defaults are what the authors launched on ImageNet, for the rows of the EVA paper's Tables 1 and 2: 'optimal'
+    weights with a coefficient of 2, landmark keys that attend to one another, and noise of d^(-¼) in these units. The
+    pyramids have one projection of all channels and no mixing. LARA as its paper writes it, without mixing, is
+    `landmark_mixing=False, alpha_coeff=1.0, noise_std=1.0`.
 
     The cells are EVA's: ceil(L / landmark_grid) tokens along an axis of L tokens, on any grid. Time and memory grow
     with N·C. In training the samples come from the default generator of the input's device; evaluation takes the
@@ -184,17 +203,24 @@ class LaraAttention(GridAttention):
         landmark_grid: Landmarks asked for along each axis: 7 is at most 49 landmarks.
         landmark_proj: 'head' for one projection of a head's channels, shared by the heads, or 'channels' for one of all
             channels, which pyramids have by default.
+        landmark_mixing: Let the landmark keys attend to one another; pyramids do not by default.
         weighting: α of the proposals: 'optimal', 'balance' or 'biased'.
+        alpha_coeff: How much the queries' affinities count in 'optimal', at least 0.
+        noise_std: Standard deviation of the noise in training, at least 0; head_dim^(-¼) if None.
         num_samples: Samples of each proposal in training.
         antithetic: Draw them in pairs μ ± ε; num_samples must then be even.
         **kwargs: Arguments of `GridAttention`; attn_drop drops a query's weights of the samples.
 
     Raises:
         ValueError: num_heads does not divide dim; landmark_grid or num_samples that are no whole numbers of at least 1,
-            or an odd num_samples with antithetic; an unknown landmark_proj or weighting; a dropout rate outside 0 to 1.
+            or an odd num_samples with antithetic; an unknown landmark_proj or weighting; a negative alpha_coeff or
+            noise_std; a dropout rate outside 0 to 1.
     """
 
-    pyramid_options: ClassVar[Dict[str, Any]] = {'landmark_proj': 'channels'}  # as the published 39.9 M have it
+    pyramid_options: ClassVar[Dict[str, Any]] = {
+        'landmark_proj': 'channels',
+        'landmark_mixing': False,
+    }  # the published 39.9 M
 
     def __init__(
         self,
@@ -203,7 +229,10 @@ class LaraAttention(GridAttention):
         *,
         landmark_grid: int = 7,
         landmark_proj: str = 'head',
+        landmark_mixing: bool = True,
         weighting: str = 'optimal',
+        alpha_coeff: float = 2.0,
+        noise_std: Optional[float] = None,
         num_samples: int = 1,
         antithetic: bool = False,
         **kwargs: Any,
@@ -218,9 +247,16 @@ class LaraAttention(GridAttention):
         ):
             if value not in choices:
                 raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
+        noise_std = self.head_dim**-0.25 if noise_std is None else noise_std
+        for name, number in (('alpha_coeff', alpha_coeff), ('noise_std', noise_std)):
+            if not 0 <= number < math.inf:
+                raise ValueError(f'{name} must be a number of at least 0, got {number}')
         if antithetic and num_samples % 2:
             raise ValueError(f'antithetic draws samples in pairs: num_samples must be even, got {num_samples}')
+        self.landmark_mixing = landmark_mixing
         self.weighting = weighting
+        self.alpha_coeff = float(alpha_coeff)
+        self.noise_std = float(noise_std)
         self.num_samples = num_samples
         self.antithetic = antithetic
         self.landmark_grid = landmark_grid
@@ -230,7 +266,8 @@ class LaraAttention(GridAttention):
 
     def extra_repr(self) -> str:
         return (
-            f'num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, weighting={self.weighting}, '
+            f'num_heads={self.num_heads}, landmark_grid={self.landmark_grid}, landmark_mixing={self.landmark_mixing}, '
+            f'weighting={self.weighting}, alpha_coeff={self.alpha_coeff:g}, noise_std={self.noise_std:g}, '
             f'num_samples={self.num_samples}, antithetic={self.antithetic}'
         )
 
@@ -239,12 +276,16 @@ class LaraAttention(GridAttention):
         feat_size = static_size(feat_size)
         check_tokens(q, k, v, feat_size)
         landmarks_q, landmarks_k = self.landmarks_q(q, feat_size), self.landmarks_k(k, feat_size)
+        if self.landmark_mixing:
+            landmarks_k = mix_landmarks(landmarks_k)
         noise: Optional[torch.Tensor] = None
-        if self.training:
+        if self.training and self.noise_std > 0.0:
             shape = landmarks_q.shape
             dtype = accumulation_dtype(q)
             drawn = self.num_samples // 2 if self.antithetic else self.num_samples
-            noise = torch.randn([shape[0], shape[1], shape[2], drawn, shape[3]], dtype=dtype, device=q.device)
+            noise = self.noise_std * torch.randn(
+                [shape[0], shape[1], shape[2], drawn, shape[3]], dtype=dtype, device=q.device
+            )
             if self.antithetic:
                 noise = torch.cat([noise, -noise], 3)
         return lara_attention(
@@ -255,6 +296,7 @@ class LaraAttention(GridAttention):
             landmarks_q,
             landmarks_k,
             self.weighting,
+            self.alpha_coeff,
             noise,
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )

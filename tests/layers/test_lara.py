@@ -9,7 +9,7 @@ from evavit.layers.lara import lara_attention
 each_grid = pytest.mark.parametrize('feat_size', [*GRIDS, (13, 9)])
 
 
-def lara_loop(q, k, v, landmarks_q, landmarks_k, weighting, noise=None):
+def lara_loop(q, k, v, landmarks_q, landmarks_k, weighting, noise=None, alpha_coeff=2.0):
     """Importance sampling from C proposals, by their densities, one sample after the other; noise `(B, h, C, S, d)`."""
     s = q.shape[-1] ** -0.5
     affinity = torch.softmax(s * landmarks_q @ q.transpose(2, 3), -1)  # (B, h, C, N), over the queries
@@ -29,7 +29,8 @@ def lara_loop(q, k, v, landmarks_q, landmarks_k, weighting, noise=None):
             target = density(omega, 0.0)[..., None] * xi(q, omega[:, :, None]) * keys.sum(2)[..., None]  # (B, h, N)
             balance = density(omega, mean) / sum(density(omega, other) for other in means)
             if weighting == 'optimal':
-                alpha = (balance[..., None] + affinity[:, :, c] - affinity.mean(2)).clamp(min=1e-8)
+                alpha = balance[..., None] + alpha_coeff * (affinity[:, :, c] - affinity.mean(2))
+                alpha = alpha.clamp(min=1e-8)
             elif weighting == 'biased':
                 alpha = balance[..., None] * torch.exp((q * mean[:, :, None]).sum(-1))
             else:
@@ -52,7 +53,7 @@ def test_the_function_matches_the_loop(feat_size, weighting, samples):
     means = landmarks(5)
     noise = torch.randn(2, 2, 5, samples, 8, dtype=torch.float64) if samples else None
     assert_agree(
-        lara_attention(q, k, v, feat_size, *means, weighting, noise),
+        lara_attention(q, k, v, feat_size, *means, weighting, noise=noise),
         lara_loop(q, k, v, *means, weighting, noise),
         [q, k, v, *means],
     )
@@ -66,6 +67,7 @@ def test_the_function_matches_the_loop(feat_size, weighting, samples):
         dict(landmark_grid=3, landmark_proj='channels', weighting='biased'),
         dict(landmark_grid=2, weighting='balance', num_samples=3),
         dict(landmark_grid=2, num_samples=4, antithetic=True),
+        dict(landmark_grid=2, landmark_mixing=False, alpha_coeff=1.0, noise_std=1.0),
     ],
 )
 def test_the_layer_matches_the_loop_in_training(feat_size, kwargs):
@@ -82,10 +84,19 @@ def test_the_layer_matches_the_loop_in_training(feat_size, kwargs):
     def loop(layer, x):
         drawn = layer.num_samples // 2 if layer.antithetic else layer.num_samples
         noise = torch.randn(2, 3, len(cells), drawn, 8, dtype=torch.float64)
+        noise = kwargs.get('noise_std', 8**-0.25) * noise
         noise = torch.cat([noise, -noise], 3) if layer.antithetic else noise
         q, k, v = heads_of(layer, x)
         landmarks_q, landmarks_k = cell_landmarks(q, layer.landmarks_q), cell_landmarks(k, layer.landmarks_k)
-        return lara_loop(q, k, v, landmarks_q, landmarks_k, layer.weighting, noise)
+        if kwargs.get('landmark_mixing', True):
+            keys = landmarks_k.unbind(2)
+            weights = [
+                torch.softmax(torch.stack([8**-0.5 * (key * other).sum(-1) for other in keys], -1), -1) for key in keys
+            ]
+            landmarks_k = torch.stack(
+                [sum(w[..., i, None] * other for i, other in enumerate(keys)) for w in weights], 2
+            )
+        return lara_loop(q, k, v, landmarks_q, landmarks_k, layer.weighting, noise, kwargs.get('alpha_coeff', 2.0))
 
     assert_matches(layer, loop, feat_size)
 
@@ -131,6 +142,8 @@ def test_bad_arguments(message, call):
         (dict(weighting='best'), "weighting must be one of optimal, balance, biased, got 'best'"),
         (dict(landmark_proj='all'), "landmark_proj must be one of head, channels, got 'all'"),
         (dict(antithetic=True), 'num_samples must be even, got 1'),
+        (dict(alpha_coeff=-1.0), 'alpha_coeff must be a number of at least 0, got -1.0'),
+        (dict(noise_std=float('nan')), 'noise_std must be a number of at least 0, got nan'),
         (dict(landmark_grid=0), 'landmark_grid must be a whole number of at least 1, got 0'),
     ],
 )

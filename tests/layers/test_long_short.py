@@ -11,23 +11,23 @@ def merge_heads(x):
     return x.transpose(1, 2).flatten(2)
 
 
-def long_short_loop(q, k, v, feat_size, projection, norms=None, bias_table=None, window_size=7):
+def long_short_loop(x, q, k, v, feat_size, projection, norms=None, bias_table=None, window_size=7, source='input'):
     """Long-short attention; projection (W `(h·r, C)`, b), norms ((weight, bias) of LN_L, of LN_G) over C channels."""
     B, h, _, d = q.shape
     s = d**-0.5
-    logits = merge_heads(k) @ projection[0].T + projection[1]
+    logits = (x if source == 'input' else merge_heads(k)) @ projection[0].T + projection[1]
     r = logits.shape[-1] // h
     P = torch.stack([torch.softmax(logits[..., head * r : (head + 1) * r], 1) for head in range(h)], 1)  # (B, h, N, r)
-    k_bar, v_bar = P.transpose(2, 3) @ k, P.transpose(2, 3) @ v
-    if norms is not None:
 
-        def normalise(x, norm):
-            return F.layer_norm(merge_heads(x), (h * d,), *norm).view(B, -1, h, d).transpose(1, 2)
+    def normalise(x, norm):
+        return x if norm is None else F.layer_norm(merge_heads(x), (h * d,), *norm).view(B, -1, h, d).transpose(1, 2)
 
-        k, v, k_bar, v_bar = (
-            normalise(x, norm)
-            for x, norm in zip((k, v, k_bar, v_bar), (norms[0], norms[0], norms[1], norms[1]), strict=True)
-        )
+    local, shared = (None, None) if norms is None else norms
+    k_local, v_local = normalise(k, local), normalise(v, local)
+    if source == 'input':  # averages of normalised keys and values
+        k, v = k_local, v_local
+    k_bar, v_bar = (normalise(P.transpose(2, 3) @ x, shared) for x in (k, v))
+    k, v = k_local, v_local
     windows = grid_windows(feat_size, window_size)
     outputs = []
     for tokens in windows:
@@ -42,8 +42,9 @@ def long_short_loop(q, k, v, feat_size, projection, norms=None, bias_table=None,
 @pytest.mark.parametrize(
     'kwargs', [{}, dict(window_size=4, dual_ln=False), dict(projection_dim=3, rel_pos_bias=False, qkv_bias=False)]
 )
-def test_output_and_gradients_match_the_loop(feat_size, kwargs):
-    layer = randomise(LongShortAttention(24, 3, dtype=torch.float64, **kwargs))
+@pytest.mark.parametrize('source', ['input', 'keys'])
+def test_output_and_gradients_match_the_loop(feat_size, kwargs, source):
+    layer = randomise(LongShortAttention(24, 3, projection_source=source, dtype=torch.float64, **kwargs))
 
     def loop(layer, x):
         norms = None
@@ -51,12 +52,14 @@ def test_output_and_gradients_match_the_loop(feat_size, kwargs):
             norms = [(norm.weight, norm.bias) for norm in (layer.norm_local, layer.norm_global)]
         table = layer.rel_pos.relative_position_bias_table if layer.rel_pos is not None else None
         return long_short_loop(
+            x,
             *heads_of(layer, x),
             feat_size,
             (layer.projection.weight, layer.projection.bias),
             norms,
             table,
             layer.window_size,
+            source,
         )
 
     assert_matches(layer, loop, feat_size)
@@ -89,3 +92,10 @@ def test_projected_keys_reach_the_whole_image():
 def test_bad_arguments(kwargs):
     with pytest.raises(ValueError, match=f'{next(iter(kwargs))} must be a whole number of at least 1'):
         LongShortAttention(48, 3, **kwargs)
+
+
+def test_another_source_is_refused():
+    with pytest.raises(ValueError, match="projection_source must be 'input' or 'keys', got 'values'"):
+        LongShortAttention(48, 3, projection_source='values')
+    with pytest.raises(ValueError, match="attend needs projection_source='keys'"):
+        LongShortAttention(48, 3).attend(torch.randn(3, 1, 3, 4, 16), [2, 2])
