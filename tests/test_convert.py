@@ -1,3 +1,6 @@
+import json
+import logging
+
 import pytest
 import timm
 import torch
@@ -72,3 +75,82 @@ def test_published_weights_come_in_through_create_model(golden, tmp_path):
     with torch.no_grad():
         output = model.eval()(tensors['input'])
     assert (output - tensors['output']).norm() <= 1e-5 * tensors['output'].norm()
+
+
+# Arguments of our models for the settings in the files' metadata.
+PUBLISHED = {
+    'softmax': {},
+    'local': dict(window_size=4),
+    'lara': dict(landmark_grid=4),  # all else is the default
+    'scatterbrain': dict(window_size=4, num_features=32),
+    'performer': dict(num_features=32),
+}
+
+
+def published_model(metadata, **kwargs):
+    name = json.loads(metadata['attention'])['name']
+    return timm.create_model(f'{name}_deit_tiny', **json.loads(metadata['model']), **PUBLISHED[name], **kwargs)
+
+
+@pytest.mark.parametrize('name', [name for name in PUBLISHED if name != 'performer'])
+def test_published_attentions(golden, name):
+    tensors, state, metadata = golden(f'published_{name}_tiny_p8_depth2')
+    check(published_model(metadata), eva_deit.checkpoint_filter_fn, tensors, state)
+
+
+def test_lara_as_launched_is_the_default(golden):
+    """The settings in the file, of which each one counts."""
+    tensors, state, metadata = golden('published_lara_tiny_p8_depth2')
+    settings = json.loads(metadata['attention'])
+    assert (settings['proposal_gen'], settings['alpha_coeff']) == ('pool-mixed', 2.0)
+    for other in (dict(alpha_coeff=1.0), dict(landmark_mixing=False), dict(weighting='balance')):
+        model = published_model(metadata, **other).eval()
+        model.load_state_dict(state)
+        with torch.no_grad():
+            error = (model(tensors['input']) - tensors['output']).norm() / tensors['output'].norm()
+        assert error > 1e-4, other
+
+
+@pytest.mark.parametrize('name', ['scatterbrain', 'performer'])
+def test_published_directions_are_used_and_kept(golden, name, tmp_path):
+    _, state, metadata = golden(f'published_{name}_tiny_p8_depth2')
+    model = published_model(metadata).eval()
+    seeds = {key: value.clone() for key, value in model.named_buffers() if key.endswith('directions.fixed')}
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    for i in range(2):
+        assert torch.equal(model.blocks[i].attn.directions.fixed, state[f'blocks.{i}.attn.eval_proj'])
+    torch.save(model.state_dict(), tmp_path / 'ours.pth')
+    again = published_model(metadata, checkpoint_path=str(tmp_path / 'ours.pth')).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    again.load_state_dict(own)  # of a run of ours, which evaluates with the seed's
+    for key, value in seeds.items():
+        assert torch.equal(again.get_buffer(key), value)
+
+
+def test_another_number_of_directions_is_one_line(golden):
+    _, state, metadata = golden('published_scatterbrain_tiny_p8_depth2')
+    model = timm.create_model('scatterbrain_deit_tiny', **json.loads(metadata['model']), window_size=4)
+    with pytest.raises(RuntimeError, match=r'directions.fixed of 2×32×32, the model 2×96×32; .*features') as error:
+        model.load_state_dict(state)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('kwargs, warned', [({}, True), (PUBLISHED_EVA_KWARGS, False)])
+def test_published_eva_weights_ask_for_their_proposal(kwargs, warned, caplog):
+    model = timm.create_model('eva_deit_tiny', depth=1, embed_dim=32, num_heads=2, **kwargs)
+    state = {
+        name.replace('summary_q.proj.', 'adaptive_mu_q.0.')
+        .replace('summary_q.norm.', 'adaptive_mu_q.1.')
+        .replace('summary_k.proj.', 'adaptive_mu_k.0.')
+        .replace('summary_k.norm.', 'adaptive_mu_k.1.')
+        .replace('rel_pos.relative', 'local_relative'): torch.zeros(97, 2) if 'table' in name else value
+        for name, value in model.state_dict().items()
+    }
+    with caplog.at_level(logging.WARNING, 'evavit'):
+        model.load_state_dict(state)
+    asked = [record.getMessage() for record in caplog.records if 'PUBLISHED_EVA_KWARGS' in record.getMessage()]
+    assert bool(asked) == warned
+    assert not warned or 'proposal_scale=0.5, this model has 1' in asked[0]

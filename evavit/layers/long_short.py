@@ -4,7 +4,7 @@ Paper: `Long-Short Transformer: Efficient Transformers for Language and Vision`,
 https://arxiv.org/abs/2107.02192
 """
 
-from typing import Any, List, Optional
+from typing import Any, List
 
 import torch
 from timm.layers import RelPosBias, register_notrace_module

@@ -32,8 +32,10 @@ class RandomDirections(nn.Module):
     """Directions ω `(h, S, d)` of S random features for each head, ω ~ N(0, I).
 
     In evaluation they are always the same, drawn once from a seed that never changes: outputs are deterministic, and a
-    checkpoint, which does not hold them, evaluates as it did when it was saved. In training they come from the default
-    generator of their device, so a seed reproduces them, and gradient checkpointing, which restores it, sees the same.
+    checkpoint, which does not hold them, evaluates as it did when it was saved. Weights of other programs may bring
+    their own, as `fixed` in a state dict: evaluation then takes these, and the layer's state dict holds them. In
+    training directions come from the default generator of their device, so a seed reproduces them, and gradient
+    checkpointing, which restores it, sees the same.
 
     Args:
         num_heads: Heads h, each with directions of its own.
@@ -82,8 +84,13 @@ class RandomDirections(nn.Module):
         """Fill the directions of evaluation; a layer on the meta device has nothing to fill."""
         if self.fixed.is_meta:
             return
+        self.fixed.copy_(self.drawn_from_seed())
+
+    @torch.jit.ignore
+    def drawn_from_seed(self) -> torch.Tensor:
+        """The directions of evaluation of a layer that no file gave others to, in float64 on the CPU."""
         drawn = torch.randn(self.fixed.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        self.fixed.copy_(self._shaped(drawn))
+        return self._shaped(drawn)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         key = f'{prefix}kept'
@@ -91,6 +98,8 @@ class RandomDirections(nn.Module):
             state_dict.pop(key, None)  # of a run that kept its directions; evaluation has others anyway
         else:
             state_dict.setdefault(key, self.kept)
+        if f'{prefix}fixed' in state_dict:
+            self.register_buffer('fixed', self.fixed, persistent=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

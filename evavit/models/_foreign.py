@@ -27,15 +27,26 @@ _RENAMED = (
     ('adaptive_mu_q.1.', 'summary_q.norm.'),
     ('adaptive_mu_k.0.', 'summary_k.proj.'),
     ('adaptive_mu_k.1.', 'summary_k.norm.'),
+    ('q_bar_gen.2.', 'landmarks_q.proj.'),
+    ('q_bar_gen.3.', 'landmarks_q.norm.'),
+    ('k_bar_gen.2.', 'landmarks_k.proj.'),
+    ('k_bar_gen.3.', 'landmarks_k.norm.'),
+    ('.eval_proj', '.directions.fixed'),
     ('local_relative_position_bias_table', 'rel_pos.relative_position_bias_table'),
     ('norm_before_pooling.', 'norm.'),
     ('dwconv.dwconv.', 'dwconv.'),
 )
 
 
+# What stands in the names of the published implementation alone, of one or several of its attentions.
+_PUBLISHED_NAMES = re.compile(
+    r'(^|\.)(adaptive_mu_q\.|local_relative_position_bias_table$|[qk]_bar_gen\.|eval_proj$|norm_before_pooling\.)'
+)
+
+
 def is_published_eva(state_dict: Dict[str, torch.Tensor]) -> bool:
-    """Whether the names are those of the published EVA implementation."""
-    return any('adaptive_mu_q.' in name or 'local_relative_position_bias_table' in name for name in state_dict)
+    """Whether the names are those of the published EVA implementation, with any of its attentions."""
+    return any(_PUBLISHED_NAMES.search(name) for name in state_dict)
 
 
 def _expand_bias_table(table: torch.Tensor) -> torch.Tensor:
@@ -79,8 +90,10 @@ def _published_name(name: str) -> Optional[str]:
 def convert_published_eva(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Names and layouts of the published EVA implementation to ours: a layer, a DeiT or a PVT.
 
-    The bias table is expanded without loss (offsets that shared a row get a copy each), the position embedding becomes
-    a sequence, index buffers are dropped. Create the model with `PUBLISHED_EVA_KWARGS` to get equal outputs.
+    The attention is EVA, softmax, local, LARA or Scatterbrain, or Performer. The bias table is expanded without loss
+    (offsets that shared a row get a copy each), the position embedding becomes a sequence, index buffers are dropped.
+    Random directions become those of evaluation, `directions.fixed`. Create an EVA model with `PUBLISHED_EVA_KWARGS` to
+    get equal outputs.
 
     Args:
         state_dict: Tensors by published name.

@@ -15,9 +15,11 @@ from torch import nn
 
 from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
+from evavit.layers.random_directions import RandomDirections
 from evavit.ops.grid import cell_shape
 
 from ._foreign import (
+    PUBLISHED_EVA_KWARGS,
     Change,
     changes_table,
     convert_published_eva,
@@ -220,14 +222,20 @@ def fit_checkpoint(
     if classes[1] is None:
         state = {name: value for name, value in state.items() if not name.startswith('head.')}
     backbone = cast('GridModel', model)
+    own = _fit_directions(state, own, model)
     state = _resize(state, backbone)
     fresh = _add_fresh(state, backbone, new_head)
     _check_names(state, own, kind)
     _check_shapes(state, own)
+    if any('adaptive_mu_q.' in name for name in file):
+        _warn_of_proposal(model)
     changes = []
     for name in own:
         if name in fresh:
             changes.append(Change(name, 'fresh', fresh[name]))
+            continue
+        if name not in sources:
+            changes.append(Change(name, 'fresh', 'as the seed draws them'))
             continue
         old = sources[name]
         shape = tuple(file[old[0]].shape)
@@ -243,6 +251,36 @@ def fit_checkpoint(
     used = {source for name, names in sources.items() if name in own for source in names}
     changes += [Change(name, 'dropped', 'no counterpart') for name in file if name not in used]
     return state, changes
+
+
+def _fit_directions(state: Weights, own: Weights, model: nn.Module) -> Weights:
+    """The model's tensors with the directions of evaluation among them that the file brings.
+
+    A file without them evaluates with those of the seed, which a model that took a file's own gets back.
+    """
+    own = dict(own)
+    for name, module in model.named_modules():
+        if isinstance(module, RandomDirections):
+            key = f'{name}.fixed'
+            if key in own and key not in state:
+                state[key] = module.drawn_from_seed().to(module.fixed)
+            if key in state:
+                own[key] = module.fixed
+    return own
+
+
+def _warn_of_proposal(model: nn.Module) -> None:
+    """Say what published EVA weights need where the model has another mean of the proposal."""
+    scale = PUBLISHED_EVA_KWARGS['proposal_scale']
+    others = {x.proposal_scale for x in model.modules() if isinstance(x, EvaAttention) and x.proposal_scale != scale}
+    if others:
+        _logger.warning(
+            'weights of the published EVA code give its outputs with proposal_scale=%g, this model has %g: create it '
+            'with **evavit.convert.PUBLISHED_EVA_KWARGS, in train.py --model-kwargs proposal_scale=%g',
+            scale,
+            max(others),
+            scale,
+        )
 
 
 def _size(shape: Tuple[int, ...]) -> str:
@@ -295,7 +333,7 @@ def _check_shapes(state: Weights, own: Weights, skip: Tuple[str, ...] = ()) -> N
         if name in own and name not in skip and value.shape != own[name].shape:
             raise RuntimeError(
                 f'the file has {name} of {_size(value.shape)}, the model {_size(own[name].shape)}; '
-                f"check the model's name and its arguments (widths, heads, image channels)"
+                f"check the model's name and its arguments (widths, heads, features, image channels)"
             )
 
 
