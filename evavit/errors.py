@@ -3,7 +3,9 @@
 A run that a signal asked to stop ends with `PREEMPTED` instead: its state is saved, and the same command resumes it.
 """
 
+import errno
 import os
+import re
 import sys
 from typing import Callable, Optional, Sequence
 
@@ -28,12 +30,17 @@ class Preempted(Exception):
     """A signal asked the run to stop, and it has saved its state. All processes raise it together."""
 
 
+def printable(text: str) -> str:
+    """Text on one line that a terminal only shows: control characters, as in a file's name, become \\x1b, \\n, …"""
+    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in text)
+
+
 def one_line(error: BaseException) -> str:
-    """The last line of an exception's text, without the traceback that a data loader's worker puts before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    line = lines[-1] if lines else type(error).__name__
-    prefix = f'{type(error).__module__}.{type(error).__name__}: '
-    return line[len(prefix) :] if line.startswith(prefix) else line
+    """An exception's text, without the traceback that a data loader's worker puts before it."""
+    text = str(error)
+    if text.startswith('Caught ') and '\nOriginal Traceback' in text:
+        text = text.rpartition(f'\n{type(error).__module__}.{type(error).__name__}: ')[2]
+    return printable(text.strip()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
@@ -41,9 +48,19 @@ def first_line(error: BaseException) -> str:
     return ' '.join(str(error).split()) or type(error).__name__
 
 
+FULL = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT') if hasattr(errno, name)}  # Windows lacks EDQUOT
+
+
 def reason_of(error: BaseException) -> str:
     """Why a file could not be read or written: the system's words, or the first 200 characters of the library's."""
-    return getattr(error, 'strerror', None) or first_line(error)[:200]
+    fault: Optional[BaseException] = error
+    while fault is not None and not getattr(fault, 'strerror', None):
+        fault = fault.__cause__ or fault.__context__  # where PyTorch's own error came after the system's
+    told = re.search(r'os error (\d+)', str(error))  # safetensors tells the system's as text
+    number = fault.errno if isinstance(fault, OSError) else int(told[1]) if told else None
+    if number is not None and number in FULL:
+        return f'the disk is full: {os.strerror(number)}'
+    return getattr(fault, 'strerror', None) or first_line(error)[:200]
 
 
 def _lost_worker(error: RuntimeError) -> LocalError:
@@ -64,7 +81,7 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
     except Preempted as stop:
         code = PREEMPTED
         if world_info_from_env()[1] == 0:
-            print(stop, file=sys.stderr, flush=True)
+            print(one_line(stop), file=sys.stderr, flush=True)
     except (UserError, RuntimeError) as error:
         fault = error if isinstance(error, UserError) else _lost_worker(error)
         code = 2

@@ -12,6 +12,7 @@ import torch
 from timm.utils.onnx import onnx_export
 from torch import nn
 
+from evavit.files import replacing_in
 from evavit.layers.attention import GridAttention
 
 __all__ = [
@@ -168,22 +169,24 @@ def to_onnx(
 
     if dynamic_size and fixed_image_size(model):
         raise ValueError('an exported graph of this model holds for one image size: windows and cells are cut for it')
-    onnx_export(
-        model,
-        str(path),
-        _example(model, input_size),
-        opset=opset,
-        keep_initializers=keep_initializers,
-        dynamic_size=dynamic_size,
-        use_dynamo=True,
-        verbose=verbose,
-        check=False,
-    )
-    if metadata:
-        file = onnx.load(str(path), load_external_data=False)
-        onnx.helper.set_model_props(file, metadata)
-        onnx.save(file, str(path))
-    onnx.checker.check_model(str(path), full_check=True)
+    with replacing_in(Path(path).parent) as folder:
+        partial = folder / Path(path).name
+        onnx_export(
+            model,
+            str(partial),
+            _example(model, input_size),
+            opset=opset,
+            keep_initializers=keep_initializers,
+            dynamic_size=dynamic_size,
+            use_dynamo=True,
+            verbose=verbose,
+            check=False,
+        )
+        if metadata:
+            file = onnx.load(str(partial), load_external_data=False)
+            onnx.helper.set_model_props(file, metadata)
+            onnx.save(file, str(partial))
+        onnx.checker.check_model(str(partial), full_check=True)
 
 
 def onnx_operators(path: Path) -> Counter:
@@ -237,7 +240,9 @@ def to_package(model: nn.Module, path: Path, input_size: Sequence[int]) -> None:
 
     Loading it needs PyTorch, but neither this package, nor timm, nor a compiler.
     """
-    torch._inductor.aoti_compile_and_package(to_program(model, input_size), package_path=str(path))
+    program = to_program(model, input_size)
+    with replacing_in(Path(path).parent) as folder:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / Path(path).name))
 
 
 def load_exported(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,12 +1,15 @@
-"""Writing files so that a crash or a full disk leaves what was there before."""
+"""Files that a crash or a full disk leaves as they were, and that tell whether a bit of them has changed since."""
 
+import hashlib
+import json
 import os
 import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, Union
+from tempfile import TemporaryDirectory
+from typing import IO, Iterator, Optional, Union
 
-__all__ = ['replacing', 'sync_folder']
+__all__ = ['BLANK', 'DamagedError', 'is_stamped', 'replacing', 'replacing_in', 'stamp', 'sync_folder']
 
 
 @contextmanager
@@ -31,12 +34,26 @@ def replacing(path: Union[str, Path], durable: bool = False, shared: bool = Fals
         if partial.is_dir():
             _remove(Path(path))  # a folder takes the place of an empty one or of none
         os.replace(partial, path)
+        partial.unlink(missing_ok=True)  # still there where both were names of one file
         if durable:
             sync_folder(partial.parent)
     except BaseException:
         with suppress(OSError):
             _remove(partial)
         raise
+
+
+@contextmanager
+def replacing_in(folder: Union[str, Path]) -> Iterator[Path]:
+    """Yields an empty folder whose files then take the places of their names in `folder`, each of them whole.
+
+    For writers that go by a file's ending, or write several files: the last names of the alphabet come first, so that
+    `model.onnx.data` is there before `model.onnx`, which refers to it. If the body raises, `folder` is as it was.
+    """
+    with TemporaryDirectory(prefix='.', suffix='.partial', dir=folder) as name:
+        yield Path(name)
+        for file in sorted(Path(name).iterdir(), reverse=True):
+            os.replace(file, Path(folder, file.name))
 
 
 def sync_folder(folder: Union[str, Path]) -> None:
@@ -50,7 +67,110 @@ def sync_folder(folder: Union[str, Path]) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+# A file's digest is in the file: a second file beside it would be lost by a copy, and wrong after a kill between the
+# two. It is the SHA-256 of the whole file with the digest's own 64 digits as zeros. What `torch.save` wrote has it in
+# the comment that ends a zip archive, a safetensors file in its metadata as `digest`. Neither is in a reader's way.
+DIGITS = 64
+BLANK = 'sha256:' + '0' * DIGITS  # `digest` in the metadata of a safetensors file that is going to be stamped
+_COMMENT = b'SHA-256 of this file with these 64 digits as zeros: '
+_ARCHIVE, _END = b'PK\x03\x04', b'PK\x05\x06'  # how a zip archive begins, and its last record
+_END_SIZE = 22  # of that record, whose last two bytes are the length of the comment
+_MOST_HEADER = 100_000_000  # bytes of a safetensors header, the library's own bound
+
+
+class DamagedError(ValueError):
+    """A file is not as it was written. The text is one line, without the file's name."""
+
+
+def stamp(path: Union[str, Path]) -> None:
+    """Write its digest into a file of `torch.save`, or one of safetensors that has `digest=BLANK` in its metadata."""
+    with open(path, 'rb+') as file:
+        if _ends_plainly(file):
+            file.seek(-2, os.SEEK_END)
+            file.write((len(_COMMENT) + DIGITS).to_bytes(2, 'little') + _COMMENT + b'0' * DIGITS)
+        place = _digest_place(file)
+        if place is None:
+            raise ValueError(f'{path} has no place for a digest')
+        digest = _digest(file, place)
+        file.seek(place)
+        file.write(digest)
+
+
+def is_stamped(path: Union[str, Path]) -> bool:
+    """Whether a file holds a digest. False for what other programs wrote, and this one before it had digests.
+
+    Raises:
+        DamagedError: It holds one, and not that of its content, or it has lost its end.
+    """
+    with open(path, 'rb') as file:
+        place = _digest_place(file)
+        if place is None:
+            return False
+        digest = _digest(file, place)
+        file.seek(place)
+        if file.read(DIGITS) != digest:
+            raise DamagedError('damaged: its SHA-256 is not the one that was written into it')
+        return True
+
+
+def _digest(file: IO[bytes], place: int) -> bytes:
+    total = hashlib.sha256()
+
+    def add(size: int) -> None:
+        while size > 0 and (block := file.read(min(size, 2**20))):
+            total.update(block)
+            size -= len(block)
+
+    file.seek(0)
+    add(place)
+    total.update(b'0' * DIGITS)
+    file.seek(place + DIGITS)
+    add(os.fstat(file.fileno()).st_size)
+    return total.hexdigest().encode()
+
+
+def _digest_place(file: IO[bytes]) -> Optional[int]:
+    """Where a digest begins; None in a file without one."""
+    size = file.seek(0, os.SEEK_END)
+    place = size - DIGITS
+    file.seek(max(0, place - len(_COMMENT)))
+    if file.read(len(_COMMENT)) == _COMMENT:
+        return place
+    file.seek(0)
+    if file.read(4) != _ARCHIVE:
+        return _place_in_header(file, size)
+    if not _ends_plainly(file):
+        raise DamagedError('the file is cut short, or damaged at its end')
+    return None
+
+
+def _ends_plainly(file: IO[bytes]) -> bool:
+    """Whether this is a zip archive whose end has no comment, as `torch.save` writes it."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _END_SIZE))
+    end = file.read()
+    return len(end) == _END_SIZE and end.startswith(_END) and end.endswith(bytes(2))
+
+
+def _place_in_header(file: IO[bytes], size: int) -> Optional[int]:
+    """The digest's place in a safetensors file. Where there is no such header, its reader has the words for that."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), 'little')
+    if length > min(size, _MOST_HEADER):
+        return None
+    header = file.read(length)
+    try:
+        metadata = json.loads(header)['__metadata__']
+        # By either name or form, so that one changed bit does not hide it.
+        marked = 'digest' in metadata or any(value.startswith(BLANK[:7]) for value in metadata.values())
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return None
+    key = f'"digest":"{BLANK[:7]}'.encode()
+    if marked and key not in header:
+        raise DamagedError('damaged: its digest is not where it was written')
+    return 8 + header.index(key) + len(key) if marked else None

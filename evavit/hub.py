@@ -5,8 +5,10 @@ from typing import Any, Dict, Optional
 
 import torch
 from timm.models import get_model_input_config, push_to_hf_hub
-from timm.models._hub import generate_readme, save_for_hf
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, generate_readme, save_for_hf
 
+from evavit.files import replacing_in
+from evavit.models import write_weights
 from evavit.version import __version__
 
 __all__ = ['model_card', 'publish', 'save_folder']
@@ -123,7 +125,8 @@ def save_folder(
     label_names: Optional[list] = None,
     **card: Any,
 ) -> Path:
-    """Write weights (`model.safetensors`), `config.json` and the model card `README.md` to a folder.
+    """Write weights (`model.safetensors`), `config.json` and the model card `README.md` to a folder, each file whole or
+    not at all.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` makes the same model again, and the folder can be uploaded
     as it is.
@@ -136,15 +139,18 @@ def save_folder(
         **card: data, licence, recipe, metrics and description of `model_card`.
     """
     path = Path(folder)
-    save_for_hf(
-        model,
-        str(path),
-        model_config=_config(label_names, card['licence']),
-        safe_serialization=True,
-        data_config=data_config,
-    )
-    readme = generate_readme(model_card(model, **{'source': f'local-dir:{path}', **card}), path.name)
-    (path / 'README.md').write_text(readme, encoding='utf-8')
+    path.mkdir(parents=True, exist_ok=True)
+    with replacing_in(path) as partial:
+        save_for_hf(
+            model,
+            str(partial),
+            model_config=_config(label_names, card['licence']),
+            safe_serialization=True,
+            data_config=data_config,
+        )
+        write_weights(model.state_dict(), partial / HF_SAFE_WEIGHTS_NAME)
+        readme = generate_readme(model_card(model, **{'source': f'local-dir:{path}', **card}), path.name)
+        (partial / 'README.md').write_text(readme, encoding='utf-8')
     return path
 
 

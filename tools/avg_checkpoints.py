@@ -12,14 +12,15 @@ import os
 import sys
 from pathlib import Path
 
-import safetensors.torch
+import safetensors
 import torch
 
 from evavit.arguments import Parser
 from evavit.errors import UserError, reason_of, run_script
-from evavit.files import replacing
+from evavit.files import replacing, stamp
+from evavit.models import write_weights
 from evavit.training import build
-from evavit.training.checkpoint import stored_metric
+from evavit.training.contents import stored_metric
 
 
 def main(argv=None):
@@ -73,9 +74,11 @@ def save(weights, path, hashed=False):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             if path.suffix == '.safetensors':
-                safetensors.torch.save_file({name: value.contiguous() for name, value in weights.items()}, str(partial))
+                write_weights(weights, partial)
             else:
-                torch.save(weights, partial)
+                with open(partial, 'wb') as file:
+                    torch.save(weights, file)
+                stamp(partial)
         if hashed:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
             named = path.with_name(f'{path.stem}-{digest}{path.suffix}')

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from evavit.arguments import Parser
-from evavit.errors import UserError, run_script
+from evavit.errors import UserError, reason_of, run_script
 from evavit.hub import save_folder
-from evavit.training import build, checkpoint
+from evavit.training import build, contents
 from evavit.training.config import ModelConfig
 
 BUILT_FROM = ('model', 'model_kwargs', 'in_chans', 'img_size', 'input_size')
@@ -30,15 +30,18 @@ def main(argv=None):
     parser.add_argument('--licence', required=True, help='of the weights, such as apache-2.0')
     parser.add_argument('--results-file', help='metrics: the .csv or .json of validate.py')
     args = parser.parse_args(argv)
-    saved = checkpoint.saved_settings(args.checkpoint)
-    if 'model' not in saved:
+    saved = contents.saved_settings(args.checkpoint)
+    names = saved.get('class_names')
+    classes = saved.get('num_classes') or len(names or ())
+    fault = None if saved.get('model') and classes else 'holds no settings of train.py'
+    if fault is None and ':' in saved['model']:
+        fault = f'its model {saved["model"]} would have to be fetched'
+    if fault:
         raise UserError(
-            f'{args.checkpoint}: holds no settings of train.py; take one of its checkpoints, or call '
-            f'evavit.hub.save_folder with your own model'
+            f'{args.checkpoint}: {fault}; take another checkpoint, or call evavit.hub.save_folder with your own model'
         )
     config = ModelConfig(**{name: saved.get(name) for name in BUILT_FROM})
-    names = saved.get('class_names')
-    model = build.build_model(config, saved.get('num_classes') or len(names))
+    model = build.build_model(config, classes)
     build.load_weights(model, args.checkpoint)
     metrics = read_metrics(args.results_file) if args.results_file else None
     try:
@@ -53,7 +56,7 @@ def main(argv=None):
             data_config={name: saved[name] for name in PREPARATION if saved.get(name) is not None},
         )
     except OSError as error:
-        raise UserError(f'--output {args.output}: cannot be written ({error.strerror})') from error
+        raise UserError(f'--output {args.output}: cannot be written ({reason_of(error)})') from error
     print(f'{folder}: {", ".join(sorted(path.name for path in folder.iterdir()))}')
 
 

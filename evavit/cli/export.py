@@ -18,7 +18,7 @@ from torch import nn
 
 from evavit import export as exporting
 from evavit.errors import UserError, first_line
-from evavit.training import build, checkpoint, checks, data
+from evavit.training import build, checks, contents, data
 from evavit.training.config import ExportConfig, parse_settings
 from evavit.training.distributed import start_process
 
@@ -36,13 +36,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise UserError('no output: the first word is the file to write, MODEL.onnx or MODEL.pt2')
     check_settings(config, output)
     process = start_process(config.machine.device if output.suffix == '.pt2' else 'cpu')
-    class_names = checkpoint.complete_from_checkpoint(config, given)
+    class_names = contents.complete_from_checkpoint(config, given)
     if not config.model.model:
         raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')
 
     torch.manual_seed(0)
     model = build.build_model(config.model, config.model.num_classes)
-    checkpoint.load_checkpoint(model, config.weights)
+    contents.load_checkpoint(model, config.weights)
     if not config.weights.checkpoint and not config.model.pretrained:
         log.warning('no --checkpoint: the weights are random, good for timing only')
     data_config = data.resolve_input(config.model, model)

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Optional, Sequence
 import torch
 from timm.utils import world_info_from_env
 
-from evavit.errors import Preempted, UserError
+from evavit.errors import Preempted, UserError, reason_of
 from evavit.training import build, checkpoint, checks, data, dry_run, loop
 from evavit.training.config import TrainConfig, parse_settings
 from evavit.training.distributed import start_process
@@ -129,7 +129,7 @@ def save_settings(config: TrainConfig, folder: Path, remark: str) -> None:
     try:
         config.save(folder / 'args.yaml', [remark])
     except OSError as error:
-        raise UserError(f'--output {folder}: cannot be written ({error.strerror})') from error
+        raise UserError(f'--output {folder}: cannot be written ({reason_of(error)})') from error
 
 
 def train_epoch(

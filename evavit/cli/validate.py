@@ -13,9 +13,9 @@ from typing import Any, Dict, Optional, Sequence
 import torch
 from timm.task import ClassificationEvaluator
 
-from evavit.errors import UserError
+from evavit.errors import UserError, reason_of
 from evavit.files import replacing
-from evavit.training import build, checkpoint, checks, data, loop
+from evavit.training import build, checks, contents, data, loop
 from evavit.training.config import ValidateConfig, parse_settings
 from evavit.training.distributed import start_process
 
@@ -25,7 +25,7 @@ log = logging.getLogger('evavit.validate')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     config, given = parse_settings('validate', argv, __doc__)
     process = start_process(config.machine.device)
-    class_names = checkpoint.complete_from_checkpoint(config, given)
+    class_names = contents.complete_from_checkpoint(config, given)
     if config.data.class_map:
         class_names = None
     check_settings(config)
@@ -40,7 +40,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
     model: Any = build.build_model(config.model, config.model.num_classes)
     data.class_count(config.data, model.num_classes, class_names)
-    checkpoint.load_checkpoint(model, config.weights)
+    contents.load_checkpoint(model, config.weights)
     data_config = data.resolve_input(config.model, model)
     build.try_model(model, data_config['input_size'], config.model)
     machine = config.machine
@@ -115,4 +115,4 @@ def write_results(path: Path, row: Dict[str, Any]) -> None:
                 writer.writeheader()
                 writer.writerow(row)
     except OSError as error:
-        raise UserError(f'--results-file {path}: cannot be written ({error.strerror})') from error
+        raise UserError(f'--results-file {path}: cannot be written ({reason_of(error)})') from error

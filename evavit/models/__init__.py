@@ -10,7 +10,7 @@ from typing import Any, Callable
 from timm.models import model_entrypoint
 
 from ._grid import Family, Variant, families, model_names, softmax_twin, variants
-from ._weights import fit_checkpoint, fit_strictly, read_weights
+from ._weights import fit_checkpoint, fit_strictly, read_weights, write_weights
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.name.startswith('eva_'):
@@ -31,6 +31,7 @@ __all__ = [
     'read_weights',
     'softmax_twin',
     'variants',
+    'write_weights',
 ]
 __all__ += [name for name in model_names() if name.startswith('eva_')]
 

@@ -4,15 +4,16 @@ import contextlib
 import logging
 import math
 import re
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union, cast
 
+import safetensors.torch
 import torch
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 from torch import nn
 
+from evavit.files import BLANK, DamagedError, is_stamped, stamp
 from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
 from evavit.layers.random_directions import RandomDirections
@@ -32,7 +33,7 @@ from ._foreign import (
 if TYPE_CHECKING:  # which imports this file
     from ._grid import GridModel
 
-__all__ = ['fit_checkpoint', 'fit_strictly', 'pretrained_filter', 'read_weights', 'readable']
+__all__ = ['fit_checkpoint', 'fit_strictly', 'pretrained_filter', 'read_weights', 'readable', 'write_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -47,15 +48,32 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
         use_ema: The moving average, where a checkpoint holds one.
 
     Raises:
-        RuntimeError: one line that names the file and what is wrong with it: not there, empty, cut short, no weights,
-            or a pickle that carries more than tensors, of which nothing is run.
+        RuntimeError: one line that names the file and what is wrong with it: not there, empty, cut short, damaged since
+            this package wrote it (see `evavit.files.stamp`), no weights, or a pickle that carries more than tensors, of
+            which nothing is run.
     """
     try:
         if not Path(path).is_file():  # timm would log a line of its own
             raise FileNotFoundError(path)
-        return load_state_dict(str(path), use_ema=use_ema)
+        is_stamped(path)
+        weights = load_state_dict(str(path), use_ema=use_ema)
+        for name, value in _unwrap(weights).items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f'{name} is no tensor')
+        return weights
     except Exception as error:  # each format has its own errors, which name neither the file nor, often, the fault
         raise RuntimeError(f'{path}: {_fault(Path(path), error)}') from error
+
+
+def write_weights(weights: Weights, path: Union[str, Path], metadata: Optional[Dict[str, str]] = None) -> None:
+    """A safetensors file that tells whether it is whole, with metadata beside the weights."""
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    safetensors.torch.save_file(tensors, str(path), {'format': 'pt', 'digest': BLANK, **(metadata or {})})
+    path.chmod(mode)  # that of any new file: safetensors makes one that only its owner can read
+    stamp(path)
 
 
 def _fault(path: Path, error: Exception) -> str:
@@ -66,10 +84,10 @@ def _fault(path: Path, error: Exception) -> str:
     if not head:
         return 'not a readable checkpoint: the file is empty'
     text = ' '.join(str(error).split())
+    if isinstance(error, DamagedError):
+        return f'not a readable checkpoint: {text}'
     if path.suffix == '.safetensors':
         return f'not a readable checkpoint: cut short, or not of the safetensors format ({text[:200]})'
-    if head.startswith(b'PK') and not zipfile.is_zipfile(path):
-        return 'not a readable checkpoint: the file is cut short'
     # A zip archive and a pickle (from protocol 2 on) begin so; anything else was never written by torch.save.
     if not head.startswith((b'PK\x03\x04', b'\x80')):
         return 'not a readable checkpoint: neither of the safetensors format nor written by torch.save'
@@ -87,13 +105,17 @@ def _fault(path: Path, error: Exception) -> str:
 
 @contextlib.contextmanager
 def readable(overlay: Optional[Mapping[str, Any]]) -> Iterator[None]:
-    """Raise the errors of `read_weights` where timm fails to read the file of a `pretrained_cfg_overlay`."""
+    """Raise the errors of `read_weights` where timm fails to read the file of a `pretrained_cfg_overlay`, or its digest
+    is that of another content."""
+    file = overlay and overlay.get('file')
     try:
+        if file and Path(file).is_file():
+            is_stamped(file)
         yield
     except Exception:
-        if overlay and overlay.get('file'):
+        if file:
             try:
-                read_weights(overlay['file'])
+                read_weights(file)
             except RuntimeError as clear:
                 raise clear from None
         raise
@@ -350,7 +372,8 @@ def _check_names(state: Weights, own: Weights, kind: str) -> None:
 
 def _log(changes: List[Change]) -> None:
     quiet = all(change.action in ('taken', 'renamed', 'merged') for change in changes)
-    _logger.log(logging.INFO if quiet else logging.WARNING, 'weights from a file:\n%s', changes_table(changes))
+    for line in ('weights from a file:', *changes_table(changes).splitlines()):
+        _logger.log(logging.INFO if quiet else logging.WARNING, '%s', line)
 
 
 def pretrained_filter(state_dict: Weights, model: nn.Module) -> Weights:

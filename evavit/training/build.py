@@ -184,14 +184,25 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
     check_classes(model, state, path)
     own = model.state_dict()
     missing, surplus = [key for key in own if key not in state], [key for key in state if key not in own]
-    other = [key for key in own if key in state and own[key].shape != state[key].shape]
-    for keys, what in ((missing, 'lacks'), (surplus, 'has, unlike the model,'), (other, 'has in another shape')):
+    shared = [key for key in own if key in state]
+    other = [key for key in shared if own[key].shape != state[key].shape]
+    kind = [key for key in shared if _kind(own[key]) != _kind(state[key])]  # PyTorch would convert it without a word
+    for keys, what in (
+        (missing, 'lacks'),
+        (surplus, 'has, unlike the model,'),
+        (other, 'has in another shape'),
+        (kind, 'has in another type of number'),
+    ):
         if keys:
             raise UserError(
                 f'{path} does not fit the model: it {what} {keys[0]}'
                 + (f' and {len(keys) - 1} more' if len(keys) > 1 else '')
                 + '; check --model, --model-kwargs and --img-size'
             )
+
+
+def _kind(value: torch.Tensor) -> Tuple[bool, bool]:
+    return value.is_floating_point(), value.is_complex()
 
 
 def build_task(

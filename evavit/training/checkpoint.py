@@ -7,45 +7,30 @@ from the run's seed and position (see `loop.Position`), so a run continues alike
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import logging
 import math
 import os
-import shutil
 import socket
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import safetensors
-import safetensors.torch
 import torch
 from timm.models import clean_state_dict
-from timm.utils import CheckpointSaver, load_checkpoint_metadata, unwrap_model
-from torch import nn
+from timm.utils import CheckpointSaver, unwrap_model
 
 from evavit.errors import LocalError, UserError, first_line, reason_of
-from evavit.files import replacing, sync_folder
-from evavit.training.build import check_fit, load_weights, read_weights
-from evavit.training.config import ExportConfig, ValidateConfig, WeightsConfig
+from evavit.files import replacing, stamp, sync_folder
+from evavit.models import write_weights
+from evavit.training.build import check_fit
+from evavit.training.contents import has_metadata, is_number, is_whole, read_checkpoint
 from evavit.training.loop import Position, Run, weights_are_finite
 
 log = logging.getLogger(__name__)
-
-# What tells how a checkpoint is to be used, wherever no flag says otherwise.
-FROM_CHECKPOINT = (
-    'model',
-    'num_classes',
-    'in_chans',
-    'img_size',
-    'input_size',
-    'crop_pct',
-    'mean',
-    'std',
-    'interpolation',
-)
 
 
 @contextmanager
@@ -55,10 +40,14 @@ def saving(path: Union[str, Path]) -> Iterator[Path]:
         with replacing(path, durable=True) as partial:
             yield partial
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # PyTorch's own for a write that fails
-        raise LocalError(
-            f'{path}: cannot be written ({reason_of(error)}); '
-            f'what was saved before is whole: make room and go on with --resume auto'
-        ) from error
+        raise LocalError(f'{path}: cannot be written ({reason_of(error)}); {remedy(Path(path).parent)}') from error
+
+
+def remedy(folder: Path) -> str:
+    """What to do after a write that failed in a run's folder."""
+    if checkpoints_in(folder):
+        return 'what was saved before is whole: make room and go on with --resume auto'
+    return 'nothing was saved before: make room and start again'
 
 
 @contextmanager
@@ -75,7 +64,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / '.lock').touch()
     except OSError as error:
-        raise UserError(f'--output {folder}: cannot be written ({error.strerror})') from error
+        raise UserError(f'--output {folder}: cannot be written ({reason_of(error)})') from error
     with open(folder / '.lock', 'r+', encoding='utf-8') as file:
         try:
             import fcntl  # not on every system
@@ -111,20 +100,36 @@ class Saver(CheckpointSaver):
         self.batches = batches_of(run)
         self.position = Position()
         self.last = Path(folder, 'last.pth.tar')
+        self.written = False  # the checkpoint of the epoch that is being saved is there already
 
     def save_epoch(self, position: Position, metric: float) -> Tuple[float, int]:
         """Write the state at the start of an epoch, with the metric of the one before; returns the best and its epoch.
 
-        To do it twice changes nothing: a run that was killed on the way does it again when it resumes.
+        A kill on the way leaves what `finish_epoch` makes up for.
         """
         self.position, epoch = position, position.epoch - 1
         if not math.isfinite(metric):
             raise UserError(f'{self.args.eval_metric} {metric:g} after epoch {epoch}: not saved')
         best = self.save_checkpoint(epoch, metric)
-        self._save_weights('last.safetensors', epoch, metric)
-        if self.best_epoch == epoch:
-            self._save_weights('model_best.safetensors', epoch, metric)
+        model = unwrap_model(self.task.get_trainable_module(ema=self.task.has_ema()))
+        self._save_weights(model.state_dict(), epoch, metric, vars(self.args))
         return best
+
+    def finish_epoch(self, path: Path, checkpoint: Dict[str, Any]) -> None:
+        """What comes after an epoch's checkpoint (the best few, their ranking, the weights alone), made from that file
+        where a kill left it undone. A file that is right already is not touched."""
+        epoch, metric = checkpoint['epoch'], checkpoint['metric']
+        if path.resolve() != self.last.resolve():  # that was damaged, or an earlier checkpoint was asked for
+            whole = str(self.last.with_name('tmp.pth.tar'))
+            self._duplicate(path, whole)
+            self._replace(whole, str(self.last))
+        weights = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
+        self.written = True
+        self.save_checkpoint(epoch, metric)
+        self._save_weights(
+            clean_state_dict(weights), epoch, metric, vars(checkpoint.get('args') or argparse.Namespace())
+        )
+        self.written = False
 
     def save_position(self, position: Position) -> None:
         """Write the state within an epoch, unless its numbers have gone bad."""
@@ -145,29 +150,35 @@ class Saver(CheckpointSaver):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, 'pending': (None, None)})
-        if self.best_metric is not None and math.isnan(self.best_metric):
-            self.best_metric = self.best_epoch = None
 
-    def _save_weights(self, name: str, epoch: int, metric: float) -> None:
-        model = unwrap_model(self.task.get_trainable_module(ema=self.task.has_ema()))
-        weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        about = dict(format='pt', epoch=str(epoch), metric=str(metric), args=json.dumps(vars(self.args)))
-        with saving(self.last.with_name(name)) as partial:
-            safetensors.torch.save_file(weights, str(partial), metadata=about)
-            shutil.copymode(self.last, partial)  # safetensors makes a file that only its owner can read
+    def _save_weights(self, weights: Dict[str, Any], epoch: int, metric: float, settings: Dict[str, Any]) -> None:
+        about = dict(epoch=str(epoch), metric=str(metric), args=json.dumps(settings))
+        for name in ('last.safetensors', *['model_best.safetensors'] * (self.best_epoch == epoch)):
+            path = self.last.with_name(name)
+            if not self.written or not has_metadata(path, about):
+                with saving(path) as partial:
+                    write_weights(weights, partial, about)
 
     def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
-        with saving(save_path) as partial, open(partial, 'wb') as file:
+        if self.written:
+            return
+        with saving(save_path) as partial:
             # An open file: given a name, torch up to 2.8 says nothing of a disk that fills with the last 8 KiB.
-            super()._save(file, epoch, metric)
+            with open(partial, 'wb') as file:
+                super()._save(file, epoch, metric)
+            stamp(partial)
 
     def _replace(self, src: str, dst: str) -> None:
+        if self.written:
+            return
         if os.path.exists(dst):
             self._duplicate(dst, self.last.with_name('previous.pth.tar'))
         os.replace(src, dst)
         sync_folder(self.checkpoint_dir)
 
     def _duplicate(self, src: Union[str, Path], dst: Union[str, Path]) -> None:
+        if os.path.exists(dst) and os.path.samefile(src, dst):
+            return
         with saving(dst) as partial:
             super()._duplicate(src, partial)
 
@@ -179,6 +190,12 @@ def batches_of(run: Run) -> Dict[str, int]:
         updates_per_epoch=run.updates_per_epoch,
         processes=run.process.world_size,
     )
+
+
+def checkpoints_in(folder: Path) -> List[Path]:
+    """A run's checkpoints, the newest first."""
+    kept = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path for path in (folder / 'last.pth.tar', folder / 'previous.pth.tar', *kept) if path.is_file()]
 
 
 def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
@@ -193,8 +210,7 @@ def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
         if (folder / 'last.pth.tar').is_file() and chosen.resolve().parent != folder.resolve():
             raise UserError(f'{folder} holds another run than --resume {chosen}: choose another --experiment')
         return [chosen]
-    kept = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda path: path.stat().st_mtime, reverse=True)
-    found = [path for path in (folder / 'last.pth.tar', folder / 'previous.pth.tar', *kept) if path.is_file()]
+    found = checkpoints_in(folder)
     if found and resume != 'auto':
         raise UserError(f'{folder} already holds a run: continue it with --resume auto, or choose another --experiment')
     if not found and resume == 'auto':
@@ -221,34 +237,41 @@ def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Op
         _check_same(run, 'none', Position())
         return Position()
     path, checkpoint, damaged = _first_whole(candidates)
-    task = run.task
-    check_fit(unwrap_model(task.get_trainable_module()), clean_state_dict(checkpoint['state_dict']), path)
-    full = not run.config.no_resume_opt
-    if full:
-        _check_optimizer(path, checkpoint, settings['opt'])
+    task, full = run.task, not run.config.no_resume_opt
+    weights = clean_state_dict(checkpoint['state_dict'])
+    average = clean_state_dict(checkpoint.get('state_dict_ema') or {}) or weights  # a run may begin to keep one
+    for state in (weights, average):
+        check_fit(unwrap_model(task.get_trainable_module()), state, path)
+    position = _position(path, checkpoint, run)
     try:
-        task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
-        if task.has_ema():
-            average = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
-            task.load_checkpoint_state(clean_state_dict(average), checkpoint.get('task_state_ema'), ema=True)
         if full:
-            _load_optimizer(run, checkpoint)
+            _check_optimizer(path, checkpoint, settings['opt'])
+            _load_optimizer(run, checkpoint, position)
+        task.load_checkpoint_state(weights, checkpoint.get('task_state'))
+        if task.has_ema():
+            task.load_checkpoint_state(average, checkpoint.get('task_state_ema'), ema=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(
             f'{path} does not fit this run: {first_line(error)[:300]}; resume with the settings it was '
             f'written with, or the weights alone with --no-resume-opt'
         ) from error
-    position = _position(path, checkpoint, run)
+    if not weights_are_finite(task):
+        raise UserError(f'{path}: not a checkpoint of train.py (its weights are not finite)')
     _check_same(run, path, position)
     log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
     _warn_of_changes(path, checkpoint, settings)
     if saver is not None:
         _set_aside(damaged)
-    if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and 'saver' in checkpoint:
+    if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and checkpoint.get('saver'):
         saver.load_state_dict(checkpoint['saver'])
         if not position.update and checkpoint.get('metric') is not None:
-            saver.save_epoch(position, checkpoint['metric'])
+            saver.finish_epoch(path, checkpoint)
     return position
+
+
+def _args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """The settings that a checkpoint was written with."""
+    return vars(checkpoint.get('args') or argparse.Namespace())
 
 
 def _check_same(run: Run, path: Union[str, Path], position: Position) -> None:
@@ -285,8 +308,7 @@ NO_EFFECT = {  # settings that may change from start to start without changing w
 
 def _warn_of_changes(path: Path, checkpoint: Dict[str, Any], settings: Dict[str, Any]) -> None:
     """A warning that names the settings which differ from the checkpoint's."""
-    args = checkpoint.get('args')
-    before = vars(args) if isinstance(args, argparse.Namespace) else {}
+    before = _args(checkpoint)
     changed = [
         f'{name} {before[name]} → {value}'
         for name, value in settings.items()
@@ -314,44 +336,6 @@ def _first_whole(candidates: List[Path]) -> Tuple[Path, Dict[str, Any], List[Pat
     raise ValueError('no candidates')
 
 
-def read_checkpoint(path: Path) -> Dict[str, Any]:
-    """A checkpoint of a run, whole: every part of the file has the checksum that was written with it.
-
-    Raises:
-        UserError: The file is cut short, damaged, of another kind, or carries code.
-    """
-    if path.suffix == '.safetensors':
-        raise UserError(
-            f'--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from '
-            f'them with --initial-checkpoint'
-        )
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-        if damaged:
-            raise UserError(f'{path}: not a readable checkpoint (its part {damaged} is damaged)')
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # each format has its own errors for a broken file
-        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
-        raise UserError(f'{path}: not a checkpoint of train.py (it has no state_dict)')
-    saved = checkpoint.get('saver') or {}
-    try:
-        if 'position' in saved:
-            Position(**saved['position'])
-            changed: Any = saved['plan'].keys() ^ {'images_per_update', 'updates_per_epoch', 'processes'}
-        else:
-            changed = set() if isinstance(checkpoint.get('epoch', -1), int) else {'epoch'}
-    except (AttributeError, KeyError, TypeError) as error:
-        changed = first_line(error)
-    if changed:
-        raise UserError(f'{path}: not a checkpoint of this train.py (its position is of another form: {changed})')
-    return checkpoint
-
-
 def _check_optimizer(path: Path, checkpoint: Dict[str, Any], opt: str) -> None:
     """Weights alone, or another optimizer's state, are nothing to continue from."""
     if 'epoch' not in checkpoint or 'optimizer' not in checkpoint:
@@ -359,7 +343,7 @@ def _check_optimizer(path: Path, checkpoint: Dict[str, Any], opt: str) -> None:
             f'--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from '
             f'them with --initial-checkpoint'
         )
-    before = getattr(checkpoint.get('args'), 'opt', opt)
+    before = _args(checkpoint).get('opt', opt)
     if before != opt:
         raise UserError(
             f'{path} was written with opt {before}, this run has {opt}; continue with --opt '
@@ -371,7 +355,8 @@ def _check_optimizer(path: Path, checkpoint: Dict[str, Any], opt: str) -> None:
 FROM_FLAGS = ('lr', 'initial_lr', 'weight_decay', 'betas', 'eps', 'momentum', 'fused')
 
 
-def _load_optimizer(run: Run, checkpoint: Dict[str, Any]) -> None:
+def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) -> None:
+    """Optimizer and scaler. Raises ValueError, before anything is loaded, on a state that is not one of theirs."""
     state, groups = checkpoint['optimizer'], run.optimizer.param_groups
     if len(groups) != len(state['param_groups']):
         raise ValueError(
@@ -379,11 +364,59 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any]) -> None:
             f'(--layer-decay, --weight-decay 0)'
         )
     for group, saved in zip(groups, state['param_groups'], strict=True):
-        saved.update((name, group[name]) for name in FROM_FLAGS if name in group)
-    run.optimizer.load_state_dict(state)
-    scaler = checkpoint.get(run.stepper.state_dict_key)
+        for name, value in group.items():
+            if name in FROM_FLAGS or isinstance(value, bool) or name not in saved:
+                saved[name] = value
+            elif is_number(value) and not is_number(saved[name]):
+                raise ValueError(f'its {name} is no number')
+    expected = _state_after_a_step(run.optimizer)
+    for number, entry in state['state'].items():
+        for name, value in expected.get(number, {}).items():
+            if _form(entry.get(name)) != _form(value):
+                raise ValueError(f'its {name} of parameter {number} is {_form(entry.get(name))}, not {_form(value)}')
+    stepped = position.epoch or position.update > position.skipped
+    if stepped and any(expected.values()) and not state['state']:
+        raise ValueError(f'it lacks the state of the optimizer after {run.done(position)} updates')
+    scaler, before = checkpoint.get(run.stepper.state_dict_key), _args(checkpoint)
+    if run.stepper.scaling and scaler is None and before.get('amp') and before.get('amp_dtype') == 'float16':
+        raise ValueError('it lacks the scale of float16')
     if run.stepper.scaling and scaler is not None:
-        run.stepper.load_state_dict(scaler)
+        scale, tracker = scaler.get('scale'), scaler.get('_growth_tracker')
+        if not (is_number(scale) and scale > 0 and is_whole(tracker)):
+            raise ValueError(f'its scale of float16 is {scale}, after {tracker} updates')
+        run.stepper.load_state_dict({**run.stepper.state_dict(), 'scale': scale, '_growth_tracker': tracker})
+    run.optimizer.load_state_dict(state)
+
+
+def _state_after_a_step(optimizer: torch.optim.Optimizer) -> Dict[int, Dict[str, Any]]:
+    """What a fresh optimizer keeps of each parameter once it has made a step: a copy of it makes one, on parameters
+    without content where it can."""
+    for device in ('meta', 'cpu'):
+        memo: Dict[int, Any] = {}
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group['params']):
+            twin = torch.nn.Parameter(torch.zeros_like(parameter, device=device))
+            twin.grad = torch.ones_like(twin)
+            memo[id(parameter)] = twin
+        trial = copy.deepcopy(optimizer, memo)
+        for group in trial.param_groups:
+            group.update((name, False) for name in ('fused', 'foreach') if name in group)
+        try:
+            trial.step()
+            return trial.state_dict()['state']
+        except (NotImplementedError, RuntimeError):  # it asks for a value, which only the CPU has
+            continue
+    return {}
+
+
+def _form(value: Any) -> str:
+    """Shape and type of a value in an optimizer's state, for comparison."""
+    if isinstance(value, torch.Tensor):
+        if not value.ndim and value.device.type != 'meta' and not value.isfinite():
+            return str(value.item())
+        return f'{"×".join(map(str, value.shape)) or "a number"} of {str(value.dtype)[6:]}'
+    if isinstance(value, (list, tuple)):
+        return f'[{", ".join(map(_form, value))}]'
+    return 'a number' if is_number(value) else 'missing' if value is None else type(value).__name__
 
 
 def _position(path: Path, checkpoint: Dict[str, Any], run: Run) -> Position:
@@ -405,65 +438,3 @@ def _position(path: Path, checkpoint: Dict[str, Any], run: Run) -> Position:
             f'draws for itself (mixup, erasing, drop path, noise) is another'
         )
     return position
-
-
-def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
-    """The settings that train.py stored in a checkpoint, {} for a file of other origin."""
-    if not Path(path).is_file():
-        raise UserError(f'{path}: no such checkpoint')
-    path = str(path)
-    try:
-        if path.endswith('.safetensors'):
-            with safetensors.safe_open(path, framework='pt') as file:
-                return json.loads((file.metadata() or {}).get('args', '{}'))
-        # What train.py writes is a zip archive. Anything else, older files of PyTorch's too, has no settings; whether
-        # it has weights is for who reads those to say.
-        checkpoint = load_checkpoint_metadata(path) if zipfile.is_zipfile(path) else {}
-    except Exception as error:  # each format has its own errors for a broken file
-        read_weights(path)
-        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
-    args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    return vars(args) if isinstance(args, argparse.Namespace) else {}
-
-
-def has_average(path: Union[str, Path]) -> bool:
-    return zipfile.is_zipfile(path) and load_checkpoint_metadata(str(path)).get('state_dict_ema') is not None
-
-
-def stored_metric(path: Union[str, Path]) -> Optional[float]:
-    """What a checkpoint was ranked by, None where that is not in the file."""
-    saved_settings(path)  # a file that cannot be read ends in one line here
-    if str(path).endswith('.safetensors'):
-        with safetensors.safe_open(str(path), framework='pt') as file:
-            metric = (file.metadata() or {}).get('metric')
-        return None if metric in (None, 'None') else float(metric)
-    checkpoint = load_checkpoint_metadata(str(path)) if zipfile.is_zipfile(path) else {}
-    return checkpoint.get('metric') if isinstance(checkpoint, dict) else None
-
-
-def complete_from_checkpoint(config: Union[ValidateConfig, ExportConfig], given: Set[str]) -> Optional[List[str]]:
-    """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
-    model, path = config.model, config.weights.checkpoint
-    saved = saved_settings(path) if path else {}
-    kwargs = dict(saved.get('model_kwargs') or {})
-    if given & {'img_size', 'input_size'}:  # either says the size, of which the run may have told the model itself
-        given = given | {'img_size', 'input_size'}
-        kwargs.pop('img_size', None)
-    for name in FROM_CHECKPOINT:
-        if name not in given and name in saved:
-            setattr(model, name, saved[name])
-    if not saved or model.model == saved.get('model'):
-        model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
-    return saved.get('class_names')
-
-
-def load_checkpoint(model: nn.Module, config: WeightsConfig) -> None:
-    """Load the weights that the settings name, if they do, fitted to the model as `build.load_weights` does it."""
-    path = config.checkpoint
-    if not path:
-        return
-    if config.use_ema:
-        read_weights(path)  # says what is wrong with a file that cannot be read
-        if not has_average(path):
-            raise UserError(f'--use-ema: {path} holds no averaged weights; leave the flag out')
-    load_weights(model, path, use_ema=config.use_ema)

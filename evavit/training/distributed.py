@@ -20,7 +20,7 @@ from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
 
 from evavit.arguments import find_device
-from evavit.errors import UserError
+from evavit.errors import UserError, printable
 
 log = logging.getLogger(__name__)
 RESTARTS = 'TORCHELASTIC_RESTART_COUNT'
@@ -130,6 +130,11 @@ def start_process(device: Optional[str] = None) -> Process:
     return process
 
 
+class _LineFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def _start_log(primary: bool) -> None:
     """Lines of this package go to standard output of the first process; libraries only warn."""
     package = logging.getLogger('evavit')
@@ -137,7 +142,7 @@ def _start_log(primary: bool) -> None:
     package.propagate = False
     if primary:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter('%(message)s'))
+        handler.setFormatter(_LineFormatter('%(message)s'))
         package.addHandler(handler)
         package.setLevel(logging.INFO)
     else:

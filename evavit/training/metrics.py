@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 from timm.utils import trim_summary, unwrap_model, update_summary
 
-from evavit.errors import LocalError
+from evavit.errors import LocalError, reason_of
 from evavit.layers import EvaAttention
-from evavit.training.checkpoint import saving
+from evavit.training.checkpoint import remedy, saving
 from evavit.training.loop import Position, Run, autocast
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,14 @@ class MetricsWriter:
         self.shown: Optional[Tuple[torch.Tensor, List[int], List[int], List[float]]] = None
         if self.summary.exists():
             self._trim_summary(position.epoch)
+        update = run.done(position)
+        # At an epoch's last update its validation is still to come. A run that was killed after that has drawn it
+        # already: all points of the update go, and those of training come again.
+        points = train_points(folder, update) if position.update == run.updates_per_epoch else []
         with self._disk_errors():
-            self.writer = SummaryWriter(str(folder), purge_step=run.done(position) + 1)
+            self.writer = SummaryWriter(str(folder), purge_step=update if points else update + 1)
+            for name, value, when in points:
+                self.writer.add_scalar(name, value, update, walltime=when)
 
     def _trim_summary(self, epoch: int) -> None:
         try:
@@ -79,9 +85,9 @@ class MetricsWriter:
         try:
             yield
         except OSError as error:
+            folder = self.summary.parent
             raise LocalError(
-                f'{self.summary.parent}: the curves cannot be written ({error.strerror}); what was saved '
-                f'before is whole: make room and go on with --resume auto'
+                f'{folder}: the curves cannot be written ({reason_of(error)}); {remedy(folder)}'
             ) from error
 
     def _rewrite_summary(self, change: Callable[[str], None]) -> None:
@@ -154,6 +160,19 @@ class MetricsWriter:
             for line, text in enumerate(lines):
                 draw.text((left + 2, top + side + 12 * line), text[:20], fill=colour)
         return np.asarray(sheet).transpose(2, 0, 1)
+
+
+def train_points(folder: Path, update: int) -> List[Tuple[str, float, float]]:
+    """(name, value, time) of the scalars of training that a run's newest event file with that update has."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    for path in sorted(folder.glob('events.out.tfevents.*'), reverse=True):
+        events = (event for event in LegacyEventFileLoader(str(path)).Load() if event.step == update)
+        found = [(value.tag, value.simple_value, event.wall_time) for event in events for value in event.summary.value]
+        points = [point for point in found if point[0].startswith('train/')]
+        if points:
+            return points
+    return []
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from timm.models import get_model_input_config, load_checkpoint, resolve_model_i
 from evavit import export as exporting
 from evavit.bench.results import origin
 from evavit.models import model_names, softmax_twin
-from evavit.training.checkpoint import saved_settings
+from evavit.training.contents import saved_settings
 
 COLUMNS = (
     'model',

@@ -14,7 +14,7 @@ from timm.data import create_transform, resolve_data_config
 
 from evavit import export as exporting
 from evavit.errors import run_script
-from evavit.training import checkpoint, config
+from evavit.training import config, contents
 
 
 def needs(*packages):
@@ -164,7 +164,7 @@ def test_a_flag_for_the_size_wins_over_the_checkpoints(train, tmp_path):
     run = train('run', '--input-size', '3', '16', '16')
     flags = ['--checkpoint', str(run / 'last.safetensors'), '--img-size', '20']
     settings, given = config.parse_settings('export', flags)
-    checkpoint.complete_from_checkpoint(settings, given)
+    contents.complete_from_checkpoint(settings, given)
     assert settings.model.img_size == 20 and settings.model.input_size is None
     assert settings.model.model_kwargs == {key: value for key, value in KWARGS.items() if key != 'img_size'}
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from runs import CLASSES, rows, weights, words, write_images
 
-from evavit.training import checkpoint
+from evavit.training import contents
 from evavit.training.config import parse_settings
 
 DATA = Path(__file__).parents[1] / 'data' / 'run_before'
@@ -104,8 +104,8 @@ def test_every_file_loads_as_it_was_written():
     for path in (*DATA.glob('*/*.pth.tar'), *DATA.glob('*/*.safetensors')):
         model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS)
         settings, given = parse_settings('validate', ['--checkpoint', str(path)])
-        assert checkpoint.complete_from_checkpoint(settings, given) == sorted(CLASSES)
-        checkpoint.load_checkpoint(model, settings.weights)
+        assert contents.complete_from_checkpoint(settings, given) == sorted(CLASSES)
+        contents.load_checkpoint(model, settings.weights)
         saved = weights(path) if path.suffix == '.safetensors' else torch.load(path, weights_only=False)['state_dict']
         assert_same(model.state_dict(), saved, exact=True)
 

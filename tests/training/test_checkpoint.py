@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.task import ClassificationTask
 
 from evavit.errors import LocalError, UserError
-from evavit.training import checkpoint, loop
+from evavit.training import checkpoint, contents, loop
 from evavit.training.config import parse_settings
 from evavit.training.distributed import Process
 from evavit.training.loop import Position
@@ -96,7 +96,7 @@ def test_a_failed_write_leaves_the_last_checkpoint_whole(saver, tmp_path, monkey
 @pytest.mark.parametrize('name', ['last.pth.tar', 'last.safetensors'])
 def test_settings_travel_with_the_weights(saver, tmp_path, name):
     saver.save_epoch(Position(1), 10.0)
-    saved = checkpoint.saved_settings(tmp_path / name)
+    saved = contents.saved_settings(tmp_path / name)
     assert saved['model'] == 'tiny' and saved['class_names'] == ['a', 'b']
     assert list(saved) == [*settings_of().flat(), 'class_names']
 
@@ -104,8 +104,8 @@ def test_settings_travel_with_the_weights(saver, tmp_path, name):
 def test_a_file_of_other_origin_has_no_settings(tmp_path):
     torch.save(dict(args=argparse.Namespace(model='x')), tmp_path / 'ours.pth')
     torch.save(dict(weight=torch.ones(1)), tmp_path / 'plain.pth')
-    assert checkpoint.saved_settings(tmp_path / 'ours.pth') == dict(model='x')
-    assert checkpoint.saved_settings(tmp_path / 'plain.pth') == {}
+    assert contents.saved_settings(tmp_path / 'ours.pth') == dict(model='x')
+    assert contents.saved_settings(tmp_path / 'plain.pth') == {}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(saver, tmp_path):

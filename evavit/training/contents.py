@@ -1,0 +1,328 @@
+"""What a checkpoint holds, believed only after it has been checked.
+
+A file may be damaged, of another program, or made to do harm. So its digest comes first (see `evavit.files`), nothing
+but tensors and plain values is unpickled, and each value must be one that `checkpoint.Saver` writes. Whether the
+tensors fit a run's model and optimizer is for `checkpoint.resume` to say.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
+
+import safetensors
+import torch
+from timm.utils import load_checkpoint_metadata
+from torch import nn
+
+from evavit.errors import UserError, first_line
+from evavit.files import is_stamped
+from evavit.training.build import load_weights, read_weights
+from evavit.training.config import ExportConfig, ValidateConfig, WeightsConfig, options_of
+from evavit.training.loop import Position
+
+# What tells how a checkpoint is to be used, wherever no flag says otherwise.
+FROM_CHECKPOINT = (
+    'model',
+    'num_classes',
+    'in_chans',
+    'img_size',
+    'input_size',
+    'crop_pct',
+    'mean',
+    'std',
+    'interpolation',
+)
+KEPT = re.compile(r'checkpoint-[0-9]{1,9}\.pth\.tar')  # the names of the best few checkpoints in a run's folder
+PLAN = {'images_per_update', 'updates_per_epoch', 'processes'}
+MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
+MOST_EPOCHS = 1_000_000  # where the settings of the run do not say
+
+
+def read_checkpoint(path: Path) -> Dict[str, Any]:
+    """A checkpoint of a run, whole, whose every value is one that a run can have written.
+
+    Files from before there were digests are judged by the checksums of their parts, which do not cover the directory of
+    the archive: in that, some single changed bits go unnoticed.
+
+    Raises:
+        UserError: The file is cut short, damaged, of another kind, carries code, or holds what no run writes.
+    """
+    if path.suffix == '.safetensors':
+        raise UserError(
+            f'--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from '
+            f'them with --initial-checkpoint'
+        )
+    try:
+        if not is_stamped(path):
+            _check_parts(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # each format has its own errors for a broken file
+        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
+    if not isinstance(checkpoint, dict) or not is_weights(checkpoint.get('state_dict')):
+        raise UserError(f'{path}: not a checkpoint of train.py (it has no state_dict of tensors by name)')
+    for name, value, right in _judged(checkpoint):
+        if not right:
+            raise UserError(f'{path}: not a checkpoint of this train.py (its {name} is {_shown(value)})')
+    return checkpoint
+
+
+def _check_parts(path: Path) -> None:
+    with zipfile.ZipFile(path) as file:
+        for part in file.infolist():
+            if part.external_attr or part.compress_type:  # torch.save writes plain files, not compressed
+                raise ValueError(f'the entry of its part {part.filename} is damaged')
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f'its part {damaged} is damaged')
+
+
+def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
+    """(name, value, whether a run can have written it) of what is in a checkpoint beside the weights."""
+    args, epoch, metric = (checkpoint.get(name) for name in ('args', 'epoch', 'metric'))
+    yield 'args', args, args is None or (type(args) is argparse.Namespace and is_plain(vars(args)))
+    yield 'epoch', epoch, epoch is None or is_whole(epoch, -1, _most_epochs(args) - 1)
+    yield 'metric', metric, metric is None or is_number(metric)
+    average, scaler, optimizer = (checkpoint.get(name) for name in ('state_dict_ema', 'amp_scaler', 'optimizer'))
+    yield 'state_dict_ema', average, average is None or is_weights(average)
+    if average is None:
+        yield 'state_dict_ema', average, not getattr(args, 'model_ema', False)
+    yield 'amp_scaler', scaler, scaler is None or (isinstance(scaler, dict) and all(map(is_number, scaler.values())))
+    yield 'optimizer', optimizer, optimizer is None or _is_optimizer(optimizer)
+    saved = checkpoint.get('saver')
+    yield 'saver', saved, saved is None or isinstance(saved, dict)
+    if not saved:
+        return
+    yield 'saver.checkpoint_files', saved.get('checkpoint_files'), _is_ranking(saved.get('checkpoint_files', []))
+    yield 'saver.best_epoch', saved.get('best_epoch'), saved.get('best_epoch') is None or is_whole(saved['best_epoch'])
+    best = saved.get('best_metric')
+    yield 'saver.best_metric', best, best is None or is_number(best)
+    if 'position' not in saved:  # one of timm's train.py
+        return
+    plan, position = saved.get('plan'), saved['position']
+    yield 'saver.plan', plan, isinstance(plan, dict) and plan.keys() == PLAN
+    for name, value in plan.items():
+        yield f'saver.plan.{name}', value, is_whole(value, 1)
+    fields = {field.name for field in dataclasses.fields(Position)}
+    yield 'saver.position', position, isinstance(position, dict) and position.keys() == fields
+    for name in ('lr', 'loss', 'grad_norm', 'seconds', 'waited'):
+        yield f'saver.position.{name}', position[name], is_number(position[name])
+    yield 'saver.position.epoch', position['epoch'], is_whole(position['epoch']) and position['epoch'] - 1 == epoch
+    yield 'saver.position.update', position['update'], is_whole(position['update'], 0, plan['updates_per_epoch'])
+    yield 'saver.position.skipped', position['skipped'], is_whole(position['skipped'], 0, position['update'])
+    yield 'saver.position.streak', position['streak'], is_whole(position['streak'])
+    bad = position['bad']
+    yield (
+        'saver.position.bad',
+        bad,
+        isinstance(bad, dict) and all(is_whole(index) and isinstance(line, str) for index, line in bad.items()),
+    )
+
+
+def _most_epochs(args: Any) -> int:
+    counts: List[Any] = [getattr(args, name, None) for name in ('epochs', 'warmup_epochs', 'cooldown_epochs')]
+    return sum(counts) if all(map(is_whole, counts)) else MOST_EPOCHS  # the two last may come on top
+
+
+def _is_ranking(files: Any) -> bool:
+    """Names that `Saver` itself gives, each with a metric. The worst of these files is deleted when a better one comes:
+    timm's own saver deletes whatever name is here, of any folder."""
+    return (
+        isinstance(files, (list, tuple))
+        and all(isinstance(entry, (list, tuple)) and len(entry) == 2 for entry in files)
+        and all(isinstance(name, str) and KEPT.fullmatch(name) and is_number(metric) for name, metric in files)
+        and len({name for name, _ in files}) == len(files)
+    )
+
+
+def _is_optimizer(state: Any) -> bool:
+    """The form of `Optimizer.state_dict`: parameters are numbered through the groups, and have a state by number."""
+    if not isinstance(state, dict) or not isinstance(state.get('state'), dict):
+        return False
+    groups = state.get('param_groups')
+    if not isinstance(groups, (list, tuple)) or not groups or not is_plain(groups):
+        return False
+    if not all(isinstance(group, dict) and isinstance(group.get('params'), (list, tuple)) for group in groups):
+        return False
+    numbers = [number for group in groups for number in group['params']]
+    return (
+        numbers == list(range(len(numbers)))
+        and all(is_whole(number, 0, len(numbers) - 1) for number in state['state'])
+        and all(isinstance(entry, dict) and is_plain(entry, tensors=True) for entry in state['state'].values())
+    )
+
+
+def is_whole(value: Any, low: int = 0, high: int = 2**63 - 1) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def is_number(value: Any) -> bool:
+    """A finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_weights(state: Any) -> bool:
+    return (
+        isinstance(state, dict)
+        and bool(state)
+        and all(isinstance(name, str) and is_tensor(value) for name, value in state.items())
+    )
+
+
+def is_tensor(value: Any) -> bool:
+    """A tensor with content: a file can hold others, such as sparse or quantized ones and those of the meta device."""
+    return (
+        type(value) in (torch.Tensor, nn.Parameter)
+        and value.layout is torch.strided
+        and value.device.type == 'cpu'
+        and not value.is_quantized
+    )
+
+
+def is_plain(value: Any, tensors: bool = False) -> bool:
+    """Nothing, truth values, numbers, texts, and lists and dictionaries of these, as JSON has them; and few enough."""
+    rest, left = [value], MOST_VALUES
+    while rest:
+        item = rest.pop()
+        left -= 1
+        if isinstance(item, dict) and all(isinstance(key, str) for key in item):
+            parts = [*item.values()]
+        elif isinstance(item, (list, tuple)):
+            parts = [*item]
+        elif (
+            item is None
+            or type(item) in (bool, float, str)
+            or is_whole(item, -(2**63))
+            or (tensors and is_tensor(item))
+        ):
+            continue
+        else:
+            return False
+        if len(parts) + len(rest) > left:
+            return False
+        rest += parts
+    return True
+
+
+def _shown(value: Any) -> str:
+    plain = value is None or type(value) in (bool, float, str) or is_whole(value, -(2**63))
+    return repr(value)[:60] if plain else f'of the kind {type(value).__name__}, with what a run does not write'
+
+
+def _archive(path: Union[str, Path]) -> Dict[str, Any]:
+    """What is in a file of torch.save, its tensors not yet read; nothing where it is of another kind.
+
+    What train.py writes is a zip archive. Anything else, older files of PyTorch's too, has no settings; whether it has
+    weights is for who reads those to say.
+    """
+    if not Path(path).is_file():
+        raise UserError(f'{path}: no such checkpoint')
+    try:
+        is_stamped(path)
+        content = load_checkpoint_metadata(str(path)) if zipfile.is_zipfile(path) else {}
+    except Exception as error:  # each format has its own errors for a broken file
+        read_weights(path)
+        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
+    return content if isinstance(content, dict) else {}
+
+
+def _metadata(path: Union[str, Path]) -> Dict[str, str]:
+    """What is in a safetensors file beside the tensors."""
+    if not Path(path).is_file():
+        raise UserError(f'{path}: no such checkpoint')
+    try:
+        is_stamped(path)
+        with safetensors.safe_open(str(path), framework='pt') as file:
+            return file.metadata() or {}
+    except Exception as error:
+        read_weights(path)
+        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
+
+
+def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
+    """The settings that train.py stored in a checkpoint, {} for a file of other origin.
+
+    Raises:
+        UserError: The file is not there or damaged, or its settings are none that train.py takes.
+    """
+    if str(path).endswith('.safetensors'):
+        try:
+            settings = json.loads(_metadata(path).get('args', '{}'))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{path}: not a checkpoint of train.py (its settings are no JSON: {error})') from error
+    else:
+        args = _archive(path).get('args')
+        settings = vars(args) if isinstance(args, argparse.Namespace) else {}
+    names = settings.get('class_names') if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or not is_plain(settings):
+        raise UserError(f'{path}: not a checkpoint of train.py (its settings are not names with plain values)')
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f'{path}: not a checkpoint of train.py (its class_names are no list of names)')
+    options = options_of('train')
+    for name in (*FROM_CHECKPOINT, 'model_kwargs'):
+        if settings.get(name) not in (None, ''):  # timm's train.py stores '' for what was not given
+            settings[name] = options[name].parse(settings[name], f'{path}, its settings')
+    return settings
+
+
+def has_metadata(path: Path, entries: Dict[str, str]) -> bool:
+    """Whether a safetensors file is there, whole, and has these entries."""
+    try:
+        return is_stamped(path) and entries.items() <= _metadata(path).items()
+    except (OSError, ValueError, UserError):
+        return False
+
+
+def has_average(path: Union[str, Path]) -> bool:
+    return not str(path).endswith('.safetensors') and _archive(path).get('state_dict_ema') is not None
+
+
+def stored_metric(path: Union[str, Path]) -> Optional[float]:
+    """What a checkpoint was ranked by, None where that is not in the file."""
+    if str(path).endswith('.safetensors'):
+        metric: Any = _metadata(path).get('metric', 'None')
+        with contextlib.suppress(ValueError):
+            metric = None if metric == 'None' else float(metric)
+    else:
+        metric = _archive(path).get('metric')
+    if metric is not None and not is_number(metric):
+        raise UserError(f'{path}: not a checkpoint of train.py (its metric is {_shown(metric)})')
+    return metric
+
+
+def complete_from_checkpoint(config: Union[ValidateConfig, ExportConfig], given: Set[str]) -> Optional[List[str]]:
+    """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
+    model, path = config.model, config.weights.checkpoint
+    saved = saved_settings(path) if path else {}
+    if 'model' not in given and ':' in (saved.get('model') or ''):
+        raise UserError(
+            f'{path}: its model {saved["model"]} would have to be fetched; name the architecture with --model'
+        )
+    kwargs = dict(saved.get('model_kwargs') or {})
+    if given & {'img_size', 'input_size'}:  # either says the size, of which the run may have told the model itself
+        given = given | {'img_size', 'input_size'}
+        kwargs.pop('img_size', None)
+    for name in FROM_CHECKPOINT:
+        if name not in given and name in saved:
+            setattr(model, name, saved[name])
+    if not saved or model.model == saved.get('model'):
+        model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
+    return saved.get('class_names')
+
+
+def load_checkpoint(model: nn.Module, config: WeightsConfig) -> None:
+    """Load the weights that the settings name, if they do, fitted to the model as `build.load_weights` does it."""
+    path = config.checkpoint
+    if not path:
+        return
+    if config.use_ema:
+        read_weights(path)  # says what is wrong with a file that cannot be read
+        if not has_average(path):
+            raise UserError(f'--use-ema: {path} holds no averaged weights; leave the flag out')
+    load_weights(model, path, use_ema=config.use_ema)
