@@ -1,11 +1,19 @@
-"""What a failed write leaves behind: the file or folder as it was, and nothing beside it."""
+"""What a failed write leaves behind: the file or folder as it was, and nothing beside it. What a changed bit does."""
 
+import hashlib
 import multiprocessing
+import os
 import resource
+import zipfile
 
 import pytest
+import safetensors.torch
+import torch
+from timm.models import load_state_dict
 
-from evavit.files import replacing
+from evavit import files
+from evavit.files import BLANK, is_stamped, replacing, replacing_in, stamp
+from evavit.models import read_weights
 
 
 @pytest.mark.parametrize('options', [{}, dict(durable=True), dict(shared=True)], ids=str)
@@ -59,3 +67,100 @@ def test_a_full_disk_leaves_the_file(tmp_path):
     child.join()
     assert child.exitcode == 0
     assert [file.name for file in tmp_path.iterdir()] == ['file'] and path.read_text() == 'before'
+
+
+def test_a_link_to_the_same_file_leaves_nothing_beside_it(tmp_path):
+    """Renaming one name of a file to another of the same file does nothing, and says nothing."""
+    path = tmp_path / 'file'
+    path.write_text('one')
+    with replacing(path) as partial:
+        os.link(path, partial)
+    assert [file.name for file in tmp_path.iterdir()] == ['file'] and path.read_text() == 'one'
+
+
+def test_files_that_belong_together_come_in_their_order(tmp_path, monkeypatch):
+    (tmp_path / 'model').write_text('old')
+    with pytest.raises(OSError), replacing_in(tmp_path) as partial:
+        (partial / 'model').write_text('half')
+        raise OSError
+    assert [file.name for file in tmp_path.iterdir()] == ['model'] and (tmp_path / 'model').read_text() == 'old'
+    with replacing_in(tmp_path) as partial:
+        for name in ('model', 'model.data'):
+            (partial / name).write_text('new')
+        order = []
+        monkeypatch.setattr(files.os, 'replace', lambda src, dst: order.append(dst.name))
+    assert order == ['model.data', 'model']
+
+
+def write(path):
+    """A small file of weights with its digest."""
+    weights = {'weight': torch.arange(6.0).view(2, 3), 'bias': torch.ones(2)}
+    if path.suffix == '.safetensors':
+        about = {
+            'digest': BLANK,
+            'args': '{"digest": "sha256:' + '0' * 64 + '"}',
+        }  # what looks like it does not confuse
+        safetensors.torch.save_file(weights, path, about)
+    else:
+        torch.save(dict(state_dict=weights, epoch=3), path)
+    stamp(path)
+    return weights
+
+
+@pytest.mark.parametrize('name', ['file.pth', 'file.safetensors'])
+def test_a_file_with_a_digest_reads_as_before(tmp_path, name):
+    path = tmp_path / name
+    weights = write(path)
+    assert is_stamped(path)
+    read = [load_state_dict(str(path))]
+    if path.suffix == '.safetensors':
+        read.append(safetensors.torch.load_file(path))
+    else:
+        read += [torch.load(path, mmap=mmap)['state_dict'] for mmap in (False, True)]
+        with zipfile.ZipFile(path) as file:
+            assert file.testzip() is None
+            assert b'SHA-256' in file.comment
+        content = path.read_bytes()
+        assert hashlib.sha256(content[:-64] + b'0' * 64).hexdigest().encode() == content[-64:]  # as the comment says
+    for state in read:
+        assert all(torch.equal(value, weights[key]) for key, value in state.items()) and state.keys() == weights.keys()
+
+
+@pytest.mark.parametrize('name', ['file.pth', 'file.safetensors'])
+def test_one_flipped_bit_is_noticed_wherever_it_is(tmp_path, name):
+    """Each bit of the first and last bytes, of the digest and of the zip directory; a seventh of the others."""
+    path, other = tmp_path / name, tmp_path / f'other_{name}'
+    write(path)
+    content = path.read_bytes()
+    directory = content.find(b'PK\x01\x02') if path.suffix == '.pth' else 0
+    ends = {*range(100), *range(directory, directory + 100), *range(len(content) - 100, len(content))}
+    for bit in range(8 * len(content)):
+        if bit // 8 in ends or bit % 7 == 0:
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            other.write_bytes(changed)
+            with pytest.raises(RuntimeError, match='not a readable checkpoint'):
+                read_weights(other)
+
+
+@pytest.mark.parametrize('name', ['file.pth', 'file.safetensors'])
+def test_a_lost_end_is_noticed(tmp_path, name):
+    path, other = tmp_path / name, tmp_path / f'other_{name}'
+    write(path)
+    content = path.read_bytes()
+    for length in (*range(0, len(content) - 200, 13), *range(len(content) - 200, len(content))):
+        other.write_bytes(content[:length])
+        with pytest.raises(RuntimeError, match='not a readable checkpoint'):
+            read_weights(other)
+
+
+def test_what_other_programs_wrote_has_no_digest(tmp_path):
+    weights = {'weight': torch.ones(2)}
+    torch.save(weights, tmp_path / 'a.pth')
+    torch.save(weights, tmp_path / 'b.pth', _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(weights, tmp_path / 'c.safetensors')
+    safetensors.torch.save_file(weights, tmp_path / 'd.safetensors', {'format': 'pt'})
+    for path in tmp_path.iterdir():
+        assert not is_stamped(path) and torch.equal(read_weights(path)['weight'], weights['weight'])
+    with pytest.raises(ValueError, match='no place'):
+        stamp(tmp_path / 'd.safetensors')

@@ -7,6 +7,7 @@ from the run's seed and position (see `loop.Position`), so a run continues alike
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -14,7 +15,6 @@ import logging
 import math
 import os
 import socket
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -33,7 +33,7 @@ from evavit.training.loop import Position, Run, weights_are_finite
 log = logging.getLogger(__name__)
 
 
-@contextmanager
+@contextlib.contextmanager
 def saving(path: Union[str, Path]) -> Iterator[Path]:
     """`files.replacing`, on the disk before it returns; errors of the write become a LocalError that names the file."""
     try:
@@ -50,7 +50,7 @@ def remedy(folder: Path) -> str:
     return 'nothing was saved before: make room and start again'
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """While the context lasts, or until this process ends in whatever way, no other run can lock the folder.
 
@@ -363,17 +363,18 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
             f'it has {len(state["param_groups"])} groups of parameters, this run {len(groups)} '
             f'(--layer-decay, --weight-decay 0)'
         )
-    for group, saved in zip(groups, state['param_groups'], strict=True):
+    after = _after_a_step(run.optimizer)
+    for group, saved, tried in zip(groups, state['param_groups'], after.get('param_groups', groups), strict=True):
         for name, value in group.items():
-            if name in FROM_FLAGS or isinstance(value, bool) or name not in saved:
+            if name in FROM_FLAGS or isinstance(value, (bool, torch.dtype)) or name not in saved:
                 saved[name] = value
-            elif is_number(value) and not is_number(saved[name]):
-                raise ValueError(f'its {name} is no number')
-    expected = _state_after_a_step(run.optimizer)
+        for name, value in tried.items():
+            if is_number(value) or isinstance(value, torch.Tensor):
+                _check_form(name, saved.get(name), value)
+    expected = after.get('state', {})
     for number, entry in state['state'].items():
         for name, value in expected.get(number, {}).items():
-            if _form(entry.get(name)) != _form(value):
-                raise ValueError(f'its {name} of parameter {number} is {_form(entry.get(name))}, not {_form(value)}')
+            _check_form(f'{name} of parameter {number}', entry.get(name), value)
     stepped = position.epoch or position.update > position.skipped
     if stepped and any(expected.values()) and not state['state']:
         raise ValueError(f'it lacks the state of the optimizer after {run.done(position)} updates')
@@ -388,24 +389,27 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
     run.optimizer.load_state_dict(state)
 
 
-def _state_after_a_step(optimizer: torch.optim.Optimizer) -> Dict[int, Dict[str, Any]]:
-    """What a fresh optimizer keeps of each parameter once it has made a step: a copy of it makes one, on parameters
-    without content where it can."""
+def _after_a_step(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+    """The state dict of a fresh optimizer after a step, empty where a copy of it cannot make one: on parameters without
+    content, or of zeros."""
     for device in ('meta', 'cpu'):
         memo: Dict[int, Any] = {}
         for parameter in (parameter for group in optimizer.param_groups for parameter in group['params']):
             twin = torch.nn.Parameter(torch.zeros_like(parameter, device=device))
             twin.grad = torch.ones_like(twin)
             memo[id(parameter)] = twin
-        trial = copy.deepcopy(optimizer, memo)
-        for group in trial.param_groups:
-            group.update((name, False) for name in ('fused', 'foreach') if name in group)
-        try:
+        with contextlib.suppress(Exception):  # such as those that ask for a value, which only the CPU has
+            trial = copy.deepcopy(optimizer, memo)
+            for group in trial.param_groups:
+                group.update((name, False) for name in ('fused', 'foreach') if name in group)
             trial.step()
-            return trial.state_dict()['state']
-        except (NotImplementedError, RuntimeError):  # it asks for a value, which only the CPU has
-            continue
+            return trial.state_dict()
     return {}
+
+
+def _check_form(name: str, value: Any, expected: Any) -> None:
+    if _form(value) != _form(expected):
+        raise ValueError(f'its {name} is {_form(value)}, not {_form(expected)}')
 
 
 def _form(value: Any) -> str:

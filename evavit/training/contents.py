@@ -146,7 +146,7 @@ def _is_optimizer(state: Any) -> bool:
     if not isinstance(state, dict) or not isinstance(state.get('state'), dict):
         return False
     groups = state.get('param_groups')
-    if not isinstance(groups, (list, tuple)) or not groups or not is_plain(groups):
+    if not isinstance(groups, (list, tuple)) or not groups or not is_plain(groups, tensors=True):
         return False
     if not all(isinstance(group, dict) and isinstance(group.get('params'), (list, tuple)) for group in groups):
         return False
@@ -199,7 +199,7 @@ def is_plain(value: Any, tensors: bool = False) -> bool:
             item is None
             or type(item) in (bool, float, str)
             or is_whole(item, -(2**63))
-            or (tensors and is_tensor(item))
+            or (tensors and (is_tensor(item) or isinstance(item, torch.dtype)))
         ):
             continue
         else:

@@ -2,55 +2,24 @@
 
 import argparse
 import contextlib
+import errno
+import io
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.task import ClassificationTask
+from training.small_run import run_of, saver_of, settings_of
 
 from evavit.errors import LocalError, UserError
-from evavit.training import checkpoint, contents, loop
-from evavit.training.config import parse_settings
-from evavit.training.distributed import Process
+from evavit.training import build, checkpoint, contents, loop
 from evavit.training.loop import Position
-
-ONE = Process(torch.device('cpu'), 0, 0, 1)
-
-
-def settings_of(*flags):
-    return parse_settings('train', ['--model', 'tiny', '--checkpoint-hist', '2', *flags])[0]
-
-
-def run_of(*flags):
-    settings = settings_of(*flags)
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    optimizer.zero_grad()
-    model(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
-    return loop.Run(
-        task=ClassificationTask(model, verbose=False),
-        optimizer=optimizer,
-        stepper=loop.Stepper(settings.machine, settings.optim, ONE.device),
-        schedule=None,
-        mixup=None,
-        process=ONE,
-        bad=None,
-        machine=settings.machine,
-        config=settings.run,
-        updates_per_epoch=10,
-        epochs=3,
-        images_per_update=4,
-    )
-
-
-def saver_of(run, folder):
-    return checkpoint.Saver(run, settings_of().flat(), ['a', 'b'], folder)
 
 
 def resume(candidates, run, saver=None, flags=()):
@@ -360,3 +329,213 @@ def test_statistics_that_are_not_finite_are_not_saved(tmp_path):
     assert loop.weights_are_finite(run.task)
     model[1].running_var.fill_(float('inf'))
     assert not loop.weights_are_finite(run.task)
+
+
+def rewritten(path, change):
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+def state(name, value):
+    return lambda content: content['optimizer']['state'][0].update({name: value})
+
+
+def weight(value):
+    return lambda content: content['state_dict'].update(weight=value)
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (state('exp_avg', torch.ones(3, 4)), 'its exp_avg of parameter 0 is 3×4 of float32, not 2×4 of float32'),
+        (state('exp_avg', torch.ones(2, 4, dtype=torch.complex64)), 'exp_avg of parameter 0 is 2×4 of complex64'),
+        (state('exp_avg', 5), 'exp_avg of parameter 0 is a number'),
+        (state('exp_avg', None), 'exp_avg of parameter 0 is missing'),
+        (state('step', torch.tensor(float('nan'))), 'step of parameter 0 is nan'),
+        (
+            lambda content: content['optimizer']['state'][0].pop('exp_avg_sq'),
+            'its exp_avg_sq of parameter 0 is missing',
+        ),
+        (lambda content: content['optimizer']['state'].clear(), 'lacks the state of the optimizer after 3 updates'),
+        (
+            lambda content: content['optimizer']['param_groups'][0].update(lr_scale='x'),
+            'its lr_scale is str, not a number',
+        ),
+        (weight(torch.ones(2, 4, dtype=torch.complex64)), 'has in another type of number weight'),
+        (weight(torch.ones(2, 4, dtype=torch.int8)), 'has in another type of number weight'),
+        (weight(torch.ones(2, 5)), 'has in another shape weight'),
+        (weight(torch.ones(1).expand(10**9, 10**9)), 'has in another shape weight'),
+        (weight(torch.full((2, 4), float('inf'))), 'its weights are not finite'),
+        (
+            lambda content: content.update(state_dict_ema=dict(content['state_dict'], weight=torch.ones(5))),
+            'has in another shape weight',
+        ),
+    ],
+)
+def test_what_does_not_fit_the_run_is_named(saver, tmp_path, change, words):
+    saver.save_position(Position(0, 3))
+    last = tmp_path / 'last.pth.tar'
+    rewritten(last, change)
+    run = run_of()
+    run.optimizer.param_groups[0]['lr_scale'] = 1.0
+    before = run.optimizer.state_dict()['state'][0]['exp_avg'].clone()
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        resume([last], run)
+    assert str(last) in str(error.value)
+    assert torch.equal(run.optimizer.state_dict()['state'][0]['exp_avg'], before)
+
+
+def test_a_missing_average_is_named(tmp_path):
+    """A run that kept one does not go on without; one that begins to keep one starts it from the weights."""
+
+    def run_with(average):
+        run = run_of()
+        if average:
+            run.task.setup_ema(decay=0.5)
+        return run
+
+    for kept in (True, False):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        flags = ['--model-ema'] if kept else []
+        settings = settings_of(*flags).flat()
+        checkpoint.Saver(run_with(kept), settings, None, folder).save_position(Position(0, 3))
+        last = folder / 'last.pth.tar'
+        assert resume([last], run_with(True), flags=['--model-ema']).update == 3
+        if kept:
+            rewritten(last, lambda content: content.pop('state_dict_ema'))
+            with pytest.raises(UserError, match='its state_dict_ema is None'):
+                resume([last], run_with(True), flags=['--model-ema'])
+
+
+OPTIMIZERS = (
+    'adamw',
+    'sgd',
+    'momentum',
+    'adafactor',
+    'adagrad',
+    'lamb',
+    'lion',
+    'adafactorbv',
+    'muon',
+    'rmsproptf',
+    'sgdp',
+)
+
+
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+def test_the_state_of_any_optimizer_fits_its_own_run(tmp_path, opt):
+    def run_with(steps):
+        run = run_of()
+        model = run.task.get_trainable_module()
+        run.optimizer = build.build_optimizer(model, settings_of('--opt', opt).optim, 1e-3)
+        for _ in range(steps):
+            model(torch.ones(1, 4)).sum().backward()
+            run.optimizer.step()
+        return run
+
+    settings, fresh = settings_of('--opt', opt).flat(), run_with(0)
+    run = run_with(3)
+    checkpoint.Saver(run, settings, None, tmp_path).save_position(Position(0, 3))
+    checkpoint.resume([tmp_path / 'last.pth.tar'], fresh, settings, None)
+    before, after = run.optimizer.state_dict(), fresh.optimizer.state_dict()
+    assert before['state'].keys() == after['state'].keys()
+    for number, entry in before['state'].items():
+        for name, value in entry.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after['state'][number][name])), name
+    for group in (*before['param_groups'], *after['param_groups']):
+        group['params'] = [int(number) for number in group['params']]
+    assert before['param_groups'] == after['param_groups']
+
+
+def test_no_flag_of_the_optimizer_comes_from_a_checkpoint(saver, tmp_path):
+    """One of them lets it climb instead of descend."""
+    saver.save_position(Position(0, 3))
+    rewritten(tmp_path / 'last.pth.tar', lambda content: content['optimizer']['param_groups'][0].update(maximize=True))
+    run = run_of()
+    resume([tmp_path / 'last.pth.tar'], run)
+    assert run.optimizer.param_groups[0]['maximize'] is False
+
+
+@pytest.mark.parametrize(
+    'scaler', [None, dict(scale=0.0), dict(scale=float('nan'), _growth_tracker=0), dict(scale=8.0, _growth_tracker=-1)]
+)
+def test_a_scale_that_is_none_is_named(tmp_path, scaler):
+    flags = ['--amp', '--amp-dtype', 'float16']
+    run = run_of(*flags)
+    checkpoint.Saver(run, settings_of(*flags).flat(), None, tmp_path).save_position(Position(0, 3))
+    last = tmp_path / 'last.pth.tar'
+    assert resume([last], run_of(*flags), flags=flags).update == 3
+    rewritten(last, lambda content: content.update(amp_scaler=scaler))
+    with pytest.raises(UserError, match=r'scale of float16|its amp_scaler is'):
+        resume([last], run_of(*flags), flags=flags)
+
+
+def contents_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_resume_at_an_epoch_s_start_changes_no_file(tmp_path):
+    """Other settings or a learning rate that is not yet that of the epoch must not get into files that are whole."""
+    saver = saver_of(run_of(), tmp_path)
+    for epoch, metric in enumerate((10.0, 30.0, 20.0, 40.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+        before = contents_of(tmp_path)
+        for flags in ((), ('--epochs', '400', '--lr', '3')):
+            run = run_of(*flags)
+            again = checkpoint.Saver(run, settings_of(*flags).flat(), None, tmp_path)
+            resume(checkpoint.find_resume('auto', tmp_path), run, again, flags)
+            assert contents_of(tmp_path) == before
+            assert again.checkpoint_files == saver.checkpoint_files
+            assert (again.best_epoch, again.best_metric) == (saver.best_epoch, saver.best_metric)
+
+
+def test_a_resume_from_an_earlier_checkpoint_of_the_folder(tmp_path):
+    """The last one is damaged, or another one was asked for: it becomes the last, as it is."""
+    saver = saver_of(run_of(), tmp_path)
+    for epoch, metric in enumerate((10.0, 30.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+    first = (tmp_path / 'checkpoint-0.pth.tar').read_bytes()
+    run = run_of()
+    resume([tmp_path / 'checkpoint-0.pth.tar'], run, saver_of(run, tmp_path))
+    assert (tmp_path / 'last.pth.tar').read_bytes() == first == (tmp_path / 'model_best.pth.tar').read_bytes()
+    assert checkpoint.read_checkpoint(tmp_path / 'previous.pth.tar')['epoch'] == 1
+    assert contents.stored_metric(tmp_path / 'last.safetensors') == 10
+
+    saver.save_epoch(Position(2), 30.0)
+    change(tmp_path / 'last.pth.tar', 'half')
+    run = run_of()
+    resume(checkpoint.find_resume('auto', tmp_path), run, saver_of(run, tmp_path))
+    assert (tmp_path / 'last.pth.tar').read_bytes() == first and (tmp_path / 'last.pth.tar.damaged').is_file()
+
+
+def test_a_full_disk_is_called_so(saver, tmp_path, monkeypatch):
+    """Also where PyTorch or safetensors put an error of their own over the system's. And what was saved before."""
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = dict(open=lambda name, mode: Full(name, mode))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, 'open', full['open'], raising=False)
+        with pytest.raises(LocalError) as error:
+            saver.save_position(Position(0, 3))
+    line = f'{tmp_path / "tmp.pth.tar"}: cannot be written (the disk is full: {os.strerror(errno.ENOSPC)}); '
+    assert str(error.value) == f'{line}nothing was saved before: make room and start again'
+    assert not list(tmp_path.iterdir())
+
+    saver.save_epoch(Position(1), 10.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, 'open', full['open'], raising=False)
+        with pytest.raises(LocalError) as error:
+            saver.save_position(Position(1, 3))
+    assert str(error.value) == f'{line}what was saved before is whole: make room and go on with --resume auto'
+
+    def full_safetensors(*args):
+        raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+
+    monkeypatch.setattr('safetensors.torch.save_file', full_safetensors)
+    with pytest.raises(LocalError, match=r'last\.safetensors: cannot be written \(the disk is full: '):
+        saver.save_epoch(Position(2), 20.0)
