@@ -53,14 +53,15 @@ FULL = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT') if hasattr(errno, 
 
 def reason_of(error: BaseException) -> str:
     """Why a file could not be read or written: the system's words, or the first 200 characters of the library's."""
+    told = re.search(r'os error (\d+)', str(error))  # safetensors tells the system's number as text
+    numbers = {int(told[1])} if told else set()
     fault: Optional[BaseException] = error
-    while fault is not None and not getattr(fault, 'strerror', None):
-        fault = fault.__cause__ or fault.__context__  # where PyTorch's own error came after the system's
-    told = re.search(r'os error (\d+)', str(error))  # safetensors tells the system's as text
-    number = fault.errno if isinstance(fault, OSError) else int(told[1]) if told else None
-    if number is not None and number in FULL:
-        return f'the disk is full: {os.strerror(number)}'
-    return getattr(fault, 'strerror', None) or first_line(error)[:200]
+    while fault is not None:  # PyTorch puts an error of its own over the system's
+        numbers.add(getattr(fault, 'errno', None) or 0)
+        fault = fault.__cause__ or fault.__context__
+    if full := FULL & numbers:
+        return f'the disk is full: {os.strerror(full.pop())}'
+    return getattr(error, 'strerror', None) or first_line(error)[:200]
 
 
 def _lost_worker(error: RuntimeError) -> LocalError:

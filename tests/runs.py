@@ -94,12 +94,16 @@ def load_script(name):
 
 
 def command_line(script, *flags, processes=1, launcher_flags=()):
-    """The words and the environment that start a script as a user does, with torchrun for several processes."""
+    """The words and the environment that start a script as a user does, with torchrun for several processes.
+
+    A script is a name of ours, or the path of another program.
+    """
     launcher = [sys.executable]
     if processes > 1:
         launcher += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), *launcher_flags]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR', 'PYTHONUNBUFFERED': '1'}
-    return [*launcher, str(ROOT / f'{script}.py'), *map(str, flags)], environment
+    program = script if isinstance(script, Path) else ROOT / f'{script}.py'
+    return [*launcher, str(program), *map(str, flags)], environment
 
 
 def command(script, *flags, **launch):
@@ -182,9 +186,12 @@ def weights(path):
 
 
 def scalars(folder, name):
-    """{step: value} of a TensorBoard scalar."""
+    """{step: value} of a TensorBoard scalar, which has one point for each step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
+    points = events.Scalars(name)
+    values = {event.step: event.value for event in points}
+    assert len(values) == len(points), f'{name} has two points for a step: {[event.step for event in points]}'
+    return values

@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from evavit.files import replacing
+
 WIDTH, HEIGHT, CLASSES = 500, 375, 10
 
 
@@ -26,7 +28,8 @@ def write(folder, count, seed):
         top, left = rng.integers(photo.shape[0] - HEIGHT + 1), rng.integers(photo.shape[1] - WIDTH + 1)
         crop = photo[top : top + HEIGHT, left : left + WIDTH][:, :: rng.choice((-1, 1))]
         tinted = (crop * rng.uniform(0.8, 1.2, 3) + rng.normal(0, 4, crop.shape)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(tinted).save(target / f'{number:05d}.jpg', quality=90)
+        with replacing(target / f'{number:05d}.jpg') as partial:
+            Image.fromarray(tinted).save(partial, format='JPEG', quality=90)
 
 
 def main():

@@ -17,7 +17,7 @@ from timm.utils.model import reparameterize_model
 from torch import nn
 
 from evavit import export as exporting
-from evavit.errors import UserError, first_line
+from evavit.errors import UserError, reason_of
 from evavit.training import build, checks, contents, data
 from evavit.training.config import ExportConfig, parse_settings
 from evavit.training.distributed import start_process
@@ -116,7 +116,7 @@ def write(
         if config.export.verbose:
             raise
         raise UserError(
-            f'{output}: {config.model.model} could not be exported ({first_line(error)[:300]}); --verbose shows where'
+            f'{output}: {config.model.model} could not be exported ({reason_of(error)}); --verbose shows where'
         ) from error
 
 

@@ -68,6 +68,7 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
 def write_weights(weights: Weights, path: Union[str, Path], metadata: Optional[Dict[str, str]] = None) -> None:
     """A safetensors file that tells whether it is whole, with metadata beside the weights."""
     path = Path(path)
+    path.unlink(missing_ok=True)
     path.touch()
     mode = path.stat().st_mode
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}

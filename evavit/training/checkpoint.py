@@ -264,7 +264,7 @@ def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Op
         _set_aside(damaged)
     if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and checkpoint.get('saver'):
         saver.load_state_dict(checkpoint['saver'])
-        if not position.update and checkpoint.get('metric') is not None:
+        if position.epoch and not position.update and checkpoint.get('metric') is not None:
             saver.finish_epoch(path, checkpoint)
     return position
 

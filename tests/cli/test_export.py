@@ -1,7 +1,10 @@
 """export.py: files with the answers of the model that they came from; one line on a mistake."""
 
+import errno
 import importlib.util
 import json
+import os
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -353,3 +356,42 @@ def test_a_missing_package_is_named(call, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, package=None: None if name == 'onnxscript' else True)
     code, _, err = call('export', tmp_path / 'm.onnx', *MODEL)
     assert code == 2 and err == "error: onnxscript not installed: pip install 'evavit[export]'\n"
+
+
+@needs_onnx
+@pytest.mark.parametrize('moment', ['export', 'metadata', 'check'])
+def test_a_failed_export_leaves_the_model_that_was_there(call, tmp_path, monkeypatch, moment):
+    import onnx
+
+    path = tmp_path / 'model.onnx'
+    path.write_text('the model before')
+
+    def fail(file, *args, **kwargs):
+        for target in (file, *args):
+            if isinstance(target, str):
+                Path(target).write_text('half')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner, name = dict(export=(exporting, 'onnx_export'), metadata=(onnx, 'save'), check=(onnx.checker, 'check_model'))[
+        moment
+    ]
+    monkeypatch.setattr(owner, name, fail)
+    code, _, err = call('export', path, *MODEL, '--num-classes', '3')
+    assert code == 2 and len(err.splitlines()) == 1, err
+    assert err.startswith(f'error: {path}: ') and f'(the disk is full: {os.strerror(errno.ENOSPC)})' in err
+    assert path.read_text() == 'the model before' and [file.name for file in tmp_path.iterdir()] == ['model.onnx']
+
+
+def test_a_failed_package_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / 'model.pt2'
+    path.write_text('the package before')
+
+    def fail(program, package_path):
+        Path(package_path).write_text('half')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch._inductor, 'aoti_compile_and_package', fail)
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).eval()
+    with pytest.raises(OSError):
+        exporting.to_package(model, path, (3, 16, 16))
+    assert path.read_text() == 'the package before' and [file.name for file in tmp_path.iterdir()] == ['model.pt2']

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +24,12 @@ from runs import (
     signal_at,
     start,
     wait_for,
+    words,
 )
+from torch.utils.tensorboard import SummaryWriter
 
 from evavit.errors import PREEMPTED
-from evavit.training import data
+from evavit.training import checkpoint, data, loop
 
 RESUMED = [
     *DRAWN,
@@ -61,6 +63,72 @@ def test_a_stop_within_an_epoch_changes_nothing(train, call, images, tmp_path, m
     assert_same_run(whole, parts)
 
 
+def checkpoints_of(folder):
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if '.pth.tar' in path.name or '.safe' in path.name
+    }
+
+
+def test_a_resume_at_an_epoch_s_start_writes_nothing_of_its_own(train, call, images, tmp_path, monkeypatch):
+    """After a signal in a validation, of the first epoch and of the second, and after the end of the run."""
+    whole, seen = train('whole', *RESUMED), []
+
+    def stop_in_validation(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    def resume_and_look(*args):
+        before = checkpoints_of(tmp_path / 'parts') if (tmp_path / 'parts').is_dir() else {}
+        position = resume(*args)
+        assert checkpoints_of(tmp_path / 'parts') == before
+        seen.append((position.epoch, position.update, len(before)))
+        return position
+
+    evaluate, resume = loop.evaluate, checkpoint.resume
+    monkeypatch.setattr(loop, 'evaluate', stop_in_validation)
+    monkeypatch.setattr(checkpoint, 'resume', resume_and_look)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
+    for epoch in range(2):
+        code, _, err = call('train', *MODEL, *QUICK, *place, *RESUMED)
+        assert code == PREEMPTED and f'epoch {epoch} is complete' in err
+    monkeypatch.setattr(loop, 'evaluate', evaluate)
+    parts = train('parts', *RESUMED)
+    assert_same_run(whole, parts)
+    ended = checkpoints_of(parts)
+    train('parts', *RESUMED)
+    assert checkpoints_of(parts) == ended
+    assert [place[:2] for place in seen] == [(0, 0), (1, 0), (2, 0), (3, 0)]
+
+
+def test_a_kill_between_the_curves_and_the_checkpoint(train, call, images, tmp_path, monkeypatch):
+    """The epoch's validation is drawn already when it comes again, with all of it or the first point on the disk."""
+    flags = [*RESUMED, '--checkpoint-interval', '6']
+    whole = train('whole', *flags)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
+    add = SummaryWriter.add_scalar
+
+    def add_one(writer, name, *args, **kwargs):
+        add(writer, name, *args, **kwargs)
+        if name.startswith('eval/'):
+            writer.flush()
+            raise Killed
+
+    for owner, name, kill in ((checkpoint.Saver, 'save_epoch', killed), (SummaryWriter, 'add_scalar', add_one)):
+        for _ in range(2):
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(owner, name, kill)
+                call('train', *MODEL, *QUICK, *place, *flags)
+    assert len(list((tmp_path / 'parts').glob('events.*'))) == 4
+    assert_same_run(whole, train('parts', *flags))
+
+
 def test_a_resumed_float16_run_keeps_its_scale(train, call, images, tmp_path, monkeypatch):
     flags = ['--amp', '--amp-dtype', 'float16', '--resume', 'auto']
     whole = train('whole', *flags)
@@ -92,8 +160,6 @@ def test_random_features_that_are_kept_go_on(train, call, images, tmp_path, monk
 def test_checkpoints_within_an_epoch(train, tmp_path, monkeypatch):
     """Every 4 updates of 6 an epoch, and at an epoch's last one, before its validation."""
     saved = []
-    from evavit.training import checkpoint
-
     save = checkpoint.Saver.save_position
     monkeypatch.setattr(
         checkpoint.Saver,
@@ -195,67 +261,41 @@ def digits(tmp_path_factory):
     return folder
 
 
+MOMENTS = dict(  # how often a run comes to a point of killed_train.py at most before it is killed there
+    gradients=8,
+    half_checkpoint=2,
+    unnamed=6,
+    validation=5,
+    step=8,
+    unsynced=8,
+    half_weights=2,
+    named=6,
+    curves=3,
+    summary=1,
+)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_kill_9_at_20_random_moments(digits, tmp_path, record_property):
-    """One run killed 20 times, a third of them while a checkpoint is being written, against one left alone."""
-    kwargs = [
-        '--model-kwargs',
-        'img_size=8',
-        'patch_size=2',
-        'embed_dim=32',
-        'depth=2',
-        'num_heads=2',
-        'window_size=2',
-        'partition_grid=2',
-    ]
-    flags = [
-        '--model',
-        'eva_deit_tiny',
-        *kwargs,
-        *DRAWN,
-        '--in-chans',
-        '1',
-        '--data-dir',
-        digits,
-        '-b',
-        '16',
-        '--epochs',
-        '12',
-        '--warmup-epochs',
-        '2',
-        '--sched-on-updates',
-        '--lr',
-        '2e-3',
-        '--device',
-        'cpu',
-        '--log-interval',
-        '1',
-        '--checkpoint-interval',
-        '4',
-        '--resume',
-        'auto',
-        '--output',
-        tmp_path,
-    ]
+    """One run killed 20 times, in its steps, its validations and the writing of its files, against one left alone."""
+    kwargs = words('img_size=8 patch_size=2 embed_dim=32 depth=2 num_heads=2 window_size=2 partition_grid=2')
+    flags = ['--model', 'eva_deit_tiny', '--model-kwargs', *kwargs, *DRAWN, '--data-dir', digits, '--output', tmp_path]
+    flags += words('--in-chans 1 -b 16 --epochs 12 --warmup-epochs 2 --sched-on-updates --lr 2e-3 --device cpu')
+    flags += words('--log-interval 1 --checkpoint-interval 4 --resume auto')
     done = command('train', *flags, '--experiment', 'whole')
     assert done.returncode == 0, done.stderr
     chance, folder = random.Random(20), tmp_path / 'parts'
+    program = Path(__file__).with_name('killed_train.py')
     writing, places = 0, set()
     for kill in range(20):
-        job = start('train', *flags, '--experiment', 'parts')
-        steps = (line for line in job.stdout if re.match(r'epoch \d+ \d+/', line))
-        place = [next(steps, '') for _ in range(chance.randint(1, 12))][-1].split('  ')[0]
-        if kill % 3 == 2:  # while a file is half written
-            while job.poll() is None and not any(folder.glob('*.partial')):
-                time.sleep(0.0002)
-        else:  # in a step, a validation or between them
-            time.sleep(chance.uniform(0, 0.5))
-        assert job.poll() is None, f'the run ended before kill {kill}: {job.communicate()[1]}'
-        os.killpg(job.pid, signal.SIGKILL)
-        job.communicate()
+        point, most = list(MOMENTS.items())[kill % len(MOMENTS)]
+        moment = [point, chance.randint(1, most)]
+        job = start(program, *moment, *flags, '--experiment', 'parts')
+        out, err = job.communicate(timeout=240 * PATIENCE)
+        assert job.returncode == -signal.SIGKILL, f'kill {kill}, {moment}: {job.returncode}, {err}'
         writing += any(folder.glob('*.partial'))
-        places.add(place)
+        places.update(re.findall(r'^epoch \d+ \d+/', out, re.MULTILINE)[-1:])
     done = command('train', *flags, '--experiment', 'parts')
     assert done.returncode == 0, done.stderr
     compared = assert_same_run(tmp_path / 'whole', folder)

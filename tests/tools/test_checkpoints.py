@@ -1,16 +1,20 @@
 """tools/avg_checkpoints.py and save_for_hub.py on a run of train.py."""
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from programs import load_program
 from runs import CLASSES, MODEL, QUICK, load_script, weights, write_images
 
 from evavit.errors import run_script
+from evavit.files import is_stamped
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 
@@ -128,3 +132,59 @@ def test_outputs_that_cannot_be_written(run, tmp_path, capsys):
         assert tool(name)(*flags) == 2
         line = capsys.readouterr().err.strip()
         assert line.startswith('error: --output') and word in line and '\n' not in line
+
+
+def test_what_the_tools_write_tells_whether_it_is_whole(run, tmp_path, capsys):
+    folder = tmp_path / 'hub'
+    hub = ('--checkpoint', run / 'last.safetensors', '--output', folder, '--data', 'x', '--licence', 'mit')
+    assert tool('save_for_hub')(*hub) == 0
+    written = [folder / 'model.safetensors']
+    for name in ('mean.safetensors', 'mean.pth'):
+        assert tool('avg_checkpoints')('--input', run, '--output', tmp_path / name) == 0
+        written.append(tmp_path / name)
+    for path in written:
+        assert is_stamped(path) and path.stat().st_mode & 0o077 == (folder / 'README.md').stat().st_mode & 0o077
+        content = bytearray(path.read_bytes())
+        content[-2000] ^= 4
+        path.write_bytes(content)
+        capsys.readouterr()
+        assert tool('avg_checkpoints')('--input', path, '--output', tmp_path / 'x.pth') == 2
+        assert f'{path}: not a readable checkpoint: damaged' in capsys.readouterr().err
+
+
+def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / 'hub'
+    folder.mkdir()
+    for name in ('model.safetensors', 'config.json', 'README.md', 'notes.txt'):
+        (folder / name).write_text('before')
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr('evavit.hub.generate_readme', full)
+    hub = ('--checkpoint', run / 'last.safetensors', '--output', folder, '--data', 'x', '--licence', 'mit')
+    assert tool('save_for_hub')(*hub) == 2
+    assert f'--output {folder}: cannot be written (the disk is full: ' in capsys.readouterr().err
+    assert {path.read_text() for path in folder.iterdir()} == {'before'} and len(list(folder.iterdir())) == 4
+
+
+def test_a_checkpoint_that_names_a_model_of_the_network_is_refused(tmp_path, monkeypatch, capsys):
+    def fetch(*_, **__):
+        raise AssertionError('it goes to the network')
+
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', fetch)
+    settings = dict(model='hf-hub:x/y', num_classes=3)
+    safetensors.torch.save_file({'w': torch.ones(2)}, tmp_path / 'a.safetensors', dict(args=json.dumps(settings)))
+    given = (
+        '--checkpoint',
+        tmp_path / 'a.safetensors',
+        '--output',
+        tmp_path / 'hub',
+        '--data',
+        'x',
+        '--licence',
+        'mit',
+    )
+    assert tool('save_for_hub')(*given) == 2
+    assert 'its model hf-hub:x/y would have to be fetched' in capsys.readouterr().err
+    assert not (tmp_path / 'hub').exists()

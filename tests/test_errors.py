@@ -1,0 +1,60 @@
+"""Faults are one line, whatever is in the names and in the words of libraries."""
+
+import errno
+import os
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from evavit.errors import LocalError, UserError, one_line, printable, reason_of, run_script
+
+
+def test_control_characters_are_written_out():
+    name = 'a\x1b[2J\r\n\x00\x9b\u202e\udcff.png'
+    assert printable(f'größe → 猫 {name}') == 'größe → 猫 a\\x1b[2J\\r\\n\\x00\\x9b\\u202e\\udcff.png'
+    assert printable('plain, with ‘quotes’ and spaces') == 'plain, with ‘quotes’ and spaces'
+
+
+def test_a_fault_is_one_line_whatever_a_file_is_called(capsys):
+    def main(argv):
+        raise UserError('two\nlines\x1b[31m: no such file')
+
+    assert run_script(main) == 2
+    assert capsys.readouterr().err == 'error: two\\nlines\\x1b[31m: no such file\n'
+
+
+class Fails(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise LocalError('two\nlines: cannot be read')
+
+
+def test_a_fault_of_a_loading_process_comes_without_its_traceback():
+    with pytest.raises(LocalError) as error:
+        next(iter(torch.utils.data.DataLoader(Fails(), num_workers=1)))
+    assert str(error.value).startswith('Caught') and one_line(error.value) == 'two\\nlines: cannot be read'
+
+
+def test_the_reason_of_a_failed_write():
+    full, text = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), os.strerror(errno.ENOSPC)
+    try:
+        try:
+            raise full
+        except OSError:
+            raise RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598')  # noqa: B904
+    except RuntimeError as error:
+        covered = error
+    over_quota = SafetensorError(f'Error while serializing: I/O error: ... (os error {errno.EDQUOT})')
+    for error, reason in (
+        (full, f'the disk is full: {text}'),
+        (covered, f'the disk is full: {text}'),
+        (over_quota, f'the disk is full: {os.strerror(errno.EDQUOT)}'),
+        (PermissionError(errno.EACCES, 'Permission denied'), 'Permission denied'),
+        (SafetensorError('I/O error: Permission denied (os error 13)'), 'I/O error: Permission denied (os error 13)'),
+        (RuntimeError('of another\nkind'), 'of another kind'),
+        (RuntimeError(), 'RuntimeError'),
+    ):
+        assert reason_of(error) == reason
