@@ -1,5 +1,6 @@
 """Files that a crash or a full disk leaves as they were, and that tell whether a bit of them has changed since."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ def replacing(path: Union[str, Path], durable: bool = False, shared: bool = Fals
 
     Args:
         path: Where it belongs. The new one is made beside it, with `.partial` at the end of its name.
-        durable: It is on the disk before this returns, so that a loss of power does not take it either.
+        durable: A file is on the disk before this returns, so that a loss of power does not take it either.
         shared: Several processes may make it at once: each works under a name of its own, the last one's stays.
 
     Raises:
@@ -28,11 +29,12 @@ def replacing(path: Union[str, Path], durable: bool = False, shared: bool = Fals
     _remove(partial)  # what a killed process left
     try:
         yield partial
+        if partial.is_dir():
+            _replace_folder(partial, Path(path))
+            return
         if durable:
             with open(partial, 'rb+') as file:
                 os.fsync(file.fileno())
-        if partial.is_dir():
-            _remove(Path(path))  # a folder takes the place of an empty one or of none
         os.replace(partial, path)
         partial.unlink(missing_ok=True)  # still there where both were names of one file
         if durable:
@@ -64,6 +66,24 @@ def sync_folder(folder: Union[str, Path]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _replace_folder(new: Path, place: Path) -> None:
+    """Put a folder in the place of another or of none; never in that of a file."""
+    if not place.is_dir():
+        if place.exists():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        os.replace(new, place)
+        return
+    old = Path(f'{place}.old.partial')
+    _remove(old)
+    os.replace(place, old)
+    try:
+        os.replace(new, place)
+    except BaseException:
+        os.replace(old, place)
+        raise
+    _remove(old)
 
 
 def _remove(path: Path) -> None:

@@ -52,6 +52,29 @@ def test_a_folder_takes_the_place_of_one_that_is_not_empty(tmp_path):
     assert [path.name for path in folder.iterdir()] == ['new']
 
 
+@pytest.mark.parametrize('name', ['file', 'folder'])
+def test_a_folder_that_cannot_take_the_place_leaves_what_is_there(tmp_path, monkeypatch, name):
+    """In the place of a file it never stands; a rename that fails is taken back."""
+    path = tmp_path / name
+    if name == 'file':
+        path.write_text('precious')
+    else:
+        path.mkdir()
+        (path / 'precious').touch()
+        rename = os.replace
+
+        def fail(source, target):
+            if str(source).endswith('folder.partial'):
+                raise OSError(5, 'Input/output error')
+            rename(source, target)
+
+        monkeypatch.setattr(os, 'replace', fail)
+    with pytest.raises(OSError, match='Not a directory|Input/output'), replacing(path) as partial:
+        partial.mkdir()
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+    assert path.read_text() == 'precious' if name == 'file' else (path / 'precious').exists()
+
+
 def test_a_full_disk_leaves_the_file(tmp_path):
     """A process whose files may hold 1,000 bytes."""
     path = tmp_path / 'file'

@@ -5,7 +5,6 @@
 fixed, stratified split. A folder that is complete is left as it is.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from evavit.arguments import Parser
+from evavit.errors import UserError, run_script
 from evavit.files import replacing
 
 SIDE = 32
@@ -38,14 +39,16 @@ def build(folder):
     return True
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path)
-    folder = parser.parse_args().folder
+    folder = parser.parse_args(argv).folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f'{folder} is a file; name a folder')
     folder.parent.mkdir(parents=True, exist_ok=True)
     done = 'built' if build(folder) else 'already there'
     print(f'{folder}: {" + ".join(map(str, COUNTS.values()))} images, {done}')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_script(main))
