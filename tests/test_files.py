@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_take_the_place_leaves_what_is_there(tmp_path, monk
             rename(source, target)
 
         monkeypatch.setattr(os, 'replace', fail)
-    with pytest.raises(OSError, match='Not a directory|Input/output'), replacing(path) as partial:
+    with pytest.raises(OSError, match=r'Not a directory|Input/output'), replacing(path) as partial:
         partial.mkdir()
     assert [each.name for each in tmp_path.iterdir()] == [name]
     assert path.read_text() == 'precious' if name == 'file' else (path / 'precious').exists()
