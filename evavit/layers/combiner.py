@@ -96,7 +96,7 @@ class CombinerAttention(GridAttention):
             k,
             feat_size,
             window,
-            self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             self.window_size,
         )
 

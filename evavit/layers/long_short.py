@@ -137,7 +137,7 @@ class LongShortAttention(GridAttention):
             to_windows(k, feat_size, window),
             feat_size,
             window,
-            self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             self.window_size,
         )
         shared = (q.flatten(2, 3) @ k_bar.transpose(-2, -1)).unflatten(2, [q.shape[2], q.shape[3]])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import RelPosBias, register_notrace_module
 
-from evavit.ops.checks import check_bias, check_dropout, check_tokens, check_whole
+from evavit.ops.checks import check_bias_table, check_dropout, check_tokens, check_whole
 from evavit.ops.grid import (
     accumulation_dtype,
     from_windows,
@@ -113,8 +113,8 @@ def scatterbrain_attention(
         v: Values, like q.
         feat_size: Grid `(H, W)` with N = H·W, tokens in raster order.
         directions: ω, `(h, S, d)`.
-        rel_pos_bias: b, `(h, window_size², window_size²)`: [head, query's place, key's place] in raster order of a
-            whole window. None for no bias.
+        rel_pos_bias: The table of b, `((2·window_size - 1)², h)`, as `timm.layers.RelPosBias` keeps it. None for no
+            bias.
         window_size: Side of a window in tokens, at least 1.
         scale: s; d^(-½) if None.
         dropout_p: Probability to drop the weight of a token or a direction; the rest is scaled up.
@@ -130,7 +130,7 @@ def scatterbrain_attention(
     check_directions(q, directions)
     if window_size < 1:
         raise ValueError(f'window_size must be at least 1, got {window_size}')
-    check_bias(q.shape[1], window_size, rel_pos_bias)
+    check_bias_table(q.shape[1], window_size, rel_pos_bias)
     check_dropout(dropout_p)
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -202,7 +202,7 @@ class ScatterbrainAttention(GridAttention):
             v,
             feat_size,
             self.directions(),
-            rel_pos_bias=self.rel_pos.get_bias().squeeze(0) if self.rel_pos is not None else None,
+            rel_pos_bias=self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             window_size=self.window_size,
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )

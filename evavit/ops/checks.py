@@ -7,7 +7,7 @@ from typing import List, Optional
 import torch
 
 __all__ = [
-    'check_bias',
+    'check_bias_table',
     'check_dropout',
     'check_grid',
     'check_int',
@@ -81,15 +81,19 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f'dropout_p must be at least 0 and below 1, got {dropout_p}')
 
 
-def check_bias(num_heads: int, window_size: int, rel_pos_bias: Optional[torch.Tensor]) -> None:
-    """A relative position bias is `(h, window_size², window_size²)`."""
-    if rel_pos_bias is not None:
-        area = window_size * window_size
-        if list(rel_pos_bias.shape) != [num_heads, area, area]:
-            raise ValueError(
-                f'rel_pos_bias must be (heads, window_size², window_size²) = ({num_heads}, {area}, '
-                f'{area}), got {shape_of(rel_pos_bias)}'
-            )
+def check_bias_table(num_heads: int, window_size: int, rel_pos_bias: Optional[torch.Tensor], halo: int = 0) -> None:
+    """A relative position bias is the table `((2·(window_size + halo) - 1)², h)`."""
+    if rel_pos_bias is None:
+        return
+    side = 2 * (window_size + halo) - 1
+    if list(rel_pos_bias.shape) == [side * side, num_heads]:
+        return
+    rows = '(2·(window_size + halo) - 1)²' if halo > 0 else '(2·window_size - 1)²'
+    remedy = '; pass relative_position_bias_table, not get_bias()' if rel_pos_bias.dim() == 3 else ''
+    raise ValueError(
+        f'rel_pos_bias must be the table ({rows}, heads) = ({side * side}, {num_heads}), got '
+        f'{shape_of(rel_pos_bias)}{remedy}'
+    )
 
 
 def check_whole(name: str, value: int, least: int) -> None:

@@ -269,8 +269,8 @@ def window_logits(
         k: Keys, likewise.
         feat_size: Grid (H, W).
         window: Window in tokens, from `window_shape`: shorter than window_size where the grid is.
-        rel_pos_bias: b, `(h, window_size², window_size²)`, or None.
-        window_size: Side of the windows that the bias is for.
+        rel_pos_bias: The table of b, `((2·window_size - 1)², h)`, or None.
+        window_size: Side of the windows that the table is for.
 
     Returns:
         `(B, h, windows, area, area)`, in at least float32.
@@ -278,7 +278,8 @@ def window_logits(
     dtype = accumulation_dtype(q)
     logits = (q @ k.transpose(-2, -1)).to(dtype)
     if rel_pos_bias is not None:
-        logits = logits + crop_bias(rel_pos_bias, window_size, window).to(dtype).unsqueeze(1)
+        bias = crop_bias(table_bias(rel_pos_bias, window_size), window_size, window)
+        logits = logits + bias.to(dtype).unsqueeze(1)
     mask = window_mask(feat_size, window, q.device)
     return logits if mask is None else logits.masked_fill(~mask.unsqueeze(1), float('-inf'))
 

@@ -13,7 +13,6 @@ from helpers import (
     softmax_like,
 )
 from layers.references import phi, scaled
-from timm.layers import RelPosBias
 
 from evavit.layers import ScatterbrainAttention
 from evavit.layers.scatterbrain import scatterbrain_attention
@@ -37,12 +36,8 @@ def scatterbrain_loop(q, k, v, feat_size, directions, bias_table=None, window_si
     return similarity @ v / similarity.sum(-1, keepdim=True)
 
 
-def bias(window_size, h=2):
-    """A bias table, and the bias of a whole window made from it by timm."""
-    layer = RelPosBias((window_size, window_size), h).double()
-    with torch.no_grad():
-        layer.relative_position_bias_table.normal_()
-    return layer.relative_position_bias_table, layer.get_bias().squeeze(0)
+def bias_table(window_size, h=2):
+    return torch.randn((2 * window_size - 1) ** 2, h, dtype=torch.float64, requires_grad=True)
 
 
 @each_grid
@@ -51,12 +46,12 @@ def bias(window_size, h=2):
 def test_the_function_matches_the_loop(feat_size, window_size, with_bias):
     q, k, v = random_qkv(feat_size)
     directions = torch.randn(2, 11, 8, dtype=torch.float64, requires_grad=True)
-    table, rel_pos_bias = bias(window_size) if with_bias else (None, None)
+    table = bias_table(window_size) if with_bias else None
     leaves = [q, k, v, *([table] if with_bias else [])]
     if max(feat_size) > window_size:
         leaves.append(directions)  # else the window is the whole grid, and the features play no part
     assert_agree(
-        scatterbrain_attention(q, k, v, feat_size, directions, rel_pos_bias, window_size),
+        scatterbrain_attention(q, k, v, feat_size, directions, table, window_size),
         scatterbrain_loop(q, k, v, feat_size, directions, table, window_size),
         leaves,
     )

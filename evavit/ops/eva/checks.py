@@ -4,12 +4,19 @@ from typing import List, Optional
 
 import torch
 
-from evavit.ops.checks import check_dropout, check_grid, check_int, check_number, check_tokens, shape_of
+from evavit.ops.checks import (
+    check_bias_table,
+    check_dropout,
+    check_grid,
+    check_int,
+    check_number,
+    check_tokens,
+    shape_of,
+)
 
 from .case import EvaOptions, SequenceOptions, Summary, VariantOptions, eva_num_cells
 
 __all__ = [
-    'check_bias_table',
     'check_chunks',
     'check_count',
     'check_eva_options',
@@ -57,21 +64,6 @@ def check_packed_tokens(qkv: torch.Tensor, feat_size: List[int]) -> None:
     check_grid(feat_size)
     if qkv.shape[3] != feat_size[0] * feat_size[1]:
         raise ValueError(f'feat_size ({feat_size[0]}, {feat_size[1]}) does not hold the {qkv.shape[3]} tokens of qkv')
-
-
-def check_bias_table(num_heads: int, window_size: int, rel_pos_bias: Optional[torch.Tensor], halo: int = 0) -> None:
-    """A relative position bias is the table `((2·(window_size + halo) - 1)², h)`."""
-    if rel_pos_bias is None:
-        return
-    side = 2 * (window_size + halo) - 1
-    if list(rel_pos_bias.shape) == [side * side, num_heads]:
-        return
-    rows = '(2·(window_size + halo) - 1)²' if halo > 0 else '(2·window_size - 1)²'
-    remedy = '; pass relative_position_bias_table, not get_bias()' if rel_pos_bias.dim() == 3 else ''
-    raise ValueError(
-        f'rel_pos_bias must be the table ({rows}, heads) = ({side * side}, {num_heads}), got '
-        f'{shape_of(rel_pos_bias)}{remedy}'
-    )
 
 
 def _check_four(name: str, summary: Summary, d: int) -> None:

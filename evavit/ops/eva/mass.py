@@ -4,21 +4,20 @@ from typing import List, Optional, Tuple
 
 import torch
 
-from evavit.ops.checks import check_number
+from evavit.ops.checks import check_bias_table, check_number
 from evavit.ops.grid import (
     accumulation_dtype,
     cell_means,
     cell_shape,
     from_windows,
     static_size,
-    table_bias,
     to_windows,
     window_logits,
     window_shape,
 )
 
 from .case import SummaryTensors, as_summary
-from .checks import check_bias_table, check_count, check_partition, softmax_scale
+from .checks import check_count, check_partition, softmax_scale
 from .counts import log_counts
 from .plain import summarise
 
@@ -72,8 +71,7 @@ def eva_attention_mass(
     exact = torch.full(queries.shape[:4], float('-inf'), dtype=dtype, device=q.device)
     if window_size > 0:
         keys = to_windows(k, feat_size, window)
-        bias = table_bias(rel_pos_bias, window_size) if rel_pos_bias is not None else None
-        exact = window_logits(queries, keys, feat_size, window, bias, window_size).logsumexp(-1)
+        exact = window_logits(queries, keys, feat_size, window, rel_pos_bias, window_size).logsumexp(-1)
 
     cells = torch.full_like(exact, float('-inf'))
     effective = torch.zeros_like(exact)
