@@ -193,7 +193,8 @@ class EvaAttention1d(GridAttention):
             f'noise_std={self.noise_std:g}, backend=plain (sequences have no kernels)'
         )
 
-    def forward(  # type: ignore[override]  # a sequence has no grid
+    # A sequence has no grid. (TorchScript reads nothing behind a type comment.)
+    def forward(  # type: ignore[override]
         self, x: torch.Tensor, key_padding_mask: Optional[torch.Tensor] = None
     ) -> torch.Tensor:
         """Attend over tokens `(B, N, C)`.
