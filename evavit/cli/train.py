@@ -43,7 +43,9 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         batch_size=config.batch.batch_size,
         seed=config.run.seed,
     )
-    classes = config.model.num_classes = data.class_count(config.data, config.model.num_classes, class_names)
+    classes = config.model.num_classes = data.class_count(
+        config.data, config.model.num_classes, class_names, train_set, eval_set
+    )
     if checked.ready:
         model, data_config = checked.model, checked.data_config
     else:

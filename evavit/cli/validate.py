@@ -39,7 +39,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         batch_size=config.batch.batch_size,
     )
     model: Any = build.build_model(config.model, config.model.num_classes)
-    data.class_count(config.data, model.num_classes, class_names)
+    data.class_count(config.data, model.num_classes, class_names, dataset)
     contents.load_checkpoint(model, config.weights)
     data_config = data.resolve_input(config.model, model)
     build.try_model(model, data_config['input_size'], config.model)

@@ -204,16 +204,20 @@ def open_training_sets(
     return train_set, eval_set, names
 
 
-def class_count(config: DataConfig, num_classes: Optional[int], class_names: Optional[List[str]]) -> int:
-    """num_classes as given, checked against the data; else as many as the data has."""
+def class_count(
+    config: DataConfig, num_classes: Optional[int], class_names: Optional[List[str]], *datasets: Checked
+) -> int:
+    """num_classes as given, checked against the data; else as many as the data has. `datasets` are held to it."""
     found = len(class_names) if class_names else None
     if num_classes is None:
         if found is None:
             raise UserError(f'the data set {config.dataset} does not say how many classes it has; set --num-classes')
-        return found
+        num_classes = found
     if found is not None and (num_classes < found or (num_classes > found and not config.class_map)):
         raise UserError(
             f'num_classes is {num_classes}, but {config.data_dir} has {found} classes; set --num-classes '
             f'{found}, or give --class-map if the folder holds some of the {num_classes}'
         )
+    for dataset in datasets:
+        dataset.labels.num_classes = num_classes
     return num_classes

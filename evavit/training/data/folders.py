@@ -6,8 +6,9 @@ the first two are mistakes, and the link is left out with a warning.
 
 import logging
 import os
+import stat
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import IO, Callable, Dict, List, Optional, Sequence, Tuple
 
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -15,6 +16,7 @@ from timm.utils.misc import natural_key
 
 from evavit.arguments import nearest
 from evavit.errors import UserError
+from evavit.training.data.decode import open_file
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,10 @@ class ClassFolders(ReaderImageFolder):
         if not self.samples:
             raise UserError(f'{root}: no class folders; it should hold CLASS/IMAGE files')
 
+    def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
+        path, target = self.samples[index]
+        return open_file(path), target
+
 
 def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
     """[(path, class)] of all images, and the class folders without one."""
@@ -126,8 +132,7 @@ def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
                     f'JPEG, or take them away'
                 )
             elif ending in endings:
-                # A link that leads nowhere is an image that cannot be read; to open a pipe would wait forever.
-                (images if entry.is_symlink() or _is(entry.is_file) else strange).append(entry.path)
+                (images if _may_be_file(entry) else strange).append(entry.path)
         _check_place(folder, root, images, subfolders)
         if not images and not subfolders and folder != root:
             empty.append(str(folder))
@@ -147,6 +152,15 @@ def _is(kind: Callable[[], bool]) -> bool:
         return kind()
     except OSError:
         return False
+
+
+def _may_be_file(entry: 'os.DirEntry[str]') -> bool:
+    """Whether it is a file, or a link that leads to one or nowhere: an image that cannot be read. To open a pipe would
+    wait for ever, to open a device may do anything."""
+    try:
+        return stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return True
 
 
 def _check_place(folder: Path, root: Path, images: List[str], subfolders: int) -> None:

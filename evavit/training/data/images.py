@@ -1,86 +1,39 @@
-"""Reading images that may be bad: what is decoded, what is left out, counted and named, and when that is too much.
+"""Data sets whose images may be bad: what is left out, counted and named, and when that is too much.
 
 timm's ImageDataset takes the next image where one cannot be read, and says so in a worker's log; a PNG of 16 bits turns
-white in it. Here an image that cannot be read is counted in memory that the loader's workers share; in training another
-takes its place, which depends on its index and the seed alone, in validation it is left out. More of them in an epoch
-than `max_bad_images` allows stop the run.
+white in it. Here every source hands over bytes, which `decode` alone reads, and an image that cannot be read is counted
+in memory that the loader's workers share; in training another takes its place, which depends on its index and the seed
+alone, in validation it is left out. More of them in an epoch than `max_bad_images` allows stop the run.
 """
 
 import functools
 import io
+import json
 import logging
 import math
 import multiprocessing
+import numbers
 import random
-import warnings
+import re
+import tarfile
 import zlib
-from pathlib import Path
+from contextlib import nullcontext
 from types import MappingProxyType
-from typing import IO, Any, Dict, Iterator, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Set, Tuple
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset
-from timm.data.readers.reader_wds import WdsTargetKeyError
+from timm.data.readers.class_map import remap_target
 
 from evavit.errors import LocalError, UserError, first_line
+from evavit.training.data.decode import BadImageError, decode, read_file, reason, to_mode
 from evavit.training.distributed import Process
 
 log = logging.getLogger(__name__)
 
-# By content, whatever the name says. Not all that Pillow knows: for some formats it starts other programs.
-FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'JPEG2000')
-LONGEST = 100  # sides beyond 100:1: validation resizes by the shorter one, the other would then fill the memory
 ATTEMPTS = 10  # as many as timm's ImageDataset makes
 UNREADABLE = -1  # target of an image of validation that could not be read
-
-
-class BadImageError(Exception):
-    """An image that cannot be read; the text is the reason, in a few words."""
-
-
-def decode(stream: IO[bytes], mode: str) -> Image.Image:
-    """An image of `mode` (RGB or L) from an open file, closed afterwards. Raises BadImageError."""
-    try:
-        with stream, warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # what matters is counted; Pillow's hints on metadata do not
-            image = Image.open(stream, formats=FORMATS)
-            check_size(image)
-            image.load()
-            return to_mode(image, mode)
-    except BadImageError:
-        raise
-    except Exception as error:  # each format has its own errors for broken content
-        raise BadImageError(reason(error)) from None
-
-
-def check_size(image: Image.Image) -> None:
-    width, height = image.size
-    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
-        raise BadImageError(f'{width} × {height} pixels, above the limit of {Image.MAX_IMAGE_PIXELS:,}')
-    if max(width, height) > LONGEST * min(width, height):
-        raise BadImageError(f'{width} × {height} pixels, sides beyond {LONGEST}:1')
-
-
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Image.convert, but 16 bits are scaled to 8, where Pillow cuts at 255. timm, too, drops transparency."""
-    if image.mode == 'F':
-        raise BadImageError('floating-point pixels, whose range is not known')
-    if image.mode.startswith('I'):
-        pixels = np.asarray(image).clip(0, 65535).astype(np.uint16) >> 8
-        image = Image.fromarray(pixels.astype(np.uint8))
-    if 'transparency' in image.info and image.mode != 'RGBA':
-        image = image.convert('RGBA')  # else Pillow warns, or turns a colour to transparent black
-    return image.convert(mode)
-
-
-def reason(error: BaseException) -> str:
-    """The cause of a failed reading, in a few words."""
-    text = getattr(error, 'strerror', None)
-    if text is None and isinstance(error, Image.UnidentifiedImageError):
-        text = 'empty, or no image of a known format'
-    return text or first_line(error).split(' <')[0] or type(error).__name__
 
 
 def substitute(index: int, attempt: int, seed: int, count: int) -> int:
@@ -103,10 +56,17 @@ class BadImages:
     def __init__(self, images: int, share: float):
         self.images, self.share = images, share
         self.limit = math.floor(share * images + 1e-9)
-        self.lock = multiprocessing.Lock()
-        self.counter = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self.marks = torch.zeros(max(images, 2**16), dtype=torch.bool).share_memory_()
-        self.lines = torch.zeros(min(self.limit + 1, self.LINES), self.LINE, dtype=torch.uint8).share_memory_()
+        self.lock: Any = nullcontext()
+        self.counter = torch.zeros(1, dtype=torch.int64)
+        self.marks = torch.zeros(max(images, 2**16), dtype=torch.bool)
+        self.lines = torch.zeros(min(self.limit + 1, self.LINES), self.LINE, dtype=torch.uint8)
+        self.unshared = ''  # why loading processes cannot reach the count; without them it does as it is
+        try:
+            self.lock = multiprocessing.Lock()
+            for tensor in (self.counter, self.marks, self.lines):
+                tensor.share_memory_()
+        except (OSError, RuntimeError) as error:
+            self.lock, self.unshared = nullcontext(), reason(error)
         self.read = 0  # marks that this process has taken note of
         self.found: Dict[
             int, str
@@ -186,11 +146,41 @@ class BadImages:
                     self.found.setdefault(index, '')
 
 
+class Labels:
+    """What the labels of a data set may be: class numbers, below `num_classes` once that is known.
+
+    Args:
+        reader: timm's reader; where it has a class map, labels go through that here.
+    """
+
+    def __init__(self, reader: Any = None):
+        self.num_classes: Optional[int] = None
+        self.map: Optional[Dict[Any, int]] = reader.class_to_idx if getattr(reader, 'remap_class', False) else None
+        self.names = getattr(reader, '_source_names', None)
+        if self.map is not None:
+            reader.remap_class = False
+
+    def check(self, label: Any, name: str) -> int:
+        """The class number of a label, of the image `name`. Another one stops the run: its images are not bad."""
+        shown = f'{name}: its label is {str(label)[:40] or "empty"}'
+        if self.map is not None:
+            try:
+                label = remap_target(label, self.map, self.names)
+            except (KeyError, TypeError) as error:
+                raise LocalError(f'{shown}, which --class-map does not have') from error
+        count = self.num_classes
+        if not isinstance(label, numbers.Integral) or not 0 <= int(label) < (count or 2**31):
+            known = f'the {count} classes have the numbers 0 to {count - 1}' if count else 'classes have numbers from 0'
+            raise LocalError(f'{shown}, but {known}; correct it, or --num-classes')
+        return int(label)
+
+
 class CheckedImages(torch.utils.data.Dataset):
     """A map-style data set whose unreadable images are counted, and in training replaced.
 
     Args:
-        dataset: timm's ImageDataset (folder, tar, hfds) or a torchvision data set.
+        dataset: timm's ImageDataset (folder, tar, hfds) or a torchvision data set. Where that one reads files, it reads
+            them with `read_file`; others (MNIST, CIFAR) make images of arrays.
         mode: mode of the images, RGB or L.
         share: see BadImages.
         seed: decides, with the index, which image takes the place of a bad one. None: none does; the target of a bad
@@ -199,7 +189,9 @@ class CheckedImages(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Any, mode: str, share: float, seed: Optional[int] = None):
         self.dataset, self.mode, self.seed, self.transform = dataset, mode, seed, None
-        self.bad = BadImages(len(dataset), share)
+        self.bad, self.labels = BadImages(len(dataset), share), Labels(getattr(dataset, 'reader', None))
+        if hasattr(dataset, 'loader'):
+            dataset.loader = functools.partial(read_file, mode=mode)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -209,7 +201,7 @@ class CheckedImages(torch.utils.data.Dataset):
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 image, target = self.load(source)
-                return self.transform(image) if self.transform else image, target
+                return self.transform(image) if self.transform else image, self.labels.check(target, self.name(source))
             except BadImageError as error:
                 why = str(error)
                 self.bad.mark(source, self.name(source), why)
@@ -222,32 +214,48 @@ class CheckedImages(torch.utils.data.Dataset):
             f'its place; check the data set'
         )
 
-    def load(self, index: int) -> Tuple[Image.Image, int]:
-        """(image, target). Raises BadImageError."""
+    def load(self, index: int) -> Tuple[Image.Image, Any]:
+        """(image, label). Raises BadImageError."""
         if not isinstance(self.dataset, ImageDataset):
             try:
                 image, target = self.dataset[index]
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise BadImageError(reason(error)) from None
             return to_mode(image, self.mode), target
+        reader: Any = self.dataset.reader
         try:
-            stream, target, *_ = self.dataset.reader[index]
-        except OSError as error:
+            if hasattr(reader, 'image_key'):  # hfds, which would open a file by itself
+                item = reader.dataset[index]
+                return _decode_item(item[reader.image_key], self.mode), reader._get_target(item)
+            stream, target, *_ = reader[index]
+        except (OSError, tarfile.TarError, zlib.error) as error:
             raise BadImageError(reason(error)) from None
+        except KeyError as error:
+            raise LocalError(f'the data set has no column {error}') from error
         return decode(stream, self.mode), target
 
     def name(self, index: int) -> str:
-        if isinstance(self.dataset, ImageDataset):
+        if isinstance(self.dataset, ImageDataset) and not hasattr(self.dataset.reader, 'image_key'):
             return self.dataset.filename(index, absolute=True) or f'image {index}'
-        return f'image {index}'
+        if isinstance(self.dataset, ImageDataset):
+            image = self.dataset.reader.dataset[index][self.dataset.reader.image_key]
+            return (image and image.get('path')) or f'image {index}'
+        files = getattr(self.dataset, 'imgs', None)  # of torchvision's folders
+        return str(files[index][0]) if files else f'image {index}'
+
+
+def _decode_item(item: Any, mode: str) -> Image.Image:
+    """The image of a record {bytes, path}, of which one may be missing. Raises BadImageError."""
+    if not isinstance(item, dict) or not (item.get('bytes') or item.get('path')):
+        raise BadImageError('no image in this record')
+    return decode(io.BytesIO(item['bytes']), mode) if item.get('bytes') else read_file(item['path'], mode)
 
 
 class CheckedStream(IterableImageDataset):
-    """timm's data set of shards (wds, hfids), whose unreadable images are counted and left out.
+    """timm's data set of shards (wds, hfids, tfds), whose unreadable images are counted.
 
-    In training others take their place: the one before or after in the stream (hfids), one more of the shards (wds).
-    timm's readers of shards either stop at such an image (hfids) or pass over it (wds); here they hand over what they
-    read, and it is decoded or converted under count.
+    In training those before or after in the stream take their places; in validation their target is UNREADABLE. timm's
+    readers would decode images themselves; here they hand over bytes.
 
     Args:
         reader: timm's reader, as yet unused.
@@ -256,29 +264,31 @@ class CheckedStream(IterableImageDataset):
 
     def __init__(self, reader: Any, mode: str, share: float):
         super().__init__(None, reader=reader)
-        self.mode = mode
+        self.mode, self.labels = mode, Labels(reader)
         self.bad = BadImages(reader.num_samples or 0, share)
-        reader.input_img_mode = ''  # modes are converted here, for 16 bits
+        reader.input_img_mode = ''  # what the reader hands over is no image yet
+        if hasattr(reader, '_input_decoders'):
+            reader._input_decoders = functools.partial(_without_decoding, reader)
 
     def __iter__(self) -> Iterator[Tuple[Any, int]]:
         if getattr(self.reader, 'ds', None) is None and hasattr(self.reader, '_lazy_init'):
             self.reader._lazy_init()  # in the worker, as the reader itself would
             self._watch()
-        owed, good = 0, None  # hfids has counted an image before it is decoded: another takes its place in training
-        for image, target in self.reader:
-            name = 'an image without a name'
+        owed, good = 0, None  # a reader has counted an image before it is decoded: another takes its place in training
+        for item, label in self.reader:
+            record = item if isinstance(item, dict) else dict(bytes=item)
+            name = record.get('path') or 'an image without a name'
+            label = self.labels.check(label, name)
             try:
-                if isinstance(image, dict):
-                    name = image['path'] or name
-                    image = decode(io.BytesIO(image['bytes'] or Path(name).read_bytes()), self.mode)
+                image = _decode_item(record, self.mode)
+            except BadImageError as error:
+                self.bad.mark(None, name, str(error))
+                if self.reader.is_training:
+                    owed += 1
                 else:
-                    check_size(image)
-                    image = to_mode(image, self.mode)
-            except (BadImageError, OSError) as error:
-                self.bad.mark(None, name, reason(error))
-                owed += self.reader.is_training
+                    yield self._transformed(Image.new(self.mode, (8, 8)), UNREADABLE)
             else:
-                good = image, target
+                good = image, label
                 yield self._transformed(*good)
             while owed and good:
                 owed -= 1
@@ -288,7 +298,7 @@ class CheckedStream(IterableImageDataset):
         return self.transform(image) if self.transform else image, target
 
     def _watch(self) -> None:
-        """Put the count between the reader and what it reads with."""
+        """Have the reader hand over bytes, and tell of what it cannot read."""
         reader = self.reader
         if hasattr(reader.ds, 'cast_column'):
             import datasets
@@ -298,20 +308,40 @@ class CheckedStream(IterableImageDataset):
             if 'handler' in getattr(stage, 'kw', {}):
                 stage.kw['handler'] = self._broken_shard
             if callable(next(iter(getattr(stage, 'args', ())), None)):
-                stage.args = (functools.partial(self._named, stage.args[0]), *stage.args[1:])
+                stage.args = (self._record, *stage.args[1:])
 
-    def _named(self, decode_sample: Any, sample: Dict[str, Any]) -> Any:
+    def _record(self, sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """What timm's reader makes of a sample of a shard, but with the image's bytes, and the label as it is."""
+        name = f'{sample.get("__url__")}: {sample.get("__key__")}'
+        content = next((sample[key] for key in self.reader.input_key.split(';') if key in sample), None)
+        field = self.reader.split_info.alt_label
         try:
-            return decode_sample(sample)
-        except (TypeError, WdsTargetKeyError):  # faults of the settings, not of one image; timm's reader stops too
-            raise
-        except Exception as error:  # each format has its own errors for broken content
-            self.bad.mark(None, f'{sample.get("__url__")}: {sample.get("__key__")}', reason(error))
+            label = json.loads(sample['json'])[field] if field else _number(sample['cls'])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LocalError(f'{name}: no label, neither .cls nor a field of .json as _info.json names it') from error
+        if field and isinstance(label, int) and label < 0:  # left out, as by timm
             return None
+        return dict(jpg=dict(bytes=content, path=name), target=label)
 
     def _broken_shard(self, error: BaseException) -> bool:
-        if isinstance(error, (TypeError, WdsTargetKeyError)):
-            raise LocalError(first_line(error))
+        if isinstance(error, (TypeError, LocalError)):
+            raise error if isinstance(error, LocalError) else LocalError(first_line(error))
         url = next((part for part in reversed(error.args) if isinstance(part, str)), 'a shard')
         self.bad.mark(None, url, f'the rest of the shard is lost: {reason(error)}')
         return True
+
+
+def _number(text: bytes) -> Any:
+    """The whole number that a .cls file holds, or its text where that is none."""
+    shown = text.decode(errors='replace').strip()
+    return int(shown) if re.fullmatch('-?[0-9]{1,99}', shown) else shown
+
+
+def _without_decoding(reader: Any) -> Dict[str, Any]:
+    """For tfds: its image feature as bytes."""
+    import tensorflow_datasets  # type: ignore[import-not-found]
+
+    decoders: Any = tensorflow_datasets.decode.SkipDecoding()
+    for part in reversed(reader.input_key.split('/')):
+        decoders = {part: decoders}
+    return decoders

@@ -11,7 +11,8 @@ from PIL import Image
 from timm.data import ImageDataset, create_transform
 
 from evavit.errors import LocalError, UserError
-from evavit.training.data.images import UNREADABLE, BadImageError, BadImages, CheckedImages, decode, substitute
+from evavit.training.data.decode import BadImageError, decode
+from evavit.training.data.images import UNREADABLE, BadImages, CheckedImages, substitute
 from evavit.training.distributed import Process
 
 ALONE = Process(torch.device('cpu'), 0, 0, 1)

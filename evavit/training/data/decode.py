@@ -1,0 +1,156 @@
+"""The one decoder of images, for every source: what is an image, and how much it may cost to read.
+
+Only the formats below are tried, by content: for some others Pillow starts a program. No file costs much more than the
+largest image that is allowed: its bytes, pixels, pieces and scans are counted before, or while, it is read.
+"""
+
+import io
+import math
+import os
+import re
+import stat
+import warnings
+from typing import IO, Any, Union
+
+import numpy as np
+from PIL import Image
+
+from evavit.errors import first_line
+
+FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'JPEG2000')
+LONGEST = 100  # sides beyond 100:1: validation resizes by the shorter one, the other would then fill the memory
+SCANS = 10  # of a progressive JPEG, as the usual ones have, at the largest size; more of them where it is smaller
+METADATA = 2**24  # bytes before the first scan of a JPEG
+READS = 200_000  # pieces that Pillow may take a file in; an image of any format has fewer, or more bytes in each
+SLOW_PIXELS = 2**21  # of forms that Pillow decodes in Python, such as compressed BMP: a full-HD screen
+_MARKER = re.compile(rb'\xff+([^\x00\xff])')
+
+
+class BadImageError(Exception):
+    """An image that cannot be read; the text is the reason, in a few words."""
+
+
+class _Content(io.BytesIO):
+    """A file's bytes, which are given out in a bounded number of pieces: a small file can hold millions of chunks."""
+
+    def __init__(self, content: bytes):
+        super().__init__(content)
+        self.left = READS + len(content) // 1024
+
+    def read(self, size: Any = -1) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise BadImageError('made of more pieces than an image is')
+        return super().read(size)
+
+
+def open_file(path: Union[str, os.PathLike]) -> IO[bytes]:
+    """A regular file, open for reading. What is none is not opened, and a pipe that takes its place does not block.
+
+    Raises:
+        OSError: It cannot be opened.
+        BadImageError: It is a pipe, a socket, a device or a folder.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BadImageError('not a regular file')
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadImageError('not a regular file')
+    return open(descriptor, 'rb')
+
+
+def read_file(path: Union[str, os.PathLike], mode: str) -> Image.Image:
+    """`decode` of a file. Raises BadImageError."""
+    try:
+        return decode(open_file(path), mode)
+    except OSError as error:
+        raise BadImageError(reason(error)) from None
+
+
+def decode(stream: IO[bytes], mode: str) -> Image.Image:
+    """An image of `mode` (RGB or L) from an open file, closed afterwards. Raises BadImageError."""
+    try:
+        with stream, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # what matters is counted; Pillow's hints on metadata do not
+            content = _read(stream)
+            scans = _count_scans(content) if content.startswith(b'\xff\xd8') else 0
+            pieces = _Content(content)
+            image = Image.open(pieces, formats=FORMATS)
+            check_size(image)
+            _check_cost(image, scans, pieces)
+            image.load()
+            return to_mode(image, mode)
+    except BadImageError:
+        raise
+    except Exception as error:  # each format has its own errors for broken content
+        raise BadImageError(reason(error)) from None
+
+
+def _read(stream: IO[bytes]) -> bytes:
+    if not Image.MAX_IMAGE_PIXELS:
+        return stream.read()
+    most = 4 * Image.MAX_IMAGE_PIXELS
+    content = stream.read(most + 1)
+    if len(content) > most:
+        raise BadImageError(f'more than {most:,} bytes, four for each pixel of the largest image')
+    return content
+
+
+def check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise BadImageError(f'{width} × {height} pixels, above the limit of {Image.MAX_IMAGE_PIXELS:,}')
+    if max(width, height) > LONGEST * min(width, height):
+        raise BadImageError(f'{width} × {height} pixels, sides beyond {LONGEST}:1')
+
+
+def _count_scans(content: bytes) -> int:
+    """The scans of a JPEG up to its end marker, found as libjpeg finds them. Raises BadImageError for its metadata."""
+    place, scans = 2, 0
+    while match := _MARKER.search(content, place):
+        kind, place = match[1][0], match.end()
+        if kind == 0xD9:
+            break
+        if kind == 0x01 or 0xD0 <= kind <= 0xD8:  # without a length
+            continue
+        scans += kind == 0xDA
+        place += max(2, int.from_bytes(content[place : place + 2], 'big'))
+        if not scans and place > METADATA:
+            raise BadImageError(f'more than {METADATA:,} bytes of metadata')
+    return scans
+
+
+def _check_cost(image: Image.Image, scans: int, pieces: _Content) -> None:
+    width, height = image.size
+    most = Image.MAX_IMAGE_PIXELS or math.inf
+    if scans * width * height > SCANS * most:
+        raise BadImageError(f'{scans} scans of {width} × {height} pixels')
+    tags = getattr(image, 'tag_v2', {})
+    tile = tags.get(322, 0), tags.get(323, 0)  # TileWidth, TileLength: decoded whole, however small the image
+    if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > most:
+        raise BadImageError(f'tiles of {tile[0]} × {tile[1]} pixels')
+    if any(part[0] in Image.DECODERS for part in getattr(image, 'tile', ())):
+        if width * height > SLOW_PIXELS:
+            raise BadImageError(f'{width} × {height} pixels, which take too long in this form of {image.format}')
+        pieces.left += 4 * width * height
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Image.convert, but 16 bits are scaled to 8, where Pillow cuts at 255. timm, too, drops transparency."""
+    if image.mode == 'F':
+        raise BadImageError('floating-point pixels, whose range is not known')
+    if image.mode.startswith('I'):
+        pixels = np.asarray(image).clip(0, 65535).astype(np.uint16) >> 8
+        image = Image.fromarray(pixels.astype(np.uint8))
+    if 'transparency' in image.info and image.mode != 'RGBA':
+        image = image.convert('RGBA')  # else Pillow warns, or turns a colour to transparent black
+    return image.convert(mode)
+
+
+def reason(error: BaseException) -> str:
+    """The cause of a failed reading, in a few words."""
+    text = getattr(error, 'strerror', None)
+    if text is None and isinstance(error, Image.UnidentifiedImageError):
+        text = 'empty, or no image of a known format'
+    return text or first_line(error).split(' <')[0] or type(error).__name__
