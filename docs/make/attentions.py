@@ -12,6 +12,7 @@ import inspect
 
 import pages
 import torch
+import zoo
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,10 +72,12 @@ def facts(name: str) -> tuple:
 
 def multiply_adds(layer: GridAttention, side: int) -> float:
     """Millions of multiply-adds between the projections, one image of side × side tokens."""
-    qkv = torch.empty(3, 1, NUM_HEADS, side**2, DIM // NUM_HEADS, device='meta')
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        layer.attend(qkv, [side, side])
-    return flops.get_total_flops() / 2e6
+        x = torch.empty(1, side**2, DIM, device='meta')
+        layer(x, [side, side])
+    of_part = flops.get_flop_counts()
+    projections = sum(sum(of_part[f'{type(layer).__name__}.{part}'].values()) for part in ('qkv', 'proj'))
+    return ((flops.get_total_flops() - projections) / 2 - zoo.sums_over_cells(layer, x, [side, side])) / 1e6
 
 
 def own_options(name: str) -> str:
