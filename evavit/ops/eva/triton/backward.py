@@ -36,17 +36,20 @@ def backward_shared(
     log_count,  # if COUNT: (1 or n_win, tiles · BC) float32 in units of log 2; log_counts
     dk_tilde_parts, dbeta_parts,  # if CELLS: writes (splits, B, heads, cells, D) float32
     heads, N, cells,
-    splits, per_split,  # programs that share the tokens of an (image, head), and tokens of each
+    splits, per_split,  # programs that share the tokens of an (image, head), and tokens, or places, of each
     cells_total, scale,
-    W, n_wx,  # if COUNT is 2, else None
+    H, W, n_wx, n_win,  # if COUNT is 2, else None
     D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,  # tokens and cells of a tile
-    WH: tl.constexpr, WW: tl.constexpr,  # if COUNT is 2
+    WH: tl.constexpr, WW: tl.constexpr, NT: tl.constexpr,  # if COUNT is 2
     CELLS: tl.constexpr,  # whether there are cells
     COUNT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """δ, and the part of dk̃ and dβ that comes through (16). Programs: (B · splits · heads, tiles of BC cells)."""
+    """δ, and the part of dk̃ and dβ that comes through (16). Programs: (B · splits · heads, tiles of BC cells).
+
+    Tokens come in raster order; if COUNT is 2, window by window, so that those of a tile share their counts.
+    """
     head, split, image = split_program(heads, splits)
     pair = image * heads + head
     q += image * sqb + head * sqh
@@ -59,9 +62,16 @@ def backward_shared(
         bt = load_rows(beta + pair * cells * D, c, cell_valid, D, 1, D, BD)
         acc_k = tl.zeros([BC, BD], tl.float32)
         acc_b = tl.zeros([BC, BD], tl.float32)
-    for n0 in range(split * per_split, tl.minimum(split * per_split + per_split, N), BM):
-        n = n0 + tl.arange(0, BM)
-        valid = n < N
+    places = N
+    if COUNT == 2:
+        places = n_win * (NT * BM)
+    for n0 in range(split * per_split, tl.minimum(split * per_split + per_split, places), BM):
+        win = n0 // (NT * BM)
+        if COUNT == 2:
+            n, _, valid = window_rows(win, n0 // BM % NT, H, W, n_wx, 1, WH, WW, 1, 1, True, BM)
+        else:
+            n = n0 + tl.arange(0, BM)
+            valid = n < N
         y = load_rows(out, n, valid, heads * D, 1, D, BD).to(tl.float32)
         dy = load_rows(grad, n, valid, sgn, sgd, D, BD)
         delta_n = tl.sum(y * dy.to(tl.float32), 1)
@@ -73,11 +83,7 @@ def backward_shared(
             # Transposed, (cells, tokens): the sums over tokens are then plain products.
             s = tl.dot(kt, tl.trans(q_n), input_precision=PREC) * (scale * LOG2E)
             if COUNT:
-                win = n
-                if COUNT == 2:
-                    real = tl.minimum(n, N - 1)
-                    win = (real // W // WH) * n_wx + real % W // WW
-                s += tl.load(count_tile(log_count, win[None, :], c[:, None], tl.num_programs(1) * BC, COUNT))
+                s += tl.load(count_tile(log_count, win, c[:, None], tl.num_programs(1) * BC, COUNT))
             p = tl.where(cell_valid[:, None] & valid[None, :], tl.exp2(s - lse_n[None, :]), 0.0)
             dp = tl.dot(bt, tl.trans(dy), input_precision=PREC)
             ds = p * (dp - delta_n[None, :])

@@ -192,29 +192,31 @@ def _eva_backward(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    pairs = plan.B * plan.heads
-    # Tokens of one image and head are split over programs until the card is full; a part is at least 256 tokens.
-    splits = max(1, min(ceil_div(_sizes.PROGRAMS, pairs), ceil_div(plan.N, 256)))
-    per_split = ceil_div(ceil_div(plan.N, splits), 64) * 64
-    splits = ceil_div(plan.N, per_split)
-    delta = empty(plan.B, plan.heads, plan.N)
-    dk_tilde_parts, dbeta_parts = empty(splits, plan.rows, D), empty(splits, plan.rows, D)
     q_strides, grad_strides = q.stride(), grad.stride()
     strides = (*q_strides, *k.stride(), *v.stride(), *grad_strides)
     module = plan.gluon(strides, q, k, v, grad, k_tilde, beta) if gluon else None
+    pairs = plan.B * plan.heads
+    # Tokens of one image and head are split over programs until the card is full; a part is at least 256 tokens.
+    places = plan.N if module is not None else plan.places
+    splits = max(1, min(ceil_div(_sizes.PROGRAMS, pairs), ceil_div(places, 256)))
+    per_split = ceil_div(ceil_div(places, splits), 64) * 64
+    splits = ceil_div(places, per_split)
+    delta = empty(plan.B, plan.heads, plan.N)
+    dk_tilde_parts, dbeta_parts = empty(splits, plan.rows, D), empty(splits, plan.rows, D)
     with on_device(q):
         log_count = plan.log_counts(module is not None, scale, q.device)
-        of_token = (plan.W, plan.n_wx) if plan.count == 2 else (None, None)
         shared = (
             *(lse, delta, k_tilde, beta, log_count, dk_tilde_parts, dbeta_parts),
-            *(plan.heads, plan.N, cells, splits, per_split, plan.rows, scale, *of_token),
+            *(plan.heads, plan.N, cells, splits, per_split, plan.rows, scale),
         )
+        by_window = plan.count == 2
         if module is not None:
             plan.launch(
                 module.backward_shared_gluon,
                 (pairs * splits, 1, 1),
                 *(q, out, grad, *q_strides[:3], *grad_strides[:3]),
                 *shared,
+                *((plan.W, plan.n_wx) if by_window else (None, None)),
                 **plan.options['backward_shared_gluon'],
             )
         else:
@@ -223,6 +225,7 @@ def _eva_backward(
                 (pairs * splits, max(plan.NC, 1), 1),
                 *(q, out, grad, *q_strides, *grad_strides),
                 *shared,
+                *((plan.H, plan.W, plan.n_wx, plan.n_win) if by_window else (None,) * 4),
                 **plan.options['backward_shared'],
             )
         xi = dlog_xi = domega = dbeta = omega_half = dmeans = delta

@@ -116,6 +116,15 @@ class _Plan:
         if count_cells != 'one' and self.cells:
             self.count = 2 if count_cells == 'outside' and self.local else 1
 
+        self.small = self.BD > 64 or self.full
+        self.shared_tile = dict(BM=32 if self.small else 64, WH=1, WW=1, NT=1)  # of backward_shared
+        self.places = self.N
+        if self.count == 2:
+            BM = min(32, self.BM)  # rows of windows take more registers: at 64 they spill
+            NT = ceil_div(self.wh * self.ww, BM)
+            self.shared_tile = dict(BM=BM, WH=self.wh, WW=self.ww, NT=NT)
+            self.places = self.n_win * NT * BM
+
         # The default windows and cells: the forward's fast case.
         self.one_tile = self.local and self.NT == 1 and self.NC <= 1
         self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
@@ -205,10 +214,8 @@ class _Plan:
         tiles = dict(**sizes, BM=self.BM, BC=self.BC, PREC=self.prec)
         many = dict(**tiles, NT=self.NT, NC=self.NC, LOCAL=self.local)
         window = dict(WH=self.wh, WW=self.ww)
-        of_token = window if self.count == 2 else dict(WH=1, WW=1)
         count = dict(COUNT=self.count)
         both = dict(**window, CH=self.ch, CW=self.cw)
-        small = self.BD > 64 or self.full
         forward_tile, backward_tile = self.cell_tiles
         options: Dict[str, Dict[str, Any]] = {
             'forward_cells': dict(**sizes, **forward_tile, PREC=self.summary_prec),
@@ -216,17 +223,11 @@ class _Plan:
             'forward_windows_gluon': dict(**window, **count, D=self.D, EDGE=self.edge),
             'forward_tokens': dict(**many, **window, **count),
             'backward_shared': dict(
-                **sizes,
-                **of_token,
-                **count,
-                BM=32 if small else 64,
-                BC=self.BC,
-                CELLS=self.cells > 0,
-                PREC=self.prec,
+                **self.shared_tile, **count, D=self.D, BD=self.BD, BC=self.BC, CELLS=self.cells > 0, PREC=self.prec
             ),
-            'backward_shared_gluon': dict(**of_token, **count, D=self.D, T=32),
+            'backward_shared_gluon': dict(**(window if self.count == 2 else dict(WH=1, WW=1)), **count, D=self.D, T=32),
             'backward_weights': dict(**sizes, **backward_tile),
-            'backward_summary': dict(**sizes, R=32 if small else 64, PREC=self.summary_prec),
+            'backward_summary': dict(**sizes, R=32 if self.small else 64, PREC=self.summary_prec),
             'backward_tokens': dict(**many, **both, **count),
             'backward_tokens_gluon': dict(**both, **count, **self.window_cells, D=self.D, EDGE=self.edge),
         }
