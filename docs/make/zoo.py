@@ -61,8 +61,8 @@ UNITS = {'parameters': 'M', 'multiply-adds': 'G'}
 
 PERFORMER = (
     '128 features cost 4·N·128·C a layer: features of q and of k, keys by values, the output. {} features '
-    "would give the paper's figure; it names their number (128, Table 9) for DeiT-Tiny-784 alone, and the launch that was "
-    'published has 64.'
+    "would give the paper's figure; it names their number (128, Table 9) for DeiT-Tiny-784 alone, and the launch "
+    'that was published has 64.'
 )
 REASONS = {
     ('softmax_deit_tiny', 'multiply-adds'): "timm's `deit_tiny_patch16_224`, with a class token, is {deit_tiny_g} G.",
@@ -92,8 +92,8 @@ REASONS = {
     (
         'lara_deit_tiny_784',
         'multiply-adds',
-    ): 'The density of each sample under each proposal is 0.006 G of it, the mixing of the landmark keys 0.011 G; without '
-    'both, 4.648 G.',
+    ): 'The density of each sample under each proposal is 0.006 G of it, the mixing of the landmark keys 0.011 G; '
+    'without both, 4.648 G.',
     (
         'combiner_deit_tiny_784',
         'parameters',
