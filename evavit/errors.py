@@ -6,8 +6,12 @@ A run that a signal asked to stop ends with `PREEMPTED` instead: its state is sa
 import errno
 import os
 import re
+import signal
 import sys
-from typing import Callable, Optional, Sequence
+import threading
+import traceback
+from contextlib import contextmanager
+from typing import Callable, Iterator, Optional, Sequence
 
 import torch.distributed as dist
 from timm.utils import world_info_from_env
@@ -64,36 +68,70 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, 'strerror', None) or first_line(error)[:200]
 
 
-def _lost_worker(error: RuntimeError) -> LocalError:
-    """PyTorch's error on a loading process that was killed, as one line; another error is raised again."""
-    text = first_line(error)
-    if not text.startswith('DataLoader worker'):
-        raise error
-    return LocalError(
-        f'{text.split(" It is possible")[0].rstrip(". ")}: where the system ran out of memory, lower --workers or -b'
-    )
+def _lost_worker(error: Exception) -> LocalError:
+    """What PyTorch raises where a loading process is lost, as one line; another error is raised again.
+
+    A process that dies while it hands over a batch shows as a broken connection. The error of a worker that lives comes
+    from there too, as a text that begins with 'Caught'.
+    """
+    text, remedy = first_line(error), 'where the system ran out of memory, lower --workers or -b'
+    if 'Bus error' in text:
+        remedy = 'its shared memory is full; enlarge /dev/shm (docker run --shm-size=8g), or give --workers 0'
+    if text.startswith(('DataLoader worker', 'Pin memory thread')):
+        return LocalError(f'{text.split(" It is possible")[0].rstrip(". ")}: {remedy}')
+    places = {
+        (frame.f_globals.get('__name__'), frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)
+    }
+    if ('torch.utils.data.dataloader', '_try_get_data') in places and not text.startswith('Caught '):
+        return LocalError(f'DataLoader worker lost while it handed over a batch ({text[:200]}): {remedy}')
+    if ('torch.utils.data.dataloader', '_get_iterator') in places:
+        return LocalError(f'--workers: loading processes do not start ({text[:200]}); lower it, or give 0')
+    raise error
+
+
+@contextmanager
+def _quiet_children() -> Iterator[None]:
+    """PyTorch raises an error in the handler of SIGCHLD, which must not interrupt what is told of the first one."""
+    if not hasattr(signal, 'SIGCHLD') or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _tell_thread(args: 'threading.ExceptHookArgs') -> None:
+    """Of PyTorch's thread that pins batches, whose end the main thread meets and tells, say nothing."""
+    if args.thread is None or '_pin_memory_loop' not in args.thread.name:
+        threading.__excepthook__(args)
 
 
 def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
     """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal."""
     code = 0
+    threading.excepthook = _tell_thread
     try:
         main(argv)
     except Preempted as stop:
         code = PREEMPTED
         if world_info_from_env()[1] == 0:
             print(one_line(stop), file=sys.stderr, flush=True)
-    except (UserError, RuntimeError) as error:
-        fault = error if isinstance(error, UserError) else _lost_worker(error)
+    except (UserError, RuntimeError, OSError, EOFError) as error:
         code = 2
-        _, rank, world_size = world_info_from_env()
-        if rank == 0 or isinstance(fault, LocalError):
-            print(f'error: {one_line(fault)}', file=sys.stderr, flush=True)
-        if world_size > 1:
-            # The other processes may wait for this one in a collective: leave without waiting for them,
-            # torchrun then ends them.
-            sys.stdout.flush()
-            os._exit(code)
+        with _quiet_children():
+            fault = error if isinstance(error, UserError) else _lost_worker(error)
+            _, rank, world_size = world_info_from_env()
+            if rank == 0 or isinstance(fault, LocalError):
+                print(f'error: {one_line(fault)}', file=sys.stderr, flush=True)
+            if world_size > 1:
+                # The other processes may wait for this one in a collective: leave without waiting for them,
+                # torchrun then ends them.
+                sys.stdout.flush()
+                os._exit(code)
+            if fault is not error:  # end the loading processes that are left, whose own end is no error
+                traceback.clear_frames(error.__traceback__)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code

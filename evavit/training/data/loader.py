@@ -2,15 +2,18 @@
 
 import os
 import signal
+import sys
 import threading
 from itertools import islice
-from typing import Any, Dict, Iterator, Optional, Tuple
+from types import TracebackType
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type
 
 import torch
 from timm.data import IterableImageDataset, create_loader, resolve_data_config
+from timm.data.loader import fast_collate
 from timm.models import get_model_input_config
 
-from evavit.errors import UserError, first_line
+from evavit.errors import LocalError, UserError, first_line
 from evavit.training.config import AugmentConfig, BatchConfig, MachineConfig, ModelConfig
 from evavit.training.data.augment import SeededErasing, repair_posterize
 from evavit.training.distributed import Draw, Process, seed_at, seed_sample
@@ -63,7 +66,15 @@ class SeededSampler(torch.utils.data.Sampler):
 
 def _start_worker(info: Any) -> int:
     """A worker heeds SIGTERM only from its own main process. Schedulers send it to every process of a job, and a run
-    that is to save needs its workers for the update under way."""
+    that is to save needs its workers for the update under way. Of a main process that ends while it takes a batch the
+    worker says nothing: that process has told why."""
+    hook = sys.excepthook
+
+    def tell(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            hook(kind, error, trace)
+
+    sys.excepthook = tell
     if hasattr(signal, 'sigwaitinfo'):  # not on every system
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
         threading.Thread(target=_wait_for_parents_signal, args=(os.getppid(),), daemon=True).start()
@@ -74,6 +85,31 @@ def _wait_for_parents_signal(parent: int) -> None:
     while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
         pass
     os._exit(0)
+
+
+def _collate(samples: Sequence[Tuple[Any, int]]) -> Tuple[torch.Tensor, torch.Tensor]:
+    """timm's collation. In a worker the batch is put in shared memory here: where that is full, the thread that else
+    does so prints a traceback and loses the batch, for which the run then waits for ever."""
+    batch = fast_collate(samples)
+    if torch.utils.data.get_worker_info() is not None:
+        try:
+            for tensor in batch:
+                tensor.share_memory_()
+        except (OSError, RuntimeError) as error:
+            raise LocalError(_no_shared_memory(first_line(error))) from error
+    return batch
+
+
+def _no_shared_memory(why: str) -> str:
+    return (
+        f'loading processes need more shared memory than /dev/shm gives ({why[:200]}); enlarge it (docker run '
+        f'--shm-size=8g), or give --workers 0'
+    )
+
+
+def _check_shared_memory(dataset: Any, workers: int) -> None:
+    if workers and dataset.bad.unshared:
+        raise LocalError(_no_shared_memory(dataset.bad.unshared))
 
 
 def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]:
@@ -115,6 +151,7 @@ def train_loader(
         process: This process.
     """
     device = process.device
+    _check_shared_memory(dataset, machine.workers)
     if not isinstance(dataset, IterableImageDataset):
         dataset = SeededDataset(dataset)
     try:
@@ -133,6 +170,7 @@ def train_loader(
             pin_memory=machine.pin_mem and device.type == 'cuda',
             device=device,
             persistent_workers=False,
+            collate_fn=_collate,
             worker_seeding=_start_worker,  # type: ignore[arg-type]  # timm takes a function too
             **transform_arguments(augment, data_config),
         )
@@ -169,11 +207,14 @@ def eval_loader(
     dataset: Any, data_config: Dict[str, Any], *, batch_size: int, machine: MachineConfig, device: torch.device
 ) -> Any:
     """Batches of images on the device, in order; the sampler knows which of them only make the processes even."""
+    _check_shared_memory(dataset, machine.workers)
     return create_loader(
         dataset,
         input_size=data_config['input_size'],
         batch_size=batch_size,
         is_training=False,
+        collate_fn=_collate,
+        worker_seeding=_start_worker,  # type: ignore[arg-type]  # timm takes a function too
         interpolation=data_config['interpolation'],
         mean=data_config['mean'],
         std=data_config['std'],
