@@ -2,6 +2,7 @@
 
 from evavit.models._foreign import (
     PUBLISHED_EVA_KWARGS,
+    PUBLISHED_PERFORMER_KWARGS,
     Change,
     changes_table,
     convert_published_eva,
@@ -13,6 +14,7 @@ from evavit.models._foreign import (
 
 __all__ = [
     'PUBLISHED_EVA_KWARGS',
+    'PUBLISHED_PERFORMER_KWARGS',
     'Change',
     'changes_table',
     'convert_published_eva',

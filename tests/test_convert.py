@@ -6,7 +6,12 @@ import timm
 import torch
 
 import evavit  # noqa: F401
-from evavit.convert import PUBLISHED_EVA_KWARGS, convert_published_eva, is_published_eva
+from evavit.convert import (
+    PUBLISHED_EVA_KWARGS,
+    PUBLISHED_PERFORMER_KWARGS,
+    convert_published_eva,
+    is_published_eva,
+)
 from evavit.models import eva_deit, eva_pvt_v2
 
 
@@ -83,7 +88,7 @@ PUBLISHED = {
     'local': dict(window_size=4),
     'lara': dict(landmark_grid=4),  # all else is the default
     'scatterbrain': dict(window_size=4, num_features=32),
-    'performer': dict(num_features=32),
+    'performer': dict(num_features=32, **PUBLISHED_PERFORMER_KWARGS),
 }
 
 
@@ -92,7 +97,7 @@ def published_model(metadata, **kwargs):
     return timm.create_model(f'{name}_deit_tiny', **json.loads(metadata['model']), **PUBLISHED[name], **kwargs)
 
 
-@pytest.mark.parametrize('name', [name for name in PUBLISHED if name != 'performer'])
+@pytest.mark.parametrize('name', PUBLISHED)
 def test_published_attentions(golden, name):
     tensors, state, metadata = golden(f'published_{name}_tiny_p8_depth2')
     check(published_model(metadata), eva_deit.checkpoint_filter_fn, tensors, state)
@@ -151,6 +156,16 @@ def test_published_eva_weights_ask_for_their_proposal(kwargs, warned, caplog):
     }
     with caplog.at_level(logging.WARNING, 'evavit'):
         model.load_state_dict(state)
-    asked = [record.getMessage() for record in caplog.records if 'PUBLISHED_EVA_KWARGS' in record.getMessage()]
+    asked = [record.getMessage() for record in caplog.records if 'create it with that' in record.getMessage()]
     assert bool(asked) == warned
-    assert not warned or 'proposal_scale=0.5, this model has 1' in asked[0]
+    assert not warned or 'proposal_scale=0.5, this model has 1.0' in asked[0]
+
+
+@pytest.mark.parametrize('kwargs, warned', [({}, True), (PUBLISHED_PERFORMER_KWARGS, False)])
+def test_published_performer_weights_ask_for_their_features(golden, kwargs, warned, caplog):
+    _, state, metadata = golden('published_performer_tiny_p8_depth2')
+    with caplog.at_level(logging.WARNING, 'evavit'):
+        timm.create_model(
+            'performer_deit_tiny', **json.loads(metadata['model']), num_features=32, **kwargs
+        ).load_state_dict(state)
+    assert ('feature_kind=stabilised, this model has positive' in caplog.text) == warned

@@ -8,6 +8,7 @@ import torch
 
 __all__ = [
     'PUBLISHED_EVA_KWARGS',
+    'PUBLISHED_PERFORMER_KWARGS',
     'Change',
     'changes_table',
     'convert_published_eva',
@@ -20,6 +21,8 @@ __all__ = [
 # Constructor arguments with which this package's layers evaluate weights of the published implementation. Its noise,
 # used in training only, has a standard deviation of head_dim^(-1/4) in our units.
 PUBLISHED_EVA_KWARGS = {'proposal_scale': 0.5}
+# Likewise for weights of its Performer, whose features have constants beside them.
+PUBLISHED_PERFORMER_KWARGS = {'feature_kind': 'stabilised'}
 
 _RENAMED = (
     ('.attn_fn.', '.'),
@@ -92,8 +95,8 @@ def convert_published_eva(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torc
 
     The attention is EVA, softmax, local, LARA or Scatterbrain, or Performer. The bias table is expanded without loss
     (offsets that shared a row get a copy each), the position embedding becomes a sequence, index buffers are dropped.
-    Random directions become those of evaluation, `directions.fixed`. Create an EVA model with `PUBLISHED_EVA_KWARGS` to
-    get equal outputs.
+    Random directions become those of evaluation, `directions.fixed`. Create an EVA model with `PUBLISHED_EVA_KWARGS`
+    and a Performer with `PUBLISHED_PERFORMER_KWARGS` to get equal outputs.
 
     Args:
         state_dict: Tensors by published name.

@@ -16,11 +16,13 @@ from torch import nn
 from evavit.files import BLANK, DamagedError, is_stamped, stamp
 from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
+from evavit.layers.performer import PerformerAttention
 from evavit.layers.random_directions import RandomDirections
 from evavit.ops.grid import cell_shape
 
 from ._foreign import (
     PUBLISHED_EVA_KWARGS,
+    PUBLISHED_PERFORMER_KWARGS,
     Change,
     changes_table,
     convert_published_eva,
@@ -250,8 +252,7 @@ def fit_checkpoint(
     fresh = _add_fresh(state, backbone, new_head)
     _check_names(state, own, kind)
     _check_shapes(state, own)
-    if any('adaptive_mu_q.' in name for name in file):
-        _warn_of_proposal(model)
+    _warn_of_published(file, model)
     changes = []
     for name in own:
         if name in fresh:
@@ -292,18 +293,23 @@ def _fit_directions(state: Weights, own: Weights, model: nn.Module) -> Weights:
     return own
 
 
-def _warn_of_proposal(model: nn.Module) -> None:
-    """Say what published EVA weights need where the model has another mean of the proposal."""
-    scale = PUBLISHED_EVA_KWARGS['proposal_scale']
-    others = {x.proposal_scale for x in model.modules() if isinstance(x, EvaAttention) and x.proposal_scale != scale}
-    if others:
-        _logger.warning(
-            'weights of the published EVA code give its outputs with proposal_scale=%g, this model has %g: create it '
-            'with **evavit.convert.PUBLISHED_EVA_KWARGS, in train.py --model-kwargs proposal_scale=%g',
-            scale,
-            max(others),
-            scale,
-        )
+def _warn_of_published(file: Weights, model: nn.Module) -> None:
+    """Say with which keywords weights of the published code give its outputs, where the model was made with others."""
+    for marker, kind, wanted in (
+        ('.adaptive_mu_q.', EvaAttention, PUBLISHED_EVA_KWARGS),
+        ('.eval_proj', PerformerAttention, PUBLISHED_PERFORMER_KWARGS),
+    ):
+        layer = next((module for module in model.modules() if isinstance(module, kind)), None)
+        if layer is None or not any(marker in name for name in file):
+            continue
+        for key, value in wanted.items():
+            own = getattr(layer, key)
+            if own != value:
+                _logger.warning(
+                    'these weights of the published EVA code give its outputs with %s=%s, this model has %s: create it '
+                    'with that keyword, in train.py by --model-kwargs %s=%s',
+                    *(key, value, own, key, value),
+                )
 
 
 def _size(shape: Tuple[int, ...]) -> str:

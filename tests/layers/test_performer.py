@@ -19,8 +19,23 @@ from evavit.layers.random_directions import orthogonal_directions
 each_grid = pytest.mark.parametrize('feat_size', [*GRIDS, (13, 9)])
 
 
+def stabilised_loop(q, k, v, directions):
+    """Features divided by their largest, plus 1e-4; sums of weights below 1e-2 count as 1e-2."""
+    q, k = scaled(q, k)
+    largest = [(x[:, :, :, None] * directions[:, None]).sum(-1).detach() for x in (q, k)]  # (B, h, N, S)
+    q_features = phi(q, directions) / largest[0].amax(-1, keepdim=True).exp() + 1e-4
+    k_features = phi(k, directions) / largest[1].flatten(2).amax(-1)[:, :, None, None].exp() + 1e-4
+    outputs = []
+    for w in q_features.unbind(2):
+        similarity = (w[:, :, None] * k_features).sum(-1, keepdim=True)
+        outputs.append((similarity * v).sum(2) / similarity.sum(2).clamp(min=1e-2))
+    return torch.stack(outputs, 2)
+
+
 def performer_loop(q, k, v, directions, kind='positive'):
     """φ(q)·φ(k) in place of exp(q·k), one query after the other."""
+    if kind == 'stabilised':
+        return stabilised_loop(q, k, v, directions)
     q, k = scaled(q, k)
     weights, keys = phi(q, directions, kind), phi(k, directions, kind)
     outputs = []
@@ -31,7 +46,7 @@ def performer_loop(q, k, v, directions, kind='positive'):
 
 
 @each_grid
-@pytest.mark.parametrize('kind', ['positive', 'relu'])
+@pytest.mark.parametrize('kind', ['positive', 'stabilised', 'relu'])
 def test_the_function_matches_the_loop(feat_size, kind):
     q, k, v = random_qkv(feat_size)
     directions = torch.randn(2, 11, 8, dtype=torch.float64, requires_grad=True)
@@ -43,7 +58,7 @@ def test_the_function_matches_the_loop(feat_size, kind):
 
 
 @each_grid
-@pytest.mark.parametrize('kind', ['positive', 'relu'])
+@pytest.mark.parametrize('kind', ['positive', 'stabilised', 'relu'])
 def test_the_layer_matches_the_loop_in_evaluation(feat_size, kind):
     layer = randomise(PerformerAttention(24, 3, num_features=13, feature_kind=kind, dtype=torch.float64), 0.3).eval()
     assert_matches(layer, lambda layer, x: performer_loop(*heads_of(layer, x), layer.directions.fixed, kind), feat_size)
@@ -108,10 +123,11 @@ def test_the_redraws_survive_a_graph_and_a_checkpoint():
 
 
 @pytest.mark.parametrize('factor', [1e-3, 30.0, 1000.0])
-def test_logits_of_any_size_give_finite_answers_and_gradients(factor):
+@pytest.mark.parametrize('kind', ['positive', 'stabilised'])
+def test_logits_of_any_size_give_finite_answers_and_gradients(factor, kind):
     qkv, directions = random_qkv((9, 5), std=factor), torch.randn(2, 11, 8)
     assert_finite(
-        lambda q, k, v: random_feature_attention(q, k, v, (9, 5), directions),
+        lambda q, k, v: random_feature_attention(q, k, v, (9, 5), directions, kind),
         [x.detach().float().requires_grad_() for x in qkv],
     )
 
@@ -143,7 +159,7 @@ def test_bad_arguments(message, call):
     [
         (dict(num_features=1.5), 'num_features must be a whole number of at least 1, got 1.5'),
         (dict(redraw_interval=-1), 'redraw_interval must be a whole number of at least 0, got -1'),
-        (dict(feature_kind='cosine'), "feature_kind must be 'positive' or 'relu', got 'cosine'"),
+        (dict(feature_kind='cosine'), "feature_kind must be 'positive', 'stabilised' or 'relu', got 'cosine'"),
     ],
 )
 def test_bad_options(kwargs, message):
