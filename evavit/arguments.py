@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+import reprlib
 import sys
 from pathlib import Path
 from typing import Any, Iterable, Optional, Sequence
@@ -11,7 +12,10 @@ import torch
 
 from evavit.errors import UserError
 
-__all__ = ['Parser', 'check_device', 'find_device', 'nearest', 'program']
+__all__ = ['Parser', 'check_device', 'find_device', 'nearest', 'program', 'shown']
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,8 +37,16 @@ class Parser(argparse.ArgumentParser):
             word = unknown[0].split('=')[0]
             flags = [flag for action in self._actions for flag in action.option_strings]
             what = 'unknown flag' if word.startswith('-') else 'unexpected word'
-            raise UserError(f'{what} {unknown[0]}{nearest(word, flags)}; {self.prog} --help lists the flags')
+            raise UserError(f'{what} {unknown[0][:100]}{nearest(word, flags)}; {self.prog} --help lists the flags')
         return known
+
+
+def shown(value: object) -> str:
+    """A value for a message, in a few words however much there is of it."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return 'a number too long to show'
 
 
 def program(script: str) -> str:
@@ -44,7 +56,7 @@ def program(script: str) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, list(names), n=1)
+    near = difflib.get_close_matches(name[:100], list(names), n=1)
     return f' (did you mean {near[0]}?)' if near else ''
 
 

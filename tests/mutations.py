@@ -1,6 +1,7 @@
 """Settings gone bad, drawn from the table of options and a list of contradictions, for tests."""
 
 import random
+from itertools import pairwise
 
 import yaml
 
@@ -141,7 +142,45 @@ CONTRADICTIONS = (
     '--seed -1',
     '--seed 99999999999',
     '--max-bad-images 5',
+    '--epochs ２４',
+    '--epochs 2_4',
+    '--epochs 0x10',
+    '--epochs 10000000000000',
+    '--lr 1_0',
+    '--lr １.5',
+    '--seed 1:30',
+    '--model-kwargs depth=2_4',
+    '--model-kwargs mlp_ratio=(1_0,)',
+    '--model-kwargs depth=1000000000',
+    '--model-kwargs depth={[]:1}',
+    f'--model-kwargs depth={"(" * 500}',
+    f'--model-kwargs depth={"9" * 5000}',
+    f'--checkpoint-interval {"9" * 400}',
+    f'--checkpoint-interval {"9" * 400}m',
+    '--checkpoint-interval ５',
+    '--recount 1000000',
+    '--aug-repeats 1000000',
+    '--workers 3000',
+    '--aa rand-m9-n1000000',
+    '--aa rand-m9-n２',
+    '--aa rand-m9-n1_0',
+    '--aa augmix-m5-w1000000',
+    '--aa augmix-m5-d1000000',
+    f'--aa rand-m{"9" * 400}',
+    '--experiment /somewhere/else',
+    '--experiment .',
+    '--experiment a/../../b',
+    '--model hf-hub:someone/model',
+    '--model HF_Hub:someone/model',
+    '--pretrained',
+    '--warmup-epochs 1 --warmup-lr 1e-2',
+    '--decay-rate 1e300',
+    '-c /dev/zero',
+    f'--opt {"x" * 5000}',
 )
+
+# Each names the one before ten times: written out, the last would have 10 ** 9 values.
+BOMB = '[' + ', '.join(['&a [1]', *(f'&{b} [{", ".join(["*" + a] * 10)}]' for a, b in pairwise('abcdefghij'))]) + ']'
 
 BROKEN_FILES = (
     'lr: [0.1',
@@ -174,6 +213,33 @@ BROKEN_FILES = (
     2000 * '[',
     'experiment: "a\\0b"',
     'class_map: "\\ud800.txt"',
+    'epochs: 1:30',
+    'epochs: 2_4',
+    'epochs: ２４',
+    'epochs: 0x10',
+    'epochs: 0b11',
+    'epochs: !!int 1:30',
+    'epochs: !!int 0x10',
+    'lr: 1_0.5',
+    'lr: 190:20:30.15',
+    'lr: !!float 1_0.5',
+    'lr: 0x' + 5000 * 'f',
+    f'lr: {BOMB}',
+    f'mean: {BOMB}',
+    f'model: {BOMB}',
+    f'amp: {BOMB}',
+    f'model_kwargs: {BOMB}',
+    f'model_kwargs: {{depth: {BOMB}}}',
+    f'{{{BOMB}: 1}}',
+    'a: &a {lr: 1}\n'
+    + '\n'.join(f'{b}: &{b} {{<<: [{", ".join(["*" + a] * 10)}]}}' for a, b in pairwise('abcdefghij')),
+    'model_kwargs: &a {depth: *a}',
+    'experiment: "a\\nb"',
+    'experiment: "a\\e[2J"',
+    f'experiment: {5000 * "x"}',
+    f'{5000 * "x"}: 1',
+    f'checkpoint_interval: {400 * "9"}',
+    f'lr: {[[[[["x" * 900] * 50] * 50]]]}',
 )
 
 

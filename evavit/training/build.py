@@ -1,6 +1,7 @@
 """From settings to what is trained: model, task, optimizer, learning rate, mixup."""
 
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
@@ -16,10 +17,10 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from evavit import models
-from evavit.arguments import nearest
+from evavit.arguments import nearest, shown
 from evavit.errors import UserError, first_line
 from evavit.models import GridPyramidVisionTransformerV2, GridVisionTransformer, fit_strictly
-from evavit.training.checks import mixes
+from evavit.training.checks import check_source, mixes
 from evavit.training.config import EmaConfig, LossConfig, MachineConfig, ModelConfig, OptimConfig, ScheduleConfig
 from evavit.training.distributed import Process
 
@@ -37,8 +38,10 @@ OWN_OPTIONS = dict(
     checkpoint_path='--initial-checkpoint in train.py, --checkpoint in validate.py',
 )
 FUSED = ('adam', 'adamw', 'sgd', 'nesterov', 'momentum')  # timm's names of optimizers that PyTorch fuses
+MOST_BLOCKS = 1000  # of a model: more only take a day to build
 OURS = (GridVisionTransformer, GridPyramidVisionTransformerV2)
 LARGE = 200e6  # parameters above which no trial pass is made on the CPU
+LARGE_IMAGE = 3 * 2048**2  # values of an image above which none is made either
 
 
 def build_model(config: ModelConfig, num_classes: Optional[int], device: Optional[str] = None) -> nn.Module:
@@ -50,10 +53,20 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
     for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
             raise UserError(f'model_kwargs: {name} has an option of its own, {instead}')
+    depth = kwargs.get('depth', kwargs.get('depths'))
+    for number in depth if isinstance(depth, (list, tuple)) else [depth]:
+        if isinstance(number, (int, float)) and number > MOST_BLOCKS:
+            raise UserError(f'model_kwargs: {shown(number)} blocks, more than {MOST_BLOCKS:,}; lower the depth')
     name = config.model or ''
+    check_source(config)
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     try:
+        if config.pretrained and ':' not in name and not has_weights(name):
+            raise UserError(
+                f'--pretrained: timm publishes no weights for {name}; leave it out, or start from a file with '
+                f'--pretrained-path'
+            )
         arguments = resolve_model_input_args(
             name,
             args={name: getattr(config, name) for name in ('in_chans', 'img_size', 'input_size')},
@@ -78,6 +91,12 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
     return model
 
 
+def has_weights(name: str) -> bool:
+    """Whether timm knows where weights of the model are; whether they can be had is not asked."""
+    published = timm.get_pretrained_cfg(name)
+    return published is not None and bool(published.has_weights)
+
+
 def freeze_body(model: Any) -> None:
     """Leave the classifier alone to be trained. (timm.utils.freeze leaves out parameters of the model itself, such as
     the position embedding, and puts other modules in place of batch norms, with other names in the state dict.)"""
@@ -92,7 +111,7 @@ def freeze_body(model: Any) -> None:
 @torch.no_grad()
 def try_model(model: Any, input_size: Sequence[int], config: ModelConfig) -> None:
     """Pass two empty images through the model where it is: arguments that only fail then are a UserError as well."""
-    if sum(p.numel() for p in model.parameters()) > LARGE:
+    if sum(p.numel() for p in model.parameters()) > LARGE or math.prod(input_size) > LARGE_IMAGE:
         return
     training = model.training
     model.eval()
@@ -112,7 +131,7 @@ def try_model(model: Any, input_size: Sequence[int], config: ModelConfig) -> Non
 
 
 def _shown(kwargs: Dict[str, Any]) -> str:
-    return 'with ' + ' '.join(f'{key}={value}' for key, value in kwargs.items()) if kwargs else 'as it is'
+    return 'with ' + ' '.join(f'{key}={shown(value)}' for key, value in kwargs.items())[:400] if kwargs else 'as it is'
 
 
 def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from timm.data import create_transform
 from timm.optim import get_optimizer_info, list_optimizers
 
-from evavit.arguments import check_device, nearest
+from evavit.arguments import check_device, nearest, shown
 from evavit.errors import UserError, first_line
 from evavit.training import data
 from evavit.training.config import (
@@ -28,6 +29,7 @@ from evavit.training.config import (
 from evavit.training.signals import parse_interval
 
 HUBS = ('hfds', 'hfids', 'tfds')  # kinds of data sets that are found by their name alone
+MOST_OPERATIONS = 20  # that an augmentation policy may apply one after another, each to a whole image
 PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
 
 
@@ -67,7 +69,15 @@ def _check_model(config: ModelConfig) -> None:
         raise UserError(f'{" and ".join(starts)} both name the weights to start from: give one of them')
     if config.linear_probe and not starts:
         raise UserError('linear_probe trains the classifier alone: say with --pretrained-path what gives the features')
+    check_source(config)
     image_channels(config)
+
+
+def check_source(config: ModelConfig) -> None:
+    """A model of the Hub, whose settings come over the network too, only where the user lets it."""
+    name = config.model or ''
+    if name.lower().replace('_', '-').startswith('hf-hub:') and not config.pretrained:
+        raise UserError(f'model {name} lies on the Hugging Face Hub: allow the download with --pretrained')
 
 
 def _check_optimizer(config: OptimConfig, model: ModelConfig) -> None:
@@ -123,6 +133,7 @@ def _check_augmentation(config: AugmentConfig) -> None:
         bounds = getattr(config, name)
         if bounds and bounds[0] > bounds[1]:
             raise UserError(f'{name} {bounds}: the first number is the smaller one')
+    _check_policy(config.aa or '')
     if config.no_aug and (config.aa or config.reprob):
         raise UserError(
             f'no_aug turns augmentation off: '
@@ -130,11 +141,26 @@ def _check_augmentation(config: AugmentConfig) -> None:
         )
 
 
+def _check_policy(aa: str) -> None:
+    """Bounds that timm does not set; whether it knows the policy is for `check_transform`."""
+    if not re.fullmatch('[A-Za-z0-9.-]{0,100}', aa):
+        raise UserError(f'aa {shown(aa)}: takes letters, plain digits, points and dashes, such as rand-m9-mstd0.5-inc1')
+    for section in aa.split('-')[1:]:
+        number = re.fullmatch(r'([a-z]+)([0-9.]+)', section)
+        most = MOST_OPERATIONS if number and number[1] in ('n', 'w', 'd') else 1000
+        if number and (not re.fullmatch(r'[0-9]*\.?[0-9]*', number[2]) or float(number[2]) > most):
+            raise UserError(f'aa {aa}: {section} takes a number ≤ {most}')
+
+
 def _check_run(config: RunConfig) -> None:
     if config.resume == 'auto' and not config.experiment:
         raise UserError("--resume auto looks in this run's folder: name it with --experiment")
-    if config.experiment and '..' in Path(config.experiment).parts:
-        raise UserError(f'experiment {config.experiment}: a folder inside of --output, so without ..')
+    place = Path(config.experiment or 'default')
+    if '..' in place.parts or place.anchor or not place.parts:
+        raise UserError(
+            f'experiment {config.experiment}: names a folder inside of --output, so it has no .. and does not begin '
+            f'with {os.sep}; say with --output where the runs lie'
+        )
     parse_interval(config.checkpoint_interval)
 
 
@@ -207,6 +233,11 @@ def global_batch(config: BatchConfig, schedule: ScheduleConfig, processes: int) 
         ratio = total / schedule.lr_base_size
         lr = schedule.lr_base * (ratio if schedule.lr_base_scale == 'linear' else ratio**0.5)
         rule = f'{schedule.lr_base:g} at {schedule.lr_base_size}, {schedule.lr_base_scale}'
+    if schedule.warmup_epochs and schedule.warmup_lr > lr and schedule.sched != 'none':
+        raise UserError(
+            f'warmup_lr {schedule.warmup_lr:g} is above the learning rate {lr:g} ({rule}), to which the warm-up '
+            f'rises; lower --warmup-lr'
+        )
     if schedule.min_lr > lr and schedule.sched not in ('none', 'constant'):
         raise UserError(f'min_lr {schedule.min_lr:g} is above the learning rate {lr:g} ({rule}); lower --min-lr')
     return GlobalBatch(per_process, processes, accumulated, lr, rule)
@@ -239,6 +270,9 @@ def check_files(config: TrainConfig) -> None:
             f'--output {folder}: cannot be written, {place} is {"not writable" if place.is_dir() else "no folder"}'
         )
     if config.data.class_map:
+        for path in (Path(config.data.class_map), Path(config.data.data_dir or '', config.data.class_map)):
+            if path.exists() and not path.is_file():
+                raise UserError(f'--class-map {path}: is no file')
         data.read_class_map(config.data.class_map, config.data.data_dir)
     _check_source(config.data, config.augment.aug_repeats, config.run.dry_run)
 

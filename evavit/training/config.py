@@ -5,6 +5,8 @@ Flags win over YAML, YAML wins over the defaults. YAML keys are the flags with u
 
 import argparse
 import ast
+import re
+import stat
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import (
@@ -27,10 +29,12 @@ from typing import (
 
 import yaml
 
-from evavit.arguments import Parser, nearest, program
+from evavit.arguments import Parser, nearest, program, shown
 from evavit.errors import UserError, reason_of
 from evavit.files import replacing
 from evavit.training.sections import (
+    LONGEST,
+    NUMBER,
     AugmentConfig,
     BatchConfig,
     DataConfig,
@@ -46,6 +50,10 @@ from evavit.training.sections import (
     WeightsConfig,
 )
 
+LARGEST_FILE = 2**20  # bytes of a file of settings
+MOST_VALUES = 10_000  # in such a file, each counted as often as aliases repeat it
+MOST = 10**12  # of a whole number without a bound of its own
+
 
 def _section_options(name: str, section: type) -> Iterator[Option]:
     """The options of a section's fields, whose types follow from the annotations."""
@@ -56,6 +64,8 @@ def _section_options(name: str, section: type) -> Iterator[Option]:
             kind = get_args(kind)[0]
         if get_origin(kind) is list:
             about, kind = dict(count='+') | about, get_args(kind)[0]
+        if kind is int and 'choices' not in about:
+            about = dict(high=MOST) | about
         yield Option(item.name, get_origin(kind) or kind, getattr(default, item.name), section=name, **about)
 
 
@@ -232,17 +242,66 @@ class _KeyValues(argparse.Action):
         pairs = dict(getattr(namespace, self.dest, {}))
         for text in values:
             key, equals, value = text.partition('=')
-            if not (key and equals):
-                raise UserError(f'{option_string}: {text!r} is not of the form key=value')
+            if not (key and equals) or len(text) > LONGEST:
+                raise UserError(f'{option_string}: {shown(text)} is not of the form key=value')
             try:
-                pairs[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+                tree = ast.parse(value, mode='eval')
+                pairs[key] = ast.literal_eval(tree)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 pairs[key] = {'true': True, 'false': False}.get(value, value)
+            else:
+                self._check_numbers(tree, value, option_string)
         setattr(namespace, self.dest, pairs)
+
+    @staticmethod
+    def _check_numbers(tree: ast.AST, text: str, where: Any) -> None:
+        for node in ast.walk(tree):
+            kind = type(node.value) if isinstance(node, ast.Constant) else None
+            if kind in NUMBER and not NUMBER[kind].fullmatch(ast.get_source_segment(text, node) or ''):
+                raise UserError(f'{where}: {shown(text)} holds a number that is not in plain digits')
+
+
+INT_TAG, FLOAT_TAG = 'tag:yaml.org,2002:int', 'tag:yaml.org,2002:float'
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which would let the last of two equal keys win without a word: here they are an error."""
+    """YAML's safe loader, less what can be meant otherwise or without end.
+
+    The last of two equal keys would win without a word: here they are an error. Of numbers it takes plain ones, and
+    leaves 1:30, 2_4, 010 and 0x10, which YAML 1.1 reads as 90, 24, 8 and 16, as text. Aliases may repeat `MOST_VALUES`.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag not in (INT_TAG, FLOAT_TAG)]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        self._count(node, {})
+        return node
+
+    def _count(self, node: Any, known: Dict[int, int]) -> int:
+        """The values below a node. `known` holds those of the nodes already seen: an alias is the node that it names."""
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) not in known:
+            known[id(node)] = MOST_VALUES  # until it is counted: an alias of itself has no end
+            parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+            known[id(node)] = 1 + sum(self._count(part, known) for part in parts)
+        if known[id(node)] > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(
+                problem=f'its aliases repeat more than {MOST_VALUES:,} values', problem_mark=node.start_mark
+            )
+        return known[id(node)]
+
+    def _number(self, node: Any) -> Any:
+        kind, text = float if node.tag == FLOAT_TAG else int, self.construct_scalar(node)
+        if not NUMBER[kind].fullmatch(text):
+            raise yaml.constructor.ConstructorError(
+                problem=f'{shown(text)} is no number in plain digits', problem_mark=node.start_mark
+            )
+        return kind(text)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
         seen = set()
@@ -254,6 +313,15 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# What YAML 1.1 and 1.2 both read as a number.
+_Loader.add_implicit_resolver(INT_TAG, re.compile(r'[+-]?(0|[1-9][0-9]*)\Z'), list('+-0123456789'))
+_Loader.add_implicit_resolver(
+    FLOAT_TAG, re.compile(r'([+-]?[0-9]+\.[0-9]*|\.[0-9]+)([eE][+-][0-9]+)?\Z'), list('+-.0123456789')
+)
+_Loader.add_constructor(INT_TAG, _Loader._number)
+_Loader.add_constructor(FLOAT_TAG, _Loader._number)
 
 
 def recipes() -> Dict[str, Path]:
@@ -275,12 +343,25 @@ def _find_config(name: str) -> Path:
     return known[name]
 
 
+def _read_text(path: Path) -> str:
+    """A file of settings. What is no file, such as a pipe or a device, would never end: it is not opened."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f'-c {path}: cannot be read (it is no file)')
+        with open(path, 'rb') as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise UserError(f'-c {path}: more than {LARGEST_FILE:,} bytes, so no file of settings')
+        return content.decode('utf-8')
+    except (OSError, ValueError) as error:
+        raise UserError(f'-c {path}: cannot be read ({reason_of(error)})') from None
+
+
 def _read_yaml(name: str, table: Dict[str, Option]) -> Dict[str, Any]:
     path = _find_config(name)
+    text = _read_text(path)
     try:
-        content = yaml.load(path.read_text(encoding='utf-8'), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'-c {path}: cannot be read ({reason_of(error)})') from None
+        content = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         # PyYAML's own, and what it lets through of a value that is not of its type, such as the date 2026-13-45.
         raise UserError(f'-c {path}: cannot be read as YAML: {" ".join(str(error).split())[:300]}') from None
@@ -290,5 +371,5 @@ def _read_yaml(name: str, table: Dict[str, Option]) -> Dict[str, Any]:
         raise UserError(f'-c {path}: holds {type(content).__name__}, not key: value lines')
     for key in content:
         if key not in table:
-            raise UserError(f'{path}: unknown key {key}{nearest(str(key), table)}')
+            raise UserError(f'{path}: unknown key {str(key)[:100]}{nearest(str(key), table)}')
     return {key: table[key].parse(value, path) for key, value in content.items()}

@@ -9,11 +9,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.models import clean_state_dict
 from timm.utils import random_seed
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,7 @@ from torch.utils.data import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.errors import UserError
-from evavit.training import build, checks, data
+from evavit.training import build, checkpoint, checks, data
 from evavit.training.config import TrainConfig
 
 ROUND = 512  # bytes: PyTorch's CUDA allocator gives memory in multiples of it
@@ -33,7 +34,7 @@ class CheckedRun:
     """A run whose settings fit together.
 
     `model` has the run's initial weights if `ready`. Else it has shapes alone, and a number of classes that is a
-    stand-in where only the data can tell.
+    stand-in where only the data can tell. A dry run leaves its model at the shapes where it starts from no file.
     """
 
     batch: checks.GlobalBatch
@@ -54,7 +55,7 @@ def check_run(config: TrainConfig, processes: int) -> CheckedRun:
     batch = checks.global_batch(config.batch, config.schedule, processes)
     checks.check_files(config)
     classes = config.model.num_classes
-    ready = classes is not None and not config.run.dry_run
+    ready = classes is not None and not (config.run.dry_run and starting_file(config) is None)
     if ready:
         model, data_config = initial_model(config, classes or 0)
     else:
@@ -70,6 +71,11 @@ def check_run(config: TrainConfig, processes: int) -> CheckedRun:
     build.build_task(model, config.loss, torch.device('cpu'))
     checks.check_transform(config.augment, data_config)
     return CheckedRun(batch, model, data_config, optimizer, ready)
+
+
+def starting_file(config: TrainConfig) -> Optional[str]:
+    """The file with the weights that the run starts from, if there is one."""
+    return config.model.pretrained_path or config.model.initial_checkpoint
 
 
 def initial_model(config: TrainConfig, num_classes: int) -> Tuple[Any, Dict[str, Any]]:
@@ -99,6 +105,7 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     The model is left without content.
     """
     batch, model, size = checked.batch, checked.model, checked.data_config['input_size']
+    folder, file, classes = output_folder(config, checked.data_config), starting_file(config), config.model.num_classes
     lines = [('model', f'{config.model.model}, input {"×".join(map(str, size))}')]
     train_set = None
     if config.data.data_dir or data.check_name(config.data.dataset) in checks.HUBS:
@@ -109,6 +116,8 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
             seed=config.run.seed,
         )
         classes = data.class_count(config.data, config.model.num_classes, names)
+        if file and not checked.ready:
+            initial_model(config, classes)
         if classes != model.num_classes:
             build.build_mixup(config.loss, classes)
             with next(model.parameters()).device:
@@ -116,10 +125,13 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         lines.append(
             ('data', f'{len(train_set):,} images to train on, {len(eval_set):,} to validate on, {classes} classes')
         )
-    elif config.model.num_classes:
-        lines.append(('data', f'not given (--data-dir), {config.model.num_classes} classes'))
+    elif classes:
+        lines.append(('data', f'not given (--data-dir), {classes} classes'))
     else:
+        if file:
+            build.read_weights(file)
         lines.append(('data', 'not given (--data-dir), counted as 2 classes'))
+    check_resume(config, folder, model if classes else None)
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters())
     lines += [
@@ -146,7 +158,7 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         warmup = f'{schedule.warmup_epochs} epochs from {schedule.warmup_lr:g}, {place} the {schedule.epochs}'
     lines += [
         ('warm-up', warmup),
-        ('output', str(output_folder(config, checked.data_config))),
+        ('output', str(folder)),
         (
             'memory',
             f'{step_memory(config, checked) / 2**30:.2f} GiB of tensors on each device at the peak of a '
@@ -155,6 +167,24 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         ),
     ]
     return [f'{name:<14} {text}' for name, text in lines]
+
+
+def check_resume(config: TrainConfig, folder: Path, model: Any) -> None:
+    """What a run would find of itself in its folder, or in the file of --resume: UserError where it could not go on.
+
+    The file is read, and its weights compared with the shapes of `model` unless that is None.
+    """
+    candidates = checkpoint.find_resume(config.run.resume, folder)
+    for path in candidates:
+        try:
+            content = checkpoint.read_checkpoint(path)
+        except UserError:
+            if path == candidates[-1]:
+                raise
+        else:
+            if model is not None:
+                build.check_fit(model, clean_state_dict(content['state_dict']), path)
+            return
 
 
 def _batches(train_set: Any, aug_repeats: int, batch: checks.GlobalBatch) -> int:

@@ -6,10 +6,21 @@ the saved `args.yaml` follow from them (see `config`). Names are timm's.
 # ruff: noqa: RUF009 (what `option` returns is a dataclass's field)
 
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple, Union
 
+from evavit.arguments import shown
 from evavit.errors import UserError
+
+NUMBER = {  # how a number is written: Python's int and float also take 2_4, ２４ and spaces around
+    int: re.compile(r'[+-]?[0-9]{1,20}'),
+    float: re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?'),
+}
+BREAKS = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')  # what would break a line in two, or not be seen
+LONGEST = 4096  # characters of a text: Linux takes no longer path
+MOST_WORKERS = max(32, 8 * (os.cpu_count() or 1))
 
 BOTH = ('train', 'validate')
 ALL = ('train', 'validate', 'export')
@@ -38,7 +49,7 @@ class Option:
         return '--' + self.name.replace('_', '-')
 
     def expects(self) -> str:
-        names = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text', dict: 'key: value'}
+        names = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a line', dict: 'key: value'}
         name = names[self.type]
         if self.count is not None:
             name = 'a list of numbers' if self.count == '+' else f'a list of {self.count} numbers'
@@ -58,7 +69,7 @@ class Option:
                 raise ValueError
             return [self._parse_one(item) for item in value]
         except (ValueError, TypeError):
-            raise UserError(f'{where}: {value!r} does not fit {self.name}, which takes {self.expects()}') from None
+            raise UserError(f'{where}: {shown(value)} does not fit {self.name}, which takes {self.expects()}') from None
 
     def _parse_one(self, value: Any) -> Any:
         if self.type is dict:
@@ -75,7 +86,11 @@ class Option:
             raise ValueError
         if self.type is int and isinstance(value, float):
             raise ValueError
+        if self.type in NUMBER and isinstance(value, str) and not NUMBER[self.type].fullmatch(value):
+            raise ValueError
         value = self.type(value)
+        if self.type is str and (len(value) > LONGEST or BREAKS.search(value)):
+            raise ValueError
         if self.type is float and not math.isfinite(value):
             raise ValueError
         if self.choices and value not in self.choices:
@@ -218,7 +233,7 @@ class ScheduleConfig:
     cooldown_epochs: int = option(0, 'epochs at min_lr after the schedule', low=0)
     decay_epochs: Optional[float] = option(None, 'epochs between steps (step), length of the decay (wsd)', low=0)
     decay_milestones: List[int] = option([90, 180, 270], 'epochs at which the rate steps down (multistep)', low=1)
-    decay_rate: float = option(0.1, 'factor of a step, power of poly', low=0)
+    decay_rate: float = option(0.1, 'factor of a step, power of poly', low=0, high=100)
 
 
 @dataclass
@@ -244,10 +259,11 @@ class AugmentConfig:
         'augmented copies of an image in an epoch (repeated augmentation); an epoch then '
         'shows 1/aug_repeats of the images',
         low=0,
+        high=100,
     )
     reprob: float = option(0.0, 'probability of random erasing', low=0, high=1)
     remode: str = option('pixel', 'what random erasing fills with', choices=('const', 'rand', 'pixel'))
-    recount: int = option(1, 'largest number of erased boxes in an image', low=1)
+    recount: int = option(1, 'largest number of erased boxes in an image', low=1, high=100)
 
 
 @dataclass
@@ -291,7 +307,14 @@ class MachineConfig:
         scripts=BOTH,
     )
     channels_last: bool = option(False, 'keep images in channels-last memory order', scripts=BOTH)
-    workers: int = option(4, 'data loading processes, for each training process', short='-j', low=0, scripts=BOTH)
+    workers: int = option(
+        4,
+        'data loading processes, for each training process; at most 32, or 8 a core where that is more',
+        short='-j',
+        low=0,
+        high=MOST_WORKERS,
+        scripts=BOTH,
+    )
     pin_mem: bool = option(False, 'page-locked memory for the copies to a GPU', scripts=BOTH)
 
 

@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Any, Dict, Optional, Tuple, Type
 
+from evavit.arguments import shown
 from evavit.errors import UserError
 
 SIGNALS = tuple(
@@ -17,10 +18,10 @@ def parse_interval(text: Optional[str]) -> Tuple[Optional[int], Optional[float]]
     """(updates, seconds) between checkpoints, of which one is None: '500' updates or '10m' minutes. UserError else."""
     if text is None:
         return None, None
-    number = re.fullmatch(r'(\d+)(m?)|(\d+\.\d+)(m)', text)
+    number = re.fullmatch(r'([0-9]{1,9})(m?)|([0-9]{1,9}\.[0-9]{1,9})(m)', text)
     value = float(number[1] or number[3]) if number else 0.0
     if number is None or not value:
-        raise UserError(f'checkpoint_interval {text!r}: takes a number of updates (500) or of minutes (10m)')
+        raise UserError(f'checkpoint_interval {shown(text)}: takes a number of updates (500) or of minutes (10m)')
     return (None, 60 * value) if number[2] or number[4] else (int(value), None)
 
 

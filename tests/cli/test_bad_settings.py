@@ -2,13 +2,14 @@
 
 import csv
 import json
+import socket
 import time
 
 import mutations
 import pytest
 import timm
 import torch
-from runs import MODEL, QUICK, ROOT, load_script
+from runs import MODEL, QUICK, ROOT, load_script, write_bad_weights, write_images
 
 from evavit.errors import run_script
 from evavit.training import data, dry_run
@@ -77,8 +78,8 @@ def test_good_settings_are_taken(start):
 
 
 @pytest.mark.timeout(120)
-def test_200_bad_settings(start):
-    assert check(start, mutations.mutations(200)) == 200
+def test_300_bad_settings(start):
+    assert check(start, mutations.mutations(300)) == 300
 
 
 @pytest.mark.slow
@@ -136,6 +137,66 @@ def test_dry_run_reads_no_image(call, images, tmp_path, monkeypatch):
 def test_dry_run_without_data(call, flags):
     code, out, err = call('train', *MODEL, *QUICK, *flags, '--dry-run')
     assert code == 0 and 'unknown without data' in out, err
+
+
+@pytest.fixture
+def both(call, images, tmp_path, monkeypatch):
+    """both(flags) → the one line with which the dry run and the run both refuse the flags, without the network."""
+
+    def no_network(*args, **kwargs):
+        pytest.fail('a look into the network')
+
+    monkeypatch.setattr(socket, 'getaddrinfo', no_network)
+
+    def both(*flags):
+        place = ['--data-dir', images, '--output', tmp_path / 'out', '--experiment', 'run']
+        lines = []
+        for dry in (['--dry-run'], []):
+            code, out, err = call('train', *MODEL, *QUICK, *place, *flags, *dry)
+            assert code == 2 and not out and err.startswith('error: ') and err.count('\n') == 1, out + err
+            lines.append(err)
+        assert lines[0] == lines[1]
+        return lines[0]
+
+    return both
+
+
+def test_the_dry_run_refuses_what_the_run_refuses(both, train, tmp_path):
+    assert 'no weights for eva_deit_tiny' in both('--pretrained')
+    assert 'Hugging Face Hub' in both('--model', 'hf-hub:someone/model')
+    run = train('out/run')
+    assert 'already holds a run' in both()
+    other = ['--experiment', 'other']
+    for flag in ('--initial-checkpoint', '--pretrained-path'):
+        for path, words in write_bad_weights(tmp_path).items():
+            for classes in ([], ['--num-classes', '3']):
+                line = both(flag, path, *other, *classes)
+                assert all(word in line for word in words), line
+        assert 'last.safetensors: the file does not fit' in both(
+            flag, run / 'last.safetensors', '--model-kwargs', 'depth=3', *other
+        )
+    write_images(tmp_path / 'two' / 'train', dict(apple=4, pear=4))
+    write_images(tmp_path / 'two' / 'val', dict(apple=4, pear=4))
+    two = ['--data-dir', tmp_path / 'two']
+    assert '3 classes' in both('--initial-checkpoint', run / 'last.safetensors', *two, *other)
+    assert '3 classes' in both('--resume', run / 'last.pth.tar', *two, *other)
+    (tmp_path / 'half.pth.tar').write_bytes((run / 'last.pth.tar').read_bytes()[:5000])
+    assert 'half.pth.tar' in both('--resume', tmp_path / 'half.pth.tar', *other)
+
+
+def test_the_dry_run_takes_what_the_run_takes(train, call, images, tmp_path):
+    run = train('run')
+    place = ['--data-dir', images, '--output', tmp_path]
+    for flags in (
+        ['--resume', 'auto', '--experiment', 'run'],
+        ['--resume', 'auto', '--experiment', 'new'],
+        ['--initial-checkpoint', run / 'last.safetensors'],
+        ['--pretrained-path', run / 'last.safetensors', '--num-classes', '3'],
+    ):
+        for data in (place, place[2:]):
+            code, out, err = call('train', *MODEL, *QUICK, *data, *flags, '--dry-run')
+            assert code == 0 and 'parameters' in out and not err, err
+    assert {path.name for path in tmp_path.iterdir()} == {'run'}
 
 
 def estimate(*flags, processes=1):
