@@ -180,7 +180,8 @@ CONTRADICTIONS = (
 )
 
 # Each names the one before ten times: written out, the last would have 10 ** 9 values.
-BOMB = '[' + ', '.join(['&a [1]', *(f'&{b} [{", ".join(["*" + a] * 10)}]' for a, b in pairwise('abcdefghij'))]) + ']'
+TEN = [(b, ', '.join(['*' + a] * 10)) for a, b in pairwise('abcdefghij')]
+BOMB = '[' + ', '.join(['&a [1]', *(f'&{b} [{ten}]' for b, ten in TEN)]) + ']'
 
 BROKEN_FILES = (
     'lr: [0.1',
@@ -231,8 +232,7 @@ BROKEN_FILES = (
     f'model_kwargs: {BOMB}',
     f'model_kwargs: {{depth: {BOMB}}}',
     f'{{{BOMB}: 1}}',
-    'a: &a {lr: 1}\n'
-    + '\n'.join(f'{b}: &{b} {{<<: [{", ".join(["*" + a] * 10)}]}}' for a, b in pairwise('abcdefghij')),
+    'a: &a {lr: 1}\n' + '\n'.join(f'{b}: &{b} {{<<: [{ten}]}}' for b, ten in TEN),
     'model_kwargs: &a {depth: *a}',
     'experiment: "a\\nb"',
     'experiment: "a\\e[2J"',

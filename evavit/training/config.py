@@ -271,7 +271,7 @@ class _Loader(yaml.SafeLoader):
     leaves 1:30, 2_4, 010 and 0x10, which YAML 1.1 reads as 90, 24, 8 and 16, as text. Aliases may repeat `MOST_VALUES`.
     """
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in known if tag not in (INT_TAG, FLOAT_TAG)]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -282,7 +282,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _count(self, node: Any, known: Dict[int, int]) -> int:
-        """The values below a node. `known` holds those of the nodes already seen: an alias is the node that it names."""
+        """The values below a node. `known` has those of the nodes already seen: an alias is the node that it names."""
         if not isinstance(node, yaml.CollectionNode):
             return 1
         if id(node) not in known:

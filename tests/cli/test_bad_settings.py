@@ -172,9 +172,8 @@ def test_the_dry_run_refuses_what_the_run_refuses(both, train, tmp_path):
             for classes in ([], ['--num-classes', '3']):
                 line = both(flag, path, *other, *classes)
                 assert all(word in line for word in words), line
-        assert 'last.safetensors: the file does not fit' in both(
-            flag, run / 'last.safetensors', '--model-kwargs', 'depth=3', *other
-        )
+        line = both(flag, run / 'last.safetensors', '--model-kwargs', 'depth=3', *other)
+        assert 'last.safetensors: the file does not fit' in line
     write_images(tmp_path / 'two' / 'train', dict(apple=4, pear=4))
     write_images(tmp_path / 'two' / 'val', dict(apple=4, pear=4))
     two = ['--data-dir', tmp_path / 'two']
@@ -193,8 +192,8 @@ def test_the_dry_run_takes_what_the_run_takes(train, call, images, tmp_path):
         ['--initial-checkpoint', run / 'last.safetensors'],
         ['--pretrained-path', run / 'last.safetensors', '--num-classes', '3'],
     ):
-        for data in (place, place[2:]):
-            code, out, err = call('train', *MODEL, *QUICK, *data, *flags, '--dry-run')
+        for given in (place, place[2:]):
+            code, out, err = call('train', *MODEL, *QUICK, *given, *flags, '--dry-run')
             assert code == 0 and 'parameters' in out and not err, err
     assert {path.name for path in tmp_path.iterdir()} == {'run'}
 

@@ -1,5 +1,7 @@
 """Flags over YAML over defaults; every option survives the way to a file and back."""
 
+import os
+
 import pytest
 import yaml
 
@@ -43,6 +45,38 @@ def test_yaml_takes_what_flags_take(config):
     settings = settings_of('-c', config(text))
     assert settings['lr'] == 3e-4 and settings['epochs'] == 10 and settings['mean'] == [0.5, 1.0, 0.25]
     assert isinstance(settings['lr_base'], float)
+
+
+@pytest.mark.parametrize('text', ['1e5', '08', '010', '1:30', '0x10', '2_4', '1.50', '.inf', 'yes', 'null', '２４'])
+def test_a_name_that_looks_like_a_number_stays_a_name(text, tmp_path):
+    settings, _ = parse_settings('train', ['--experiment', text])
+    settings.save(tmp_path / 'args.yaml')
+    assert settings_of('-c', str(tmp_path / 'args.yaml'))['experiment'] == text
+
+
+@pytest.mark.parametrize('text', ['２４', '2_4', ' 24', '24 ', '1:30', '0x18', '0b1', '1e3', '9' * 30])
+def test_numbers_are_plain_digits(text, config):
+    for flags in (['--epochs', text], ['-c', config(f'epochs: "{text}"')]):
+        with pytest.raises(UserError, match='does not fit epochs'):
+            settings_of(*flags)
+    assert settings_of('--epochs', '024')['epochs'] == 24 and settings_of('-c', config('epochs: 024'))['epochs'] == 24
+
+
+def test_aliases_are_read_and_bounded(config):
+    path = config('epochs: &n 3\nwarmup_epochs: *n\nmodel_kwargs: {a: &a {b: 1}, c: {<<: *a}}\n')
+    settings = settings_of('-c', path)
+    assert settings['warmup_epochs'] == 3 and settings['model_kwargs']['c'] == dict(b=1)
+    with pytest.raises(UserError, match='aliases repeat more than 10,000 values'):
+        settings_of('-c', config(f'model_kwargs: {{a: &a [{"1, " * 100}], b: [{"*a, " * 100}]}}'))
+
+
+def test_a_file_of_settings_is_a_small_file(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.yaml')
+    (tmp_path / 'link.yaml').symlink_to(tmp_path / 'pipe.yaml')
+    (tmp_path / 'large.yaml').write_text('epochs: 3' + '\n' * 2**20)
+    for name, words in (('pipe', 'it is no file'), ('link', 'it is no file'), ('large', 'more than 1,048,576 bytes')):
+        with pytest.raises(UserError, match=words):
+            settings_of('-c', str(tmp_path / f'{name}.yaml'))
 
 
 def sample(option):
