@@ -271,7 +271,7 @@ class _Loader(yaml.SafeLoader):
     leaves 1:30, 2_4, 010 and 0x10, which YAML 1.1 reads as 90, 24, 8 and 16, as text. Aliases may repeat `MOST_VALUES`.
     """
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]  # the stubs take it for an instance variable
         first: [(tag, pattern) for tag, pattern in known if tag not in (INT_TAG, FLOAT_TAG)]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
