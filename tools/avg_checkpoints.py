@@ -72,7 +72,7 @@ def save(weights, path, hashed=False):
         raise UserError(f'--output {path}: the name must end in .pth or .safetensors')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
+        with replacing(path, durable=True) as partial:
             if path.suffix == '.safetensors':
                 write_weights(weights, partial)
             else:

@@ -14,7 +14,7 @@ from timm.utils import world_info_from_env
 from evavit.errors import Preempted, UserError, reason_of
 from evavit.training import build, checkpoint, checks, data, dry_run, loop
 from evavit.training.config import TrainConfig, parse_settings
-from evavit.training.distributed import start_process
+from evavit.training.distributed import start_log, start_process
 from evavit.training.metrics import MetricsWriter
 from evavit.training.signals import SignalHandler
 
@@ -24,6 +24,8 @@ log = logging.getLogger('evavit.train')
 def main(argv: Optional[Sequence[str]] = None) -> None:
     config, _ = parse_settings('train', argv, __doc__)
     _, rank, processes = world_info_from_env()
+    if not config.run.dry_run:
+        start_log(primary=rank == 0)  # the first process alone tells what becomes of the weights to start from
     checked = dry_run.check_run(config, processes)
     if config.run.dry_run:
         if rank == 0:

@@ -146,7 +146,11 @@ class Saver(CheckpointSaver):
 
     def state_dict(self, epoch: Optional[int] = None, metric: Optional[float] = None) -> Dict[str, Any]:
         position = dataclasses.asdict(self.position)
-        return {**super().state_dict(epoch, metric), 'position': position, 'plan': self.batches}
+        return {
+            **super().state_dict(epoch, metric),
+            'position': position,
+            'plan': self.batches,
+        }  # 'plan' is the format's word
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, 'pending': (None, None)})

@@ -126,7 +126,7 @@ def start_process(device: Optional[str] = None) -> Process:
     if not joined['distributed'] and not dist.is_initialized():
         dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     process = Process(torch.device(joined['device']), joined['global_rank'], joined['local_rank'], joined['world_size'])
-    _start_log(process.primary)
+    start_log(process.primary)
     return process
 
 
@@ -135,7 +135,7 @@ class _LineFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
-def _start_log(primary: bool) -> None:
+def start_log(primary: bool) -> None:
     """Lines of this package go to standard output of the first process; libraries only warn."""
     package = logging.getLogger('evavit')
     package.handlers.clear()

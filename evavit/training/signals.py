@@ -16,7 +16,7 @@ SIGNALS = tuple(
 
 def parse_interval(text: Optional[str]) -> Tuple[Optional[int], Optional[float]]:
     """(updates, seconds) between checkpoints, of which one is None: '500' updates or '10m' minutes. UserError else."""
-    if text is None:
+    if not text:  # None, or the empty text of an older args.yaml
         return None, None
     number = re.fullmatch(r'([0-9]{1,9})(m?)|([0-9]{1,9}\.[0-9]{1,9})(m)', text)
     value = float(number[1] or number[3]) if number else 0.0

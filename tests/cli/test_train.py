@@ -47,6 +47,14 @@ def test_a_run_starts_from_softmax_weights(train, tmp_path, capfd, flag, classes
             torch.testing.assert_close(value, source.state_dict()[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize('classes', [[], ['--num-classes', '3']], ids=['counted', 'known'])
+def test_the_log_tells_once_what_became_of_the_weights(call, images, tmp_path, classes):
+    torch.save(timm.create_model('deit_tiny_patch16_224', num_classes=3, **SOFTMAX).state_dict(), tmp_path / 'deit.pth')
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--epochs', '1']
+    code, out, err = call('train', *MODEL, *QUICK, *place, '--initial-checkpoint', tmp_path / 'deit.pth', *classes)
+    assert code == 0 and out.count('weights from a file:') == 1 and 'weights from a file' not in err, out + err
+
+
 @pytest.mark.parametrize('model', [MODEL, ['--model', 'resnet10t']], ids=['eva', 'batch norm'])
 def test_a_linear_probe_trains_the_classifier_alone(train, tmp_path, model):
     kwargs = KWARGS if model is MODEL else {}

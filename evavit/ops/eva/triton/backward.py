@@ -100,7 +100,7 @@ def backward_weights(
     k, v,  # (B, heads, N, D), dtype; the caller
     skb, skh, skn, skd, svb, svh, svn, svd,
     omega,  # (B, heads, cells, D) float32; forward_cells
-    dbeta_parts,  # (splits, B, heads, cells, D) float32; backward_shared
+    dbeta_parts,  # (splits, B, heads, cells, D) float32; backward_shared or backward_shared_gluon
     dbeta,  # writes their sum (B, heads, cells, D), dtype
     omega_half,  # if OMEGA_HALF: writes ω / s^½ (B, heads, cells, D), dtype, for backward_tokens_gluon
     domega,  # writes (B, heads, cells, D) float32
@@ -178,7 +178,7 @@ def backward_weights(
 def backward_summary(
     means,  # q̄ and k̄ (2, B, heads, cells, D) float32; forward_cells
     domega,  # (B, heads, cells, D) float32; backward_weights
-    dk_tilde_parts,  # (splits, B, heads, cells, D) float32; backward_shared
+    dk_tilde_parts,  # (splits, B, heads, cells, D) float32; backward_shared or backward_shared_gluon
     w_q, b_q, g_q,  # of q's summary: W (D, D), b, weight of LayerNorm (D), any float dtype; the caller
     w_k, b_k, g_k,  # of k's summary
     dmeans,  # writes (2, B, heads, cells, D), dtype: what each token of a cell gets through its mean
@@ -267,7 +267,7 @@ def backward_tokens(
     grad,  # dy (B, heads, N, D), dtype; autograd
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sgb, sgh, sgn, sgd,
     lse,  # (B, heads, N) float32; forward_windows, forward_tokens or forward_windows_gluon
-    delta,  # δ (B, heads, N) float32; backward_shared
+    delta,  # δ (B, heads, N) float32; backward_shared or backward_shared_gluon
     k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
     bias,  # if BIAS: (heads, S, S) float32 in units of log 2; pad_bias
     log_count,  # if COUNT: (1 or n_win, NC · BC) float32 in units of log 2; log_counts

@@ -152,7 +152,7 @@ def pad_bias_fragments(
 
 @triton.jit
 def table_grad(
-    dbias,  # (heads, S, S) float32; backward_tokens, its parts summed by sum_parts
+    dbias,  # (heads, S, S) float32; backward_tokens or backward_tokens_gluon, its parts summed by sum_parts
     dtable,  # writes ((2 SIDE - 1)², heads) float32
     S, heads,
     SIDE: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr,

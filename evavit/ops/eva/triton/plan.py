@@ -26,7 +26,7 @@ LAUNCH = {
     'backward_tokens': dict(num_warps=4, num_stages=2),
     'gluon': dict(num_warps=4),
 }
-# The releases of Triton whose Gluon the kernels of `eva_gluon` are written in and compile with.
+# The releases of Triton whose Gluon the kernels of `gluon.py` are written in and compile with.
 GLUON_VERSIONS = (3, 6), (3, 9)
 
 
