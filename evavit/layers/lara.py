@@ -166,7 +166,7 @@ class Landmarks(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-        means = cell_means(x, feat_size, cell_shape(feat_size, self.landmark_grid)).to(self.proj.weight.dtype)
+        means = cell_means(x, feat_size, cell_shape(feat_size, self.landmark_grid)).to(self.norm.weight.dtype)
         if self.dim == x.shape[-1]:
             return self.norm(self.proj(means))
         means = self.norm(self.proj(means.transpose(1, 2).flatten(2)))

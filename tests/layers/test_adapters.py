@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune
 
 import evavit  # noqa: F401
-from evavit.layers import EvaAttention, EvaAttention1d
+from evavit.layers import ATTENTIONS, EvaAttention, EvaAttention1d, attention_layer
 from evavit.layers.eva import Summary
 
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5, window_size=4)
@@ -206,3 +206,12 @@ def test_adapters_on_a_quantized_base():
             if hasattr(weight, 'dequantize') and type(weight) is not nn.Parameter:
                 module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
         assert relative(model(images), expected) <= 1e-5
+
+
+@pytest.mark.filterwarnings('ignore:.*deprecated')
+@pytest.mark.parametrize('name', ATTENTIONS)
+def test_every_attention_takes_quantized_linears(name):
+    layer, x = randomise(attention_layer(name, (4, 4))(16, 2), 0.3).eval(), torch.randn(1, 16, 16)
+    small = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})
+    assert type(small.proj) is not nn.Linear
+    assert relative(small(x, (4, 4)), layer(x, (4, 4))) < 0.2
