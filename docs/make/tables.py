@@ -11,6 +11,7 @@ import argparse
 import sys
 
 import attentions
+import counts
 import elpv
 import exported
 import pages
@@ -102,11 +103,12 @@ def ablations() -> str:
 TABLES = {  # of each page, by the name of its markers
     'README.md': {'models': models, 'compiled': performance.best_models},
     'docs/models.md': {'models': models},
-    'docs/ablations.md': {'ablations': ablations},
+    'docs/ablations.md': {'ablations': ablations, 'counts': counts.table},
     'docs/attentions.md': {
         'attentions': attentions.table,
         'errors': attentions.error_table,
         'gallery': attentions.gallery,
+        'counts': counts.table,
     },
     'docs/zoo.md': {'options': zoo.options, 'zoo': zoo.tables, 'steps': zoo.steps},
     'docs/performance.md': {
