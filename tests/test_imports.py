@@ -18,6 +18,7 @@ FLOORS = (
     ('layers',),
     ('models',),
     ('convert', 'dense', 'export', 'hub'),
+    ('exporting',),  # the former name of export
     ('training',),
     ('bench',),
     ('cli',),

@@ -62,7 +62,8 @@ def static_size(feat_size: List[int]) -> List[int]:
         if isinstance(feat_size, (int, float)):
             raise ValueError(f'feat_size must be (height, width) in tokens, got {feat_size}')
         for size in feat_size:
-            check_int('feat_size', size)
+            if not isinstance(size, torch.Tensor):  # as which torch.jit.trace has sizes
+                check_int('feat_size', size)
         return [operator.index(size) for size in feat_size]
 
 

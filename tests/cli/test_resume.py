@@ -228,7 +228,8 @@ def test_a_disk_that_the_curves_fill_ends_the_run_with_a_line(call, images, tmp_
 
     monkeypatch.setattr(RecordWriter, 'flush', full)
     code, _, err = call('train', *MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--experiment', 'run')
-    assert code == 2 and err.count('\n') == 1 and 'the curves cannot be written (No space left on device)' in err
+    assert code == 2 and err.count('\n') == 1
+    assert 'the curves cannot be written (the disk is full: No space left on device)' in err
 
 
 def test_a_loading_process_that_is_killed_ends_the_run_with_a_line(call, images, tmp_path, monkeypatch):

@@ -108,8 +108,9 @@ def _no_shared_memory(why: str) -> str:
 
 
 def _check_shared_memory(dataset: Any, workers: int) -> None:
-    if workers and dataset.bad.unshared:
-        raise LocalError(_no_shared_memory(dataset.bad.unshared))
+    bad = getattr(dataset, 'bad', None)  # only a data set of `open_dataset` shares a count between processes
+    if workers and bad is not None and bad.unshared:
+        raise LocalError(_no_shared_memory(bad.unshared))
 
 
 def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]:
