@@ -27,13 +27,68 @@ def encode(image, kind, **options):
 def bomb(width=20_000, height=20_000):
     """A PNG of some hundred bytes that says it has 400 million pixels."""
 
-    def chunk(kind, content):
-        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
-
     header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
     return (
         b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b'')
     )
+
+
+def chunk(kind, content=b''):
+    return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+
+
+def postscript():
+    """A drawing that Pillow has Ghostscript read, where it may."""
+    return b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n%%EOF\n'
+
+
+def many_scans(side, number):
+    """A progressive JPEG whose last scan comes again and again."""
+    content = encode(Image.new('RGB', (side, side)), 'JPEG', progressive=True)
+    last, end = content.rindex(b'\xff\xda'), content.rindex(b'\xff\xd9')
+    return content[:end] + content[last:end] * number + content[end:]
+
+
+def put(content, extra, before):
+    place = content.index(before)
+    return content[:place] + extra + content[place:]
+
+
+def tiles(side, number):
+    """A compressed TIFF of 10 × 10 pixels, in tiles of side × side."""
+    entries = [(256, 10), (257, 10), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side)]
+    offset = 8 + 2 + 12 * (len(entries) + 2) + 4
+    content = zlib.compress(bytes(side * side), 9)
+    entries += [(324, offset), (325, len(content))]
+    directory = b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in entries)
+    return b'II*\0' + struct.pack('<IH', 8, len(entries)) + directory + bytes(4) + content
+
+
+def pairs(side):
+    """A BMP of runs of one pixel."""
+    content = (b'\1\1' * side + b'\0\0') * side + b'\0\1'
+    header = struct.pack('<IiiHHIIiiII', 40, side, side, 1, 8, 1, len(content), 0, 0, 256, 0)
+    return b'BM' + struct.pack('<IHHI', 1078 + len(content), 0, 0, 1078) + header + bytes(1024) + content
+
+
+def bombs():
+    """{name: (function that makes the content, words of the reason)} of small files that are costly to decode."""
+    png, gif = encode(picture(), 'PNG'), encode(picture().quantize(16), 'GIF')
+    jpeg = encode(picture(), 'JPEG')
+    return {
+        'scans.jpg': (lambda: many_scans(2000, 500), '510 scans'),
+        'segments.jpg': (lambda: jpeg[:2] + b'\xff\xee\0\2' * 2_000_000 + jpeg[2:], 'segments'),
+        'metadata.jpg': (lambda: jpeg[:2] + (b'\xff\xed\xff\xff' + bytes(65533)) * 400 + jpeg[2:], 'metadata'),
+        'chunks.png': (lambda: png[:33] + chunk(b'abCd') * 1_000_000 + png[33:], 'pieces'),
+        'texts.png': (lambda: png[:33] + chunk(b'tEXt', b'a\0b') * 1_000_000 + png[33:], 'pieces'),
+        'empty_data.png': (lambda: png[:33] + chunk(b'IDAT') * 1_000_000 + png[33:], 'pieces'),
+        'text.png': (lambda: png[:33] + chunk(b'zTXt', b'a\0\0' + zlib.compress(bytes(2**27))) + png[33:], 'too large'),
+        'comments.gif': (lambda: put(gif, b'!\xfe\x01x\0' * 2_000_000, b','), 'pieces'),
+        'tiles.tif': (lambda: tiles(20_000, 1), 'tiles of 20000 × 20000'),
+        'pairs.bmp': (lambda: pairs(2000), 'too long in this form of BMP'),
+        'plain.ppm': (lambda: b'P3\n2000 2000\n255\n' + b'1 ' * 12_000_000, 'too long in this form of PPM'),
+        'comment.ppm': (lambda: b'P6\n#' + b'x' * 5_000_000 + b'\n8 8\n255\n' + bytes(192), 'pieces'),
+    }
 
 
 def sixteen_bits(side=SIDE):

@@ -20,10 +20,12 @@ from evavit.errors import first_line
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'JPEG2000')
 LONGEST = 100  # sides beyond 100:1: validation resizes by the shorter one, the other would then fill the memory
 SCANS = 10  # of a progressive JPEG, as the usual ones have, at the largest size; more of them where it is smaller
+SEGMENTS = 10_000  # of a JPEG: tables, metadata and scans
 METADATA = 2**24  # bytes before the first scan of a JPEG
 READS = 200_000  # pieces that Pillow may take a file in; an image of any format has fewer, or more bytes in each
 SLOW_PIXELS = 2**21  # of forms that Pillow decodes in Python, such as compressed BMP: a full-HD screen
-_MARKER = re.compile(rb'\xff+([^\x00\xff])')
+MANY_PIECES = 'made of more pieces than an image is'
+_MARKER = re.compile(rb'\xff([^\x00\x01\xd0-\xd8\xff])')  # one that has a length, or ends the image
 
 
 class BadImageError(Exception):
@@ -40,7 +42,7 @@ class _Content(io.BytesIO):
     def read(self, size: Any = -1) -> bytes:
         self.left -= 1
         if self.left < 0:
-            raise BadImageError('made of more pieces than an image is')
+            raise BadImageError(MANY_PIECES)
         return super().read(size)
 
 
@@ -106,18 +108,16 @@ def check_size(image: Image.Image) -> None:
 
 
 def _count_scans(content: bytes) -> int:
-    """The scans of a JPEG up to its end marker, found as libjpeg finds them. Raises BadImageError for its metadata."""
-    place, scans = 2, 0
+    """The scans of a JPEG up to its end marker, found as libjpeg finds them. BadImageError for too much beside them."""
+    place, scans, segments = 2, 0, 0
     while match := _MARKER.search(content, place):
         kind, place = match[1][0], match.end()
         if kind == 0xD9:
             break
-        if kind == 0x01 or 0xD0 <= kind <= 0xD8:  # without a length
-            continue
-        scans += kind == 0xDA
+        scans, segments = scans + (kind == 0xDA), segments + 1
         place += max(2, int.from_bytes(content[place : place + 2], 'big'))
-        if not scans and place > METADATA:
-            raise BadImageError(f'more than {METADATA:,} bytes of metadata')
+        if segments > SEGMENTS or (not scans and place > METADATA):
+            raise BadImageError(f'more than {SEGMENTS:,} segments, or {METADATA:,} bytes of metadata')
     return scans
 
 
@@ -130,6 +130,8 @@ def _check_cost(image: Image.Image, scans: int, pieces: _Content) -> None:
     tile = tags.get(322, 0), tags.get(323, 0)  # TileWidth, TileLength: decoded whole, however small the image
     if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > most:
         raise BadImageError(f'tiles of {tile[0]} × {tile[1]} pixels')
+    if len(getattr(image, 'tile', ())) > READS // 2:
+        raise BadImageError(MANY_PIECES)
     if any(part[0] in Image.DECODERS for part in getattr(image, 'tile', ())):
         if width * height > SLOW_PIXELS:
             raise BadImageError(f'{width} × {height} pixels, which take too long in this form of {image.format}')

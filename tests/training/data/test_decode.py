@@ -1,0 +1,125 @@
+"""The decoder: odd images are read as what they show, broken and costly ones have a reason."""
+
+import io
+import os
+import socket
+import time
+import warnings
+
+import faults
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_transform
+
+from evavit.training.data.decode import BadImageError, decode, open_file
+
+GOOD, BAD, BOMBS = faults.good_files(), faults.bad_files(), faults.bombs()
+
+
+def read(content, mode='RGB'):
+    return np.asarray(decode(io.BytesIO(content), mode)).astype(float)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize('name', GOOD)
+def test_odd_images_are_read(name, mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        image = decode(io.BytesIO(GOOD[name]), mode)
+    assert image.mode == mode
+    for training in (True, False):
+        channels = len(image.getbands())
+        transform = create_transform(
+            (channels, 32, 32), is_training=training, mean=(0.5,) * channels, std=(0.5,) * channels
+        )
+        assert transform(image).shape[1:] == (32, 32)
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_broken_images_have_a_reason(name):
+    content, words = BAD[name]
+    with pytest.raises(BadImageError) as error:
+        decode(io.BytesIO(content), 'RGB')
+    assert words in str(error.value) and '\n' not in str(error.value) and '0x' not in str(error.value)
+
+
+def test_odd_images_show_what_they_hold():
+    plain = read(GOOD['plain.png'])
+    for name in ('png_called.jpg', 'tiff_called.png', 'bmp_called.png'):
+        assert np.array_equal(read(GOOD[name]), plain), name
+    # Pillow's own convert gives white for nearly all of 16 bits; ink and light are not mixed up in CMYK.
+    ramp = read(GOOD['sixteen.png'])[:, 0, 0]
+    assert np.abs(ramp - np.linspace(0, 255, len(ramp))).max() <= 1
+    assert np.abs(read(GOOD['cmyk.jpg']) - plain).mean() < 12
+    palette = Image.open(io.BytesIO(GOOD['palette.png']))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert np.array_equal(read(GOOD['palette.png']), np.asarray(palette.convert('RGB')).astype(float))
+    assert read(GOOD['one_pixel.png']).tolist() == [[[200, 100, 50]]]
+
+
+@pytest.mark.parametrize('mode, dtype', [('I;16B', '>u2'), ('I', np.int32)])
+def test_other_forms_of_sixteen_bits(mode, dtype):
+    values = np.array([[0, 256, 32768, 65535]], dtype)
+    image = Image.frombytes(mode, (4, 1), values.tobytes())
+    assert np.asarray(decode(io.BytesIO(faults.encode(image, 'TIFF')), 'L')).tolist() == [[0, 1, 128, 255]]
+
+
+@pytest.mark.timeout(60)
+def test_mutated_files_are_read_or_refused():
+    """500 files: an image of the mode or BadImageError, nothing else."""
+    rng = np.random.default_rng(1)
+    contents = list(GOOD.values())
+    readable = 0
+    for number in range(500):
+        try:
+            image = decode(io.BytesIO(faults.mutate(contents[number % len(contents)], rng)), 'RGB')
+        except BadImageError:
+            continue
+        assert image.mode == 'RGB' and np.asarray(image).ndim == 3
+        readable += 1
+    assert 50 < readable < 450  # the damage is neither harmless nor total
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('name', BOMBS)
+def test_costly_files_are_refused(name):
+    """Most take Pillow 5 to 60 seconds, or a gigabyte."""
+    build, words = BOMBS[name]
+    content, start = build(), time.process_time()
+    with pytest.raises(BadImageError, match=words):
+        decode(io.BytesIO(content), 'RGB')
+    assert time.process_time() - start < 4
+
+
+def test_usual_progressive_images_are_read():
+    content = faults.encode(faults.picture(side=512), 'JPEG', progressive=True)
+    assert read(content).shape == (512, 512, 3)
+    # Markers in metadata, and after the end marker as in a phone's moving photos, are no scans.
+    metadata = b'\xff\xe5\xff\xff' + b'\xff\xda\0\0' * 16383 + b'\0'
+    padded = content[:2] + metadata * 100 + content[2:] + b'\xff\xda\0\0' * 200_000
+    assert np.array_equal(read(padded), read(content))
+
+
+@pytest.mark.timeout(30)
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.png')
+    (tmp_path / 'link.png').symlink_to('pipe.png')
+    (tmp_path / 'device.png').symlink_to('/dev/zero')
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / 'socket.png'))
+        for name in ('pipe.png', 'link.png', 'device.png', 'socket.png', '.'):
+            with pytest.raises(BadImageError, match='not a regular file'):
+                open_file(tmp_path / name)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_that_takes_the_place_of_a_file_does_not_block(tmp_path, monkeypatch):
+    """Between the look at it and the opening."""
+    (tmp_path / 'file.png').write_bytes(GOOD['plain.png'])
+    os.mkfifo(tmp_path / 'pipe.png')
+    looked = os.stat(tmp_path / 'file.png')
+    monkeypatch.setattr(os, 'stat', lambda path: looked)
+    with pytest.raises(BadImageError, match='not a regular file'):
+        open_file(tmp_path / 'pipe.png')
