@@ -149,15 +149,34 @@ def test_a_file_that_vanishes(train, folder, monkeypatch):
     assert code == 0 and f'{victim} is not a readable image (No such file or directory); left out, ' in out
 
 
+def test_a_file_that_becomes_a_pipe(train, folder, monkeypatch):
+    """To open it would wait for ever."""
+    victim = folder / 'train' / 'apple' / '6.png'
+    begin = images_module.BadImages.begin
+
+    def replace(bad, *met):
+        begin(bad, *met)
+        if not victim.is_fifo():
+            victim.unlink()
+            os.mkfifo(victim)
+
+    monkeypatch.setattr(images_module.BadImages, 'begin', replace)
+    code, out, _ = train('run', *ALLOW, '--workers', '2')
+    assert code == 0 and f'{victim} is not a readable image (not a regular file); left out, ' in out
+
+
 @pytest.mark.parametrize('place', ['train/back', 'train/pear/back'])
 def test_a_circle_of_links_is_left_out(train, folder, place):
     (folder / place).symlink_to(folder / 'train', target_is_directory=True)
     (folder / 'train' / 'plum' / 'self.png').symlink_to('self.png')
     os.mkfifo(folder / 'train' / 'plum' / 'pipe.png')
+    (folder / 'train' / 'plum' / 'to_pipe.png').symlink_to('pipe.png')
+    (folder / 'train' / 'plum' / 'to_device.png').symlink_to('/dev/zero')
     code, out, err = train('run', *ALLOW)
     assert code == 0, err
     assert f'1 links that lead back to a folder around them, left out: {folder / place}' in out
-    assert f'1 names of images that are no files, left out: {folder / "train" / "plum" / "pipe.png"}' in out
+    strange = f'{folder / "train" / "plum" / "pipe.png"} and 2 more'
+    assert f'3 names of images that are no files, left out: {strange}' in out
     assert '25 images, ' in out and 'self.png is not a readable image (Too many levels of symbolic links)' in out
 
 

@@ -5,6 +5,8 @@ labels without a word: here each is a UserError (`folders`). An image that canno
 """
 
 import gzip
+import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -85,12 +87,31 @@ def open_dataset(
             seed=seed,
             input_img_mode=mode,
         )
-    except (AssertionError, RuntimeError, ValueError, OSError, ImportError) as error:
-        raise UserError(f'dataset {config.dataset}, {split}, in {config.data_dir}: {first_line(error)}') from error
+        _check_shards(dataset, config.data_dir or '')
+    except UserError:
+        raise
+    except Exception as error:  # each kind has its own errors for what is missing or damaged
+        raise UserError(
+            f'dataset {config.dataset}, {split}, in {config.data_dir}: {first_line(error)[:400]}'
+        ) from error
     labels: Dict[str, int] = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
     found = getattr(dataset, 'classes', None) or sorted(labels, key=labels.__getitem__)
     checked = _checked(dataset, mode, config.max_bad_images, seed if is_training else None)
     return checked, list(map(str, found)) if found else None
+
+
+def _check_shards(dataset: Any, root: str) -> None:
+    """Whether the shards of a wds/ data set that lie here are files. A name that `_info.json` gives is no command:
+    webdataset would start what follows `pipe:`."""
+    reader: Any = getattr(dataset, 'reader', None)
+    if not hasattr(reader, 'split_info') or not hasattr(reader, 'sample_shuffle_size'):
+        return
+    for name in reader.split_info.filenames:
+        shard = os.path.join(root, name)
+        if shard.startswith('pipe:') and reader.info.get('splits') and not re.fullmatch(r'[\w./+=-]+', name):
+            raise UserError(f'{shard[:200]}: _info.json names a shard that is no plain file name')
+        if ':' not in shard.split('/')[0] and not os.path.isfile(shard):
+            raise UserError(f'{shard}: {"not a regular file" if os.path.exists(shard) else "no such shard"}')
 
 
 def _checked(dataset: Any, mode: str, max_bad_images: float, seed: Optional[int]) -> Checked:
@@ -116,6 +137,8 @@ def _open_folder(
         )
     if root.is_dir():
         root = find_split(root, split)
+    if not root.is_dir() and not root.is_file():
+        raise UserError(f'{root}: neither a folder nor a regular file')
     class_to_idx = read_class_map(config.class_map, config.data_dir) if config.class_map else None
     if class_names is not None and class_to_idx is None:
         class_to_idx = {name: index for index, name in enumerate(class_names)}
@@ -138,6 +161,8 @@ def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:
         raise UserError(f'--class-map {path}: must be a .txt file with one class name a line')
     try:
         file = Path(path) if Path(path).exists() else Path(root or '', path)
+        if file.exists() and not file.is_file():  # to read a pipe would wait for ever
+            raise UserError(f'--class-map {path}: not a regular file')
         lines = [line.strip() for line in file.read_text(encoding='utf-8').splitlines()]
         seen = {''}
         for number, name in enumerate(lines, 1):

@@ -271,11 +271,8 @@ class CheckedStream(IterableImageDataset):
             reader._input_decoders = functools.partial(_without_decoding, reader)
 
     def __iter__(self) -> Iterator[Tuple[Any, int]]:
-        if getattr(self.reader, 'ds', None) is None and hasattr(self.reader, '_lazy_init'):
-            self.reader._lazy_init()  # in the worker, as the reader itself would
-            self._watch()
         owed, good = 0, None  # a reader has counted an image before it is decoded: another takes its place in training
-        for item, label in self.reader:
+        for item, label in self._items():
             record = item if isinstance(item, dict) else dict(bytes=item)
             name = record.get('path') or 'an image without a name'
             label = self.labels.check(label, name)
@@ -293,6 +290,20 @@ class CheckedStream(IterableImageDataset):
             while owed and good:
                 owed -= 1
                 yield self._transformed(*good)
+
+    def _items(self) -> Iterator[Tuple[Any, Any]]:
+        """What the reader hands over; where it cannot go on, as with a damaged table, the run ends with a line."""
+        try:
+            if getattr(self.reader, 'ds', None) is None and hasattr(self.reader, '_lazy_init'):
+                self.reader._lazy_init()  # in the worker, as the reader itself would
+                self._watch()
+            yield from self.reader
+        except UserError:
+            raise
+        except Exception as error:  # each library has its own errors
+            raise LocalError(
+                f'the data set cannot be read on ({type(error).__name__}: {first_line(error)[:300]})'
+            ) from error
 
     def _transformed(self, image: Any, target: int) -> Tuple[Any, int]:
         return self.transform(image) if self.transform else image, target

@@ -1,13 +1,16 @@
 """Folders, tar files, WebDataset shards and Hugging Face data sets, by timm's readers: trained, counted, judged."""
 
 import io
+import json
+import os
 import tarfile
 
 import faults
 import pytest
+from PIL import EpsImagePlugin, ImageFile
 from runs import CLASSES, MODEL, QUICK, load_script, write_images
 
-from evavit.errors import run_script
+from evavit.errors import UserError, run_script
 from evavit.training import data
 from evavit.training.config import parse_settings
 
@@ -144,6 +147,132 @@ def test_tar_and_folder_agree(images, tars):
             sets.append(data.open_dataset(settings.data, split, batch_size=4))
         assert sets[0][1] == sets[1][1] == list(CLASSES)
         assert labels(sets[0][0]) == labels(sets[1][0])
+
+
+def _rewrite_shard(path, change):
+    """Replace each member of a shard by change(name, content)."""
+    with tarfile.open(path) as archive:
+        members = [(member.name, archive.extractfile(member).read()) for member in archive]
+    with tarfile.open(path, 'w') as archive:
+        for name, content in members:
+            add(archive, name, change(name, content))
+
+
+@pytest.fixture
+def torch_folder(images):
+    return ['--dataset', 'torch/image_folder', '--data-dir', images]
+
+
+@pytest.fixture
+def folder(images):
+    return ['--data-dir', images]
+
+
+SOURCES = ['folder', 'torch_folder', 'tars', 'shards', 'hfds', 'hfids']
+HOSTILE = {'gs': faults.postscript(), 'pixels': faults.bomb(13_000, 13_000)}
+
+
+@pytest.mark.parametrize('content', HOSTILE)
+@pytest.mark.parametrize('kind', SOURCES)
+def test_no_source_decodes_by_itself(kind, content, images, tmp_path, monkeypatch, request):
+    """A drawing called pear/3.png starts no Ghostscript, and 169 million pixels are not decoded, whoever reads them."""
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/started\n')
+    (tmp_path / 'bin' / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}/bin:{os.environ["PATH"]}')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)
+    loaded, load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda image: loaded.append(image.size) or load(image))
+    (images / 'train' / 'pear' / '3.png').write_bytes(HOSTILE[content])
+    place = request.getfixturevalue(kind)
+    (tmp_path / 'cache').mkdir()
+    settings, _ = parse_settings('train', [*map(str, place), '--max-bad-images', '1'])
+    opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+    read = iter(opened) if kind in ('shards', 'hfids') else (opened[index] for index in range(24))
+    assert sum(image.size == (16, 16) for image, _ in read) == 24
+    assert opened.bad.count == 1 and not (tmp_path / 'started').exists() and set(loaded) <= {(16, 16)}
+    why = dict(gs='no image of a known format', pixels='13000 × 13000 pixels, above the limit')[content]
+    opened.bad._look()
+    (line,) = opened.bad.found.values()
+    assert why in line
+
+
+@pytest.mark.parametrize('label', ['99', '-1', str(10**30), 'pear', '', '1.5', '9' * 5000])
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_a_label_that_is_no_class_stops_with_a_line(label, workers, shards, tmp_path, capfd):
+    for shard in (tmp_path / 'shards').glob('set-train-*.tar'):
+        _rewrite_shard(shard, lambda name, content: label.encode() if name == 'pear_3.cls' else content)
+    place = [*map(str, shards), '--output', str(tmp_path), '--workers', workers, '--max-bad-images', '1']
+    capfd.readouterr()
+    code = run_script(load_script('train').main, [*MODEL, *QUICK, *place])
+    err = capfd.readouterr().err
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
+    assert '.tar: pear_3: ' in err and (label[:40] or 'empty') in err and 'the 3 classes have the numbers 0 to 2' in err
+
+
+@pytest.mark.parametrize('label', [7, -1, None])
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_a_label_of_a_table_that_is_no_class(kind, label, images, tmp_path, monkeypatch, capfd):
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    (tmp_path / 'parquet' / 'data').mkdir(parents=True)
+    (tmp_path / 'cache').mkdir()
+    paths = files(images / 'train')
+    columns = dict(
+        image=[dict(bytes=path.read_bytes(), path=path.name) for path in paths],
+        label=[label if number == 5 else 1 for number in range(len(paths))],
+    )
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value('int64'))
+    for split in ('train', 'validation'):
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(
+            str(tmp_path / 'parquet' / 'data' / f'{split}-00000-of-00001.parquet')
+        )
+    place = [f'{kind}/{tmp_path / "parquet"}', '--data-dir', str(tmp_path / 'cache'), '--num-classes', '3']
+    place += ['--train-num-samples', '24', '--val-num-samples', '24', '--output', str(tmp_path), '--dataset', place[0]]
+    capfd.readouterr()
+    code = run_script(load_script('train').main, [*MODEL, *QUICK, *place[1:], '--max-bad-images', '1'])
+    err = capfd.readouterr().err.splitlines()
+    assert code == 2 and f'its label is {label}, but the 3 classes have the numbers 0 to 2' in err[-1], err
+
+
+def test_a_shard_that_is_missing_or_a_pipe_is_named(shards, tmp_path):
+    settings, _ = parse_settings('train', [*map(str, shards), '--max-bad-images', '1'])
+    shard = tmp_path / 'shards' / 'set-train-0002.tar'
+    shard.unlink()
+    for words in ('no such shard', 'not a regular file'):
+        with pytest.raises(UserError, match=f'set-train-0002.tar: {words}'):
+            data.open_dataset(settings.data, settings.data.train_split, batch_size=4, is_training=True)
+        if not shard.exists():
+            os.mkfifo(shard)
+
+
+def test_a_shard_s_name_is_no_command(tmp_path, monkeypatch):
+    """webdataset starts what follows pipe: in a name; `_info.json` is data."""
+    pytest.importorskip('webdataset')
+    monkeypatch.chdir(tmp_path)
+    split = dict(name='train', num_samples=4, filenames=['pipe:touch started'], shard_lengths=[4])
+    (tmp_path / '_info.json').write_text(json.dumps(dict(splits=dict(train=split))))
+    settings, _ = parse_settings('train', ['--dataset', 'wds/x', '--max-bad-images', '1'])
+    settings.data.data_dir = ''
+    with pytest.raises(UserError, match=r'pipe:touch started: _info\.json names'):
+        dataset, _ = data.open_dataset(settings.data, 'train', batch_size=4, is_training=True)
+        list(dataset)
+    assert not (tmp_path / 'started').exists()
+
+
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_a_damaged_table_is_a_line(kind, parquet, request, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    (tmp_path / 'cache').mkdir()
+    place = list(map(str, request.getfixturevalue(kind)))
+    for table in (parquet / 'data').glob('train*'):
+        table.write_bytes(table.read_bytes()[:5000])
+    settings, _ = parse_settings('train', place)
+    with pytest.raises(UserError, match='dataset hfds/' if kind == 'hfds' else 'cannot be read on') as error:
+        opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+        list(opened)
+    assert '\n' not in str(error.value)
 
 
 def test_a_broken_tar_is_named(tars, capfd, tmp_path):
