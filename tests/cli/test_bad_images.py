@@ -1,14 +1,19 @@
 """train.py and validate.py on folders with unreadable images: counted, named, alike in all processes and restarts."""
 
+import errno
 import os
 import re
 import shutil
+import signal
+import subprocess
+import time
+from multiprocessing import resource_sharer
 
 import faults
 import numpy as np
 import pytest
 import torch
-from runs import DRAWN, MODEL, QUICK, assert_same_run, command, scalars, signal_at, weights, write_images
+from runs import DRAWN, MODEL, QUICK, assert_same_run, command, command_line, scalars, signal_at, weights, write_images
 
 from evavit.errors import PREEMPTED
 from evavit.training import checkpoint
@@ -216,3 +221,66 @@ def test_a_validation_without_one_readable_image_stops_with_a_line(train, folder
         image.write_bytes(b'')
     code, _, err = train('run', '--max-bad-images', '1')
     assert code == 2 and 'validation: none of its 13 images can be read' in err and err.count('\n') == 1
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('answered', [True, False])
+def test_a_loading_process_that_dies_while_it_hands_over(answered, train, monkeypatch):
+    """The main process fetches a batch's memory over a connection, and finds it broken before it knows of the death."""
+
+    def die(sharer):
+        (sharer._listener if answered else sharer._listener._listener).accept().close()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(resource_sharer._ResourceSharer, '_serve', die)
+    code, _, err = train('run', *ALLOW, '--workers', '2')
+    assert code == 2 and err.startswith('error: DataLoader worker lost while it handed over a batch'), err
+    assert err.count('\n') == 1 and 'lower --workers' in err
+
+
+def test_a_signal_to_loading_processes_alone_does_no_harm(train, monkeypatch):
+    """As a scheduler sends it to every process of a job, while the run trains and while it validates."""
+    main, read = os.getpid(), images_module.CheckedImages.__getitem__
+
+    def signalled(dataset, index):
+        if os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(dataset, index)
+
+    monkeypatch.setattr(images_module.CheckedImages, '__getitem__', signalled)
+    code, _, err = train('run', *ALLOW, '--workers', '2')
+    assert code == 0 and err == '', err
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('options', ['ro', 'size=64k', 'size=300k'])
+def test_shared_memory_that_is_small_or_read_only(options, workers, folder, tmp_path):
+    """In a mount namespace of its own. Loading processes need it; without them a run does not."""
+    inside = ['unshare', '-rm', 'sh', '-c', f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"', 'sh']
+    if not shutil.which('unshare') or subprocess.run([*inside, 'true'], capture_output=True).returncode:
+        pytest.skip('needs the right to mount in a namespace of its own')
+    flags = [*MODEL, 'img_size=64', *QUICK, '-b', '8', *ALLOW]
+    flags += ['--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--workers', workers]
+    line, environment = command_line('train', *flags)
+    done = subprocess.run([*inside, *line], capture_output=True, text=True, env=environment, timeout=120)
+    if workers:
+        assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+        assert '/dev/shm' in done.stderr and '--shm-size' in done.stderr and 'or give --workers 0' in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_without_shared_memory(train, monkeypatch, workers):
+    """The same, where namespaces are not allowed."""
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(images_module.multiprocessing, 'Lock', refuse)
+    code, out, err = train('run', *ALLOW, '--workers', workers)
+    if workers:
+        assert code == 2 and err.count('\n') == 1 and '(Read-only file system)' in err and '--workers 0' in err
+    else:
+        assert code == 0 and '2 of 24 in this epoch' in out

@@ -1,15 +1,18 @@
 """Data sets: Fashion-MNIST's files without a download, class order, splits, input settings."""
 
 import gzip
+import sys
 
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 
 from evavit.errors import UserError
 from evavit.training import data
 from evavit.training.config import DataConfig, ModelConfig
+from evavit.training.data.loader import _start_worker
 
 
 def open_dataset(config, split, **rest):
@@ -111,3 +114,23 @@ def test_input_settings_follow_the_model(given, size, mean):
     model = timm.create_model('vit_tiny_patch16_224', **kwargs)
     config = data.resolve_input(ModelConfig(**given), model)
     assert tuple(config['input_size']) == size and len(config['mean']) == len(config['std']) == mean
+
+
+class Telling(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        for kind in (ConnectionResetError, EOFError, KeyError):
+            sys.excepthook(kind, kind(f'of {kind.__name__}'), None)  # as multiprocessing does in a thread of a worker
+        return index
+
+
+def test_a_worker_says_nothing_of_a_main_process_that_ends(capfd):
+    list(torch.utils.data.DataLoader(Telling(), num_workers=1, worker_init_fn=start_worker))
+    err = capfd.readouterr().err
+    assert 'of KeyError' in err and 'of ConnectionResetError' not in err and 'of EOFError' not in err
+
+
+def start_worker(_):
+    _start_worker(torch.utils.data.get_worker_info())
