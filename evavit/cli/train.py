@@ -31,7 +31,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if rank == 0:
             print('\n'.join(dry_run.describe(config, checked)))
         return
-    # From here on: a signal while the run starts is heeded after the first update, when there is something to save.
+    # A signal during the start takes effect after the first update, when there is something to save.
     with SignalHandler(config.run.checkpoint_interval, rank == 0) as handler, ExitStack() as held:
         run_training(config, checked, handler, held)
 

@@ -63,7 +63,7 @@ def _scatterbrain_attention(
     # What each direction sees outside of a window: the keys' total and their values' average.
     total = _sum_of_others(xi.sum(3))
     averages = _sum_of_others(xi.transpose(-2, -1) @ values.to(dtype))
-    least = 1e-30  # of weights whose largest is 1
+    least = 1e-30  # the largest weight is 1
     averages = averages / total.clamp(min=least).unsqueeze(-1)
     log_total = total.clamp(min=least).log().masked_fill(total < least, float('-inf'))
 

@@ -57,7 +57,7 @@ class Registry:
 
     Args:
         op: The operator's name, for messages.
-        case_type: The NamedTuple that backends are asked about: device, dtype and numbers, no tensors.
+        case_type: The NamedTuple passed to each `why_not`: device, dtype and numbers, no tensors.
     """
 
     def __init__(self, op: str, case_type: Callable[..., Any]) -> None:

@@ -98,7 +98,7 @@ def has_weights(name: str) -> bool:
 
 
 def freeze_body(model: Any) -> None:
-    """Leave the classifier alone to be trained. (timm.utils.freeze leaves out parameters of the model itself, such as
+    """Freeze all but the classifier. (timm.utils.freeze leaves out parameters of the model itself, such as
     the position embedding, and puts other modules in place of batch norms, with other names in the state dict.)"""
     model.requires_grad_(False)
     classifier = model.get_classifier()

@@ -323,7 +323,7 @@ def _warn_of_changes(path: Path, checkpoint: Dict[str, Any], settings: Dict[str,
 
 
 def _set_aside(damaged: List[Path]) -> None:
-    """Else the next save would put the damaged last checkpoint in the place of the whole one before it."""
+    """Rename a damaged last checkpoint: the next save would put it in the place of the whole one before it."""
     for path in damaged:
         os.replace(path, f'{path}.damaged')
 

@@ -67,7 +67,7 @@ class MetricsWriter:
             os.replace(self.summary, damaged)
 
     def _fit_summary(self, name: str, columns: List[str]) -> None:
-        """A run that goes on with other settings may have other columns: those that it no longer has come last."""
+        """Columns that the new settings of a resumed run lack move to the end."""
         if not os.path.exists(name):
             return
         with open(name, newline='', encoding='utf-8') as file:

@@ -127,7 +127,7 @@ def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
 
 def eva_case(x: torch.Tensor, options: EvaOptions) -> Tuple[Any, ...]:
     """The fields of `EvaCase` for tokens `(…, d)` with these options, which are no variant."""
-    # Under torch.compile numbers may be symbols, which index() and the condition make plain.
+    # torch.compile may pass symbolic numbers; index() and the comparison turn them into constants.
     index, noise = operator.index, options.noise
     return (
         x.device,

@@ -89,7 +89,7 @@ def summarise_cells(
     Args:
         q: Queries by cell, `(B, h, G, T, d)`; k and v likewise.
         mask: Which of them are tokens, bool, broadcasts to `(B, h, G, T)`; None for all. A cell without any gets
-            finite numbers that nobody may look at.
+            finite numbers, which must be masked later.
         proposal: See `Proposal`.
     """
     scale, noise, summary_q, proposal_mean = proposal.scale, proposal.noise, proposal.summary_q, proposal.mean
@@ -286,7 +286,7 @@ def _repeat(x: torch.Tensor, times: int) -> torch.Tensor:
 def _variant(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: VariantOptions) -> torch.Tensor:
     """`eva_attention_variant`; the arguments are checked, autocast is off."""
     feat_size, window_size, summary_k = options.feat_size, options.window_size, options.summary_k
-    # Without a window queries differ in nothing but themselves: the grid is one group of them, whose E is empty.
+    # Without windows all queries see the same cells: the grid is one group of them, whose E is empty.
     window = window_shape(feat_size, window_size) if window_size > 0 else (feat_size[0], feat_size[1])
     halo = (options.halo, options.halo)
 

@@ -79,7 +79,7 @@ class BadImages:
         return int(self.counter)
 
     def begin(self, found: Mapping[int, str] = MappingProxyType({})) -> None:
-        """A new epoch, before its workers start; or the rest of one in which the images `found` had turned out bad."""
+        """A new epoch, before its workers start; or the rest of one, with the bad images `found` so far."""
         self.counter.zero_()
         self.marks.zero_()
         self.read, self.found = 0, dict(found)
