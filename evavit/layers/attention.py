@@ -1,9 +1,12 @@
 """What the attentions share: the projections around a function of q, k, v on the token grid."""
 
-from typing import Any, ClassVar, Dict, List, Optional, Sequence
+from typing import Any, ClassVar, Dict, List, Optional, Sequence, Type
 
 import torch
+from timm.layers import apply_rot_embed_cat
 from torch import nn
+
+from evavit.ops.checks import check_whole
 
 __all__ = ['GridAttention', 'check_heads', 'device_and_dtype']
 
@@ -20,7 +23,7 @@ def device_and_dtype(kwargs: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class GridAttention(nn.Module):
-    """Base class of the multi-head attentions: `forward(x, feat_size)` on tokens `(B, N, C)` of an H × W grid.
+    """Base class of the multi-head attentions: `forward(x, feat_size)` on tokens `(B, P + N, C)`, N = H·W a grid.
 
     Projects to q, k, v, hands them to `attend` as one tensor, merges the heads and projects back. A subclass implements
     `attend`. Its own options are keyword-only, as the models take them by their names; it hands on all others.
@@ -28,12 +31,19 @@ class GridAttention(nn.Module):
     A subclass whose weights hold for one grid alone sets `fixed_grid`. The models then give it their grid as the
     keyword-only argument `feat_size`, call `set_feat_size(feat_size)` to change it, and refuse images of any size; its
     `attend` refuses any other grid with a message that names both. One with other defaults in a pyramid sets
-    `pyramid_options`, option → default.
+    `pyramid_options`, option → default. One whose `attend` takes prefix tokens, which belong to no place of the grid,
+    sets `takes_prefix_tokens`. One with a `forward` of its own, without norms and rotary embeddings, unsets
+    `takes_qk_norm`.
 
     Args:
         dim: Channels C.
         num_heads: Heads h; must divide dim.
+        num_prefix_tokens: P, the class, register and other tokens before those of the grid.
+        rotate_half: Whether rotary embeddings turn a channel with that of the other half, not with its neighbour.
         qkv_bias: Bias of the q, k, v projection.
+        qk_norm: Normalise each query and key, over the channels of its head.
+        scale_norm: Normalise the output before its projection.
+        norm_layer: Makes these norms.
         proj_bias: Bias of the output projection.
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate after the output projection.
@@ -41,10 +51,13 @@ class GridAttention(nn.Module):
         dtype: Of the parameters.
 
     Raises:
-        ValueError: num_heads does not divide dim; a dropout rate outside 0 to 1.
+        ValueError: num_heads does not divide dim; a dropout rate outside 0 to 1; prefix tokens or norms that the attention
+            does not take.
     """
 
     fixed_grid: ClassVar[bool] = False
+    takes_prefix_tokens: ClassVar[bool] = False
+    takes_qk_norm: ClassVar[bool] = True
     pyramid_options: ClassVar[Dict[str, Any]] = {}
 
     def __init__(
@@ -52,7 +65,12 @@ class GridAttention(nn.Module):
         dim: int,
         num_heads: int,
         *,
+        num_prefix_tokens: int = 0,
+        rotate_half: bool = False,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        norm_layer: Type[nn.Module] = nn.LayerNorm,
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -64,11 +82,25 @@ class GridAttention(nn.Module):
         for name, rate in (('attn_drop', attn_drop), ('proj_drop', proj_drop)):
             if not 0 <= rate < 1:
                 raise ValueError(f'{name} must be at least 0 and below 1, got {rate}')
-        dd = {'device': device, 'dtype': dtype}
+        check_whole('num_prefix_tokens', num_prefix_tokens, 0)
+        if num_prefix_tokens and not self.takes_prefix_tokens:
+            raise ValueError(
+                f'{type(self).__name__} is made for a grid alone and takes no class or register tokens, got '
+                f'num_prefix_tokens {num_prefix_tokens}; EvaAttention, LocalAttention and SoftmaxAttention take them'
+            )
+        if (qk_norm or scale_norm) and not self.takes_qk_norm:
+            raise ValueError(f'{type(self).__name__} has no qk_norm and no scale_norm; leave them out')
+        dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.num_prefix_tokens = num_prefix_tokens
+        self.rotate_half = rotate_half
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm_layer(dim, **dd) if scale_norm else nn.Identity()
+        self.qk_norm = qk_norm
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -77,12 +109,37 @@ class GridAttention(nn.Module):
         raise NotImplementedError
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-        """Attention of queries, keys and values `(3, B, h, N, d)`, a view of the projection; returns `(B, h, N, d)`."""
+        """Attention of queries, keys and values `(3, B, h, P + N, d)`, a view of the projection; returns
+        `(B, h, P + N, d)`."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-        """Attend over tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W), N = H·W."""
+    def attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """`attend` of queries, keys and values `(B, h, P + N, d)` that are three tensors."""
+        return self.attend(torch.stack([q, k, v]), feat_size)
+
+    def rotate(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """Queries or keys `(B, h, P + N, d)` with those of the grid turned by rotary embeddings, in their dtype."""
+        P = self.num_prefix_tokens
+        if P == 0:
+            return apply_rot_embed_cat(x, rope, half=self.rotate_half).to(x.dtype)
+        turned = apply_rot_embed_cat(x[:, :, P:], rope, half=self.rotate_half)
+        return torch.cat([x[:, :, :P], turned.to(x.dtype)], 2)
+
+    def forward(self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Attend over tokens `(B, P + N, C)`: prefix tokens, and a grid of `feat_size` (H, W) in raster order, N = H·W.
+
+        `rope` are timm's rotary embeddings of the grid's tokens, sines and cosines `(N, 2·d)` or broadcast to
+        `(B, h, N, 2·d)`, as `timm.layers.apply_rot_embed_cat` takes them.
+        """
         B, N, C = x.shape
         qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
-        x = self.attend(qkv, feat_size).transpose(1, 2).reshape(B, N, C)
+        if self.qk_norm or rope is not None:
+            v = qkv[2]
+            q, k = self.q_norm(qkv[0]).to(v.dtype), self.k_norm(qkv[1]).to(v.dtype)
+            if rope is not None:
+                q, k = self.rotate(q, rope), self.rotate(k, rope)
+            x = self.attend_apart(q, k, v, feat_size)
+        else:
+            x = self.attend(qkv, feat_size)
+        x = self.norm(x.transpose(1, 2).reshape(B, N, C))
         return self.proj_drop(self.proj(x))

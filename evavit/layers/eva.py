@@ -12,7 +12,14 @@ from timm.layers import RelPosBias, register_notrace_module, trunc_normal_, use_
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from evavit.ops import eva_attention_mass, eva_attention_packed, eva_attention_variant, eva_num_cells, halo_size
+from evavit.ops import (
+    eva_attention,
+    eva_attention_mass,
+    eva_attention_packed,
+    eva_attention_variant,
+    eva_num_cells,
+    halo_size,
+)
 from evavit.ops.backends import autocast_dtype
 from evavit.ops.checks import check_int, check_number
 from evavit.ops.eva import EVA
@@ -142,13 +149,13 @@ def eva_layer_case(
     weight = next(layer.qkv.parameters(), torch.empty(0))  # quantized or adapted layers may have no `weight`
     dropout = layer.training and layer.attn_drop.p > 0.0
     sizes = layer.head_dim, window_size, partition_grid
-    device, dtype = weight.device, autocast_dtype(weight)
-    return EvaCase(device, dtype, *sizes, dropout=dropout, variant=variant, count_cells=count_cells)
+    case = EvaCase(weight.device, autocast_dtype(weight), *sizes, dropout=dropout, variant=variant)
+    return case._replace(count_cells=count_cells, num_prefix_tokens=layer.num_prefix_tokens)
 
 
 @register_notrace_module  # torch.fx keeps it as one node: windows and cells follow the size of the grid
 class EvaAttention(GridAttention):
-    """Multi-head EVA on tokens `(B, N, C)` with their grid, `forward(x, feat_size)`; see `evavit.ops.eva_attention`.
+    """Multi-head EVA on tokens `(B, P + N, C)` and their grid, `forward(x, feat_size)`; see `evavit.ops.eva_attention`.
 
     Time and memory grow linearly with N. In training, the noise ε of the proposal comes from the default generator of
     the input's device, so a seed reproduces it; evaluation is deterministic.
@@ -181,8 +188,8 @@ class EvaAttention(GridAttention):
         count_cells: How often a cell counts in the softmax: 'one' is the paper; 'all' as often as it has tokens;
             'outside' as often as it has tokens outside of the query's E. The last two are for weights that were
             trained with softmax attention.
-        **kwargs: qkv_bias, proj_bias, attn_drop (of the weights of tokens and cells alike), proj_drop, device and
-            dtype of `GridAttention`.
+        **kwargs: num_prefix_tokens, rotate_half, qkv_bias, qk_norm, scale_norm, norm_layer, proj_bias, attn_drop (of
+            the weights of tokens and cells alike), proj_drop, device and dtype of `GridAttention`.
 
     Raises:
         ValueError: num_heads does not divide dim; a window_size or partition_grid that is not a whole number of at
@@ -192,6 +199,7 @@ class EvaAttention(GridAttention):
 
     fused_attn: Final[bool]
     variant: Final[bool]
+    takes_prefix_tokens = True
 
     def __init__(
         self,
@@ -251,6 +259,11 @@ class EvaAttention(GridAttention):
         self.overlap = overlap
         self.count_cells = count_cells
         self.variant = (partition, summary, num_samples, proposal, overlap) != ('all', 'linear_ln', 1, 'qk', False)
+        if self.variant and self.num_prefix_tokens:
+            raise ValueError(
+                f'num_prefix_tokens {self.num_prefix_tokens}: the ablations (partition, summary, num_samples, proposal '
+                f'and overlap) are made for a grid alone; leave them at their defaults'
+            )
         self.fused_attn = use_fused_attn()
         if self.attn_drop.p > 0 and self.fused_attn:
             _logger.warning(
@@ -312,15 +325,8 @@ class EvaAttention(GridAttention):
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         if self.variant:
-            return self._attend_variant(qkv, feat_size)
-        summary_q: Optional[SummaryTensors] = None
-        summary_k: Optional[SummaryTensors] = None
-        noise: Optional[torch.Tensor] = None
-        if self.summary_q is not None and self.summary_k is not None:
-            q, k = self.summary_q(), self.summary_k()
-            summary_q, summary_k = (q[0], q[1], q[2], q[3]), (k[0], k[1], k[2], k[3])
-            if self.training and self.noise_std > 0:
-                noise = self._draw_noise(qkv, feat_size).squeeze(3)
+            return self._attend_variant(qkv[0], qkv[1], qkv[2], feat_size)
+        summary_q, summary_k, noise = self._own_tensors(qkv[0], feat_size)
         return eva_attention_packed(
             qkv,
             feat_size,
@@ -334,25 +340,55 @@ class EvaAttention(GridAttention):
             dropout_p=self.attn_drop.p if self.training else 0.0,
             fused=self.fused_attn,
             count_cells=self.count_cells,
+            num_prefix_tokens=self.num_prefix_tokens,
         )
 
-    def _draw_noise(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-        """noise_std · ε `(B, h, C_p, S, d)`, the first draw of a forward pass in training."""
-        dtype = accumulation_dtype(qkv)
-        shape = [
-            qkv.shape[1],
-            qkv.shape[2],
-            eva_num_cells(feat_size, self.partition_grid),
-            self.num_samples,
-            qkv.shape[4],
-        ]
-        return self.noise_std * torch.randn(shape, dtype=dtype, device=qkv.device)
+    def attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        if self.variant:
+            return self._attend_variant(q, k, v, feat_size)
+        summary_q, summary_k, noise = self._own_tensors(q, feat_size)
+        return eva_attention(
+            q,
+            k,
+            v,
+            feat_size,
+            summary_q,
+            summary_k,
+            rel_pos_bias=self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
+            window_size=self.window_size,
+            partition_grid=self.partition_grid,
+            proposal_scale=self.proposal_scale,
+            noise=noise,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            fused=self.fused_attn,
+            count_cells=self.count_cells,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
 
-    def _attend_variant(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-        q, k, v = qkv.unbind(0)
+    def _own_tensors(
+        self, q: torch.Tensor, feat_size: List[int]
+    ) -> Tuple[Optional[SummaryTensors], Optional[SummaryTensors], Optional[torch.Tensor]]:
+        """The parameters of both summaries, and in training the noise of the proposal."""
+        summary_q: Optional[SummaryTensors] = None
+        summary_k: Optional[SummaryTensors] = None
+        noise: Optional[torch.Tensor] = None
+        if self.summary_q is not None and self.summary_k is not None:
+            of_q, of_k = self.summary_q(), self.summary_k()
+            summary_q, summary_k = (of_q[0], of_q[1], of_q[2], of_q[3]), (of_k[0], of_k[1], of_k[2], of_k[3])
+            if self.training and self.noise_std > 0:
+                noise = self._draw_noise(q, feat_size).squeeze(3)
+        return summary_q, summary_k, noise
+
+    def _draw_noise(self, q: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """noise_std · ε `(B, h, C_p, S, d)`, the first draw of a forward pass in training."""
+        cells = eva_num_cells(feat_size, self.partition_grid)
+        shape = [q.shape[0], q.shape[1], cells, self.num_samples, q.shape[3]]
+        return self.noise_std * torch.randn(shape, dtype=accumulation_dtype(q), device=q.device)
+
+    def _attend_variant(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         noise: Optional[torch.Tensor] = None
         if self.training and self.noise_std > 0 and self.partition_grid > 0:
-            noise = self._draw_noise(qkv, feat_size)
+            noise = self._draw_noise(q, feat_size)
         elif isinstance(self.eval_noise, torch.Tensor):
             noise = self.noise_std * self.eval_noise.view(1, 1, 1, self.num_samples, self.head_dim)
         return eva_attention_variant(
@@ -378,9 +414,10 @@ class EvaAttention(GridAttention):
 
     @torch.jit.ignore
     def attention_mass(self, x: torch.Tensor, feat_size: List[int]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What share of its attention each query of tokens `(B, N, C)` gives to E and to the cells, and how many cells
-        share the latter: three tensors `(B, h, N)`, see `evavit.ops.eva_attention_mass`."""
+        """What share of its attention each query of the grid gives to single tokens and to the cells, and how many
+        cells share the latter: three tensors `(B, h, N)`, see `evavit.ops.eva_attention_mass`."""
         q, k, _ = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
         return eva_attention_mass(
             q,
             k,
@@ -390,4 +427,5 @@ class EvaAttention(GridAttention):
             self.window_size,
             self.partition_grid,
             count_cells=self.count_cells,
+            num_prefix_tokens=self.num_prefix_tokens,
         )

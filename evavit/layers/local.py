@@ -29,8 +29,8 @@ class LocalAttention(GridAttention):
         y_n = Σ_m softmax over m ∈ E^n of (s q_n·k_m + b(n, m)) · v_m
 
     This is EVA without cells (`evavit.ops.eva_attention`), whose kernels run where they can; `backend` and `extra_repr`
-    say which. Any grid, where a window that runs over the edge holds its
-    real tokens only. Time and memory grow with N·window_size². A window over the whole grid without a bias is softmax
+    say which. Any grid, where a window that runs over the edge holds its real tokens only. Prefix tokens are seen by
+    all and see all. Time and memory grow with N·window_size². A window over the whole grid without a bias is softmax
     attention.
 
     Args:
@@ -46,6 +46,7 @@ class LocalAttention(GridAttention):
     """
 
     fused_attn: Final[bool]
+    takes_prefix_tokens = True
 
     def __init__(
         self,
@@ -85,4 +86,5 @@ class LocalAttention(GridAttention):
             partition_grid=0,
             dropout_p=self.attn_drop.p if self.training else 0.0,
             fused=self.fused_attn,
+            num_prefix_tokens=self.num_prefix_tokens,
         )

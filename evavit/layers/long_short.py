@@ -4,7 +4,7 @@ Paper: `Long-Short Transformer: Efficient Transformers for Language and Vision`,
 https://arxiv.org/abs/2107.02192
 """
 
-from typing import Any, List
+from typing import Any, List, Optional
 
 import torch
 from timm.layers import RelPosBias, register_notrace_module
@@ -64,6 +64,8 @@ class LongShortAttention(GridAttention):
             an unknown projection_source; a dropout rate outside 0 to 1.
     """
 
+    takes_qk_norm = False
+
     def __init__(
         self,
         dim: int,
@@ -104,7 +106,9 @@ class LongShortAttention(GridAttention):
     def _normalise_global(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.norm_global is None else _split_heads(self.norm_global(_merge_heads(x).flatten(0, 1)), x)
 
-    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if rope is not None:
+            raise ValueError('this attention takes no rotary embeddings; leave rope out')
         B, N, C = x.shape
         qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
         source = x if self.projection_source == 'input' else _merge_heads(qkv[1])

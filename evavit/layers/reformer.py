@@ -3,7 +3,7 @@
 Paper: `Reformer: The Efficient Transformer`, Kitaev et al., ICLR 2020 - https://arxiv.org/abs/2001.04451
 """
 
-from typing import Any, List
+from typing import Any, List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ class ReformerAttention(GridAttention):
     """
 
     rotations: torch.Tensor
+
+    takes_qk_norm = False
 
     def __init__(
         self,
@@ -154,8 +156,10 @@ class ReformerAttention(GridAttention):
         weight = torch.gather(z.flatten(3, 4), 3, back).softmax(2).to(v.dtype)
         return (weight * out).sum(2)
 
-    def forward(self, x: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Attend over tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W), N = H·W."""
+        if rope is not None:
+            raise ValueError('this attention takes no rotary embeddings; leave rope out')
         B, N, C = x.shape
         q, v = self.qkv(x).unflatten(-1, [2, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4).unbind(0)
         x = self.attend_shared(q, v, feat_size).transpose(1, 2).reshape(B, N, C)

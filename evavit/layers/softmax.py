@@ -13,13 +13,14 @@ __all__ = ['SoftmaxAttention']
 
 @register_notrace_module
 class SoftmaxAttention(GridAttention):
-    """Multi-head softmax attention on tokens `(B, N, C)`, `forward(x, feat_size)`; time grows with N².
+    """Multi-head softmax attention on tokens `(B, P + N, C)`, `forward(x, feat_size)`; time grows with N².
 
     Arguments are those of `GridAttention`. `timm.layers.set_fused_attn` chooses between
     `scaled_dot_product_attention` and the explicit softmax.
     """
 
     fused_attn: Final[bool]
+    takes_prefix_tokens = True
 
     def __init__(self, dim: int, num_heads: int, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, **kwargs)
@@ -27,6 +28,9 @@ class SoftmaxAttention(GridAttention):
 
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         q, k, v = qkv.unbind(0)
+        return self.attend_apart(q, k, v, feat_size)
+
+    def attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         dropout_p = self.attn_drop.p if self.training else 0.0
         if self.fused_attn:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)

@@ -8,6 +8,7 @@ import torch
 
 __all__ = [
     'check_bias_table',
+    'check_count_of_tokens',
     'check_dropout',
     'check_grid',
     'check_int',
@@ -31,8 +32,10 @@ def check_grid(feat_size: List[int]) -> None:
         raise ValueError(f'feat_size ({feat_size[0]}, {feat_size[1]}): both must be at least 1')
 
 
-def check_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> None:
-    """q, k, v are `(B, h, N, d)` of one shape and dtype, floating point, and N = H·W."""
+def check_tokens(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], num_prefix_tokens: int = 0
+) -> None:
+    """q, k, v are `(B, h, P + N, d)` of one shape and dtype, floating point, and N = H·W."""
     if q.dim() != 4:
         raise ValueError(f'q must be (batch, heads, tokens, head_dim), got shape {shape_of(q)}')
     if k.shape != q.shape or v.shape != q.shape:
@@ -41,10 +44,19 @@ def check_tokens(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: L
         raise ValueError(f'q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}')
     if not q.is_floating_point():
         raise ValueError(f'q, k and v must be floating point, got {q.dtype}')
+    check_count_of_tokens('q', q.shape[2], feat_size, num_prefix_tokens)
+
+
+def check_count_of_tokens(name: str, tokens: int, feat_size: List[int], num_prefix_tokens: int) -> None:
+    """The tokens are those of the grid and the prefix tokens before them."""
     check_grid(feat_size)
+    check_int('num_prefix_tokens', num_prefix_tokens)
+    if num_prefix_tokens < 0:
+        raise ValueError(f'num_prefix_tokens must be 0 or more, got {num_prefix_tokens}')
     H, W = feat_size[0], feat_size[1]
-    if q.shape[2] != H * W:
-        raise ValueError(f'feat_size ({H}, {W}) does not hold the {q.shape[2]} tokens of q')
+    if tokens != num_prefix_tokens + H * W:
+        holds = f'and {num_prefix_tokens} prefix tokens do not make' if num_prefix_tokens > 0 else 'does not hold'
+        raise ValueError(f'feat_size ({H}, {W}) {holds} the {tokens} tokens of {name}')
 
 
 def check_int(name: str, value: int) -> None:

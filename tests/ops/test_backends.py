@@ -60,9 +60,9 @@ def case(**change):
         (dict(head_dim=48), 'triton', 'gluon: head_dim 48 is not 32 or 64'),
         (dict(window_size=5), 'triton', 'gluon: a window has 25 tokens, not 33 to 64'),
         (dict(feat_size=(4, 14)), 'triton', 'gluon: a window has 28 tokens'),
-        (dict(partition_grid=9), 'triton', 'gluon: 81 cells are not 1 to 64'),
+        (dict(partition_grid=9), 'triton', 'gluon: 81 cells and prefix tokens are not 1 to 64'),
         (dict(partition_grid=9, feat_size=(14, 14)), 'gluon', None),  # 7 × 7 cells of 2 × 2
-        (dict(partition_grid=0), 'triton', 'gluon: 0 cells are not 1 to 64'),
+        (dict(partition_grid=0), 'triton', 'gluon: there are no cells'),
         (dict(dtype=torch.float64), 'plain', 'triton: float64 is not float32, bfloat16 or float16'),
         (dict(head_dim=40), 'plain', 'triton: head_dim 40 is not one of 16, 32, 48, 64, 80, 96, 128'),
         (dict(window_size=20), 'plain', 'triton: window_size 20 is above 16'),

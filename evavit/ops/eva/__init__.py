@@ -58,6 +58,7 @@ def eva_attention(
     norm_eps: float = 1e-5,
     fused: bool = False,
     count_cells: str = 'one',
+    num_prefix_tokens: int = 0,
 ) -> torch.Tensor:
     """Efficient attention via control variates, Equation (16): in plain PyTorch, or with `fused` by CUDA kernels.
 
@@ -71,15 +72,19 @@ def eva_attention(
 
     The paper has n_c = 1: a cell counts once. `count_cells` lets it count as its tokens do in softmax attention.
 
+    Prefix tokens, such as a class token, come before the N tokens of the grid and belong to no window and no cell.
+    Every query of the grid attends to them one by one, without a bias; their own queries attend to all P + N tokens
+    exactly, as in softmax attention.
+
     Windows and cells start at the top-left corner; where one runs over the edge it holds its real tokens only. Sums
     over tokens, the softmaxes and LayerNorm accumulate in float32 for half-precision inputs (float64 for float64).
     Time and memory grow linearly with N.
 
     Args:
-        q: Queries `(B, h, N, d)`, any strides; views of one qkv projection are fine.
+        q: Queries `(B, h, P + N, d)`, any strides; views of one qkv projection are fine.
         k: Keys, like q.
         v: Values, like q.
-        feat_size: Grid `(H, W)` with N = H·W, tokens in raster order.
+        feat_size: Grid `(H, W)` with N = H·W, its tokens in raster order.
         summary_q: Parameters of q's summary: projection weight `(d, d)` and bias `(d)`, LayerNorm weight `(d)` and
             bias `(d)`, shared by the heads. Needed unless partition_grid is 0.
         summary_k: The same for k's summary.
@@ -97,16 +102,18 @@ def eva_attention(
         fused: Take the backend that `eva_backend` names, which may be kernels; False for plain PyTorch.
         count_cells: 'one' for n_c = 1; 'all' for the tokens of the cell, n_c = |P_c|; 'outside' for those that are not
             in the query's window, n_c = |P_c| - |P_c ∩ E^n|: a cell that lies wholly in the window drops out.
+        num_prefix_tokens: P.
 
     Returns:
-        `(B, h, N, d)` in q's dtype, in memory `(B, N, h, d)` where there is a window: merging heads copies nothing.
+        `(B, h, P + N, d)` in q's dtype, in memory `(B, P + N, h, d)` where there is a window: merging heads copies
+        nothing.
 
     Raises:
         ValueError: arguments that do not fit each other; the message names the value.
     """
     feat_size = static_size(feat_size)
     check_partition(window_size, partition_grid)
-    check_tokens(q, k, v, feat_size)
+    check_tokens(q, k, v, feat_size, num_prefix_tokens)
     options = EvaOptions(
         feat_size,
         as_summary(summary_q),
@@ -120,6 +127,7 @@ def eva_attention(
         dropout_p,
         norm_eps,
         count_cells,
+        num_prefix_tokens,
     )
     check_eva_options(q.shape[0], q.shape[1], q.shape[3], options)
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
@@ -143,14 +151,15 @@ def eva_attention_packed(
     norm_eps: float = 1e-5,
     fused: bool = False,
     count_cells: str = 'one',
+    num_prefix_tokens: int = 0,
 ) -> torch.Tensor:
-    """`eva_attention` of q, k, v in one tensor `(3, B, h, N, d)`, any strides.
+    """`eva_attention` of q, k, v in one tensor `(3, B, h, P + N, d)`, any strides.
 
-    The fused backward then writes one gradient, in memory `(B, N, 3, h, d)`, where three would be copied into one.
+    The fused backward then writes one gradient, in memory `(B, P + N, 3, h, d)`, where three would be copied into one.
     """
     feat_size = static_size(feat_size)
     check_partition(window_size, partition_grid)
-    check_packed_tokens(qkv, feat_size)
+    check_packed_tokens(qkv, feat_size, num_prefix_tokens)
     options = EvaOptions(
         feat_size,
         as_summary(summary_q),
@@ -164,6 +173,7 @@ def eva_attention_packed(
         dropout_p,
         norm_eps,
         count_cells,
+        num_prefix_tokens,
     )
     check_eva_options(qkv.shape[1], qkv.shape[2], qkv.shape[4], options)
     if not torch.jit.is_scripting():  # noqa: SIM102
@@ -181,13 +191,17 @@ def eva_backend(
     partition_grid: int = 7,
     dropout_p: float = 0.0,
     variant: bool = False,
+    num_prefix_tokens: int = 0,
 ) -> str:
     """Which backend `eva_attention` takes for such arguments with `fused`: 'gluon', 'triton' or 'plain'.
 
     Triton wants a CUDA device, float32, bfloat16 or float16, a head dim of 16, 32, 48, 64, 80, 96 or 128, windows and
-    grids of at most 16 × 16, and no dropout of attention weights. Gluon wants, besides, a Hopper GPU, Triton 3.6 to
-    3.9, bfloat16 or float16, a head dim of 32 or 64, windows of 33 to 64 tokens and 1 to 64 cells. A `variant`, which
-    `eva_attention_variant` computes, is always plain. `EVAVIT_BACKEND` has a say, see `evavit/ops/backends.py`.
+    grids of at most 16 × 16, at most 16 prefix tokens, and no dropout of attention weights. Gluon wants, besides, a
+    Hopper GPU, Triton 3.6 to 3.9, bfloat16 or float16, a head dim of 32 or 64, windows of 33 to 64 tokens, and cells,
+    at most 64 of them and prefix tokens together. A `variant`, which `eva_attention_variant` computes, is always plain.
+    `EVAVIT_BACKEND` has a say, see `evavit/ops/backends.py`.
     """
     dropout = dropout_p > 0.0
-    return EVA.name(EvaCase(device, dtype, head_dim, window_size, partition_grid, dropout=dropout, variant=variant))
+    sizes = head_dim, window_size, partition_grid
+    case = EvaCase(device, dtype, *sizes, dropout=dropout, variant=variant, num_prefix_tokens=num_prefix_tokens)
+    return EVA.name(case)

@@ -49,6 +49,7 @@ class EvaOptions(NamedTuple):
     dropout_p: float
     norm_eps: float
     count_cells: str
+    num_prefix_tokens: int
 
 
 class VariantOptions(NamedTuple):
@@ -104,6 +105,7 @@ class EvaCase(NamedTuple):
     noise_grad: bool = False  # whether the noise wants a gradient
     variant: bool = False  # whether it is one of the ablations of `eva_attention_variant`
     count_cells: str = 'one'
+    num_prefix_tokens: int = 0
 
 
 def as_summary(summary: Optional[SummaryTensors]) -> Optional[Summary]:
@@ -140,4 +142,5 @@ def eva_case(x: torch.Tensor, options: EvaOptions) -> Tuple[Any, ...]:
         noise is not None and noise.requires_grad,
         False,
         options.count_cells,
+        index(options.num_prefix_tokens),
     )

@@ -6,8 +6,8 @@ import torch
 
 from evavit.ops.checks import (
     check_bias_table,
+    check_count_of_tokens,
     check_dropout,
-    check_grid,
     check_int,
     check_number,
     check_tokens,
@@ -55,15 +55,13 @@ def check_partition(window_size: int, partition_grid: int) -> None:
         raise ValueError('window_size 0 and partition_grid 0 leave a query nothing to attend to; set one of them')
 
 
-def check_packed_tokens(qkv: torch.Tensor, feat_size: List[int]) -> None:
-    """qkv is `(3, B, h, N, d)`, floating point, and N = H·W."""
+def check_packed_tokens(qkv: torch.Tensor, feat_size: List[int], num_prefix_tokens: int = 0) -> None:
+    """qkv is `(3, B, h, P + N, d)`, floating point, and N = H·W."""
     if qkv.dim() != 5 or qkv.shape[0] != 3:
         raise ValueError(f'qkv must be (3, batch, heads, tokens, head_dim), got shape {shape_of(qkv)}')
     if not qkv.is_floating_point():
         raise ValueError(f'qkv must be floating point, got {qkv.dtype}')
-    check_grid(feat_size)
-    if qkv.shape[3] != feat_size[0] * feat_size[1]:
-        raise ValueError(f'feat_size ({feat_size[0]}, {feat_size[1]}) does not hold the {qkv.shape[3]} tokens of qkv')
+    check_count_of_tokens('qkv', qkv.shape[3], feat_size, num_prefix_tokens)
 
 
 def _check_four(name: str, summary: Summary, d: int) -> None:

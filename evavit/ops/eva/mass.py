@@ -36,21 +36,23 @@ def eva_attention_mass(
     scale: Optional[float] = None,
     norm_eps: float = 1e-5,
     count_cells: str = 'one',
+    num_prefix_tokens: int = 0,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How the softmax of Equation (16) divides over E^n and the cells, for every query.
 
-    With the weights w of `eva_attention`'s softmax over [m ∈ E^n] ∪ [all c], and p_c = w_c / Σ_c w_c:
+    With the weights w of `eva_attention`'s softmax over single tokens m, which are E^n and the prefix tokens, and over
+    all cells c, and p_c = w_c / Σ_c w_c:
 
-        exact = Σ_{m ∈ E^n} w_m,   cells = Σ_c w_c = 1 - exact,   effective = exp(-Σ_c p_c log p_c)
+        exact = Σ_m w_m,   cells = Σ_c w_c = 1 - exact,   effective = exp(-Σ_c p_c log p_c)
 
     Args:
-        q, k, feat_size, summary_k, rel_pos_bias, window_size, partition_grid, scale, norm_eps, count_cells: As in
-            `eva_attention`, in which neither values nor noise move these weights.
+        q, k, feat_size, summary_k, rel_pos_bias, window_size, partition_grid, scale, norm_eps, count_cells,
+            num_prefix_tokens: As in `eva_attention`, in which neither values nor noise move these weights.
 
     Returns:
-        exact, cells, effective, each `(B, h, N)` in float32 (float64 for float64). effective, between 1 and the number
-        of cells, says among how many the mass on the cells is spread; it is 0 where there are none, or where
-        `count_cells='outside'` leaves none.
+        exact, cells, effective of the grid's queries, each `(B, h, N)` in float32 (float64 for float64). effective,
+        between 1 and the number of cells, says among how many the mass on the cells is spread; it is 0 where there are
+        none, or where `count_cells='outside'` leaves none.
 
     Raises:
         ValueError: a rel_pos_bias of another shape, a summary_k that is not four tensors, a number that cannot be.
@@ -64,7 +66,8 @@ def eva_attention_mass(
     if partition_grid > 0 and summary is None:
         raise ValueError(f'partition_grid {partition_grid} needs summary_k; got None')
     dtype = accumulation_dtype(q)
-    q, k = q.to(dtype), k.to(dtype)
+    prefix = k[:, :, :num_prefix_tokens].to(dtype)
+    q, k = q[:, :, num_prefix_tokens:].to(dtype), k[:, :, num_prefix_tokens:].to(dtype)
     scale = softmax_scale(scale, q.shape[-1])
     window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
     queries = scale * to_windows(q, feat_size, window)
@@ -72,6 +75,10 @@ def eva_attention_mass(
     if window_size > 0:
         keys = to_windows(k, feat_size, window)
         exact = window_logits(queries, keys, feat_size, window, rel_pos_bias, window_size).logsumexp(-1)
+
+    if num_prefix_tokens > 0:
+        one_by_one = (queries @ prefix.unsqueeze(2).transpose(-2, -1)).logsumexp(-1)
+        exact = torch.logaddexp(exact, one_by_one)
 
     cells = torch.full_like(exact, float('-inf'))
     effective = torch.zeros_like(exact)

@@ -77,8 +77,13 @@ def _control_variates(
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: EvaOptions) -> torch.Tensor:
     """`eva_plain` outside of autocast."""
     feat_size, window_size, rel_pos_bias = options.feat_size, options.window_size, options.rel_pos_bias
-    scale, dropout_p = options.scale, options.dropout_p
+    scale, dropout_p, P = options.scale, options.dropout_p, options.num_prefix_tokens
     dtype = accumulation_dtype(q)
+    prefix: List[torch.Tensor] = []  # their output, keys and values
+    if P > 0:
+        exact = F.scaled_dot_product_attention(q[:, :, :P], k, v, dropout_p=dropout_p, scale=scale)
+        prefix = [exact, k[:, :, :P], v[:, :, :P]]
+        q, k, v = q[:, :, P:], k[:, :, P:], v[:, :, P:]
     window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
     area = window[0] * window[1] if window_size > 0 else 0
     # float16 ends at 65,504, before the logits do; bfloat16 has the range of float32.
@@ -101,30 +106,46 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: EvaOptio
             local = local.masked_fill_(~mask.unsqueeze(1), float('-inf'))
         logits.append(local)
 
-    beta: Optional[torch.Tensor] = None
+    # What all windows share: keys and values of cells and prefix tokens, and how often each counts.
+    shared_k: List[torch.Tensor] = []
+    shared_v: List[torch.Tensor] = []
+    counts: Optional[torch.Tensor] = None
     summary_q, summary_k = options.summary_q, options.summary_k
     if summary_q is not None and summary_k is not None and options.partition_grid > 0:
         k_tilde, beta = _control_variates(q, k, v, summary_q, summary_k, options)
-        # All windows share the cells: one product for all queries of an (image, head).
-        cells = queries.flatten(2, 3) @ (scale * k_tilde).to(logit_dtype).transpose(-2, -1)
-        cells = cells.to(dtype).unflatten(2, [queries.shape[2], queries.shape[3]])
+        shared_k.append(k_tilde)
+        shared_v.append(beta)
         if options.count_cells != 'one':
             cell, outside = cell_shape(feat_size, options.partition_grid), options.count_cells == 'outside' and area > 0
-            cells = cells + log_counts(feat_size, cell, window, (0, 0), outside, dtype, q.device).unsqueeze(1)
-        logits.append(cells)
+            counts = F.pad(log_counts(feat_size, cell, window, (0, 0), outside, dtype, q.device).unsqueeze(1), [0, P])
+    if P > 0:
+        shared_k.append(prefix[1].to(dtype))
+        shared_v.append(prefix[2].to(dtype))
+    if len(shared_k) > 0:
+        # One product for all queries of an (image, head).
+        keys = torch.cat(shared_k, 2) if len(shared_k) > 1 else shared_k[0]
+        shared = queries.flatten(2, 3) @ (scale * keys).to(logit_dtype).transpose(-2, -1)
+        shared = shared.to(dtype).unflatten(2, [queries.shape[2], queries.shape[3]])
+        logits.append(shared if counts is None else shared + counts)
 
     attn = torch.cat(logits, -1).softmax(-1).to(q.dtype)
     if dropout_p > 0.0:
         attn = F.dropout(attn, dropout_p)
 
-    if window_size == 0:
-        assert beta is not None
-        return (attn.flatten(2, 3) @ beta.to(q.dtype)).to(q.dtype)
-    attn_local, attn_cells = attn.split([area, attn.shape[-1] - area], -1)
-    out = attn_local @ to_windows(v, feat_size, window)
-    if beta is not None:
-        out += (attn_cells.flatten(2, 3) @ beta.to(q.dtype)).view_as(out)
-    return from_windows(out, feat_size, window).to(q.dtype)
+    attn_local, attn_shared = attn.split([area, attn.shape[-1] - area], -1)
+    out: Optional[torch.Tensor] = None
+    if len(shared_v) > 0:
+        values = (torch.cat(shared_v, 2) if len(shared_v) > 1 else shared_v[0]).to(q.dtype)
+        out = attn_shared.flatten(2, 3) @ values
+    if window_size > 0:
+        local = attn_local @ to_windows(v, feat_size, window)
+        if out is not None:
+            local += out.view_as(local)
+        out = from_windows(local, feat_size, window)
+    assert out is not None
+    if P > 0:
+        out = torch.cat([prefix[0].transpose(1, 2), out.transpose(1, 2)], 1).transpose(1, 2)
+    return out
 
 
 def split_packed(qkv: torch.Tensor) -> List[torch.Tensor]:

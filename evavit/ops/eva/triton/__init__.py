@@ -49,6 +49,8 @@ def _why_not_triton(case: EvaCase) -> Optional[str]:
         return f'window_size {case.window_size} is above 16'
     if case.partition_grid > 16:
         return f'partition_grid {case.partition_grid} is above 16'
+    if case.num_prefix_tokens > 16:
+        return f'num_prefix_tokens {case.num_prefix_tokens} is above 16'
     if case.dropout:
         return 'dropout of attention weights'
     if case.noise_grad:
@@ -56,16 +58,17 @@ def _why_not_triton(case: EvaCase) -> Optional[str]:
     return None if has_kernels('eva.triton.operator') else 'Triton is not installed'
 
 
-def why_not_gluon_sizes(dtype: torch.dtype, head_dim: int, tokens: int, cells: int) -> Optional[str]:
-    """Why the kernels in Gluon do not take this dtype, head dim, tokens of a window and number of cells, or None."""
+def why_not_gluon_sizes(dtype: torch.dtype, head_dim: int, tokens: int, rows: int) -> Optional[str]:
+    """Why the kernels in Gluon do not take this dtype, head dim, tokens of a window, and cells and prefix tokens
+    together, or None."""
     if dtype == torch.float32:
         return 'float32 is not bfloat16 or float16, which autocast gives'
     if head_dim not in GLUON_HEAD_DIMS:
         return f'head_dim {head_dim} is not {" or ".join(map(str, GLUON_HEAD_DIMS))}'
     if not 33 <= tokens <= 64:
         return f'a window has {tokens} tokens, not 33 to 64'
-    if not 1 <= cells <= 64:
-        return f'{cells} cells are not 1 to 64'
+    if not 1 <= rows <= 64:
+        return f'{rows} cells and prefix tokens are not 1 to 64'
     return None
 
 
@@ -78,7 +81,9 @@ def _why_not_gluon(case: EvaCase) -> Optional[str]:
     if case.feat_size is not None:
         window = window_shape([*case.feat_size], side)
         cells = eva_num_cells([*case.feat_size], case.partition_grid)
-    reason = why_not_gluon_sizes(case.dtype, case.head_dim, window[0] * window[1], cells)
+    if not cells:
+        return 'there are no cells'
+    reason = why_not_gluon_sizes(case.dtype, case.head_dim, window[0] * window[1], cells + case.num_prefix_tokens)
     if reason is not None:
         return reason
     from .plan import why_not_gluon_device
