@@ -51,8 +51,8 @@ class GridAttention(nn.Module):
         dtype: Of the parameters.
 
     Raises:
-        ValueError: num_heads does not divide dim; a dropout rate outside 0 to 1; prefix tokens or norms that the attention
-            does not take.
+        ValueError: num_heads does not divide dim; a dropout rate outside 0 to 1; prefix tokens or norms that the
+            attention does not take.
     """
 
     fixed_grid: ClassVar[bool] = False
