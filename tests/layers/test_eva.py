@@ -2,10 +2,12 @@ import pytest
 import timm
 import torch
 from ops.eva.references import eva_loop
+from timm.layers import AttentionRope, RotaryEmbeddingCat
+from torch import nn
 
 from evavit import export as exporting
 from evavit.convert import PUBLISHED_EVA_KWARGS, convert_published_eva
-from evavit.layers import EvaAttention
+from evavit.layers import EvaAttention, LocalAttention, PerformerAttention, ReformerAttention, SoftmaxAttention
 
 STATE = {
     'qkv.weight',
@@ -222,3 +224,48 @@ def test_published_layers(golden, name):
     layer.load_state_dict(convert_published_eva(state))
     output = layer(tensors['input'].flatten(1, 2), (H, W)).view(B, H, W, C)
     assert (output - tensors['output']).norm() <= 1e-5 * tensors['output'].norm()
+
+
+@pytest.mark.parametrize('attention', [EvaAttention, LocalAttention, SoftmaxAttention])
+@pytest.mark.parametrize('rotate_half', [False, True])
+@pytest.mark.parametrize('P', [0, 5])
+def test_limit_of_timm_s_attention_with_prefix_tokens_norms_and_rotations(attention, rotate_half, P):
+    options = dict(num_prefix_tokens=P, rotate_half=rotate_half, qk_norm=True, scale_norm=True, norm_layer=nn.LayerNorm)
+    timm_s = randomise(AttentionRope(32, 2, **options)).double()
+    sizes = {} if attention is SoftmaxAttention else dict(window_size=6, rel_pos_bias=False)
+    cells = dict(partition_grid=3, count_cells='outside') if attention is EvaAttention else {}
+    ours = attention(32, 2, **options, **sizes, **cells).double()
+    missing = ours.load_state_dict(timm_s.state_dict(), strict=False)
+    assert all(name.startswith('summary_') for name in missing.missing_keys) and not missing.unexpected_keys
+    rope = RotaryEmbeddingCat(16, in_pixels=False, feat_shape=(5, 6)).get_embed().double()
+    x = torch.randn(2, P + 30, 32, dtype=torch.float64)
+    torch.testing.assert_close(ours(x, [5, 6], rope), timm_s(x, rope), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(ours(x, [5, 6]), timm_s(x, rope))
+
+
+def test_prefix_tokens_script_compile_and_export():
+    layer = EvaAttention(32, 2, window_size=3, partition_grid=2, num_prefix_tokens=2, qk_norm=True).eval()
+    x = torch.randn(2, 22, 32)
+    expected = layer(x, [4, 5])
+    torch.testing.assert_close(torch.jit.script(layer)(x, [4, 5]), expected)
+    torch.testing.assert_close(torch.compile(layer, backend='aot_eager', fullgraph=True)(x, [4, 5]), expected)
+    torch.testing.assert_close(torch.export.export(layer, (x, [4, 5])).module()(x, [4, 5]), expected)
+
+
+def test_prefix_tokens_that_an_attention_does_not_take():
+    message = (
+        'PerformerAttention is made for a grid alone and takes no class or register tokens, got num_prefix_tokens 1'
+    )
+    with pytest.raises(ValueError, match=message):
+        PerformerAttention(32, 2, num_prefix_tokens=1)
+    with pytest.raises(ValueError, match='num_prefix_tokens 1: the ablations'):
+        EvaAttention(32, 2, num_prefix_tokens=1, overlap=True)
+    with pytest.raises(ValueError, match='ReformerAttention has no qk_norm and no scale_norm'):
+        ReformerAttention(32, 2, qk_norm=True)
+
+
+def test_attention_mass_counts_prefix_tokens_as_single():
+    layer = EvaAttention(32, 2, window_size=3, partition_grid=2, num_prefix_tokens=2).eval()
+    exact, cells, _ = layer.attention_mass(torch.randn(2, 22, 32), [4, 5])
+    assert exact.shape == (2, 2, 20)
+    torch.testing.assert_close(exact + cells, torch.ones_like(exact))

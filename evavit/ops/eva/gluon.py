@@ -13,9 +13,9 @@ descriptors of shared memory, the bias), until those that do change spill. In Gl
   where a gather would load a row for each token;
 * add a zero that the compiler cannot see through (`zero`) to what it would otherwise keep in registers.
 
-A tile of 64 rows holds a window, another one the cells; both have the head's D = 32 or 64 columns. `_Plan.gluon` in
-triton/plan.py checks which tensors these kernels take. triton/pieces.py says how to read
-the signatures; here all tensors are contiguous in their channels, which have no strides.
+A tile of 64 rows holds a window, another one the cells and prefix tokens; both have the head's D = 32 or 64 columns.
+`_Plan.gluon` in triton/plan.py checks which tensors these kernels take. triton/pieces.py says how to read the
+signatures; here all tensors are contiguous in their channels, which have no strides.
 
 Shared memory: all threads see a copy after `wait_group` and the barrier that Triton puts behind it. Products read
 shared memory by another path, the async proxy, so a fence stands between them and what threads or copies have written.
@@ -63,7 +63,7 @@ def _bias_fragments(bias, mma: gl.constexpr):
 
 @gluon.jit
 def _count_tile(log_count, win, c, COUNT: gl.constexpr):
-    """Pointers to what is added to the logits of cells c in windows `win`, from `log_counts`."""
+    """Pointers to what is added to the logits of shared keys c in windows `win`, from `log_counts`."""
     if COUNT == 2:
         log_count += win * 64
     return log_count + c
@@ -73,12 +73,12 @@ def _count_tile(log_count, win, c, COUNT: gl.constexpr):
 def forward_windows_gluon(
     q, k, v,  # (B, heads, N, D), dtype; the caller
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn,
-    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    k_tilde, beta,  # (B, heads, rows, D), dtype; forward_cells and forward_prefix
     bias,  # if BIAS: (heads, 4096) float32 in units of q·kᵀ; pad_bias_fragments
     log_count,  # if COUNT: (1 or n_win, 64) float32 in units of q·kᵀ; log_counts
-    out,  # writes y, (B, N, heads, D) in memory, dtype
+    out, sob,  # writes y, an image (N, heads, D) in memory, dtype
     lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
-    heads, H, W, n_wx, n_win, cells,
+    heads, H, W, n_wx, n_win, rows,
     chunks,  # programs that share the windows of an (image, head)
     scale,
     D: gl.constexpr, WH: gl.constexpr, WW: gl.constexpr,
@@ -102,10 +102,10 @@ def forward_windows_gluon(
     q += image * sqb + head * sqh
     k += image * skb + head * skh
     v += image * svb + head * svh
-    out += image * H * W * heads * D + head * D
+    out += image * sob + head * D
     lse += pair * H * W
-    k_tilde += pair * cells * D
-    beta += pair * cells * D
+    k_tilde += pair * rows * D
+    beta += pair * rows * D
     bias += head * (64 * 64)
     qk_scale = scale * LOG2E
 
@@ -127,8 +127,8 @@ def forward_windows_gluon(
     k_s = gl.allocate_shared_memory(dtype, [2, 64, D], tile)
     v_s = gl.allocate_shared_memory(dtype, [2, 64, D], tile)
     at_c = fr[:, None] * D + dim
-    _copy(kt_s.index(0), k_tilde + at_c, mask=(fr < cells)[:, None])
-    _copy(bt_s.index(0), beta + at_c, mask=(fr < cells)[:, None])
+    _copy(kt_s.index(0), k_tilde + at_c, mask=(fr < rows)[:, None])
+    _copy(bt_s.index(0), beta + at_c, mask=(fr < rows)[:, None])
     first = chunk * PER_PROGRAM
     last = gl.minimum(first + PER_PROGRAM, n_win)
     n0, inside = _window_start(first, n_wx, H, W, fy, fx, WH, WW, EDGE)
@@ -169,10 +169,10 @@ def forward_windows_gluon(
             s = gl.where(seen[None, :], s, float('-inf'))
         top = gl.max(s, 1)
         t = warpgroup_mma_wait(0, deps=[t])
-        if COUNT:  # -inf beyond the last cell
+        if COUNT:  # -inf beyond the last key
             t += count[None, :]
         else:
-            t = gl.where((j < cells)[None, :], t, float('-inf'))
+            t = gl.where((j < rows)[None, :], t, float('-inf'))
         top = gl.maximum(top, gl.max(t, 1)) * qk_scale
         s = gl.exp2(s * qk_scale - top[:, None])
         total = gl.sum(s, 1)
@@ -197,17 +197,17 @@ def forward_windows_gluon(
 @gluon.jit
 def backward_shared_gluon(
     q,  # (B, heads, N, D), dtype; the caller
-    out,  # y, (B, N, heads, D) in memory, dtype; forward_windows_gluon
+    out, sob,  # y, an image (N, heads, D) in memory, dtype; forward_windows_gluon
     grad,  # dy (B, heads, N, D), dtype; autograd
     sqb, sqh, sqn, sgb, sgh, sgn,
     lse,  # (B, heads, N) float32; forward_windows_gluon
     delta,  # writes δ (B, heads, N) float32
-    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    k_tilde, beta,  # (B, heads, rows, D), dtype; forward_cells and forward_prefix
     log_count,  # if COUNT: (1 or n_win, 64) float32 in units of q·kᵀ; log_counts
-    dk_tilde_parts, dbeta_parts,  # writes (splits, B, heads, cells, D) float32
-    heads, N, cells,
+    dk_tilde_parts, dbeta_parts,  # writes (splits, B, heads, rows, D) float32
+    heads, N, rows,
     splits, per_split,  # programs that share the tokens of an (image, head), and tokens of each
-    cells_total, scale,
+    rows_total, scale,
     W, n_wx,  # if COUNT is 2, else None
     D: gl.constexpr,
     WH: gl.constexpr, WW: gl.constexpr,  # if COUNT is 2
@@ -216,7 +216,7 @@ def backward_shared_gluon(
 ):  # fmt: skip
     """δ, and the part of dk̃ and dβ that comes through (16), as `backward_shared`. Programs: (B · splits · heads).
 
-    Products are transposed, (cells, tokens): so the weights of a tile are operands of the next products as they are.
+    Products are transposed, (keys, tokens): so the weights of a tile are operands of the next products as they are.
     """
     dtype: gl.constexpr = q.dtype.element_ty
     wide: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -233,11 +233,11 @@ def backward_shared_gluon(
     pair = image * heads + head
     q += image * sqb + head * sqh
     grad += image * sgb + head * sgh
-    out += image * N * heads * D + head * D
+    out += image * sob + head * D
     lse += pair * N
     delta += pair * N
-    k_tilde += pair * cells * D
-    beta += pair * cells * D
+    k_tilde += pair * rows * D
+    beta += pair * rows * D
     qk_scale = scale * LOG2E
     dim = gl.arange(0, D, layout=gl.SliceLayout(0, flat))[None, :]
     f_0 = gl.arange(0, T, layout=gl.SliceLayout(1, flat))
@@ -250,8 +250,8 @@ def backward_shared_gluon(
     q_s = gl.allocate_shared_memory(dtype, [2, T, D], tile)
     g_s = gl.allocate_shared_memory(dtype, [2, T, D], tile)
     at_c = fc[:, None] * D + dim
-    _copy(kt_s.index(0), k_tilde + at_c, mask=(fc < cells)[:, None])
-    _copy(bt_s.index(0), beta + at_c, mask=(fc < cells)[:, None])
+    _copy(kt_s.index(0), k_tilde + at_c, mask=(fc < rows)[:, None])
+    _copy(bt_s.index(0), beta + at_c, mask=(fc < rows)[:, None])
     first = split * per_split
     last = gl.minimum(first + per_split, N)
     f = f_0 + first
@@ -298,10 +298,10 @@ def backward_shared_gluon(
         acc_b, acc_k = warpgroup_mma_wait(0, deps=[acc_b, acc_k])
     async_copy.wait_group(0)
     c = gl.arange(0, 64, layout=gl.SliceLayout(1, wide))[:, None]
-    at = (split.to(gl.int64) * cells_total + pair * cells + c) * D
+    at = (split.to(gl.int64) * rows_total + pair * rows + c) * D
     at = at + gl.arange(0, D, layout=gl.SliceLayout(0, wide))[None, :]
-    gl.store(dk_tilde_parts + at, acc_k * scale, mask=c < cells)
-    gl.store(dbeta_parts + at, acc_b, mask=c < cells)
+    gl.store(dk_tilde_parts + at, acc_k * scale, mask=c < rows)
+    gl.store(dbeta_parts + at, acc_b, mask=c < rows)
 
 
 @gluon.jit
@@ -311,7 +311,7 @@ def backward_tokens_gluon(
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn,
     lse,  # (B, heads, N) float32; forward_windows_gluon
     delta,  # δ (B, heads, N) float32; backward_shared_gluon
-    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    k_tilde, beta,  # (B, heads, rows, D), dtype; forward_cells and forward_prefix
     bias,  # if BIAS: (heads, 4096) float32 in units of q·kᵀ; pad_bias_fragments
     log_count,  # if COUNT: (1 or n_win, 64) float32 in units of q·kᵀ; log_counts
     omega_half,  # ω / s^½ (B, heads, cells, D), dtype; backward_weights
@@ -321,7 +321,7 @@ def backward_tokens_gluon(
     dq, dk, dv,  # writes (B, heads, N, D), dtype
     sdb, sdh, sdn,
     dbias_parts,  # if BIAS: writes (B, chunks, heads, 64, 64) float32
-    heads, H, W, n_wx, n_win, n_cx, cells,
+    heads, H, W, n_wx, n_win, n_cx, cells, rows,
     chunks,  # programs that share the windows of an (image, head)
     cells_total, scale,
     D: gl.constexpr, WH: gl.constexpr, WW: gl.constexpr, CH: gl.constexpr, CW: gl.constexpr,
@@ -357,8 +357,8 @@ def backward_tokens_gluon(
     delta += pair * H * W
     xi += pair * H * W
     dlog_xi += pair * H * W
-    k_tilde += pair * cells * D
-    beta += pair * cells * D
+    k_tilde += pair * rows * D
+    beta += pair * rows * D
     omega_half += pair * cells * D
     dbeta += pair * cells * D
     dmean_q = dmeans + pair * cells * D
@@ -401,8 +401,8 @@ def backward_tokens_gluon(
     dmk_s = gl.allocate_shared_memory(dtype, [1, KE, D], few)
     dmq_s = gl.allocate_shared_memory(dtype, [1, KE, D], few)
     at_c = fr[:, None] * D + dim
-    _copy(kt_s.index(0), k_tilde + at_c, mask=(fr < cells)[:, None])
-    _copy(bt_s.index(0), beta + at_c, mask=(fr < cells)[:, None])
+    _copy(kt_s.index(0), k_tilde + at_c, mask=(fr < rows)[:, None])
+    _copy(bt_s.index(0), beta + at_c, mask=(fr < rows)[:, None])
     first = chunk * PER_PROGRAM
     last = gl.minimum(first + PER_PROGRAM, n_win)
     n0, inside = _window_start(first, n_wx, H, W, fy, fx, WH, WW, EDGE)
@@ -497,7 +497,7 @@ def backward_tokens_gluon(
         acc = warpgroup_mma_wait(0, deps=[acc])
         gl.store(dk + ((fn * sdn + dim) + n0 * sdn), gl.convert_layout(acc.to(dtype), flat), mask=inside)
 
-        # dq. A logit is never above the log-sum-exp, except for rows past the last cell: their k̃ is 0 and so is their
+        # dq. A logit is never above the log-sum-exp, except for rows past the last key: their k̃ is 0 and so is their
         # logit.
         s = warpgroup_mma(q_i, kt_s.index(zero).permute((1, 0)), zeros_64, use_acc=False, is_async=True)
         dp = warpgroup_mma(g_i, bt_s.index(zero).permute((1, 0)), zeros_64, use_acc=False, is_async=True)

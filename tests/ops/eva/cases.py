@@ -81,6 +81,18 @@ SMALL_CASES = [
     small('outside counts, no window', (5, 6), 0, 3, count_cells='outside'),
     small('all count, no window, two tiles of cells', (7, 6), 0, 7, count_cells='all'),
     small('outside counts, no cells', (6, 5), 5, 0, count_cells='outside'),
+    small('a class token', (9, 7), 4, 3, P=1),
+    small('a class token, several windows and parts', (9, 7), 4, 3, P=1, programs=1),
+    small('prefix tokens, outside counts', (9, 7), 4, 3, P=5, count_cells='outside'),
+    small('prefix tokens, separate views, no bias', (5, 6), 3, 2, P=2, layout='views', bias=False),
+    small('prefix tokens, no bias, halves', (5, 6), 3, 2, P=9, bias=False, dtype=torch.float16),
+    small('prefix tokens, no cells', (6, 5), 5, 0, P=5),
+    small('prefix tokens, no cells, windows of two tiles', (9, 5), 9, 0, P=2),
+    small('prefix tokens, no window, all count', (5, 6), 0, 3, P=5, count_cells='all'),
+    small('prefix tokens, grid smaller than a window', (2, 5), 7, 3, P=16, count_cells='outside'),
+    small('prefix tokens, two tiles of cells', (9, 7), 3, 7, P=5, count_cells='outside'),
+    small('prefix tokens that need a second tile', (8, 8), 4, 4, P=16, d=32),
+    small('parts of the keys of prefix queries', (20, 15), 7, 3, P=2, h=1, programs=8),
 ]
 # Of the same kinds as SHAPES, and where cells drop out: in pairs of windows and cells, and all of them.
 COUNTED_SHAPES = [
@@ -96,14 +108,41 @@ COUNTED_SHAPES = [
     ((16, 31), 7, 0),
 ]
 COUNTS = ['all', 'outside']
+# Prefix tokens, and cells that need one to five tiles beside them.
+PREFIX_SHAPES = [
+    # feat_size, window_size, partition_grid, P
+    ((14, 14), 7, 7, 1),
+    ((13, 9), 7, 7, 5),
+    ((28, 28), 8, 7, 2),
+    ((29, 17), 4, 3, 9),
+    ((37, 37), 7, 13, 5),
+    ((37, 33), 7, 16, 16),
+    ((5, 5), 7, 3, 1),
+    ((9, 9), 16, 4, 5),
+    ((13, 9), 0, 7, 5),
+    ((16, 31), 7, 0, 1),
+    ((64, 64), 7, 16, 5),
+]
 
 
 def make_case(
-    feat_size, window_size, partition_grid, dtype, *, B=2, h=3, d=32, bias=True, noise=True, factor=1.0, device='cuda'
+    feat_size,
+    window_size,
+    partition_grid,
+    dtype,
+    *,
+    B=2,
+    h=3,
+    d=32,
+    bias=True,
+    noise=True,
+    factor=1.0,
+    P=0,
+    device='cuda',
 ):
-    """qkv `(B, N, 3, h, d)`, the eight parameters, the table of biases, the noise and a gradient of the output."""
+    """qkv `(B, P + N, 3, h, d)`, the eight parameters, the table of biases, the noise and a gradient of the output."""
     N, cells = feat_size[0] * feat_size[1], eva_num_cells(list(feat_size), partition_grid)
-    qkv = (factor * torch.randn(B, N, 3, h, d)).to(dtype)
+    qkv = (factor * torch.randn(B, P + N, 3, h, d)).to(dtype)
     summary = [
         t
         for _ in range(2 if partition_grid else 0)
@@ -111,7 +150,7 @@ def make_case(
     ]
     rel_pos_bias = torch.randn((2 * window_size - 1) ** 2, h) if bias and window_size else None
     epsilon = torch.randn(B, h, cells, d) if noise and cells else None
-    grad = torch.randn(B, N, h, d).to(dtype).transpose(1, 2)
+    grad = torch.randn(B, P + N, h, d).to(dtype).transpose(1, 2)
 
     def move(x):
         return None if x is None else x.to(device)
@@ -135,6 +174,7 @@ def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layo
         partition_grid=partition_grid,
         noise=noise if noise is None or dtype is None else noise.to(dtype),
         fused=fused,
+        num_prefix_tokens=qkv.shape[1] - feat_size[0] * feat_size[1],
         **kwargs,
     )
     views = qkv.permute(2, 0, 3, 1, 4)

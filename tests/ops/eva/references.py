@@ -32,14 +32,19 @@ def eva_loop(
     proposal_scale=1.0,
     noise=None,
     count_cells='one',
+    num_prefix_tokens=0,
 ):
-    """EVA for q, k, v `(B, h, N, d)`: one cell after the other, then one window of queries after the other.
+    """EVA for q, k, v `(B, h, P + N, d)`: one cell after the other, then one window of queries after the other, and
+    before them one prefix query after the other.
 
     summary_q, summary_k: (W, b, LayerNorm weight, LayerNorm bias); bias_table `((2·window_size - 1)², h)`; noise
     `(B, h, C_p, d)`, which stands for noise_std · ε.
     """
-    d = q.shape[-1]
+    P, d = num_prefix_tokens, q.shape[-1]
     s = d**-0.5
+    exact = [torch.softmax(s * (q[:, :, p, None] @ k.mT), -1) @ v for p in range(P)]
+    k_prefix, v_prefix = k[:, :, :P], v[:, :, :P]
+    q, k, v = q[:, :, P:], k[:, :, P:], v[:, :, P:]
     k_tildes, betas = [], []
     cells = grid_cells(feat_size, partition_grid)
     if cells:
@@ -63,14 +68,16 @@ def eva_loop(
             k_E, v_E = k_E[:, :, :0], v_E[:, :, :0]
         counts = [count_of(cell, tokens if window_size else [], count_cells) for cell in cells]
         kept = [c for c, count in enumerate(counts) if count]
-        keys, values = torch.cat([k_E, summaries[0][:, :, kept]], 2), torch.cat([v_E, summaries[1][:, :, kept]], 2)
+        keys = torch.cat([k_E, summaries[0][:, :, kept], k_prefix], 2)
+        values = torch.cat([v_E, summaries[1][:, :, kept], v_prefix], 2)
         logits = s * q_E @ keys.transpose(2, 3)
-        logits = logits + torch.tensor([0.0] * k_E.shape[2] + [math.log(counts[c]) for c in kept], dtype=q.dtype)
+        extra = [0.0] * k_E.shape[2] + [math.log(counts[c]) for c in kept] + [0.0] * P
+        logits = logits + torch.tensor(extra, dtype=q.dtype)
         if bias_table is not None:
             bias = bias_table[bias_rows(tokens, feat_size[1], window_size)].permute(2, 0, 1)
-            logits = logits + F.pad(bias, [0, len(kept)])
+            logits = logits + F.pad(bias, [0, len(kept) + P])
         outputs.append(torch.softmax(logits, -1) @ values)
-    return in_order(outputs, groups)
+    return torch.cat([*exact, in_order(outputs, groups)], 2)
 
 
 def cells_across(width, partition_grid):

@@ -15,13 +15,13 @@ WINDOWS = [1, 4, 7, 'larger']  # than the grid
 PARTITIONS = [0, 1, 3, 7]
 
 
-def make_inputs(B, h, d, feat_size, window_size, partition_grid, *, bias=True, noise=True, dtype=torch.float64):
+def make_inputs(B, h, d, feat_size, window_size, partition_grid, *, bias=True, noise=True, P=0, dtype=torch.float64):
     """Leaf tensors by name: one qkv tensor whose views are q, k, v; both summaries; the bias table; the noise."""
 
     def normal(*shape):
         return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
-    leaves = {'qkv': normal(B, feat_size[0] * feat_size[1], 3, h, d)}
+    leaves = {'qkv': normal(B, P + feat_size[0] * feat_size[1], 3, h, d)}
     if partition_grid:
         for name in ('summary_q', 'summary_k'):
             leaves |= {
@@ -173,6 +173,69 @@ def test_counted_cells_in_half_precision(dtype, bound, count_cells):
     assert output.dtype == dtype
     found = errors(output, copies, expected, rounded)
     assert found.pop('output') <= bound and max(found.values()) <= 10 * bound, found
+
+
+@pytest.mark.parametrize('P', [1, 2, 5, 9])
+@pytest.mark.parametrize(
+    ('feat_size', 'window_size', 'partition_grid', 'options'),
+    [
+        ((14, 14), 7, 7, {}),
+        ((13, 9), 4, 3, dict(count_cells='outside')),
+        ((5, 3), 7, 2, dict(count_cells='outside')),  # smaller than a window
+        ((11, 20), 5, 7, dict(count_cells='all')),
+        ((6, 5), 0, 2, dict(count_cells='all')),
+        ((7, 5), 3, 0, {}),
+        ((1, 1), 1, 1, {}),
+    ],
+    ids=str,
+)
+def test_prefix_tokens_match_the_loop(feat_size, window_size, partition_grid, options, P):
+    sizes = feat_size, window_size, partition_grid
+    leaves, noise = make_inputs(2, 2, 8, *sizes, bias=P % 2 > 0, P=P)
+    expected = run_loop(leaves, noise, *sizes, num_prefix_tokens=P, **options)
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        copies = cast(leaves, dtype)
+        cast_noise = noise if noise is None else noise.to(dtype)
+        output = run_op(copies, cast_noise, *sizes, num_prefix_tokens=P, **options)
+        found = errors(output, copies, expected, leaves)
+        assert max(found.values()) <= bound, (dtype, found)
+
+
+@pytest.mark.parametrize(('dtype', 'bound'), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_prefix_tokens_in_half_precision(dtype, bound):
+    sizes = (13, 9), 4, 7
+    leaves, noise = make_inputs(2, 2, 32, *sizes, P=5, dtype=torch.float32)
+    rounded = {name: value.detach().to(dtype).double().requires_grad_() for name, value in leaves.items()}
+    expected = run_loop(rounded, noise.double(), *sizes, num_prefix_tokens=5)
+    copies = cast(leaves, dtype)
+    output = run_op(copies, noise, *sizes, num_prefix_tokens=5)
+    assert output.dtype == dtype
+    found = errors(output, copies, expected, rounded)
+    assert found.pop('output') <= bound and max(found.values()) <= 10 * bound, found
+
+
+@pytest.mark.parametrize('partition_grid', [0, 3])
+def test_limit_a_window_over_the_grid_is_softmax_with_prefix_tokens(partition_grid):
+    leaves, noise = make_inputs(2, 2, 8, (5, 8), 9, partition_grid, bias=False, P=3)
+    q, k, v, _ = arguments(leaves)
+    output = run_op(leaves, noise, (5, 8), 9, partition_grid, count_cells='outside', num_prefix_tokens=3)
+    assert relative_error(output, torch.nn.functional.scaled_dot_product_attention(q, k, v)) < 1e-14
+
+
+@pytest.mark.parametrize(
+    ('prefix', 'message'),
+    [
+        (2, r'feat_size (5, 4) and 2 prefix tokens do not make the 21 tokens of q'),
+        (0, r'feat_size (5, 4) does not hold the 21 tokens of q'),
+        (-1, 'num_prefix_tokens must be 0 or more, got -1'),
+        (1.0, 'num_prefix_tokens must be a whole number, got 1.0'),
+    ],
+)
+def test_prefix_tokens_that_do_not_fit(prefix, message):
+    leaves, noise = make_inputs(1, 1, 8, (5, 4), 2, 2, P=1)
+    with pytest.raises(ValueError) as error:
+        run_op(leaves, noise, (5, 4), 2, 2, num_prefix_tokens=prefix)
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize('partition_grid', [1, 3, 7])

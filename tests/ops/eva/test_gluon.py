@@ -245,6 +245,8 @@ class TestArithmetic:
             (((15, 13), 7, 7), dict(d=64, count_cells='outside'), 'packed'),
             (((13, 15), 8, 4), dict(d=32, bias=False, count_cells='outside'), 'packed'),
             (((6, 7), 7, 3), dict(d=32, count_cells='outside'), 'packed'),
+            (((14, 14), 7, 7), dict(d=64, P=5), 'packed'),
+            (((13, 15), 8, 3), dict(d=32, P=1, count_cells='outside'), 'views'),
         ],
         ids=[
             'default',
@@ -256,6 +258,8 @@ class TestArithmetic:
             'outside counts',
             'outside counts, cells drop out',
             'outside counts, all cells drop out',
+            'prefix tokens',
+            'a class token, outside counts',
         ],
     )
     def test_small_cases(self, shape, options, layout, launched, poison):
@@ -300,6 +304,17 @@ class TestKernels:
     @pytest.mark.parametrize(('dtype', 'd', 'bias'), [(torch.bfloat16, 64, True), (torch.float16, 32, False)], ids=str)
     def test_counted_cells(self, shape, dtype, d, bias, count_cells, launches):
         check(make_case(*shape, dtype, d=d, bias=bias), shape, dtype, count_cells=count_cells)
+        assert chosen(launches) == KERNELS * 2
+
+    @pytest.mark.parametrize('P', [1, 5, 15])
+    @pytest.mark.parametrize('shape', SHAPES, ids=str)
+    @pytest.mark.parametrize(
+        ('dtype', 'd', 'count_cells'), [(torch.bfloat16, 64, 'outside'), (torch.float16, 32, 'one')]
+    )
+    def test_prefix_tokens(self, shape, dtype, d, count_cells, P, launches):
+        if eva_num_cells(list(shape[0]), shape[2]) + P > 64:
+            pytest.skip('more keys than one tile holds')
+        check(make_case(*shape, dtype, d=d, P=P), shape, dtype, count_cells=count_cells)
         assert chosen(launches) == KERNELS * 2
 
     @pytest.mark.parametrize('shape', SHAPES, ids=str)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.eva.cases import COUNTED_SHAPES, COUNTS, SHAPES, SMALL_CASES, check, check_small, make_case, run
+from ops.eva.cases import COUNTED_SHAPES, COUNTS, PREFIX_SHAPES, SHAPES, SMALL_CASES, check, check_small, make_case, run
 from ops.kernels import DTYPES, gpu, graphs_of, interpreter, on_either, relative_rms
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +24,26 @@ class TestKernels:
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     def test_counted_cells(self, shape, dtype, count_cells, poison):
         check(make_case(*shape, dtype), shape, dtype, count_cells=count_cells)
+
+    @pytest.mark.parametrize('count_cells', ['one', 'outside'])
+    @pytest.mark.parametrize('shape', PREFIX_SHAPES, ids=str)
+    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
+    def test_prefix_tokens(self, shape, dtype, count_cells, poison):
+        *shape, P = shape
+        check(make_case(*shape, dtype, d=64, P=P), shape, dtype, count_cells=count_cells)
+
+    @pytest.mark.parametrize('layout', ['views', 'contiguous', 'transposed'])
+    @pytest.mark.parametrize('d', [32, 48, 128])
+    def test_layouts_with_prefix_tokens(self, layout, d, poison):
+        shape = ((14, 9), 7, 5)
+        check(make_case(*shape, torch.bfloat16, d=d, P=5), shape, torch.bfloat16, layout, count_cells='outside')
+
+    @pytest.mark.parametrize('dtype', DTYPES, ids=str)
+    def test_a_window_over_the_grid_is_softmax_with_prefix_tokens(self, dtype):
+        qkv, *rest = make_case((16, 13), 16, 7, dtype, d=64, bias=False, P=5)
+        found = run((qkv, *rest), (16, 13), 16, 7, fused=True, count_cells='outside')
+        expected = torch.nn.functional.scaled_dot_product_attention(*qkv.double().permute(2, 0, 3, 1, 4))
+        assert relative_rms(found['out'], expected) < (1e-5 if dtype == torch.float32 else 5e-3)
 
     @pytest.mark.parametrize('dtype', DTYPES, ids=str)
     def test_a_window_over_the_grid_is_softmax(self, dtype):

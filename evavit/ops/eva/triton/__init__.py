@@ -49,8 +49,8 @@ def _why_not_triton(case: EvaCase) -> Optional[str]:
         return f'window_size {case.window_size} is above 16'
     if case.partition_grid > 16:
         return f'partition_grid {case.partition_grid} is above 16'
-    if case.num_prefix_tokens:
-        return 'prefix tokens'
+    if case.num_prefix_tokens > 16:
+        return f'num_prefix_tokens {case.num_prefix_tokens} is above 16'
     if case.dropout:
         return 'dropout of attention weights'
     if case.noise_grad:

@@ -27,26 +27,26 @@ from .pieces import (
 @triton.jit
 def backward_shared(
     q,  # (B, heads, N, D), dtype; the caller
-    out,  # y, (B, N, heads, D) in memory, dtype; forward_windows, forward_tokens or forward_windows_gluon
+    out, sob,  # y, an image (N, heads, D) in memory, dtype; forward_windows, forward_tokens or forward_windows_gluon
     grad,  # dy (B, heads, N, D), dtype; autograd
     sqb, sqh, sqn, sqd, sgb, sgh, sgn, sgd,
     lse,  # (B, heads, N) float32; forward_windows, forward_tokens or forward_windows_gluon
     delta,  # writes δ (B, heads, N) float32
-    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    k_tilde, beta,  # (B, heads, rows, D), dtype; forward_cells and forward_prefix
     log_count,  # if COUNT: (1 or n_win, tiles · BC) float32 in units of log 2; log_counts
-    dk_tilde_parts, dbeta_parts,  # if CELLS: writes (splits, B, heads, cells, D) float32
-    heads, N, cells,
+    dk_tilde_parts, dbeta_parts,  # if SHARED: writes (splits, B, heads, rows, D) float32
+    heads, N, rows,
     splits, per_split,  # programs that share the tokens of an (image, head), and tokens, or places, of each
-    cells_total, scale,
+    rows_total, scale,
     H, W, n_wx, n_win,  # if COUNT is 2, else None
     D: tl.constexpr, BD: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr,  # tokens and cells of a tile
+    BM: tl.constexpr, BC: tl.constexpr,  # tokens and shared keys of a tile
     WH: tl.constexpr, WW: tl.constexpr, NT: tl.constexpr,  # if COUNT is 2
-    CELLS: tl.constexpr,  # whether there are cells
+    SHARED: tl.constexpr,  # whether there are shared keys
     COUNT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """δ, and the part of dk̃ and dβ that comes through (16). Programs: (B · splits · heads, tiles of BC cells).
+    """δ, and the part of dk̃ and dβ that comes through (16). Programs: (B · splits · heads, tiles of BC shared keys).
 
     Tokens come in raster order; if COUNT is 2, window by window, so that those of a tile share their counts.
     """
@@ -54,12 +54,12 @@ def backward_shared(
     pair = image * heads + head
     q += image * sqb + head * sqh
     grad += image * sgb + head * sgh
-    out += image * N * heads * D + head * D
+    out += image * sob + head * D
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    cell_valid = c < cells
-    if CELLS:
-        kt = load_rows(k_tilde + pair * cells * D, c, cell_valid, D, 1, D, BD)
-        bt = load_rows(beta + pair * cells * D, c, cell_valid, D, 1, D, BD)
+    key_valid = c < rows
+    if SHARED:
+        kt = load_rows(k_tilde + pair * rows * D, c, key_valid, D, 1, D, BD)
+        bt = load_rows(beta + pair * rows * D, c, key_valid, D, 1, D, BD)
         acc_k = tl.zeros([BC, BD], tl.float32)
         acc_b = tl.zeros([BC, BD], tl.float32)
     places = N
@@ -77,22 +77,22 @@ def backward_shared(
         delta_n = tl.sum(y * dy.to(tl.float32), 1)
         if tl.program_id(1) == 0:
             tl.store(delta + pair * N + n, delta_n, mask=valid)
-        if CELLS:
+        if SHARED:
             q_n = load_rows(q, n, valid, sqn, sqd, D, BD)
             lse_n = tl.load(lse + pair * N + n, mask=valid, other=0.0)
-            # Transposed, (cells, tokens): the sums over tokens are then plain products.
+            # Transposed, (keys, tokens): the sums over tokens are then plain products.
             s = tl.dot(kt, tl.trans(q_n), input_precision=PREC) * (scale * LOG2E)
             if COUNT:
                 s += tl.load(count_tile(log_count, win, c[:, None], tl.num_programs(1) * BC, COUNT))
-            p = tl.where(cell_valid[:, None] & valid[None, :], tl.exp2(s - lse_n[None, :]), 0.0)
+            p = tl.where(key_valid[:, None] & valid[None, :], tl.exp2(s - lse_n[None, :]), 0.0)
             dp = tl.dot(bt, tl.trans(dy), input_precision=PREC)
             ds = p * (dp - delta_n[None, :])
             acc_b = tl.dot(p.to(dy.dtype), dy, acc_b, input_precision=PREC)
             acc_k = tl.dot(ds.to(q_n.dtype), q_n, acc_k, input_precision=PREC)
-    if CELLS:
-        row = split * cells_total + pair * cells + c
-        store_rows(dk_tilde_parts, row, cell_valid, D, 1, acc_k * scale, D, BD)
-        store_rows(dbeta_parts, row, cell_valid, D, 1, acc_b, D, BD)
+    if SHARED:
+        row = split * rows_total + pair * rows + c
+        store_rows(dk_tilde_parts, row, key_valid, D, 1, acc_k * scale, D, BD)
+        store_rows(dbeta_parts, row, key_valid, D, 1, acc_b, D, BD)
 
 
 @triton.jit
@@ -100,13 +100,14 @@ def backward_weights(
     k, v,  # (B, heads, N, D), dtype; the caller
     skb, skh, skn, skd, svb, svh, svn, svd,
     omega,  # (B, heads, cells, D) float32; forward_cells
-    dbeta_parts,  # (splits, B, heads, cells, D) float32; backward_shared or backward_shared_gluon
-    dbeta,  # writes their sum (B, heads, cells, D), dtype
+    dbeta_parts,  # (splits, B, heads, rows, D) float32; backward_shared or backward_shared_gluon
+    dbeta,  # writes the cells' sum (B, heads, cells, D), dtype
     omega_half,  # if OMEGA_HALF: writes ω / s^½ (B, heads, cells, D), dtype, for backward_tokens_gluon
     domega,  # writes (B, heads, cells, D) float32
     xi, dlog_xi,  # writes ξ and d log ξ of each token in its cell (B, heads, N) float32
-    heads, H, W, n_cx, cells, ch, cw, cells_total,
+    heads, H, W, n_cx, cells, ch, cw, cells_total, rows,
     splits,  # parts
+    rows_total,
     scale_half,
     D: tl.constexpr, BD: tl.constexpr,
     G: tl.constexpr, T: tl.constexpr,  # cells of a program, and tokens of each that it loads at a time
@@ -128,7 +129,7 @@ def backward_weights(
     om = load_rows(omega, row, cell_valid, D, 1, D, BD)
     db = tl.zeros([G, BD], tl.float32)
     for i in range(splits):
-        db += load_rows(dbeta_parts, i * cells_total + row, cell_valid, D, 1, D, BD)
+        db += load_rows(dbeta_parts, i * rows_total + pair * rows + c, cell_valid, D, 1, D, BD)
     store_rows(dbeta, row, cell_valid, D, 1, db, D, BD)
     if OMEGA_HALF:
         store_rows(omega_half, row, cell_valid, D, 1, om / scale_half, D, BD)
@@ -178,14 +179,14 @@ def backward_weights(
 def backward_summary(
     means,  # q̄ and k̄ (2, B, heads, cells, D) float32; forward_cells
     domega,  # (B, heads, cells, D) float32; backward_weights
-    dk_tilde_parts,  # (splits, B, heads, cells, D) float32; backward_shared or backward_shared_gluon
+    dk_tilde_parts,  # (splits, B, heads, rows, D) float32; backward_shared or backward_shared_gluon
     w_q, b_q, g_q,  # of q's summary: W (D, D), b, weight of LayerNorm (D), any float dtype; the caller
     w_k, b_k, g_k,  # of k's summary
     dmeans,  # writes (2, B, heads, cells, D), dtype: what each token of a cell gets through its mean
     dparams_parts,  # writes (programs, 2, D² + 3 D) float32: dW, db, and of LayerNorm's weight and bias
     cells_total,
     splits,  # parts of dk̃
-    H, W, n_cx, cells, ch, cw,
+    H, W, n_cx, cells, ch, cw, rows, rows_total,
     omega_scale,  # s^½ · proposal_scale, by which (28) multiplies q̃ + k̃
     eps,  # of LayerNorm
     D: tl.constexpr, BD: tl.constexpr,
@@ -219,9 +220,11 @@ def backward_summary(
         z = tl.dot(mean, tl.trans(w), input_precision=PREC) + b[None, :]
         z_hat, inv = normalise(z, eps, D, BD)
         d = omega_scale * load_rows(domega, row, valid, D, 1, D, BD)
+        c = row % cells
         if which == 1:
+            shared = row // cells * rows + c
             for i in range(splits):
-                d += load_rows(dk_tilde_parts, i * cells_total + row, valid, D, 1, D, BD)
+                d += load_rows(dk_tilde_parts, i * rows_total + shared, valid, D, 1, D, BD)
         sum_g += tl.sum(d * z_hat, 0)
         sum_o += tl.sum(d, 0)
         d = d * g[None, :]
@@ -230,7 +233,6 @@ def backward_summary(
         sum_b += tl.sum(dz, 0)
         dz = dz.to(dtype)
         sum_w = tl.dot(tl.trans(dz), mean.to(dtype), sum_w, input_precision=PREC)
-        c = row % cells
         count = tl.minimum(ch, H - (c // n_cx) * ch) * tl.minimum(cw, W - (c % n_cx) * cw)
         dmean = tl.dot(dz, w_half, input_precision=PREC) / count.to(tl.float32)[:, None]
         store_rows(dmeans, which * cells_total + row, valid, D, 1, dmean, D, BD)
@@ -268,7 +270,7 @@ def backward_tokens(
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd, sgb, sgh, sgn, sgd,
     lse,  # (B, heads, N) float32; forward_windows, forward_tokens or forward_windows_gluon
     delta,  # δ (B, heads, N) float32; backward_shared or backward_shared_gluon
-    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    k_tilde, beta,  # (B, heads, rows, D), dtype; forward_cells and forward_prefix
     bias,  # if BIAS: (heads, S, S) float32 in units of log 2; pad_bias
     log_count,  # if COUNT: (1 or n_win, NC · BC) float32 in units of log 2; log_counts
     omega,  # (B, heads, cells, D) float32; forward_cells
@@ -278,7 +280,7 @@ def backward_tokens(
     dq, dk, dv,  # writes (B, heads, N, D), dtype; the stride of channels is 1
     sdb, sdh, sdn,
     dbias_parts,  # if BIAS: writes (B, chunks, heads, S, S) float32; zero before where NT > 1
-    heads, H, W, n_wx, n_win, n_cx, cells,
+    heads, H, W, n_wx, n_win, n_cx, cells, rows,
     chunks,  # programs that share the windows of an (image, head)
     cells_total, scale, scale_half,
     D: tl.constexpr, BD: tl.constexpr,
@@ -286,6 +288,7 @@ def backward_tokens(
     BM: tl.constexpr, NT: tl.constexpr, BC: tl.constexpr, NC: tl.constexpr,
     PER_PROGRAM: tl.constexpr,  # windows of a program
     LOCAL: tl.constexpr,  # whether there are windows; without them, n_win counts tiles of tokens
+    CELLS: tl.constexpr,  # whether there are cells
     BIAS: tl.constexpr, COUNT: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
@@ -303,8 +306,8 @@ def backward_tokens(
     delta += pair * H * W
     xi += pair * H * W
     dlog_xi += pair * H * W
-    k_tilde += pair * cells * D
-    beta += pair * cells * D
+    k_tilde += pair * rows * D
+    beta += pair * rows * D
     omega += pair * cells * D
     dbeta += pair * cells * D
     dmean_q = dmeans + pair * cells * D
@@ -314,8 +317,8 @@ def backward_tokens(
     qk_scale = scale * LOG2E
     c0 = tl.arange(0, BC)
     if NC == 1:
-        kt_0 = load_rows(k_tilde, c0, c0 < cells, D, 1, D, BD)
-        beta_0 = load_rows(beta, c0, c0 < cells, D, 1, D, BD)
+        kt_0 = load_rows(k_tilde, c0, c0 < rows, D, 1, D, BD)
+        beta_0 = load_rows(beta, c0, c0 < rows, D, 1, D, BD)
     if LOCAL and BIAS and NT == 1:
         sum_bias = tl.zeros([BM, BM], tl.float32)
 
@@ -329,7 +332,7 @@ def backward_tokens(
                 v_i = load_rows(v, n, valid, svn, svd, D, BD)
             lse_i = tl.load(lse + n, mask=valid, other=0.0)
             delta_i = tl.load(delta + n, mask=valid, other=0.0)
-            if NT == 1 and NC > 0:
+            if NT == 1 and CELLS:
                 w = tl.load(xi + n, mask=valid, other=0.0)
                 dl = tl.load(dlog_xi + n, mask=valid, other=0.0)
             acc = tl.zeros([BM, BD], tl.float32)
@@ -338,9 +341,9 @@ def backward_tokens(
                 if NC == 1:
                     kt, bt = kt_0, beta_0
                 else:
-                    kt = load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
-                    bt = load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
-                real, count = c_t < cells, bias
+                    kt = load_rows(k_tilde, c_t, c_t < rows, D, 1, D, BD)
+                    bt = load_rows(beta, c_t, c_t < rows, D, 1, D, BD)
+                real, count = c_t < rows, bias
                 if COUNT:
                     count = count_tile(log_count, win, c_t[None, :], NC * BC, COUNT)
                 p, ds = _logit_grad(q_i, kt, bt, dy, lse_i, delta_i, count, valid, real, qk_scale, COUNT > 0, PREC)
@@ -365,7 +368,7 @@ def backward_tokens(
                 p = p.to(dy.dtype)
                 acc = tl.dot(ds, k_i, acc, input_precision=PREC)
             acc = acc * scale
-            if NC > 0:
+            if CELLS:
                 acc += load_rows(dmean_q, c, valid, D, 1, D, BD).to(tl.float32)
             store_rows(dq, n, valid, sdn, 1, acc, D, BD)
             if NT == 1:  # each sum is written before the next begins, which saves registers
@@ -373,12 +376,12 @@ def backward_tokens(
                 acc_k = tl.zeros([BM, BD], tl.float32)
                 if LOCAL:
                     acc_v = tl.dot(tl.trans(p), dy, input_precision=PREC)
-                if NC > 0:
+                if CELLS:
                     acc_v += w[:, None] * load_rows(dbeta, c, valid, D, 1, D, BD).to(tl.float32)
                 store_rows(dv, n, valid, sdn, 1, acc_v, D, BD)
                 if LOCAL:
                     acc_k = tl.dot(tl.trans(ds), q_i, input_precision=PREC) * scale
-                if NC > 0:
+                if CELLS:
                     acc_k += _key_grad_through_cells(k_i, omega, dmean_k, dl, c, valid, scale, scale_half, D, BD)
                 store_rows(dk, n, valid, sdn, 1, acc_k, D, BD)
         if LOCAL and NT > 1:
@@ -399,7 +402,7 @@ def backward_tokens(
                     acc_k = tl.dot(tl.trans(ds.to(q_i.dtype)), q_i, acc_k, input_precision=PREC)
                     acc_v = tl.dot(tl.trans(p.to(dy.dtype)), dy, acc_v, input_precision=PREC)
                 acc_k = acc_k * scale
-                if NC > 0:
+                if CELLS:
                     w = tl.load(xi + n_j, mask=valid_j, other=0.0)
                     dl = tl.load(dlog_xi + n_j, mask=valid_j, other=0.0)
                     acc_v += w[:, None] * load_rows(dbeta, c_j, valid_j, D, 1, D, BD).to(tl.float32)

@@ -1,7 +1,7 @@
 """The forward kernels: `forward_cells`, then one of `forward_windows` and `forward_tokens`.
 
-`forward_windows` is for windows and cells that fit one tile each, `forward_tokens` for more tiles and for no windows.
-pieces.py says how to read the signatures.
+`forward_windows` is for windows and shared keys that fit one tile each, `forward_tokens` for more tiles and for no
+windows. pieces.py says how to read the signatures.
 """
 
 import triton
@@ -32,10 +32,10 @@ def forward_cells(
     w_q, b_q, g_q, o_q,  # of q's summary: W (D, D), b, weight and bias of LayerNorm (D), any float dtype; the caller
     w_k, b_k, g_k, o_k,  # of k's summary
     noise,  # if NOISE: noise_std · ε (B, heads, cells, D), any float dtype; the caller
-    k_tilde, beta,  # writes k̃ and β (B, heads, cells, D), dtype
+    k_tilde, beta,  # writes k̃ and β (B, heads, rows, D), dtype
     omega,  # if SAVE: writes ω (B, heads, cells, D) float32
     means,  # if SAVE: writes q̄ and k̄ (2, B, heads, cells, D) float32
-    heads, H, W, n_cx, cells, ch, cw, cells_total,
+    heads, H, W, n_cx, cells, ch, cw, cells_total, rows,
     scale_half, proposal_scale,
     eps,  # of LayerNorm
     D: tl.constexpr, BD: tl.constexpr,
@@ -72,9 +72,10 @@ def forward_cells(
     om = proposal_scale * scale_half * (summarise(q_mean, w_q, b_q, g_q, o_q, eps, D, BD, PREC) + kt)
 
     row = (image * heads + head) * cells + c
+    to = (image * heads + head) * rows + c
     if NOISE:
         om += load_rows(noise, row, cell_valid, D, 1, D, BD).to(tl.float32)
-    store_rows(k_tilde, row, cell_valid, D, 1, kt, D, BD)
+    store_rows(k_tilde, to, cell_valid, D, 1, kt, D, BD)
     if SAVE:
         store_rows(omega, row, cell_valid, D, 1, om, D, BD)
         store_rows(means, row, cell_valid, D, 1, q_mean, D, BD)
@@ -100,11 +101,11 @@ def forward_cells(
             total = total * decay + tl.sum(xi, 1)
             acc = acc * decay[:, None] + tl.sum(xi[:, :, None] * v_t, 1)
         total = tl.where(cell_valid, total, 1.0)
-    store_rows(beta, row, cell_valid, D, 1, acc / total[:, None], D, BD)
+    store_rows(beta, to, cell_valid, D, 1, acc / total[:, None], D, BD)
 
 
 @triton.jit
-def _add_keys(s, values, top, total, acc, PREC: tl.constexpr):
+def add_keys(s, values, top, total, acc, PREC: tl.constexpr):
     """One step of a running softmax: its maximum, its sum of weights and its weighted sum of values after the keys with
     logits s. The first keys of a query include a real one, so that no maximum is -inf."""
     new_top = tl.maximum(top, tl.max(s, 1))
@@ -119,12 +120,12 @@ def _add_keys(s, values, top, total, acc, PREC: tl.constexpr):
 def forward_tokens(
     q, k, v,  # (B, heads, N, D), dtype; the caller
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
-    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    k_tilde, beta,  # (B, heads, rows, D), dtype; forward_cells and forward_prefix
     bias,  # if BIAS: (heads, S, S) float32 in units of log 2; pad_bias
     log_count,  # if COUNT: (1 or n_win, NC · BC) float32 in units of log 2; log_counts
-    out,  # writes y, (B, N, heads, D) in memory, dtype
+    out, sob,  # writes y, an image (N, heads, D) in memory, dtype
     lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
-    heads, H, W, n_wx, n_win, cells,
+    heads, H, W, n_wx, n_win, rows,
     chunks,  # programs that share the windows of an (image, head)
     scale,
     D: tl.constexpr, BD: tl.constexpr,
@@ -136,15 +137,15 @@ def forward_tokens(
     SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """(16) for any number of tiles of tokens and cells, by a running softmax. Programs: (B · chunks · heads)."""
+    """(16) for any number of tiles of tokens and shared keys, by a running softmax. Programs: (B · chunks · heads)."""
     head, chunk, image = split_program(heads, chunks)
     q += image * sqb + head * sqh
     k += image * skb + head * skh
     v += image * svb + head * svh
-    out += image * H * W * heads * D + head * D
+    out += image * sob + head * D
     lse += (image * heads + head) * H * W
-    k_tilde += (image * heads + head) * cells * D
-    beta += (image * heads + head) * cells * D
+    k_tilde += (image * heads + head) * rows * D
+    beta += (image * heads + head) * rows * D
     bias += head * (NT * BM * NT * BM)
     qk_scale = scale * LOG2E
     c = tl.arange(0, BC)
@@ -165,17 +166,17 @@ def forward_tokens(
                     if BIAS:
                         s += tl.load(bias_tile(bias, i, j, BM, NT))
                     s = tl.where(valid_j[None, :], s, float('-inf'))
-                    top, total, acc = _add_keys(s, v_j, top, total, acc, PREC)
+                    top, total, acc = add_keys(s, v_j, top, total, acc, PREC)
             for t in range(NC):
                 c_t = t * BC + c
-                kt = load_rows(k_tilde, c_t, c_t < cells, D, 1, D, BD)
-                bt = load_rows(beta, c_t, c_t < cells, D, 1, D, BD)
+                kt = load_rows(k_tilde, c_t, c_t < rows, D, 1, D, BD)
+                bt = load_rows(beta, c_t, c_t < rows, D, 1, D, BD)
                 s = tl.dot(q_i, tl.trans(kt), input_precision=PREC) * qk_scale
-                if COUNT:  # -inf beyond the last cell
+                if COUNT:  # -inf beyond the last key
                     s += tl.load(count_tile(log_count, win, c_t[None, :], NC * BC, COUNT))
                 else:
-                    s = tl.where((c_t < cells)[None, :], s, float('-inf'))
-                top, total, acc = _add_keys(s, bt, top, total, acc, PREC)
+                    s = tl.where((c_t < rows)[None, :], s, float('-inf'))
+                top, total, acc = add_keys(s, bt, top, total, acc, PREC)
             store_rows(out, n, valid, heads * D, 1, acc / total[:, None], D, BD)
             if SAVE:
                 tl.store(lse + n, top + tl.log2(total), mask=valid)
@@ -185,12 +186,12 @@ def forward_tokens(
 def forward_windows(
     q, k, v,  # (B, heads, N, D), dtype; the caller
     sqb, sqh, sqn, sqd, skb, skh, skn, skd, svb, svh, svn, svd,
-    k_tilde, beta,  # (B, heads, cells, D), dtype; forward_cells
+    k_tilde, beta,  # (B, heads, rows, D), dtype; forward_cells and forward_prefix
     bias,  # if BIAS: (heads, BM, BM) float32 in units of q·kᵀ; pad_bias
     log_count,  # if COUNT: (1 or n_win, BC) float32 in units of log 2; log_counts
-    out,  # writes y, (B, N, heads, D) in memory, dtype
+    out, sob,  # writes y, an image (N, heads, D) in memory, dtype
     lse,  # if SAVE: writes the log-sum-exp of a token's logits (B, heads, N) float32
-    heads, H, W, n_wx, n_win, cells,
+    heads, H, W, n_wx, n_win, rows,
     chunks,  # programs that share the windows of an (image, head)
     scale,
     D: tl.constexpr, BD: tl.constexpr,
@@ -199,19 +200,19 @@ def forward_windows(
     PER_PROGRAM: tl.constexpr,  # windows of a program
     PACKED: tl.constexpr,  # whether q, k and v have equal strides
     EDGE: tl.constexpr,  # whether windows overhang the grid
-    CELLS: tl.constexpr,  # whether there are cells
+    SHARED: tl.constexpr,  # whether there are shared keys
     BIAS: tl.constexpr, COUNT: tl.constexpr,
     SAVE: tl.constexpr,  # whether there will be a backward
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """(16) where one tile holds a window and one all cells. Programs: (B · chunks · heads)."""
+    """(16) where one tile holds a window and one all shared keys. Programs: (B · chunks · heads)."""
     if PACKED:  # so the compiler keeps one set of offsets, not three
         skb, skh, skn, skd, svb, svh, svn, svd = sqb, sqh, sqn, sqd, sqb, sqh, sqn, sqd
     head, chunk, image = split_program(heads, chunks)
     q += image * sqb + head * sqh
     k += image * skb + head * skh
     v += image * svb + head * svh
-    out += image * H * W * heads * D + head * D
+    out += image * sob + head * D
     lse += (image * heads + head) * H * W
     qk_scale = scale * LOG2E
     r = tl.arange(0, BM)
@@ -219,10 +220,10 @@ def forward_windows(
     n = ry * W + rx
     if BIAS:
         high, low, eye = split_bias(bias + head * (BM * BM), q.dtype.element_ty, BM)
-    if CELLS:
+    if SHARED:
         c = tl.arange(0, BC)
-        kt = load_rows(k_tilde + (image * heads + head) * cells * D, c, c < cells, D, 1, D, BD)
-        bt = load_rows(beta + (image * heads + head) * cells * D, c, c < cells, D, 1, D, BD)
+        kt = load_rows(k_tilde + (image * heads + head) * rows * D, c, c < rows, D, 1, D, BD)
+        bt = load_rows(beta + (image * heads + head) * rows * D, c, c < rows, D, 1, D, BD)
 
     for win in range(chunk * PER_PROGRAM, tl.minimum(chunk * PER_PROGRAM + PER_PROGRAM, n_win)):
         n0, valid = window_start(win, n_wx, W, H, ry, rx, WH, WW, EDGE)
@@ -237,17 +238,17 @@ def forward_windows(
             s = tl.dot(q_i, tl.trans(k_i), input_precision=PREC) * qk_scale
         s = tl.where(valid[None, :], s, float('-inf'))
         top = tl.max(s, 1)
-        if CELLS:
+        if SHARED:
             s_c = tl.dot(q_i, tl.trans(kt), input_precision=PREC) * qk_scale
-            if COUNT:  # -inf beyond the last cell
+            if COUNT:  # -inf beyond the last key
                 s_c += tl.load(count_tile(log_count, win, c[None, :], BC, COUNT))
             else:
-                s_c = tl.where((c < cells)[None, :], s_c, float('-inf'))
+                s_c = tl.where((c < rows)[None, :], s_c, float('-inf'))
             top = tl.maximum(top, tl.max(s_c, 1))
         p = tl.exp2(s - top[:, None])
         total = tl.sum(p, 1)
         acc = tl.dot(p.to(v_i.dtype), v_i, input_precision=PREC)
-        if CELLS:
+        if SHARED:
             p = tl.exp2(s_c - top[:, None])
             total += tl.sum(p, 1)
             acc = tl.dot(p.to(bt.dtype), bt, acc, input_precision=PREC)

@@ -12,11 +12,11 @@ from evavit.ops.common.launch import ceil_div, on_device, register_op
 from evavit.ops.eva.case import EvaOptions
 from evavit.ops.grid import block_counts, cell_shape
 
-from . import plan as _sizes
 from .backward import backward_shared, backward_summary, backward_tokens, backward_weights
 from .forward import forward_cells, forward_tokens, forward_windows
 from .pieces import LN2
-from .plan import WINDOWS_BACKWARD, WINDOWS_FORWARD, _plan
+from .plan import WINDOWS_BACKWARD, WINDOWS_FORWARD, _Plan, _plan
+from .prefix import backward_prefix, combine_prefix, forward_prefix
 
 __all__ = ['eva_attention_fused']
 
@@ -37,17 +37,81 @@ def _tokens_like(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty(B, N, h, d).transpose(1, 2)
 
 
-def _forward_outputs(q: torch.Tensor, cells: int, save: bool) -> Outputs:
+def _without_prefix(num_prefix_tokens: int, *tokens: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    """The grid's part of tensors `(B, h, P + N, d)`."""
+    return tuple(x[:, :, num_prefix_tokens:] for x in tokens) if num_prefix_tokens else tokens
+
+
+def _forward_outputs(q: torch.Tensor, cells: int, num_prefix_tokens: int, save: bool) -> Outputs:
     B, h, N, d = q.shape
     saved_tokens, saved_cells = (N, cells) if save else (0, 0)
     return (
         _tokens_like(q),
-        q.new_empty(B, h, saved_tokens, dtype=torch.float32),
-        q.new_empty(B, h, cells, d),
-        q.new_empty(B, h, cells, d),
+        q.new_empty(B * h * saved_tokens, dtype=torch.float32),
+        q.new_empty(B, h, cells + num_prefix_tokens, d),
+        q.new_empty(B, h, cells + num_prefix_tokens, d),
         q.new_empty(B, h, saved_cells, d, dtype=torch.float32),
         q.new_empty(2, B, h, saved_cells, d, dtype=torch.float32),
     )
+
+
+def _forward_prefix(
+    plan: _Plan,
+    tokens: Tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    strides: Tuple[int, ...],
+    outputs: Outputs,
+    scale: float,
+    save: bool,
+) -> None:
+    """The prefix tokens' part of the outputs of `_eva`: y, log-sum-exp, and what all windows see of them."""
+    out, lse, k_tilde, beta, *_ = outputs
+    T, P, D, pairs = plan.P + plan.N, plan.P, plan.D, plan.pairs
+    splits, per_split = plan.split(T)
+    acc_parts = torch.empty(splits, pairs, P, D, dtype=torch.float32, device=out.device)
+    stat_parts = torch.empty(splits, pairs, 2, P, dtype=torch.float32, device=out.device)
+    plan.launch(
+        forward_prefix,
+        (pairs * splits, 1, 1),
+        *(*tokens, *strides, k_tilde, beta, acc_parts, stat_parts),
+        *(plan.heads, T, plan.cells, plan.rows, pairs, splits, per_split, scale),
+        **plan.prefix,
+        BM=32 if plan.small else 64,
+        PREC=plan.prec,
+    )
+    plan.launch(
+        combine_prefix,
+        (pairs, 1, 1),
+        *(acc_parts, stat_parts, out, out.stride(0), lse[pairs * plan.N :], plan.heads, pairs, splits),
+        **plan.prefix,
+        SAVE=save,
+    )
+
+
+def _backward_prefix(
+    plan: _Plan,
+    whole: Tuple[torch.Tensor, ...],
+    lse: torch.Tensor,
+    parts: Tuple[torch.Tensor, ...],
+    grads: Tuple[torch.Tensor, ...],
+    scale: float,
+) -> None:
+    """Add to the gradients of k and v what comes through prefix queries, and write those of the prefix tokens."""
+    q, k, v, grad, out = whole
+    dq, dk, dv = grads
+    T, P, D, pairs = plan.P + plan.N, plan.P, plan.D, plan.pairs
+    splits, per_split = plan.split(T)
+    dq_parts = torch.empty(splits, plan.B, plan.heads, P, D, dtype=torch.float32, device=q.device)
+    plan.launch(
+        backward_prefix,
+        (pairs * splits, 1, 1),
+        *(q, k, v, grad, *q.stride(), *k.stride(), *v.stride(), *grad.stride()),
+        *(out, out.stride(0), lse[pairs * plan.N :], *parts, dk, dv, *dk.stride()[:3], dq_parts),
+        *(plan.heads, T, plan.cells, plan.rows, plan.rows_total, pairs, parts[0].shape[0], splits, per_split, scale),
+        **plan.prefix,
+        BM=32 if plan.small else 64,
+        PREC=plan.prec,
+    )
+    dq[:, :, :P] = plan.sum(dq_parts)
 
 
 def _eva(
@@ -68,32 +132,39 @@ def _eva(
     window_size: int,
     partition_grid: int,
     count_cells: str,
+    num_prefix_tokens: int,
     scale: float,
     proposal_scale: float,
     norm_eps: float,
     save: bool,
     gluon: bool,
 ) -> Outputs:
-    """Forward: y, and for the backward log-sum-exp `(B, h, N)`, k̃, β, ω `(B, h, C_p, d)`, means `(2, B, h, C_p, d)`.
+    """Forward: y, and for the backward the log-sum-exps, k̃ and β `(B, h, C_p + P, d)`, ω `(B, h, C_p, d)`, means
+    `(2, B, h, C_p, d)`.
 
-    All but y, k̃ and β are float32: the LayerNorm of rounded means is not that of the forward.
+    All but y, k̃ and β are float32: the LayerNorm of rounded means is not that of the forward. Behind k̃ and β are k and
+    v of the P prefix tokens. The log-sum-exps are in one axis, `(B, h, N)` of the grid's and `(B, h, P)` of the prefix.
 
-    q, k, v are `(B, h, N, d)`; or q is all three, `(3, B, h, N, d)`, and k and v are None: then their gradient comes
-    back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty. The
-    summaries' parameters come one by one, since autograd takes a list of tensors apart and together in Python. `gluon`
-    lets the kernels in Gluon run where they take these tensors.
+    q, k, v are `(B, h, P + N, d)`; or q is all three, `(3, B, h, P + N, d)`, and k and v are None: then their gradient
+    comes back in one piece too, which spares a copy of it. Without `save` the tensors for the backward alone are empty.
+    The summaries' parameters come one by one, since autograd takes a list of tensors apart and together in Python.
+    `gluon` lets the kernels in Gluon run where they take these tensors.
     """
     q, k, v = _unpack(q, k, v)
-    plan = _plan(q, feat_size, window_size, partition_grid, count_cells)
-    out, lse, k_tilde, beta, omega, means = outputs = _forward_outputs(q, plan.cells, save)
+    P = num_prefix_tokens
+    plan = _plan(q, feat_size, window_size, partition_grid, count_cells, P)
+    out, lse, k_tilde, beta, omega, means = outputs = _forward_outputs(q, plan.cells, P, save)
     if out.numel() == 0:
         return outputs
     strides = (*q.stride(), *k.stride(), *v.stride())
     with on_device(q):
+        if P:
+            _forward_prefix(plan, (q, k, v), strides, outputs, scale, save)
+            q, k, v, out = _without_prefix(P, q, k, v, out)
         if plan.cells:
             plan.launch(
                 forward_cells,
-                (plan.B * plan.heads, ceil_div(plan.cells, plan.cell_tiles[0]['G']), 1),
+                (plan.pairs, ceil_div(plan.cells, plan.cell_tiles[0]['G']), 1),
                 *(q, k, v, *strides),
                 *(w_q, b_q, g_q, o_q, w_k, b_k, g_k, o_k),
                 noise if noise is not None else q,
@@ -113,9 +184,9 @@ def _eva(
             pad = plan.pad_bias if module is None else plan.pad_bias_fragments
             padded = pad(bias, scale if plan.one_tile else LN2)
         grid = plan.B * chunks * plan.heads, 1, 1
-        sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.cells, chunks
+        sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.rows, chunks
         log_count = plan.log_counts(module is not None, scale, q.device)
-        args = (k_tilde, beta, padded, log_count, out, lse, *sizes, scale)
+        args = (k_tilde, beta, padded, log_count, out, out.stride(0), lse, *sizes, scale)
         options = dict(PER_PROGRAM=per_program, BIAS=bias is not None, SAVE=save)
         if module is not None:
             tokens = (q, k, v, *strides[:3], *strides[4:7], *strides[8:11])
@@ -133,19 +204,19 @@ def _eva(
 def _eva_fake(
     q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor], feat_size: List[int], *rest: Any
 ) -> Outputs:
-    *_, partition_grid, _count_cells, _scale, _proposal_scale, _norm_eps, save, _gluon = rest
+    *_, partition_grid, _count_cells, num_prefix_tokens, _scale, _proposal_scale, _norm_eps, save, _gluon = rest
     q, k, v = _unpack(q, k, v)
     cells = 0
     if partition_grid > 0:
         rows, cols = block_counts(feat_size, cell_shape(feat_size, partition_grid))
         cells = rows * cols
-    return _forward_outputs(q, cells, save)
+    return _forward_outputs(q, cells, num_prefix_tokens, save)
 
 
 def _token_grads(
     q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor]
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Empty gradients of q, k, v; of a packed q, in memory `(B, N, 3, h, d)`, and two empty tensors."""
+    """Empty gradients of q, k, v; of a packed q, in memory `(B, P + N, 3, h, d)`, and two empty tensors."""
     if k is None or v is None:
         _, B, h, N, d = q.shape
         return q.new_empty(B, N, 3, h, d).permute(2, 0, 3, 1, 4), q.new_empty(0), q.new_empty(0)
@@ -169,6 +240,7 @@ def _eva_backward(
     window_size: int,
     partition_grid: int,
     count_cells: str,
+    num_prefix_tokens: int,
     scale: float,
     proposal_scale: float,
     norm_eps: float,
@@ -178,8 +250,9 @@ def _eva_backward(
     `(2, d² + 3d)` packed, and of the bias, float32."""
     inputs = q, k, v
     q, k, v = _unpack(q, k, v)
-    plan = _plan(q, feat_size, window_size, partition_grid, count_cells)
-    D, cells = plan.D, plan.cells
+    P = num_prefix_tokens
+    plan = _plan(q, feat_size, window_size, partition_grid, count_cells, P)
+    D, cells, pairs = plan.D, plan.cells, plan.pairs
     bias = rel_pos_bias if plan.local else None
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
     if q.numel() == 0:
@@ -192,29 +265,26 @@ def _eva_backward(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
+    whole = q, k, v, grad, out
+    q, k, v, grad, out = _without_prefix(P, *whole)
     q_strides, grad_strides = q.stride(), grad.stride()
     strides = (*q_strides, *k.stride(), *v.stride(), *grad_strides)
     module = plan.gluon(strides, q, k, v, grad, k_tilde, beta) if gluon else None
-    pairs = plan.B * plan.heads
-    # Tokens of one image and head are split over programs until the card is full; a part is at least 256 tokens.
-    places = plan.N if module is not None else plan.places
-    splits = max(1, min(ceil_div(_sizes.PROGRAMS, pairs), ceil_div(places, 256)))
-    per_split = ceil_div(ceil_div(places, splits), 64) * 64
-    splits = ceil_div(places, per_split)
+    splits, per_split = plan.split(plan.N if module is not None else plan.places)
     delta = empty(plan.B, plan.heads, plan.N)
-    dk_tilde_parts, dbeta_parts = empty(splits, plan.rows, D), empty(splits, plan.rows, D)
+    dk_tilde_parts, dbeta_parts = empty(splits, plan.rows_total, D), empty(splits, plan.rows_total, D)
     with on_device(q):
         log_count = plan.log_counts(module is not None, scale, q.device)
         shared = (
             *(lse, delta, k_tilde, beta, log_count, dk_tilde_parts, dbeta_parts),
-            *(plan.heads, plan.N, cells, splits, per_split, plan.rows, scale),
+            *(plan.heads, plan.N, plan.rows, splits, per_split, plan.rows_total, scale),
         )
         by_window = plan.count == 2
         if module is not None:
             plan.launch(
                 module.backward_shared_gluon,
                 (pairs * splits, 1, 1),
-                *(q, out, grad, *q_strides[:3], *grad_strides[:3]),
+                *(q, out, out.stride(0), grad, *q_strides[:3], *grad_strides[:3]),
                 *shared,
                 *((plan.W, plan.n_wx) if by_window else (None, None)),
                 **plan.options['backward_shared_gluon'],
@@ -223,7 +293,7 @@ def _eva_backward(
             plan.launch(
                 backward_shared,
                 (pairs * splits, max(plan.NC, 1), 1),
-                *(q, out, grad, *q_strides, *grad_strides),
+                *(q, out, out.stride(0), grad, *q_strides, *grad_strides),
                 *shared,
                 *((plan.H, plan.W, plan.n_wx, plan.n_win) if by_window else (None,) * 4),
                 **plan.options['backward_shared'],
@@ -231,21 +301,21 @@ def _eva_backward(
         xi = dlog_xi = domega = dbeta = omega_half = dmeans = delta
         if cells:
             xi, dlog_xi = torch.empty_like(delta), torch.empty_like(delta)
-            domega, dbeta = empty(plan.rows, D), empty(plan.rows, D, dtype=q.dtype)
-            omega_half = empty(plan.rows, D, dtype=q.dtype) if module is not None else dbeta
+            domega, dbeta = empty(plan.cells_total, D), empty(plan.cells_total, D, dtype=q.dtype)
+            omega_half = empty(plan.cells_total, D, dtype=q.dtype) if module is not None else dbeta
             plan.launch(
                 backward_weights,
                 (pairs, ceil_div(cells, plan.cell_tiles[1]['G']), 1),
                 *(k, v, *strides[4:12]),
                 *(omega, dbeta_parts, dbeta, omega_half, domega, xi, dlog_xi),
                 *plan.cell_sizes,
-                *(splits, scale**0.5),
+                *(splits, plan.rows_total, scale**0.5),
                 **plan.options['backward_weights'],
                 OMEGA_HALF=module is not None,
             )
-            programs = min(ceil_div(plan.rows, plan.options['backward_summary']['R']), 128)
+            programs = min(ceil_div(plan.cells_total, plan.options['backward_summary']['R']), 128)
             dparams = empty(programs, 2, D * D + 3 * D)
-            dmeans = empty(2, plan.rows, D, dtype=q.dtype)
+            dmeans = empty(2, plan.cells_total, D, dtype=q.dtype)
             w_q, b_q, g_q, _, w_k, b_k, g_k, _ = summary
             plan.launch(
                 backward_summary,
@@ -253,7 +323,8 @@ def _eva_backward(
                 *(means, domega, dk_tilde_parts),
                 *(w_q, b_q, g_q, w_k, b_k, g_k),
                 *(dmeans, dparams),
-                *(plan.rows, splits, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw),
+                *(plan.cells_total, splits, plan.H, plan.W, plan.n_cx, cells, plan.ch, plan.cw),
+                *(plan.rows, plan.rows_total),
                 *(scale**0.5 * proposal_scale, norm_eps),
                 **plan.options['backward_summary'],
             )
@@ -261,9 +332,11 @@ def _eva_backward(
         else:
             dparams = empty(0, 0)
         # The peak of memory is next: what is read no more goes first.
+        prefix_parts = (dk_tilde_parts, dbeta_parts) if P else ()
         del dk_tilde_parts, dbeta_parts, domega, shared
         grads = _token_grads(*inputs)
-        dq, dk, dv = grads[0] if inputs[1] is None else grads
+        whole_grads = grads[0].unbind(0) if inputs[1] is None else grads
+        dq, dk, dv = _without_prefix(P, *whole_grads)
 
         per_program = plan.per_program(WINDOWS_BACKWARD)
         chunks = ceil_div(plan.n_win, per_program)
@@ -278,14 +351,14 @@ def _eva_backward(
         saved = lse, delta, k_tilde, beta, padded, log_count
         through_cells = dbeta, dmeans, xi, dlog_xi
         written = dq, dk, dv, *dq.stride()[:3], dbias_parts
-        sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells, chunks, plan.rows, scale
+        sizes = plan.heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.n_cx, cells, plan.rows, chunks, plan.cells_total
         options = dict(PER_PROGRAM=per_program, BIAS=bias is not None)
         if module is not None:
             plan.launch(
                 module.backward_tokens_gluon,
                 grid,
                 *(q, k, v, grad, *strides[:3], *strides[4:7], *strides[8:11], *strides[12:15]),
-                *(*saved, omega_half, *through_cells, *written, *sizes),
+                *(*saved, omega_half, *through_cells, *written, *sizes, scale),
                 **options,
                 **plan.options['backward_tokens_gluon'],
             )
@@ -294,10 +367,12 @@ def _eva_backward(
                 backward_tokens,
                 grid,
                 *(q, k, v, grad, *strides),
-                *(*saved, omega, *through_cells, *written, *sizes, scale**0.5),
+                *(*saved, omega, *through_cells, *written, *sizes, scale, scale**0.5),
                 **options,
                 **plan.options['backward_tokens'],
             )
+        if prefix_parts:
+            _backward_prefix(plan, whole, lse, prefix_parts, whole_grads, scale)
         if bias is not None:
             dbias = plan.bias_grad(plan.sum(dbias_parts))
         else:
@@ -308,7 +383,7 @@ def _eva_backward(
 def _eva_backward_fake(
     grad: torch.Tensor, q: torch.Tensor, k: Optional[torch.Tensor], v: Optional[torch.Tensor], *rest: Any
 ) -> Tuple[torch.Tensor, ...]:
-    *_, rel_pos_bias, _window_size, partition_grid, _count_cells, _scale, _proposal_scale, _norm_eps, _gluon = rest
+    rel_pos_bias, _window_size, partition_grid = rest[-9:-6]
     D = q.shape[-1]
     params = (2, D * D + 3 * D) if partition_grid > 0 else (0, 0)
     dbias_shape = rel_pos_bias.shape if rel_pos_bias is not None else (0,)
@@ -320,16 +395,16 @@ def _eva_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, ...]) -> None:
-    q, k, v, feat_size, *summary, rel_pos_bias, _noise, window_size, partition_grid, count_cells = inputs[:17]
-    scale, proposal_scale, norm_eps, save, gluon = inputs[17:]
+    q, k, v, feat_size, *summary, rel_pos_bias, _noise, window_size, partition_grid = inputs[:16]
+    *options, save, gluon = inputs[16:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, rel_pos_bias, *output, *summary)
-    ctx.options = feat_size, window_size, partition_grid, count_cells, scale, proposal_scale, norm_eps, gluon
+    ctx.options = feat_size, window_size, partition_grid, *options, gluon
     ctx.saved = save
 
 
 def _autograd_backward(ctx: Any, grad: Optional[torch.Tensor], *_: Any) -> Tuple[Optional[torch.Tensor], ...]:
-    nones: List[Optional[torch.Tensor]] = [None] * 22
+    nones: List[Optional[torch.Tensor]] = [None] * 23
     if grad is None:
         return (*nones,)
     if not ctx.saved:
@@ -364,7 +439,7 @@ def eva_attention_fused(tokens: Tuple[torch.Tensor, ...], options: EvaOptions, g
     """`evavit.ops.eva_attention` without dropout, by the kernels; arguments have been checked.
 
     Args:
-        tokens: q, k, v `(B, h, N, d)`, or one tensor with all three, `(3, B, h, N, d)`.
+        tokens: q, k, v `(B, h, P + N, d)`, or one tensor with all three, `(3, B, h, P + N, d)`.
         options: Of the call.
         gluon: Whether the kernels in Gluon run where they take these tensors.
     """
@@ -380,5 +455,5 @@ def eva_attention_fused(tokens: Tuple[torch.Tensor, ...], options: EvaOptions, g
         *(q, k, v, options.feat_size),
         *summary,
         *(options.rel_pos_bias, noise, options.window_size, options.partition_grid, options.count_cells),
-        *(options.scale, options.proposal_scale, options.norm_eps, save, gluon),
+        *(options.num_prefix_tokens, options.scale, options.proposal_scale, options.norm_eps, save, gluon),
     )[0]

@@ -4,16 +4,19 @@ The legend of each kernel is its signature: behind an argument stand its shape, 
 `writes` marks what this kernel writes itself. "dtype" is that of q. Tensors are contiguous unless strides are passed.
 In all signatures
 
-    B, heads, H, W, N   images, heads, rows and columns of the grid, tokens (N = H · W)
+    B, heads, H, W, N   images, heads, rows and columns of the grid, tokens of the grid (N = H · W)
+    P                   prefix tokens; q, k, v and grad begin at the first token of the grid, unless a kernel says else
     D, BD               channels of a head, and columns of its tile: the next power of 2, at least 16
     cells, cells_total  cells of an image (C_p), and B · heads · cells
+    rows, rows_total    keys that all windows share, cells + P: first the cells' k̃ and β, then the prefix tokens' k and
+                        v; and B · heads · rows
     n_cx, ch, cw        cells side by side, and height and width of a cell in tokens; CH, CW where they are constants
     n_win, n_wx         windows of an image, and windows side by side
     WH, WW, SIDE        height and width of a window in tokens; window_size, which a small grid cuts to WH × WW
     BM, NT              rows of a tile of tokens, and tiles of a window; S = NT · BM
-    BC, NC              rows of a tile of cells, and tiles that hold all cells; NC = 0 without cells
+    BC, NC              rows of a tile of shared keys, and tiles that hold all of them; NC = 0 without any
     sqb, sqh, sqn, sqd  strides of q over images, heads, tokens and channels, in elements; sk. of k, sv. of v, sg. of
-                        grad, sd. of dq, dk and dv
+                        grad, sd. of dq, dk and dv; sob of out over images
     scale, scale_half   the softmax scale s, and s^½
     PREC                how float32 tiles are multiplied: 'ieee' or 'tf32'
     COUNT               how often a cell counts: 0 for once, and log_count is None; 1 for log_count with one row for all
@@ -179,30 +182,30 @@ def table_grad(
 def log_counts(
     log_count,  # writes (programs of axis 0, columns) float32
     unit,  # what the logarithms are divided by: s for units of q·kᵀ, log 2 for units of log 2
-    H, W, n_wx, n_cx, cells, ch, cw,
+    H, W, n_wx, n_cx, cells, rows, ch, cw,
     WH: tl.constexpr, WW: tl.constexpr,
     BC: tl.constexpr,
     COUNT: tl.constexpr,  # 1 or 2
 ):  # fmt: skip
-    """log of the tokens of each cell, less those in the window if COUNT is 2; -inf for none and beyond the last cell.
-    Programs: (rows of log_count, tiles of BC columns)."""
+    """log of the tokens of each cell, less those in the window if COUNT is 2; 0 for prefix tokens; -inf for cells
+    without such a token and beyond the last key. Programs: (rows of log_count, tiles of BC columns)."""
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     y0, x0 = (c // n_cx) * ch, (c % n_cx) * cw
     y1, x1 = tl.minimum(y0 + ch, H), tl.minimum(x0 + cw, W)
     count = (y1 - y0) * (x1 - x0)
     if COUNT == 2:
         wy, wx = (tl.program_id(0) // n_wx) * WH, (tl.program_id(0) % n_wx) * WW
-        rows = tl.minimum(y1, wy + WH) - tl.maximum(y0, wy)
-        cols = tl.minimum(x1, wx + WW) - tl.maximum(x0, wx)
-        count -= tl.maximum(rows, 0) * tl.maximum(cols, 0)
-    count = tl.where(c < cells, count, 0)
+        dy = tl.minimum(y1, wy + WH) - tl.maximum(y0, wy)
+        dx = tl.minimum(x1, wx + WW) - tl.maximum(x0, wx)
+        count -= tl.maximum(dy, 0) * tl.maximum(dx, 0)
+    count = tl.where(c < cells, count, tl.where(c < rows, 1, 0))
     x = tl.where(count > 0, tl.log(tl.maximum(count, 1).to(tl.float32)) / unit, float('-inf'))
     tl.store(log_count + tl.program_id(0) * tl.num_programs(1) * BC + c, x)
 
 
 @triton.jit
 def count_tile(log_count, win, c, columns, COUNT: tl.constexpr):
-    """Pointers to what is added to the logits of cells c in windows `win`, from `log_counts`."""
+    """Pointers to what is added to the logits of shared keys c in windows `win`, from `log_counts`."""
     if COUNT == 2:
         log_count += win * columns
     return log_count + c

@@ -77,8 +77,11 @@ class _Plan:
         window_size: int,
         partition_grid: int,
         count_cells: str = 'one',
+        num_prefix_tokens: int = 0,
     ) -> None:
-        self.B, self.heads, self.N, self.D = shape
+        self.B, self.heads, tokens, self.D = shape
+        self.P, self.N = num_prefix_tokens, tokens - num_prefix_tokens
+        self.pairs = self.B * self.heads
         self.H, self.W = feat_size
         grid = [self.H, self.W]
         self.BD = max(16, triton.next_power_of_2(self.D))
@@ -101,16 +104,19 @@ class _Plan:
             self.BM, self.NT, self.n_wx = tile, 1, 1
             self.n_win = ceil_div(self.N, tile)
 
-        self.cells, self.n_cx, self.ch, self.cw, self.BC, self.NC = 0, 1, 1, 1, 16, 0
+        self.cells, self.n_cx, self.ch, self.cw = 0, 1, 1, 1
         if partition_grid > 0:
             self.ch, self.cw = cell_shape(grid, partition_grid)
             n_cy, self.n_cx = block_counts(grid, (self.ch, self.cw))
             self.cells = n_cy * self.n_cx
-            self.BC = min(tile, max(16, triton.next_power_of_2(self.cells)))
-            self.NC = ceil_div(self.cells, self.BC)
-        self.rows = self.B * self.heads * self.cells
+        self.rows = self.cells + self.P
+        self.BC = min(tile, max(16, triton.next_power_of_2(self.rows))) if self.rows else 16
+        self.NC = ceil_div(self.rows, self.BC)
+        self.cells_total, self.rows_total = self.pairs * self.cells, self.pairs * self.rows
         # As two of the kernels take them.
-        self.cell_sizes = (self.heads, self.H, self.W, self.n_cx, self.cells, self.ch, self.cw, self.rows)
+        self.cell_sizes = (
+            *(self.heads, self.H, self.W, self.n_cx, self.cells, self.ch, self.cw, self.cells_total, self.rows),
+        )
 
         self.count = 0  # COUNT of the kernels
         if count_cells != 'one' and self.cells:
@@ -130,7 +136,7 @@ class _Plan:
         self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
         dtype = torch.float32 if full else torch.bfloat16  # of halves, either
         tokens = self.wh * self.ww if self.local else 0
-        self.gluon_sizes = why_not_gluon_sizes(dtype, self.D, tokens, self.cells) is None
+        self.gluon_sizes = self.cells > 0 and why_not_gluon_sizes(dtype, self.D, tokens, self.rows) is None
         self.gluon_strides: Dict[tuple, bool] = {}
         self.launch = Launcher()
 
@@ -177,7 +183,7 @@ class _Plan:
         No tile has fewer elements than threads, unless it has one warp: several would hold the same elements, and write
         them to the same places of shared memory at the same time.
         """
-        area, pairs = self.ch * self.cw, self.B * self.heads
+        area, pairs = self.ch * self.cw, self.pairs
         tokens, cells = triton.next_power_of_2(area), triton.next_power_of_2(max(self.cells, 1))
         shrink = max(64, self.BD) // 64 * (2 if self.full else 1)
         narrow = self.BD <= 32 and not self.full
@@ -219,25 +225,37 @@ class _Plan:
         forward_tile, backward_tile = self.cell_tiles
         options: Dict[str, Dict[str, Any]] = {
             'forward_cells': dict(**sizes, **forward_tile, PREC=self.summary_prec),
-            'forward_windows': dict(**tiles, **window, **count, EDGE=self.edge, CELLS=self.cells > 0),
+            'forward_windows': dict(**tiles, **window, **count, EDGE=self.edge, SHARED=self.rows > 0),
             'forward_windows_gluon': dict(**window, **count, D=self.D, EDGE=self.edge),
             'forward_tokens': dict(**many, **window, **count),
             'backward_shared': dict(
-                **self.shared_tile, **count, D=self.D, BD=self.BD, BC=self.BC, CELLS=self.cells > 0, PREC=self.prec
+                **self.shared_tile, **count, D=self.D, BD=self.BD, BC=self.BC, SHARED=self.rows > 0, PREC=self.prec
             ),
             'backward_shared_gluon': dict(**(window if self.count == 2 else dict(WH=1, WW=1)), **count, D=self.D, T=32),
             'backward_weights': dict(**sizes, **backward_tile),
             'backward_summary': dict(**sizes, R=32 if self.small else 64, PREC=self.summary_prec),
-            'backward_tokens': dict(**many, **both, **count),
+            'backward_tokens': dict(**many, **both, **count, CELLS=self.cells > 0),
             'backward_tokens_gluon': dict(**both, **count, **self.window_cells, D=self.D, EDGE=self.edge),
         }
         for name, of_kernel in options.items():
             of_kernel.update(LAUNCH.get(name, LAUNCH['gluon'] if name.endswith('_gluon') else {}))
         return options
 
+    def split(self, tokens: int) -> Tuple[int, int]:
+        """How many programs share the tokens of an (image, head), so that the card is full, and the tokens of each: a
+        multiple of 64, and no fewer than 256 unless that is all."""
+        splits = max(1, min(ceil_div(PROGRAMS, self.pairs), ceil_div(tokens, 256)))
+        per_split = ceil_div(ceil_div(tokens, splits), 64) * 64
+        return ceil_div(tokens, per_split), per_split
+
+    @functools.cached_property
+    def prefix(self) -> Dict[str, Any]:
+        """What the launches of the prefix tokens' kernels have in common."""
+        return dict(P=self.P, BP=16, D=self.D, BD=self.BD, num_warps=4, num_stages=2)
+
     def per_program(self, windows: int) -> int:
         """Windows that one program walks: at most `windows`, fewer where the card would stay empty."""
-        enough = max(1, self.B * self.heads * self.n_win // PROGRAMS)
+        enough = max(1, self.pairs * self.n_win // PROGRAMS)
         return min(windows, triton.next_power_of_2(enough), self.n_win)
 
     def pad_bias(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
@@ -265,7 +283,7 @@ class _Plan:
             return None
         rows, tiles, BC = self.n_win if self.count == 2 else 1, 1 if gluon else self.NC, 64 if gluon else self.BC
         log_count = torch.empty(rows, tiles * BC, dtype=torch.float32, device=device)
-        sizes = self.H, self.W, self.n_wx, self.n_cx, self.cells, self.ch, self.cw
+        sizes = self.H, self.W, self.n_wx, self.n_cx, self.cells, self.rows, self.ch, self.cw
         options = dict(WH=self.wh, WW=self.ww, BC=BC, COUNT=self.count)
         self.launch(log_counts, (rows, tiles, 1), log_count, scale if gluon else LN2, *sizes, **options, num_warps=1)
         return log_count
@@ -291,15 +309,22 @@ def _cached_plan(
     window_size: int,
     partition_grid: int,
     count_cells: str,
+    num_prefix_tokens: int,
 ) -> _Plan:
-    return _Plan(shape, full, feat_size, window_size, partition_grid, count_cells)
+    return _Plan(shape, full, feat_size, window_size, partition_grid, count_cells, num_prefix_tokens)
 
 
 def _plan(
-    q: torch.Tensor, feat_size: List[int], window_size: int, partition_grid: int, count_cells: str = 'one'
+    q: torch.Tensor,
+    feat_size: List[int],
+    window_size: int,
+    partition_grid: int,
+    count_cells: str = 'one',
+    num_prefix_tokens: int = 0,
 ) -> _Plan:
     full = q.dtype == torch.float32
-    return _cached_plan(tuple(q.shape), full, tuple(feat_size), window_size, partition_grid, count_cells)
+    sizes = window_size, partition_grid
+    return _cached_plan(tuple(q.shape), full, tuple(feat_size), *sizes, count_cells, num_prefix_tokens)
 
 
 def takes_gluon(
