@@ -11,7 +11,7 @@ from ops.eva.cases import COUNTS, check, make_case, run
 from ops.eva.gluon_emulator import Emulator
 from ops.kernels import interpreter, relative_rms
 
-from evavit.ops import eva_attention_packed
+from evavit.ops import eva_attention_packed, eva_num_cells
 from evavit.ops.eva import EVA
 
 triton = pytest.importorskip('triton')
