@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Write the tables of docs/scaling.md from what one GPU reached: python docs/make/scaling.py [--check]
 
-Measured are results/h100.csv, images a second and the batch of one GPU, and results/data_cpu.csv, what a CPU core
-prepares. All else is arithmetic over the assumptions below, each of which is a flag. With --check nothing is written;
-the exit code is 1 if a table is stale.
+Measured are results/h100.csv, images a second and the batch of one GPU, results/data_cpu.csv, what a CPU core
+prepares, and results/scale.csv, updates on several GPUs of one host (tools/scale.py). All else is arithmetic over the
+assumptions below, each of which is a flag. With --check nothing is written; the exit code is 1 if a table is stale.
 """
 
 import argparse
+import functools
+import itertools
 import math
 import sys
 
@@ -59,6 +61,7 @@ def measured():
     return steps
 
 
+@functools.cache
 def gradient_bytes(model):
     """float32 gradients: DDP sends them as they are, under bfloat16 autocast too."""
     return 4 * sum(p.numel() for p in timm.create_model(model, device='meta').parameters())
@@ -119,6 +122,50 @@ def weak(steps, a):
     return pages.table(columns, rows)
 
 
+def fastest(rows, **wanted):
+    """Of the rows of tools/scale.py with these values in these columns the fastest one; None where there is none."""
+    rows = pages.pick(rows, status='ok', **wanted)
+    return max(rows, key=lambda row: float(row['img_per_s']), default=None)
+
+
+def efficiency(rows, bench, model, gpus):
+    """Images a second over those of one GPU times their number, and what the exchange of gradients costs, as text."""
+    here = fastest(rows, bench=bench, model=model, gpus=gpus)
+    if not here:
+        return 'not measured'
+    alone = fastest(rows, bench=bench, model=model, gpus=1, torchcompile=here['torchcompile'])
+    mode = 'eager' if here['torchcompile'] == 'no' else here['torchcompile']
+    text = f'{float(here["img_per_s"]):,.0f} img/s ({mode})'
+    if gpus > 1 and alone:
+        share = float(here['img_per_s']) / gpus / float(alone['img_per_s'])
+        text += f', {100 * share:.0f} %'
+    if here['no_sync_ms']:
+        text += f', exchange {float(here["ms"]) - float(here["no_sync_ms"]):.1f} of {float(here["ms"]):.1f} ms'
+    return text
+
+
+def measured_scaling(steps, a):
+    """One host: what is predicted beside what tools/scale.py measured."""
+    rows, table = pages.read_results('scale.csv'), []
+    for model, gpus in itertools.product(MODELS, (1, 2, 4, 8)):
+        cells = []
+        for bench, per_gpu in (('weak', steps[model][0]), ('strong', 1024 / gpus)):
+            compute, _, open_ = step(model, gpus, per_gpu, steps, a)
+            one = step(model, 1, per_gpu if bench == 'weak' else 1024, steps, a)[0]
+            share = one / (compute + open_) / (1 if bench == 'weak' else gpus)
+            cells += [f'{100 * share:.0f} %, exchange {1e3 * open_:.1f} ms', efficiency(rows, bench, model, gpus)]
+        table.append([f'`{model}`', gpus, *cells])
+    columns = ['model', 'GPUs', 'its batch on each: predicted', 'measured', '1,024 in all: predicted', 'measured']
+    text = pages.table(columns, table) + '\n\n`train.py` itself, its second epoch: '
+    whole = [
+        f'`{row["model"]}`, {row["gpus"]} GPUs, {row["workers"]} workers each, {row["torchcompile"]} compilation: '
+        f'{float(row["img_per_s"]):,.0f} img/s, of which it waits {100 * float(row["data_wait"]):.0f} % for data'
+        for row in pages.pick(rows, bench='train', status='ok')
+    ]
+    text += '; '.join(whole or ['not measured']) + '.'
+    return f'{text} Measured on {pages.origins(rows)}' if rows else text
+
+
 def runs(steps, a):
     """The published recipe of 300 epochs at a global batch of 1,024: hours and dollars."""
     columns, rows = ['model', 'gradients', *(f'{gpus} GPU{"s" * (gpus > 1)}' for gpus in (1, 8, 16, 32, 64))], []
@@ -175,7 +222,14 @@ def stated(steps, a):
     return pages.table(columns, rows)
 
 
-TABLES = {'assumptions': stated, 'runs': runs, 'strong': strong, 'weak': weak, 'inputs': inputs}
+TABLES = {
+    'assumptions': stated,
+    'measured': measured_scaling,
+    'runs': runs,
+    'strong': strong,
+    'weak': weak,
+    'inputs': inputs,
+}
 
 
 def main() -> int:

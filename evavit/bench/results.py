@@ -99,8 +99,8 @@ def origin(device: torch.device) -> Dict[str, str]:
     )
 
 
-def _key(row: Row) -> Tuple[str, ...]:
-    return tuple(str(row.get(column, '')) for column in KEY)
+def _key(row: Row, key: Sequence[str] = KEY) -> Tuple[str, ...]:
+    return tuple(str(row.get(column, '')) for column in key)
 
 
 def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
@@ -154,11 +154,17 @@ def is_done(path: Path, key: Row) -> bool:
     return bool(rows) and all(row['status'] in HARMLESS for row in rows)
 
 
-def store_rows(path: Path, rows: List[Row]) -> None:
+def store_rows(path: Path, rows: List[Row], columns: Sequence[str] = COLUMNS, key: Sequence[str] = KEY) -> None:
     """Put the rows of comparisons into a CSV file, in place of earlier rows of the same ones.
+
+    Args:
+        path: The file.
+        rows: What was measured.
+        columns: Of the file.
+        key: Those of them by which a comparison is known.
 
     Raises:
         UserError: the file has other columns.
     """
-    new = {_key(row) for row in rows}
-    write_rows(path, [row for row in read_rows(path) if _key(row) not in new] + rows)
+    new = {_key(row, key) for row in rows}
+    write_rows(path, [row for row in read_rows(path, columns) if _key(row, key) not in new] + rows, columns)

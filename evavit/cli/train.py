@@ -91,6 +91,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         grad_accum_steps=batch.accumulated,
         mixup_off_epoch=config.loss.mixup_off_epoch,
         frozen_in_eval=config.model.linear_probe,
+        graphs=build.replays_graphs(config.machine, process.device),
     )
 
     folder = dry_run.output_folder(config, data_config)

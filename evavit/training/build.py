@@ -37,6 +37,7 @@ OWN_OPTIONS = dict(
     pretrained='--pretrained',
     checkpoint_path='--initial-checkpoint in train.py, --checkpoint in validate.py',
 )
+CUDA_GRAPHS = ('reduce-overhead', 'max-autotune')  # modes of torch.compile that replay them
 FUSED = ('adam', 'adamw', 'sgd', 'nesterov', 'momentum')  # timm's names of optimizers that PyTorch fuses
 MOST_BLOCKS = 1000  # of a model: more only take a day to build
 OURS = (GridVisionTransformer, GridPyramidVisionTransformerV2)
@@ -247,11 +248,18 @@ def build_task(
     return task
 
 
-def compile_and_distribute(task: ClassificationTask, machine: MachineConfig, process: Process) -> None:
+def compile_and_distribute(task: ClassificationTask, machine: MachineConfig, process: Process, **kwargs: Any) -> None:
+    """Compile the task's model as the settings say; with several processes make it DistributedDataParallel, with these
+    keyword arguments."""
     if machine.torchcompile:
         task.compile(backend=machine.torchcompile, mode=machine.torchcompile_mode)
     if process.distributed:
-        task.prepare_distributed(device_ids=[process.local_rank] if process.device.type == 'cuda' else None)
+        task.prepare_distributed([process.local_rank] if process.device.type == 'cuda' else None, **kwargs)
+
+
+def replays_graphs(machine: MachineConfig, device: torch.device) -> bool:
+    """Whether the compiled model replays CUDA graphs, which write their results over those of the call before."""
+    return device.type == 'cuda' and bool(machine.torchcompile) and machine.torchcompile_mode in CUDA_GRAPHS
 
 
 def build_mixup(config: LossConfig, num_classes: int) -> Optional[Mixup]:

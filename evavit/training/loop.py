@@ -108,6 +108,7 @@ class Run:
     grad_accum_steps: int = 1
     mixup_off_epoch: int = 0
     frozen_in_eval: bool = False  # modules without a parameter to train run in evaluation mode
+    graphs: bool = False  # the compiled model replays CUDA graphs
 
     def done(self, position: Position) -> int:
         """Updates since the run's first one."""
@@ -331,8 +332,7 @@ def train_epoch(
                 images = images.contiguous(memory_format=torch.channels_last)
             if run.mixup is not None:
                 images, target = run.mixup(images, target)
-            with task.no_sync() if step + 1 < steps else contextlib.nullcontext():
-                loss += _forward_backward(run, images, target)
+            loss += micro_step(run, images, target, step)
         done = update + 1
         asked = handler.poll(epoch * run.updates_per_epoch + done, done == run.updates_per_epoch)
         loss, save_now, stop = process.mean(torch.stack((loss, *(loss.new_full((), float(flag)) for flag in asked))))
@@ -377,6 +377,27 @@ def check_finite(task: ClassificationTask, metrics: Dict[str, float], process: P
             f'{", ".join(bad)} after epoch {epoch} (lr {lr:g}): stopped, the last checkpoint is kept; try '
             f'a lower --lr, --clip-grad, or --amp-dtype bfloat16'
         )
+
+
+def micro_step(run: Run, images: torch.Tensor, target: torch.Tensor, step: int) -> torch.Tensor:
+    """Forward and backward of one of an update's `grad_accum_steps` batches. Gradients add up; with the last batch the
+    processes exchange them. Returns its part of the loss."""
+    last = step + 1 == run.grad_accum_steps
+    if run.graphs:
+        torch.compiler.cudagraph_mark_step_begin()
+    with contextlib.nullcontext() if last else run.task.no_sync():
+        loss = _forward_backward(run, images, target)
+    if run.graphs and step == 0 and not last:
+        _own_gradients(run.task.get_trainable_module())
+    return loss
+
+
+def _own_gradients(model: Any) -> None:
+    """Copy gradients out of the memory of a CUDA graph, whose next replay writes over it. What follows is added to the
+    copies."""
+    held = [p for p in model.parameters() if p.grad is not None]
+    for p, copy in zip(held, torch._foreach_mul([p.grad for p in held], 1.0), strict=True):
+        p.grad = copy
 
 
 def _forward_backward(run: Run, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

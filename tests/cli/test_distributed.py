@@ -11,21 +11,31 @@ import pytest
 import torch
 from runs import MODEL, PATIENCE, QUICK, ROOT, command, command_line, rows, scalars, start, wait_for, weights
 
+NCCL = [  # the same on two GPUs
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs'),
+]
+DEVICES = ['cpu', pytest.param('cuda', marks=NCCL)]
+
 AUGMENTED = ['--aa', 'rand-m9-mstd0.5-inc1', '--drop-path', '0', '--model-ema', '--model-ema-decay', '0.8']
 STILL = [*MODEL, 'noise_std=0']  # what a process draws for itself is off: noise, drop path, mixup, erasing
 
 
 @pytest.mark.parametrize(
-    'flags, processes',
+    'flags, processes, tolerance',
     [
-        (['--aug-repeats', '3'], 2),
-        pytest.param([], 2, marks=pytest.mark.slow),
-        pytest.param(['--aug-repeats', '3'], 3, marks=pytest.mark.slow),
+        (['--aug-repeats', '3'], 2, 1e-4),
+        pytest.param([], 2, 1e-4, marks=pytest.mark.slow),
+        pytest.param(['--aug-repeats', '3'], 3, 1e-4, marks=pytest.mark.slow),
+        pytest.param(['--device', 'cuda'], 2, 2e-3, marks=NCCL),
+        pytest.param(
+            ['--device', 'cuda', '--amp'], 2, 5e-2, marks=NCCL
+        ),  # products of bfloat16, 8 bits, in other orders
     ],
-    ids=['repeated', 'plain', 'three'],
+    ids=['repeated', 'plain', 'three', 'nccl', 'nccl bfloat16'],
 )
 def test_several_processes_equal_one_with_the_same_global_batch(
-    train, images, tmp_path, flags, processes, record_property
+    train, images, tmp_path, flags, processes, tolerance, record_property
 ):
     """Augmented alike, with accumulation and average; 13 validation images, of which no process has as many."""
     batch = 2 * processes
@@ -51,13 +61,16 @@ def test_several_processes_equal_one_with_the_same_global_batch(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('epoch 1: ') == 1  # only the first process reports
     more, worst = tmp_path / 'more', 0.0
-    for name in ('train/loss', 'train/grad_norm', 'eval/loss', 'eval/top1', 'eval/raw_loss', 'eval/raw_top1'):
+    exact = tolerance == 1e-4
+    names = ['train/loss', 'train/grad_norm', 'eval/loss', 'eval/raw_loss']
+    for name in names + ['eval/top1', 'eval/raw_top1'] * exact:  # one image of 13 that changes sides is 8 %
         a, b = scalars(one, name), scalars(more, name)
         assert a.keys() == b.keys()
-        torch.testing.assert_close(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(list(a.values()), list(b.values()), rtol=tolerance, atol=1e-6)
         worst = max(worst, *(abs(a[key] - b[key]) / abs(a[key]) for key in a))
-    a, b = weights(one / 'last.safetensors'), weights(more / 'last.safetensors')
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    if exact:
+        a, b = weights(one / 'last.safetensors'), weights(more / 'last.safetensors')
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     record_property(
         'figure',
         f'{processes} processes{", repeated" if "--aug-repeats" in flags else ""}: losses, '
@@ -83,9 +96,10 @@ def ranks_of(job):
 LONG = [*QUICK, '-b', '2', '--epochs', '300', '--checkpoint-interval', '3', '--resume', 'auto']
 
 
-def test_a_killed_process_stops_the_others_and_a_restart_resumes(call, images, tmp_path, record_property):
+@pytest.mark.parametrize('device', DEVICES)
+def test_a_killed_process_stops_the_others_and_a_restart_resumes(call, images, tmp_path, device, record_property):
     """Two processes go on as one: with the same global batch at the update, with another one at the epoch's start."""
-    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--device', device]
     job = start('train', *MODEL, *LONG, *place, processes=2)
     wait_for(tmp_path / 'run' / 'previous.pth.tar', job)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
@@ -104,9 +118,10 @@ def test_a_killed_process_stops_the_others_and_a_restart_resumes(call, images, t
     record_property('figure', f'the others ended {seconds:.0f} s after a kill -9; resumed with 1 process')
 
 
-@pytest.mark.slow
-def test_a_killed_process_is_restarted_by_torchrun(images, tmp_path):
+@pytest.mark.parametrize('device', [pytest.param('cpu', marks=pytest.mark.slow), DEVICES[1]])
+def test_a_killed_process_is_restarted_by_torchrun(images, tmp_path, device):
     flags = [*MODEL, *LONG, '--epochs', '12', '--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+    flags += ['--device', device]
     job = start('train', *flags, processes=2, launcher_flags=['--max-restarts', '1'])
     wait_for(tmp_path / 'run' / 'previous.pth.tar', job)
     os.kill(ranks_of(job)[1], signal.SIGKILL)
@@ -116,9 +131,17 @@ def test_a_killed_process_is_restarted_by_torchrun(images, tmp_path):
     assert [row['epoch'] for row in rows(tmp_path / 'run')] == [str(epoch) for epoch in range(12)]
 
 
-@pytest.mark.parametrize('whom', [pytest.param('torchrun', marks=pytest.mark.slow), 'one process'])
-def test_a_signal_stops_all_processes_with_a_checkpoint(images, tmp_path, whom):
-    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+@pytest.mark.parametrize(
+    'whom, device',
+    [
+        pytest.param('torchrun', 'cpu', marks=pytest.mark.slow),
+        ('one process', 'cpu'),
+        pytest.param('torchrun', 'cuda', marks=NCCL),
+        pytest.param('one process', 'cuda', marks=NCCL),
+    ],
+)
+def test_a_signal_stops_all_processes_with_a_checkpoint(images, tmp_path, whom, device):
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--device', device]
     job = start('train', *MODEL, *LONG, '--checkpoint-interval', '1000', *place, processes=2, session=False)
     wait_for(tmp_path / 'run' / 'last.pth.tar', job)
     os.kill(job.pid if whom == 'torchrun' else ranks_of(job)[1], signal.SIGTERM)

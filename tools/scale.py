@@ -1,0 +1,408 @@
+#!/usr/bin/env python3
+"""Measure training on several GPUs of one host:
+
+    torchrun --standalone --nproc-per-node 8 tools/scale.py --gpus 1 2 4 8 --results-file results/scale.csv
+    python tools/scale.py --bench train --gpus 1 2 --data-dir data/photos --results-file results/scale.csv
+
+weak: an update of train.py with the batch of the recipe on each GPU. strong: with its global batch shared by the GPUs,
+accumulated where a share is larger than that batch. Both without the loader, on images of noise, and once more without
+the all-reduce of the gradients, which gives the share of communication. train: train.py itself through torchrun, two
+epochs with loader, validation and checkpoints, on the photographs of tools/build_photos.py, made if the folder is not
+there. Flags that are not this program's go to train.py. A row is in the results file as soon as it is measured.
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import functools
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package may not be installed here
+
+from evavit.arguments import Parser  # noqa: E402
+from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, store_rows  # noqa: E402
+from evavit.errors import UserError, first_line, run_script  # noqa: E402
+from evavit.training import build, data, loop  # noqa: E402
+from evavit.training.config import parse_settings  # noqa: E402
+from evavit.training.distributed import Process, start_process  # noqa: E402
+
+MODELS = ('eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3')
+MODES = ('eager', 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
+BATCHES = dict(eva_deit_tiny=256, eva_deit_small=256)  # images a GPU; 128 of the others
+KEY = (
+    'bench',
+    'model',
+    'gpus',
+    'batch_size',
+    'grad_accum_steps',
+    'global_batch_size',
+    'img_size',
+    'amp_dtype',
+    'torchcompile',
+    'ddp',
+    'workers',  # train: loading processes of each GPU
+    'device',
+)
+COLUMNS = (
+    *KEY[:-1],
+    'status',
+    'error',
+    'gradient_mb',
+    'all_reduce_ms',  # of as many bytes at once, with nothing beside it
+    'ms',  # an update
+    'no_sync_ms',  # the same without the all-reduce of the gradients
+    'communication',  # percent of the update by which these differ
+    'img_per_s',
+    'start_s',  # build, compilation and first updates
+    'peak_memory_mib',
+    'data_wait',  # train: share of the last epoch in which the loop waits for data
+    'run_s',  # train: the whole command
+    *ORIGIN,
+)
+
+
+def parse(argv=None):
+    """The flags of this program, and those that are left for train.py."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--bench', nargs='+', choices=('weak', 'strong', 'train'), default=['weak', 'strong'], help='what to measure')
+    add('--models', nargs='+', default=list(MODELS), help='models, each with the recipe of its name')
+    add('--modes', nargs='+', choices=MODES, default=['eager'], help='eager, or modes of torch.compile, in this order')
+    add('--gpus', nargs='+', type=int, default=[], help='numbers of processes (default: those that torchrun started)')
+    add(
+        '--ddp',
+        nargs='+',
+        default=[''],
+        help='arguments of DistributedDataParallel, of one measurement with commas: gradient_as_bucket_view,'
+        "bucket_cap_mb=100; optimize_ddp=False keeps torch.compile from splitting the model by DDP's buckets",
+    )
+    add('-b', '--batch-size', type=int, help='images on each GPU (default: 256, or 128 of the larger models)')
+    add('--device', help='cpu, cuda (default: cuda where there is one)')
+    add('--seconds', type=float, default=1e9, help='begin no measurement after so many seconds')
+    add('--row-seconds', type=float, default=2.0, help='of the timing of one number')
+    add('--results-file', type=Path, help='CSV; rows of the same measurement are replaced')
+    add('--data-dir', type=Path, help='train: photographs, made here if the folder is not there')
+    add('--images', type=int, default=8192, help='train: photographs to make')
+    add('--train-workers', type=int, help='train: loading processes of each GPU (default: the cores, shared, up to 16)')
+    return parser.parse_known_args(argv)
+
+
+def ddp_arguments(text):
+    """'bucket_cap_mb=100,static_graph' to keyword arguments; what has no value is True."""
+    pairs = (word.partition('=') for word in text.split(',') if word and word != 'default')
+    try:
+        return {key: ast.literal_eval(value) if equals else True for key, equals, value in pairs}
+    except (ValueError, SyntaxError):
+        raise UserError(
+            f'--ddp {text}: takes arguments of DistributedDataParallel, such as bucket_cap_mb=100'
+        ) from None
+
+
+def settings_of(model, mode, flags, device):
+    """Those of train.py with the model's recipe."""
+    recipe = ROOT / 'configs' / f'{model}.yaml'
+    start = ['-c', str(recipe)] if recipe.exists() else ['--model', model, '--num-classes', '1000']
+    config = parse_settings('train', [*start, '--device', device, *flags])[0]
+    config.machine.torchcompile, config.machine.torchcompile_mode = (
+        ('inductor', mode) if mode != 'eager' else (None,) * 2
+    )
+    return config
+
+
+class Clock:
+    """Times calls that several processes make together."""
+
+    def __init__(self, device, group, control, seconds):
+        self.device, self.group, self.control, self.seconds = device, group, control, seconds
+
+    def agreed(self, value, op=dist.ReduceOp.MAX):
+        """The largest of the processes' numbers."""
+        number = torch.tensor(float(value), dtype=torch.float64)
+        dist.all_reduce(number, op, group=self.control)
+        return number.item()
+
+    def span(self, call, times):
+        """Seconds of so many calls; of the slowest process."""
+        self.synchronize()
+        dist.barrier(group=self.control)
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        self.synchronize()
+        return self.agreed(time.perf_counter() - start)
+
+    def synchronize(self):
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize(self.device)
+
+    def milliseconds(self, call):
+        """Of a call: the median of three passes, each of a third of the time and two calls at least."""
+        each = self.span(call, 2) / 2
+        times = max(2, min(300, round(self.seconds / 3 / max(each, 1e-6))))
+        return 1e3 * statistics.median(self.span(call, times) for _ in range(3)) / times
+
+
+class Update:
+    """One update of train.py without its loader, on images of noise."""
+
+    def __init__(self, config, process, batch, group, ddp):
+        ddp = dict(ddp)
+        torch.compiler.reset()
+        torch._dynamo.config.optimize_ddp = ddp.pop('optimize_ddp', True)
+        torch.manual_seed(0)
+        self.group, self.process = group, process
+        model = build.build_model(config.model, config.model.num_classes).to(process.device)
+        self.size = data.resolve_input(config.model, model)['input_size']
+        task = build.build_task(model.train(), config.loss, process.device, config.ema)
+        self.run = loop.Run(
+            task=task,
+            optimizer=build.build_optimizer(model, config.optim, 1e-4),
+            stepper=loop.Stepper(config.machine, config.optim, process.device),
+            schedule=None,
+            mixup=build.build_mixup(config.loss, model.num_classes),
+            process=process,
+            bad=None,
+            machine=config.machine,
+            config=config.run,
+            updates_per_epoch=1,
+            epochs=1,
+            images_per_update=batch * process.world_size,
+            graphs=build.replays_graphs(config.machine, process.device),
+        )
+        self.gradient_bytes = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        build.compile_and_distribute(task, config.machine, process, process_group=group, **ddp)
+        self.parameters = list(model.parameters())
+        self.images = torch.randn(batch, *self.size, device=process.device)
+        self.target = torch.randint(model.num_classes, (batch,), device=process.device)
+
+    def __call__(self, exchange=True):
+        run, loss = self.run, torch.zeros((), device=self.process.device)
+        alone = contextlib.nullcontext() if exchange else run.task.no_sync()
+        with alone:
+            for step in range(run.grad_accum_steps):
+                # Mixup writes into the images.
+                images, target = (
+                    (self.images, self.target) if run.mixup is None else run.mixup(self.images.clone(), self.target)
+                )
+                loss += loop.micro_step(run, images, target, step)
+        if exchange and self.process.distributed:
+            dist.all_reduce(loss, group=self.group)
+        clipped = run.task.get_clip_parameters(exclude_head='agc' in run.stepper.clip_mode)
+        run.stepper.step(run.optimizer, loss, self.parameters, clipped)
+        run.task.update_ema(step=1)
+
+
+def measure(benches, config, process, group, control, ddp, batch, wanted, seconds):
+    """Rows of a model in one mode, on the processes of a group: {bench: row}."""
+    clock = Clock(process.device, group, control, seconds)
+    began, gpus = time.perf_counter(), process.world_size
+    builds, made = {}, {}
+    for bench in benches:
+        share = batch if bench == 'weak' else min(batch, wanted // gpus)
+        steps = 1 if bench == 'weak' else max(1, wanted // (gpus * share))
+        if share not in builds:
+            builds.clear()  # the memory of one at a time
+            builds[share] = Update(config, process, share, group, ddp)
+        update = builds[share]
+        update.run.grad_accum_steps = steps
+        if process.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(process.device)
+        for _ in range(4):  # compiles, finds kernels, records graphs, replays them
+            update()
+        clock.synchronize()
+        row = dict(
+            batch_size=share,
+            grad_accum_steps=steps,
+            global_batch_size=share * steps * gpus,
+            img_size=update.size[-1],
+            gradient_mb=round(update.gradient_bytes / 1e6, 1),
+            start_s=round(time.perf_counter() - began, 1),
+        )
+        row['ms'] = clock.milliseconds(update)
+        if process.distributed:
+            buffer = torch.zeros(update.gradient_bytes // 4, device=process.device)
+            row['all_reduce_ms'] = round(clock.milliseconds(functools.partial(dist.all_reduce, buffer, group=group)), 3)
+            row['no_sync_ms'] = clock.milliseconds(functools.partial(update, exchange=False))
+            row['communication'] = round(100 * (1 - row['no_sync_ms'] / row['ms']), 1)
+            row['no_sync_ms'] = round(row['no_sync_ms'], 2)
+        row['img_per_s'] = round(1e3 * row['global_batch_size'] / row['ms'], 1)
+        row['ms'] = round(row['ms'], 2)
+        if process.device.type == 'cuda':
+            row['peak_memory_mib'] = round(torch.cuda.max_memory_allocated(process.device) / 2**20)
+        made[bench] = row
+        began = time.perf_counter()
+    return made
+
+
+def steps(args, flags, process, store, everyone):
+    """weak and strong: every process measures with the first k of all, the others wait."""
+    gpus = args.gpus or [process.world_size]
+    if max(gpus) > process.world_size:
+        raise UserError(f'--gpus {max(gpus)}: torchrun started {process.world_size}; raise --nproc-per-node')
+    benches, started = [bench for bench in args.bench if bench != 'train'], time.monotonic()
+    groups = {k: (dist.new_group(range(k)), dist.new_group(range(k), backend='gloo')) for k in gpus}
+    for mode, model, k, ddp in itertools.product(args.modes, args.models, gpus, args.ddp):
+        if k == 1 and ddp != args.ddp[0]:
+            continue  # one process has no DistributedDataParallel
+        late = torch.tensor(float(time.monotonic() - started > args.seconds))
+        dist.all_reduce(late, group=everyone)  # also where the processes beyond k wait
+        if late:
+            if process.primary:
+                print(
+                    f'{args.seconds:g} s are over: {mode} {model} on {k} and what follows are not measured', flush=True
+                )
+            return
+        if process.rank >= k:
+            continue
+        config = settings_of(model, mode, flags, process.device.type)
+        part = Process(process.device, process.rank, process.local_rank, k)
+        common = dict(
+            model=config.model.model,
+            gpus=k,
+            amp_dtype=config.machine.amp_dtype if config.machine.amp else 'float32',
+            torchcompile='no' if mode == 'eager' else mode,
+            ddp='' if k == 1 or ddp == 'default' else ddp,
+        )
+        batch = args.batch_size or BATCHES.get(model, 128)
+        wanted = config.batch.global_batch_size or k * batch
+        try:
+            made = measure(benches, config, part, *groups[k], ddp_arguments(ddp), batch, wanted, args.row_seconds)
+            rows = [dict(bench=bench, status='ok', **row) for bench, row in made.items()]
+        except UserError:
+            raise
+        except Exception as error:  # the next measurement may go well, and a row says that this one did not
+            rows = [dict(bench=benches[0], batch_size=batch, status='failed', error=first_line(error)[:300])]
+        store([common | row for row in rows])
+
+
+def outside_torchrun():
+    """The environment without what torchrun gave this process."""
+    mine = (
+        'RANK',
+        'LOCAL_RANK',
+        'WORLD_SIZE',
+        'LOCAL_WORLD_SIZE',
+        'GROUP_RANK',
+        'ROLE_RANK',
+        'MASTER_ADDR',
+        'MASTER_PORT',
+    )
+    kept = {
+        k: v for k, v in os.environ.items() if k not in mine and not k.startswith(('TORCHELASTIC_', 'GROUP_', 'ROLE_'))
+    }
+    return kept | {'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
+
+
+def train(args, flags, process, store):
+    """train.py through torchrun, on photographs."""
+    if not args.data_dir:
+        raise UserError('--bench train needs --data-dir: photographs, or where to make them')
+    if not args.data_dir.exists():
+        builder = [sys.executable, 'tools/build_photos.py', str(args.data_dir.resolve()), '--images', str(args.images)]
+        subprocess.run(builder, cwd=ROOT, env=outside_torchrun(), check=True)
+    classes = sum(folder.is_dir() for folder in (args.data_dir / 'train').iterdir())
+    started = time.monotonic()
+    for mode, model, k in itertools.product(args.modes, args.models, args.gpus or [process.world_size]):
+        left = args.seconds - (time.monotonic() - started)
+        if left <= 0:
+            print(
+                f'{args.seconds:g} s are over: train.py {mode} {model} on {k} and what follows are not run', flush=True
+            )
+            return
+        config = settings_of(model, mode, flags, process.device.type)
+        batch = args.batch_size or BATCHES.get(model, 128)
+        workers = args.train_workers
+        if workers is None:
+            workers = min(16, len(os.sched_getaffinity(0)) // k)
+        recipe = ROOT / 'configs' / f'{model}.yaml'
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(k)]
+            command += [str(ROOT / 'train.py'), *(['-c', str(recipe)] if recipe.exists() else ['--model', model])]
+            command += ['--num-classes', str(classes), '-b', str(batch), '--global-batch-size', str(k * batch)]
+            command += [
+                '--grad-accum-steps',
+                '1',
+                '--epochs',
+                '2',
+                '--warmup-epochs',
+                '0',
+                '--lr',
+                '1e-4',
+                '--min-lr',
+                '0',
+            ]
+            command += ['--workers', str(workers), '--log-interval', '10', '--data-dir', str(args.data_dir.resolve())]
+            command += ['--output', folder, '--experiment', 'run', '--device', process.device.type]
+            command += [] if mode == 'eager' else ['--torchcompile', '--torchcompile-mode', mode]
+            began = time.monotonic()
+            done = subprocess.run([*command, *flags], env=outside_torchrun(), capture_output=True, text=True)
+            seconds = time.monotonic() - began
+            run = Path(folder, 'run')
+            row = dict(
+                bench='train',
+                model=config.model.model,
+                gpus=k,
+                batch_size=batch,
+                grad_accum_steps=1,
+                global_batch_size=k * batch,
+                amp_dtype=config.machine.amp_dtype if config.machine.amp else 'float32',
+                torchcompile='no' if mode == 'eager' else mode,
+                workers=workers,
+                run_s=round(seconds, 1),
+            )
+            written = all((run / name).exists() for name in ('last.pth.tar', 'model_best.pth.tar', 'summary.csv'))
+            if done.returncode or not written:
+                lines = [line for line in done.stderr.splitlines() if 'rror' in line] or ['no checkpoint was written']
+                row |= dict(status='failed', error=lines[0][:300])
+                print(done.stdout[-2000:], done.stderr[-3000:], sep='\n', flush=True)
+            else:
+                with open(run / 'summary.csv', newline='') as stream:
+                    last = list(csv.DictReader(stream))[-1]
+                rate, wait = float(last['train_images_per_second']), float(last['train_data_wait'])
+                row |= dict(status='ok', img_per_s=round(rate, 1), data_wait=round(wait, 3))
+                print(done.stdout[-1500:], flush=True)
+            store([row])
+
+
+def main(argv=None):
+    args, flags = parse(argv)
+    for text in args.ddp:
+        ddp_arguments(text)
+    if args.results_file:
+        check_writable(args.results_file)
+        read_rows(args.results_file, COLUMNS)
+    process = start_process(args.device)
+    where = origin(process.device)
+
+    def store(rows):
+        if not process.primary:
+            return
+        for row in rows:
+            row |= where
+            print('  '.join(f'{name} {row[name]}' for name in COLUMNS if row.get(name, '') != ''), flush=True)
+        if args.results_file:
+            store_rows(args.results_file, rows, COLUMNS, KEY)
+
+    everyone = dist.new_group(backend='gloo')  # waits without holding a GPU
+    if set(args.bench) - {'train'}:
+        steps(args, flags, process, store, everyone)
+    if 'train' in args.bench and process.primary:
+        train(args, flags, process, store)
+    dist.barrier(group=everyone)
+    dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(main))
