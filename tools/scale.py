@@ -16,6 +16,7 @@ import ast
 import contextlib
 import csv
 import functools
+import gc
 import itertools
 import os
 import statistics
@@ -159,6 +160,7 @@ class Update:
 
     def __init__(self, config, process, batch, group, ddp):
         ddp = dict(ddp)
+        gc.collect()  # a model, its compiled code and its graphs refer to each other
         torch.compiler.reset()
         torch._dynamo.config.optimize_ddp = ddp.pop('optimize_ddp', True)
         torch.manual_seed(0)

@@ -1,0 +1,51 @@
+"""docs/make/scaling.py: what tools/scale.py measured stands beside what was predicted."""
+
+import pytest
+from programs import load_program
+
+EMPTY = dict.fromkeys(('device', 'torch', 'timm', 'commit', 'date', 'no_sync_ms', 'ms', 'data_wait', 'workers'), '')
+
+
+def row(bench, gpus, mode, rate, **values):
+    shared = dict(bench=bench, model='eva_deit_tiny', gpus=str(gpus), torchcompile=mode, img_per_s=str(rate))
+    return EMPTY | shared | dict(status='ok') | values
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """table(rows) → the table of one machine."""
+    scaling = load_program('docs/make/scaling.py')
+    monkeypatch.setattr('sys.argv', ['scaling.py'])
+    read = scaling.pages.read_results
+
+    def table(*rows):
+        monkeypatch.setattr(
+            scaling.pages, 'read_results', lambda name: list(rows) if name == 'scale.csv' else read(name)
+        )
+        return scaling.measured_scaling(scaling.measured(), scaling.assumptions())
+
+    return table
+
+
+def test_nothing_is_measured(table):
+    text = table()
+    assert text.count('not measured |') == 2 * 4 * 4 and text.endswith('not measured.')
+
+
+def test_measured_beside_predicted(table):
+    """The fastest mode counts, against one GPU in that mode; a measurement that failed counts as none."""
+    text = table(
+        row('weak', 1, 'no', 100),
+        row('weak', 1, 'reduce-overhead', 400),
+        row('weak', 2, 'no', 190, ms='10.5', no_sync_ms='10.0'),
+        row('strong', 2, 'no', 900, status='failed'),
+        row('train', 2, 'no', 150, workers='3', data_wait='0.25'),
+    )
+    one, two = (
+        line.split(' | ')
+        for line in text.splitlines()
+        if line.startswith(('| `eva_deit_tiny` | 1', '| `eva_deit_tiny` | 2'))
+    )
+    assert one[3] == '400 img/s (reduce-overhead)'
+    assert two[3] == '190 img/s (eager), 95 %, exchange 0.5 of 10.5 ms' and two[5] == 'not measured |'
+    assert '2 GPUs, 3 workers each' in text and '150 img/s, of which it waits 25 %' in text
