@@ -35,6 +35,7 @@ CONTRADICTIONS = (
     '--no-resume-opt',
     '--torchcompile-mode max-autotune',
     '--torchcompile inductr',
+    '--torchcompile reduce-overhead --torchcompile-mode default',
     '--bce-target-thresh 0.2',
     '--smoothing 1',
     '--clip-grad 0',

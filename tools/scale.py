@@ -36,11 +36,11 @@ from evavit.arguments import Parser  # noqa: E402
 from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, store_rows  # noqa: E402
 from evavit.errors import UserError, first_line, run_script  # noqa: E402
 from evavit.training import build, data, loop  # noqa: E402
+from evavit.training.compilation import MODES, choose_compilation  # noqa: E402
 from evavit.training.config import parse_settings  # noqa: E402
 from evavit.training.distributed import Process, start_process  # noqa: E402
 
 MODELS = ('eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3')
-MODES = ('eager', 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 BATCHES = dict(eva_deit_tiny=256, eva_deit_small=256)  # images a GPU; 128 of the others
 KEY = (
     'bench',
@@ -80,14 +80,20 @@ def parse(argv=None):
     add = parser.add_argument
     add('--bench', nargs='+', choices=('weak', 'strong', 'train'), default=['weak', 'strong'], help='what to measure')
     add('--models', nargs='+', default=list(MODELS), help='models, each with the recipe of its name')
-    add('--modes', nargs='+', choices=MODES, default=['eager'], help='eager, or modes of torch.compile, in this order')
+    add(
+        '--modes',
+        nargs='+',
+        choices=('eager', *MODES),
+        default=['eager'],
+        help='eager, or modes of torch.compile, in this order',
+    )
     add('--gpus', nargs='+', type=int, default=[], help='numbers of processes (default: those that torchrun started)')
     add(
         '--ddp',
         nargs='+',
         default=[''],
         help='arguments of DistributedDataParallel, of one measurement with commas: gradient_as_bucket_view,'
-        "bucket_cap_mb=100; optimize_ddp=False keeps torch.compile from splitting the model by DDP's buckets",
+        "bucket_cap_mb=100; optimize_ddp=True or False lets torch.compile split the model by DDP's buckets or not",
     )
     add('-b', '--batch-size', type=int, help='images on each GPU (default: 256, or 128 of the larger models)')
     add('--device', help='cpu, cuda (default: cuda where there is one)')
@@ -116,9 +122,8 @@ def settings_of(model, mode, flags, device):
     recipe = ROOT / 'configs' / f'{model}.yaml'
     start = ['-c', str(recipe)] if recipe.exists() else ['--model', model, '--num-classes', '1000']
     config = parse_settings('train', [*start, '--device', device, *flags])[0]
-    config.machine.torchcompile, config.machine.torchcompile_mode = (
-        ('inductor', mode) if mode != 'eager' else (None,) * 2
-    )
+    config.machine.torchcompile = 'none' if mode == 'eager' else mode
+    config.machine.torchcompile_mode = None
     return config
 
 
@@ -159,15 +164,14 @@ class Update:
     """One update of train.py without its loader, on images of noise."""
 
     def __init__(self, config, process, batch, group, ddp):
-        ddp = dict(ddp)
         gc.collect()  # a model, its compiled code and its graphs refer to each other
         torch.compiler.reset()
-        torch._dynamo.config.optimize_ddp = ddp.pop('optimize_ddp', True)
         torch.manual_seed(0)
         self.group, self.process = group, process
         model = build.build_model(config.model, config.model.num_classes).to(process.device)
         self.size = data.resolve_input(config.model, model)['input_size']
         task = build.build_task(model.train(), config.loss, process.device, config.ema)
+        compilation = choose_compilation(config.machine.torchcompile, None, process.device)
         self.run = loop.Run(
             task=task,
             optimizer=build.build_optimizer(model, config.optim, 1e-4),
@@ -181,10 +185,10 @@ class Update:
             updates_per_epoch=1,
             epochs=1,
             images_per_update=batch * process.world_size,
-            graphs=build.replays_graphs(config.machine, process.device),
+            compilation=compilation,
         )
         self.gradient_bytes = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        build.compile_and_distribute(task, config.machine, process, process_group=group, **ddp)
+        build.compile_and_distribute(task, compilation, process, process_group=group, **ddp)
         self.parameters = list(model.parameters())
         self.images = torch.randn(batch, *self.size, device=process.device)
         self.target = torch.randint(model.num_classes, (batch,), device=process.device)
@@ -347,7 +351,7 @@ def train(args, flags, process, store):
             ]
             command += ['--workers', str(workers), '--log-interval', '10', '--data-dir', str(args.data_dir.resolve())]
             command += ['--output', folder, '--experiment', 'run', '--device', process.device.type]
-            command += [] if mode == 'eager' else ['--torchcompile', '--torchcompile-mode', mode]
+            command += ['--torchcompile', 'none' if mode == 'eager' else mode]
             began = time.monotonic()
             done = subprocess.run([*command, *flags], env=outside_torchrun(), capture_output=True, text=True)
             seconds = time.monotonic() - began

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from evavit.errors import UserError
 from evavit.training import build, checks, data, loop
+from evavit.training.compilation import choose_compilation
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
@@ -117,16 +118,19 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
 
 def _training_step(model: Any, settings: Any, process: Any) -> Step:
     optimizer = build.build_optimizer(model, settings.optim, 1e-4)
+    machine = settings.machine
+    compilation = choose_compilation(machine.torchcompile, machine.torchcompile_mode, process.device)
     mixup = build.build_mixup(settings.loss, model.num_classes)
     task = build.build_task(model.train(), settings.loss, process.device, settings.ema)
-    build.compile_and_distribute(task, settings.machine, process)
+    build.compile_and_distribute(task, compilation, process)
 
     def step(images: torch.Tensor, target: torch.Tensor) -> None:
         if mixup is not None:
             images, target = mixup(images, target)
-        with loop.autocast(settings.machine, process.device):
-            loss = task(images, target)['loss']
-        loss.backward()
+        with compilation.step():
+            with loop.autocast(machine, process.device):
+                loss = task(images, target)['loss']
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

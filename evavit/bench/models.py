@@ -18,6 +18,7 @@ from evavit.errors import UserError, first_line
 from evavit.layers import EvaAttention
 from evavit.models import softmax_twin
 from evavit.ops.eva import EVA
+from evavit.training.compilation import AS_IS, Compilation
 
 from .clocks import Call
 from .contenders import (
@@ -34,9 +35,6 @@ from .contenders import (
 from .results import Row
 
 __all__ = ['bench_model', 'input_size', 'parse_model']
-
-# Modes of torch.compile that replay CUDA graphs.
-CUDA_GRAPHS = ('reduce-overhead', 'max-autotune')
 
 
 def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
@@ -128,7 +126,12 @@ def _model_contenders(
 
 
 def bench_model(
-    setting: Setting, kind: str, text: str, batch: int, img_size: Optional[int] = None, compile_mode: str = ''
+    setting: Setting,
+    kind: str,
+    text: str,
+    batch: int,
+    img_size: Optional[int] = None,
+    compilation: Compilation = AS_IS,
 ) -> List[Row]:
     """Images a second of a model and, beside an EVA model, of timm's softmax model of its size.
 
@@ -138,7 +141,7 @@ def bench_model(
         text: The model, with arguments as `parse_model` reads them.
         batch: Images.
         img_size: Side of the images; the model's own if None.
-        compile_mode: A mode of torch.compile; '' leaves all models as they are.
+        compilation: How all models are compiled, if they are.
 
     Raises:
         UserError: no such model, or not with these arguments or of this size.
@@ -158,7 +161,7 @@ def bench_model(
             backend=backend,
             batch_size=batch,
             img_size=size[1],
-            torchcompile=compile_mode or 'no',
+            torchcompile=compilation.label,
         )
         context = force(backend)
         images = torch.randn(batch, *size, device=device)
@@ -177,7 +180,7 @@ def bench_model(
                     return worst_error([judged(images[:1])], expected)
 
         def prepare() -> Dict[str, Call]:
-            run = torch.compile(model, mode=compile_mode) if compile_mode else model
+            run = compilation.compile(model)
 
             @torch.no_grad()
             def infer() -> torch.Tensor:
@@ -214,6 +217,6 @@ def bench_model(
     for row in rows:
         if row['status'] == 'ok':
             row['img_per_s'] = round(1e3 * batch / row['ms'], 1)
-        if compile_mode in CUDA_GRAPHS:  # what a graph allocates it keeps from one call to the next
+        if compilation.graphs:  # what a graph allocates it keeps from one call to the next
             row.pop('peak_memory_mib', None)
     return rows

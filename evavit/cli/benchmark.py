@@ -32,8 +32,7 @@ from evavit.bench.models import bench_model, input_size, parse_model
 from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
 from evavit.errors import UserError, run_script
 from evavit.ops.eva import EVA
-
-MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
+from evavit.training.compilation import MODES, choose_compilation
 
 
 def positive(text: str) -> int:
@@ -70,7 +69,13 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         ' the one that EVA takes by itself, and sdpa)',
     )
     add('--amp-dtype', choices=('float32', 'bfloat16', 'float16'), help='default: bfloat16, on a CPU float32')
-    add('--torchcompile', nargs='?', const='default', default='', choices=MODES, help='compile the models')
+    add(
+        '--torchcompile',
+        nargs='?',
+        const='inductor',
+        help='compile the models: with a backend, or with Inductor in the mode named (default: the fastest mode)',
+    )
+    add('--torchcompile-mode', choices=MODES, help="mode of torch.compile's Inductor")
     add('--device', help='cpu, cuda or cuda:N (default: cuda where there is one, else cpu)')
     add('--repeats', type=positive, default=30, help='calls of which the median is taken (default: 30)')
     add('--warmup', type=positive, default=5, help='calls before them (default: 5)')
@@ -104,6 +109,7 @@ def comparisons(args: argparse.Namespace, setting: Setting) -> Iterator[Tuple[Ro
     """(what the rows of a comparison share, function that makes them), of all that the flags ask for."""
     shared = {'amp_dtype': setting.dtype_name}
     models = find_models(args)
+    compilation = choose_compilation(args.torchcompile, args.torchcompile_mode, setting.device)
     for bench in args.bench:
         if bench in ('op', 'layer'):
             if args.dim % args.num_heads:
@@ -127,12 +133,12 @@ def comparisons(args: argparse.Namespace, setting: Setting) -> Iterator[Tuple[Ro
                     bench=bench,
                     case=text,
                     batch_size=batch,
-                    torchcompile=args.torchcompile or 'no',
+                    torchcompile=compilation.label,
                     img_size=input_size(text, args.img_size)[1],
                 )
                 yield (
                     key | shared,
-                    partial(bench_model, setting, bench, text, batch, args.img_size, args.torchcompile),
+                    partial(bench_model, setting, bench, text, batch, args.img_size, compilation),
                 )
 
 
@@ -171,7 +177,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if backend in args.backend and device.type == 'cpu':
             raise UserError(f'--backend {backend} needs a CUDA device; a CPU has plain and sdpa')
     kernels = [backend for backend in args.backend if backend in EVA.backends and backend != 'plain']
-    if args.torchcompile and len(kernels) > 1:
+    compiled = choose_compilation(args.torchcompile, args.torchcompile_mode, device).backend
+    if compiled and len(kernels) > 1:
         raise UserError(
             f'--backend {" ".join(kernels)} with --torchcompile: name one; a compiled model keeps its backend'
         )

@@ -13,6 +13,7 @@ from timm.utils import world_info_from_env
 
 from evavit.errors import Preempted, UserError, reason_of
 from evavit.training import build, checkpoint, checks, data, dry_run, loop
+from evavit.training.compilation import choose_compilation
 from evavit.training.config import TrainConfig, parse_settings
 from evavit.training.distributed import start_log, start_process
 from evavit.training.metrics import MetricsWriter
@@ -39,6 +40,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: SignalHandler, held: ExitStack) -> None:
     """The whole run. `held` takes what must last until its end."""
     process, batch = start_process(config.machine.device), checked.batch
+    compilation = choose_compilation(config.machine.torchcompile, config.machine.torchcompile_mode, process.device)
     train_set, eval_set, class_names = data.open_training_sets(
         config.data,
         in_chans=checks.image_channels(config.model),
@@ -91,7 +93,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         grad_accum_steps=batch.accumulated,
         mixup_off_epoch=config.loss.mixup_off_epoch,
         frozen_in_eval=config.model.linear_probe,
-        graphs=build.replays_graphs(config.machine, process.device),
+        compilation=compilation,
     )
 
     folder = dry_run.output_folder(config, data_config)
@@ -101,12 +103,13 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     settings = config.flat()
     saver = checkpoint.Saver(run, settings, class_names, folder) if process.primary else None
     position = checkpoint.resume(checkpoints, run, settings, saver)
-    build.compile_and_distribute(task, config.machine, process)
+    build.compile_and_distribute(task, compilation, process)
     if schedule is not None and checkpoints:
         schedule.step_update(run.done(position))
         schedule.step(position.epoch)
 
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
+    log.info(f'{compilation}')
     log.info(f'{batch}')
     log.info(f'{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}')
     writer = None
@@ -193,6 +196,7 @@ def evaluate(run: loop.Run, loader: Any, first_batch: Any) -> Dict[str, float]:
             run.config.log_interval,
             run.process,
             first_batch=first_batch,
+            compilation=run.compilation,
         )
         return metrics
 

@@ -16,6 +16,7 @@ from timm.task import ClassificationEvaluator
 from evavit.errors import UserError, reason_of
 from evavit.files import replacing
 from evavit.training import build, checks, contents, data, loop
+from evavit.training.compilation import check_compilation, choose_compilation
 from evavit.training.config import ValidateConfig, parse_settings
 from evavit.training.distributed import start_process
 
@@ -51,14 +52,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
     parameters = sum(p.numel() for p in model.parameters())
     model.to(process.device, memory_format=torch.channels_last if machine.channels_last else torch.preserve_format)
-    if machine.torchcompile:
-        checks.check_compile_backend(machine.torchcompile)
-        model = torch.compile(model, backend=machine.torchcompile, mode=machine.torchcompile_mode)
+    compilation = choose_compilation(machine.torchcompile, machine.torchcompile_mode, process.device)
+    if compilation.backend:
+        log.info(f'{compilation}')
+        model = compilation.compile(model)
 
     def make_evaluator(max_samples: Optional[int]) -> ClassificationEvaluator:
         return ClassificationEvaluator(process.device, max_samples=max_samples)
 
-    metrics, images = loop.evaluate(model, loader, make_evaluator, machine, config.run.log_interval, process)
+    metrics, images = loop.evaluate(
+        model, loader, make_evaluator, machine, config.run.log_interval, process, compilation=compilation
+    )
     log.info(
         f'top-1 {metrics["top1"]:.2f} %  top-5 {metrics["top5"]:.2f} %  loss {metrics["loss"]:.4f}  ({images} images)'
     )
@@ -68,6 +72,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def check_settings(config: ValidateConfig) -> None:
     path, results = config.weights.checkpoint, config.run.results_file
+    check_compilation(config.machine.torchcompile, config.machine.torchcompile_mode)
     if not config.model.model:
         raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')
     if path and config.model.pretrained:

@@ -21,7 +21,8 @@ from evavit.arguments import nearest, shown
 from evavit.errors import UserError, first_line
 from evavit.models import GridPyramidVisionTransformerV2, GridVisionTransformer, fit_strictly
 from evavit.training.checks import check_source, mixes
-from evavit.training.config import EmaConfig, LossConfig, MachineConfig, ModelConfig, OptimConfig, ScheduleConfig
+from evavit.training.compilation import Compilation
+from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
 from evavit.training.distributed import Process
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ OWN_OPTIONS = dict(
     pretrained='--pretrained',
     checkpoint_path='--initial-checkpoint in train.py, --checkpoint in validate.py',
 )
-CUDA_GRAPHS = ('reduce-overhead', 'max-autotune')  # modes of torch.compile that replay them
 FUSED = ('adam', 'adamw', 'sgd', 'nesterov', 'momentum')  # timm's names of optimizers that PyTorch fuses
 MOST_BLOCKS = 1000  # of a model: more only take a day to build
 OURS = (GridVisionTransformer, GridPyramidVisionTransformerV2)
@@ -248,18 +248,19 @@ def build_task(
     return task
 
 
-def compile_and_distribute(task: ClassificationTask, machine: MachineConfig, process: Process, **kwargs: Any) -> None:
-    """Compile the task's model as the settings say; with several processes make it DistributedDataParallel, with these
-    keyword arguments."""
-    if machine.torchcompile:
-        task.compile(backend=machine.torchcompile, mode=machine.torchcompile_mode)
+def compile_and_distribute(task: ClassificationTask, compilation: Compilation, process: Process, **kwargs: Any) -> None:
+    """Compile the task's model; with several processes make it DistributedDataParallel, with these keyword arguments.
+
+    The model of the moving average is not compiled: it is only used for validation. `optimize_ddp` lets torch.compile
+    split the model by DistributedDataParallel's buckets. A model that CUDA graphs replay is not split by default: the
+    parts would be launched one by one, and older PyTorch cannot split one that computes activations again.
+    """
+    split = kwargs.pop('optimize_ddp', not compilation.graphs)
+    if compilation.backend:
+        torch._dynamo.config.optimize_ddp = split
+        task.compile(**compilation.arguments)
     if process.distributed:
         task.prepare_distributed([process.local_rank] if process.device.type == 'cuda' else None, **kwargs)
-
-
-def replays_graphs(machine: MachineConfig, device: torch.device) -> bool:
-    """Whether the compiled model replays CUDA graphs, which write their results over those of the call before."""
-    return device.type == 'cuda' and bool(machine.torchcompile) and machine.torchcompile_mode in CUDA_GRAPHS
 
 
 def build_mixup(config: LossConfig, num_classes: int) -> Optional[Mixup]:

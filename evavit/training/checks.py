@@ -8,13 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Dict, Iterable, Optional, Tuple
 
-import torch
 from timm.data import create_transform
 from timm.optim import get_optimizer_info, list_optimizers
 
 from evavit.arguments import check_device, nearest, shown
 from evavit.errors import UserError, first_line
 from evavit.training import data
+from evavit.training.compilation import check_compilation
 from evavit.training.config import (
     AugmentConfig,
     BatchConfig,
@@ -49,15 +49,13 @@ def check_settings(config: TrainConfig) -> None:
     if config.loss.mixup_off_epoch and not mixes(config.loss):
         raise UserError('mixup_off_epoch does nothing without mixup or cutmix; leave it out')
     _check_needed(
-        ('torchcompile_mode', config.machine.torchcompile_mode, 'torchcompile', config.machine.torchcompile),
         ('bce_target_thresh', config.loss.bce_target_thresh is not None, 'bce_loss', config.loss.bce_loss),
         ('no_resume_opt', config.run.no_resume_opt, 'resume', config.run.resume),
         ('model_ema_warmup', config.ema.model_ema_warmup, 'model_ema', config.ema.model_ema),
     )
     if not config.data.train_split or not config.data.val_split:
         raise UserError('train_split and val_split name splits: they must not be empty')
-    if config.machine.torchcompile:
-        check_compile_backend(config.machine.torchcompile)
+    check_compilation(config.machine.torchcompile, config.machine.torchcompile_mode)
     check_device(config.machine.device)
 
 
@@ -187,12 +185,6 @@ def image_channels(config: ModelConfig) -> int:
         if channels is not None and channels not in (1, 3):
             raise UserError(f'{name}: {channels} image channels; images are loaded with 1 or 3')
     return next((channels for channels in given.values() if channels is not None), 3)
-
-
-def check_compile_backend(backend: str) -> None:
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
-        raise UserError(f'unknown backend of torch.compile {backend}{nearest(backend, known)}')
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from evavit.errors import Preempted, UserError
+from evavit.training.compilation import AS_IS, Compilation, report_skips
 from evavit.training.config import MachineConfig, OptimConfig, RunConfig
 from evavit.training.data.images import UNREADABLE, BadImages
 from evavit.training.distributed import Draw, Process
@@ -108,7 +109,7 @@ class Run:
     grad_accum_steps: int = 1
     mixup_off_epoch: int = 0
     frozen_in_eval: bool = False  # modules without a parameter to train run in evaluation mode
-    graphs: bool = False  # the compiled model replays CUDA graphs
+    compilation: Compilation = AS_IS
 
     def done(self, position: Position) -> int:
         """Updates since the run's first one."""
@@ -344,6 +345,8 @@ def train_epoch(
         if run.schedule is not None:
             run.schedule.step_update(epoch * run.updates_per_epoch + done)
         run.bad.review(process, together=done % config.log_interval == 0 or done == run.updates_per_epoch)
+        if done == tracker.first + 3:  # of this process: by then every graph is recorded
+            report_skips(run.compilation)
         serve(tracker.add(delayed.push(about, torch.stack((loss, norm.float(), save_now, stop)))))
     serve(tracker.add(delayed.pop()))
     return tracker.metrics()
@@ -383,11 +386,9 @@ def micro_step(run: Run, images: torch.Tensor, target: torch.Tensor, step: int) 
     """Forward and backward of one of an update's `grad_accum_steps` batches. Gradients add up; with the last batch the
     processes exchange them. Returns its part of the loss."""
     last = step + 1 == run.grad_accum_steps
-    if run.graphs:
-        torch.compiler.cudagraph_mark_step_begin()
-    with contextlib.nullcontext() if last else run.task.no_sync():
+    with run.compilation.step(), contextlib.nullcontext() if last else run.task.no_sync():
         loss = _forward_backward(run, images, target)
-    if run.graphs and step == 0 and not last:
+    if run.compilation.graphs and step == 0 and not last:
         _own_gradients(run.task.get_trainable_module())
     return loss
 
@@ -416,6 +417,7 @@ def evaluate(
     log_interval: int,
     process: Process,
     first_batch: Optional[Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]] = None,
+    compilation: Compilation = AS_IS,
 ) -> Tuple[Dict[str, float], int]:
     """Loss, top-1 and top-5 (percent), and the number of images: each counts once, however many processes share them.
 
@@ -429,6 +431,8 @@ def evaluate(
         log_interval: Batches between lines of the log.
         process: This process.
         first_batch: Called with images, target and output of the first batch.
+        compilation: Of the classifier. One that is compiled gets batches of one size: a last one that is smaller is
+            filled up with zeros, whose output is left out.
 
     Raises:
         UserError: No image can be read, or more are unreadable than allowed.
@@ -439,11 +443,16 @@ def evaluate(
     bad, left = loader.dataset.bad, evaluation_sample_limit(loader)
     bad.begin()
     line = ProgressLine(len(loader), log_interval, process.primary)
+    size = 0
     for step, (images, target) in enumerate(loader, 1):
+        size = size or len(images)
+        if compilation.backend and len(images) < size:
+            images = torch.cat((images, images.new_zeros(size - len(images), *images.shape[1:])))
         if machine.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(machine, process.device):
+        with compilation.step(), autocast(machine, process.device):
             output = classifier(images)
+        images, output = images[: len(target)], output[: len(target)]
         if left is not None:  # what comes after it makes the processes even
             images, output, target, left = images[:left], output[:left], target[:left], max(0, left - len(target))
         if bad.count:

@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 
 from evavit.arguments import shown
 from evavit.errors import UserError
+from evavit.training.compilation import MODES
 
 NUMBER = {  # how a number is written: Python's int and float also take 2_4, ２４ and spaces around
     int: re.compile(r'[+-]?[0-9]{1,20}'),
@@ -299,11 +300,17 @@ class MachineConfig:
     device: Optional[str] = option(None, 'cpu, cuda or cuda:N; default: cuda where there is one, else cpu', scripts=ALL)
     amp: bool = option(False, 'automatic mixed precision', scripts=BOTH)
     amp_dtype: str = option('bfloat16', 'low precision of amp', choices=('bfloat16', 'float16'), scripts=BOTH)
-    torchcompile: Optional[str] = option(None, 'compile the model, with this backend', bare='inductor', scripts=BOTH)
+    torchcompile: Optional[str] = option(
+        None,
+        'compile the model: with a backend, or with Inductor in the mode named (default: the fastest mode); auto: on '
+        'CUDA alone; none: not at all',
+        bare='inductor',
+        scripts=BOTH,
+    )
     torchcompile_mode: Optional[str] = option(
         None,
-        'mode of torch.compile',
-        choices=('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'),
+        "mode of torch.compile's Inductor; default: CUDA graphs (reduce-overhead) on CUDA",
+        choices=MODES,
         scripts=BOTH,
     )
     channels_last: bool = option(False, 'keep images in channels-last memory order', scripts=BOTH)

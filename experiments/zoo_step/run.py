@@ -82,7 +82,9 @@ def main() -> int:
             with storing:
                 store_rows(file, [row for row in read_rows(args.results_file) if row['case'] == model])
             done = subprocess.run(
-                [*base, '--model', model, '--torchcompile', '--results-file', str(file)], cwd=ROOT, check=False
+                [*base, '--model', model, '--torchcompile', 'default', '--results-file', str(file)],
+                cwd=ROOT,
+                check=False,
             )
             with storing:
                 store_rows(args.results_file, read_rows(file))

@@ -69,7 +69,11 @@ def test_models(bench, dtype):
 
 def test_all_contenders_are_compiled(bench, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, 'compile', lambda model, mode: compiled.append((type(model).__name__, mode)) or model)
+    monkeypatch.setattr(
+        torch,
+        'compile',
+        lambda model, mode, **kwargs: compiled.append((type(model).__name__, mode)) or model,
+    )
     code, err, rows = bench(
         '--bench', 'train', '--model', 'eva_deit_tiny', '--img-size', '32', '-b', '2', '--torchcompile', 'max-autotune'
     )

@@ -1,10 +1,12 @@
 """train.py on tiny image folders: what it writes, that it repeats, resumes, accumulates, averages and distributes."""
 
+import functools
 import json
 
 import pytest
 import timm
 import torch
+import torch._dynamo
 import yaml
 from runs import DRAWN, KWARGS, MODEL, PLAIN, QUICK, SOFTMAX, assert_same_run, rows, scalars, weights, write_images
 from timm.utils import load_checkpoint_metadata
@@ -187,7 +189,6 @@ def test_repeated_augmentation_needs_no_second_process(train):
         ['--amp'],
         ['--amp', '--amp-dtype', 'float16'],
         ['--grad-checkpointing'],
-        ['--torchcompile', 'eager'],
         ['--channels-last'],
         ['--bce-loss', '--mixup', '0.2'],
         ['--layer-decay', '0.8'],
@@ -203,6 +204,41 @@ def test_options_that_change_the_machinery(train, flags):
     folder = train('run', '--epochs', '1', *flags)
     assert len(rows(folder)) == (2 if '--cooldown-epochs' in flags else 1)
     assert load_checkpoint_metadata(str(folder / 'last.pth.tar'))['args'].class_names == ['apple', 'pear', 'plum']
+
+
+def test_a_compiled_model_sees_one_size(train, call, images, record_compiled):
+    """Of 13 images in batches of 4 the last is one: it is filled up, so that nothing is compiled for its size."""
+    as_is = train('as_is', *PLAIN, '--validation-batch-size', '4')
+    compiled = train('compiled', *PLAIN, '--validation-batch-size', '4', '--torchcompile', 'recording')
+    assert record_compiled == [4, 4]  # in training, in validation
+    for a, b in zip(rows(as_is), rows(compiled), strict=True):
+        for name in ('train_loss', 'eval_loss', 'eval_top1', 'eval_top5'):
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5)
+    judge = ['--checkpoint', compiled / 'last.safetensors', '--data-dir', images, '--device', 'cpu', '-b', '5']
+    code, out, err = call('validate', *judge, '--workers', '0', '--torchcompile', 'recording')
+    assert code == 0 and record_compiled == [4, 4, 5], err
+    assert f'loss {float(rows(compiled)[-1]["eval_loss"]):.4f}  (13 images)' in out
+
+
+@functools.cache  # PyTorch takes a name once
+def recording_sizes():
+    """A backend of torch.compile that is called recording; the list to which it adds the images of a batch."""
+    sizes = []
+
+    def recording(graph, inputs):
+        sizes.extend(value.shape[0] for value in inputs if value.ndim == 4 and not value.requires_grad)
+        return graph.forward
+
+    torch._dynamo.register_backend(recording, name='recording')
+    return sizes
+
+
+@pytest.fixture
+def record_compiled():
+    sizes = recording_sizes()
+    yield sizes
+    sizes.clear()
+    torch.compiler.reset()
 
 
 def test_fine_tuning_starts_from_a_body_with_other_classes(train, call, images, tmp_path):

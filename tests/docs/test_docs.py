@@ -17,7 +17,8 @@ import torch
 import evavit  # noqa: F401
 from evavit.bench import loader
 from evavit.cli import benchmark
-from evavit.training.checks import global_batch
+from evavit.training.checks import check_settings, global_batch
+from evavit.training.compilation import check_compilation
 from evavit.training.config import parse_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,9 +203,23 @@ def test_commands_parse(page, line, monkeypatch):
     settings, given = parse_settings(script.removesuffix('.py'), flags)
     assert given
     if script == 'train.py':  # as many images an update as the file says
+        check_settings(settings)
         words = words[: words.index(script)]
         counts = [int(words[words.index(flag) + 1]) for flag in ('--nnodes', '--nproc-per-node') if flag in words]
         global_batch(settings.batch, settings.schedule, math.prod(counts))
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_commands_within_a_sentence_parse(page, monkeypatch):
+    """`evavit-train …`, `train.py …` and `--torchcompile …` in the running text."""
+    monkeypatch.chdir(ROOT)
+    for span in re.findall(r'`([^`]+)`', prose(page)):
+        words = (
+            shlex.split(span.replace('…', '')) if re.match(r'(evavit-train|train\.py|--torchcompile) ', span) else []
+        )
+        if words:
+            settings, _ = parse_settings('train', words[not words[0].startswith('--') :])
+            check_compilation(settings.machine.torchcompile, settings.machine.torchcompile_mode)
 
 
 def test_benchmark_commands_parse(monkeypatch):
