@@ -4,6 +4,7 @@ A run that a signal asked to stop ends with `PREEMPTED` instead: its state is sa
 """
 
 import errno
+import multiprocessing
 import os
 import re
 import signal
@@ -11,12 +12,17 @@ import sys
 import threading
 import traceback
 from contextlib import contextmanager
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Callable, Iterator, NoReturn, Optional, Sequence, Tuple
 
 import torch.distributed as dist
 from timm.utils import world_info_from_env
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+PLACES = (  # what launchers call a process's place in a run; timm reads the first that is set of each line
+    ('LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+    ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'),
+    ('WORLD_SIZE', 'PMI_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'),
+)
 
 
 class UserError(Exception):
@@ -89,6 +95,34 @@ def _lost_worker(error: Exception) -> LocalError:
     raise error
 
 
+def launched() -> Tuple[int, int, int]:
+    """(local rank, rank, number of processes) as a launcher set them in the environment, (0, 0, 1) without one.
+    UserError where they cannot be meant."""
+    named = [next((name for name in names if name in os.environ), names[0]) for names in PLACES]
+    for name in named:
+        if not re.fullmatch('[0-9]{1,9}', os.environ.get(name, '0')):
+            raise UserError(
+                f'{name}={os.environ[name][:40]} in the environment is no whole number; a launcher such as torchrun '
+                f'sets it, alone a script needs none: unset it'
+            )
+    local_rank, rank, world_size = world_info_from_env()
+    if not 0 <= max(local_rank, rank) < world_size:
+        shown = ', '.join(f'{name}={os.environ.get(name, "unset")}' for name in named)
+        raise UserError(
+            f'{shown} in the environment: of N processes the ranks are 0 to N - 1, and N is at least 1; a launcher '
+            f'such as torchrun sets them, alone a script needs none: unset them'
+        )
+    return local_rank, rank, world_size
+
+
+def end_now(code: int, line: str) -> NoReturn:
+    """Print the line and end this process and its loading processes, from any thread: the main one may be stuck."""
+    os.write(2, f'error: {printable(line)}\n'.encode(errors='replace'))
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
+
+
 @contextmanager
 def _quiet_children() -> Iterator[None]:
     """PyTorch raises an error in the handler of SIGCHLD, which must not interrupt what is told of the first one."""
@@ -110,19 +144,19 @@ def _tell_thread(args: 'threading.ExceptHookArgs') -> None:
 
 def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
     """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal."""
-    code = 0
+    code, rank, world_size = 0, 0, 1
     threading.excepthook = _tell_thread
     try:
+        _, rank, world_size = launched()
         main(argv)
     except Preempted as stop:
         code = PREEMPTED
-        if world_info_from_env()[1] == 0:
+        if rank == 0:
             print(one_line(stop), file=sys.stderr, flush=True)
     except (UserError, RuntimeError, OSError, EOFError) as error:
         code = 2
         with _quiet_children():
             fault = error if isinstance(error, UserError) else _lost_worker(error)
-            _, rank, world_size = world_info_from_env()
             if rank == 0 or isinstance(fault, LocalError):
                 print(f'error: {one_line(fault)}', file=sys.stderr, flush=True)
             if world_size > 1:

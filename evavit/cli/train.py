@@ -13,11 +13,13 @@ from timm.utils import world_info_from_env
 
 from evavit.errors import Preempted, UserError, reason_of
 from evavit.training import build, checkpoint, checks, data, dry_run, loop
+from evavit.training.agreement import check_agreement
 from evavit.training.compilation import choose_compilation
 from evavit.training.config import TrainConfig, parse_settings
 from evavit.training.distributed import start_log, start_process
 from evavit.training.metrics import MetricsWriter
 from evavit.training.signals import SignalHandler
+from evavit.training.stalls import Watchdog
 
 log = logging.getLogger('evavit.train')
 
@@ -39,8 +41,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: SignalHandler, held: ExitStack) -> None:
     """The whole run. `held` takes what must last until its end."""
-    process, batch = start_process(config.machine.device), checked.batch
+    watchdog = held.enter_context(Watchdog(config.run.stall_timeout))
+    process, batch = start_process(config.machine.device, watchdog), checked.batch
     compilation = choose_compilation(config.machine.torchcompile, config.machine.torchcompile_mode, process.device)
+    if compilation.backend:
+        held.enter_context(watchdog.compiling())
     train_set, eval_set, class_names = data.open_training_sets(
         config.data,
         in_chans=checks.image_channels(config.model),
@@ -71,6 +76,15 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         batch_size=config.batch.validation_batch_size or config.batch.batch_size,
         machine=config.machine,
         device=process.device,
+    )
+    check_agreement(
+        process,
+        config,
+        training_images=len(train_set),
+        validation_images=len(eval_set),
+        training_batches=len(train_loader),
+        validation_batches=len(eval_loader),
+        class_names=class_names,
     )
     updates_per_epoch = data.updates_per_epoch(train_loader, batch.accumulated, batch.total)
 
@@ -119,9 +133,10 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
 
     def batches(position: loop.Position) -> data.Batches:
         first = position.update * batch.accumulated
-        return data.epoch_batches(
+        of_epoch = data.epoch_batches(
             train_loader, config.batch, seed=config.run.seed, process=process, epoch=position.epoch, first=first
         )
+        return watchdog.batches(of_epoch, train_set)
 
     try:
         while position.epoch < epochs:

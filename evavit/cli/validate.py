@@ -8,7 +8,7 @@ import csv
 import json
 import logging
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Set
 
 import torch
 from timm.task import ClassificationEvaluator
@@ -16,16 +16,24 @@ from timm.task import ClassificationEvaluator
 from evavit.errors import UserError, reason_of
 from evavit.files import replacing
 from evavit.training import build, checks, contents, data, loop
+from evavit.training.agreement import check_agreement
 from evavit.training.compilation import check_compilation, choose_compilation
 from evavit.training.config import ValidateConfig, parse_settings
 from evavit.training.distributed import start_process
+from evavit.training.stalls import Watchdog
 
 log = logging.getLogger('evavit.validate')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     config, given = parse_settings('validate', argv, __doc__)
-    process = start_process(config.machine.device)
+    with Watchdog(config.run.stall_timeout) as watchdog:
+        judge(config, given, watchdog)
+
+
+def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
+    """Evaluate what the settings name; `given` are those that flags or a YAML file gave."""
+    process = start_process(config.machine.device, watchdog)
     class_names = contents.complete_from_checkpoint(config, given)
     if config.data.class_map:
         class_names = None
@@ -49,6 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         dataset, data_config, batch_size=config.batch.batch_size, machine=machine, device=process.device
     )
 
+    check_agreement(process, config, images=len(dataset), batches=len(loader), class_names=class_names)
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
     parameters = sum(p.numel() for p in model.parameters())
     model.to(process.device, memory_format=torch.channels_last if machine.channels_last else torch.preserve_format)

@@ -260,7 +260,8 @@ def compile_and_distribute(task: ClassificationTask, compilation: Compilation, p
         torch._dynamo.config.optimize_ddp = split
         task.compile(**compilation.arguments)
     if process.distributed:
-        task.prepare_distributed([process.local_rank] if process.device.type == 'cuda' else None, **kwargs)
+        with process.waiting('DistributedDataParallel, which compares and sends the weights'):
+            task.prepare_distributed([process.local_rank] if process.device.type == 'cuda' else None, **kwargs)
 
 
 def build_mixup(config: LossConfig, num_classes: int) -> Optional[Mixup]:

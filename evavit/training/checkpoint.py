@@ -298,6 +298,7 @@ NO_EFFECT = {  # settings that may change from start to start without changing w
     'device',
     'workers',
     'pin_mem',
+    'stall_timeout',
     'log_interval',
     'checkpoint_interval',
     'checkpoint_hist',

@@ -4,12 +4,13 @@ With a group timm's samplers work in the same way everywhere: the order of the i
 and repeated augmentation works in a single process.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Callable, Iterator, List, Optional
 
@@ -20,7 +21,8 @@ from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
 
 from evavit.arguments import find_device
-from evavit.errors import UserError, printable
+from evavit.errors import LocalError, UserError, launched, printable
+from evavit.training.stalls import Watchdog
 
 log = logging.getLogger(__name__)
 RESTARTS = 'TORCHELASTIC_RESTART_COUNT'
@@ -43,6 +45,7 @@ class Process:
     rank: int
     local_rank: int
     world_size: int
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     @property
     def primary(self) -> bool:
@@ -52,10 +55,17 @@ class Process:
     def distributed(self) -> bool:
         return self.world_size > 1
 
+    def waiting(self, what: str) -> Any:
+        """A context around a collective operation, for the watchdog; `what` names it."""
+        if not self.distributed:
+            return contextlib.nullcontext()
+        return self.watchdog.waiting(lambda: f'the other processes ({what})')
+
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over all processes. If one has a NaN, all get it."""
         if self.distributed:
-            dist.all_reduce(tensor)
+            with self.waiting('all_reduce'):
+                dist.all_reduce(tensor)
             tensor = tensor / self.world_size
         return tensor
 
@@ -63,7 +73,8 @@ class Process:
         """The items of all processes, in the order of their ranks."""
         items = [item] * self.world_size
         if self.distributed:
-            dist.all_gather_object(items, item)
+            with self.waiting('all_gather'):
+                dist.all_gather_object(items, item)
         return items
 
     def check_equal(self, value: Any, message: Callable[[List[Any]], str]) -> None:
@@ -74,12 +85,14 @@ class Process:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
-        return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
+        with self.waiting('all_reduce'):
+            return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.distributed:
-            dist.barrier()
+            with self.waiting('barrier'):
+                dist.barrier()
 
     def seed(self, seed: int, *place: int) -> None:
         """Seed every generator. Without a place all processes get the same seed, as for the weights; with one, each its
@@ -116,16 +129,29 @@ def _rendezvous_url() -> str:
     return 'evavit-restarted://'
 
 
-def start_process(device: Optional[str] = None) -> Process:
-    """Choose the device, join the process group, and let only the first process log."""
-    name = str(find_device(device))
+def start_process(device: Optional[str] = None, watchdog: Optional[Watchdog] = None) -> Process:
+    """Choose the device, join the process group, and let only the first process log. A stall ends it where `watchdog`,
+    a context that has been entered, has a limit."""
+    name, watchdog = str(find_device(device)), watchdog or Watchdog()
+    place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
+    _, rank, world_size = launched()
     try:
-        joined = init_distributed_device_so(name, dist_url=_rendezvous_url() if RESTARTS in os.environ else None)
+        with watchdog.waiting(lambda: f'all {world_size} processes to meet at {place}'):
+            joined = init_distributed_device_so(name, dist_url=_rendezvous_url() if RESTARTS in os.environ else None)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise LocalError(
+            f'rank {rank} of {world_size} processes did not meet the others at {place}: '
+            f'{" ".join(str(error).split())[:300]}'
+        ) from error
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name}: {" ".join(str(error).split())[:300]}') from error
+        what = f'--device {name}' if world_size == 1 or dist.is_initialized() else 'environment of a launcher'
+        raise UserError(f'{what}: {" ".join(str(error).split())[:300]}') from error
     if not joined['distributed'] and not dist.is_initialized():
         dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    process = Process(torch.device(joined['device']), joined['global_rank'], joined['local_rank'], joined['world_size'])
+    watchdog.joined()
+    process = Process(
+        torch.device(joined['device']), joined['global_rank'], joined['local_rank'], joined['world_size'], watchdog
+    )
     start_log(process.primary)
     return process
 

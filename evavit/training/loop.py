@@ -22,6 +22,7 @@ from evavit.training.config import MachineConfig, OptimConfig, RunConfig
 from evavit.training.data.images import UNREADABLE, BadImages
 from evavit.training.distributed import Draw, Process
 from evavit.training.signals import SignalHandler
+from evavit.training.stalls import Watchdog
 
 try:
     import resource
@@ -119,7 +120,8 @@ class Run:
 class DelayedRead:
     """Numbers of an update, read back one update late on a GPU, so that the host never waits for the step under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
         self.pending: Any = None
 
     def push(self, about: Any, values: torch.Tensor) -> Optional[Tuple[Any, List[float]]]:
@@ -140,7 +142,8 @@ class DelayedRead:
             return None
         about, host, copied = self.pending
         self.pending = None
-        copied.synchronize()
+        with self.watchdog.waiting(lambda: 'the device, which works on an update'):
+            copied.synchronize()
         return about, host.tolist()
 
 
@@ -300,7 +303,7 @@ def train_epoch(
         run.mixup.mixup_enabled = position.epoch < run.mixup_off_epoch
     parameters = list(model.parameters())
     epoch, steps = position.epoch, run.grad_accum_steps
-    tracker, delayed = EpochTracker(run, position, write), DelayedRead()
+    tracker, delayed = EpochTracker(run, position, write), DelayedRead(process.watchdog)
     if position.update == 0:
         position.lr = run.optimizer.param_groups[0]['lr']
 
@@ -333,7 +336,8 @@ def train_epoch(
                 images = images.contiguous(memory_format=torch.channels_last)
             if run.mixup is not None:
                 images, target = run.mixup(images, target)
-            loss += micro_step(run, images, target, step)
+            with process.waiting(f'the gradients of epoch {epoch}, update {update}'):
+                loss += micro_step(run, images, target, step)
         done = update + 1
         asked = handler.poll(epoch * run.updates_per_epoch + done, done == run.updates_per_epoch)
         loss, save_now, stop = process.mean(torch.stack((loss, *(loss.new_full((), float(flag)) for flag in asked))))
@@ -443,8 +447,8 @@ def evaluate(
     bad, left = loader.dataset.bad, evaluation_sample_limit(loader)
     bad.begin()
     line = ProgressLine(len(loader), log_interval, process.primary)
-    size = 0
-    for step, (images, target) in enumerate(loader, 1):
+    size, batches = 0, process.watchdog.batches(loader, loader.dataset)
+    for step, (images, target) in enumerate(batches, 1):
         size = size or len(images)
         if compilation.backend and len(images) < size:
             images = torch.cat((images, images.new_zeros(size - len(images), *images.shape[1:])))
@@ -469,9 +473,11 @@ def evaluate(
     bad.review(process)
     count = evaluator.counts[0].clone()
     if process.distributed:
-        torch.distributed.all_reduce(count)
+        with process.waiting('all_reduce'):
+            torch.distributed.all_reduce(count)
     if not count:
         raise UserError(
             f'validation: none of its {len(loader.dataset)} images can be read; there is nothing to judge by'
         )
-    return dict(evaluator.compute(distributed=process.distributed)), int(count)
+    with process.waiting('all_reduce of the metrics'):
+        return dict(evaluator.compute(distributed=process.distributed)), int(count)

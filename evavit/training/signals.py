@@ -1,17 +1,25 @@
-"""When a run saves within an epoch, and when it stops: an interval of the user's, and SIGTERM or SIGUSR1."""
+"""When a run saves within an epoch, and when it stops: an interval of the user's, and SIGTERM, SIGINT or SIGUSR1."""
 
+import logging
+import os
 import re
 import signal
+import socket
+import threading
 import time
 from types import TracebackType
 from typing import Any, Dict, Optional, Tuple, Type
 
 from evavit.arguments import shown
-from evavit.errors import UserError
+from evavit.errors import UserError, end_now
+
+log = logging.getLogger(__name__)
 
 SIGNALS = tuple(
-    getattr(signal, name) for name in ('SIGTERM', 'SIGUSR1') if hasattr(signal, name)
+    getattr(signal, name) for name in ('SIGTERM', 'SIGINT', 'SIGUSR1') if hasattr(signal, name)
 )  # Windows lacks SIGUSR1
+ENDING = (signal.SIGTERM, signal.SIGINT)  # of which the second ends the process
+COPIES = 1.0  # seconds within which another one is a copy of the first, which torchrun has passed on
 
 
 def parse_interval(text: Optional[str]) -> Tuple[Optional[int], Optional[float]]:
@@ -26,7 +34,10 @@ def parse_interval(text: Optional[str]) -> Tuple[Optional[int], Optional[float]]
 
 
 class SignalHandler:
-    """As a context it catches the two signals. `poll` says after each update whether to save and whether to stop.
+    """As a context it catches the signals: `poll` says after each update whether to save and whether to stop.
+
+    A second SIGTERM or SIGINT ends the process at once, with exit code 128 plus its number. A thread waits for it, as
+    Python calls handlers between two steps of the main thread, which may be stuck in one.
 
     Args:
         interval: See `parse_interval`; None saves only after epochs.
@@ -44,6 +55,12 @@ class SignalHandler:
         self.handlers: Dict[int, Any] = {}  # what handled the signals before
 
     def __enter__(self) -> 'SignalHandler':
+        receiver, self.sender = socket.socketpair()  # not a pipe, which Windows takes for no wake-up
+        self.sender.setblocking(False)
+        self.woken = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(after_in_child=self._forked)
+        threading.Thread(target=self._listen, args=(receiver,), daemon=True, name='signals').start()
         self.handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
@@ -52,9 +69,29 @@ class SignalHandler:
     ) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.woken)
+        self.sender.shutdown(socket.SHUT_RDWR)  # ends the thread, also where a loading process has it open
+        self.sender.close()
 
     def _handle(self, *_: Any) -> None:
         self.stop = True
+
+    def _forked(self) -> None:
+        """A loading process does not tell this one's thread of the signals that it gets itself."""
+        if self.sender.fileno() >= 0:
+            signal.set_wakeup_fd(-1)
+
+    def _listen(self, receiver: socket.socket) -> None:
+        first = None
+        with receiver:
+            while numbers := receiver.recv(64):  # one byte a signal, nothing where the context has ended
+                for number in set(numbers).intersection(ENDING):
+                    name, now = signal.Signals(number).name, time.monotonic()
+                    if first is None:
+                        first = now
+                        log.info(f'{name}: the run saves at the next update and stops; a second one ends it at once')
+                    elif now - first > COPIES:
+                        end_now(128 + number, f'{name} for the second time: ended at once, nothing more is saved')
 
     def poll(self, update: int, last: bool) -> Tuple[bool, bool]:
         """(save, stop) after `update` updates of the run. `last` is the epoch's last one, saved before validation."""

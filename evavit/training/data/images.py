@@ -26,9 +26,10 @@ from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset
 from timm.data.readers.class_map import remap_target
 
-from evavit.errors import LocalError, UserError, first_line
+from evavit.errors import LocalError, UserError, first_line, printable
 from evavit.training.data.decode import BadImageError, decode, read_file, reason, to_mode
 from evavit.training.distributed import Process
+from evavit.training.stalls import Reading
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +61,11 @@ class BadImages:
         self.counter = torch.zeros(1, dtype=torch.int64)
         self.marks = torch.zeros(max(images, 2**16), dtype=torch.bool)
         self.lines = torch.zeros(min(self.limit + 1, self.LINES), self.LINE, dtype=torch.uint8)
+        self.reading = Reading()
         self.unshared = ''  # why loading processes cannot reach the count; without them it does as it is
         try:
             self.lock = multiprocessing.Lock()
-            for tensor in (self.counter, self.marks, self.lines):
+            for tensor in (self.counter, self.marks, self.lines, self.reading.table):
                 tensor.share_memory_()
         except (OSError, RuntimeError) as error:
             self.lock, self.unshared = nullcontext(), reason(error)
@@ -121,8 +123,10 @@ class BadImages:
                 self.reported.add(index)
                 name, _, why = line.rpartition('\n')
                 log.warning(
-                    f'warning: {name} is not a readable image ({why}); left out, {count} of {self.images} in '
-                    f'this epoch, {self.limit} allowed'
+                    printable(
+                        f'warning: {name} is not a readable image ({why}); left out, {count} of {self.images} in '
+                        f'this epoch, {self.limit} allowed'
+                    )
                 )
         if count > self.limit:
             name, _, why = next((line for line in reversed(self.found.values()) if line), '').rpartition('\n')
@@ -197,6 +201,10 @@ class CheckedImages(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
+        with self.bad.reading.image(index):
+            return self._read(index)
+
+    def _read(self, index: int) -> Tuple[Any, int]:
         source = index
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -243,6 +251,10 @@ class CheckedImages(torch.utils.data.Dataset):
         files = getattr(self.dataset, 'imgs', None)  # of torchvision's folders
         return str(files[index][0]) if files else f'image {index}'
 
+    def place(self, index: int) -> str:
+        """The image's name where that is known without reading, to say it while reading hangs."""
+        return f'image {index}' if hasattr(getattr(self.dataset, 'reader', None), 'image_key') else self.name(index)
+
 
 def _decode_item(item: Any, mode: str) -> Image.Image:
     """The image of a record {bytes, path}, of which one may be missing. Raises BadImageError."""
@@ -271,6 +283,12 @@ class CheckedStream(IterableImageDataset):
             reader._input_decoders = functools.partial(_without_decoding, reader)
 
     def __iter__(self) -> Iterator[Tuple[Any, int]]:
+        return self.bad.reading.stream(self._read())
+
+    def place(self, _: int) -> str:
+        return 'the stream'
+
+    def _read(self) -> Iterator[Tuple[Any, int]]:
         owed, good = 0, None  # a reader has counted an image before it is decoded: another takes its place in training
         for item, label in self._items():
             record = item if isinstance(item, dict) else dict(bytes=item)

@@ -17,6 +17,7 @@ from evavit.errors import LocalError, UserError, first_line
 from evavit.training.config import AugmentConfig, BatchConfig, MachineConfig, ModelConfig
 from evavit.training.data.augment import SeededErasing, repair_posterize
 from evavit.training.distributed import Draw, Process, seed_at, seed_sample
+from evavit.training.signals import SIGNALS
 
 Batches = Iterator[Tuple[torch.Tensor, torch.Tensor]]
 
@@ -65,9 +66,9 @@ class SeededSampler(torch.utils.data.Sampler):
 
 
 def _start_worker(info: Any) -> int:
-    """A worker heeds SIGTERM only from its own main process. Schedulers send it to every process of a job, and a run
-    that is to save needs its workers for the update under way. Of a main process that ends while it takes a batch the
-    worker says nothing: that process has told why."""
+    """A worker heeds no signal but its main process's own SIGTERM. Schedulers and terminals send them to every process
+    of a job, and a run that is to save needs its workers for the update under way. Of a main process that ends while it
+    takes a batch the worker says nothing: that process has told why."""
     hook = sys.excepthook
 
     def tell(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
@@ -76,7 +77,7 @@ def _start_worker(info: Any) -> int:
 
     sys.excepthook = tell
     if hasattr(signal, 'sigwaitinfo'):  # not on every system
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=_wait_for_parents_signal, args=(os.getppid(),), daemon=True).start()
     return info.seed
 
