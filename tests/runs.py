@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,15 +94,16 @@ def load_script(name):
     return importlib.import_module(f'evavit.cli.{name}')
 
 
-def command_line(script, *flags, processes=1, launcher_flags=()):
+def command_line(script, *flags, processes=1, launcher_flags=(), variables=()):
     """The words and the environment that start a script as a user does, with torchrun for several processes.
 
-    A script is a name of ours, or the path of another program.
+    A script is a name of ours, or the path of another program; `variables` are added to the environment.
     """
     launcher = [sys.executable]
     if processes > 1:
         launcher += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), *launcher_flags]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR', 'PYTHONUNBUFFERED': '1'}
+    environment.update({name: str(value) for name, value in dict(variables).items()})
     program = script if isinstance(script, Path) else ROOT / f'{script}.py'
     return [*launcher, str(program), *map(str, flags)], environment
 
@@ -126,6 +128,15 @@ def start(*words, session=True, **launch):
     return subprocess.Popen(
         line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=session
     )
+
+
+def ranks(count):
+    """The variables of `count` processes of one run, as another launcher than torchrun gives them."""
+    with socket.socket() as place:
+        place.bind(('127.0.0.1', 0))
+        port = place.getsockname()[1]
+    about = dict(WORLD_SIZE=count, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    return [dict(RANK=rank, LOCAL_RANK=rank, **about) for rank in range(count)]
 
 
 def signal_at(monkeypatch, moments, number=signal.SIGTERM):

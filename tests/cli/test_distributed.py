@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, PATIENCE, QUICK, ROOT, command, command_line, rows, scalars, start, wait_for, weights
+from runs import MODEL, PATIENCE, QUICK, ROOT, command, command_line, ranks, rows, scalars, start, wait_for, weights
 
 NCCL = [  # the same on two GPUs
     pytest.mark.gpu,
@@ -76,6 +77,33 @@ def test_several_processes_equal_one_with_the_same_global_batch(
         f'{processes} processes{", repeated" if "--aug-repeats" in flags else ""}: losses, '
         f'gradients and accuracies within {worst:.0e}',
     )
+
+
+@pytest.mark.parametrize(
+    'flags, told',
+    [
+        pytest.param(['-b', '4'], 'batch_size is 2 on rank 0 and 4 on rank 1', marks=pytest.mark.slow),
+        pytest.param(['--grad-accum-steps', '2'], 'grad_accum_steps is 1 on rank 0 and 2', marks=pytest.mark.slow),
+        pytest.param(['--lr', '0.1'], 'lr is 0.001 on rank 0 and 0.1 on rank 1', marks=pytest.mark.slow),
+        pytest.param(['--seed', '7'], 'seed is 42 on rank 0 and 7 on rank 1', marks=pytest.mark.slow),
+        (['--lr', '0.1', '--data-dir', 'fewer'], 'lr is 0.001 on rank 0 and 0.1 on rank 1; training images is 24'),
+    ],
+)
+def test_processes_that_differ_stop_before_the_first_update(images, tmp_path, flags, told):
+    """With one line, all of them. One has fewer images where its flags say so."""
+    if 'fewer' in flags:
+        shutil.copytree(images, tmp_path / 'fewer')
+        (tmp_path / 'fewer' / 'train' / 'plum' / '7.png').unlink()
+        flags = [tmp_path / 'fewer' if flag == 'fewer' else flag for flag in flags]
+    place = ['-b', '2', '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--stall-timeout', '60']
+    jobs = [
+        start('train', *MODEL, *QUICK, *place, *own, variables=variables)
+        for own, variables in zip(([], flags), ranks(2), strict=True)
+    ]
+    results = [job.communicate(timeout=60 * PATIENCE) for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2], results
+    assert results[0][1].startswith(f'error: the processes disagree: {told}') and results[0][1].count('\n') == 1
+    assert results[1][1] == '' and not (tmp_path / 'run').exists()
 
 
 def ranks_of(job):

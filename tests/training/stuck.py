@@ -1,12 +1,11 @@
-"""A process that waits in one system call until two signals end it: stuck.py CHILD
+"""A process that waits in one system call, for another process that does not come, until two signals end it.
 
-It listens for another process of its run, which does not come. CHILD 'child' first has a process of its own signal itself.
+Before that a process of its own gets as many, which end neither.
 """
 
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
 
@@ -23,9 +22,8 @@ def signal_itself():
 
 if __name__ == '__main__':
     with SignalHandler(None):
-        if sys.argv[1] == 'child':
-            child = multiprocessing.get_context('fork').Process(target=signal_itself)
-            child.start()
-            child.join()
+        child = multiprocessing.get_context('fork').Process(target=signal_itself)
+        child.start()
+        child.join()
         print('ready', flush=True)
         dist.TCPStore('127.0.0.1', 0, 2, is_master=True, timeout=timedelta(seconds=60))

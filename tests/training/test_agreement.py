@@ -32,9 +32,7 @@ def processes_that(*settings):
         config.update({name: value for name, value in numbers.items() if name in names})
         process = argparse.Namespace(distributed=True, gather=lambda item: gather(rank, item))
         try:
-            check_agreement(
-                process, config, **{name: value for name, value in numbers.items() if name not in names}
-            )
+            check_agreement(process, config, **{name: value for name, value in numbers.items() if name not in names})
         except UserError as error:
             errors[rank] = str(error)
 
