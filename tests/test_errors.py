@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from evavit.errors import LocalError, UserError, one_line, printable, reason_of, run_script
+from evavit.errors import PLACES, LocalError, UserError, launched, one_line, printable, reason_of, run_script
 
 
 def test_control_characters_are_written_out():
@@ -36,6 +36,38 @@ def test_a_fault_of_a_loading_process_comes_without_its_traceback():
     with pytest.raises(LocalError) as error:
         next(iter(torch.utils.data.DataLoader(Fails(), num_workers=1)))
     assert str(error.value).startswith('Caught') and one_line(error.value) == 'two\\nlines: cannot be read'
+
+
+@pytest.mark.parametrize(
+    'variables, told',
+    [
+        (dict(RANK='abc'), 'RANK=abc in the environment is no whole number'),
+        (dict(LOCAL_RANK='x\n'), 'LOCAL_RANK=x\\n in the environment is no whole number'),
+        (dict(SLURM_NTASKS='', SLURM_PROCID='0'), 'SLURM_NTASKS= in the environment is no whole number'),
+        (dict(WORLD_SIZE='-2'), 'WORLD_SIZE=-2 in the environment is no whole number'),
+        (dict(WORLD_SIZE='1e3'), 'WORLD_SIZE=1e3 in the environment is no whole number'),
+        (dict(WORLD_SIZE='0'), 'RANK=unset, WORLD_SIZE=0 in the environment'),
+        (dict(WORLD_SIZE='2', RANK='2'), 'RANK=2, WORLD_SIZE=2 in the environment'),
+        (dict(WORLD_SIZE='2', RANK='1', LOCAL_RANK='5'), 'LOCAL_RANK=5, RANK=1, WORLD_SIZE=2 in the environment'),
+    ],
+)
+def test_a_launcher_s_variables_that_cannot_be_are_a_line(monkeypatch, capsys, variables, told):
+    for name in sum(PLACES, ()):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_script(lambda argv: pytest.fail('the script must not start')) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and told in err and err.count('\n') == 1 and 'unset' in err, err
+
+
+def test_a_launcher_s_variables_are_read(monkeypatch):
+    for name in sum(PLACES, ()):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == (0, 0, 1)
+    for name, value in dict(SLURM_LOCALID='1', SLURM_PROCID='5', SLURM_NTASKS='8').items():
+        monkeypatch.setenv(name, value)
+    assert launched() == (1, 5, 8)
 
 
 def test_the_reason_of_a_failed_write():

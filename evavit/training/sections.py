@@ -373,8 +373,8 @@ class FormatConfig:
     batch_size: int = option(
         1, 'images in the check of the forward pass; the file takes any number', short='-b', low=1, scripts=('export',)
     )
-    opset: Optional[int] = option(
-        None, "version of ONNX's operators; default: the exporter's", low=18, scripts=('export',)
+    opset: Optional[int] = option(  # 18 to 25 is what onnxscript converts to, which publishes no names for the two
+        None, "version of ONNX's operators; default: the exporter's", low=18, high=25, scripts=('export',)
     )
     keep_init: bool = option(False, 'weights are inputs of the ONNX graph as well', scripts=('export',))
     dynamic_size: bool = option(False, 'any height and width, for models without windows', scripts=('export',))

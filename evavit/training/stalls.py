@@ -188,11 +188,12 @@ class Watchdog:
             others = self._others()  # from half the limit on, to see who still tells something
             if age > self.limit and not any(self._moves(other) for other in others):
                 known = [f'; rank {other["rank"]} {self._doing(other)}' for other in others]
-                return end_now(
+                end_now(
                     2,
                     f'rank {self.rank} has waited {age:.0f} s for {stage.what()}{"".join(known[:3])}: stopped by '
                     f'--stall-timeout {self.limit:g}',
                 )
+                return
 
     def _tell(self, store: dist.Store, stage: Stage) -> None:
         self.beat += 1

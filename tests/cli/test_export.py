@@ -268,6 +268,7 @@ def test_package(call, tmp_path, precision):
         (['m.pt2', '--opset', '18'], '--opset is for ONNX files'),
         (['m.pt2', '--dynamic-size'], '--dynamic-size is for ONNX files'),
         (['m.onnx', '--opset', '9'], 'opset, which takes a whole number ≥ 18'),
+        (['m.onnx', '--opset', '99'], "'99' does not fit opset, which takes a whole number ≥ 18 and ≤ 25"),
         (['m.onnx', '--precision', 'int8'], '--precision int8 is for .pt2 packages'),
         (['m.onnx', '--precision', 'int4'], 'one of float32'),
         (['m.onnx', '--training'], 'unknown flag --training'),

@@ -88,6 +88,16 @@ def test_more_than_allowed_stop_the_run():
     assert bad.review(ALONE) == 0
 
 
+def test_names_are_warned_of_without_their_control_characters(caplog):
+    """Whatever handles the log: the scripts' own handler would write them out by itself."""
+    bad = BadImages(10, 1.0)
+    bad.mark(3, 'a\x1b[2J\nepoch 7: done.png', 'no image')
+    with caplog.at_level('WARNING', 'evavit'):
+        bad.review(ALONE)
+    (record,) = caplog.records
+    assert record.getMessage().startswith('warning: a\\x1b[2J\\nepoch 7: done.png is not a readable image')
+
+
 def test_the_rest_of_an_epoch_knows_its_bad_images():
     before, after = BadImages(3000, 1.0), BadImages(3000, 1.0)
     for index in range(1200):  # more than the names that are kept
