@@ -30,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from evavit.errors import PREEMPTED
 from evavit.training import checkpoint, data, loop
+from evavit.training.signals import SIGNALS
 
 RESUMED = [
     *DRAWN,
@@ -54,7 +55,7 @@ def test_a_stop_within_an_epoch_changes_nothing(train, call, images, tmp_path, m
     whole = train('whole', *RESUMED)
     place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
     for number, moment in enumerate((1, 3, 6, 15)):
-        signal_at(monkeypatch, [moment], (signal.SIGTERM, signal.SIGUSR1)[number % 2])
+        signal_at(monkeypatch, [moment], SIGNALS[number % len(SIGNALS)])
         code, _, err = call('train', *MODEL, *QUICK, *place, *RESUMED)
         monkeypatch.undo()
         assert code == PREEMPTED and '--resume auto' in err and err.count('\n') == 1
