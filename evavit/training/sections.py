@@ -345,7 +345,7 @@ class RunConfig:
     max_skipped: int = option(10, 'updates in a row without a finite loss and gradient, at which the run stops', low=1)
     log_interval: int = option(50, 'updates between lines of the log', low=1, scripts=BOTH)
     stall_timeout: float = option(
-        600,
+        600.0,
         'seconds without data or without an answer of the other processes after which the run ends; 0 waits for ever',
         low=0,
         high=1e6,
