@@ -14,15 +14,15 @@ from scipy import ndimage
 from segment import coins, crops
 from torchvision.models.detection import FasterRCNN, RetinaNet
 
-import evavit  # noqa: F401  (registers the models)
 from evavit.dense import DetectionBackbone
+from evavit.models import GridVisionTransformer, families
 
 DETECTORS = {'faster_rcnn': FasterRCNN, 'retinanet': RetinaNet}
 
 
 def build(model: str, detector: str, side: int, out_channels: int = 256, **kwargs) -> torch.nn.Module:
     """A detector of one class beside the background, for images of about `side` pixels."""
-    if 'deit' in model:
+    if any(model in family.models for family in families().values() if issubclass(family.model, GridVisionTransformer)):
         kwargs = dict(dynamic_img_size=True, out_indices=1, **kwargs)  # one map, the last block's
     backbone = DetectionBackbone(timm.create_model(model, features_only=True, **kwargs), out_channels)
     return DETECTORS[detector](backbone, num_classes=2, min_size=side, max_size=2 * side)

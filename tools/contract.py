@@ -19,6 +19,7 @@ from pathlib import Path
 
 import timm
 
+from evavit.layers import ATTENTIONS
 from evavit.models import model_names, variants
 
 TOOLS = Path(__file__).resolve().parent
@@ -102,11 +103,9 @@ def chosen(patterns=None, cheap=False):
         only = CHEAP if cheap else None
         return {name: only for name in model_names() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
     first = next(iter(variants()))
-    return {
-        name: None if name.startswith('eva_') else CHEAP
-        for name in model_names()
-        if name.startswith('eva_') or name.endswith(f'_{first}')
-    }
+    in_full = [f'eva_{size}' for size in variants()]
+    cheap_ones = [f'{attention}_{first}' for attention in ATTENTIONS]
+    return {name: None if name in in_full else CHEAP for name in model_names() if name in in_full or name in cheap_ones}
 
 
 def main() -> int:

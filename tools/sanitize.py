@@ -17,22 +17,25 @@ import torch
 from evavit.ops import eva_attention_packed, eva_backend, eva_num_cells
 
 TOOLS = ('memcheck', 'racecheck')
-# height, width, window_size, partition_grid, head dim, dtype, programs that are enough
+# height, width, window_size, partition_grid, head dim, dtype, programs that are enough, count_cells
 CASES = (
-    (9, 11, 7, 7, 32, torch.bfloat16, 768),
-    (14, 14, 7, 7, 64, torch.bfloat16, 768),
-    (5, 16, 7, 3, 48, torch.float16, 768),
-    (9, 11, 7, 7, 64, torch.float32, 768),
-    (20, 18, 16, 16, 16, torch.bfloat16, 768),
-    (8, 7, 0, 7, 32, torch.bfloat16, 768),
-    (8, 7, 7, 0, 32, torch.bfloat16, 768),
-    (9, 11, 4, 3, 32, torch.bfloat16, 4),
-    (21, 21, 7, 7, 64, torch.bfloat16, 4),
-    (17, 20, 6, 7, 64, torch.float16, 4),
-    (16, 24, 8, 8, 64, torch.bfloat16, 4),
-    (7, 7, 7, 7, 64, torch.float16, 4),
-    (14, 21, 7, 7, 32, torch.bfloat16, 4),
-    (13, 15, 7, 3, 32, torch.float16, 4),
+    (9, 11, 7, 7, 32, torch.bfloat16, 768, 'one'),
+    (14, 14, 7, 7, 64, torch.bfloat16, 768, 'one'),
+    (5, 16, 7, 3, 48, torch.float16, 768, 'one'),
+    (9, 11, 7, 7, 64, torch.float32, 768, 'one'),
+    (20, 18, 16, 16, 16, torch.bfloat16, 768, 'one'),
+    (8, 7, 0, 7, 32, torch.bfloat16, 768, 'one'),
+    (8, 7, 7, 0, 32, torch.bfloat16, 768, 'one'),
+    (9, 11, 4, 3, 32, torch.bfloat16, 4, 'one'),
+    (21, 21, 7, 7, 64, torch.bfloat16, 4, 'one'),
+    (17, 20, 6, 7, 64, torch.float16, 4, 'one'),
+    (16, 24, 8, 8, 64, torch.bfloat16, 4, 'one'),
+    (7, 7, 7, 7, 64, torch.float16, 4, 'one'),
+    (14, 21, 7, 7, 32, torch.bfloat16, 4, 'one'),
+    (13, 15, 7, 3, 32, torch.float16, 4, 'one'),
+    (9, 11, 7, 7, 32, torch.bfloat16, 768, 'all'),
+    (9, 11, 7, 7, 64, torch.float32, 768, 'outside'),
+    (21, 21, 7, 7, 64, torch.bfloat16, 4, 'outside'),
 )
 
 
@@ -41,13 +44,13 @@ def run_cases() -> None:
     from evavit.ops.eva.triton import plan as eva_triton
 
     in_gluon = 0
-    for height, width, window_size, partition_grid, d, dtype, programs in CASES:
+    for height, width, window_size, partition_grid, d, dtype, programs, count_cells in CASES:
         torch.manual_seed(0)
         eva_triton.PROGRAMS = programs
         feat_size = [height, width]
         qkv = torch.randn(2, height * width, 3, 2, d).to('cuda', dtype).requires_grad_()
         leaves = [qkv]
-        options = dict(window_size=window_size, partition_grid=partition_grid)
+        options = dict(window_size=window_size, partition_grid=partition_grid, count_cells=count_cells)
         for name in ('summary_q', 'summary_k') if partition_grid else ():
             options[name] = tuple(
                 x.cuda().requires_grad_()

@@ -4,13 +4,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import MODEL, PATIENCE, QUICK, ROOT, command, command_line, ranks, rows, scalars, start, wait_for, weights
+from runs import MODEL, PATIENCE, QUICK, command, ranks, rows, scalars, start, wait_for, weights
 
 NCCL = [  # the same on two GPUs
     pytest.mark.gpu,
@@ -184,40 +183,9 @@ def test_a_signal_stops_all_processes_with_a_checkpoint(images, tmp_path, whom, 
 
 def test_a_nan_in_one_process_stops_all(images, tmp_path):
     """The second process alone meets it: its images are NaN after the first update."""
-    line, environment = command_line(
-        'train',
-        *MODEL,
-        *QUICK,
-        '-b',
-        '2',
-        '--data-dir',
-        images,
-        '--output',
-        tmp_path,
-        '--experiment',
-        'nan',
-        '--max-skipped',
-        '3',
-        '--checkpoint-interval',
-        '1',
-        processes=2,
-    )
-    (tmp_path / 'poisoned.py').write_text(f"""
-import os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-from evavit.training import loop
-step, calls = loop._forward_backward, 0
-
-def poisoned(run, images, target):
-    global calls
-    calls += 1
-    return step(run, images * float("nan") if os.environ["RANK"] == "1" and calls > 1 else images, target)
-
-loop._forward_backward = poisoned
-runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
-""")
-    line[line.index(str(ROOT / 'train.py'))] = str(tmp_path / 'poisoned.py')
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120 * PATIENCE)
+    flags = [*MODEL, *QUICK, '-b', '2', '--data-dir', images, '--output', tmp_path, '--experiment', 'nan']
+    flags += ['--max-skipped', '3', '--checkpoint-interval', '1']
+    done = command(Path(__file__).with_name('poisoned_train.py'), *flags, processes=2)
     assert done.returncode != 0
     assert done.stderr.count('error: loss nan') == 1 and '3 in a row' in done.stderr
     assert set(re.findall(r'exitcode *: *(\d+)', done.stderr)) == {'2'}

@@ -4,10 +4,16 @@ import pytest
 import timm
 import torch
 
-import evavit  # noqa: F401
+from evavit.models import GridPyramidVisionTransformerV2, families, variants
 
-MODELS = ['eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3']
-SHALLOW = {name: dict(depths=(1, 1, 1, 1)) if 'pvt' in name else dict(depth=2) for name in MODELS}
+MODELS = [f'eva_{size}' for size in variants()]
+PYRAMIDS = [
+    name
+    for family in families().values()
+    if issubclass(family.model, GridPyramidVisionTransformerV2)
+    for name in family.models
+]
+SHALLOW = {name: dict(depths=(1, 1, 1, 1)) if name in PYRAMIDS else dict(depth=2) for name in MODELS}
 pytestmark = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # tracing fixes the grid, as it should
 each_model = pytest.mark.parametrize('name', MODELS)
 
@@ -27,7 +33,7 @@ def agree(one, other, size=(224, 224), batch=2, tolerance=1e-5):
 @each_model
 def test_compile_fullgraph(name):
     """One graph, then one more for a second grid, and none for a size seen before."""
-    kwargs = {} if 'pvt' in name else dict(dynamic_img_size=True)
+    kwargs = {} if name in PYRAMIDS else dict(dynamic_img_size=True)
     model = timm.create_model(name, **SHALLOW[name], **kwargs).eval()
     graphs = []
 
@@ -44,7 +50,7 @@ def test_compile_fullgraph(name):
 @pytest.mark.parametrize('name', ['eva_deit_tiny', 'eva_deit_tiny_784', 'eva_pvt_v2_b3'])
 def test_compiled_training_steps_on_two_sizes(name):
     """With the gradient of a position embedding that is resampled to the second size."""
-    kwargs = dict(num_classes=10) if 'pvt' in name else dict(num_classes=10, dynamic_img_size=True)
+    kwargs = dict(num_classes=10) if name in PYRAMIDS else dict(num_classes=10, dynamic_img_size=True)
     model = timm.create_model(name, **SHALLOW[name], **kwargs).train()
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     for size in ((64, 64), (48, 96)):
@@ -56,7 +62,7 @@ def test_compiled_training_steps_on_two_sizes(name):
 @pytest.mark.slow
 @each_model
 def test_compile_with_inductor(name):
-    kwargs = {} if 'pvt' in name else dict(dynamic_img_size=True)
+    kwargs = {} if name in PYRAMIDS else dict(dynamic_img_size=True)
     model = timm.create_model(name, **kwargs).eval()
     compiled = torch.compile(model, fullgraph=True)
     for size in ((224, 224), (97, 161)):
@@ -78,5 +84,5 @@ def test_trace_and_script(name):
     agree(torch.jit.trace(model, torch.randn(2, 3, 224, 224)), model, batch=3)
     scripted = torch.jit.script(model)
     agree(scripted, model)
-    if 'pvt' in name:
+    if name in PYRAMIDS:
         agree(scripted, model, (97, 161))  # a scripted pyramid takes any size

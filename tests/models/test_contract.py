@@ -14,7 +14,7 @@ from torch import nn
 
 import evavit  # noqa: F401
 from evavit.layers import EvaAttention
-from evavit.models import eva_deit, eva_pvt_v2
+from evavit.models import eva_deit, eva_pvt_v2, families
 from evavit.models.eva_deit import PatchProjection
 
 SMALL = {
@@ -23,7 +23,7 @@ SMALL = {
     'eva_deit_tiny_784': dict(embed_dim=48, depth=3, num_heads=3),
     'eva_pvt_v2_b3': dict(embed_dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4)),
 }
-DEIT = [name for name in SMALL if 'deit' in name]
+DEIT = [name for name in SMALL if name in families()['eva_deit'].models]
 each_model = pytest.mark.parametrize('name', SMALL)
 
 
