@@ -323,6 +323,12 @@ class MachineConfig:
         scripts=BOTH,
     )
     pin_mem: bool = option(False, 'page-locked memory for the copies to a GPU', scripts=BOTH)
+    augment_device: str = option(
+        'cpu',
+        'what decodes and augments the images: the loading processes, or the GPU',
+        choices=('cpu', 'cuda'),
+        scripts=BOTH,
+    )
 
 
 @dataclass

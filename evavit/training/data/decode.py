@@ -10,10 +10,11 @@ import os
 import re
 import stat
 import warnings
-from typing import IO, Any, Union
+from dataclasses import dataclass
+from typing import IO, Any, Tuple, Union
 
 import numpy as np
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from evavit.errors import first_line
 
@@ -24,12 +25,21 @@ SEGMENTS = 10_000  # of a JPEG: tables, metadata and scans
 METADATA = 2**24  # bytes before the first scan of a JPEG
 READS = 200_000  # pieces that Pillow may take a file in; an image of any format has fewer, or more bytes in each
 SLOW_PIXELS = 2**21  # of forms that Pillow decodes in Python, such as compressed BMP: a full-HD screen
+LARGEST_JPEG = 2**24  # pixels of an image that is left to a GPU's decoder, so that a batch of them is bounded
 MANY_PIECES = 'made of more pieces than an image is'
 _MARKER = re.compile(rb'\xff([^\x00\x01\xd0-\xd8\xff])')  # one that has a length, or ends the image
 
 
 class BadImageError(Exception):
     """An image that cannot be read; the text is the reason, in a few words."""
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """A colour image that passed the checks and is left as it was read, for a GPU's decoder."""
+
+    content: bytes
+    size: Tuple[int, int]  # width, height
 
 
 class _Content(io.BytesIO):
@@ -62,25 +72,30 @@ def open_file(path: Union[str, os.PathLike]) -> IO[bytes]:
     return open(descriptor, 'rb')
 
 
-def read_file(path: Union[str, os.PathLike], mode: str) -> Image.Image:
+def read_file(path: Union[str, os.PathLike], mode: str, keep_jpeg: bool = False) -> Union[Image.Image, Jpeg]:
     """`decode` of a file. Raises BadImageError."""
     try:
-        return decode(open_file(path), mode)
+        return decode(open_file(path), mode, keep_jpeg)
     except OSError as error:
         raise BadImageError(reason(error)) from None
 
 
-def decode(stream: IO[bytes], mode: str) -> Image.Image:
-    """An image of `mode` (RGB or L) from an open file, closed afterwards. Raises BadImageError."""
+def decode(stream: IO[bytes], mode: str, keep_jpeg: bool = False) -> Union[Image.Image, Jpeg]:
+    """An image of `mode` (RGB or L) from an open file, closed afterwards. Raises BadImageError.
+
+    With `keep_jpeg` a file that nvJPEG takes is a `Jpeg` instead: colour, one scan, with its end, in a usual form.
+    """
     try:
         with stream, warnings.catch_warnings():
             warnings.simplefilter('ignore')  # what matters is counted; Pillow's hints on metadata do not
             content = _read(stream)
-            scans = _count_scans(content) if content.startswith(b'\xff\xd8') else 0
+            scans, whole = _count_scans(content) if content.startswith(b'\xff\xd8') else (0, False)
             pieces = _Content(content)
             image = Image.open(pieces, formats=FORMATS)
             check_size(image)
             _check_cost(image, scans, pieces)
+            if keep_jpeg and whole and scans == 1 and mode == 'RGB' and _is_usual(image):
+                return Jpeg(content, image.size)
             image.load()
             return to_mode(image, mode)
     except BadImageError:
@@ -107,18 +122,33 @@ def check_size(image: Image.Image) -> None:
         raise BadImageError(f'{width} × {height} pixels, sides beyond {LONGEST}:1')
 
 
-def _count_scans(content: bytes) -> int:
-    """The scans of a JPEG up to its end marker, found as libjpeg finds them. BadImageError for too much beside them."""
+def _is_usual(image: Any) -> bool:
+    """Whether a JPEG is of the forms that nvJPEG decodes as libjpeg does: three components of 8 bits as Y, Cb, Cr,
+    4:4:4, 4:2:2 or 4:2:0, baseline."""
+    return (
+        isinstance(image, JpegImagePlugin.JpegImageFile)
+        and image.mode == 'RGB'
+        and image.size[0] * image.size[1] <= LARGEST_JPEG
+        and not image.info.get('progressive')
+        and image.info.get('adobe_transform', 1) == 1
+        and [layer[0] for layer in image.layer] != [ord(name) for name in 'RGB']
+        and JpegImagePlugin.get_sampling(image) in (0, 1, 2)
+    )
+
+
+def _count_scans(content: bytes) -> Tuple[int, bool]:
+    """The scans of a JPEG up to its end marker, found as libjpeg finds them, and whether it has that marker.
+    BadImageError for too much beside them."""
     place, scans, segments = 2, 0, 0
     while match := _MARKER.search(content, place):
         kind, place = match[1][0], match.end()
         if kind == 0xD9:
-            break
+            return scans, True
         scans, segments = scans + (kind == 0xDA), segments + 1
         place += max(2, int.from_bytes(content[place : place + 2], 'big'))
         if segments > SEGMENTS or (not scans and place > METADATA):
             raise BadImageError(f'more than {SEGMENTS:,} segments, or {METADATA:,} bytes of metadata')
-    return scans
+    return scans, False
 
 
 def _check_cost(image: Image.Image, scans: int, pieces: _Content) -> None:

@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Any, Dict, Iterator, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Set, Tuple, Union
 
 import torch
 from PIL import Image
@@ -27,7 +27,7 @@ from timm.data import ImageDataset, IterableImageDataset
 from timm.data.readers.class_map import remap_target
 
 from evavit.errors import LocalError, UserError, first_line, printable
-from evavit.training.data.decode import BadImageError, decode, read_file, reason, to_mode
+from evavit.training.data.decode import BadImageError, Jpeg, decode, read_file, reason, to_mode
 from evavit.training.distributed import Process
 from evavit.training.stalls import Reading
 
@@ -194,53 +194,67 @@ class CheckedImages(torch.utils.data.Dataset):
     def __init__(self, dataset: Any, mode: str, share: float, seed: Optional[int] = None):
         self.dataset, self.mode, self.seed, self.transform = dataset, mode, seed, None
         self.bad, self.labels = BadImages(len(dataset), share), Labels(getattr(dataset, 'reader', None))
+        self.keep_jpeg = False  # see `decode`; what is done to an image then has to take a Jpeg
         if hasattr(dataset, 'loader'):
-            dataset.loader = functools.partial(read_file, mode=mode)
+            dataset.loader = self._read_file
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        with self.bad.reading.image(index):
-            return self._read(index)
+        image, target = self.fetch(index)
+        return self.transform(image) if self.transform else image, target
 
-    def _read(self, index: int) -> Tuple[Any, int]:
+    def fetch(self, index: int, whole: bool = False) -> Tuple[Any, int]:
+        """(image, label), of another image where this one cannot be read. With `whole` it is never a `Jpeg`."""
+        with self.bad.reading.image(index):
+            return self._fetch(index, whole)
+
+    def _fetch(self, index: int, whole: bool) -> Tuple[Any, int]:
         source = index
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 image, target = self.load(source)
-                return self.transform(image) if self.transform else image, self.labels.check(target, self.name(source))
+                if whole and isinstance(image, Jpeg):
+                    image = decode(io.BytesIO(image.content), self.mode)
+                return image, self.labels.check(target, self.name(source))
             except BadImageError as error:
                 why = str(error)
                 self.bad.mark(source, self.name(source), why)
             if self.seed is None:
-                image = Image.new(self.mode, (8, 8))
-                return self.transform(image) if self.transform else image, UNREADABLE
+                return Image.new(self.mode, (8, 8)), UNREADABLE
             source = substitute(index, attempt, self.seed, len(self))
         raise LocalError(
             f'{self.name(source)} is not a readable image ({why}), nor are {ATTEMPTS - 1} others drawn in '
             f'its place; check the data set'
         )
 
-    def load(self, index: int) -> Tuple[Image.Image, Any]:
+    def _read_file(self, path: str) -> Union[Image.Image, Jpeg]:
+        return read_file(path, self.mode, self.keep_jpeg)
+
+    def replace(self, content: bytes, index: int, label: int) -> Tuple[Image.Image, int]:
+        """In place of a file that a GPU's decoder refuses: what the CPU path reads."""
+        return self.fetch(index % len(self), whole=True)
+
+    def load(self, index: int) -> Tuple[Union[Image.Image, Jpeg], Any]:
         """(image, label). Raises BadImageError."""
         if not isinstance(self.dataset, ImageDataset):
             try:
                 image, target = self.dataset[index]
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise BadImageError(reason(error)) from None
-            return to_mode(image, self.mode), target
+            return image if isinstance(image, Jpeg) else to_mode(image, self.mode), target
         reader: Any = self.dataset.reader
         try:
             if hasattr(reader, 'image_key'):  # hfds, which would open a file by itself
                 item = reader.dataset[index]
-                return _decode_item(item[reader.image_key], self.mode), reader._get_target(item)
+                return _decode_item(item[reader.image_key], self.mode, self.keep_jpeg), reader._get_target(item)
             stream, target, *_ = reader[index]
         except (OSError, tarfile.TarError, zlib.error) as error:
             raise BadImageError(reason(error)) from None
         except KeyError as error:
             raise LocalError(f'the data set has no column {error}') from error
-        return decode(stream, self.mode), target
+        return decode(stream, self.mode, self.keep_jpeg), target
 
     def name(self, index: int) -> str:
         if isinstance(self.dataset, ImageDataset) and not hasattr(self.dataset.reader, 'image_key'):
@@ -256,11 +270,13 @@ class CheckedImages(torch.utils.data.Dataset):
         return f'image {index}' if hasattr(getattr(self.dataset, 'reader', None), 'image_key') else self.name(index)
 
 
-def _decode_item(item: Any, mode: str) -> Image.Image:
+def _decode_item(item: Any, mode: str, keep_jpeg: bool) -> Union[Image.Image, Jpeg]:
     """The image of a record {bytes, path}, of which one may be missing. Raises BadImageError."""
     if not isinstance(item, dict) or not (item.get('bytes') or item.get('path')):
         raise BadImageError('no image in this record')
-    return decode(io.BytesIO(item['bytes']), mode) if item.get('bytes') else read_file(item['path'], mode)
+    if item.get('bytes'):
+        return decode(io.BytesIO(item['bytes']), mode, keep_jpeg)
+    return read_file(item['path'], mode, keep_jpeg)
 
 
 class CheckedStream(IterableImageDataset):
@@ -276,7 +292,7 @@ class CheckedStream(IterableImageDataset):
 
     def __init__(self, reader: Any, mode: str, share: float):
         super().__init__(None, reader=reader)
-        self.mode, self.labels = mode, Labels(reader)
+        self.mode, self.labels, self.keep_jpeg = mode, Labels(reader), False
         self.bad = BadImages(reader.num_samples or 0, share)
         reader.input_img_mode = ''  # what the reader hands over is no image yet
         if hasattr(reader, '_input_decoders'):
@@ -295,7 +311,7 @@ class CheckedStream(IterableImageDataset):
             name = record.get('path') or 'an image without a name'
             label = self.labels.check(label, name)
             try:
-                image = _decode_item(record, self.mode)
+                image = _decode_item(record, self.mode, self.keep_jpeg)
             except BadImageError as error:
                 self.bad.mark(None, name, str(error))
                 if self.reader.is_training:
@@ -322,6 +338,14 @@ class CheckedStream(IterableImageDataset):
             raise LocalError(
                 f'the data set cannot be read on ({type(error).__name__}: {first_line(error)[:300]})'
             ) from error
+
+    def replace(self, content: bytes, index: int, label: int) -> Tuple[Image.Image, int]:
+        """In place of a file that a GPU's decoder refuses: the CPU's image of it, else black, with its label."""
+        try:
+            return decode(io.BytesIO(content), self.mode), label  # type: ignore[return-value]  # no Jpeg is asked for
+        except BadImageError as error:
+            self.bad.mark(None, 'an image of a shard', str(error))
+            return Image.new(self.mode, (8, 8)), label if self.reader.is_training else UNREADABLE
 
     def _transformed(self, image: Any, target: int) -> Tuple[Any, int]:
         return self.transform(image) if self.transform else image, target

@@ -16,6 +16,7 @@ from timm.models import get_model_input_config
 from evavit.errors import LocalError, UserError, first_line
 from evavit.training.config import AugmentConfig, BatchConfig, MachineConfig, ModelConfig
 from evavit.training.data.augment import SeededErasing, repair_posterize
+from evavit.training.data.device import DeviceLoader, Draws, Maker, Sample, collate
 from evavit.training.distributed import Draw, Process, seed_at, seed_sample
 from evavit.training.signals import SIGNALS
 
@@ -43,6 +44,28 @@ class SeededDataset(torch.utils.data.Dataset):
         index, seed = draw
         seed_sample(seed)
         return self.dataset[index]
+
+
+class Numbered(torch.utils.data.Dataset):
+    """A data set whose samples, of `Draws`, know their index."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Any) -> Any:
+        sample, target = self.dataset[draw]
+        return sample._replace(index=draw[0] if isinstance(draw, tuple) else draw), target
 
 
 class SeededSampler(torch.utils.data.Sampler):
@@ -88,10 +111,10 @@ def _wait_for_parents_signal(parent: int) -> None:
     os._exit(0)
 
 
-def _collate(samples: Sequence[Tuple[Any, int]]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """timm's collation. In a worker the batch is put in shared memory here: where that is full, the thread that else
-    does so prints a traceback and loses the batch, for which the run then waits for ever."""
-    batch = fast_collate(samples)
+def _collate(samples: Sequence[Tuple[Any, int]]) -> Tuple[torch.Tensor, ...]:
+    """timm's collation, or that of the device path. In a worker the batch is put in shared memory here: where that is
+    full, the thread that else does so prints a traceback and loses the batch, for which the run then waits for ever."""
+    batch = collate(samples) if isinstance(samples[0][0], Sample) else fast_collate(samples)
     if torch.utils.data.get_worker_info() is not None:
         try:
             for tensor in batch:
@@ -112,6 +135,30 @@ def _check_shared_memory(dataset: Any, workers: int) -> None:
     bad = getattr(dataset, 'bad', None)  # only a data set of `open_dataset` shares a count between processes
     if workers and bad is not None and bad.unshared:
         raise LocalError(_no_shared_memory(bad.unshared))
+
+
+def _on_device(
+    loader: Any,
+    dataset: Any,
+    data_config: Dict[str, Any],
+    machine: MachineConfig,
+    device: torch.device,
+    erasing: Dict[str, Any],
+    seed: int = 0,
+    rank: int = 0,
+) -> DeviceLoader:
+    """The loader of the device path, made of timm's: only what is done to an image changes."""
+    if machine.augment_device == 'cuda' != device.type:  # tests have the same operators work on CPU tensors
+        raise UserError(f'--augment-device cuda needs a GPU, and this run is on {device}; leave it out')
+    loaded = loader.loader
+    source = dataset
+    while not hasattr(source, 'keep_jpeg'):
+        source = source.dataset
+    source.keep_jpeg = True
+    draws = Draws(loaded.dataset.transform, data_config['input_size'], erasing)
+    loaded.dataset.transform = draws
+    maker = Maker(draws, data_config, device, erasing.get('mode', 'const'), source.replace)
+    return DeviceLoader(loaded, dataset, maker, seed, rank)
 
 
 def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]:
@@ -154,8 +201,9 @@ def train_loader(
     """
     device = process.device
     _check_shared_memory(dataset, machine.workers)
+    opened, on_device = dataset, machine.augment_device != 'cpu'
     if not isinstance(dataset, IterableImageDataset):
-        dataset = SeededDataset(dataset)
+        dataset = Numbered(SeededDataset(dataset)) if on_device else SeededDataset(dataset)
     try:
         loader = create_loader(
             dataset,
@@ -169,7 +217,7 @@ def train_loader(
             num_aug_repeats=augment.aug_repeats,
             num_workers=machine.workers,
             distributed=True,
-            pin_memory=machine.pin_mem and device.type == 'cuda',
+            pin_memory=machine.pin_mem and device.type == 'cuda' and not on_device,
             device=device,
             persistent_workers=False,
             collate_fn=_collate,
@@ -181,10 +229,15 @@ def train_loader(
             f'augmentation (aa {augment.aa}, aug_repeats {augment.aug_repeats}): timm does not take it, '
             f'{first_line(error)}'
         ) from error
-    repair_posterize(dataset.transform)
-    if isinstance(dataset, SeededDataset):
+    if on_device:
+        erasing = dict(probability=augment.reprob, mode=augment.remode, max_count=augment.recount)
+        erasing = erasing if augment.reprob and not augment.no_aug else {}
+        loader = _on_device(loader, opened, data_config, machine, device, erasing, seed, process.rank)
+    else:
+        repair_posterize(dataset.transform)
+    if not isinstance(dataset, IterableImageDataset):
         loader.batch_sampler.sampler = SeededSampler(loader.sampler, seed, process.rank, process.world_size)
-    if loader.random_erasing is not None:
+    if loader.random_erasing is not None and not on_device:
         loader.random_erasing = SeededErasing(loader.random_erasing, seed, process)
     return loader
 
@@ -210,8 +263,10 @@ def eval_loader(
 ) -> Any:
     """Batches of images on the device, in order; the sampler knows which of them only make the processes even."""
     _check_shared_memory(dataset, machine.workers)
-    return create_loader(
-        dataset,
+    on_device = machine.augment_device != 'cpu'
+    streams = isinstance(dataset, IterableImageDataset)
+    loader = create_loader(
+        Numbered(dataset) if on_device and not streams else dataset,
         input_size=data_config['input_size'],
         batch_size=batch_size,
         is_training=False,
@@ -224,10 +279,11 @@ def eval_loader(
         crop_mode=data_config['crop_mode'],
         num_workers=machine.workers,
         distributed=True,
-        pin_memory=machine.pin_mem and device.type == 'cuda',
+        pin_memory=machine.pin_mem and device.type == 'cuda' and not on_device,
         device=device,
         persistent_workers=False,
     )
+    return _on_device(loader, dataset, data_config, machine, device, {}) if on_device else loader
 
 
 def epoch_batches(
