@@ -1,6 +1,7 @@
 """How many images the loader gives a second, alone and beside the training step (`benchmark.py --bench data`)."""
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -29,6 +30,9 @@ def parse(argv: Sequence[str]) -> Tuple[argparse.Namespace, Any]:
     """The measurement's own flags, and the settings: of train.py, which say what is loaded and how."""
     parser = argparse.ArgumentParser(prog='benchmark.py --bench data', allow_abbrev=False, add_help=False)
     parser.add_argument('--workers-list', type=int, nargs='+', help='numbers of loader processes to measure')
+    parser.add_argument(
+        '--augment-devices', nargs='+', choices=('cpu', 'cuda'), help='what decodes and augments: both can be measured'
+    )
     parser.add_argument('--seconds', type=float, default=10.0, help='length of each of the repeats')
     parser.add_argument('--repeats', type=int, default=3, help='rates are the medians of so many passes')
     parser.add_argument('--loader-only', action='store_true', help='leave the training step out')
@@ -38,12 +42,14 @@ def parse(argv: Sequence[str]) -> Tuple[argparse.Namespace, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print a row for each number of workers, and add it to the results file."""
+    """Print a row for each place of augmentation and number of workers, and add it to the results file."""
     own, settings = parse(argv)
     checks.check_settings(settings)
     process = start_process(settings.machine.device)
-    for workers in own.workers_list or [settings.machine.workers]:
-        settings.machine.workers = workers
+    machine = settings.machine
+    places, numbers = own.augment_devices or [machine.augment_device], own.workers_list or [machine.workers]
+    for place, workers in itertools.product(places, numbers):
+        machine.augment_device, machine.workers = place, workers
         row = measure(settings, process, own.seconds, own.repeats, own.loader_only) | origin(process.device)
         print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
         if own.results_file:
@@ -100,6 +106,7 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
         'batch_size': batch_size,
         'workers': machine.workers,
         'cpus': len(os.sched_getaffinity(0)),
+        'augment_device': machine.augment_device,
         'aa': settings.augment.aa or '',
         'amp': machine.amp_dtype if machine.amp else 'float32',
         'img_per_s': round(median['alone'], 1),
@@ -137,9 +144,27 @@ def _training_step(model: Any, settings: Any, process: Any) -> Step:
     return step
 
 
-def _synchronise(process: Any) -> None:
-    if process.device.type == 'cuda':
-        torch.cuda.synchronize(process.device)
+class _OneBehind:
+    """Lets the host wait for the step before the one that it has just launched, as the training loop does.
+
+    It waits for this thread's stream alone: batches are made on others.
+    """
+
+    def __init__(self, process: Any):
+        self.device: Any = process.device
+        self.before: Any = None
+
+    def wait(self) -> None:
+        if self.device.type == 'cuda':
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+            if self.before is not None:
+                self.before.synchronize()
+            self.before = event
+
+    def finish(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 def _pass(
@@ -149,7 +174,7 @@ def _pass(
 
     As many batches as the workers hold ready are not counted, since they were made before the clock ran.
     """
-    held = 2 * settings.machine.workers + 2
+    held, steps = 2 * settings.machine.workers + 4, _OneBehind(process)
     done, waited, cpu = 0, 0.0, 0.0
     start: Optional[float] = None
     asked = time.perf_counter()
@@ -161,15 +186,18 @@ def _pass(
             done += len(images)
         if step is not None:
             step(images, target)
-        if step is not None or (start is None and count >= held):
-            _synchronise(process)
+            steps.wait()
+        if start is None and count >= held:
+            steps.finish()
         if start is None and count >= held:
             start, cpu = time.perf_counter(), time.process_time()
         asked = time.perf_counter()
         if start is not None and asked - start > seconds:
             break
+    steps.finish()
     if start is None:
         raise UserError(f'the loader gave fewer than {held + 1} batches: lower --workers or -b')
+    asked = time.perf_counter()
     return done / (asked - start), waited / (asked - start), 1e3 * (time.process_time() - cpu) / max(1, done)
 
 
@@ -198,12 +226,14 @@ def _step_rate(step: Step, settings: Any, config: Dict[str, Any], model: Any, pr
     """Images a second of the training step on one fixed batch."""
     images = torch.randn(settings.batch.batch_size, *config['input_size'], device=process.device)
     target = torch.randint(model.num_classes, (settings.batch.batch_size,), device=process.device)
+    steps = _OneBehind(process)
     for _ in range(3):
         step(images, target)
-    _synchronise(process)
+    steps.finish()
     start, done = time.perf_counter(), 0
     while done < 2 or time.perf_counter() - start < seconds:
         step(images.clone(), target)
-        _synchronise(process)
+        steps.wait()
         done += 1
+    steps.finish()
     return done * len(images) / (time.perf_counter() - start)

@@ -20,6 +20,7 @@ from evavit.training.config import (
     BatchConfig,
     DataConfig,
     LossConfig,
+    MachineConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -311,10 +312,10 @@ def _check_source(config: DataConfig, aug_repeats: int, dry_run: bool) -> None:
         )
 
 
-def check_transform(config: AugmentConfig, data_config: Dict[str, Any]) -> None:
-    """timm takes these settings of augmentation for images of this size."""
+def check_transform(config: AugmentConfig, data_config: Dict[str, Any], machine: MachineConfig) -> None:
+    """timm takes these settings of augmentation for images of this size, and so does what augments them."""
     try:
-        create_transform(
+        transform = create_transform(
             data_config['input_size'],
             is_training=True,
             no_aug=config.no_aug,
@@ -323,3 +324,5 @@ def check_transform(config: AugmentConfig, data_config: Dict[str, Any]) -> None:
         )
     except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f'augmentation (aa {config.aa}): timm does not take it, {first_line(error)}') from error
+    if machine.augment_device != 'cpu':
+        data.Draws(transform, data_config['input_size'])

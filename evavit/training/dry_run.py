@@ -69,7 +69,7 @@ def check_run(config: TrainConfig, processes: int) -> CheckedRun:
     if classes:
         build.build_mixup(config.loss, classes)
     build.build_task(model, config.loss, torch.device('cpu'))
-    checks.check_transform(config.augment, data_config)
+    checks.check_transform(config.augment, data_config, config.machine)
     return CheckedRun(batch, model, data_config, optimizer, ready)
 
 

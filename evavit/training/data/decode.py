@@ -23,6 +23,7 @@ LONGEST = 100  # sides beyond 100:1: validation resizes by the shorter one, the 
 SCANS = 10  # of a progressive JPEG, as the usual ones have, at the largest size; more of them where it is smaller
 SEGMENTS = 10_000  # of a JPEG: tables, metadata and scans
 METADATA = 2**24  # bytes before the first scan of a JPEG
+READ = 2**20  # bytes that are read at first, enough for nearly every image
 READS = 200_000  # pieces that Pillow may take a file in; an image of any format has fewer, or more bytes in each
 SLOW_PIXELS = 2**21  # of forms that Pillow decodes in Python, such as compressed BMP: a full-HD screen
 LARGEST_JPEG = 2**24  # pixels of an image that is left to a GPU's decoder, so that a batch of them is bounded
@@ -108,7 +109,9 @@ def _read(stream: IO[bytes]) -> bytes:
     if not Image.MAX_IMAGE_PIXELS:
         return stream.read()
     most = 4 * Image.MAX_IMAGE_PIXELS
-    content = stream.read(most + 1)
+    content = stream.read(READ)  # Python would make room for all that it is asked to read
+    if len(content) == READ:
+        content += stream.read(most + 1 - READ)
     if len(content) > most:
         raise BadImageError(f'more than {most:,} bytes, four for each pixel of the largest image')
     return content

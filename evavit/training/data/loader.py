@@ -65,7 +65,7 @@ class Numbered(torch.utils.data.Dataset):
 
     def __getitem__(self, draw: Any) -> Any:
         sample, target = self.dataset[draw]
-        return sample._replace(index=draw[0] if isinstance(draw, tuple) else draw), target
+        return sample._replace(number=draw[0] if isinstance(draw, tuple) else draw), target
 
 
 class SeededSampler(torch.utils.data.Sampler):
@@ -264,9 +264,9 @@ def eval_loader(
     """Batches of images on the device, in order; the sampler knows which of them only make the processes even."""
     _check_shared_memory(dataset, machine.workers)
     on_device = machine.augment_device != 'cpu'
-    streams = isinstance(dataset, IterableImageDataset)
+    given: Any = Numbered(dataset) if on_device and not isinstance(dataset, IterableImageDataset) else dataset
     loader = create_loader(
-        Numbered(dataset) if on_device and not streams else dataset,
+        given,
         input_size=data_config['input_size'],
         batch_size=batch_size,
         is_training=False,

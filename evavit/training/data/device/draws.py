@@ -62,7 +62,7 @@ class Window(NamedTuple):
 class Stored(NamedTuple):
     """An image that is on the device already: its number there, and its size."""
 
-    index: int
+    number: int
     size: Tuple[int, int]
 
 
@@ -75,7 +75,7 @@ class Sample(NamedTuple):
     steps: List[Tuple[float, ...]]
     boxes: List[Tuple[int, int, int, int]]  # erased: top, left, height, width
     size: Tuple[int, int]  # of the whole image
-    index: int = -1  # in the data set, which a stream does not have
+    number: int = -1  # in the data set, which a stream does not have
 
 
 class _Plan:
@@ -168,7 +168,8 @@ class Draws:
 
     def __init__(self, transform: Any, input_size: Sequence[int], erasing: Optional[Dict[str, Any]] = None):
         self.channels, self.height, self.width = input_size
-        self.erasing = RandomErasing(**erasing, device='meta') if erasing else None
+        # what it would fill with is drawn on the device
+        self.erasing = RandomErasing(**{**erasing, 'mode': 'const'}, device='meta') if erasing else None
         self.fill: Tuple[int, ...] = (128,) * self.channels
         self.parts = [part for part in transform.transforms if not isinstance(part, transforms.MaybePILToTensor)]
         for part in self.parts:
@@ -203,7 +204,7 @@ class Draws:
         if isinstance(image, Jpeg):
             content = image.content
         elif isinstance(image, Stored):
-            content = image.index
+            content = image.number
         else:
             content = cut(image, window, (self.width, self.height))
         return Sample(content, window, steps, erased.boxes, image.size)
@@ -222,7 +223,7 @@ class Draws:
             elif isinstance(part, torchvision_transforms.Resize):
                 full, filter = _resized(size, part.size), _filter(part.interpolation)
             elif isinstance(part, torchvision_transforms.CenterCrop):
-                place = tuple(round((full[axis] - part.size[1 - axis]) / 2.0) for axis in (0, 1))  # type: ignore[assignment]
+                place = (round((full[0] - part.size[1]) / 2.0), round((full[1] - part.size[0]) / 2.0))
             elif isinstance(part, torchvision_transforms.RandomHorizontalFlip):
                 flips[0] = int(torch.rand(1) < part.p)
             elif isinstance(part, torchvision_transforms.RandomVerticalFlip):
@@ -231,7 +232,7 @@ class Draws:
                 _jitter(plan, part)
             else:
                 part(plan)
-        return Window(*box, *full, *place, *flips, filter), plan.steps
+        return Window(*box, *full, *place, flips[0], flips[1], filter), plan.steps
 
 
 _KNOWN = (

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .resample import BITS, FIELD, SUPPORT
+from .resample import BITS, reach
 
 ROWS = 8  # that a program makes
 
@@ -96,19 +96,13 @@ def resample_boxes(
     device, channels = x_taps[0].device, sources[0].shape[0]
     (x_first, x_weights), (y_first, y_weights) = x_taps, y_taps
     count, width, height = len(windows), x_first.shape[1], y_first.shape[1]
-    left, top, box_width, box_height, full_width, full_height = windows[:, :6].unbind(1)
+    left, top, box_width, box_height = windows[:, :4].unbind(1)
     strides = torch.tensor([(source.data_ptr(), *source.stride()[:2]) for source in sources])
     address = strides[:, 0] + top * strides[:, 2] + left
-    reach = torch.tensor(SUPPORT, dtype=torch.float64)[windows[:, FIELD['filter']]]
-    x_reach, y_reach = (
-        2 * (reach * (size / full).clamp(min=1)).ceil().long() + 1
-        for size, full in ((box_width, full_width), (box_height, full_height))
-    )
+    both = reach(windows, 0) + reach(windows, 1) * 2**32
     rows = channels * box_height
     starts = rows.cumsum(0) - rows
-    about = torch.stack(
-        (address, box_height, box_width, strides[:, 2], strides[:, 1], starts, x_reach + y_reach * 2**32), 1
-    )
+    about = torch.stack((address, box_height, box_width, strides[:, 2], strides[:, 1], starts, both), 1)
     about = about.to(device, non_blocking=True)
     shapes, addresses = about[:, 1:].contiguous(), about[:, 0].contiguous()
     lines = torch.empty(int(rows.sum()), width, dtype=torch.uint8, device=device)

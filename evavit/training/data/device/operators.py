@@ -197,11 +197,11 @@ def _blur(images: torch.Tensor, _: torch.Tensor, arguments: torch.Tensor, fill: 
     reach = max(len(table) for table in tables) // 2
     filled = [[0] * (reach - len(table) // 2) + table + [0] * (reach - len(table) // 2) for table in tables]
     weights = torch.tensor(filled).to(images.device, non_blocking=True).view(len(tables), -1, 1, 1, 1)
-    n, channels, height, width = images.shape
+    height, width = images.shape[2:]
     values = images.long()
     for axis, size in ((3, width), (2, height)):
         place = torch.arange(size, device=images.device)
-        for _ in range(3):
+        for _pass in range(3):
             total = torch.full_like(values, 2**23)
             for tap in range(2 * reach + 1):
                 total += weights[:, tap] * values.index_select(axis, (place + tap - reach).clamp_(0, size - 1))

@@ -1,4 +1,4 @@
-"""Batches from files to the training step: read and drawn in the loading processes, decoded and augmented on the device.
+"""Batches from files to the step: read and drawn in the loading processes, decoded and augmented on the device.
 
 A thread takes what the loading processes hand over, has the device decode and augment it on a side stream, and keeps
 `AHEAD` batches ready. It draws from generators of its own: the training step's are not touched.
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     pixels: torch.Tensor  # (…, C, H, W) uint8: images that the CPU has brought to size
     windows: torch.Tensor  # (B, 11) int64
     whole: torch.Tensor  # (B, 2) int64: width and height of the whole images
-    index: torch.Tensor  # (B,) int64: in the data set, −1 in a stream
+    number: torch.Tensor  # (B,) int64: in the data set, −1 in a stream
     steps: torch.Tensor  # (B, S, 8) float64
     boxes: torch.Tensor  # (B, R, 4) int64
     target: torch.Tensor  # (B,) int64
@@ -54,18 +54,27 @@ def collate(samples: Sequence[Tuple[Sample, int]]) -> Batch:
         if sample.boxes:
             boxes[number, : len(sample.boxes)] = sample.boxes
     return Batch(
-        files=torch.frombuffer(bytearray(b''.join(files)) or bytearray(1), dtype=torch.uint8),
+        files=_joined(files),
         sizes=torch.tensor([len(file) for file in files], dtype=torch.int64),
         kinds=torch.tensor(kinds),
         stored=torch.tensor([item.content for item in drawn if isinstance(item.content, int)], dtype=torch.int64),
         pixels=torch.from_numpy(np.stack(pixels) if pixels else np.zeros((0, 1, 1, 1), np.uint8)),
         windows=torch.tensor([sample.window for sample in drawn], dtype=torch.int64),
         whole=torch.tensor([sample.size for sample in drawn], dtype=torch.int64),
-        index=torch.tensor([sample.index for sample in drawn], dtype=torch.int64),
+        number=torch.tensor([sample.number for sample in drawn], dtype=torch.int64),
         steps=torch.from_numpy(steps),
         boxes=torch.from_numpy(boxes),
         target=torch.tensor([label for _, label in samples], dtype=torch.int64),
     )
+
+
+def _joined(files: Sequence[bytes]) -> torch.Tensor:
+    joined = torch.empty(max(1, sum(map(len, files))), dtype=torch.uint8)
+    view, start = joined.numpy(), 0
+    for file in files:
+        view[start : start + len(file)] = np.frombuffer(file, np.uint8)
+        start += len(file)
+    return joined
 
 
 class Maker:
@@ -110,9 +119,11 @@ class Maker:
         files, ready, stored = ((batch.kinds == kind).nonzero().flatten() for kind in range(3))
         images = torch.empty(len(batch.kinds), *self.size, dtype=torch.uint8, device=self.device)
         if len(ready):
-            images[ready.to(self.device)] = batch.pixels.to(self.device, non_blocking=True)
+            images[ready.to(self.device, non_blocking=True)] = batch.pixels.to(self.device, non_blocking=True)
         if len(stored):
-            images[stored.to(self.device)] = self._resampled(self.store.images(batch.stored), batch.windows[stored])
+            images[stored.to(self.device, non_blocking=True)] = self._resampled(
+                self.store.images(batch.stored), batch.windows[stored]
+            )
         if not len(files):
             return images, batch.target
         target, contents = batch.target.clone(), batch.files.split(batch.sizes.tolist())
@@ -126,15 +137,15 @@ class Maker:
             if len(good):
                 tensors = [decoded[number] for number in good.tolist()]
                 made = self._resampled(tensors, batch.windows[places[good]])
-                images[places[good].to(self.device)] = made
+                images[places[good].to(self.device, non_blocking=True)] = made
                 self.decode.hold(tensors)
             for number in refused:
                 place = int(places[number])
                 content = bytes(contents[part][number].numpy())
-                image, target[place] = self.replace(content, int(batch.index[place]), int(target[place]))
+                image, target[place] = self.replace(content, int(batch.number[place]), int(target[place]))
                 window = _scaled(Window(*batch.windows[place].tolist()), batch.whole[place].tolist(), image.size)
                 pixels = cut(image, window, (self.size[2], self.size[1]))
-                images[place] = torch.from_numpy(pixels).to(self.device)
+                images[place] = torch.from_numpy(pixels).to(self.device, non_blocking=True)
         return images, target
 
     def _resampled(self, sources: Sequence[torch.Tensor], windows: torch.Tensor) -> torch.Tensor:
@@ -181,7 +192,7 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         """The loading processes start now, and with them what this process draws for them."""
         made = self._make(iter(self.loader), self.epoch, self.batch)
-        if not self.loader.num_workers or self.stream is None:
+        if not self.loader.num_workers:
             return made  # an image's draws are this process's then, in turn with the training step's
         return _Ahead(made, self.maker.device, self.stream)
 
@@ -195,7 +206,7 @@ class _Ahead:
 
     def __init__(self, made: Iterator[Any], device: torch.device, stream: Any):
         self.device = device
-        self.ready: 'queue.Queue[Any]' = queue.Queue(AHEAD)
+        self.ready: queue.Queue[Any] = queue.Queue(AHEAD)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=_fill, args=(made, device, stream, self.ready, self.stopped), daemon=True)
         self.thread.start()
@@ -213,21 +224,24 @@ class _Ahead:
             if error is not None:
                 raise error
             raise StopIteration
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(event)
-        for tensor in batch:
-            tensor.record_stream(stream)
+        if event is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(event)
+            for tensor in batch:
+                tensor.record_stream(stream)  # its memory is not given out again before the step is done with it
         return batch
 
 
 def _fill(made: Iterator[Any], device: torch.device, stream: Any, ready: Any, stopped: threading.Event) -> None:
-    torch.cuda.set_device(device.index or 0)
+    if stream is not None:
+        torch.cuda.set_device(device.index or 0)
     error: Optional[BaseException] = None
     try:
         with torch.cuda.stream(stream):
             for batch in made:
-                event = torch.cuda.Event()
-                event.record(stream)
+                event = None if stream is None else torch.cuda.Event()
+                if event is not None:
+                    event.record(stream)
                 if not _put(ready, (batch, event, None), stopped):
                     return
     except BaseException as caught:  # the training loop raises it

@@ -4,7 +4,6 @@ Pillow resizes along x, rounds to 8 bits, then along y, with weights of 22 bits 
 numbers. The same whole numbers give the same pixels on any device.
 """
 
-import math
 from typing import List, Sequence, Tuple
 
 import torch
@@ -13,43 +12,35 @@ from .draws import FILTERS, Window
 
 SUPPORT = (0.0, 1.0, 2.0, 3.0)  # of the filters, in pixels of the smaller image
 BITS = 22
-FIELD = {name: number for number, name in enumerate(Window._fields)}
+WIDTH, FULL, OFFSET, FLIP, FILTER = (
+    Window._fields.index(name) for name in ('width', 'full_width', 'x', 'flip_x', 'filter')
+)  # columns of windows; that of the other axis follows
 
 
-def most_taps(size: torch.Tensor, full: torch.Tensor, filter: torch.Tensor) -> int:
-    """Weights that a pixel needs at most, of CPU tensors as for `taps`."""
-    if not len(size):
-        return 1
-    support = torch.tensor(SUPPORT, dtype=torch.float64)[filter] * (size.double() / full).clamp(min=1)
-    return 2 * math.ceil(support.max().item()) + 1
+def reach(windows: torch.Tensor, axis: int) -> torch.Tensor:
+    """(B,) int64: weights that an output pixel of each window needs at most along the axis, see `taps`."""
+    scale = windows[:, WIDTH + axis].double() / windows[:, FULL + axis]
+    support = torch.tensor(SUPPORT, dtype=torch.float64).to(windows.device, non_blocking=True)[windows[:, FILTER]]
+    return 2 * (support * scale.clamp(min=1)).ceil().long() + 1
 
 
-def taps(
-    size: torch.Tensor,
-    full: torch.Tensor,
-    offset: torch.Tensor,
-    flip: torch.Tensor,
-    filter: torch.Tensor,
-    count: int,
-    most: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Where each output pixel of one axis begins to read, (B, count), and its weights of 2²², (B, most, count), int32.
+def taps(windows: torch.Tensor, axis: int, count: int, most: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Where each pixel along an axis begins to read, (B, count), and its weights of 2²², (B, most, count); int32.
 
     Args:
-        size: (B,) pixels of the boxes along the axis.
-        full: (B,) pixels that they are resized to, of which `count` from `offset` (B,) on are kept.
-        flip: (B,) 1 where those are mirrored.
-        filter: (B,) numbers of `FILTERS`.
+        windows: (B, 11) of int64: a `draws.Window` for each image.
+        axis: 0 is x, 1 is y.
         count: Output pixels.
-        most: Of `most_taps`.
+        most: The largest `reach`.
     """
-    device = size.device
+    device = windows.device
+    size, full, offset, flip = (windows[:, first + axis, None] for first in (WIDTH, FULL, OFFSET, FLIP))
+    filter = windows[:, FILTER, None]
     place = torch.arange(count, device=device).unsqueeze(0)
-    place = torch.where(flip.unsqueeze(1) > 0, count - 1 - place, place) + offset.unsqueeze(1)
-    size, filter = size.unsqueeze(1), filter.unsqueeze(1)
-    scale = size.double() / full.unsqueeze(1)
+    place = torch.where(flip > 0, count - 1 - place, place) + offset
+    scale = size.double() / full
     widened = scale.clamp(min=1)
-    support = torch.tensor(SUPPORT, dtype=torch.float64).to(device)[filter] * widened
+    support = torch.tensor(SUPPORT, dtype=torch.float64).to(device, non_blocking=True)[filter] * widened
     centre = (place + 0.5) * scale
     first = (centre - support + 0.5).long().clamp_(min=0)
     last = torch.minimum((centre + support + 0.5).long(), size)
@@ -78,17 +69,10 @@ def resample(sources: Sequence[torch.Tensor], windows: torch.Tensor, height: int
         windows: (B, 11) of int64 on the CPU: a `draws.Window` for each.
         height, width: Of the output.
     """
-    device, fields = sources[0].device, windows.unbind(1)
-    box_width, box_height, filter = (fields[FIELD[name]] for name in ('width', 'height', 'filter'))
-    most_x = most_taps(box_width, fields[FIELD['full_width']], filter)
-    most_y = most_taps(box_height, fields[FIELD['full_height']], filter)
-    moved = windows.to(device, non_blocking=True).unbind(1)
-
-    def axis(size: str, full: str, offset: str, flip: str, count: int, most: int) -> Tuple[torch.Tensor, torch.Tensor]:
-        return taps(*(moved[FIELD[name]] for name in (size, full, offset, flip, 'filter')), count, most)
-
-    x_taps = axis('width', 'full_width', 'x', 'flip_x', width, most_x)
-    y_taps = axis('height', 'full_height', 'y', 'flip_y', height, most_y)
+    device = sources[0].device
+    most = [int(reach(windows, axis).max()) for axis in (0, 1)]
+    moved = windows.to(device, non_blocking=True)
+    x_taps, y_taps = taps(moved, 0, width, most[0]), taps(moved, 1, height, most[1])
     if device.type == 'cuda':
         from .kernels import resample_boxes
 

@@ -1,0 +1,90 @@
+"""The operators of the device path beside Pillow: every operation of timm's at many magnitudes, on photographs."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from training.data.device.pictures import photographs, tensor
+
+from evavit.training.data.augment import posterize
+from evavit.training.data.device.draws import _Plan, _record_of
+from evavit.training.data.device.operators import apply_steps
+
+Resampling = Image.Resampling
+FILL = (124, 116, 104)
+MAGNITUDES = (0, 0.4, 1, 3.3, 5, 7.7, 9, 10)
+GEOMETRY = ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'TranslateXRel', 'TranslateYRel')
+# Mean absolute difference in 8-bit levels; 0 is equal to the bit. Places are float64 and values float32, Pillow's are
+# all double: where a value is whole, one of the two may cut it down. NEAREST: Pillow counts places in 2⁻¹⁶.
+BOUNDS = {Resampling.BILINEAR: 0.02, Resampling.BICUBIC: 0.02, Resampling.NEAREST: 0.1}
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
+
+
+def operation(name, magnitude, interpolation):
+    hparams = dict(img_mean=FILL, interpolation=interpolation, translate_const=28)
+    operation = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
+    if name.startswith('Posterize'):
+        operation.aug_fn = posterize
+    return operation
+
+
+def both(name, interpolation, images, device):
+    """What Pillow and what the operators make of images at every magnitude: two arrays."""
+    expected, inputs, steps = [], [], []
+    for seed, magnitude in enumerate(MAGNITUDES):
+        of_pillow, recorded = operation(name, magnitude, interpolation), operation(name, magnitude, interpolation)
+        recorded.aug_fn = _record_of(name)
+        for image in images:
+            random.seed(seed)
+            expected.append(np.array(of_pillow(image)))
+            random.seed(seed)
+            steps.append(recorded(_Plan(image.size)).steps)
+            inputs.append(image)
+    made = apply_steps(tensor(inputs, device), torch.tensor(steps, dtype=torch.float64), FILL)
+    return np.stack(expected).astype(int), made.permute(0, 2, 3, 1).cpu().numpy().astype(int)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', sorted(auto_augment.NAME_TO_OP))
+def test_each_operation_is_pillow_s(name, device):
+    odd = [
+        Image.new('RGB', (64, 48), (7, 200, 255)),
+        Image.fromarray(np.arange(9216, dtype=np.uint8).reshape(48, 64, 3)),
+    ]
+    images = [*photographs(64, 48), *odd]
+    for interpolation in BOUNDS if name in GEOMETRY else [Resampling.BICUBIC]:
+        expected, made = both(name, interpolation, images, device)
+        difference = np.abs(expected - made)
+        print(f'{name} {interpolation.name}: mean {difference.mean():.5f}, most {difference.max()}')
+        if name in GEOMETRY:
+            assert difference.mean() <= BOUNDS[interpolation]
+            assert interpolation == Resampling.NEAREST or difference.max() <= 1
+        else:
+            assert not difference.any()
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_grey_images(device):
+    image = photographs(40, 32)[0].convert('L')
+    for name in ('Color', 'Contrast', 'Equalize', 'AutoContrast', 'Sharpness', 'Solarize', 'Rotate'):
+        hparams = dict(img_mean=(120,), interpolation=Resampling.BICUBIC, translate_const=20)
+        plain, recorded = (auto_augment.AugmentOp(name, prob=1.0, magnitude=7, hparams=hparams) for _ in range(2))
+        plain.kwargs['fillcolor'], recorded.aug_fn = 120, _record_of(name)
+        random.seed(0)
+        expected = np.array(plain(image)).astype(int)
+        random.seed(0)
+        steps = torch.tensor([recorded(_Plan(image.size)).steps], dtype=torch.float64)
+        made = apply_steps(torch.from_numpy(np.array(image))[None, None].to(device), steps, (120,))
+        assert np.abs(made[0, 0].cpu().numpy() - expected).mean() <= (0.02 if name == 'Rotate' else 0)
+
+
+def test_a_step_works_on_the_images_that_drew_it():
+    images = tensor(photographs(32, 24, 3))
+    steps = torch.zeros(3, 2, 8, dtype=torch.float64)
+    steps[1, 0, 0] = 1.0  # inverted once
+    steps[2, :, 0] = 1.0  # inverted twice
+    made = apply_steps(images.clone(), steps, FILL)
+    assert torch.equal(made[0], images[0]) and torch.equal(made[1], 255 - images[1]) and torch.equal(made[2], images[2])

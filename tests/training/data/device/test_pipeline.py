@@ -1,0 +1,184 @@
+"""The device path on CPU tensors: the images of the CPU path one by one, from any place, with any number of workers."""
+
+import io
+import threading
+
+import pytest
+import torch
+from PIL import Image
+from training.data.device.pictures import config, epoch, jpeg, levels, loader, photographs, write
+
+from evavit.errors import UserError
+from evavit.training import data
+from evavit.training.data.decode import Jpeg, decode
+from evavit.training.data.device import decode as device_decode
+from evavit.training.sections import DataConfig, MachineConfig
+
+RECIPE = dict(aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', scale=[0.08, 1.0])
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    return write(tmp_path_factory.mktemp('photos'), 13)
+
+
+@pytest.mark.parametrize(
+    'augment',
+    [
+        RECIPE,
+        dict(aa='rand-n3-p0.8-mstd101-mmax12-tweights', train_interpolation='random', vflip=0.5),
+        dict(aa='original-mstd0.5', train_interpolation='bilinear'),
+        dict(aa='3a', color_jitter=0.3),
+        dict(color_jitter=0.4, ratio=[0.5, 2.0]),
+        dict(no_aug=True),
+    ],
+    ids=lambda augment: '-'.join(map(str, augment.values())),
+)
+def test_every_image_is_the_cpu_path_s(photos, augment):
+    """Same crop, flips, operations and magnitudes; pixels to within what the operators' tests say."""
+    ours, theirs = (epoch(loader(photos, where, **augment)) for where in ('any', 'cpu'))
+    assert len(ours) == len(theirs) == 3
+    for (images, target), (expected, labels) in zip(ours, theirs, strict=True):
+        assert torch.equal(target, labels)
+        assert levels(images, expected).flatten(1).mean(1).max() < 0.05
+
+
+@pytest.mark.parametrize('size', [(3, 64, 64), (3, 48, 64)])
+def test_validation_is_the_cpu_path_s(photos, size):
+    made = []
+    for where in ('any', 'cpu'):
+        dataset, _ = data.open_dataset(DataConfig(data_dir=str(photos)), 'validation', batch_size=5)
+        machine = MachineConfig(workers=0, augment_device=where)
+        rest = dict(batch_size=5, machine=machine, device=torch.device('cpu'))
+        made.append(list(data.eval_loader(dataset, config(size), **rest)))
+    for (images, target), (expected, labels) in zip(*made, strict=True):
+        assert torch.equal(target, labels) and torch.equal(images, expected)
+
+
+def test_any_place_any_workers_any_processes(photos):
+    """With erasing: boxes follow from the image's place, what fills them from the batch's."""
+    erasing = dict(reprob=0.9, remode='pixel', recount=2)
+    whole = epoch(loader(photos, 'any', **RECIPE, **erasing))
+    for workers, first in ((2, 1), (1, 0), (0, 2)):
+        rest = epoch(loader(photos, 'any', workers=workers, **RECIPE, **erasing), first=first)
+        for (images, target), (expected, labels) in zip(rest, whole[first:], strict=True):
+            assert torch.equal(images, expected) and torch.equal(target, labels)
+    alike = epoch(loader(photos, 'any', **RECIPE))
+    boxes = [(one != other).flatten(1).any(1) for (one, _), (other, _) in zip(whole, alike, strict=True)]
+    assert torch.cat(boxes).any(), 'nothing was erased'
+
+
+def test_erased_boxes_have_timm_s_distribution(photos):
+    """Share of images, share of pixels: 0.25 and, of those, 2 % to a third of the image."""
+    batches = epoch(loader(photos, 'any', reprob=0.5, remode='const', color_jitter=0.0, scale=[1.0, 1.0]), epoch=1)
+    for number in range(2, 12):
+        batches += epoch(loader(photos, 'any', reprob=0.5, remode='const', color_jitter=0.0), epoch=number)
+    shares = torch.cat([(images == 0).all(1).float().mean((1, 2)) for images, _ in batches])
+    erased = shares[shares > 0.015]
+    assert 0.3 < len(erased) / len(shares) < 0.7 and erased.max() < 0.37
+
+
+def test_repeated_augmentation(photos):
+    ours, theirs = (epoch(loader(photos, where, aug_repeats=3, **RECIPE)) for where in ('any', 'cpu'))
+    for (images, target), (expected, labels) in zip(ours, theirs, strict=True):
+        assert torch.equal(target, labels) and levels(images, expected).mean() < 0.05
+
+
+def test_what_goes_to_the_decoder():
+    image = photographs(48, 40)[0]
+
+    def kept(content):
+        return isinstance(decode(io.BytesIO(content), 'RGB', keep_jpeg=True), Jpeg)
+
+    for subsampling in (0, 1, 2):
+        assert kept(jpeg(image, subsampling=subsampling))
+    assert kept(jpeg(image) + b'more') and kept(jpeg(image, comment=b'\xff\xd9'))
+    assert not kept(jpeg(image, progressive=True)) and not kept(jpeg(image.convert('L')))
+    assert not kept(jpeg(image.convert('CMYK'))) and not kept(jpeg(image, keep_rgb=True))
+    png = io.BytesIO()
+    image.save(png, 'PNG')
+    assert not kept(png.getvalue())
+    with pytest.raises(Exception, match='truncated'):
+        decode(io.BytesIO(jpeg(image)[:-200]), 'RGB', keep_jpeg=True)
+    assert isinstance(decode(io.BytesIO(jpeg(image)), 'L', keep_jpeg=True), Image.Image)
+
+
+def test_other_formats_and_bad_images_join_the_batch(tmp_path):
+    """What nvJPEG does not take is the CPU's work; what nobody reads is counted and replaced, as in the CPU path."""
+    root = write(tmp_path, 8)
+    photographs(50, 60)[0].save(root / 'train' / '0' / '100.png')
+    (root / 'train' / '0' / '101.jpg').write_bytes(jpeg(photographs(60, 50)[1], progressive=True))
+    (root / 'train' / '1' / '102.jpg').write_bytes(jpeg(photographs(60, 50)[1])[:300])
+    (root / 'train' / '1' / '103.jpg').write_bytes(jpeg(photographs(60, 50)[1].convert('CMYK')))
+    both = [loader(root, where, **RECIPE) for where in ('any', 'cpu')]
+    ours, theirs = (epoch(one) for one in both)
+    for (images, target), (expected, labels) in zip(ours, theirs, strict=True):
+        assert torch.equal(target, labels) and levels(images, expected).flatten(1).mean(1).max() < 0.05
+    assert both[0].dataset.bad.count == 1
+
+
+def test_files_that_the_decoder_refuses(photos, monkeypatch):
+    """They are read again by the CPU; one that it cannot read either is counted, and another takes its place."""
+    expected = epoch(loader(photos, 'any', **RECIPE))
+    refused = []
+
+    def fragile(file):
+        if len(refused) < 2:
+            refused.append(file)
+            return RuntimeError('nvJPEG says no')
+        return with_pillow(file)
+
+    with_pillow = device_decode._with_pillow
+    monkeypatch.setattr(device_decode, '_with_pillow', fragile)
+    again = epoch(loader(photos, 'any', **RECIPE))
+    for (images, _), (others, _) in zip(again, expected, strict=True):
+        assert torch.equal(images, others)
+    assert len(refused) == 2
+
+
+def test_an_epoch_that_is_left_ends_its_thread(photos):
+    def threads():
+        return [thread for thread in threading.enumerate() if 'fill' in repr(getattr(thread, '_target', ''))]
+
+    loading = loader(photos, 'any', workers=1, **RECIPE)
+    batches = iter(loading)
+    next(batches)
+    assert len(threads()) == 1
+    del batches
+    assert not threads()
+    assert len(epoch(loading)) == 3 and not threads()
+
+
+def test_an_error_of_the_thread_reaches_the_loop(photos, monkeypatch):
+    loading = loader(photos, 'any', workers=1, **RECIPE)
+    monkeypatch.setattr(loading.maker, 'decode', None)
+    with pytest.raises(TypeError):
+        epoch(loading)
+
+
+def test_a_batch_is_decoded_in_bounded_pieces(photos, monkeypatch):
+    expected = epoch(loader(photos, 'any', **RECIPE))
+    assert list(device_decode.pieces([5, 5, 5])) == [slice(0, 3)]
+    monkeypatch.setattr(device_decode, 'PIXELS', 20_000)
+    assert list(device_decode.pieces([30_000, 10_000, 10_000, 1])) == [slice(0, 1), slice(1, 3), slice(3, 4)]
+    for (images, _), (others, _) in zip(epoch(loader(photos, 'any', **RECIPE)), expected, strict=True):
+        assert torch.equal(images, others)
+
+
+@pytest.mark.parametrize(
+    'augment, words',
+    [
+        (dict(aa='augmix-m5'), 'AugMixAugment'),
+        (dict(aa='rand-m9', train_interpolation='lanczos'), 'lanczos'),
+    ],
+)
+def test_what_the_device_path_does_not_have_is_a_line(photos, augment, words):
+    with pytest.raises(UserError, match=words) as error:
+        loader(photos, 'any', **augment)
+    assert '--augment-device cpu' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_without_a_gpu_it_is_a_line(photos):
+    with pytest.raises(UserError, match='needs a GPU') as error:
+        loader(photos, 'cuda', **RECIPE)
+    assert '\n' not in str(error.value)
