@@ -34,7 +34,7 @@ lint: $(STAMP)  ## ruff and its format over the whole tree, mypy over evavit/
 
 test: $(STAMP)  ## the test suite, without the slow and gpu markers; kernels in Triton's interpreter, a process of their own
 	$(PY) -m pytest -q -n auto
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto -m interpreter tests/ops
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto -m interpreter tests/ops tests/training/data/device
 
 PYTHON_OLDEST ?= python3.10
 OLDEST        := .venv-oldest

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Tuple, Union
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import Image
 
 from evavit.errors import first_line
 
@@ -128,6 +128,8 @@ def check_size(image: Image.Image) -> None:
 def _is_usual(image: Any) -> bool:
     """Whether a JPEG is of the forms that nvJPEG decodes as libjpeg does: three components of 8 bits as Y, Cb, Cr,
     4:4:4, 4:2:2 or 4:2:0, baseline."""
+    from PIL import JpegImagePlugin  # an import that Pillow would note; to open a JPEG imports it too
+
     return (
         isinstance(image, JpegImagePlugin.JpegImageFile)
         and image.mode == 'RGB'
