@@ -177,7 +177,7 @@ class Draws:
                 self._prepare(part)
             elif not isinstance(part, _KNOWN):
                 raise UserError(
-                    f"--augment-device cuda does not have timm's {type(part).__name__}; change --aa or the crop, or give "
+                    f"--augment-device cuda does not have timm's {type(part).__name__}; change it, or give "
                     f'--augment-device cpu'
                 )
 
