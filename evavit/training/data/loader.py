@@ -24,7 +24,7 @@ Batches = Iterator[Tuple[torch.Tensor, torch.Tensor]]
 
 
 class SeededDataset(torch.utils.data.Dataset):
-    """A data set asked by (index, seed of the draw): what is drawn for an image depends on nothing that came before."""
+    """A data set asked by (index, place of the draw in the run): what is drawn depends on nothing that came before."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -40,9 +40,9 @@ class SeededDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, draw: Tuple[int, int]) -> Any:
-        index, seed = draw
-        seed_sample(seed)
+    def __getitem__(self, draw: Tuple[int, Tuple[int, ...]]) -> Any:
+        index, place = draw
+        seed_sample(seed_at(*place))  # here, in the loading process
         return self.dataset[index]
 
 
@@ -69,10 +69,10 @@ class Numbered(torch.utils.data.Dataset):
 
 
 class SeededSampler(torch.utils.data.Sampler):
-    """A sampler's indices from any place of the epoch to its last update's, each with the seed of its draw.
+    """A sampler's indices from any place of the epoch to its last update's, each with the place of its draw in the run.
 
-    The seed follows from the image's place among those of all processes: a global batch is augmented alike however many
-    processes and workers share it.
+    That is the image's place among those of all processes: a global batch is augmented alike however many processes and
+    workers share it.
     """
 
     def __init__(self, sampler: Any, seed: int, rank: int, world_size: int):
@@ -83,9 +83,9 @@ class SeededSampler(torch.utils.data.Sampler):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[Tuple[int, int]]:
+    def __iter__(self) -> Iterator[Tuple[int, Tuple[int, ...]]]:
         for place, index in islice(enumerate(self.sampler), self.first, self.last):
-            yield index, seed_at(self.seed, Draw.IMAGE, self.epoch, place * self.world_size + self.rank)
+            yield index, (self.seed, int(Draw.IMAGE), self.epoch, place * self.world_size + self.rank)
 
 
 def _start_worker(info: Any) -> int:

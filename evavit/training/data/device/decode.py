@@ -1,7 +1,6 @@
 """JPEG files to tensors on the device: nvJPEG through torchvision, in bounded pieces."""
 
 import io
-import warnings
 from typing import Any, Iterator, List, Sequence, Tuple
 
 import numpy as np
@@ -48,9 +47,7 @@ class Decoder:
 
     def _decode(self, files: List[torch.Tensor]) -> List[Any]:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # torchvision announces that another library will have it
-                return list(decode_jpeg(files, mode=ImageReadMode.RGB, device=self.device))
+            return list(decode_jpeg(files, mode=ImageReadMode.RGB, device=self.device))
         except RuntimeError as error:
             if len(files) > 1:  # one bad file fails all of them: find it
                 half = len(files) // 2

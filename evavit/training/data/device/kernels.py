@@ -19,7 +19,7 @@ from .resample import BITS, reach
 ROWS = 8  # that a program makes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['most'])
 def _along_x(
     sources,
     shapes,
@@ -53,7 +53,7 @@ def _along_x(
         tl.store(lines + line[:, None] * width + x[None, :], value, mask=(y < height)[:, None] & (x < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['most'])
 def _along_y(
     shapes,
     y_first,

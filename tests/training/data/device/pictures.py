@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from evavit.bench.loader import Repeated
 from evavit.training import data
 from evavit.training.distributed import Process
 from evavit.training.sections import AugmentConfig, BatchConfig, DataConfig, MachineConfig
@@ -53,11 +54,24 @@ def config(size=SIZE, **rest):
 
 
 def loader(
-    root, augment_device, *, device='cpu', workers=0, batch_size=4, size=SIZE, seed=3, rank=0, world=1, **augment
+    root,
+    augment_device,
+    *,
+    device='cpu',
+    workers=0,
+    batch_size=4,
+    size=SIZE,
+    seed=3,
+    rank=0,
+    world=1,
+    least=0,
+    **augment,
 ):
-    """A training loader; the private augment_device `any` has the device path work where the process is."""
+    """A training loader; the private augment_device `any` has the device path work where the process is. `least`:
+    images of an epoch, for which the folder's come again and again."""
     where = DataConfig(data_dir=str(root), max_bad_images=1.0)
     dataset, _ = data.open_dataset(where, 'train', batch_size=batch_size, seed=seed, is_training=True)
+    dataset = Repeated(dataset, least) if least else dataset
     machine = MachineConfig(workers=workers, augment_device=augment_device)
     process = Process(torch.device(device), rank, rank, world)
     settings = AugmentConfig(**augment)

@@ -136,6 +136,21 @@ def test_files_that_the_decoder_refuses(photos, monkeypatch):
     assert len(refused) == 2
 
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_a_file_that_nobody_decodes_is_counted_and_replaced(device, tmp_path):
+    """Its header is in order, its Huffman table is not: that shows in the decoder alone."""
+    root = write(tmp_path, 6)
+    broken = bytearray(jpeg(photographs(80, 60)[0]))
+    table = broken.index(b'\xff\xc4')
+    broken[table + 5 : table + 21] = bytes([255] * 16)  # no table has so many codes
+    (root / 'train' / '0' / '100.jpg').write_bytes(broken)
+    assert isinstance(decode(io.BytesIO(broken), 'RGB', keep_jpeg=True), Jpeg)
+    loading = loader(root, 'any', device=device, workers=1, batch_size=7, **RECIPE)
+    batches = epoch(loading, device=device, batch_size=7)
+    assert len(batches) == 1 and batches[0][0].isfinite().all()
+    assert loading.dataset.bad.count == 1
+
+
 def test_an_epoch_that_is_left_ends_its_thread(photos):
     def threads():
         return [thread for thread in threading.enumerate() if 'fill' in repr(getattr(thread, '_target', ''))]
