@@ -8,10 +8,11 @@ from typing import Any, Callable, List
 
 from . import models
 from .layers import EvaAttention
+from .models import convert_vit, revert_vit
 from .ops import eva_attention
 from .version import __version__
 
-__all__ = ['EvaAttention', '__version__', 'eva_attention']
+__all__ = ['EvaAttention', '__version__', 'convert_vit', 'eva_attention', 'revert_vit']
 __all__ += [name for name in models.model_names() if name.startswith('eva_')]
 
 

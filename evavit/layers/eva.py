@@ -146,7 +146,7 @@ def eva_layer_case(
     layer: GridAttention, window_size: int, partition_grid: int, variant: bool = False, count_cells: str = 'one'
 ) -> EvaCase:
     """What a layer asks the backends of EVA about: where it is, in its mode, under autocast as it is now."""
-    weight = next(layer.qkv.parameters(), torch.empty(0))  # quantized or adapted layers may have no `weight`
+    weight = next(layer.parameters(), torch.empty(0))  # quantized or adapted layers may have no `weight`
     dropout = layer.training and layer.attn_drop.p > 0.0
     sizes = layer.head_dim, window_size, partition_grid
     case = EvaCase(weight.device, autocast_dtype(weight), *sizes, dropout=dropout, variant=variant)

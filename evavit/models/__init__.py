@@ -9,6 +9,7 @@ from typing import Any, Callable
 
 from timm.models import model_entrypoint
 
+from ._converted import ConvertedModel, convert_vit, revert_vit
 from ._grid import Family, Variant, families, model_names, softmax_twin, variants
 from ._weights import fit_checkpoint, fit_strictly, read_weights, write_weights
 
@@ -20,15 +21,18 @@ from .eva_deit import GridVisionTransformer  # noqa: E402
 from .eva_pvt_v2 import GridPyramidVisionTransformerV2  # noqa: E402
 
 __all__ = [
+    'ConvertedModel',
     'Family',
     'GridPyramidVisionTransformerV2',
     'GridVisionTransformer',
     'Variant',
+    'convert_vit',
     'families',
     'fit_checkpoint',
     'fit_strictly',
     'model_names',
     'read_weights',
+    'revert_vit',
     'softmax_twin',
     'variants',
     'write_weights',

@@ -190,6 +190,59 @@ def convert_softmax(
 _LINEAR_RATIO = 8.0
 
 
+class Moments(NamedTuple):
+    """Mean and variance of each channel of queries or keys, `(h, d)`, as far as weights tell without any image."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
+def projection_moments(
+    weight: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    num_heads: int,
+    norm: Optional[Tuple[torch.Tensor, torch.Tensor]] = None,
+) -> Moments:
+    """The moments behind a projection: of LayerNorm's output, which has mean β and, taken as white, the variances γ².
+
+    Args:
+        weight: Rows of q or k in the projection, `(h·d, C)`.
+        bias: Their bias `(h·d)`, or None.
+        num_heads: h.
+        norm: Weight γ and bias β of the LayerNorm before the projection, `(C)` each.
+    """
+    weight = weight.float()
+    mean = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
+    variance = weight.square().sum(1)
+    if norm is not None:
+        mean = mean + weight @ norm[1].float()
+        variance = weight.square() @ norm[0].float().square()
+    return Moments(mean.view(num_heads, -1), variance.view(num_heads, -1))
+
+
+def near_identity(moments: Moments, dtype: torch.dtype) -> Dict[str, torch.Tensor]:
+    """The parameters of `linear_summary` for queries or keys of these moments, in that dtype."""
+    mean, variance = moments
+    d = mean.shape[1]
+    # Heads differ in their mean, so the spread about the common one counts that as well.
+    spread = (variance.mean() + mean.var(0, unbiased=False).mean()).clamp(min=1e-12).sqrt()
+    mean = mean.mean(0)
+    pattern = torch.ones_like(mean)
+    pattern[1::2] = -1
+    pattern = pattern - pattern.mean()
+    pattern = pattern / pattern.square().mean().sqrt()
+    kept = torch.eye(d, device=mean.device) - 1 / d - pattern[:, None] * pattern / d
+    scale = _LINEAR_RATIO * spread
+    proj = kept / scale
+    parts = {
+        'proj.weight': proj,
+        'proj.bias': pattern - proj @ mean,
+        'norm.weight': scale.expand(d).clone(),
+        'norm.bias': mean - scale * pattern,
+    }
+    return {name: value.to(dtype) for name, value in parts.items()}
+
+
 def linear_summary(
     weight: torch.Tensor,
     bias: Optional[torch.Tensor],
@@ -204,8 +257,7 @@ def linear_summary(
         r · LN(p + P(x - m) / r) - r · p + m  ≈  m + P(x - m)
 
     P takes off two directions of d, that of the mean and that of p, which LayerNorm could not pass on linearly. m and
-    r are estimated without any image, from the LayerNorm before the projection: its output has mean β and, taken as
-    white, the variances γ².
+    r are estimated without any image, from the LayerNorm before the projection (`projection_moments`).
 
     Args:
         weight: Rows of q or k in the projection, `(C, C)`.
@@ -216,31 +268,7 @@ def linear_summary(
     Returns:
         'proj.weight' `(d, d)`, 'proj.bias', 'norm.weight' and 'norm.bias' `(d)`.
     """
-    original, weight = weight, weight.float()
-    d = weight.shape[0] // num_heads
-    mean = torch.zeros_like(weight[:, 0]) if bias is None else bias.float()
-    variance = weight.square().sum(1)
-    if norm is not None:
-        mean = mean + weight @ norm[1].float()
-        variance = weight.square() @ norm[0].float().square()
-    mean = mean.view(num_heads, d)
-    # Heads differ in their mean, so the spread about the common one counts that as well.
-    spread = (variance.mean() + mean.var(0, unbiased=False).mean()).clamp(min=1e-12).sqrt()
-    mean = mean.mean(0)
-    pattern = torch.ones_like(mean)
-    pattern[1::2] = -1
-    pattern = pattern - pattern.mean()
-    pattern = pattern / pattern.square().mean().sqrt()
-    kept = torch.eye(d, device=weight.device) - 1 / d - pattern[:, None] * pattern / d
-    scale = _LINEAR_RATIO * spread
-    proj = kept / scale
-    parts = {
-        'proj.weight': proj,
-        'proj.bias': pattern - proj @ mean,
-        'norm.weight': scale.expand(d).clone(),
-        'norm.bias': mean - scale * pattern,
-    }
-    return {name: value.to(original.dtype) for name, value in parts.items()}
+    return near_identity(projection_moments(weight, bias, num_heads, norm), weight.dtype)
 
 
 class Change(NamedTuple):

@@ -1,0 +1,367 @@
+"""timm's vision transformers with their weights and tokens, on another attention: `convert_vit` and back.
+
+A converted model is of a class derived from its own (`evavit.layers.converted.derive`). Nothing of timm's forward is
+written again: the class hands the size of the grid on where timm hands a mask on, and timm's blocks bring it to the
+attentions.
+"""
+
+import copy
+import math
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union, cast
+
+import torch
+from timm.layers import Attention, AttentionRope, DiffAttention, apply_rot_embed_cat
+from timm.models import checkpoint
+from timm.models._features import FeatureGetterNet
+from timm.models.beit import Beit
+from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+from timm.models.eva import EvaAttention as TimmEvaAttention
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.vision_transformer_sam import VisionTransformerSAM
+from torch import nn
+
+from evavit.layers import ATTENTIONS, pop_attention_kwargs
+from evavit.layers.converted import ConvertedAttention, Derived, GridSize, derive, revert_attention
+from evavit.layers.eva import EvaAttention
+from evavit.ops.grid import fix_image_size, static_size
+
+from ._foreign import Moments, near_identity, projection_moments
+from ._grid import GridModel
+
+__all__ = ['ConvertedModel', 'convert_vit', 'revert_vit', 'why_not_converted']
+
+CELL = 3  # tokens a side of a cell, unless partition_grid says otherwise
+MOST_CELLS = 16  # a side; 256 are what the fast kernels hold beside 16 prefix tokens
+
+
+class ConvertedModel(Derived, nn.Module):
+    """Stands before a class of timm's: hands the size of the grid on to the blocks where timm hands a mask on.
+
+    `conversion` has the arguments that `convert_vit` makes the same model with again.
+    """
+
+    conversion: Dict[str, Any]
+
+    def _grid(self, images: torch.Tensor, attn_mask: Any, is_causal: bool) -> GridSize:
+        if attn_mask is not None or is_causal:
+            raise ValueError(
+                'attn_mask and is_causal: a converted model cuts windows and cells from whole images and takes no '
+                'masks; leave them out, or use evavit.revert_vit(model)'
+            )
+        fix_image_size(images)
+        model = cast(VisionTransformer, self)
+        if model.dynamic_img_size:
+            size = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        else:
+            size = model.patch_embed.grid_size
+        height, width = static_size(list(size))
+        # timm's Eva puts checkpoints around its blocks whatever they are called with, its VisionTransformer does not.
+        return GridSize(height, width, bool(model.grad_checkpointing) and isinstance(self, VisionTransformer))
+
+    def forward_features(self, x: torch.Tensor, attn_mask: Any = None, is_causal: bool = False) -> Any:
+        """As timm's, without masks."""
+        return super().forward_features(x, attn_mask=self._grid(x, attn_mask, is_causal))  # type: ignore[misc]
+
+    def forward_intermediates(
+        self, x: torch.Tensor, *args: Any, attn_mask: Any = None, is_causal: bool = False, **kwargs: Any
+    ) -> Any:
+        """As timm's, without masks."""
+        grid = self._grid(x, attn_mask, is_causal)
+        return super().forward_intermediates(x, *args, attn_mask=grid, **kwargs)  # type: ignore[misc]
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Parameters without weight decay: timm's, and the tables of relative position biases."""
+        return GridModel.no_weight_decay(self)  # type: ignore[arg-type]
+
+
+class CheckpointBlock(Derived, nn.Module):
+    """Stands before the blocks of timm's VisionTransformer: recomputes activations where the model asks for it."""
+
+    def forward(self, x: torch.Tensor, attn_mask: Any = None, is_causal: bool = False) -> torch.Tensor:
+        if isinstance(attn_mask, GridSize) and attn_mask.checkpoint:
+            return checkpoint(super().forward, x, attn_mask, is_causal)
+        return super().forward(x, attn_mask, is_causal)
+
+
+class Place(NamedTuple):
+    """Where an attention is: `holder.attn`, behind `norm` if the block normalises first."""
+
+    holder: nn.Module
+    norm: Optional[nn.Module]
+
+
+def _pre_norm(block: Any) -> List[Place]:
+    return [Place(block, block.norm1)]
+
+
+def _post_norm(block: Any) -> List[Place]:
+    return [Place(block, None)]
+
+
+def _parallel(block: Any) -> List[Place]:
+    return [Place(branch, branch.norm) for branch in block.attns]
+
+
+# timm's blocks by their forward, which is what has to hand the grid on, and where they have their attentions.
+_PLACES: Dict[Callable[..., Any], Callable[[Any], List[Place]]] = {
+    Block.forward: _pre_norm,
+    ResPostBlock.forward: _post_norm,
+    ParallelThingsBlock.forward: _parallel,
+    EvaBlock.forward: _pre_norm,
+    EvaBlockPostNorm.forward: _post_norm,
+}
+_FEATURES = (VisionTransformer.forward_features, Eva.forward_features)
+_ATTENTIONS = (Attention.forward, AttentionRope.forward, TimmEvaAttention.forward)
+
+
+def _why_not_class(model: nn.Module) -> Optional[str]:
+    """Why no model of this class can be converted."""
+    kind = type(model).__name__
+    if isinstance(model, ConvertedModel):
+        return 'it is converted already; evavit.revert_vit(model) gives the softmax model back'
+    if isinstance(model, GridModel):
+        return f'{kind} is a model of this package; choose its attention by name, as in eva_deit_tiny'
+    if isinstance(model, (Beit, VisionTransformerRelPos)):
+        return f'{kind} has a relative position bias between all tokens, which no window and no cell can stand for'
+    if isinstance(model, VisionTransformerSAM):
+        return f'{kind} has windows and relative position biases of its own'
+    if isinstance(model, NaFlexVit):
+        return f'{kind} packs the patches of images of any shape into sequences with a mask, which form no grid'
+    if hasattr(model, '_orig_mod') or isinstance(model, nn.parallel.DistributedDataParallel):
+        return f'{kind} wraps the model; convert the model itself, then compile or distribute it'
+    if not isinstance(model, (VisionTransformer, Eva)):
+        return f"{kind} is none of timm's plain vision transformers (its classes VisionTransformer and Eva)"
+    if type(model).forward_features not in _FEATURES or 'forward_features' in model.__dict__:
+        return f'{kind} has a forward_features of its own, which may not hand the grid on to the blocks'
+    return None
+
+
+def why_not_converted(model: nn.Module) -> Optional[str]:
+    """One line on why `convert_vit` cannot convert a model, None where it can."""
+    if isinstance(model, FeatureGetterNet):
+        model = model.model
+    reason = _why_not_class(model)
+    if reason is not None:
+        return reason
+    rate = getattr(getattr(model, 'patch_drop', None), 'prob', 0.0)
+    if rate > 0:
+        return f'patch_drop_rate {rate:g} takes tokens out of the grid in training; make the model without it'
+    for block in cast(Any, model).blocks:
+        kind = type(block).__name__
+        if type(block).forward not in _PLACES or 'forward' in block.__dict__:
+            return f'its blocks ({kind}) have a forward of their own, in which no attention can be exchanged'
+        for holder, _ in _PLACES[type(block).forward](block):
+            attn = holder.attn
+            if isinstance(attn, DiffAttention):
+                return f'{type(attn).__name__} is a difference of two softmaxes, which EVA does not approximate'
+            if type(attn).forward not in _ATTENTIONS or 'forward' in attn.__dict__:
+                return f'{type(attn).__name__} is no softmax attention that this package knows'
+    return None
+
+
+def _places(model: nn.Module) -> Iterator[Place]:
+    for block in cast(Any, model).blocks:
+        yield from _PLACES[_forward_of(block)](block)
+
+
+def _forward_of(block: nn.Module) -> Callable[..., Any]:
+    return (block.made_of[1] if isinstance(block, CheckpointBlock) else type(block)).forward
+
+
+# What convert_vit has an argument for, with the default that stands in its signature.
+_DEFAULTS = {'window_size': 7, 'partition_grid': None, 'rel_pos_bias': False, 'count_cells': 'outside'}
+
+
+def _options(attention: str, grid: Tuple[int, int], given: Dict[str, Any]) -> Dict[str, Any]:
+    """The attention's options: those of the arguments that it has, and an error for others that were given."""
+    if attention not in ATTENTIONS:
+        raise ValueError(f'unknown attention {attention!r}; choose from {", ".join(ATTENTIONS)}')
+    layer = ATTENTIONS[attention]
+    if layer.fixed_grid:
+        raise ValueError(f'{layer.__name__} is made for one size of grid and converts no model; choose another one')
+    if not layer.takes_qk_norm:
+        raise ValueError(f"{layer.__name__} has projections of its own, which timm's cannot replace; choose another")
+    rest = dict(given)
+    options = pop_attention_kwargs(attention, rest)
+    foreign = [name for name, value in rest.items() if name not in _DEFAULTS or value != _DEFAULTS[name]]
+    if foreign:
+        raise ValueError(f'{layer.__name__} has no option {foreign[0]}; leave it out')
+    if options.get('partition_grid', 0) is None:
+        if issubclass(layer, EvaAttention):
+            options['partition_grid'] = min(MOST_CELLS, math.ceil(max(grid) / CELL))
+        else:
+            del options['partition_grid']
+    if options.get('partition_grid') == 0 and options.get('count_cells') == _DEFAULTS['count_cells']:
+        del options['count_cells']  # there are no cells to count
+    return options
+
+
+def convert_vit(
+    model: nn.Module,
+    *,
+    attention: str = 'eva',
+    window_size: int = 7,
+    partition_grid: Optional[int] = None,
+    rel_pos_bias: bool = False,
+    count_cells: str = 'outside',
+    inplace: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """A vision transformer of timm's on EVA, with every weight and every token that it has.
+
+    Takes timm's `VisionTransformer` and `Eva`: ViT, DeiT, DeiT III, DINOv2 and DINOv3, CLIP, SigLIP, EVA-02, PE, with
+    class, register and distillation tokens, learned or rotary positions and any pooling; also what
+    `timm.create_model(..., features_only=True)` makes of them. The result is of a class derived from the model's and
+    behaves like it. Its state dict has all names of the model's and, in each attention, EVA's own beside them, which
+    start so that a cell is the mean of its tokens (`evavit.convert.linear_summary`).
+
+    With window_size at least as large as the grid it *is* the softmax model. Else it is near it, the nearer the
+    smaller the cells are, and training brings it nearer; docs/convert.md has figures.
+
+    Args:
+        model: The model, with weights or without.
+        attention: A key of `evavit.layers.ATTENTIONS`. With class or register tokens 'eva', 'local' or 'softmax';
+            none that is made for one grid.
+        window_size: Side of the windows in tokens.
+        partition_grid: Cells asked for along each axis, 0 for none. None takes cells of 3 tokens a side, at most
+            16 × 16 of them, for the model's own image size. The number stays: of larger images (`set_input_size`,
+            `dynamic_img_size`) it makes larger cells.
+        rel_pos_bias: Add a table of relative position biases inside the window, which starts at 0.
+        count_cells: How often a cell counts in the softmax, see `evavit.layers.EvaAttention`. 'outside' is nearest to
+            softmax attention.
+        inplace: Change the model that is given. By default it stays as it is and its weights are copied.
+        **options: Further options of the attention, such as noise_std.
+
+    Returns:
+        The model, on its device, in its dtype and mode. Parameters that were frozen stay so; new ones are not frozen.
+
+    Raises:
+        ValueError: one line on why the model cannot be converted, or on an option that does not fit.
+    """
+    reason = why_not_converted(model)
+    if reason is not None:
+        raise ValueError(f'cannot convert this model: {reason}')
+    model = model if inplace else copy.deepcopy(model)
+    vit: Any = model.model if isinstance(model, FeatureGetterNet) else model
+    given = dict(window_size=window_size, partition_grid=partition_grid, rel_pos_bias=rel_pos_bias)
+    chosen = _options(attention, vit.patch_embed.grid_size, {**given, 'count_cells': count_cells, **options})
+    front = derive(ConvertedAttention, ATTENTIONS[attention])
+    made = [(place, front(place.holder.attn, vit.num_prefix_tokens, **chosen)) for place in _places(vit)]
+    ropes = _rotations(vit, len(made))
+    for (place, attn), rope in zip(made, ropes, strict=True):
+        _start(attn, place.norm, rope)
+        place.holder.attn = attn
+    if isinstance(vit, VisionTransformer):
+        for block in vit.blocks:
+            block.__class__ = derive(CheckpointBlock, type(block))
+    vit.conversion = {'attention': attention, **chosen}
+    vit.__class__ = derive(ConvertedModel, type(vit))
+    return model
+
+
+def revert_vit(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The softmax model behind a converted one, with the weights that it has now: a teacher, or for comparison.
+
+    Args:
+        model: From `convert_vit`.
+        inplace: Change the model that is given. By default it stays as it is and its weights are copied.
+
+    Raises:
+        ValueError: the model is not a converted one.
+    """
+    inner = model.model if isinstance(model, FeatureGetterNet) else model
+    if not isinstance(inner, ConvertedModel):
+        raise ValueError(f'{type(inner).__name__} is not a converted model; evavit.convert_vit makes one')
+    model = model if inplace else copy.deepcopy(model)
+    vit: Any = model.model if isinstance(model, FeatureGetterNet) else model
+    for holder, _ in _places(vit):
+        holder.attn = revert_attention(cast(ConvertedAttention, holder.attn))
+    for block in vit.blocks:
+        if isinstance(block, CheckpointBlock):
+            block.__class__ = block.made_of[1]
+    del vit.conversion
+    vit.__class__ = vit.made_of[1]
+    return model
+
+
+def _rotations(vit: Any, depth: int) -> List[Optional[torch.Tensor]]:
+    """Rotary embeddings of each block at the model's own image size, without the augmentations of training."""
+    rope = getattr(vit, 'rope', None)
+    if rope is None:
+        return [None] * depth
+    with torch.no_grad():
+        embed = copy.deepcopy(rope).eval().get_embed(shape=list(vit.patch_embed.grid_size))
+    return list(embed) if vit.rope_mixed else [embed] * depth
+
+
+def _weight_and_bias(norm: Optional[nn.Module]) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    weight: Optional[torch.Tensor] = getattr(norm, 'weight', None)
+    if weight is None:
+        return None
+    bias: Optional[torch.Tensor] = getattr(norm, 'bias', None)
+    return weight, torch.zeros_like(weight) if bias is None else bias
+
+
+def _normalised(moments: Moments, norm: nn.Module) -> Moments:
+    """The moments behind a norm of single queries or keys."""
+    if isinstance(norm, nn.Identity):
+        return moments
+    mean, variance = moments
+    if isinstance(norm, nn.LayerNorm):
+        mean = mean - mean.mean(1, keepdim=True)
+    square = (mean.square() + variance).mean(1, keepdim=True).clamp(min=1e-12)
+    mean, variance = mean / square.sqrt(), variance / square
+    affine = _weight_and_bias(norm)
+    if affine is not None:
+        weight, bias = (value.float() for value in affine)
+        mean, variance = weight * mean + bias, weight.square() * variance
+    return Moments(mean, variance)
+
+
+def _rotated(moments: Moments, rope: torch.Tensor, half: bool) -> Moments:
+    """The moments behind rotary embeddings, over all places of the grid: what turns away adds to the variance."""
+    mean, variance = moments
+    rope = rope.float()
+    if rope.dim() == 3 and rope.shape[0] != mean.shape[0]:  # keys that several heads share, turned differently
+        rope = rope[:: rope.shape[0] // mean.shape[0]]
+    turned = apply_rot_embed_cat(mean.unsqueeze(1).expand(-1, rope.shape[-2], -1), rope, half=half).mean(1)
+    lost = (mean.square() - turned.square()).mean(1, keepdim=True).clamp(min=0)
+    return Moments(turned, variance + lost)
+
+
+def _moments(attn: Any, part: int, norm: Optional[nn.Module], rope: Optional[torch.Tensor]) -> Moments:
+    """Of the queries, part 0, or the keys, part 1, of a converted attention."""
+    name = 'qk'[part]
+    bias: Optional[torch.Tensor]
+    if attn.qkv is not None:
+        weight, packed = attn.qkv.weight.chunk(3)[part], attn.qkv.bias
+        bias = getattr(attn, f'{name}_bias', None) if packed is None else packed.chunk(3)[part]
+    else:
+        layer = getattr(attn, f'{name}_proj')
+        weight, bias = layer.weight, layer.bias
+    moments = projection_moments(weight, bias, weight.shape[0] // attn.head_dim, _weight_and_bias(norm))
+    moments = _normalised(moments, getattr(attn, f'{name}_norm'))
+    return moments if rope is None else _rotated(moments, rope, attn.rotate_half)
+
+
+@torch.no_grad()
+def _start(attn: ConvertedAttention, norm: Optional[nn.Module], rope: Optional[torch.Tensor]) -> None:
+    """Start what the attention adds so that it is near softmax attention."""
+    table: Union[nn.Module, None] = getattr(attn, 'rel_pos', None)
+    if table is not None:
+        nn.init.zeros_(cast(Any, table).relative_position_bias_table)
+    if not isinstance(attn, EvaAttention):
+        return
+    for part, summary in enumerate((attn.summary_q, attn.summary_k)):
+        if summary is None or summary.proj is None:
+            continue
+        if summary.norm is None:  # it can be the identity itself
+            nn.init.eye_(summary.proj.weight)
+            nn.init.zeros_(summary.proj.bias)
+            continue
+        start = near_identity(_moments(attn, part, norm, rope), torch.float32)
+        for name, parameter in summary.named_parameters():
+            parameter.copy_(start[name])
