@@ -10,7 +10,7 @@ import math
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union, cast
 
 import torch
-from timm.layers import Attention, AttentionRope, DiffAttention, apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, DiffAttention
 from timm.models import checkpoint
 from timm.models._features import FeatureGetterNet
 from timm.models.beit import Beit
@@ -28,7 +28,7 @@ from evavit.layers.eva import EvaAttention
 from evavit.ops.grid import fix_image_size, static_size
 
 from ._foreign import Moments, near_identity, projection_moments
-from ._grid import GridModel
+from ._grid import GridModel, bias_tables
 
 __all__ = ['ConvertedModel', 'convert_vit', 'revert_vit', 'why_not_converted']
 
@@ -74,7 +74,7 @@ class ConvertedModel(Derived, nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Parameters without weight decay: timm's, and the tables of relative position biases."""
-        return GridModel.no_weight_decay(self)  # type: ignore[arg-type]
+        return set(super().no_weight_decay()) | bias_tables(self)  # type: ignore[misc]
 
 
 class CheckpointBlock(Derived, nn.Module):
@@ -250,9 +250,8 @@ def convert_vit(
     chosen = _options(attention, vit.patch_embed.grid_size, {**given, 'count_cells': count_cells, **options})
     front = derive(ConvertedAttention, ATTENTIONS[attention])
     made = [(place, front(place.holder.attn, vit.num_prefix_tokens, **chosen)) for place in _places(vit)]
-    ropes = _rotations(vit, len(made))
-    for (place, attn), rope in zip(made, ropes, strict=True):
-        _start(attn, place.norm, rope)
+    for place, attn in made:
+        _start(attn, place.norm)
         place.holder.attn = attn
     if isinstance(vit, VisionTransformer):
         for block in vit.blocks:
@@ -287,16 +286,6 @@ def revert_vit(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return model
 
 
-def _rotations(vit: Any, depth: int) -> List[Optional[torch.Tensor]]:
-    """Rotary embeddings of each block at the model's own image size, without the augmentations of training."""
-    rope = getattr(vit, 'rope', None)
-    if rope is None:
-        return [None] * depth
-    with torch.no_grad():
-        embed = copy.deepcopy(rope).eval().get_embed(shape=list(vit.patch_embed.grid_size))
-    return list(embed) if vit.rope_mixed else [embed] * depth
-
-
 def _weight_and_bias(norm: Optional[nn.Module]) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
     weight: Optional[torch.Tensor] = getattr(norm, 'weight', None)
     if weight is None:
@@ -321,19 +310,12 @@ def _normalised(moments: Moments, norm: nn.Module) -> Moments:
     return Moments(mean, variance)
 
 
-def _rotated(moments: Moments, rope: torch.Tensor, half: bool) -> Moments:
-    """The moments behind rotary embeddings, over all places of the grid: what turns away adds to the variance."""
-    mean, variance = moments
-    rope = rope.float()
-    if rope.dim() == 3 and rope.shape[0] != mean.shape[0]:  # keys that several heads share, turned differently
-        rope = rope[:: rope.shape[0] // mean.shape[0]]
-    turned = apply_rot_embed_cat(mean.unsqueeze(1).expand(-1, rope.shape[-2], -1), rope, half=half).mean(1)
-    lost = (mean.square() - turned.square()).mean(1, keepdim=True).clamp(min=0)
-    return Moments(turned, variance + lost)
+def _moments(attn: Any, part: int, norm: Optional[nn.Module]) -> Moments:
+    """Of the queries, part 0, or the keys, part 1, of a converted attention.
 
-
-def _moments(attn: Any, part: int, norm: Optional[nn.Module], rope: Optional[torch.Tensor]) -> Moments:
-    """Of the queries, part 0, or the keys, part 1, of a converted attention."""
+    Rotary embeddings are left out: with what they turn away counted, errors of random networks, with large biases too,
+    were the same to two digits.
+    """
     name = 'qk'[part]
     bias: Optional[torch.Tensor]
     if attn.qkv is not None:
@@ -343,12 +325,11 @@ def _moments(attn: Any, part: int, norm: Optional[nn.Module], rope: Optional[tor
         layer = getattr(attn, f'{name}_proj')
         weight, bias = layer.weight, layer.bias
     moments = projection_moments(weight, bias, weight.shape[0] // attn.head_dim, _weight_and_bias(norm))
-    moments = _normalised(moments, getattr(attn, f'{name}_norm'))
-    return moments if rope is None else _rotated(moments, rope, attn.rotate_half)
+    return _normalised(moments, getattr(attn, f'{name}_norm'))
 
 
 @torch.no_grad()
-def _start(attn: ConvertedAttention, norm: Optional[nn.Module], rope: Optional[torch.Tensor]) -> None:
+def _start(attn: ConvertedAttention, norm: Optional[nn.Module]) -> None:
     """Start what the attention adds so that it is near softmax attention."""
     table: Union[nn.Module, None] = getattr(attn, 'rel_pos', None)
     if table is not None:
@@ -362,6 +343,6 @@ def _start(attn: ConvertedAttention, norm: Optional[nn.Module], rope: Optional[t
             nn.init.eye_(summary.proj.weight)
             nn.init.zeros_(summary.proj.bias)
             continue
-        start = near_identity(_moments(attn, part, norm, rope), torch.float32)
+        start = near_identity(_moments(attn, part, norm), torch.float32)
         for name, parameter in summary.named_parameters():
             parameter.copy_(start[name])

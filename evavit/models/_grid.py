@@ -197,6 +197,11 @@ def build_grid_model(model: Type[nn.Module], name: str, pretrained: bool, **kwar
         return build_model_with_cfg(model, name, pretrained, pretrained_filter_fn=pretrained_filter, **kwargs)
 
 
+def bias_tables(model: nn.Module) -> Set[str]:
+    """Names of the tables of relative position biases."""
+    return {name for name, _ in model.named_parameters() if name.endswith('relative_position_bias_table')}
+
+
 class GridModel(nn.Module):
     """What the families' classes have in common, to stand before timm's class among their bases.
 
@@ -216,8 +221,7 @@ class GridModel(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Parameters without weight decay: those of timm's model, and the tables of relative position biases."""
-        tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
-        return set(super().no_weight_decay()) | tables  # type: ignore[misc]  # timm's, {} in some of its models
+        return set(super().no_weight_decay()) | bias_tables(self)  # type: ignore[misc]  # timm's, {} in some of its models
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch; a strict load fits what does not fit as it is, see `evavit.models.fit_checkpoint`."""

@@ -1,0 +1,348 @@
+"""timm's vision transformers on EVA: the softmax model at the exact limit, close to it elsewhere, and else unchanged."""
+
+import copy
+import threading
+
+import pytest
+import timm
+import torch
+from timm.models.eva import Eva
+from torch import nn
+
+import evavit
+from evavit.layers import EvaAttention
+from evavit.layers.converted import ConvertedAttention, GridSize
+
+TINY = dict(depth=2, embed_dim=64, num_heads=2, num_classes=10)
+# 6 × 6 or 7 × 7 tokens each. What is special about it stands beside each.
+MODELS = {
+    'vit_tiny_patch16_224': {},  # a class token
+    'vit_base_patch14_reg4_dinov2': {},  # registers, LayerScale, positions of the grid alone
+    'vit_base_patch16_clip_224': {},  # norm_pre
+    'vit_base_patch16_siglip_224': {},  # attention pooling, no class token
+    'vit_base_patch16_siglip_gap_224': {},
+    'deit_tiny_distilled_patch16_224': {},  # two tokens, two heads
+    'deit3_small_patch16_224': {},
+    'vit_wee_patch16_reg1_gap_256': {},  # fc_norm, another block than the usual, a register without a class token
+    'vit_base_patch16_18x2_224': {},  # two attentions a block
+    'vit_base_patch32_plus_256': dict(qk_norm=True, scale_attn_norm=True, patch_size=16),
+    'vit_base_patch16_rope_reg1_gap_256': {},  # rotary
+    'vit_small_patch16_rope_mixed_ape_224': {},  # rotary, of each layer and head its own
+    'eva02_tiny_patch14_224': dict(swiglu_mlp=True),  # projections apart, rotary and learned positions
+    'eva_giant_patch14_224': {},  # biases of q and v beside a packed projection
+    'vit_pe_core_tiny_patch16_384': {},  # rotary, norm_pre, attention pooling
+    'vit_small_patch16_dinov3': {},  # rotary halves, registers
+    'vit_base_patch16_sapiens2': dict(num_kv_heads=1),  # keys that two heads share, norms of q and k
+}
+each_model = pytest.mark.parametrize('name', MODELS)
+
+
+def side_of(name):
+    return 98 if 'patch14' in name else 96
+
+
+def stirred(model):
+    """In evaluation mode, its biases, norms and LayerScales not 0, 1 and 1e-5."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def original(name, **kwargs):
+    torch.manual_seed(0)
+    return stirred(timm.create_model(name, **{**TINY, 'img_size': side_of(name), **MODELS[name], **kwargs}))
+
+
+def images(model, batch=2):
+    return torch.randn(batch, 3, *model.patch_embed.img_size)
+
+
+def trained(model, x):
+    """Names of the parameters that a step moves."""
+    model.train()
+    model.zero_grad()
+    out = model(x)
+    sum(part.square().mean() for part in (out if isinstance(out, tuple) else (out,))).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+
+
+@each_model
+def test_with_a_window_over_the_grid_it_is_the_softmax_model(name):
+    model = original(name)
+    x = images(model)
+    with torch.no_grad():
+        expected = model(x)
+        for kwargs in (dict(partition_grid=0), dict(), dict(partition_grid=2, rel_pos_bias=True)):
+            converted = evavit.convert_vit(model, window_size=8, **kwargs)
+            torch.testing.assert_close(converted(x), expected, rtol=1e-5, atol=1e-5)
+            cells = [attn.summary_k is not None for attn in converted.modules() if isinstance(attn, EvaAttention)]
+            assert cells and all(has == (kwargs.get('partition_grid') != 0) for has in cells)
+
+
+@each_model
+def test_with_small_windows_it_is_near_and_trains(name):
+    model = original(name)
+    x = images(model)
+    before = copy.deepcopy(model.state_dict())
+    converted = evavit.convert_vit(model, window_size=3)
+    assert isinstance(converted, type(model)) and not any(isinstance(m, ConvertedAttention) for m in model.modules())
+    own = converted.state_dict()
+    assert all(torch.equal(value, own[key]) for key, value in before.items())
+    assert all('.summary_' in key for key in own.keys() - before.keys()) and len(own) > len(before)
+    with torch.no_grad():
+        expected, found = model(x), converted(x)
+        assert 1e-6 < (found - expected).norm() / expected.norm() < 0.3
+        assert torch.equal(converted(x), found)
+    moved = trained(converted, x)
+    assert trained(model, x) <= moved
+    assert all(parameter.grad is not None for parameter in converted.parameters() if parameter.requires_grad)
+    # Where a class token alone is read, queries of the last block's grid are not.
+    assert {key for key in own if '.summary_' in key and not key.startswith('blocks.1.')} <= moved
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+
+
+@each_model
+def test_and_back(name):
+    model = original(name)
+    x = images(model)
+    converted = evavit.convert_vit(model, window_size=3)
+    reverted = evavit.revert_vit(converted)
+    assert type(reverted) is type(model) and str(reverted) == str(model) and not hasattr(reverted, 'conversion')
+    assert [name for name, _ in reverted.named_modules()] == [name for name, _ in model.named_modules()]
+    assert list(reverted.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(reverted(x), model(x))
+    assert not torch.equal(converted(x), model(x))
+    trained(reverted, x)  # it has its dropouts and modes, and shares nothing with the converted one
+    again = evavit.convert_vit(reverted, inplace=True, **converted.conversion)
+    assert again is reverted and torch.equal(again.eval()(x), converted(x))
+
+
+def test_the_start_is_nearer_than_a_summary_as_it_is_initialised():
+    """Also behind norms of single queries and keys and rotary embeddings, which the summaries' means count in."""
+    for name in ('vit_tiny_patch16_224', 'vit_base_patch32_plus_256', 'vit_small_patch16_rope_mixed_ape_224'):
+        model = original(name, img_size=192)
+        x = images(model)
+        near = evavit.convert_vit(model, window_size=2)
+        usual = copy.deepcopy(near)
+        for module in usual.modules():
+            if isinstance(module, EvaAttention):
+                for part in (module.summary_q, module.summary_k):
+                    part.proj.reset_parameters()
+                    part.norm.reset_parameters()
+        with torch.no_grad():
+            expected = model.forward_features(x)
+            errors = [(other.forward_features(x) - expected).norm().item() for other in (near, usual)]
+        assert errors[0] < 0.8 * errors[1], name
+
+
+def test_cells_of_three_tokens_and_no_more_than_256():
+    for side, cells in ((96, 2), (160, 4), (768, 16), (1024, 16)):
+        model = timm.create_model('vit_tiny_patch16_224', img_size=side, **TINY)
+        assert evavit.convert_vit(model).conversion['partition_grid'] == cells
+
+
+def test_what_timm_does_with_a_model_it_does_with_a_converted_one():
+    model = original('vit_base_patch14_reg4_dinov2', dynamic_img_size=True)
+    model.patch_embed.requires_grad_(False)
+    model.blocks[0].attn.qkv.requires_grad_(False)
+    converted = evavit.convert_vit(model.train(), window_size=9)
+    assert all(module.training for module in converted.modules())
+    assert not converted.patch_embed.proj.weight.requires_grad and not converted.blocks[0].attn.qkv.weight.requires_grad
+    assert converted.blocks[0].attn.proj.weight.requires_grad and converted.pretrained_cfg == model.pretrained_cfg
+    model.eval(), converted.eval()
+    assert not any(module.training for module in converted.modules())
+    x, oblong = torch.randn(2, 3, 98, 98), torch.randn(2, 3, 112, 70)
+
+    def same(call):
+        with torch.no_grad():
+            for ours, theirs in zip(*(call(m) for m in (converted, model)), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    same(lambda m: [m.forward_features(x), m(oblong), m.forward_head(m.forward_features(oblong), pre_logits=True)])
+    same(lambda m: m.forward_intermediates(oblong, indices=[0, 1], norm=True, intermediates_only=True))
+    same(lambda m: m.forward_intermediates(x, 1, return_prefix_tokens=True, stop_early=True, intermediates_only=True)[0])
+    same(lambda m: m.get_intermediate_layers(x, 2, reshape=True))
+    for pool in ('avg', 'token', 'max', ''):
+        for m in (model, converted):
+            m.reset_classifier(0, pool)
+        same(lambda m: [m(x)])
+    for m in (model, converted):
+        m.set_input_size((126, 98))
+        m.prune_intermediate_layers(1)
+    same(lambda m: [m(torch.randn(1, 3, 126, 98, generator=torch.Generator().manual_seed(0)))])
+    assert len(converted.blocks) == len(model.blocks)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'vit_base_patch16_18x2_224', 'vit_small_patch16_dinov3'])
+def test_gradient_checkpointing_changes_memory_alone(name):
+    converted = evavit.convert_vit(original(name), window_size=3, noise_std=0.0)
+    x = images(converted)
+    counted = []
+    converted.blocks[0].norm1.register_forward_hook(lambda *_: counted.append(1)) if 'x2' not in name else None
+    gradients = []
+    for enable in (False, True):
+        converted.set_grad_checkpointing(enable)
+        converted.zero_grad()
+        converted.forward_intermediates(x, intermediates_only=True)[-1].mean().backward()
+        converted(x).square().mean().backward()
+        gradients.append([p.grad.clone() for p in converted.parameters() if p.grad is not None])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert 'x2' in name or len(counted) == 2 + 4
+
+
+def test_features_only():
+    for name in ('vit_tiny_patch16_224', 'eva02_tiny_patch14_224'):
+        net = timm.create_model(name, features_only=True, out_indices=[0, 1], img_size=112, **TINY).eval()
+        x = torch.randn(1, 3, 112, 112)
+        converted = evavit.convert_vit(net, window_size=8)
+        assert type(converted) is type(net) and converted.feature_info.channels() == [64, 64]
+        with torch.no_grad():
+            for ours, theirs in zip(converted(x), net(x), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            for ours, theirs in zip(evavit.revert_vit(converted)(x), net(x), strict=True):
+                assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize('attention', ['softmax', 'local', 'performer', 'lara', 'scatterbrain', 'nystromformer'])
+def test_other_attentions(attention):
+    """Class tokens where the attention takes them; norms of q and k, and rotary embeddings, with each."""
+    prefix = attention in ('softmax', 'local')
+    model = stirred(Eva(
+        img_size=64, patch_size=8, embed_dim=64, depth=2, num_heads=2, class_token=prefix, num_reg_tokens=2 * prefix,
+        num_classes=5, qk_norm=True, use_rot_pos_emb=True, scale_attn_inner=True, qkv_fused=False,
+    )).eval()  # fmt: skip
+    converted = evavit.convert_vit(model, attention=attention)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = model(x), converted(x)
+        assert found.isfinite().all() and torch.equal(converted(x), found)
+        if attention == 'softmax':
+            torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(evavit.convert_vit(model, attention='softmax')(x), expected)
+    assert trained(model, x) <= trained(converted, x)
+    if not prefix:
+        with pytest.raises(ValueError, match='takes no class or register tokens, got num_prefix_tokens 1'):
+            evavit.convert_vit(original('vit_tiny_patch16_224'), attention=attention)
+
+
+def test_threads_with_images_of_different_sizes():
+    converted = evavit.convert_vit(original('vit_base_patch14_reg4_dinov2', dynamic_img_size=True), window_size=3)
+    sizes = [(98, 98), (42, 140), (140, 42), (56, 112)]
+    inputs = [torch.randn(1, 3, *size) for size in sizes]
+    with torch.no_grad():
+        expected = [converted(x) for x in inputs]
+    wrong = []
+
+    def work(x, reference):
+        with torch.no_grad():
+            wrong.extend(1 for _ in range(15) if not torch.allclose(converted(x), reference, atol=1e-5))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_dtypes_and_devices():
+    model = original('vit_small_patch16_dinov3')
+    for dtype in (torch.float64, torch.bfloat16):
+        converted = evavit.convert_vit(copy.deepcopy(model).to(dtype), window_size=8)
+        assert {parameter.dtype for parameter in converted.parameters()} == {dtype}
+        x = images(model).to(dtype)
+        with torch.no_grad():
+            error = (converted(x) - model.to(dtype)(x)).norm() / model(x).norm()
+        assert error < (1e-9 if dtype == torch.float64 else 0.05)
+    with torch.device('meta'):
+        meta = timm.create_model('vit_tiny_patch16_224', **TINY)
+    converted = evavit.convert_vit(meta)
+    assert all(parameter.is_meta for parameter in converted.parameters())
+    assert converted(torch.empty(1, 3, 224, 224, device='meta')).shape == (1, 10)
+
+
+def test_hooks_stay():
+    model = original('vit_tiny_patch16_224')
+    seen = []
+    model.blocks[0].attn.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    x = images(model)
+    for other in (evavit.convert_vit(model), evavit.revert_vit(evavit.convert_vit(model))):
+        other(x)
+    assert seen == 2 * [(2, 37, 64)]
+
+
+REFUSED = {
+    'beit_base_patch16_224': 'relative position bias between all tokens',
+    'vit_relpos_base_patch16_224': 'relative position bias between all tokens',
+    'samvit_base_patch16': 'windows and relative position biases of its own',
+    'naflexvit_base_patch16_gap': 'which form no grid',
+    'swin_tiny_patch4_window7_224': "none of timm's plain vision transformers",
+    'resnet18': "none of timm's plain vision transformers",
+    'eva_deit_tiny': 'choose its attention by name',
+    'vit_dwee_patch16_reg1_gap_256': 'difference of two softmaxes',
+    'vit_dpwee_patch16_reg1_gap_256': 'have a forward of their own',
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_models_that_cannot_be_converted(name):
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    with pytest.raises(ValueError, match=REFUSED[name]) as caught:
+        evavit.convert_vit(model)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(attention='linformer'), 'made for one size of grid'),
+        (dict(attention='long_short'), 'projections of its own'),
+        (dict(attention='flash'), 'unknown attention'),
+        (dict(attention='softmax', window_size=9), 'SoftmaxAttention has no option window_size'),
+        (dict(attention='local', count_cells='one'), 'LocalAttention has no option count_cells'),
+        (dict(cells=3), 'EvaAttention has no option cells'),
+        (dict(window_size=-1), 'window_size'),
+        (dict(window_size=0, partition_grid=0), 'window_size'),
+        (dict(partition_grid=-1), 'partition_grid'),
+        (dict(count_cells='some'), 'count_cells must be one of'),
+        (dict(summary='linear'), 'num_prefix_tokens 1'),
+    ],
+)
+def test_options_that_do_not_fit(kwargs, message):
+    model = original('vit_tiny_patch16_224')
+    with pytest.raises(ValueError, match=message) as caught:
+        evavit.convert_vit(model, inplace=True, **kwargs)
+    assert '\n' not in str(caught.value)
+    model(images(model))  # nothing was changed
+
+
+def test_misuse():
+    model = original('vit_tiny_patch16_224')
+    x = images(model)
+    converted = evavit.convert_vit(model)
+    for call in (converted, converted.forward_features, converted.forward_intermediates):
+        for mask in (dict(attn_mask=torch.ones(37, 37, dtype=torch.bool)), dict(is_causal=True)):
+            with pytest.raises(ValueError, match='takes no masks'):
+                call(x, **mask)
+    with pytest.raises(ValueError, match='converted already'):
+        evavit.convert_vit(converted)
+    with pytest.raises(ValueError, match='VisionTransformer is not a converted model'):
+        evavit.revert_vit(model)
+    with pytest.raises(ValueError, match='needs the size of its grid'):
+        converted.blocks[0].attn(torch.randn(1, 37, 64))
+    assert converted.blocks[0].attn(torch.randn(1, 37, 64), attn_mask=GridSize(6, 6)).shape == (1, 37, 64)
+    with pytest.raises(ValueError, match='patch_drop_rate 0.5'):
+        evavit.convert_vit(original('vit_tiny_patch16_224', patch_drop_rate=0.5))
+    with pytest.raises(ValueError, match='Sequential is none of'):
+        evavit.convert_vit(nn.Sequential(model))
+
+
+def test_tables_and_one_dimensional_parameters_do_not_decay():
+    converted = evavit.convert_vit(original('vit_tiny_patch16_224'), rel_pos_bias=True)
+    tables = {f'blocks.{i}.attn.rel_pos.relative_position_bias_table' for i in range(2)}
+    assert converted.no_weight_decay() == {'pos_embed', 'cls_token', 'reg_token', 'dist_token'} | tables
