@@ -12,7 +12,7 @@ import torch
 from timm.utils import world_info_from_env
 
 from evavit.errors import Preempted, UserError, reason_of
-from evavit.training import build, checkpoint, checks, data, dry_run, loop
+from evavit.training import build, checkpoint, checks, data, distillation, dry_run, loop
 from evavit.training.agreement import check_agreement
 from evavit.training.compilation import choose_compilation
 from evavit.training.config import TrainConfig, parse_settings
@@ -60,7 +60,10 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     else:
         model, data_config = dry_run.initial_model(config, classes)
     channels_last = config.machine.channels_last
-    model.to(process.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    teacher = distillation.build_teacher(config, model, data_config)
+    modules: Any = [model] if teacher is None else [model, teacher]
+    for module in modules:
+        module.to(process.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     train_loader = data.train_loader(
         train_set,
         config.augment,
@@ -88,9 +91,11 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     )
     updates_per_epoch = data.updates_per_epoch(train_loader, batch.accumulated, batch.total)
 
-    optimizer = build.build_optimizer(model, config.optim, batch.lr)
+    process.seed(config.run.seed)  # a projection of features is drawn
+    kind = distillation.task_kind(config.distil, teacher)
+    task = build.build_task(model, config.loss, process.device, config.ema, kind)
+    optimizer = build.build_optimizer(task.get_trainable_module() or model, config.optim, batch.lr)
     schedule, epochs = build.build_schedule(optimizer, config.schedule, updates_per_epoch)
-    task = build.build_task(model, config.loss, process.device, config.ema)
     run = loop.Run(
         task=task,
         optimizer=optimizer,
@@ -114,7 +119,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     if process.primary:
         held.enter_context(checkpoint.locked_folder(folder))
     checkpoints = checkpoint.find_resume(config.run.resume, folder)
-    settings = config.flat()
+    settings = {**config.flat(), 'kd_teacher': teacher.identity if teacher else None}
     saver = checkpoint.Saver(run, settings, class_names, folder) if process.primary else None
     position = checkpoint.resume(checkpoints, run, settings, saver)
     build.compile_and_distribute(task, compilation, process)
@@ -124,6 +129,8 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
 
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
     log.info(f'{compilation}')
+    if teacher is not None:
+        log.info(f'teacher {distillation.teacher_line(teacher)}')
     log.info(f'{batch}')
     log.info(f'{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}')
     writer = None

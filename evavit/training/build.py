@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -13,13 +13,20 @@ from timm.models import get_model_input_config, resolve_model_input_args
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from evavit import models
 from evavit.arguments import nearest, shown
 from evavit.errors import UserError, first_line
-from evavit.models import GridPyramidVisionTransformerV2, GridVisionTransformer, fit_strictly
+from evavit.models import (
+    ConvertedModel,
+    GridPyramidVisionTransformerV2,
+    GridVisionTransformer,
+    convert_vit,
+    fit_strictly,
+    revert_vit,
+)
 from evavit.training.checks import check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
@@ -46,7 +53,8 @@ LARGE_IMAGE = 3 * 2048**2  # values of an image above which none is made either
 
 
 def build_model(config: ModelConfig, num_classes: Optional[int], device: Optional[str] = None) -> nn.Module:
-    """The model by its name, with the weights it starts from; whatever timm or the model refuses is a UserError.
+    """The model by its name, with the weights it starts from and converted where `config` says so; whatever timm or
+    the model refuses is a UserError.
 
     With a device, such as meta, it is built there without those weights: to look at, not to train.
     """
@@ -80,6 +88,8 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
         model: Any = timm.create_model(**arguments)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
+        if config.convert:
+            model = convert_vit(model, inplace=True, **{**(config.convert_kwargs or {}), 'attention': config.convert})
     except UserError:
         raise
     except Exception as error:  # each model has its own errors for arguments that do not fit
@@ -140,11 +150,15 @@ def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:
     path = config.pretrained_path
     if not path:
         return dict(pretrained=config.pretrained)
-    state = read_weights(path)
-    head = timm.get_pretrained_cfg_value(config.model or '', 'classifier') or 'head'
+    classes = head_classes(config.model or '', read_weights(path))
+    return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=classes or -1))
+
+
+def head_classes(name: str, state: Mapping[str, torch.Tensor]) -> Optional[int]:
+    """Classes of weights of the model, None where they have no classifier."""
+    head = timm.get_pretrained_cfg_value(name, 'classifier') or 'head'
     weight = state.get(f'{head}.weight') if isinstance(head, str) else None
-    classes = weight.shape[0] if weight is not None else -1
-    return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=classes))
+    return None if weight is None else weight.shape[0]
 
 
 def read_weights(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:
@@ -158,15 +172,34 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torc
 def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True) -> None:
     """Load the weights of a file with the model's classes, for train.py, validate.py and export.py alike. Models of
     evavit fit files of other sizes and softmax models to themselves, see `evavit.models.fit_checkpoint`; timm's take
-    their own weights of other sizes. The log says what was changed, an error what does not fit."""
+    their own weights of other sizes; converted models take those from before the conversion too. The log says what was
+    changed, an error what does not fit."""
     state = read_weights(path, use_ema=use_ema)
     check_classes(model, state, path)
     try:
-        fitted = fit_strictly(state, model) if isinstance(model, OURS) else _resampled(model, state)
+        if isinstance(model, OURS):
+            fitted = fit_strictly(state, model)
+        elif isinstance(model, ConvertedModel) and state.keys() == (parent := revert_vit(model)).state_dict().keys():
+            fitted = _converted(model, parent, state, path)
+        else:
+            fitted = _resampled(model, state)
+    except UserError:
+        raise
     except Exception as error:  # each model has its own errors for weights that do not fit
         raise UserError(f'{path}: {first_line(error)[:400]}') from error
     check_fit(model, fitted, path)
     model.load_state_dict(fitted)
+
+
+def _converted(
+    model: Any, parent: nn.Module, weights: Dict[str, torch.Tensor], path: Union[str, Path]
+) -> Mapping[str, torch.Tensor]:
+    """The weights of `model`, converted anew with these: what a conversion adds starts from them."""
+    fitted = _resampled(parent, weights)
+    check_fit(parent, fitted, path)
+    parent.load_state_dict(fitted)
+    log.info(f'{path}: weights from before the conversion')
+    return convert_vit(parent, inplace=True, **model.conversion).state_dict()
 
 
 def _resampled(model: nn.Module, weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -226,11 +259,18 @@ def _kind(value: torch.Tensor) -> Tuple[bool, bool]:
 
 
 def build_task(
-    model: nn.Module, loss: LossConfig, device: torch.device, ema: Optional[EmaConfig] = None
-) -> ClassificationTask:
-    """timm's classification task, which holds the model, its loss and, with `ema`, the average that this asks for."""
+    model: nn.Module,
+    loss: LossConfig,
+    device: torch.device,
+    ema: Optional[EmaConfig] = None,
+    kind: Callable[..., TrainingTask] = ClassificationTask,
+) -> TrainingTask:
+    """timm's task, which holds the model, its loss and, with `ema`, the average that this asks for.
+
+    `kind` makes one of another kind, such as `distillation.task_kind` gives it.
+    """
     try:
-        task = ClassificationTask(
+        task = kind(
             model,
             criterion_kwargs=dict(
                 loss_type='bce' if loss.bce_loss else 'ce',
@@ -248,7 +288,7 @@ def build_task(
     return task
 
 
-def compile_and_distribute(task: ClassificationTask, compilation: Compilation, process: Process, **kwargs: Any) -> None:
+def compile_and_distribute(task: TrainingTask, compilation: Compilation, process: Process, **kwargs: Any) -> None:
     """Compile the task's model; with several processes make it DistributedDataParallel, with these keyword arguments.
 
     The model of the moving average is not compiled: it is only used for validation. `optimize_ddp` lets torch.compile

@@ -87,7 +87,7 @@ class Saver(CheckpointSaver):
 
     def __init__(self, run: Run, settings: Dict[str, Any], class_names: Optional[List[str]], folder: Path):
         super().__init__(
-            model=unwrap_model(run.task.get_trainable_module()),
+            model=unwrap_model(run.task.get_eval_model()),
             optimizer=run.optimizer,
             args=argparse.Namespace(**settings, class_names=class_names),
             amp_scaler=run.stepper if run.stepper.scaling else None,
@@ -111,7 +111,7 @@ class Saver(CheckpointSaver):
         if not math.isfinite(metric):
             raise UserError(f'{self.args.eval_metric} {metric:g} after epoch {epoch}: not saved')
         best = self.save_checkpoint(epoch, metric)
-        model = unwrap_model(self.task.get_trainable_module(ema=self.task.has_ema()))
+        model = unwrap_model(self.task.get_eval_model(ema=self.task.has_ema()))
         self._save_weights(model.state_dict(), epoch, metric, vars(self.args))
         return best
 
@@ -245,11 +245,12 @@ def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Op
     weights = clean_state_dict(checkpoint['state_dict'])
     average = clean_state_dict(checkpoint.get('state_dict_ema') or {}) or weights  # a run may begin to keep one
     for state in (weights, average):
-        check_fit(unwrap_model(task.get_trainable_module()), state, path)
+        check_fit(unwrap_model(task.get_eval_model()), state, path)
     position = _position(path, checkpoint, run)
     try:
         if full:
             _check_optimizer(path, checkpoint, settings['opt'])
+            _check_teacher(path, checkpoint, settings.get('kd_teacher'))
             _load_optimizer(run, checkpoint, position)
         task.load_checkpoint_state(weights, checkpoint.get('task_state'))
         if task.has_ema():
@@ -353,6 +354,16 @@ def _check_optimizer(path: Path, checkpoint: Dict[str, Any], opt: str) -> None:
         raise UserError(
             f'{path} was written with opt {before}, this run has {opt}; continue with --opt '
             f'{before}, or take the weights alone with --no-resume-opt'
+        )
+
+
+def _check_teacher(path: Path, checkpoint: Dict[str, Any], teacher: Optional[Dict[str, Any]]) -> None:
+    before = _args(checkpoint).get('kd_teacher')
+    if before != teacher:
+        old, new = (' '.join(map(str, it.values())) if isinstance(it, dict) else 'none' for it in (before, teacher))
+        raise UserError(
+            f'{path} was written with another teacher: {old}, and this run has {new}; continue with the same '
+            f'--kd-model-name and weights, or take the weights alone with --no-resume-opt'
         )
 
 

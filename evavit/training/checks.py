@@ -19,6 +19,7 @@ from evavit.training.config import (
     AugmentConfig,
     BatchConfig,
     DataConfig,
+    DistilConfig,
     LossConfig,
     MachineConfig,
     ModelConfig,
@@ -31,6 +32,15 @@ from evavit.training.signals import parse_interval
 
 HUBS = ('hfds', 'hfids', 'tfds')  # kinds of data sets that are found by their name alone
 MOST_OPERATIONS = 20  # that an augmentation policy may apply one after another, each to a whole image
+PARENT = 'parent'  # as a teacher: the model before its conversion
+USED_BY = {  # settings of distillation that not all of its kinds use
+    'kd_temperature': ('logit', 'logit+feature', 'token'),
+    'kd_feature_level': ('feature', 'logit+feature'),
+    'kd_feature_weight': ('logit+feature',),
+    'kd_student_feature_dim': ('feature', 'logit+feature'),
+    'kd_teacher_feature_dim': ('feature', 'logit+feature'),
+    'kd_token_distill_type': ('token',),
+}
 PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
 
 
@@ -47,6 +57,7 @@ def check_settings(config: TrainConfig) -> None:
     if config.loss.smoothing >= 1:
         raise UserError(f'smoothing {config.loss.smoothing:g} leaves nothing of the label: it must be less than 1')
     _check_run(config.run)
+    _check_distillation(config.distil, config.model)
     if config.loss.mixup_off_epoch and not mixes(config.loss):
         raise UserError('mixup_off_epoch does nothing without mixup or cutmix; leave it out')
     _check_needed(
@@ -69,7 +80,15 @@ def _check_model(config: ModelConfig) -> None:
     if config.linear_probe and not starts:
         raise UserError('linear_probe trains the classifier alone: say with --pretrained-path what gives the features')
     check_source(config)
+    check_conversion(config)
     image_channels(config)
+
+
+def check_conversion(config: ModelConfig) -> None:
+    _check_needed(('convert_kwargs', config.convert_kwargs, 'convert', config.convert))
+    for name, instead in dict(attention='give it as --convert', inplace='it changes nothing here').items():
+        if name in (config.convert_kwargs or {}):
+            raise UserError(f'convert_kwargs: leave {name} out, {instead}')
 
 
 def check_source(config: ModelConfig) -> None:
@@ -163,6 +182,34 @@ def _check_run(config: RunConfig) -> None:
     parse_interval(config.checkpoint_interval)
 
 
+def _check_distillation(config: DistilConfig, model: ModelConfig) -> None:
+    teacher, kind, untouched = config.kd_model_name, config.kd_distill_type, DistilConfig()
+    _check_needed(
+        *(
+            (name, value != getattr(untouched, name), 'kd_model_name', teacher)
+            for name, value in vars(config).items()
+            if name != 'kd_model_name'
+        )
+    )
+    for name, kinds in USED_BY.items():
+        if getattr(config, name) != getattr(untouched, name) and kind not in kinds:
+            raise UserError(
+                f'{name} does nothing with kd_distill_type {kind}; leave it out, or choose {" or ".join(kinds)}'
+            )
+    if teacher != PARENT:
+        return
+    if not model.convert:
+        raise UserError('kd_model_name parent is the model before its conversion: add --convert, or name a model')
+    for name in ('kd_model_kwargs', 'kd_pretrained_path'):
+        if getattr(config, name):
+            raise UserError(f'{name}: kd_model_name parent has the arguments and weights of --model; leave it out')
+    if not (model.pretrained or model.pretrained_path or model.initial_checkpoint):
+        raise UserError(
+            'kd_model_name parent has weights that nothing has trained: say with --initial-checkpoint, '
+            '--pretrained-path or --pretrained where the model starts'
+        )
+
+
 def _check_needed(*rules: Tuple[str, Any, str, Any]) -> None:
     """Each rule: a setting and whether it is given, the one it needs and whether that is given."""
     for name, given, needed, there in rules:
@@ -249,9 +296,10 @@ def check_files(config: TrainConfig) -> None:
     """Files and folders that the settings name are there, and the output can be written. No image is read."""
     named = {name: getattr(config.run, name) for name in ('output', 'experiment', 'resume')}
     named |= {name: getattr(config.model, name) for name in ('pretrained_path', 'initial_checkpoint')}
+    named['kd_pretrained_path'] = config.distil.kd_pretrained_path
     named |= {name: getattr(config.data, name) for name in ('data_dir', 'class_map', 'train_split', 'val_split')}
     _check_names(named.items())
-    for name in ('pretrained_path', 'initial_checkpoint', 'resume'):
+    for name in ('pretrained_path', 'initial_checkpoint', 'kd_pretrained_path', 'resume'):
         path = named[name]
         if path and not (name == 'resume' and path == 'auto') and not Path(path).is_file():
             raise UserError(f'--{name.replace("_", "-")} {path}: no such file')

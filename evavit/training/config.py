@@ -38,6 +38,7 @@ from evavit.training.sections import (
     AugmentConfig,
     BatchConfig,
     DataConfig,
+    DistilConfig,
     EmaConfig,
     FormatConfig,
     LossConfig,
@@ -108,6 +109,7 @@ class TrainConfig(Config):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -146,6 +148,7 @@ SECTIONS = dict(
     schedule=ScheduleConfig,
     augment=AugmentConfig,
     loss=LossConfig,
+    distil=DistilConfig,
     ema=EmaConfig,
     machine=MachineConfig,
     run=RunConfig,

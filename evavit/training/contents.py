@@ -37,6 +37,8 @@ FROM_CHECKPOINT = (
     'mean',
     'std',
     'interpolation',
+    'convert',
+    'convert_kwargs',
 )
 KEPT = re.compile(r'checkpoint-[0-9]{1,9}\.pth\.tar')  # the names of the best few checkpoints in a run's folder
 PLAN = {'images_per_update', 'updates_per_epoch', 'processes'}

@@ -23,7 +23,7 @@ from torch.utils.data import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.errors import UserError
-from evavit.training import build, checkpoint, checks, data
+from evavit.training import build, checkpoint, checks, data, distillation
 from evavit.training.config import TrainConfig
 
 ROUND = 512  # bytes: PyTorch's CUDA allocator gives memory in multiples of it
@@ -42,6 +42,7 @@ class CheckedRun:
     data_config: Dict[str, Any]
     optimizer: torch.optim.Optimizer
     ready: bool
+    teacher: Optional[distillation.Teacher]  # without its weights
 
 
 def check_run(config: TrainConfig, processes: int) -> CheckedRun:
@@ -68,9 +69,17 @@ def check_run(config: TrainConfig, processes: int) -> CheckedRun:
     build.build_schedule(optimizer, config.schedule, updates_per_epoch=1000)
     if classes:
         build.build_mixup(config.loss, classes)
-    build.build_task(model, config.loss, torch.device('cpu'))
+    teacher = _shape_of_teacher(config, model, data_config)
+    build.build_task(model, config.loss, torch.device('cpu'), kind=distillation.task_kind(config.distil, teacher))
     checks.check_transform(config.augment, data_config, config.machine)
-    return CheckedRun(batch, model, data_config, optimizer, ready)
+    return CheckedRun(batch, model, data_config, optimizer, ready, teacher)
+
+
+def _shape_of_teacher(config: TrainConfig, model: Any, data_config: Dict[str, Any]) -> Optional[distillation.Teacher]:
+    try:
+        return distillation.build_teacher(config, model, data_config, 'meta')
+    except UserError:
+        return distillation.build_teacher(config, model, data_config, 'cpu')
 
 
 def starting_file(config: TrainConfig) -> Optional[str]:
@@ -107,6 +116,8 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     batch, model, size = checked.batch, checked.model, checked.data_config['input_size']
     folder, file, classes = output_folder(config, checked.data_config), starting_file(config), config.model.num_classes
     lines = [('model', f'{config.model.model}, input {"×".join(map(str, size))}')]
+    if checked.teacher is not None:
+        lines.append(('teacher', distillation.teacher_line(checked.teacher)))
     train_set = None
     if config.data.data_dir or data.check_name(config.data.dataset) in checks.HUBS:
         train_set, eval_set, names = data.open_training_sets(
@@ -267,6 +278,8 @@ def step_memory(config: TrainConfig, checked: CheckedRun) -> int:
         with memory:
             with torch.autocast('cpu', getattr(torch, config.machine.amp_dtype), enabled=config.machine.amp):
                 logits = model(images)
+                if isinstance(logits, tuple):  # with a distillation head: its logits beside them
+                    logits = logits[0]
                 loss = F.cross_entropy(logits, target)
             loss.backward()
             before = memory.live
@@ -274,4 +287,5 @@ def step_memory(config: TrainConfig, checked: CheckedRun) -> int:
         state = max(0, memory.live - before)  # made by the first step, there from the beginning of the next
     copies = (weights if config.ema.model_ema else 0) + (gradients if config.batch.grad_accum_steps > 1 else 0)
     buckets = gradients if checked.batch.processes > 1 else 0  # DistributedDataParallel sends copies
-    return memory.peak + state + copies + buckets
+    teacher = sum(p.numel() * p.element_size() for p in checked.teacher.parameters()) if checked.teacher else 0
+    return memory.peak + state + copies + buckets + teacher

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from timm.data import Mixup
-from timm.task import ClassificationTask, evaluation_sample_limit
+from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -95,7 +95,7 @@ class Stepper(NativeScaler):
 class Run:
     """What the loop works with."""
 
-    task: ClassificationTask
+    task: TrainingTask
     optimizer: torch.optim.Optimizer
     stepper: Stepper
     schedule: Any  # timm's, None for a constant learning rate
@@ -356,7 +356,7 @@ def train_epoch(
     return tracker.metrics()
 
 
-def weights_are_finite(task: ClassificationTask) -> torch.Tensor:
+def weights_are_finite(task: TrainingTask) -> torch.Tensor:
     """Of parameters and buffers, such as the running statistics of a batch norm; those of the average too."""
     modules: List[Any] = [task.get_trainable_module()] + (
         [task.get_trainable_module(ema=True)] if task.has_ema() else []
@@ -371,7 +371,7 @@ def weights_are_finite(task: ClassificationTask) -> torch.Tensor:
     ).all()
 
 
-def check_finite(task: ClassificationTask, metrics: Dict[str, float], process: Process, epoch: int, lr: float) -> None:
+def check_finite(task: TrainingTask, metrics: Dict[str, float], process: Process, epoch: int, lr: float) -> None:
     """After an epoch, before it is saved: metrics or weights that are not finite are a UserError in all processes.
 
     The update that breaks the weights shows in the next one's loss; the last of an epoch has no next one.

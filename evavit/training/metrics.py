@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib.util
 import logging
 import os
 import shutil
@@ -15,12 +16,32 @@ from timm.utils import trim_summary, unwrap_model, update_summary
 
 from evavit.errors import LocalError, reason_of
 from evavit.layers import EvaAttention
+from evavit.layers.converted import ConvertedAttention
 from evavit.training.checkpoint import remedy, saving
 from evavit.training.loop import Position, Run, autocast
 
 log = logging.getLogger(__name__)
 
+TENSORBOARD = importlib.util.find_spec('tensorboard') is not None  # a GPU machine without a network may lack it
 SAMPLES = 16  # images shown with their predictions, and looked at for the attention's health
+
+
+class NoCurves:
+    """In place of TensorBoard's writer where it is not installed."""
+
+    def add_scalar(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    add_image = flush = close = add_scalar
+
+
+def _event_writer(folder: Path, purge_step: int) -> Any:
+    if not TENSORBOARD:
+        log.warning('warning: tensorboard is not installed, so there are no curves; summary.csv has the metrics')
+        return NoCurves()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 class MetricsWriter:
@@ -42,8 +63,6 @@ class MetricsWriter:
         class_names: Optional[List[str]],
         data_config: Dict[str, Any],
     ):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.run, self.class_names, self.data_config = run, class_names, data_config
         self.summary = folder / 'summary.csv'
         self.shown: Optional[Tuple[torch.Tensor, List[int], List[int], List[float]]] = None
@@ -52,9 +71,9 @@ class MetricsWriter:
         update = run.done(position)
         # At an epoch's last update its validation is still to come. A run that was killed after that has drawn it
         # already: all points of the update go, and those of training come again.
-        points = train_points(folder, update) if position.update == run.updates_per_epoch else []
+        points = train_points(folder, update) if TENSORBOARD and position.update == run.updates_per_epoch else []
         with self._disk_errors():
-            self.writer = SummaryWriter(str(folder), purge_step=update if points else update + 1)
+            self.writer = _event_writer(folder, update if points else update + 1)
             for name, value, when in points:
                 self.writer.add_scalar(name, value, update, walltime=when)
 
@@ -180,13 +199,13 @@ def attention_health(run: Run, images: torch.Tensor) -> Dict[str, Dict[str, floa
     """{layer: {name: value}} of the EVA layers: where attention goes, as a mean over images, heads and queries.
 
     The images pass through the weights in training, in evaluation mode. `evavit.layers.EvaAttention.attention_mass`
-    defines the values. Layers with an ablation have other weights and are left out.
+    defines the values. Layers with an ablation have other weights, converted ones another call: they are left out.
     """
-    model: Any = unwrap_model(run.task.get_trainable_module())
+    model: Any = unwrap_model(run.task.get_eval_model())
     layers = {
         module: name
         for name, module in model.named_modules()
-        if isinstance(module, EvaAttention) and not module.variant
+        if isinstance(module, EvaAttention) and not isinstance(module, ConvertedAttention) and not module.variant
     }
     found: Dict[str, Dict[str, float]] = {}
 

@@ -148,6 +148,14 @@ class ModelConfig:
     model_kwargs: Optional[Dict[str, Any]] = option(
         None, "arguments of the model, key=value …, joined key by key with the YAML file's", scripts=ALL
     )
+    convert: Optional[str] = option(
+        None,
+        "convert timm's vision transformer, with the weights it starts from, to this attention, such as eva",
+        scripts=ALL,
+    )
+    convert_kwargs: Optional[Dict[str, Any]] = option(
+        None, 'arguments of evavit.convert_vit, key=value …, such as window_size=7', scripts=ALL
+    )
     pretrained: bool = option(False, 'start from the weights that timm publishes for the model', scripts=ALL)
     pretrained_path: Optional[str] = option(
         None, 'start from the weights in this file; a head with other classes is made anew'
@@ -281,6 +289,43 @@ class LossConfig:
     bce_loss: bool = option(False, 'binary cross-entropy over the classes instead of softmax cross-entropy')
     bce_target_thresh: Optional[float] = option(
         None, 'with bce_loss: targets above this count as 1, others as 0', low=0, high=1
+    )
+
+
+@dataclass
+class DistilConfig:
+    """The teacher of knowledge distillation, and what is compared with it."""
+
+    kd_model_name: Optional[str] = option(
+        None, 'distil from this model of evavit or timm; parent: from the model before its conversion (--convert)'
+    )
+    kd_model_kwargs: Optional[Dict[str, Any]] = option(None, 'arguments of the teacher, key=value …')
+    kd_pretrained_path: Optional[str] = option(
+        None, "file with the teacher's weights; default: those that timm publishes for it"
+    )
+    kd_distill_type: str = option(
+        'logit',
+        "what is compared: logits, features, both, or the logits of the model's own distillation head (token)",
+        choices=('logit', 'feature', 'logit+feature', 'token'),
+    )
+    kd_loss_type: str = option('kl', 'loss between logits', choices=('kl',))
+    distill_loss_weight: Optional[float] = option(
+        None, 'weight of the distillation loss; default: 1, or 1 - task_loss_weight where that is given alone', low=0
+    )
+    task_loss_weight: Optional[float] = option(None, 'weight of the loss against the labels; default: 1', low=0)
+    kd_temperature: float = option(4.0, 'temperature of the softmax over logits', low=0.01)
+    kd_feature_level: str = option(
+        'pooled',
+        'features that are compared: those before the classifier, or every token of the last block',
+        choices=('pooled', 'tokens'),
+    )
+    kd_feature_weight: float = option(1.0, 'with logit+feature: weight of the features beside the logits', low=0)
+    kd_student_feature_dim: Optional[int] = option(None, 'width of the features; default: asked of the model', low=1)
+    kd_teacher_feature_dim: Optional[int] = option(
+        None, "width of the teacher's features; default: asked of the teacher", low=1
+    )
+    kd_token_distill_type: str = option(
+        'soft', "with token: the teacher's distribution, or its first choice", choices=('soft', 'hard')
     )
 
 
