@@ -3,6 +3,7 @@
     python benchmark.py --bench train infer --model eva_deit_tiny_784 -b 128 --torchcompile --results-file h100.csv
     python benchmark.py --bench op layer --results-file h100.csv
     python benchmark.py --bench infer --model eva_deit_tiny -b 8 --device cpu
+    python benchmark.py --bench convert --img-size 224 518 1022 --results-file convert.csv
     python benchmark.py --bench data -c configs/eva_deit_tiny.yaml --data-dir DIR --workers-list 1 2 4
 
 Beside a model with EVA runs timm's softmax model of its size, beside EVA's op and layer scaled_dot_product_attention
@@ -10,11 +11,13 @@ with each backend forced. Every contender is first held against float64: where i
 timed and the exit code is 1. Times are medians after a warm-up; a training step is forward, cross-entropy, backward
 and AdamW on one fixed batch of noise. A model may carry arguments: deit_tiny_patch16_224:patch_size=8.
 
---bench data, which must come first, takes the flags of train.py: the loader's throughput, alone and beside the step.
+--bench convert takes timm's ViTs as they are and converted (evavit.convert_vit), over sides of images. --bench data,
+which must come first, takes the flags of train.py: the loader's throughput, alone and beside the step.
 """
 
 import argparse
 import fnmatch
+import itertools
 import os
 import sys
 from functools import partial
@@ -28,6 +31,7 @@ from evavit.arguments import Parser, find_device, program
 from evavit.bench import loader
 from evavit.bench.clocks import copy_rate
 from evavit.bench.contenders import GRIDS, Setting, backend_names, bench_layer, bench_op, default_batch
+from evavit.bench.convert import SIDES, VITS, bench_convert, fit_side
 from evavit.bench.models import bench_model, input_size, parse_model
 from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
 from evavit.errors import UserError, run_script
@@ -46,8 +50,20 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         prog=program('benchmark'), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('--bench', nargs='+', choices=('train', 'infer', 'layer', 'op'), default=['train'], help='what to time')
-    add('--model', '-m', nargs='+', default=[], help='models (default: eva_deit_tiny), with arguments after colons')
+    add(
+        '--bench',
+        nargs='+',
+        choices=('train', 'infer', 'layer', 'op', 'convert'),
+        default=['train'],
+        help='what to time',
+    )
+    add(
+        '--model',
+        '-m',
+        nargs='+',
+        default=[],
+        help='models, with arguments after colons (default: eva_deit_tiny; convert: four ViTs)',
+    )
     add('--model-list', help='more models: a file with one a line, or names and wildcards with commas between them')
     add(
         '-b',
@@ -55,7 +71,12 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         type=positive,
         help='images (default: models 64; op and layer by the grid, at one number of tokens)',
     )
-    add('--img-size', type=positive, help="train, infer: side of the images (default: the model's)")
+    add(
+        '--img-size',
+        type=positive,
+        nargs='+',
+        help="side of the images: one for train, infer (default: the model's), any for convert (default: 224 to 2044)",
+    )
     add('--grid', type=positive, nargs='+', help='op, layer: sides of token grids (default: 14 to 256; CPU: 14, 28)')
     add('--dim', type=positive, default=192, help='op, layer: channels (default: 192)')
     add('--num-heads', type=positive, default=3, help='op, layer: heads (default: 3)')
@@ -93,7 +114,7 @@ def find_models(args: argparse.Namespace) -> List[str]:
     elif args.model_list:
         texts += args.model_list.split(',')
     models: List[str] = []
-    for text in texts or ['eva_deit_tiny']:
+    for text in texts or (VITS if args.bench == ['convert'] else ['eva_deit_tiny']):
         if '*' in text or '?' in text:
             found = fnmatch.filter(timm.list_models(), text)
             if not found:
@@ -126,7 +147,16 @@ def comparisons(args: argparse.Namespace, setting: Setting) -> Iterator[Tuple[Ro
                     heads=args.num_heads,
                 )
                 yield key | shared, partial(measure, setting, batch, side, args.num_heads, args.dim // args.num_heads)
+        elif bench == 'convert':
+            for text, asked in itertools.product(models, args.img_size or SIDES):
+                side, batch = fit_side(text, asked)
+                batch = args.batch_size or batch
+                key = dict(bench=bench, case=text, batch_size=batch, img_size=side, torchcompile=compilation.label)
+                yield key | shared, partial(bench_convert, setting, text, batch, side, compilation)
         else:
+            if args.img_size and len(args.img_size) > 1:
+                raise UserError(f'--img-size {" ".join(map(str, args.img_size))}: --bench {bench} takes one')
+            img_size = args.img_size[0] if args.img_size else None
             for text in models:
                 batch = args.batch_size or 64
                 key = dict(
@@ -134,11 +164,11 @@ def comparisons(args: argparse.Namespace, setting: Setting) -> Iterator[Tuple[Ro
                     case=text,
                     batch_size=batch,
                     torchcompile=compilation.label,
-                    img_size=input_size(text, args.img_size)[1],
+                    img_size=input_size(text, img_size)[1],
                 )
                 yield (
                     key | shared,
-                    partial(bench_model, setting, bench, text, batch, args.img_size, compilation),
+                    partial(bench_model, setting, bench, text, batch, img_size, compilation),
                 )
 
 

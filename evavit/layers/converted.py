@@ -38,7 +38,7 @@ class Derived:
 Class = TypeVar('Class', bound=type)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def derive(front: Class, base: type) -> Class:
     """The class of both, `front` first; always the same one."""
     name = front.__name__.removesuffix('Attention').removesuffix('Model').removesuffix('Block')
