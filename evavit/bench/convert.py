@@ -35,11 +35,12 @@ CONVERTED: Dict[str, Dict[str, Any]] = {
 }
 
 
-def _build(text: str, side: int) -> Any:
+def _build(text: str, side: int, device: torch.device) -> Any:
     name, kwargs = parse_model(text)
     torch.manual_seed(0)
     try:
-        return timm.create_model(**resolve_model_input_args(name, args=dict(img_size=side), **kwargs))
+        with device:  # which draws random weights faster than a CPU
+            return timm.create_model(**resolve_model_input_args(name, args=dict(img_size=side), **kwargs))
     except Exception as error:  # each model has its own errors for arguments that do not fit
         raise UserError(f'{_describe(name, kwargs)}, images of {side}: {first_line(error)[:300]}') from error
 
@@ -48,7 +49,8 @@ def fit_side(text: str, side: int) -> Tuple[int, int]:
     """The largest side up to `side` that a model's patches divide, and the images of a batch of it."""
     name, kwargs = parse_model(text)
     with torch.device('meta'):
-        patch = timm.create_model(name, **kwargs).patch_embed.patch_size[0]
+        model: Any = timm.create_model(name, **kwargs)
+    patch = model.patch_embed.patch_size[0]
     return side // patch * patch, max(1, TOKENS // (side // patch) ** 2)
 
 
@@ -70,7 +72,7 @@ def bench_convert(setting: Setting, text: str, batch: int, side: int, compilatio
 
     def contender(name: str, options: Dict[str, Any]) -> Contender:
         def build(side: int) -> Any:
-            model = _build(text, side)
+            model = _build(text, side, device)
             return (model if name == 'softmax' else convert_vit(model, inplace=True, **options)).to(device)
 
         model = build(side)
