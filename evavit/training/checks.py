@@ -63,6 +63,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_needed(
         ('bce_target_thresh', config.loss.bce_target_thresh is not None, 'bce_loss', config.loss.bce_loss),
         ('no_resume_opt', config.run.no_resume_opt, 'resume', config.run.resume),
+        ('cache_device', config.machine.cache_device, 'augment_device cuda', config.machine.augment_device != 'cpu'),
         ('model_ema_warmup', config.ema.model_ema_warmup, 'model_ema', config.ema.model_ema),
     )
     if not config.data.train_split or not config.data.val_split:

@@ -136,6 +136,14 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         lines.append(
             ('data', f'{len(train_set):,} images to train on, {len(eval_set):,} to validate on, {classes} classes')
         )
+        if config.machine.cache_device:
+            size = sum(map(data.cache_size, (train_set, eval_set))) / 2**30
+            lines.append(
+                (
+                    'cache',
+                    f'{size:.2f} GiB of images on each GPU, by the sizes of some of them; it has to fit beside memory',
+                )
+            )
     elif classes:
         lines.append(('data', f'not given (--data-dir), {classes} classes'))
     else:

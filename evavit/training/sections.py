@@ -374,6 +374,9 @@ class MachineConfig:
         choices=('cpu', 'cuda'),
         scripts=BOTH,
     )
+    cache_device: bool = option(
+        False, 'decode the data set once and keep it on the GPU, with augment_device cuda', scripts=BOTH
+    )
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Data sets and loaders: what is read (`datasets`, `folders`, `images`), drawn (`augment`) and batched (`loader`)."""
 
 from .datasets import check_name, class_count, open_dataset, open_training_sets, read_class_map
-from .device import Draws
+from .device import Draws, cache_size
 from .loader import (
     Batches,
     epoch_batches,
@@ -15,6 +15,7 @@ from .loader import (
 __all__ = [
     'Batches',
     'Draws',
+    'cache_size',
     'check_name',
     'class_count',
     'epoch_batches',

@@ -1,5 +1,6 @@
 """Loaders: timm's, which start at any batch of an epoch and draw there what they would have drawn without a stop."""
 
+import copy
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from timm.models import get_model_input_config
 from evavit.errors import LocalError, UserError, first_line
 from evavit.training.config import AugmentConfig, BatchConfig, MachineConfig, ModelConfig
 from evavit.training.data.augment import SeededErasing, repair_posterize
-from evavit.training.data.device import DeviceLoader, Draws, Maker, Sample, collate
+from evavit.training.data.device import DeviceLoader, Draws, Maker, Sample, cached, collate
 from evavit.training.distributed import Draw, Process, seed_at, seed_sample
 from evavit.training.signals import SIGNALS
 
@@ -137,28 +138,36 @@ def _check_shared_memory(dataset: Any, workers: int) -> None:
         raise LocalError(_no_shared_memory(bad.unshared))
 
 
-def _on_device(
-    loader: Any,
-    dataset: Any,
-    data_config: Dict[str, Any],
-    machine: MachineConfig,
-    device: torch.device,
-    erasing: Dict[str, Any],
-    seed: int = 0,
-    rank: int = 0,
-) -> DeviceLoader:
-    """The loader of the device path, made of timm's: only what is done to an image changes."""
+def _on_gpu(machine: MachineConfig) -> bool:
+    """Whether images are augmented there."""
+    if machine.cache_device and machine.augment_device == 'cpu':
+        raise UserError('cache_device does nothing without augment_device cuda; add --augment-device cuda')
+    return machine.augment_device != 'cpu'
+
+
+def _read_for(dataset: Any, machine: MachineConfig, device: torch.device) -> Tuple[Any, Any]:
+    """What is loaded for the device path, with files as they are or from a cache on the device, and that cache."""
     if machine.augment_device == 'cuda' != device.type:  # tests have the same operators work on CPU tensors
         raise UserError(f'--augment-device cuda needs a GPU, and this run is on {device}; leave it out')
-    loaded = loader.loader
-    source = dataset
-    while not hasattr(source, 'keep_jpeg'):
-        source = source.dataset
-    source.keep_jpeg = True
+    if not hasattr(dataset, 'keep_jpeg'):  # it goes through another one again and again
+        outer = copy.copy(dataset)
+        outer.dataset, store = _read_for(dataset.dataset, machine, device)
+        return outer, store
+    dataset.keep_jpeg = True
+    return cached(dataset, device, machine.workers) if machine.cache_device else (dataset, None)
+
+
+def _on_device(
+    loader: Any, read: Any, store: Any, opened: Any, data_config: Dict[str, Any], device: torch.device, **rest: Any
+) -> DeviceLoader:
+    """The loader of the device path, made of timm's: only what is done to an image changes."""
+    loaded, erasing = loader.loader, rest.pop('erasing', {})
+    while not hasattr(read, 'replace'):
+        read = read.dataset
     draws = Draws(loaded.dataset.transform, data_config['input_size'], erasing)
     loaded.dataset.transform = draws
-    maker = Maker(draws, data_config, device, erasing.get('mode', 'const'), source.replace)
-    return DeviceLoader(loaded, dataset, maker, seed, rank)
+    maker = Maker(draws, data_config, device, erasing.get('mode', 'const'), read.replace, store)
+    return DeviceLoader(loaded, opened, maker, **rest)
 
 
 def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]:
@@ -201,7 +210,10 @@ def train_loader(
     """
     device = process.device
     _check_shared_memory(dataset, machine.workers)
-    opened, on_device = dataset, machine.augment_device != 'cpu'
+    opened, store, on_device = dataset, None, _on_gpu(machine)
+    if on_device:
+        dataset, store = _read_for(dataset, machine, device)
+    read = dataset
     if not isinstance(dataset, IterableImageDataset):
         dataset = Numbered(SeededDataset(dataset)) if on_device else SeededDataset(dataset)
     try:
@@ -232,7 +244,8 @@ def train_loader(
     if on_device:
         erasing = dict(probability=augment.reprob, mode=augment.remode, max_count=augment.recount)
         erasing = erasing if augment.reprob and not augment.no_aug else {}
-        loader = _on_device(loader, opened, data_config, machine, device, erasing, seed, process.rank)
+        rest: Dict[str, Any] = dict(erasing=erasing, seed=seed, rank=process.rank)
+        loader = _on_device(loader, read, store, opened, data_config, device, **rest)
     else:
         repair_posterize(dataset.transform)
     if not isinstance(dataset, IterableImageDataset):
@@ -263,8 +276,9 @@ def eval_loader(
 ) -> Any:
     """Batches of images on the device, in order; the sampler knows which of them only make the processes even."""
     _check_shared_memory(dataset, machine.workers)
-    on_device = machine.augment_device != 'cpu'
-    given: Any = Numbered(dataset) if on_device and not isinstance(dataset, IterableImageDataset) else dataset
+    on_device = _on_gpu(machine)
+    read, store = _read_for(dataset, machine, device) if on_device else (dataset, None)
+    given: Any = Numbered(read) if on_device and not isinstance(read, IterableImageDataset) else read
     loader = create_loader(
         given,
         input_size=data_config['input_size'],
@@ -283,7 +297,7 @@ def eval_loader(
         device=device,
         persistent_workers=False,
     )
-    return _on_device(loader, dataset, data_config, machine, device, {}) if on_device else loader
+    return _on_device(loader, read, store, dataset, data_config, device) if on_device else loader
 
 
 def epoch_batches(

@@ -7,12 +7,15 @@ import tarfile
 
 import faults
 import pytest
+import torch
+import torch.distributed as dist
 from PIL import EpsImagePlugin, ImageFile
 from runs import CLASSES, MODEL, QUICK, load_script, write_images
 
 from evavit.errors import UserError, run_script
 from evavit.training import data
 from evavit.training.config import parse_settings
+from evavit.training.distributed import Process
 
 
 def files(root):
@@ -292,3 +295,32 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, capfd):
         )
         err = capfd.readouterr().err
         assert code == 2 and f'needs the package {package}' in err
+
+
+@pytest.mark.parametrize('kind', ['tars', 'shards', 'hfds', 'hfids'])
+def test_the_device_path_reads_every_source(kind, images, request, tmp_path, monkeypatch):
+    """JPEG files and others from each of them: the batches of the CPU path, and its count of bad images."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    (tmp_path / 'cache').mkdir()
+    for number, path in enumerate(files(images / 'train')[::2]):
+        if path.name != '3.png':
+            path.write_bytes(faults.encode(faults.picture(side=40, seed=number), 'JPEG'))
+    place = list(map(str, request.getfixturevalue(kind)))
+    settings = parse_settings('train', [*place, '--max-bad-images', '1', '--aa', 'rand-m9-inc1'])[0]
+    settings.machine.workers, settings.batch.batch_size = 0, 4
+    process, both = Process(torch.device('cpu'), 0, 0, 1), []
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    size = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.0)
+    for settings.machine.augment_device in ('any', 'cpu'):
+        dataset, _ = data.open_dataset(
+            settings.data, settings.data.train_split, batch_size=4, is_training=True, num_samples=24
+        )
+        loader = data.train_loader(
+            dataset, settings.augment, size, batch_size=4, machine=settings.machine, seed=1, process=process
+        )
+        both.append(list(data.epoch_batches(loader, settings.batch, seed=1, process=process, epoch=0)))
+        assert dataset.bad.count == 1
+    dist.destroy_process_group()
+    assert len(both[0]) == len(both[1]) == 6
+    for (pixels, target), (expected, labels) in zip(*both, strict=True):
+        assert torch.equal(target, labels) and 127.5 * (pixels - expected).abs().mean() < 0.05

@@ -5,7 +5,8 @@ a batch of tensors what Pillow does to an image; `decode` has nvJPEG; `pipeline`
 step; `cache` keeps a whole data set on the device.
 """
 
+from .cache import cache_size, cached
 from .draws import Draws, Sample
 from .pipeline import DeviceLoader, Maker, collate
 
-__all__ = ['DeviceLoader', 'Draws', 'Maker', 'Sample', 'collate']
+__all__ = ['DeviceLoader', 'Draws', 'Maker', 'Sample', 'cache_size', 'cached', 'collate']

@@ -172,7 +172,7 @@ class DeviceLoader:
         rank: This process's.
     """
 
-    def __init__(self, loader: Any, dataset: Any, maker: Maker, seed: int, rank: int):
+    def __init__(self, loader: Any, dataset: Any, maker: Maker, seed: int = 0, rank: int = 0):
         self.loader, self.dataset, self.maker, self.seed, self.rank = loader, dataset, maker, seed, rank
         self.stream = torch.cuda.Stream(maker.device) if maker.device.type == 'cuda' else None
         self.random_erasing = self  # the epoch and the batch that `epoch_batches` begins with

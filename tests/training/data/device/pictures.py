@@ -65,6 +65,7 @@ def loader(
     rank=0,
     world=1,
     least=0,
+    cache=False,
     **augment,
 ):
     """A training loader; the private augment_device `any` has the device path work where the process is. `least`:
@@ -72,7 +73,7 @@ def loader(
     where = DataConfig(data_dir=str(root), max_bad_images=1.0)
     dataset, _ = data.open_dataset(where, 'train', batch_size=batch_size, seed=seed, is_training=True)
     dataset = Repeated(dataset, least) if least else dataset
-    machine = MachineConfig(workers=workers, augment_device=augment_device)
+    machine = MachineConfig(workers=workers, augment_device=augment_device, cache_device=cache)
     process = Process(torch.device(device), rank, rank, world)
     settings = AugmentConfig(**augment)
     return data.train_loader(

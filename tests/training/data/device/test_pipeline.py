@@ -14,6 +14,7 @@ from evavit.training.data.decode import Jpeg, decode
 from evavit.training.data.device import decode as device_decode
 from evavit.training.sections import DataConfig, MachineConfig
 
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 RECIPE = dict(aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', scale=[0.08, 1.0])
 
 
@@ -136,7 +137,7 @@ def test_files_that_the_decoder_refuses(photos, monkeypatch):
     assert len(refused) == 2
 
 
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('device', DEVICES)
 def test_a_file_that_nobody_decodes_is_counted_and_replaced(device, tmp_path):
     """Its header is in order, its Huffman table is not: that shows in the decoder alone."""
     root = write(tmp_path, 6)
@@ -197,3 +198,41 @@ def test_without_a_gpu_it_is_a_line(photos):
     with pytest.raises(UserError, match='needs a GPU') as error:
         loader(photos, 'cuda', **RECIPE)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_a_cache_changes_nothing(device, tmp_path):
+    """Images of several sizes and formats, one of which is bad: the same batches, the same count in each epoch."""
+    root = write(tmp_path, 9)
+    photographs(50, 60)[0].save(root / 'train' / '0' / '100.png')
+    (root / 'train' / '1' / '102.jpg').write_bytes(jpeg(photographs(60, 50)[1])[:300])
+    settings = dict(device=device, **RECIPE, reprob=0.5)
+    plain, kept = loader(root, 'any', **settings), loader(root, 'any', workers=1, cache=True, **settings)
+    counts = []
+    for number in range(3):
+        for loading in (plain, kept):
+            loading.dataset.bad.begin()
+        expected, made = (epoch(loading, epoch=number, device=device) for loading in (plain, kept))
+        assert len(made) == len(expected) == 2
+        for (images, target), (others, labels) in zip(made, expected, strict=True):
+            assert torch.equal(images, others) and torch.equal(target, labels)
+        counts.append(kept.dataset.bad.count)
+        assert counts[-1] == plain.dataset.bad.count
+    assert max(counts) == 1
+
+
+def test_a_cached_validation_is_the_same(photos):
+    made = []
+    for cache in (False, True):
+        dataset, _ = data.open_dataset(DataConfig(data_dir=str(photos)), 'validation', batch_size=5)
+        machine = MachineConfig(workers=0, augment_device='any', cache_device=cache)
+        made.append(
+            list(data.eval_loader(dataset, config(), batch_size=5, machine=machine, device=torch.device('cpu')))
+        )
+    for (images, target), (expected, labels) in zip(*made, strict=True):
+        assert torch.equal(images, expected) and torch.equal(target, labels)
+
+
+def test_a_cache_needs_the_device_path_and_an_index(photos, tmp_path):
+    with pytest.raises(UserError, match='--augment-device cuda'):
+        loader(photos, 'cpu', cache=True)
