@@ -239,6 +239,8 @@ class _Plan:
         }
         for name, of_kernel in options.items():
             of_kernel.update(LAUNCH.get(name, LAUNCH['gluon'] if name.endswith('_gluon') else {}))
+        if self.NC > 1:  # tiles of other keys run beside it: less to wait for, and registers are what it lacks
+            options['backward_shared']['num_stages'] = 2
         return options
 
     def split(self, tokens: int) -> Tuple[int, int]:
@@ -251,7 +253,7 @@ class _Plan:
     @functools.cached_property
     def prefix(self) -> Dict[str, Any]:
         """What the launches of the prefix tokens' kernels have in common."""
-        return dict(P=self.P, BP=16, D=self.D, BD=self.BD, num_warps=4, num_stages=2)
+        return dict(P=self.P, BP=16, D=self.D, BD=self.BD, num_warps=4, num_stages=3)
 
     def per_program(self, windows: int) -> int:
         """Windows that one program walks: at most `windows`, fewer where the card would stay empty."""
