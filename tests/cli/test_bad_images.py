@@ -239,13 +239,14 @@ def test_a_loading_process_that_dies_while_it_hands_over(answered, train, monkey
     assert err.count('\n') == 1 and 'lower --workers' in err
 
 
-def test_a_signal_to_loading_processes_alone_does_no_harm(train, monkeypatch):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_loading_processes_alone_does_no_harm(train, monkeypatch, number):
     """As a scheduler sends it to every process of a job, while the run trains and while it validates."""
     main, read = os.getpid(), images_module.CheckedImages.__getitem__
 
     def signalled(dataset, index):
         if os.getpid() != main:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return read(dataset, index)
 
     monkeypatch.setattr(images_module.CheckedImages, '__getitem__', signalled)
