@@ -100,13 +100,14 @@ class Watchdog:
         self.limit, self.pause = limit, min(PAUSE, limit / 10)
         self.stages = [Stage(lambda: 'is at work', False, time.monotonic())]
         self.ended = threading.Event()
-        self.rank, self.world_size, self.beat = 0, 1, 0
+        self.rank, self.beat = 0, 0
+        self.others: List[int] = []  # the ranks of the other processes
         self.store: Optional[dist.Store] = None
-        self.heard: Dict[int, Tuple[int, float]] = {}  # rank → the last number that it told, and when that was new
+        self.last: Dict[int, Tuple[int, float]] = {}  # rank → the last beat that it told, and when that was new
 
     def __enter__(self) -> 'Watchdog':
         if self.limit:
-            _, self.rank, self.world_size = launched()
+            _, self.rank, _ = launched()
             threading.Thread(target=self._watch, daemon=True, name='stalls').start()
         return self
 
@@ -117,8 +118,9 @@ class Watchdog:
 
     def joined(self) -> None:
         """Called once the process group is there: from then on the processes tell each other what they do."""
-        if not self.limit or not dist.is_initialized() or self.world_size == 1:
+        if not self.limit or not dist.is_initialized() or dist.get_world_size() == 1:
             return
+        self.others = [rank for rank in range(dist.get_world_size()) if rank != self.rank]
         later = timedelta(seconds=(AT_WORK + 1) * self.limit)
         # the public name is younger than the oldest PyTorch that is allowed
         (getattr(dist, 'set_timeout', None) or dist.distributed_c10d._set_pg_timeout)(later)
@@ -185,7 +187,7 @@ class Watchdog:
                 self._tell(self.store, stage)
             if not stage.waits or age <= self.limit / 2:
                 continue
-            others = self._others()  # from half the limit on, to see who still tells something
+            others = self._heard()  # from half the limit on, to see who still tells something
             if age > self.limit and not any(self._moves(other) for other in others):
                 known = [f'; rank {other["rank"]} {self._doing(other)}' for other in others]
                 end_now(
@@ -202,16 +204,16 @@ class Watchdog:
         with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone: nobody is heard any more
             store.set(self._key(self.rank), json.dumps(told))
 
-    def _others(self) -> List[Dict[str, Any]]:
+    def _heard(self) -> List[Dict[str, Any]]:
         """What the other processes told last."""
-        keys = [self._key(rank) for rank in range(self.world_size) if rank != self.rank]
+        keys = [self._key(rank) for rank in self.others]
         others: List[Dict[str, Any]] = []
         with contextlib.suppress(RuntimeError):
             if self.store is not None and self.store.check(keys):
                 others = [json.loads(told) for told in self.store.multi_get(keys)]
         for other in others:
-            if self.heard.get(other['rank'], (-1, 0.0))[0] != other['beat']:
-                self.heard[other['rank']] = other['beat'], time.monotonic()
+            if self.last.get(other['rank'], (-1, 0.0))[0] != other['beat']:
+                self.last[other['rank']] = other['beat'], time.monotonic()
         return others
 
     @staticmethod
@@ -219,7 +221,7 @@ class Watchdog:
         return f'stalls/{rank}'
 
     def _silent(self, other: Dict[str, Any]) -> bool:
-        return time.monotonic() - self.heard[other['rank']][1] > self.limit / 4
+        return time.monotonic() - self.last[other['rank']][1] > self.limit / 4
 
     def _moves(self, other: Dict[str, Any]) -> bool:
         return not self._silent(other) and other['age'] <= self.limit * (1 if other['waits'] else AT_WORK)

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -87,39 +88,39 @@ def test_compilation_is_work_in_the_midst_of_a_wait(ended):
     torch.compiler.reset()
 
 
-OTHER = dict(rank=1, beat=0, doing='writes', waits=False, age=0.0)
+WORKS, WAITS = dict(doing='writes', waits=False, age=0.0), dict(doing='waits for a batch', waits=True, age=0.1)
+CASES = [  # what the other process told last, whether it goes on, and what is told of it where that ends the wait
+    (WORKS, True, None),
+    (WORKS | dict(age=5.0), True, None),
+    (WORKS | dict(age=7.0), True, '; rank 1 writes'),
+    (WAITS, True, None),
+    (WAITS | dict(age=2.0), True, '; rank 1 waits for a batch'),
+    (WORKS, False, '; rank 1 is silent'),
+    ({}, False, ''),
+]
 
 
-@pytest.mark.parametrize(
-    'other, answers, ends, about',
-    [
-        (OTHER, True, False, ''),
-        (OTHER | dict(age=5 * LIMIT), True, False, ''),
-        (OTHER | dict(age=7 * LIMIT), True, True, '; rank 1 writes'),
-        (OTHER | dict(waits=True, doing='waits for a batch', age=0.1 * LIMIT), True, False, ''),
-        (OTHER | dict(waits=True, doing='waits for a batch', age=2 * LIMIT), True, True, '; rank 1 waits for a batch'),
-        (OTHER, False, True, '; rank 1 is silent'),
-        (None, False, True, ''),
-    ],
-    ids=['works', 'works long', 'works too long', 'waits', 'waits too long', 'silent', 'unknown'],
-)
-def test_what_the_other_process_does_counts(ended, other, answers, ends, about):
-    store = dist.HashStore()
-    with Watchdog(LIMIT) as watchdog:
-        watchdog.world_size = 2
-        if other:
-            store.set('stalls/1', json.dumps(other))
-        watchdog.store = store
-        with watchdog.waiting(lambda: 'all_reduce'):
-            end = time.monotonic() + 4 * LIMIT
-            while not ended and time.monotonic() < end:
-                if answers:
-                    other = other | dict(beat=other['beat'] + 1)
-                    store.set('stalls/1', json.dumps(other))
-                time.sleep(LIMIT / 20)
-    assert bool(ended) == ends and all(f'for all_reduce{about}: stopped' in line for line in ended)
-    told = json.loads(store.get('stalls/0'))
-    assert told['rank'] == 0 and told['doing'] == 'waits for all_reduce' and told['waits']
+def test_what_the_other_process_does_counts(ended):
+    """With a limit of one second. The cases run side by side: the process of each has a rank of its own."""
+    with ExitStack() as stack:
+        stores = [dist.HashStore() for _ in CASES]
+        for rank, (store, (other, _, _)) in enumerate(zip(stores, CASES, strict=True), 2):
+            watchdog = stack.enter_context(Watchdog(1.0))
+            watchdog.rank, watchdog.others, watchdog.store = rank, [1], store
+            if other:
+                store.set('stalls/1', json.dumps(dict(rank=1, beat=0, **other)))
+            stack.enter_context(watchdog.waiting(lambda: 'all_reduce'))
+        for beat in range(1, 126):
+            time.sleep(0.02)
+            for store, (other, goes_on, _) in zip(stores, CASES, strict=True):
+                if goes_on:
+                    store.set('stalls/1', json.dumps(dict(rank=1, beat=beat, **other)))
+    for rank, (_, _, about) in enumerate(CASES, 2):
+        lines = [line for line in ended if line.startswith(f'rank {rank} ')]
+        assert len(lines) == (about is not None), ended
+        assert all(f'for all_reduce{about}: stopped' in line for line in lines), lines
+    told = json.loads(stores[0].get('stalls/2'))
+    assert told['rank'] == 2 and told['doing'] == 'waits for all_reduce' and told['waits']
 
 
 def test_stages_end_in_any_order():
