@@ -8,7 +8,20 @@ import timm
 import torch
 import torch._dynamo
 import yaml
-from runs import DRAWN, KWARGS, MODEL, PLAIN, QUICK, SOFTMAX, assert_same_run, rows, scalars, weights, write_images
+from runs import (
+    DRAWN,
+    KWARGS,
+    MODEL,
+    PLAIN,
+    QUICK,
+    SOFTMAX,
+    assert_same_run,
+    rows,
+    scalars,
+    weights,
+    words,
+    write_images,
+)
 from timm.utils import load_checkpoint_metadata
 
 from evavit.training import checkpoint
@@ -197,6 +210,10 @@ def test_repeated_augmentation_needs_no_second_process(train):
         ['--clip-grad', '1', '--clip-mode', 'agc'],
         ['--cooldown-epochs', '1'],
         ['--in-chans', '1'],
+        pytest.param(
+            words('--torchcompile aot_eager --grad-checkpointing -b 2 --grad-accum-steps 2 --model-ema'),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=' '.join,
 )
