@@ -245,7 +245,8 @@ def measure(benches, config, process, group, control, ddp, batch, wanted, second
             row['no_sync_ms'] = round(row['no_sync_ms'], 2)
         row['img_per_s'] = round(1e3 * row['global_batch_size'] / row['ms'], 1)
         row['ms'] = round(row['ms'], 2)
-        if process.device.type == 'cuda':
+        # What a graph allocates it keeps, and no peak shows it.
+        if process.device.type == 'cuda' and not update.run.compilation.graphs:
             row['peak_memory_mib'] = round(torch.cuda.max_memory_allocated(process.device) / 2**20)
         made[bench] = row
         began = time.perf_counter()

@@ -122,6 +122,6 @@ def report_skips(compilation: Compilation) -> None:
     skips = counters['inductor'].pop('cudagraph_skips', 0)  # each is told once
     if skips:
         log.warning(
-            f'{skips} parts of the compiled model are not replayed as CUDA graphs (TORCH_LOGS=cudagraphs,perf_hints says why): '
-            f'{COST}'
+            f'{skips} parts of the compiled model are not replayed as CUDA graphs (TORCH_LOGS=cudagraphs,perf_hints '
+            f'says why): {COST}'
         )
