@@ -36,7 +36,7 @@ from evavit.bench.models import bench_model, input_size, parse_model
 from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
 from evavit.errors import UserError, run_script
 from evavit.ops.eva import EVA
-from evavit.training.compilation import MODES, choose_compilation
+from evavit.training.compilation import MODES, Compilation, choose_compilation
 
 
 def positive(text: str) -> int:
@@ -126,11 +126,12 @@ def find_models(args: argparse.Namespace) -> List[str]:
     return list(dict.fromkeys(models))
 
 
-def comparisons(args: argparse.Namespace, setting: Setting) -> Iterator[Tuple[Row, Callable[[], List[Row]]]]:
+def comparisons(
+    args: argparse.Namespace, setting: Setting, compilation: Compilation
+) -> Iterator[Tuple[Row, Callable[[], List[Row]]]]:
     """(what the rows of a comparison share, function that makes them), of all that the flags ask for."""
     shared = {'amp_dtype': setting.dtype_name}
     models = find_models(args)
-    compilation = choose_compilation(args.torchcompile, args.torchcompile_mode, setting.device)
     for bench in args.bench:
         if bench in ('op', 'layer'):
             if args.dim % args.num_heads:
@@ -207,8 +208,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if backend in args.backend and device.type == 'cpu':
             raise UserError(f'--backend {backend} needs a CUDA device; a CPU has plain and sdpa')
     kernels = [backend for backend in args.backend if backend in EVA.backends and backend != 'plain']
-    compiled = choose_compilation(args.torchcompile, args.torchcompile_mode, device).backend
-    if compiled and len(kernels) > 1:
+    compilation = choose_compilation(args.torchcompile, args.torchcompile_mode, device)
+    if compilation.backend and len(kernels) > 1:
         raise UserError(
             f'--backend {" ".join(kernels)} with --torchcompile: name one; a compiled model keeps its backend'
         )
@@ -220,7 +221,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     dtype = args.amp_dtype or ('bfloat16' if device.type == 'cuda' else 'float32')
     setting = Setting(device, getattr(torch, dtype), args.backend, args.repeats, args.warmup, lock=args.lock)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in PyTorch's matrix products
-    planned = list(comparisons(args, setting))
+    planned = list(comparisons(args, setting, compilation))
     where = origin(device)
     if 'op' in args.bench:
         with setting.turn(alone=True):

@@ -37,7 +37,8 @@ def test_measured_beside_predicted(table):
     text = table(
         row('weak', 1, 'no', 100),
         row('weak', 1, 'reduce-overhead', 400),
-        row('weak', 2, 'no', 190, ms='10.5', no_sync_ms='10.0'),
+        row('weak', 2, 'no', 190, ms='10.5', no_sync_ms='9.0'),
+        row('weak', 4, 'no', 380, ms='10.5', no_sync_ms='10.6'),
         row('strong', 2, 'no', 900, status='failed'),
         row('train', 2, 'no', 150, workers='3', data_wait='0.25'),
     )
@@ -47,5 +48,6 @@ def test_measured_beside_predicted(table):
         if line.startswith(('| `eva_deit_tiny` | 1', '| `eva_deit_tiny` | 2'))
     )
     assert one[3] == '400 img/s (reduce-overhead)'
-    assert two[3] == '190 img/s (eager), 95 %, exchange 0.5 of 10.5 ms' and two[5] == 'not measured |'
+    assert two[3] == '190 img/s (eager), 95 %, exchange 1.5 of 10.5 ms' and two[5] == 'not measured |'
+    assert '95 %, exchange less than 0.5 of 10.5 ms' in text
     assert '2 GPUs, 3 workers each' in text and '150 img/s, of which it waits 25 %' in text
