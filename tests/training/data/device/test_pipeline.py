@@ -233,6 +233,12 @@ def test_a_cached_validation_is_the_same(photos):
         assert torch.equal(images, expected) and torch.equal(target, labels)
 
 
-def test_a_cache_needs_the_device_path_and_an_index(photos, tmp_path):
+def test_what_a_cache_will_take(photos):
+    dataset, _ = data.open_dataset(DataConfig(data_dir=str(photos)), 'validation', batch_size=5)
+    sizes = [dataset.load(index)[0].size for index in range(len(dataset))]
+    assert data.cache_size(dataset) == pytest.approx(sum(3 * width * height for width, height in sizes), abs=3)
+
+
+def test_a_cache_needs_the_device_path(photos):
     with pytest.raises(UserError, match='--augment-device cuda'):
         loader(photos, 'cpu', cache=True)
