@@ -90,7 +90,7 @@ def test_under_autocast_keys_and_values_have_one_dtype():
 def test_classes_are_made_once_and_copied_and_pickled():
     front = derive(ConvertedAttention, EvaAttention)
     assert front is derive(ConvertedAttention, EvaAttention) and front.__name__ == 'ConvertedEvaAttention'
-    attn, converted = pair('gate, norms, wide heads')
+    converted = pair('gate, norms, wide heads')[1]
     x, grid = torch.randn(2, 22, 16, dtype=torch.float64), GridSize(4, 5)
     for other in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
         assert type(other) is front and torch.equal(other(x, attn_mask=grid), converted(x, attn_mask=grid))

@@ -1,4 +1,4 @@
-"""timm's vision transformers on EVA: the softmax model at the exact limit, close to it elsewhere, and else unchanged."""
+"""timm's vision transformers on EVA: the softmax model at the exact limit, near it elsewhere, and else unchanged."""
 
 import copy
 import threading
@@ -163,7 +163,7 @@ def test_what_timm_does_with_a_model_it_does_with_a_converted_one():
 
     same(lambda m: [m.forward_features(x), m(oblong), m.forward_head(m.forward_features(oblong), pre_logits=True)])
     same(lambda m: m.forward_intermediates(oblong, indices=[0, 1], norm=True, intermediates_only=True))
-    same(lambda m: m.forward_intermediates(x, 1, return_prefix_tokens=True, stop_early=True, intermediates_only=True)[0])
+    same(lambda m: m.forward_intermediates(x, 1, True, stop_early=True, intermediates_only=True)[0])
     same(lambda m: m.get_intermediate_layers(x, 2, reshape=True))
     for pool in ('avg', 'token', 'max', ''):
         for m in (model, converted):
@@ -336,7 +336,7 @@ def test_misuse():
     with pytest.raises(ValueError, match='needs the size of its grid'):
         converted.blocks[0].attn(torch.randn(1, 37, 64))
     assert converted.blocks[0].attn(torch.randn(1, 37, 64), attn_mask=GridSize(6, 6)).shape == (1, 37, 64)
-    with pytest.raises(ValueError, match='patch_drop_rate 0.5'):
+    with pytest.raises(ValueError, match=r'patch_drop_rate 0\.5'):
         evavit.convert_vit(original('vit_tiny_patch16_224', patch_drop_rate=0.5))
     with pytest.raises(ValueError, match='Sequential is none of'):
         evavit.convert_vit(nn.Sequential(model))
