@@ -4,7 +4,6 @@ timm's blocks hand a mask on to their attention. A converted model has no mask a
 place, as a `GridSize`: an argument of each call, so that threads, compilers and exports see nothing else change.
 """
 
-import functools
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Type, TypeVar, cast
 
 import torch
@@ -36,14 +35,18 @@ class Derived:
 
 
 Class = TypeVar('Class', bound=type)
+_MADE: Dict[Tuple[type, type], type] = {}
 
 
-@functools.cache
 def derive(front: Class, base: type) -> Class:
     """The class of both, `front` first; always the same one."""
-    name = front.__name__.removesuffix('Attention').removesuffix('Model').removesuffix('Block')
-    made = type(name + base.__name__, (front, base), {'made_of': (front, base), '__doc__': front.__doc__})
-    return cast(Class, register_notrace_module(made) if issubclass(made, GridAttention) else made)
+    if (front, base) not in _MADE:
+        name = front.__name__.removesuffix('Attention').removesuffix('Model').removesuffix('Block') + base.__name__
+        made = type(name, (front, base), {'made_of': (front, base), '__doc__': front.__doc__})
+        if issubclass(made, GridAttention):
+            register_notrace_module(made)
+        _MADE.setdefault((front, base), made)  # of another thread's
+    return cast(Class, _MADE[front, base])
 
 
 def _blank(front: type, base: type) -> Any:

@@ -154,7 +154,7 @@ def why_not_converted(model: nn.Module) -> Optional[str]:
         if type(block).forward not in _PLACES or 'forward' in block.__dict__:
             return f'its blocks ({kind}) have a forward of their own, in which no attention can be exchanged'
         for holder, _ in _PLACES[type(block).forward](block):
-            attn = holder.attn
+            attn: Any = holder.attn
             if isinstance(attn, DiffAttention):
                 return f'{type(attn).__name__} is a difference of two softmaxes, which EVA does not approximate'
             if type(attn).forward not in _ATTENTIONS or 'forward' in attn.__dict__:
@@ -168,7 +168,8 @@ def _places(model: nn.Module) -> Iterator[Place]:
 
 
 def _forward_of(block: nn.Module) -> Callable[..., Any]:
-    return (block.made_of[1] if isinstance(block, CheckpointBlock) else type(block)).forward
+    kind: Any = block.made_of[1] if isinstance(block, CheckpointBlock) else type(block)
+    return kind.forward
 
 
 # What convert_vit has an argument for, with the default that stands in its signature.
