@@ -7,12 +7,13 @@ EVA are functions of the package too: `evavit.eva_deit_tiny(...)`.
 from typing import Any, Callable, List
 
 from . import models
+from .hub import load_converted
 from .layers import EvaAttention
 from .models import convert_vit, revert_vit
 from .ops import eva_attention
 from .version import __version__
 
-__all__ = ['EvaAttention', '__version__', 'convert_vit', 'eva_attention', 'revert_vit']
+__all__ = ['EvaAttention', '__version__', 'convert_vit', 'eva_attention', 'load_converted', 'revert_vit']
 __all__ += [name for name in models.model_names() if name.startswith('eva_')]
 
 

@@ -1,17 +1,22 @@
 """Publish weights: a folder in the layout of the Hugging Face Hub, with a model card, or an upload to it."""
 
+import json
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Union
 
+import timm
 import torch
 from timm.models import get_model_input_config, push_to_hf_hub
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, generate_readme, save_for_hf
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_from_hf, generate_readme, save_for_hf
 
 from evavit.files import replacing_in
-from evavit.models import write_weights
+from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
 from evavit.version import __version__
 
-__all__ = ['model_card', 'publish', 'save_folder']
+__all__ = ['load_converted', 'model_card', 'publish', 'save_folder']
+
+_HUB = 'hf-hub:'
+_CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
 
 _CITATION = """@inproceedings{zheng2023eva,
   title     = {Efficient Attention via Control Variates},
@@ -27,13 +32,23 @@ import timm
 import torch
 from PIL import Image
 
-import evavit  # registers the model
+import evavit{comment}
 
-model = timm.create_model({source!r}, pretrained=True).eval()
+model = {make}.eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)
 image = Image.open("picture.jpg").convert({mode!r})
 with torch.no_grad():
     probabilities = model(transform(image).unsqueeze(0)).softmax(-1)
+```
+"""
+
+_CONVERTED = """
+The model is timm's `{name}` with the attention that evavit puts in the place of softmax. `load_converted` does this:
+
+```python
+model = timm.create_model({source!r})
+model = evavit.convert_vit(model, {arguments})
+model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 ```
 """
 
@@ -98,6 +113,19 @@ def model_card(
         'Papers': ['Efficient Attention via Control Variates: https://arxiv.org/abs/2302.04542'],
         'Code': f'evavit {__version__}',
     }
+    channels_mode = 'L' if channels == 1 else 'RGB'
+    usage = _USAGE.format(
+        comment='  # registers the model',
+        make=f'timm.create_model({source!r}, pretrained=True)',
+        mode=channels_mode,
+    )
+    summary = f'`{name}`: a vision backbone with EVA attention (evavit, on timm).'
+    if isinstance(model, ConvertedModel):
+        where = source.removeprefix('local-dir:')
+        usage = _USAGE.format(comment='', make=f'evavit.load_converted({where!r})', mode=channels_mode)
+        arguments = ', '.join(f'{key}={value!r}' for key, value in model.conversion.items())
+        usage += _CONVERTED.format(name=name, source=source, arguments=arguments)
+        summary = f'`{name}` of timm, converted to {model.conversion["attention"]} attention by evavit.'
     given = recipe or {}
     settings = {key: given[key] for key in _RECIPE if given.get(key) not in (None, False)}
     details['Recipe'] = settings or 'not given'
@@ -105,15 +133,17 @@ def model_card(
     return {
         'license': licence,
         'tags': ['image-classification', 'timm', 'evavit'],
-        'description': description or f'`{name}`: a vision backbone with EVA attention (evavit, on timm).',
+        'description': description or summary,
         'details': details,
-        'usage': _USAGE.format(source=source, mode='L' if channels == 1 else 'RGB'),
+        'usage': usage,
         'citation': _CITATION,
     }
 
 
-def _config(label_names: Optional[list], licence: str) -> Dict[str, Any]:
+def _config(model: torch.nn.Module, label_names: Optional[list], licence: str) -> Dict[str, Any]:
     config: Dict[str, Any] = {'pretrained_cfg': {'license': licence}}
+    if isinstance(model, ConvertedModel):
+        config[_CONVERSION] = model.conversion
     return {**config, 'label_names': list(label_names)} if label_names else config
 
 
@@ -128,11 +158,11 @@ def save_folder(
     """Write weights (`model.safetensors`), `config.json` and the model card `README.md` to a folder, each file whole or
     not at all.
 
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` makes the same model again, and the folder can be uploaded
-    as it is.
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` makes the same model again, `load_converted` one that was
+    converted, and the folder can be uploaded as it is.
 
     Args:
-        model: A model from `timm.create_model`.
+        model: A model from `timm.create_model`, or what `evavit.convert_vit` made of one.
         folder: Folder to write to; made if it is missing.
         data_config: How images are prepared (mean, std, interpolation, crop_pct …); by default the model's own.
         label_names: Names of the classes, in their order.
@@ -144,7 +174,7 @@ def save_folder(
         save_for_hf(
             model,
             str(partial),
-            model_config=_config(label_names, card['licence']),
+            model_config=_config(model, label_names, card['licence']),
             safe_serialization=True,
             data_config=data_config,
         )
@@ -152,6 +182,34 @@ def save_folder(
         readme = generate_readme(model_card(model, **{'source': f'local-dir:{path}', **card}), path.name)
         (partial / 'README.md').write_text(readme, encoding='utf-8')
     return path
+
+
+def load_converted(source: Union[str, Path]) -> torch.nn.Module:
+    """The model that `save_folder` or `publish` wrote after `evavit.convert_vit`, with its weights.
+
+    Args:
+        source: The folder, or 'hf-hub:owner/name'.
+
+    Raises:
+        ValueError: one line: no such folder, or no converted model in it.
+        RuntimeError: one line on weights that cannot be read, or that are not of the model.
+    """
+    name = str(source)
+    if name.startswith(_HUB):
+        folder = Path(download_from_hf(name.removeprefix(_HUB), 'config.json')).parent
+        download_from_hf(name.removeprefix(_HUB), HF_SAFE_WEIGHTS_NAME)
+    else:
+        folder = Path(name.removeprefix('local-dir:'))
+    if not (folder / 'config.json').is_file():
+        raise ValueError(f'{name}: no config.json, so no model; give a folder of evavit.hub.save_folder')
+    conversion = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get(_CONVERSION)
+    if conversion is None:
+        raise ValueError(
+            f"{name}: not a converted model; timm.create_model('local-dir:{folder}', pretrained=True) loads it"
+        )
+    model = convert_vit(timm.create_model(f'local-dir:{folder}'), inplace=True, **conversion)
+    model.load_state_dict(read_weights(folder / HF_SAFE_WEIGHTS_NAME))
+    return model
 
 
 def publish(
@@ -174,6 +232,6 @@ def publish(
         private=private,
         safe_serialization=True,
         data_config=data_config,
-        model_config=_config(label_names, card['licence']),
+        model_config=_config(model, label_names, card['licence']),
         model_card=model_card(model, **{'source': f'hf-hub:{repo_id}', **card}),
     )

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from timm.models import _hub as timm_hub
 
-import evavit  # noqa: F401
-from evavit.hub import model_card, publish, save_folder
+import evavit
+from evavit.hub import load_converted, model_card, publish, save_folder
 
 ROOT = Path(__file__).parents[1]
 PLAIN = (
@@ -62,6 +63,40 @@ def test_a_folder_gives_the_same_model_back(tmp_path, name, kwargs):
     assert other.head.weight.shape[0] == 7 and torch.equal(
         other.state_dict()[next(iter(model.state_dict()))], next(iter(model.state_dict().values()))
     )
+
+
+def test_a_folder_gives_a_converted_model_back(tmp_path):
+    """Its size, classes and pooling too, which were changed after it was made; the card's own lines do the same."""
+    parent = timm.create_model(
+        'vit_base_patch14_reg4_dinov2', img_size=56, embed_dim=32, depth=2, num_heads=2, num_classes=0
+    )
+    model = evavit.convert_vit(parent, window_size=3, noise_std=0.5).eval()
+    model.set_input_size((70, 84))
+    model.reset_classifier(3, 'avg')
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = save_folder(model, tmp_path / 'mine', data='Digits', licence='cc0-1.0', label_names=['a', 'b', 'c'])
+    x = torch.randn(2, 3, 70, 84)
+    again = evavit.load_converted(folder).eval()
+    with torch.no_grad():
+        assert type(again) is type(model) and torch.equal(again(x), model(x))
+    assert again.conversion == model.conversion and again.blocks[0].attn.noise_std == 0.5
+    card = (folder / 'README.md').read_text()
+    assert f'evavit.load_converted({str(folder)!r})' in card and 'of timm, converted to eva attention' in card
+    lines = re.search(r'```python\n(model = timm.*?)```', card, re.S)[1].replace('"model.safetensors"', 'file')
+    scope = dict(timm=timm, evavit=evavit, safetensors=safetensors, file=folder / 'model.safetensors')
+    exec(lines, scope)
+    with torch.no_grad():
+        assert torch.equal(scope['model'].eval()(x), model(x))
+
+
+def test_what_is_no_folder_of_a_converted_model(tmp_path):
+    folder = save_folder(timm.create_model(PLAIN[0], **PLAIN[1]), tmp_path / 'mine', data='Digits', licence='mit')
+    with pytest.raises(ValueError, match=r"not a converted model; timm.create_model\('local-dir:"):
+        load_converted(folder)
+    with pytest.raises(ValueError, match=r'no config\.json'):
+        load_converted(tmp_path)
 
 
 def test_the_card_says_what_the_weights_are(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def derive(front: Class, base: type) -> Class:
 
 
 def _blank(front: type, base: type) -> Any:
-    made = derive(front, base)
+    made: Any = derive(front, base)
     return made.__new__(made)
 
 

@@ -250,7 +250,7 @@ def convert_vit(
     given = dict(window_size=window_size, partition_grid=partition_grid, rel_pos_bias=rel_pos_bias)
     chosen = _options(attention, vit.patch_embed.grid_size, {**given, 'count_cells': count_cells, **options})
     front = derive(ConvertedAttention, ATTENTIONS[attention])
-    made = [(place, front(place.holder.attn, vit.num_prefix_tokens, **chosen)) for place in _places(vit)]
+    made = [(place, front(cast(Any, place.holder.attn), vit.num_prefix_tokens, **chosen)) for place in _places(vit)]
     for place, attn in made:
         _start(attn, place.norm)
         place.holder.attn = attn
