@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.layers import ATTENTIONS, EvaAttention, GridAttention
-from evavit.models import softmax_twin, variants
+from evavit.models import model_names, softmax_twin, variants
 from evavit.ops.grid import block_counts, cell_shape
 
 # Tables 1 and 2 of the paper: parameters (M), FLOPs (G, multiply-adds), top-1 on ImageNet-1k.
@@ -139,7 +139,7 @@ def sums_over_cells(layer: torch.nn.Module, x: torch.Tensor, feat_size: list) ->
     if not isinstance(layer, EvaAttention) or not layer.partition_grid or layer.variant:
         return 0
     cells_of_a_band = block_counts(feat_size, cell_shape(feat_size, layer.partition_grid))[1]
-    return 4 * cells_of_a_band * x.shape[1] * x.shape[2]
+    return 4 * cells_of_a_band * (x.shape[1] - layer.num_prefix_tokens) * x.shape[2]
 
 
 def _keep_sums(sums: dict, path: str, layer: torch.nn.Module, args: tuple) -> None:
@@ -172,6 +172,8 @@ def tables() -> str:
         ]
         for attention in ATTENTIONS:
             name = f'{attention}_{variant}'
+            if name not in model_names():
+                continue
             *published, top1 = paper.get(attention, (None, None, '–'))
             cells = [f'`{name}`']
             for (what, unit), ours, theirs in zip(UNITS.items(), count(name), published, strict=True):

@@ -27,7 +27,7 @@ from evavit.layers.converted import ConvertedAttention, Derived, GridSize, deriv
 from evavit.layers.eva import EvaAttention
 from evavit.ops.grid import fix_image_size, static_size
 
-from ._foreign import Moments, near_identity, projection_moments
+from ._foreign import Moments, near_identity, normed_moments, projection_moments
 from ._grid import GridModel, bias_tables
 
 __all__ = ['ConvertedModel', 'convert_vit', 'revert_vit', 'why_not_converted']
@@ -295,22 +295,6 @@ def _weight_and_bias(norm: Optional[nn.Module]) -> Optional[Tuple[torch.Tensor, 
     return weight, torch.zeros_like(weight) if bias is None else bias
 
 
-def _normalised(moments: Moments, norm: nn.Module) -> Moments:
-    """The moments behind a norm of single queries or keys."""
-    if isinstance(norm, nn.Identity):
-        return moments
-    mean, variance = moments
-    if isinstance(norm, nn.LayerNorm):
-        mean = mean - mean.mean(1, keepdim=True)
-    square = (mean.square() + variance).mean(1, keepdim=True).clamp(min=1e-12)
-    mean, variance = mean / square.sqrt(), variance / square
-    affine = _weight_and_bias(norm)
-    if affine is not None:
-        weight, bias = (value.float() for value in affine)
-        mean, variance = weight * mean + bias, weight.square() * variance
-    return Moments(mean, variance)
-
-
 def _moments(attn: Any, part: int, norm: Optional[nn.Module]) -> Moments:
     """Of the queries, part 0, or the keys, part 1, of a converted attention.
 
@@ -326,7 +310,11 @@ def _moments(attn: Any, part: int, norm: Optional[nn.Module]) -> Moments:
         layer = getattr(attn, f'{name}_proj')
         weight, bias = layer.weight, layer.bias
     moments = projection_moments(weight, bias, weight.shape[0] // attn.head_dim, _weight_and_bias(norm))
-    return _normalised(moments, getattr(attn, f'{name}_norm'))
+    inner = getattr(attn, f'{name}_norm')
+    if isinstance(inner, nn.Identity):
+        return moments
+    weight, bias = getattr(inner, 'weight', None), getattr(inner, 'bias', None)
+    return normed_moments(moments, weight, bias, isinstance(inner, nn.LayerNorm))
 
 
 @torch.no_grad()

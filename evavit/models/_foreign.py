@@ -115,8 +115,10 @@ def convert_published_eva(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torc
     return converted
 
 
-# What timm's and DeiT's softmax models have and ours lack: tokens that are not of the grid and the head that reads
-# one, and the convolutions with which PVT shortens keys and values.
+# Tokens that are not of the grid, in their order before it.
+PREFIX_TOKENS = ('cls_token', 'dist_token', 'reg_token')
+# What timm's and DeiT's softmax models have and ours may lack: such tokens and the head that reads one, and the
+# convolutions with which PVT shortens keys and values, with their norm.
 _NO_COUNTERPART = re.compile(
     r'^(cls_token|dist_token|reg_token|head_dist\..*)$|\.attn\.(sr|norm)\.(weight|bias)$|relative_position_index$'
 )
@@ -125,7 +127,7 @@ _NO_COUNTERPART = re.compile(
 def _softmax_sources(names: Iterable[str], own: Iterable[str]) -> Dict[str, Tuple[str, ...]]:
     sources: Dict[str, Tuple[str, ...]] = {}
     for name in names:
-        if _NO_COUNTERPART.search(name):
+        if _NO_COUNTERPART.search(name) and name not in own:
             continue
         new = _stage_name(name).replace('dwconv.dwconv.', 'dwconv.')
         new = re.sub(r'^fc_norm\.', 'norm.', new) if 'norm.weight' not in names and new not in own else new
@@ -152,18 +154,22 @@ def weight_sources(
 def convert_softmax(
     state_dict: Dict[str, torch.Tensor],
     own: Optional[Dict[str, torch.Tensor]] = None,
+    own_prefix: int = 0,
 ) -> Dict[str, torch.Tensor]:
     """Names and layouts of timm's or DeiT's softmax models to ours; a file of ours stays as it is.
 
-    Queries and the keys and values of a PVT become one `qkv`. Class, distillation and register tokens are dropped with
-    their positions and the distillation head, and so are a PVT's downsampling convolutions. A LayerNorm after the
-    pooling (`fc_norm`) becomes the one before it, where the file has no other. Heads are in no tensor: `num_heads` of
-    the model must be that of the file. What EVA has beside these, see `linear_summary`.
+    Queries and the keys and values of a PVT become one `qkv`. Class, distillation and register tokens that the model
+    has not are dropped with their positions and the distillation head, and so are a PVT's downsampling convolutions. A
+    LayerNorm after the pooling (`fc_norm`) becomes the one before it, where the file has no other. Heads are in no
+    tensor: `num_heads` of the model must be that of the file. What EVA has beside these, see `linear_summary`.
 
     Args:
         state_dict: Tensors by timm's or DeiT's name.
         own: State dict of the model that they are for. With it, `fc_norm` stays after the pooling where the model has
-            one there, and as many positions as the model's and the extra tokens' are known to be both.
+            one there, its class and register tokens are taken, and as many positions as the model's and the extra
+            tokens' are known to be both.
+        own_prefix: How many of the model's positions belong to its class and register tokens. A token's position is
+            added to the token, or is 0, where model and file differ in that.
 
     Returns:
         Tensors by this package's name.
@@ -174,15 +180,34 @@ def convert_softmax(
         converted[name] = torch.cat(values) if len(values) > 1 else values[0]
     position = converted.get('pos_embed')
     if position is not None and position.ndim == 3:
-        extra = sum(
-            state_dict[name].shape[1] for name in ('cls_token', 'dist_token', 'reg_token') if name in state_dict
-        )
-        # A model whose extra tokens have no position holds a row for each patch already: a square number. So may be
-        # the patches of another grid and the extra tokens together: 6 × 8 + 1.
-        both = own is not None and 'pos_embed' in own and position.shape[1] == own['pos_embed'].shape[1] + extra
-        if extra and (both or math.isqrt(position.shape[1]) ** 2 != position.shape[1]):
-            converted['pos_embed'] = position[:, extra:]
+        converted.update(_place_tokens(state_dict, own or {}, position, own_prefix))
     return converted
+
+
+def _place_tokens(
+    file: Dict[str, torch.Tensor], own: Dict[str, torch.Tensor], position: torch.Tensor, own_prefix: int
+) -> Dict[str, torch.Tensor]:
+    """The positions of the grid, and the tokens before it with theirs, as a model has them."""
+    tokens = {name: file[name] for name in PREFIX_TOKENS if name in file}
+    counts = [token.shape[1] for token in tokens.values()]
+    extra, rows = sum(counts), position.shape[1]
+    # A model whose extra tokens have no position holds a row for each patch already: a square number. So may be the
+    # patches of another grid and the extra tokens together: 6 × 8 + 1.
+    grid = own['pos_embed'].shape[1] - own_prefix if 'pos_embed' in own else None
+    with_rows = extra > 0 and rows != grid and (rows - extra == grid or math.isqrt(rows) ** 2 != rows)
+    kept = [name for name in tokens if name in own]
+    placed: Dict[str, torch.Tensor] = {}
+    prefix: List[torch.Tensor] = []
+    if with_rows:
+        parts = dict(zip(tokens, position[:, :extra].split(counts, 1), strict=True))
+        position = position[:, extra:]
+        if own_prefix:
+            prefix = [parts[name] for name in kept]
+        else:
+            placed = {name: tokens[name] + parts[name] for name in kept}
+    elif own_prefix:
+        prefix = [torch.zeros_like(tokens[name]) for name in kept]
+    return {**placed, 'pos_embed': torch.cat([*prefix, position], 1)}
 
 
 # Size of the constant part of the LayerNorm's input, in standard deviations of the queries or keys (see
@@ -218,6 +243,20 @@ def projection_moments(
         mean = mean + weight @ norm[1].float()
         variance = weight.square() @ norm[0].float().square()
     return Moments(mean.view(num_heads, -1), variance.view(num_heads, -1))
+
+
+def normed_moments(
+    moments: Moments, weight: Optional[torch.Tensor], bias: Optional[torch.Tensor], centred: bool
+) -> Moments:
+    """The moments behind a norm of single queries or keys: LayerNorm where it is centred, or RMSNorm."""
+    mean, variance = moments
+    if centred:
+        mean = mean - mean.mean(1, keepdim=True)
+    square = (mean.square() + variance).mean(1, keepdim=True).clamp(min=1e-12)
+    mean, variance = mean / square.sqrt(), variance / square
+    if weight is not None:
+        mean, variance = weight.float() * mean, weight.float().square() * variance
+    return Moments(mean if bias is None else mean + bias.float(), variance)
 
 
 def near_identity(moments: Moments, dtype: torch.dtype) -> Dict[str, torch.Tensor]:

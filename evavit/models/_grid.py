@@ -3,7 +3,8 @@
 A family is a file `eva_*.py` of this folder (`evavit.models` imports all of them). It has the model's class, a table
 `VARIANTS` with one `variant(...)` for each size, `default_cfgs = grid_cfgs(VARIANTS, ...)`, and a call of
 `register_family`. Every size then is a model with each attention of `evavit.layers.ATTENTIONS`, named
-`{attention}_{size}`. Everything that lists models asks here; these functions are public as `evavit.models.…`:
+`{attention}_{size}`; a size with class or register tokens only with those that take them. Everything that lists models
+asks here; these functions are public as `evavit.models.…`:
 
     families()          name of the file, such as 'eva_deit' → `Family`: class, sizes, names of its models
     variants()          name of the size, such as 'deit_tiny' → `Variant`, of all families
@@ -107,6 +108,16 @@ def variant(title: str, softmax: str, softmax_args: Optional[Dict[str, Any]] = N
     return Variant(title, model_args, softmax, dict(softmax_args or {}))
 
 
+def _sizes_of(attention: str, sizes: Dict[str, Variant]) -> Dict[str, Variant]:
+    """The sizes that an attention can have: with class and register tokens, where it takes them."""
+    return {
+        name: size
+        for name, size in sizes.items()
+        if ATTENTIONS[attention].takes_prefix_tokens
+        or not (size.model_args.get('class_token') or size.model_args.get('reg_tokens'))
+    }
+
+
 def grid_cfgs(sizes: Dict[str, Variant], **cfg: Any) -> Dict[str, Any]:
     """timm's `default_cfgs` of a family's models, without weights: 224 × 224, ImageNet's normalisation.
 
@@ -131,7 +142,7 @@ def grid_cfgs(sizes: Dict[str, Variant], **cfg: Any) -> Dict[str, Any]:
         {
             f'{name}_{size}': {**common, 'fixed_input_size': attention.fixed_grid, **cfg}
             for name, attention in ATTENTIONS.items()
-            for size in sizes
+            for size in _sizes_of(name, sizes)
         }
     )
 
@@ -152,18 +163,18 @@ def register_family(
             the class that it returns.
         sizes: The family's `VARIANTS`.
         describe: From a size and the name of the attention's class to the docstring of an entry point.
-        softmax_args: Arguments that timm's softmax model has beside every size of the family.
+        softmax_args: Arguments that timm's softmax model has beside every size, unless the size has others.
     """
     module = sys.modules[create.__module__]
     names = []
     for attention in ATTENTIONS:
-        for name, size in sizes.items():
+        for name, size in _sizes_of(attention, sizes).items():
             entry_point = _entry_point(create, attention, f'{attention}_{name}', size.model_args)
             entry_point.__doc__ = describe(size, ATTENTIONS[attention].__name__)
             names.append(entry_point.__name__)
             setattr(module, entry_point.__name__, register_model(entry_point))
     twins = {
-        name: size._replace(softmax_args={**size.softmax_args, **(softmax_args or {})}) for name, size in sizes.items()
+        name: size._replace(softmax_args={**(softmax_args or {}), **size.softmax_args}) for name, size in sizes.items()
     }
     family = create.__module__.rpartition('.')[2]
     _FAMILIES[family] = Family(get_type_hints(create)['return'], twins, tuple(names))

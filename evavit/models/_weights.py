@@ -21,6 +21,7 @@ from evavit.layers.random_directions import RandomDirections
 from evavit.ops.grid import cell_shape
 
 from ._foreign import (
+    PREFIX_TOKENS,
     PUBLISHED_EVA_KWARGS,
     PUBLISHED_PERFORMER_KWARGS,
     Change,
@@ -28,7 +29,9 @@ from ._foreign import (
     convert_published_eva,
     convert_softmax,
     is_published_eva,
-    linear_summary,
+    near_identity,
+    normed_moments,
+    projection_moments,
     weight_sources,
 )
 
@@ -166,15 +169,23 @@ def _start_attention(name: str, attn: EvaAttention, state: Weights, feat_size: L
     for i, summary in enumerate(('summary_q', 'summary_k')):
         if getattr(attn, summary) is None:
             continue
-        part = linear_summary(weight.chunk(3)[i], None if bias is None else bias.chunk(3)[i], attn.num_heads, norm)
+        moments = projection_moments(
+            weight.chunk(3)[i], None if bias is None else bias.chunk(3)[i], attn.num_heads, norm
+        )
+        if attn.qk_norm:
+            inner = f'{name}.{"qk"[i]}_norm'
+            centred = isinstance(getattr(attn, f'{"qk"[i]}_norm'), nn.LayerNorm)
+            moments = normed_moments(moments, state.get(f'{inner}.weight'), state.get(f'{inner}.bias'), centred)
+        part = near_identity(moments, weight.dtype)
         own = getattr(attn, summary).state_dict()
         if 'norm.weight' not in own and 'proj.weight' in own:  # summary='linear' can be the identity itself
             part = {'proj.weight': torch.eye(attn.head_dim).to(weight), 'proj.bias': weight.new_zeros(attn.head_dim)}
         start.update({f'{summary}.{key}': value for key, value in part.items() if key in own})
     if attn.rel_pos is not None:
-        # A cell stands for all of its tokens, but has the weight of one. The bias takes the logarithm of their number
-        # off the tokens of the window instead.
-        tokens = math.prod(cell_shape(feat_size, attn.partition_grid)) if attn.partition_grid else 1
+        # A cell stands for all of its tokens. Where it has the weight of one, the bias takes the logarithm of their
+        # number off the tokens of the window instead.
+        counts_once = attn.partition_grid and attn.count_cells == 'one'
+        tokens = math.prod(cell_shape(feat_size, attn.partition_grid)) if counts_once else 1
         table = attn.rel_pos.relative_position_bias_table
         start['rel_pos.relative_position_bias_table'] = weight.new_full(table.shape, -math.log(tokens))
     return start
@@ -195,7 +206,7 @@ def _add_fresh(state: Weights, model: 'GridModel', new_head: bool) -> Dict[str, 
             part = key[len(name) + 1 :]
             if part in start:
                 state[key], fresh[key] = start[part], 'starts near softmax attention'
-            elif not part.startswith(('qkv.', 'proj.')):
+            elif not part.startswith(('qkv.', 'proj.', 'q_norm.', 'k_norm.', 'norm.')):
                 state[key], fresh[key] = own[key].clone(), 'as the model initialises it'
     if new_head:
         head = [key for key in own if key.startswith('head.')]
@@ -230,7 +241,8 @@ def fit_checkpoint(
         raise RuntimeError('this is not a file of weights: it holds no dictionary of tensors by name')
     own = model.state_dict()
     sources = weight_sources(file, own)
-    state = convert_published_eva(file) if is_published_eva(file) else convert_softmax(file, own)
+    tokens: int = 0 if getattr(model, 'no_embed_class', False) else getattr(model, 'num_prefix_tokens', 0)
+    state = convert_published_eva(file) if is_published_eva(file) else convert_softmax(file, own, tokens)
     kind = type(model).__name__
     if not any(name in own for name in state if not name.startswith('head')):
         raise RuntimeError(
@@ -246,9 +258,14 @@ def fit_checkpoint(
         )
     if classes[1] is None:
         state = {name: value for name, value in state.items() if not name.startswith('head.')}
+    for name in PREFIX_TOKENS:
+        if name in own and name not in state:
+            raise RuntimeError(
+                f'the file has no {name}, which the model has; create it with class_token=False or reg_tokens=0'
+            )
     backbone = cast('GridModel', model)
     own = _fit_directions(state, own, model)
-    state = _resize(state, backbone)
+    state = _resize(state, backbone, tokens)
     fresh = _add_fresh(state, backbone, new_head)
     _check_names(state, own, kind)
     _check_shapes(state, own)
@@ -270,7 +287,8 @@ def fit_checkpoint(
         elif old[0] != name:
             changes.append(Change(name, 'renamed'))
         else:
-            pooled = 'read the class token, now the mean of all tokens' if 'cls_token' in file else ''
+            dropped = 'cls_token' in file and 'cls_token' not in own
+            pooled = 'read the class token, now the mean of all tokens' if dropped else ''
             changes.append(Change(name, 'taken', pooled if name.startswith('head.') else ''))
     used = {source for name, names in sources.items() if name in own for source in names}
     changes += [Change(name, 'dropped', 'no counterpart') for name in file if name not in used]
@@ -316,8 +334,11 @@ def _size(shape: Tuple[int, ...]) -> str:
     return '×'.join(map(str, shape))
 
 
-def _resize(state: Weights, model: 'GridModel') -> Weights:
-    """Positions, patches, image channels, bias tables and projections of tokens in the sizes of a model."""
+def _resize(state: Weights, model: 'GridModel', tokens: int) -> Weights:
+    """Positions, patches, image channels, bias tables and projections of tokens in the sizes of a model.
+
+    As many of its positions as `tokens` are those of class and register tokens.
+    """
     own = model.state_dict()
     # What follows no size of grid, patch or window comes first: resampling fails on another width with its own words.
     follows = {f'{name}.weight' for name, module in model.named_modules() if isinstance(module, TokenProjection)}
@@ -342,7 +363,7 @@ def _resize(state: Weights, model: 'GridModel') -> Weights:
         position is not None
         and 'pos_embed' in own
         and position.shape != own['pos_embed'].shape
-        and (position.ndim != 3 or math.isqrt(position.shape[1]) ** 2 != position.shape[1])
+        and (position.ndim != 3 or math.isqrt(position.shape[1] - tokens) ** 2 != position.shape[1] - tokens)
     ):
         raise RuntimeError(
             f'the file has pos_embed of {_size(position.shape)}, the model '
@@ -373,7 +394,9 @@ def _check_names(state: Weights, own: Weights, kind: str) -> None:
     ):
         if names:
             more = f' and {len(names) - 1} more' if len(names) > 1 else ''
-            hint = 'init_values=1e-5, for LayerScale' if '.ls1.' in names[0] else "the model's name and its arguments"
+            hint = "the model's name and its arguments"
+            hint = 'init_values=1e-5, for LayerScale' if '.ls1.' in names[0] else hint
+            hint = 'qk_norm and scale_attn_norm' if '_norm.' in names[0] or '.attn.norm.' in names[0] else hint
             raise RuntimeError(f'the file does not fit this {kind}: it {what} {names[0]}{more}; check {hint}')
 
 

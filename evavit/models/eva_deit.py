@@ -4,22 +4,22 @@ Papers:
   * `Efficient Attention via Control Variates` - https://arxiv.org/abs/2302.04542 (settings: Appendix E.2)
   * `Training data-efficient image transformers & distillation through attention` - https://arxiv.org/abs/2012.12877
 
-The model is timm's VisionTransformer without a class token, with mean pooling after the final LayerNorm. Two additions
-connect it to an attention that needs the grid:
+The model is timm's VisionTransformer, by default without a class token and with mean pooling after the final LayerNorm.
+Two additions connect it to an attention that needs the grid:
 
   * `GridBlock` hands `feat_size` on to its attention: `block(x, feat_size)`, as the blocks of timm's PVT do.
   * `GridVisionTransformer` knows `feat_size` after the patch embedding and passes it to every block.
 
 A third is for speed: `PatchProjection` computes the patch embedding's convolution as a matrix product.
 
-Tokens stay `(B, N, C)` between the blocks. What does not fit a grid (class and register tokens, patch dropout,
-attention masks) is refused.
+Tokens stay `(B, P + N, C)` between the blocks: P class and register tokens, for the attentions that take them, and the
+grid. What does not fit a grid (patch dropout, attention masks) is refused.
 """
 
 from typing import Any, Callable, Dict, List, Literal, Optional, Tuple, Type, Union
 
 import torch
-from timm.layers import PatchEmbed, to_2tuple
+from timm.layers import LayerNorm, PatchEmbed, to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -91,8 +91,9 @@ class GridBlock(Block):
         dim: Channels C.
         num_heads: Attention heads.
         attn_layer: Makes the attention, `attn_layer(dim, num_heads, qkv_bias=..., ...)`; its `forward(x, feat_size)`.
-        qk_norm: Refused: the attentions normalise no single query or key.
-        scale_attn_norm: Refused, likewise.
+        qk_norm: Normalise single queries and keys.
+        scale_attn_norm: Normalise the output of the attention before its projection.
+        norm_layer: Makes these norms and those of the block.
         mlp_layer: Makes the MLP, with the arguments of timm's Mlp.
         **kwargs: Further arguments of timm's Block.
     """
@@ -108,13 +109,12 @@ class GridBlock(Block):
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        norm_layer: Type[nn.Module] = LayerNorm,
         mlp_layer: Type[nn.Module] = FusedMlp,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
         **kwargs: Any,
     ) -> None:
-        if qk_norm or scale_attn_norm:
-            raise ValueError('qk_norm and scale_attn_norm are not part of these attentions; leave them out')
         dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         # nn.Identity takes any arguments: no softmax attention is made only to be thrown away.
         super().__init__(
@@ -123,12 +123,22 @@ class GridBlock(Block):
             attn_layer=nn.Identity,
             proj_bias=proj_bias,
             proj_drop=proj_drop,
+            norm_layer=norm_layer,
             mlp_layer=mlp_layer,
             **kwargs,
             **dd,
         )
         self.attn = attn_layer(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+            dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            scale_norm=scale_attn_norm,
+            norm_layer=norm_layer,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            **dd,
         )
 
     # The grid stands where timm's blocks take a mask. No reason after the comment below: TorchScript would not read it.
@@ -143,9 +153,11 @@ class GridVisionTransformer(GridModel, VisionTransformer):
 
     Args:
         attn_layer: Name of the attention, a key of `evavit.layers.ATTENTIONS`.
-        global_pool: 'avg', 'avgmax', 'max', 'map', 'prr' or ''.
+        global_pool: 'avg', 'avgmax', 'max', 'token', 'map', 'prr' or ''.
         fc_norm: Final LayerNorm after the pooling instead of before it.
-        class_token: Refused if true, like reg_tokens and patch_drop_rate: tokens would not form a grid.
+        class_token: Have a class token, for 'eva', 'local' and 'softmax'; global_pool='token' reads it.
+        reg_tokens: Register tokens, likewise.
+        patch_drop_rate: Refused above 0: the tokens that are left would not form a grid.
         dynamic_img_size: Take images of any size, with the position embedding resampled on the fly.
         dynamic_img_pad: Pad images to whole patches. By default on with dynamic_img_size.
         img_size: Image size, height and width or one number for both.
@@ -160,7 +172,7 @@ class GridVisionTransformer(GridModel, VisionTransformer):
         self,
         *,
         attn_layer: str = 'eva',
-        global_pool: Literal['', 'avg', 'avgmax', 'max', 'map', 'prr'] = 'avg',
+        global_pool: Literal['', 'avg', 'avgmax', 'max', 'token', 'map', 'prr'] = 'avg',
         fc_norm: Optional[bool] = False,
         class_token: bool = False,
         reg_tokens: int = 0,
@@ -173,29 +185,31 @@ class GridVisionTransformer(GridModel, VisionTransformer):
         mlp_layer: Type[nn.Module] = FusedMlp,
         **kwargs: Any,
     ) -> None:
-        refused = dict(class_token=class_token, reg_tokens=reg_tokens, patch_drop_rate=patch_drop_rate)
-        for name, value in refused.items():
-            if value:
-                raise ValueError(
-                    f'{name}={value} breaks the grid of tokens that windows and cells are cut from; leave it out'
-                )
+        if patch_drop_rate:
+            raise ValueError(
+                f'patch_drop_rate={patch_drop_rate} breaks the grid of tokens that windows and cells are cut from; '
+                f'leave it out'
+            )
         attn_kwargs = pop_attention_kwargs(attn_layer, kwargs)
         if dynamic_img_size and ATTENTIONS[attn_layer].fixed_grid:
             raise ValueError(
                 f'dynamic_img_size=True: the attention {attn_layer!r} is made for one size of image; '
                 f'leave it out and give img_size'
             )
+        tokens = int(class_token) + reg_tokens
+        prefix = dict(num_prefix_tokens=tokens) if tokens else {}
         feat_size = [size // patch for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)]
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
             embed_layer=embed_layer,
-            attn_layer=attention_layer(attn_layer, feat_size, **attn_kwargs),
+            attn_layer=attention_layer(attn_layer, feat_size, **prefix, **attn_kwargs),
             block_fn=GridBlock,
             mlp_layer=mlp_layer,
             global_pool=global_pool,
             fc_norm=fc_norm,
-            class_token=False,
+            class_token=class_token,
+            reg_tokens=reg_tokens,
             dynamic_img_size=dynamic_img_size,
             dynamic_img_pad=dynamic_img_size if dynamic_img_pad is None else dynamic_img_pad,
             **kwargs,
@@ -229,7 +243,7 @@ class GridVisionTransformer(GridModel, VisionTransformer):
         return vit_checkpoint_filter_fn(state_dict, self)
 
     def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, List[int]]:
-        """Images to tokens `(B, N, C)` with position, and the size of their grid."""
+        """Images to tokens `(B, P + N, C)` with position, and the size of their grid."""
         fix_image_size(x)
         x = self.patch_embed(x)
         if self.dynamic_img_size:
@@ -240,7 +254,7 @@ class GridVisionTransformer(GridModel, VisionTransformer):
 
     # None of these takes timm's mask, and with it `is_causal`.
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
+        """Images `(B, in_chans, height, width)` to normalised tokens `(B, P + N, C)`."""
         x, feat_size = self._embed(x)
         for blk in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -269,16 +283,17 @@ class GridVisionTransformer(GridModel, VisionTransformer):
         Args:
             x: Images `(B, in_chans, height, width)`.
             indices: The last n blocks if an int, all if None, or the blocks themselves.
-            return_prefix_tokens: Without effect, there are none.
+            return_prefix_tokens: Return pairs of intermediates and their class and register tokens `(B, P, C)`.
             norm: Apply the final norm to the intermediates.
             stop_early: Run no block after the last one asked for.
             output_fmt: 'NCHW' for maps, 'NLC' for tokens.
             intermediates_only: Return the list of intermediates alone.
-            output_dict: Return a dictionary with 'image_features' and 'image_intermediates'.
+            output_dict: Return a dictionary with 'image_features', 'image_intermediates' and, with
+                return_prefix_tokens, 'image_intermediates_prefix'.
             attn_mask: Refused.
 
         Returns:
-            (final features `(B, N, C)`, intermediates), or as the flags say.
+            (final features `(B, P + N, C)`, intermediates of the grid), or as the flags say.
         """
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         assert attn_mask is None, 'These attentions take no mask.'
@@ -294,14 +309,20 @@ class GridVisionTransformer(GridModel, VisionTransformer):
                 x = blk(x, feat_size)
             if i in take_indices:
                 intermediates.append(self.norm(x) if norm else x)
+        prefix_tokens = [y[:, : self.num_prefix_tokens] for y in intermediates]
+        intermediates = [y[:, self.num_prefix_tokens :] for y in intermediates]
         if output_fmt == 'NCHW':
             intermediates = [y.transpose(1, 2).unflatten(2, feat_size).contiguous() for y in intermediates]
 
         if output_dict:
             result = {'image_intermediates': intermediates}
+            if self.num_prefix_tokens and return_prefix_tokens:
+                result['image_intermediates_prefix'] = prefix_tokens
             if not intermediates_only:
                 result['image_features'] = self.norm(x)
             return result
+        if not torch.jit.is_scripting() and self.num_prefix_tokens and return_prefix_tokens:
+            intermediates = list(zip(intermediates, prefix_tokens, strict=True))
         if intermediates_only:
             return intermediates
         return self.norm(x), intermediates
@@ -316,15 +337,37 @@ def _create_eva_deit(name: str, pretrained: bool = False, **kwargs: Any) -> Grid
 
 
 def _describe(size: Variant, attention: str) -> str:
-    patch = size.model_args['patch_size']
-    return f'{size.title} with {attention}: {(224 // patch) ** 2} tokens (patch {patch}) at 224 × 224.'
+    patch, more = size.model_args['patch_size'], ''
+    if size.model_args.get('class_token'):
+        more = f' and a class token and {size.model_args["reg_tokens"]} registers'
+    return f'{size.title} with {attention}: {(224 // patch) ** 2} tokens (patch {patch}){more} at 224 × 224.'
 
+
+# timm's vit_*_patch14_reg4_dinov2. Their attentions take class and register tokens.
+_REG4 = dict(patch_size=14, class_token=True, reg_tokens=4, no_embed_class=True, global_pool='token', init_values=1e-5)
+_REG4_TWIN = dict(img_size=224, class_token=True, global_pool='token')
 
 VARIANTS = {
     'deit_tiny': variant('DeiT-Tiny', 'deit_tiny_patch16_224', patch_size=16, embed_dim=192, depth=12, num_heads=3),
     'deit_small': variant('DeiT-Small', 'deit_small_patch16_224', patch_size=16, embed_dim=384, depth=12, num_heads=6),
     'deit_tiny_784': variant(
         'DeiT-Tiny-784', 'deit_tiny_patch16_224', dict(patch_size=8), patch_size=8, embed_dim=192, depth=12, num_heads=3
+    ),
+    'deit_base': variant('DeiT-Base', 'deit_base_patch16_224', patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    'deit3_large': variant(
+        'DeiT III-Large',
+        'deit3_large_patch16_224',
+        patch_size=16,
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        init_values=1e-6,
+    ),
+    'vit_base_patch14_reg4': variant(
+        'ViT-Base/14', 'vit_base_patch14_reg4_dinov2', _REG4_TWIN, embed_dim=768, depth=12, num_heads=12, **_REG4
+    ),
+    'vit_large_patch14_reg4': variant(
+        'ViT-Large/14', 'vit_large_patch14_reg4_dinov2', _REG4_TWIN, embed_dim=1024, depth=24, num_heads=16, **_REG4
     ),
 }
 

@@ -21,9 +21,11 @@ SMALL = {
     'eva_deit_tiny': dict(embed_dim=48, depth=3, num_heads=3),
     'eva_deit_small': dict(embed_dim=48, depth=3, num_heads=6),
     'eva_deit_tiny_784': dict(embed_dim=48, depth=3, num_heads=3),
+    'eva_vit_base_patch14_reg4': dict(embed_dim=48, depth=3, num_heads=3),
     'eva_pvt_v2_b3': dict(embed_dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4)),
 }
-DEIT = [name for name in SMALL if name in families()['eva_deit'].models]
+PLAIN = [name for name in SMALL if name in families()['eva_deit'].models]
+DEIT = [name for name in PLAIN if 'deit' in name]
 each_model = pytest.mark.parametrize('name', SMALL)
 
 
@@ -42,6 +44,10 @@ def run(model, size=(224, 224), batch=1):
         ('eva_deit_tiny', '5.8'),
         ('eva_deit_small', '22.2'),
         ('eva_deit_tiny_784', '5.8'),
+        ('eva_deit_base', '86.7'),
+        ('eva_deit3_large', '304.6'),
+        ('eva_vit_base_patch14_reg4', '86.6'),
+        ('eva_vit_large_patch14_reg4', '304.5'),
         ('eva_pvt_v2_b3', '36.1'),
     ],
 )
@@ -160,10 +166,7 @@ def test_unknown_keyword(name):
             (name, kwargs)
             for name in DEIT[:1]
             for kwargs in (
-                dict(class_token=True),
-                dict(reg_tokens=4),
                 dict(patch_drop_rate=0.1),
-                dict(qk_norm=True),
                 dict(attn_layer='nothing'),
                 dict(num_heads=5),
                 dict(window_size=0, partition_grid=0),
@@ -186,13 +189,19 @@ def test_arguments_that_cannot_be_honoured_are_refused(name, kwargs):
         create(name, **kwargs)
 
 
+@pytest.mark.parametrize('kwargs', [dict(class_token=True), dict(reg_tokens=4)])
+def test_tokens_that_an_attention_does_not_take_are_refused(kwargs):
+    with pytest.raises(ValueError, match='PerformerAttention is made for a grid alone and takes no class or register'):
+        timm.create_model('performer_deit_tiny', depth=1, **kwargs)
+
+
 @each_model
 def test_no_weight_decay_and_groups(name):
     model = create(name)
     exempt = model.no_weight_decay()
     tables = [key for key, _ in model.named_parameters() if key.endswith('relative_position_bias_table')]
     assert tables and set(tables) <= exempt
-    assert ('pos_embed' in exempt) == (name in DEIT)
+    assert ('pos_embed' in exempt) == (name in PLAIN)
     optimizer = create_optimizer_v2(model, opt='adamw', weight_decay=0.05)
     decayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] for p in group['params']}
     for key, parameter in model.named_parameters():

@@ -79,6 +79,43 @@ def test_deit_with_a_class_token(name, extra):
     assert torch.equal(same['pos_embed'], source['pos_embed'][:, len(extra & {'cls_token', 'dist_token'}) :])
 
 
+@pytest.mark.parametrize('no_embed_class', [False, True])
+@pytest.mark.parametrize('file_has', [False, True])
+def test_class_and_register_tokens_are_taken_where_the_model_has_them(no_embed_class, file_has):
+    """With their positions, which go into the tokens where the model has none for them."""
+    tokens = dict(reg_tokens=2, qk_norm=True, scale_attn_norm=True, **SMALL)
+    source = randomise(timm.create_model('vit_tiny_patch16_224', no_embed_class=not file_has, **tokens))
+    own = dict(class_token=True, global_pool='token', no_embed_class=no_embed_class, **tokens)
+    exact = dict(window_size=8, count_cells='outside')
+    x = image()
+    for name, options in (('softmax_deit_tiny', {}), ('eva_deit_tiny', exact)):
+        model = timm.create_model(name, **own, **options).eval()
+        fitted, changes = fit_checkpoint(source.state_dict(), model)
+        model.load_state_dict(fitted)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-5)
+        assert not any(change.action == 'dropped' for change in changes)
+    larger = timm.create_model('eva_deit_tiny', **{**own, 'img_size': 48})
+    larger.load_state_dict(fit_checkpoint(source.state_dict(), larger)[0])
+    oblong = timm.create_model('eva_deit_tiny', **{**own, 'img_size': (32, 48)})
+    again = timm.create_model('eva_deit_tiny', **{**own, 'img_size': (32, 48)})
+    again.load_state_dict(fit_checkpoint(oblong.state_dict(), again)[0])
+    assert torch.equal(again.pos_embed, oblong.pos_embed)
+
+
+def test_tokens_and_norms_that_one_side_lacks():
+    plain = timm.create_model('vit_tiny_patch16_224', class_token=False, global_pool='avg', **SMALL).state_dict()
+    normed = timm.create_model('vit_tiny_patch16_224', qk_norm=True, scale_attn_norm=True, **SMALL).state_dict()
+    model = timm.create_model('eva_deit_tiny', class_token=True, global_pool='token', **SMALL)
+    with pytest.raises(RuntimeError, match='the file has no cls_token, which the model has'):
+        fit_checkpoint(plain, model)
+    with pytest.raises(RuntimeError, match=r'has, unlike the model, .*check qk_norm and scale_attn_norm'):
+        fit_checkpoint(normed, model)
+    model = timm.create_model('eva_deit_tiny', qk_norm=True, scale_attn_norm=True, **SMALL)
+    with pytest.raises(RuntimeError, match=r'lacks .*check qk_norm and scale_attn_norm'):
+        fit_checkpoint(plain, model)
+
+
 def test_the_start_is_near_softmax_attention():
     """The same weights, the tables apart: far nearer to the softmax network than EVA as it is initialised."""
     source = randomise(timm.create_model('softmax_deit_tiny', **SMALL))
