@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Sort Tiny-ImageNet for train.py: python experiments/tiny_imagenet/build.py DIR --source tiny-imagenet-200
+
+    build.py DIR --source FOLDER        the publisher's layout → DIR/{train,held,val}/CLASS/NAME.JPEG
+    build.py DIR --pack OUT --files 5   the same pictures as 5 zip files of like size, to move them
+    build.py DIR --unpack ZIP …         those files back into DIR, all at once or one after another
+
+A tenth of the publisher's training pictures, drawn within each class by --seed, is held for choices (`held`); `val` are
+the publisher's labelled validation pictures, to be read once a run, at its end. The JPEG files stay as they are. Their
+terms are ImageNet's: research, and no passing on.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+from evavit.errors import UserError, run_script
+from evavit.files import replacing
+
+SPLITS = ('train', 'held', 'val')
+
+
+def source_pictures(source, held, seed):
+    """(split, class, path) of every picture in the publisher's layout."""
+    folders = sorted(path for path in Path(source, 'train').glob('*') if path.is_dir())
+    labels = Path(source, 'val', 'val_annotations.txt')
+    if not folders or not labels.is_file():
+        raise UserError(
+            f'--source {source}: no train/CLASS folders or no val/val_annotations.txt in it; name tiny-imagenet-200'
+        )
+    for folder in folders:
+        found = sorted((folder / 'images').glob('*.JPEG'))
+        if not found:
+            raise UserError(f'{folder / "images"}: no *.JPEG in it')
+        kept = set(random.Random(f'{seed} {folder.name}').sample(found, round(held * len(found))))
+        for path in found:
+            yield 'held' if path in kept else 'train', folder.name, path
+    for line in labels.read_text().splitlines():
+        name, label = line.split('\t')[:2]
+        yield 'val', label, Path(source, 'val', 'images', name)
+
+
+def build(folder, source, held, seed):
+    with replacing(folder) as partial:
+        for split, label, path in source_pictures(source, held, seed):
+            target = Path(partial, split, label, path.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(path, target)
+            except OSError as error:
+                raise UserError(f'{path}: cannot be copied ({error})') from error
+
+
+def pictures_of(folder):
+    return sorted(path for split in SPLITS for path in Path(folder, split).glob('*/*'))
+
+
+def pack(folder, out, files):
+    """Zip files that hold the pictures as they are, each about as large as the others."""
+    pictures = pictures_of(folder)
+    if not pictures:
+        raise UserError(f'{folder}: no pictures; make it with --source or --unpack')
+    sizes, shares = [0] * files, [[] for _ in range(files)]
+    for path in pictures:
+        place = sizes.index(min(sizes))
+        shares[place].append(path)
+        sizes[place] += path.stat().st_size
+    out.mkdir(parents=True, exist_ok=True)
+    for number, share in enumerate(shares):
+        name = out / f'tiny-{number}.zip'
+        with replacing(name) as partial, zipfile.ZipFile(partial, 'w', zipfile.ZIP_STORED) as file:
+            file.comment = json.dumps(dict(part=number, parts=files, pictures=len(pictures))).encode()
+            for path in share:
+                file.write(path, path.relative_to(folder).as_posix())
+        print(f'{name}: {len(share)} pictures, {name.stat().st_size / 2**20:.1f} MiB')
+
+
+def unpack(folder, names):
+    """Add the pictures of zip files of `pack` to a folder; `missing` tells whether all are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        try:
+            with zipfile.ZipFile(name) as file:
+                about = json.loads(file.comment)
+                mark = folder / f'.part-{about["part"]}-of-{about["parts"]}'
+                if mark.exists():
+                    continue
+                for member in file.namelist():
+                    parts = member.split('/')
+                    if len(parts) != 3 or parts[0] not in SPLITS or '..' in parts:
+                        raise UserError(f'{name}: holds {member}, which build.py --pack does not write')
+                file.extractall(folder)
+            mark.touch()
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f'{name}: cannot be unpacked ({error})') from error
+    print(missing(folder) or f'{folder}: {len(pictures_of(folder))} pictures')
+
+
+def missing(folder):
+    """One line on what a folder lacks, or None."""
+    for split in SPLITS:
+        if not Path(folder, split).is_dir():
+            return f'{folder}: no folder {split} in it yet; make it with experiments/tiny_imagenet/build.py'
+    marks = [path.name for path in Path(folder).glob('.part-*-of-*')]
+    if marks and len(marks) < int(marks[0].rpartition('-')[2]):
+        return f'{folder}: {len(marks)} of {marks[0].rpartition("-")[2]} packed files unpacked so far'
+    return None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument('folder', type=Path, metavar='DIR')
+    parser.add_argument('--source', type=Path, metavar='FOLDER', help="the publisher's tiny-imagenet-200")
+    parser.add_argument('--held', type=float, default=0.1, help='share of the training pictures held for choices (0.1)')
+    parser.add_argument('--seed', type=int, default=0, help='which of them (0)')
+    parser.add_argument('--pack', type=Path, metavar='OUT', help='write DIR as zip files there')
+    parser.add_argument('--files', type=int, default=5, help='number of those files (5)')
+    parser.add_argument('--unpack', type=Path, nargs='+', metavar='ZIP', help='add the pictures of these files to DIR')
+    args = parser.parse_args(argv)
+    if [args.source, args.pack, args.unpack].count(None) != 2:
+        raise UserError('give one of --source, --pack and --unpack')
+    if not 0 < args.held < 1 or args.files < 1:
+        raise UserError('--held must be between 0 and 1, --files at least 1')
+    args.folder.parent.mkdir(parents=True, exist_ok=True)
+    if args.source:
+        build(args.folder, args.source, args.held, args.seed)
+        for split in SPLITS:
+            found = Path(args.folder, split)
+            print(f'{found}: {len(list(found.glob("*/*")))} pictures, {len(os.listdir(found))} classes')
+    elif args.pack:
+        pack(args.folder, args.pack, args.files)
+    else:
+        unpack(args.folder, args.unpack)
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(main))

@@ -1,0 +1,382 @@
+#!/usr/bin/env python3
+"""Does a converted ViT get its accuracy back? python experiments/tiny_imagenet/run.py --data-dir DIR
+
+    python experiments/tiny_imagenet/build.py DIR --source tiny-imagenet-200
+    python experiments/tiny_imagenet/run.py --data-dir DIR --list
+    python experiments/tiny_imagenet/run.py --data-dir DIR --seconds 500 --results-file FILE.csv
+    python experiments/tiny_imagenet/run.py --report --results-file FILE.csv
+
+A DeiT-Tiny with a class token is trained (parent.yaml), converted to EVA at three sizes of windows and cells, each with
+every way to count the cells, and trained on (convert.yaml) on the labels alone, with the parent's logits, or with its
+logits and tokens. EVA from scratch has the parent's budget. A name such as E16-C64-outside-logit-5-s0 says: windows of
+16 tokens, 64 cells, count_cells, what is compared with the parent, epochs, seed.
+
+Every run is one of train.py, judged by validate.py on the publisher's validation pictures once, at its end; a row of
+--results-file is written then. The runs come in the order of --list. After a stop (SIGTERM, or --seconds are over) the
+same command goes on within the epoch. Flags that the driver does not know go to train.py.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import torch
+from build import missing
+
+from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
+from evavit.cli import train, validate
+from evavit.errors import Preempted, UserError, run_script
+from evavit.training.config import parse_settings
+from evavit.training.distributed import start_process
+
+HERE = Path(__file__).resolve().parent
+CELLS = {'E16-C16': (4, 4), 'E16-C64': (4, 8), 'E64-C64': (8, 8)}  # window side, cells a side; the grid has 16 × 16
+COUNTS = ('outside', 'one', 'all')  # count_cells; the first is the default
+KINDS = {  # what is compared with the parent
+    'ce': [],
+    'logit': ['--kd-model-name', 'parent', '--kd-distill-type', 'logit', '--kd-temperature', '2'],
+    'both': [
+        *('--kd-model-name', 'parent', '--kd-distill-type', 'logit+feature', '--kd-temperature', '2'),
+        *('--kd-feature-level', 'tokens'),
+    ],
+}
+BEST = 'best'  # of KINDS, by the held pictures after 5 epochs
+COLUMNS = (
+    'run',
+    'model',
+    'window_size',
+    'partition_grid',
+    'count_cells',
+    'kind',
+    'epochs',
+    'seed',
+    'top1',
+    'top5',
+    'held_top1',
+    'images',
+    'train_seconds',
+    'train_images_per_second',
+    'seconds',
+    'settings',
+    'settings_sha256',
+    'python',
+    *ORIGIN,
+)
+
+
+class Job(NamedTuple):
+    """A run. `epochs` 0 is a conversion that is judged as it is; `None` are as many as the YAML file says."""
+
+    name: str
+    file: str  # with the settings
+    cells: str = ''  # of CELLS
+    count: str = ''
+    kind: str = ''
+    epochs: object = None
+    seed: int = 0
+
+
+def converted(cells, kind, epochs, count=COUNTS[0], seed=0):
+    name = f'{cells}-{count}-{kind}-{epochs}-s{seed}' if epochs else f'{cells}-{count}-0'
+    return Job(name, 'convert.yaml', cells, count, kind, epochs, seed)
+
+
+PARENT = Job('parent-s0', 'parent.yaml')
+
+
+def all_jobs():
+    """Every run, the most telling first."""
+    yield PARENT
+    for cells in CELLS:
+        for count in COUNTS:
+            yield converted(cells, '', 0, count)
+    for cells in CELLS:
+        for kind in ('both', 'ce', 'logit'):
+            yield converted(cells, kind, 5)
+    for cells in ('E16-C16', 'E64-C64', 'E16-C64'):
+        yield converted(cells, BEST, 20)
+    yield Job('scratch-s0', 'parent.yaml')
+    for cells in CELLS:
+        for count in COUNTS[1:]:
+            yield converted(cells, BEST, 5, count)
+        yield converted(cells, BEST, 1)
+    for seed in (1, 2):
+        for cells in CELLS:
+            yield converted(cells, BEST, 20, seed=seed)
+
+
+def resolve(job, rows):
+    """The job with its kind chosen, None while the runs that choose it are not there."""
+    if job.kind != BEST:
+        return job
+    wanted = {converted(job.cells, kind, 5).name: kind for kind in KINDS}
+    found = {wanted[row['run']]: float(row['held_top1']) for row in rows if row['run'] in wanted}
+    return job._replace(kind=max(found, key=found.__getitem__)) if len(found) == len(KINDS) else None
+
+
+def state(job, rows, output):
+    if job.name in {row['run'] for row in rows}:
+        return 'done'
+    if job.cells and not finished(output / PARENT.name):
+        return f'waits for {PARENT.name}'
+    if resolve(job, rows) is None:
+        return 'waits for the runs of 5 epochs with each kind'
+    return 'started' if (output / job.name / 'last.pth.tar').exists() else 'to do'
+
+
+def finished(folder):
+    """Whether train.py has come to the run's end, which is when the driver notes its time."""
+    return (folder / 'train_seconds').exists()
+
+
+def flags_of(job, args):
+    """The flags of train.py. None of them is left to a default that the YAML file or the name does not say."""
+    flags = ['-c', str(HERE / job.file), '--data-dir', str(args.data_dir), '--seed', str(job.seed)]
+    flags += ['--output', str(args.output), '--experiment', job.name, '--resume', 'auto']
+    if job.name.startswith('scratch'):
+        flags += ['--model', 'eva_deit_tiny', '--model-kwargs', 'window_size=4', 'partition_grid=4']
+    if job.epochs is not None:
+        flags += ['--epochs', str(job.epochs)]
+    if job.cells:
+        flags += ['--initial-checkpoint', str(args.output / PARENT.name / 'last.safetensors'), *convert_flags(job)]
+        flags += KINDS[job.kind]
+    return [*flags, *args.flags]
+
+
+def convert_flags(job):
+    window, cells = CELLS[job.cells]
+    return [
+        *('--convert', 'eva', '--convert-kwargs'),
+        *(f'window_size={window}', f'partition_grid={cells}', f'count_cells={job.count}'),
+    ]
+
+
+def run(job, args, seconds_left):
+    """Train what is to be trained, judge it, and return the row."""
+    began, folder = time.monotonic(), args.output / job.name
+    settings, _ = parse_settings(
+        'train', flags_of(job._replace(kind=job.kind or 'ce', epochs=job.epochs or None), args)
+    )
+    weights, held = folder / 'last.safetensors', ''
+    if job.epochs == 0:
+        weights = args.output / PARENT.name / 'last.safetensors'
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not finished(folder):
+        with stopping_after(seconds_left):
+            train.main(flags_of(job, args))
+        seconds = time.monotonic() - began + read_number(folder / 'seconds_before')
+        (folder / 'train_seconds').write_text(f'{seconds:.1f}')
+    if job.epochs != 0:
+        with open(folder / 'summary.csv', newline='') as file:
+            epochs = list(csv.DictReader(file))
+        held = epochs[-1]['eval_top1']
+    result = judge(job, args, weights, settings, folder)
+    device = start_process(settings.machine.device).device
+    window, cells = CELLS.get(job.cells, ('', ''))
+    file = HERE / job.file if job.epochs == 0 else folder / 'args.yaml'
+    kept = Path(args.results_file).parent / 'settings' / f'{job.name}.yaml'
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(file.read_bytes())
+    if job.name != PARENT.name:  # the checkpoints of 40 runs are gigabytes
+        for path in folder.glob('*.pth.tar'):
+            path.unlink()
+    return dict(
+        run=job.name,
+        model=settings.model.model,
+        window_size=window,
+        partition_grid=cells,
+        count_cells=job.count,
+        kind=job.kind,
+        epochs=0 if job.epochs == 0 else settings.schedule.epochs,
+        seed=job.seed,
+        top1=result['top1'],
+        top5=result['top5'],
+        held_top1=held,
+        images=result['images'],
+        train_seconds=read_number(folder / 'train_seconds'),
+        train_images_per_second=max(float(row['train_images_per_second']) for row in epochs) if held else '',
+        seconds=round(time.monotonic() - began, 1),
+        settings=kept.name,
+        settings_sha256=hashlib.sha256(kept.read_bytes()).hexdigest()[:16],
+        python=platform.python_version(),
+        **origin(device),
+    )
+
+
+def judge(job, args, weights, settings, folder):
+    """What validate.py says of weights on the publisher's validation pictures."""
+    machine = settings.machine
+    flags = ['--checkpoint', weights, '--data-dir', args.data_dir, '--split', 'val', '--workers', machine.workers]
+    flags += ['-b', settings.batch.batch_size, '--results-file', folder / 'val.json']
+    flags += ['--device', machine.device] * bool(machine.device) + ['--amp' if machine.amp else '--no-amp']
+    flags += convert_flags(job) if job.epochs == 0 else []
+    validate.main(list(map(str, flags)))
+    return json.loads((folder / 'val.json').read_text())
+
+
+def read_number(path):
+    return float(path.read_text()) if path.exists() else 0.0
+
+
+@contextlib.contextmanager
+def stopping_after(seconds):
+    """SIGTERM to this process when the time is over: train.py saves, and stops in good order."""
+    timer = threading.Timer(max(1.0, seconds), os.kill, (os.getpid(), signal.SIGTERM)) if seconds is not None else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        if timer:
+            timer.cancel()
+
+
+def work(args):
+    """The runs in their order, until the time is over. Returns the number that failed."""
+    check_writable(args.results_file)
+    end = time.monotonic() + args.seconds if args.seconds else None
+    failed = 0
+    for job in chosen(args):
+        rows = read_rows(args.results_file, COLUMNS)
+        if (what := state(job, rows, args.output)) not in ('to do', 'started'):
+            print(f'{job.name}: {what}', flush=True)
+            continue
+        left = end - time.monotonic() if end else None
+        if left is not None and left < args.least:
+            print(f'{job.name} and what follows: no time left, the same command goes on', flush=True)
+            break
+        began = time.monotonic()
+        before = args.output / job.name / 'seconds_before'
+        log = args.output / f'{job.name}.log'
+        try:
+            with open(log, 'a') as file, contextlib.redirect_stdout(file):
+                row = run(resolve(job, rows), args, left)
+        except Preempted as error:
+            before.write_text(f'{read_number(before) + time.monotonic() - began:.1f}')
+            print(f'{job.name}: {error}', flush=True)
+            break
+        except Exception as error:  # the other runs go on
+            failed += 1
+            print(f'{job.name}: failed, {type(error).__name__}: {str(error)[:400]}; see {log}', flush=True)
+            continue
+        finally:
+            torch._dynamo.reset()  # compiled code and CUDA graphs of a run are of no use to the next
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        write_rows(args.results_file, [*rows, row], COLUMNS)
+        print(f'{job.name}: top-1 {row["top1"]}, held {row["held_top1"] or "-"}, {row["seconds"]} s', flush=True)
+    return failed
+
+
+def chosen(args):
+    jobs = list(all_jobs())
+    unknown = [text for text in args.only if not any(text in job.name for job in jobs)]
+    if unknown:
+        raise UserError(f'--only {unknown[0]}: no run has that in its name; --list shows them')
+    return [job for job in jobs if not args.only or any(text in job.name for text in args.only)]
+
+
+def table(rows):
+    """Markdown: top-1 of each size and count over kind and epochs, as mean ± standard deviation over the seeds."""
+    groups = {}
+    for row in rows:
+        name = row['run'].rsplit('-s', 1)[0]
+        groups.setdefault(name, []).append(row)
+    yield '| run | windows | cells | count_cells | compared with the parent | epochs | top-1 | to the parent | seeds |'
+    yield '|---|---|---|---|---|---|---|---|---|'
+    parents = [float(row['top1']) for row in rows if row['run'].startswith('parent')]
+    for name, found in groups.items():
+        values, row = [float(row['top1']) for row in found], found[0]
+        spread = f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
+        gap = f'{mean(values) - mean(parents):+.2f}' if parents else '–'
+        window, cells = (f'{row[key]} × {row[key]}' if row[key] else '–' for key in ('window_size', 'partition_grid'))
+        yield (
+            f'| {name} | {window} | {cells} | {row["count_cells"] or "–"} | {row["kind"] or "–"} | {row["epochs"]} '
+            f'| {spread} | {gap} | {len(found)} |'
+        )
+
+
+def plot(rows, path):
+    """Accuracy over epochs, a panel a size, a line a kind; the parent and the bare conversion as level lines."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(CELLS), figsize=(10, 3.2), sharey=True, layout='constrained')
+    for panel, (cells, (window, grid)) in zip(panels, CELLS.items(), strict=True):
+        panel.set_title(f'windows {window} × {window}, cells {grid} × {grid}')
+        for row in rows:
+            if row['run'].startswith(('parent', 'scratch')) and row['run'].endswith('-s0'):
+                style = dict(color='black', linestyle='-' if row['run'].startswith('parent') else ':')
+                panel.axhline(float(row['top1']), label=row['run'][:-3], linewidth=1, **style)
+        own = [row for row in rows if row['run'].startswith(f'{cells}-{COUNTS[0]}-')]
+        start = [float(row['top1']) for row in own if row['epochs'] == '0']
+        for kind in KINDS:
+            points = {}
+            for row in own:
+                if row['kind'] == kind:
+                    points.setdefault(int(row['epochs']), []).append(float(row['top1']))
+            if points:
+                points |= {0: start} if start else {}
+                epochs = sorted(points)
+                panel.plot(epochs, [mean(points[epoch]) for epoch in epochs], marker='o', label=kind)
+        panel.set_xlabel('epochs after the conversion')
+    panels[0].set_ylabel('top-1, %')
+    panels[0].legend()
+    figure.savefig(path, metadata=dict(Date=None))
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument('--data-dir', type=Path, help='what experiments/tiny_imagenet/build.py wrote')
+    parser.add_argument('--output', type=Path, default=Path('output/tiny_imagenet'), help='folder of the runs')
+    parser.add_argument('--results-file', type=Path, metavar='CSV', help='(runs.csv in --output)')
+    parser.add_argument('--only', nargs='+', default=[], metavar='TEXT', help='runs with one of these in their name')
+    parser.add_argument('--seconds', type=float, help='stop in good order after so many')
+    parser.add_argument(
+        '--least', type=float, default=15, help='start no run with less of --seconds left than this (15)'
+    )
+    parser.add_argument('--list', action='store_true', help='show every run and its state')
+    parser.add_argument('--report', action='store_true', help='print the table and draw the plot beside --results-file')
+    args, args.flags = parser.parse_known_args(argv)
+    args.results_file = args.results_file or args.output / 'runs.csv'
+    if args.list or args.report:
+        return args
+    if args.data_dir is None:
+        raise UserError('give --data-dir DIR, what experiments/tiny_imagenet/build.py wrote')
+    if lacks := missing(args.data_dir):
+        raise UserError(lacks)
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    rows = read_rows(args.results_file, COLUMNS)
+    if args.list:
+        for job in chosen(args):
+            print(f'{job.name:28} {state(job, rows, args.output)}')
+        return
+    if args.report:
+        print('\n'.join(table(rows)))
+        plot(rows, args.results_file.with_suffix('.svg'))
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    if failed := work(args):
+        raise UserError(f'{failed} runs failed; the same command makes them again')
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(main))

@@ -1,0 +1,189 @@
+"""Runs of train.py with a teacher: the model before its conversion, or another one; resumes; what is refused."""
+
+import re
+import signal
+
+import pytest
+import torch
+from runs import (
+    CLASSES,
+    MODEL,
+    QUICK,
+    SOFTMAX,
+    assert_same_run,
+    command,
+    rows,
+    scalars,
+    signal_at,
+    weights,
+    words,
+    write_images,
+)
+
+from evavit.errors import PREEMPTED
+
+PARENT = ['--model', 'deit_tiny_patch16_224', '--model-kwargs', *(f'{key}={value}' for key, value in SOFTMAX.items())]
+CONVERT = words('--convert eva --convert-kwargs window_size=2 partition_grid=2')
+BOTH = words('--kd-model-name parent --kd-distill-type logit+feature --kd-feature-level tokens')
+
+
+@pytest.fixture
+def parent(train):
+    """Weights of a trained softmax model with a class token."""
+    return train('parent', '--epochs', '1', model=PARENT) / 'last.safetensors'
+
+
+def test_a_stop_changes_nothing(train, call, images, tmp_path, monkeypatch, parent):
+    """With average, accumulation, mixup and everything that draws; a stop within an epoch and at the end of one."""
+    flags = [*CONVERT, *BOTH, '--initial-checkpoint', parent, '--model-ema', '--model-ema-decay', '0.9']
+    flags += words('--drop-path 0.2 --mixup 0.8 --cutmix 1 -b 2 --grad-accum-steps 2 --clip-grad 1 --resume auto')
+    whole = train('whole', *flags, model=PARENT)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
+    for moment in (2, 6):
+        signal_at(monkeypatch, [moment], signal.SIGTERM)
+        code, _, err = call('train', *PARENT, *QUICK, *place, *flags)
+        monkeypatch.undo()
+        assert code == PREEMPTED and '--resume auto' in err
+    parts = train('parts', *flags, model=PARENT)
+    assert_same_run(whole, parts)
+    # The checkpoint knows the teacher and has none of its weights; the weights alone are those of the student.
+    checkpoint = torch.load(parts / 'last.pth.tar', weights_only=False)
+    assert checkpoint['args'].kd_teacher['model'] == 'deit_tiny_patch16_224'
+    assert re.fullmatch(r'sha256:[0-9a-f]{64}', checkpoint['args'].kd_teacher['weights'])
+    assert not [name for name in checkpoint['state_dict'] if 'teacher' in name or name.startswith('student')]
+    assert 'task_state' not in checkpoint  # no projection
+    code, out, err = call(
+        'validate', '--checkpoint', parts / 'last.safetensors', '--data-dir', images, *words('--workers 0 --device cpu')
+    )
+    assert code == 0, err
+    assert f'top-1 {float(rows(parts)[-1]["eval_top1"]):.2f} %' in out
+
+
+def test_a_projection_is_trained_and_resumed(train, call, images, tmp_path, monkeypatch):
+    """A wider teacher of the same kind, whose own settings come from its file."""
+    wide = [word.replace('embed_dim=16', 'embed_dim=32') for word in MODEL]
+    teacher = train('teacher', '--epochs', '1', '--mean', '0.2', '0.3', '0.4', model=wide) / 'last.safetensors'
+    flags = ['--kd-model-name', 'eva_deit_tiny', '--kd-pretrained-path', teacher, '--kd-distill-type', 'feature']
+    flags += words('--model-ema --resume auto')
+    whole = train('whole', *flags)
+    signal_at(monkeypatch, [8], signal.SIGTERM)
+    code, _, err = call(
+        'train', *MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--experiment', 'parts', *flags
+    )
+    monkeypatch.undo()
+    assert code == PREEMPTED, err
+    assert_same_run(whole, train('parts', *flags))
+    one, other = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=False) for name in ('whole', 'parts'))
+    for key in ('task_state', 'task_state_ema'):
+        assert one[key]['projection']['weight'].shape == (32, 16)
+        assert torch.equal(one[key]['projection']['weight'], other[key]['projection']['weight'])
+
+
+def test_a_resume_with_another_teacher(train, call, images, tmp_path, parent):
+    other = train('other', '--epochs', '1', '--seed', '7', model=PARENT) / 'last.safetensors'
+    flags = [*CONVERT, '--kd-model-name', 'parent', '--resume', 'auto']
+    train('run', *flags, '--epochs', '1', '--initial-checkpoint', parent, model=PARENT)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', *CONVERT, '--resume', 'auto']
+    for teacher in (['--kd-model-name', 'parent', '--initial-checkpoint', other], []):
+        code, _, err = call('train', *PARENT, *QUICK, *place, *teacher)
+        assert code == 2 and err.count('\n') == 1 and 'another teacher' in err and '--no-resume-opt' in err
+    train('run', *flags, '--no-resume-opt', '--initial-checkpoint', other, model=PARENT)
+
+
+def test_two_processes_equal_one(train, images, tmp_path, parent):
+    flags = [*CONVERT, *BOTH, '--initial-checkpoint', parent, '--global-batch-size', '4', '--drop-path', '0']
+    one = train('one', *flags, model=PARENT)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'two']
+    done = command('train', *PARENT, *QUICK, *flags, *place, '-b', '2', processes=2)
+    assert done.returncode == 0, done.stderr
+    for name in ('train/loss', 'train/grad_norm', 'eval/loss'):
+        a, b = scalars(one, name), scalars(tmp_path / 'two', name)
+        torch.testing.assert_close(list(a.values()), list(b.values()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['logit', 'logit+feature'])
+def test_compiled_runs(train, parent, kind):
+    """With aot_eager, which traces as inductor does and leaves the arithmetic as it is; in low precision."""
+    flags = [*CONVERT, '--kd-model-name', 'parent', '--kd-distill-type', kind, '--initial-checkpoint', parent, '--amp']
+    flags += words('--epochs 1 --model-ema')
+    plain, compiled = (
+        train('plain', *flags, model=PARENT),
+        train('compiled', *flags, '--torchcompile', 'aot_eager', model=PARENT),
+    )
+    torch.testing.assert_close(
+        weights(compiled / 'last.safetensors'), weights(plain / 'last.safetensors'), rtol=1e-2, atol=1e-3
+    )
+
+
+def test_a_distillation_token(train, parent):
+    student = ['--model', 'deit_tiny_distilled_patch16_224', *PARENT[2:]]
+    flags = ['--kd-model-name', 'deit_tiny_patch16_224', '--kd-pretrained-path', parent]
+    for kind in ('soft', 'hard'):
+        train(
+            kind, *flags, '--kd-distill-type', 'token', '--kd-token-distill-type', kind, '--epochs', '1', model=student
+        )
+
+
+def test_weights_from_before_the_conversion_are_judged(call, images, parent):
+    """At a window of the whole grid the converted model is its parent."""
+    results = []
+    for convert in ([], words('--convert eva --convert-kwargs window_size=4 partition_grid=0'), CONVERT):
+        code, out, err = call(
+            'validate', '--checkpoint', parent, '--data-dir', images, *words('--workers 0 --device cpu'), *convert
+        )
+        assert code == 0, err
+        results.append(re.search(r'loss (\S+)', out).group(1))
+    assert results[0] == results[1] != results[2]
+
+
+@pytest.mark.parametrize(
+    'flags, line',
+    [
+        ('--kd-model-name parent', 'kd_model_name parent is the model before its conversion: add --convert'),
+        ('--kd-model-name parent --convert eva', 'weights that nothing has trained: say with --initial-checkpoint'),
+        ('--kd-model-name no_such_model', 'unknown model no_such_model'),
+        ('--kd-model-name eva_deit_tiny', 'timm publishes no weights for it; give --kd-pretrained-path'),
+        ('--kd-temperature 2', 'kd_temperature does nothing without kd_model_name'),
+        ('--task-loss-weight 0.5', 'task_loss_weight does nothing without kd_model_name'),
+        ('--kd-model-name resnet18 --kd-pretrained-path none.pth', '--kd-pretrained-path none.pth: no such file'),
+        (
+            '--kd-model-name resnet18 --kd-feature-level tokens',
+            'kd_feature_level does nothing with kd_distill_type logit',
+        ),
+        ('--kd-model-name resnet18 --kd-distill-type features', 'does not fit kd_distill_type'),
+        ('--convert-kwargs window_size=2', 'convert_kwargs does nothing without convert'),
+        ('--convert eva --convert-kwargs attention=local', 'convert_kwargs: leave attention out'),
+        ('--convert evil', "unknown attention 'evil'"),
+        ('--model resnet18 --model-kwargs in_chans=3 --convert eva', 'none of timm'),
+    ],
+)
+def test_what_does_not_fit_is_a_line(call, images, tmp_path, flags, line):
+    code, _, err = call('train', *PARENT, *QUICK, '--data-dir', images, '--output', tmp_path, *words(flags))
+    assert code == 2 and err.count('\n') == 1 and line in err, err
+
+
+def test_a_teacher_of_other_classes(train, call, images, tmp_path, parent):
+    """Its logits are of no use, its features are."""
+    write_images(tmp_path / 'more' / 'train', dict.fromkeys((*CLASSES, 'quince'), 4))
+    write_images(tmp_path / 'more' / 'val', dict.fromkeys((*CLASSES, 'quince'), 1))
+    flags = [*PARENT, *QUICK, '--data-dir', tmp_path / 'more', '--output', tmp_path, '--experiment', 'run']
+    flags += ['--kd-model-name', 'deit_tiny_patch16_224', '--kd-pretrained-path', parent, '--epochs', '1']
+    code, _, err = call('train', *flags)
+    assert code == 2 and 'has 3 classes, the run 4: their logits cannot be compared' in err and err.count('\n') == 1
+    code, _, err = call('train', *flags, '--kd-distill-type', 'feature')
+    assert code == 0, err
+
+
+def test_a_teacher_with_other_tokens(call, images, tmp_path, parent):
+    code, _, err = call(
+        'train', *MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--kd-model-name', 'deit_tiny_patch16_224',
+        '--kd-pretrained-path', parent, *words('--kd-distill-type feature --kd-feature-level tokens'),
+    )  # fmt: skip
+    assert code == 2 and 'kd_feature_level tokens' in err and err.count('\n') == 1, err
+
+
+def test_a_dry_run_names_the_teacher(call, images, tmp_path, parent):
+    flags = [*PARENT, *QUICK, *CONVERT, *BOTH, '--initial-checkpoint', parent, '--data-dir', images, '--dry-run']
+    code, out, err = call('train', *flags, '--output', tmp_path)
+    assert code == 0, err
+    assert re.search(r'^teacher +deit_tiny_patch16_224, 0.01 M parameters, sha256:', out, re.M)
