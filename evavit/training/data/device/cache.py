@@ -27,8 +27,9 @@ class _Read(NamedTuple):
 class _Marks:
     """Takes the place of BadImages while an image is read, so that every epoch can mark it."""
 
-    def __init__(self) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.taken: List[Tuple[Any, str, str]] = []
+        self.reading = dataset.bad.reading
 
     def mark(self, index: Any, name: str, why: str) -> None:
         self.taken.append((index, name, why))
@@ -45,7 +46,7 @@ class _Reading(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> _Read:
         noting = copy.copy(self.dataset)
-        noting.bad = _Marks()
+        noting.bad = _Marks(self.dataset)
         image, label = noting.fetch(index)
         return _Read(image if isinstance(image, Jpeg) else _pixels(image), label, noting.bad.taken)
 
@@ -126,7 +127,7 @@ def cached(dataset: Any, device: torch.device, workers: int) -> Tuple[Cached, St
                 marks, label = item.bad, item.label
                 if not isinstance(images[number], torch.Tensor):  # the decoder refused it
                     noting = copy.copy(dataset)
-                    noting.bad = _Marks()
+                    noting.bad = _Marks(dataset)
                     image, label = noting.replace(item.content.content, len(labels), label)
                     images[number], marks = _sent(_pixels(image), device), marks + noting.bad.taken
                 if marks:
