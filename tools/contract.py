@@ -105,11 +105,8 @@ def chosen(patterns=None, cheap=False):
         return {name: only for name in model_names() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
     first = next(iter(variants()))
     widths = {f'eva_{name}': size.model_args.get('embed_dim', 0) for name, size in variants().items()}
-    return {
-        name: None if widths.get(name, 768) < 768 else CHEAP
-        for name in model_names()
-        if widths.get(name, 1024) < 1024 or name.endswith(f'_{first}')
-    }
+    wanted = {name: None if width < 768 else CHEAP for name, width in widths.items() if width < 1024}
+    return {**wanted, **{f'{attention}_{first}': CHEAP for attention in ATTENTIONS if attention != 'eva'}}
 
 
 def main() -> int:

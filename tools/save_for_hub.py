@@ -3,7 +3,7 @@
 python tools/save_for_hub.py --checkpoint output/RUN/model_best.safetensors --output FOLDER --data NAME --licence SPDX
 
 Model, recipe, classes and image settings come from the checkpoint, which train.py wrote; metrics from what validate.py
-wrote with --results-file. FOLDER loads with timm.create_model("local-dir:FOLDER", pretrained=True).
+wrote with --results-file. FOLDER loads with timm.create_model("local-dir:FOLDER", pretrained=True), a converted model with evavit.load_converted(FOLDER).
 """
 
 import csv
@@ -17,7 +17,7 @@ from evavit.hub import save_folder
 from evavit.training import build, contents
 from evavit.training.config import ModelConfig
 
-BUILT_FROM = ('model', 'model_kwargs', 'in_chans', 'img_size', 'input_size')
+BUILT_FROM = ('model', 'model_kwargs', 'convert', 'convert_kwargs', 'in_chans', 'img_size', 'input_size')
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')
 METRICS = ('top1', 'top5', 'loss', 'images')
 
