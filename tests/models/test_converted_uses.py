@@ -79,9 +79,8 @@ def test_compile_with_inductor(name):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    'name', ['vit_base_patch14_reg4_dinov2', pytest.param('eva02_tiny_patch14_224', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # docs/convert.md exports too
+@pytest.mark.parametrize('name', ['vit_base_patch14_reg4_dinov2', 'eva02_tiny_patch14_224'])
 def test_export_with_any_batch(name):
     model = converted(name, depth=1)
     program = to_program(model, (3, *model.patch_embed.img_size))
@@ -90,7 +89,7 @@ def test_export_with_any_batch(name):
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow  # docs/convert.md writes an ONNX file too
+@pytest.mark.slow  # likewise
 @pytest.mark.parametrize('name', ['vit_base_patch14_reg4_dinov2', 'vit_small_patch16_dinov3'])
 def test_onnx(name, tmp_path):
     pytest.importorskip('onnxruntime', reason='needs evavit[export]')
