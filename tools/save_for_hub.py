@@ -3,7 +3,8 @@
 python tools/save_for_hub.py --checkpoint output/RUN/model_best.safetensors --output FOLDER --data NAME --licence SPDX
 
 Model, recipe, classes and image settings come from the checkpoint, which train.py wrote; metrics from what validate.py
-wrote with --results-file. FOLDER loads with timm.create_model("local-dir:FOLDER", pretrained=True), a converted model with evavit.load_converted(FOLDER).
+wrote with --results-file. FOLDER loads with timm.create_model("local-dir:FOLDER", pretrained=True), a converted model
+with evavit.load_converted(FOLDER).
 """
 
 import csv

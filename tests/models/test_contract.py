@@ -97,8 +97,8 @@ def test_default_cfg(name):
     assert model.get_classifier() is model.head
     features = model.forward_features(torch.randn(1, 3, 224, 224))
     pooled = model.forward_head(features, pre_logits=True)
-    if name in DEIT:
-        assert features.shape == (1, model.patch_embed.num_patches, model.num_features)
+    if name in PLAIN:
+        assert features.shape == (1, model.num_prefix_tokens + model.patch_embed.num_patches, model.num_features)
     else:
         assert features.shape == (1, model.num_features, *cfg['pool_size'])
     assert pooled.shape == (1, model.head_hidden_size)
@@ -225,7 +225,7 @@ def test_common_arguments(name, kwargs):
 @each_model
 @pytest.mark.parametrize('size', [(224, 224), (256, 256), (384, 384), (97, 161)])
 def test_any_image_size(name, size):
-    assert run(create(name, **(dict(dynamic_img_size=True) if name in DEIT else {})), size).isfinite().all()
+    assert run(create(name, **(dict(dynamic_img_size=True) if name in PLAIN else {})), size).isfinite().all()
 
 
 def test_detection_size():
@@ -241,7 +241,7 @@ def test_set_input_size(name):
     assert run(model, (96, 160)).shape == (1, 1000)
     again = timm.create_model(name, **get_model_args(model))
     again.load_state_dict(model.state_dict())
-    if name in DEIT:
+    if name in PLAIN:
         patch = model.patch_embed.patch_size[0]
         assert model.patch_embed.grid_size == (96 // patch, 160 // patch)
         with pytest.raises(AssertionError):
@@ -327,8 +327,8 @@ def test_features_only(name):
     model = create(name, features_only=True)
     x = torch.randn(1, 3, 224, 224)
     shapes = [tuple(f.shape[1:]) for f in model(x)]
-    if name in DEIT:
-        side = 224 // (8 if name.endswith('784') else 16)
+    if name in PLAIN:
+        side = 224 // model.model.patch_embed.patch_size[0]
         assert set(shapes) == {(48, side, side)}
     else:
         assert model.feature_info.reduction() == [4, 8, 16, 32]
@@ -349,9 +349,15 @@ def test_forward_intermediates(name):
         torch.testing.assert_close(last[0], maps[-1])
         first = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
         torch.testing.assert_close(first[0], maps[0])
-        if name in DEIT:
+        if name in PLAIN:
             tokens = model.forward_intermediates(x, norm=True, output_fmt='NLC', intermediates_only=True)
-            torch.testing.assert_close(tokens[-1], final)
+            P = model.num_prefix_tokens
+            torch.testing.assert_close(tokens[-1], final[:, P:])
+            pairs = model.forward_intermediates(x, norm=True, return_prefix_tokens=True, intermediates_only=True)
+            if P:
+                torch.testing.assert_close(pairs[-1][1], final[:, :P])
+                named = model.forward_intermediates(x, norm=True, return_prefix_tokens=True, output_dict=True)
+                torch.testing.assert_close(named['image_intermediates_prefix'][-1], final[:, :P])
             torch.testing.assert_close(model.forward_intermediates(x, output_dict=True)['image_features'], final)
             torch.testing.assert_close(model.get_intermediate_layers(x, n=1)[0], maps[-1].flatten(2).transpose(1, 2))
 
@@ -384,7 +390,7 @@ def test_gradient_checkpointing_changes_nothing(name):
 @each_model
 def test_headless_checkpoint_reload(name):
     model, again = create(name, num_classes=0), create(name, num_classes=0)
-    filter_fn = (eva_deit if name in DEIT else eva_pvt_v2).checkpoint_filter_fn
+    filter_fn = (eva_deit if name in PLAIN else eva_pvt_v2).checkpoint_filter_fn
     again.load_state_dict(filter_fn(dict(sorted(model.state_dict().items())), again))
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
@@ -397,7 +403,7 @@ def test_own_checkpoint_at_another_size(name, tmp_path):
 
     model = create(name, num_classes=5)
     save_file(model.state_dict(), tmp_path / 'model.safetensors')
-    kwargs = dict(img_size=256, patch_size=32, dynamic_img_size=True) if name in DEIT else {}
+    kwargs = dict(img_size=256, patch_size=32, dynamic_img_size=True) if name in PLAIN else {}
     other = create(
         name,
         num_classes=5,
