@@ -101,6 +101,14 @@ def test_onnx(name, tmp_path):
         assert relative_error(load_exported(tmp_path / 'model.onnx')(x), model(x)) < 1e-4
 
 
+def test_trace():
+    model = converted('vit_base_patch14_reg4_dinov2')
+    with pytest.warns(torch.jit.TracerWarning):  # tracing fixes the grid, as it should
+        traced = torch.jit.trace(model, images(model))
+    x = images(model, 3)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @each_kind
 def test_copies_and_state_dicts(name):
     model = converted(name)
