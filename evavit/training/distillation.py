@@ -9,6 +9,7 @@ import logging
 from dataclasses import replace
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.task import (
@@ -186,7 +187,7 @@ def build_teacher(
         return None
     source = _source(config)
     path = source.initial_checkpoint or source.pretrained_path
-    if not path and not build.has_weights(source.model or ''):
+    if not path and timm.is_model((source.model or '').split('.')[0]) and not build.has_weights(source.model or ''):
         raise UserError(f'kd_model_name {name}: timm publishes no weights for it; give --kd-pretrained-path FILE')
     classes = build.head_classes(source.model or '', build.read_weights(path)) if path else None
     if path and classes is None and kind != 'feature':

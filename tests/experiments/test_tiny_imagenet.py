@@ -5,14 +5,14 @@ import re
 
 import pytest
 from programs import load_program
-from runs import write_images, words
+from runs import signal_at, words, write_images
 
 from evavit.errors import run_script
 
 CLASSES = ('n01', 'n02')
 SMALL = words(
-    '--device cpu --no-amp --torchcompile-mode default -b 4 --global-batch-size 4 --workers 0 --num-classes 2 '
-    '--mixup 0 --cutmix 0 --model-kwargs depth=1 embed_dim=16 num_heads=2'
+    '--device cpu --no-amp -b 4 --global-batch-size 4 --workers 0 --num-classes 2 --epochs 1 --warmup-epochs 0 '
+    '--model-kwargs depth=1 embed_dim=16 num_heads=2'
 )
 
 
@@ -66,7 +66,7 @@ def test_pictures_are_sorted_packed_and_unpacked(build, source, tmp_path, capsys
     assert len(files) == 3 and max(sizes) < 1.3 * min(sizes)
     capsys.readouterr()
     assert call('moved', '--unpack', *files[:2]) == 0
-    assert '2 of 3 packed files' in capsys.readouterr().out or build.missing(tmp_path / 'moved')
+    assert '2 of 3 packed files' in capsys.readouterr().out
     assert call('moved', '--unpack', *files) == 0
     assert content(tmp_path / 'moved') == found and build.missing(tmp_path / 'moved') is None
 
@@ -77,38 +77,55 @@ def test_another_folder_is_a_line(build, tmp_path, capsys):
 
 
 def test_the_runs_at_a_small_size(build, source, tmp_path, monkeypatch, capsys):
+    """A stop in the first run, the same command once more, the choice of a kind, the table and the plot."""
     driver = load_program('experiments/tiny_imagenet/run.py')
     assert run_script(build.main, [str(tmp_path / 'tiny'), '--source', str(source), '--held', '0.25']) == 0
-    flags = ['--data-dir', tmp_path / 'tiny', '--output', tmp_path / 'runs']
-    # Compilation is the GPU tests' and takes minutes.
-    file = driver.HERE / 'parent.yaml'
-    for name in ('parent.yaml', 'convert.yaml'):
-        text = (driver.HERE / name).read_text()
-        text = re.sub(r'torchcompile\w*: .*\n', '', text).replace('epochs: 40', 'epochs: 2')
-        (tmp_path / name).write_text(text.replace('warmup_epochs: 4', 'warmup_epochs: 0'))
+    for name in ('parent.yaml', 'convert.yaml'):  # compilation takes minutes
+        text = re.sub(r'torchcompile\w*: .*\n', '', (driver.HERE / name).read_text())
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr(driver, 'HERE', tmp_path)
-    assert file.exists()
-    small = [flag for flag in SMALL if flag not in ('--torchcompile-mode', 'default')]
 
     def call(*more):
         capsys.readouterr()
-        code = run_script(driver.main, [*map(str, flags), *small, *more])
-        return code, capsys.readouterr()
+        flags = ['--data-dir', tmp_path / 'tiny', '--output', tmp_path / 'runs', *more]
+        assert run_script(driver.main, list(map(str, flags))) == 0, capsys.readouterr()
+        return capsys.readouterr().out
 
     def rows():
         with open(tmp_path / 'runs' / 'runs.csv', newline='') as stream:
             return {row['run']: row for row in csv.DictReader(stream)}
 
-    _, listed = call('--list')
-    assert re.search(r'^parent-s0 +to do$', listed.out, re.M) and 'waits for parent-s0' in listed.out
-    monkeypatch.setattr(driver, 'stopping_after', lambda _: driver_stop(driver))
-    code, stopped = call('--only', 'parent')
-    monkeypatch.undo()
-    assert code == 0 and 'asked to stop' in stopped.out, stopped
-    monkeypatch.setattr(driver, 'HERE', tmp_path)
-    assert re.search(r'^parent-s0 +started$', call('--list')[1].out, re.M)
-    wanted = ['parent', 'E16-C16-outside-0', *(f'E16-C16-outside-{kind}-5' for kind in driver.KINDS)]
-    code, out = call('--only', *wanted, '--epochs', '1')
-    assert code == 0 and list(rows()) == ['parent-s0', 'E16-C16-outside-0'] + [
-        f'E16-C16-outside-{kind}-5-s0' for kind in ('both', 'ce', 'logit')
-    ], out
+    def states():
+        return dict(re.split(r' {2,}', line, maxsplit=1) for line in call('--list').splitlines())
+
+    assert states()['parent-s0'] == 'to do' and states()['E16-C16-outside-0'] == 'waits for parent-s0'
+    with monkeypatch.context() as patch:
+        signal_at(patch, [2])
+        assert 'asked to stop: epoch 0, update 2 of 3' in call('--only', 'parent', *SMALL)
+    assert states()['parent-s0'] == 'started' and not (tmp_path / 'runs' / 'runs.csv').exists()
+    call('--only', 'parent', *SMALL)
+    assert float(rows()['parent-s0']['train_seconds']) > 0
+    assert states()['E16-C16-outside-best-20-s0'] == 'waits for the runs of 5 epochs with each kind'
+    names = [f'E16-C16-outside-{name}' for name in ('0', 'both-5-s0', 'ce-5-s0', 'logit-5-s0', 'best-20-s0')]
+    out = call('--only', *names, *SMALL)
+    assert list(rows()) == ['parent-s0', *names], out
+    for row in rows().values():
+        assert 0 <= float(row['top1']) <= 100 and row['images'] == '4' and row['commit'] and row['date']
+        assert (tmp_path / 'runs' / 'settings' / row['settings']).is_file()
+    assert rows()['E16-C16-outside-best-20-s0']['kind'] in driver.KINDS
+    settings = (tmp_path / 'runs' / 'settings' / 'E16-C16-outside-both-5-s0.yaml').read_text()
+    assert 'kd_model_name: parent' in settings and 'val_split: held' in settings and 'count_cells: outside' in settings
+    assert all(state == 'done' for name, state in states().items() if name in names)
+    assert not list((tmp_path / 'runs' / names[1]).glob('*.pth.tar'))  # but the parent's stay
+    pytest.importorskip('matplotlib')
+    table = call('--report')
+    assert '| E16-C16-outside-both-5 | 4 × 4 | 4 × 4 | outside | both |' in table
+    assert (tmp_path / 'runs' / 'runs.svg').stat().st_size > 1000
+
+
+def test_no_data_is_a_line(build, tmp_path, capsys):
+    driver = load_program('experiments/tiny_imagenet/run.py')
+    assert run_script(driver.main, ['--data-dir', str(tmp_path)]) == 2
+    assert 'build.py' in capsys.readouterr().err
+    assert run_script(driver.main, ['--data-dir', str(tmp_path), '--list', '--only', 'E99']) == 2
+    assert '--only E99' in capsys.readouterr().err
