@@ -220,6 +220,7 @@ def judge(job, args, weights, settings, folder):
     flags = ['--checkpoint', weights, '--data-dir', args.data_dir, '--split', 'val', '--workers', machine.workers]
     flags += ['-b', settings.batch.batch_size, '--results-file', folder / 'val.json']
     flags += ['--device', machine.device] * bool(machine.device) + ['--amp' if machine.amp else '--no-amp']
+    flags += ['--augment-device', machine.augment_device]  # the same decoder as in training
     flags += convert_flags(job) if job.epochs == 0 else []
     validate.main(list(map(str, flags)))
     return json.loads((folder / 'val.json').read_text())

@@ -205,7 +205,8 @@ def test_a_teacher_with_other_tokens(call, images, tmp_path, parent):
 def test_the_recipe_runs(call, images, tmp_path, parent):
     """configs/convert.yaml, all of it but the sizes and the device."""
     flags = ['-c', 'convert', *PARENT, '--initial-checkpoint', parent, '--data-dir', images, '--output', tmp_path]
-    flags += words('--convert-kwargs window_size=2 --device cpu --no-amp -b 4 --grad-accum-steps 2 --global-batch-size 8')
+    flags += words('--convert-kwargs window_size=2 --device cpu --no-amp -b 4 --grad-accum-steps 2')
+    flags += words('--global-batch-size 8')
     code, out, err = call('train', *flags, *words('--experiment run --epochs 1 --warmup-epochs 0 --workers 0'))
     assert code == 0 and 'teacher deit_tiny_patch16_224' in out, err
 
