@@ -19,6 +19,7 @@ same command goes on within the epoch. Flags that the driver does not know go to
 import argparse
 import contextlib
 import csv
+import gc
 import hashlib
 import json
 import os
@@ -274,6 +275,7 @@ def work(args):
             continue
         finally:
             torch._dynamo.reset()  # compiled code and CUDA graphs of a run are of no use to the next
+            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         write_rows(args.results_file, [*rows, row], COLUMNS)

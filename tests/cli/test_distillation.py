@@ -103,6 +103,7 @@ def test_a_resume_with_another_teacher(train, call, images, tmp_path, parent):
     train('run', *flags, '--no-resume-opt', '--epochs', '1', '--initial-checkpoint', other, model=PARENT)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(train, images, tmp_path, parent):
     flags = [
         *CONVERT,
@@ -153,7 +154,7 @@ def test_weights_from_before_the_conversion_are_judged(call, images, tmp_path, p
         code, _, err = call('validate', *place, *flags, *convert)
         assert code == 0, err
         losses.append(json.loads((tmp_path / 'val.json').read_text())['loss'])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and abs(losses[2] - losses[0]) > 1e-3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and abs(losses[2] - losses[0]) > 1e-4
 
 
 @pytest.mark.parametrize(
