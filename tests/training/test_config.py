@@ -142,7 +142,7 @@ def test_help_lists_every_flag(capsys):
 def test_an_unknown_config_comes_with_the_known_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r'-c eva_deit_tinny: .*\(did you mean eva_deit_tiny\?\): there are eva_deit_small'
+        UserError, match=r'-c eva_deit_tinny: .*\(did you mean eva_deit_tiny\?\): there are convert, eva_deit_small'
     ):
         settings_of('-c', 'eva_deit_tinny')
     with pytest.raises(UserError, match='cannot be read'):
