@@ -95,6 +95,9 @@ def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
     yield 'state_dict_ema', average, average is None or is_weights(average)
     if average is None:
         yield 'state_dict_ema', average, not getattr(args, 'model_ema', False)
+    for name in ('task_state', 'task_state_ema'):  # the projection of a distillation of features
+        state = checkpoint.get(name)
+        yield name, state, state is None or (isinstance(state, dict) and all(map(is_weights, state.values())))
     yield 'amp_scaler', scaler, scaler is None or (isinstance(scaler, dict) and all(map(is_number, scaler.values())))
     yield 'optimizer', optimizer, optimizer is None or _is_optimizer(optimizer)
     saved = checkpoint.get('saver')
