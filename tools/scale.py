@@ -154,7 +154,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def milliseconds(self, *calls):
-        """Of each call: the median of five passes, which take turns. Each has a fifth of the time, two calls at least."""
+        """Of each call: the median of five passes, which take turns, each a fifth of the time or two calls."""
         each = max(self.span(call, 2) / 2 for call in calls)
         times = max(2, min(300, round(self.seconds / 5 / max(each, 1e-6))))
         spans = [[self.span(call, times) for call in calls] for _ in range(5)]
