@@ -15,6 +15,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 KWARGS = dict(img_size=56, patch_size=4, embed_dim=64, depth=2, num_heads=2, noise_std=0)  # the kernels run
 NET = ['--model', 'eva_deit_tiny', '--model-kwargs', *(f'{key}={value}' for key, value in KWARGS.items())]
+SOFTMAX = ['--model', 'deit_tiny_patch16_224', '--model-kwargs']
+SOFTMAX += [f'{key}={value}' for key, value in KWARGS.items() if key != 'noise_std']
+CONVERT = words('--convert eva --convert-kwargs window_size=7 partition_grid=7 noise_std=0 --kd-model-name parent')
 ON_GPU = [*PLAIN, '--device', 'cuda', '--amp']
 FAST = ['--torchcompile']
 AVERAGE = words('--grad-accum-steps 2 -b 2 --model-ema --model-ema-decay 0.8')
@@ -80,6 +83,17 @@ def test_curves_of_an_eager_run(train, graphs, flags, record_property):
     # Forward, backward and validation, and an empty one of PyTorch's. The first of 12 passes and more are no replays.
     assert graphs['replayed'] >= 12 and 3 <= graphs['recorded'] <= 6
     record_property('figure', f'{" ".join(flags)}: {graphs["recorded"]} graphs, replayed {graphs["replayed"]} times')
+
+
+@pytest.mark.parametrize('kind', ['logit', 'logit+feature'])
+def test_a_converted_model_and_its_teacher(train, graphs, kind):
+    """Both are compiled; the student's parent is the teacher."""
+    parent = train('parent', '--epochs', '1', model=SOFTMAX) / 'last.safetensors'
+    flags = [*ON_GPU, *AVERAGE, *CONVERT, '--initial-checkpoint', parent, '--kd-distill-type', kind]
+    eager = train('eager', *flags, model=SOFTMAX)
+    assert not graphs['replayed']
+    assert_same_curves(eager, train('fast', *flags, *FAST, model=SOFTMAX), average=True)
+    assert graphs['replayed'] >= 12 and graphs['recorded'] <= 8
 
 
 def test_more_epochs_record_nothing_new(train, graphs):
