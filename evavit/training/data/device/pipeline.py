@@ -4,6 +4,7 @@ A thread takes what the loading processes hand over, has the device decode and a
 `AHEAD` batches ready. It draws from generators of its own: the training step's are not touched.
 """
 
+import gc
 import queue
 import threading
 import weakref
@@ -191,7 +192,12 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         """The loading processes start now, and with them what this process draws for them."""
-        made = self._make(iter(self.loader), self.epoch, self.batch)
+        # A fork that frees an event or a stream of CUDA, as its garbage collection may, is aborted: it gets no garbage.
+        gc.collect()
+        gc.freeze()
+        batches = iter(self.loader)
+        gc.unfreeze()
+        made = self._make(batches, self.epoch, self.batch)
         if not self.loader.num_workers:
             return made  # an image's draws are this process's then, in turn with the training step's
         return _Ahead(made, self.maker.device, self.stream)

@@ -118,7 +118,7 @@ def test_kill_and_resume(tmp_path, capfd, monkeypatch):
 
 def test_what_each_part_takes(many):
     """Images a second of the loader alone, and milliseconds that the host and the GPU spend on a batch of 256."""
-    loading = loader(many, 'cuda', device='cuda', **FULL, **RECIPE)
+    loading = loader(many, 'cuda', device='cuda', **FULL, **RECIPE, least=8 * 256)
     maker, raw = loading.maker, []
     for batch in loading.loader:
         raw.append(batch)
