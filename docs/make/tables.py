@@ -2,7 +2,7 @@
 """Write the tables and the plot of the documentation: python docs/make/tables.py [--check]
 
 Parameters and multiply-adds are counted on the code (`zoo.py`), and the paper's numbers stand beside them. What was
-measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`). A table goes between two markers such as
+measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`). A table goes between two markers such as
 `<!-- models -->` and `<!-- /models -->`. The plot carries a digest of what it shows. With --check nothing is written,
 and the exit code is 1 if a table or the plot is stale.
 """
@@ -11,6 +11,7 @@ import argparse
 import sys
 
 import attentions
+import converted
 import counts
 import elpv
 import exported
@@ -124,6 +125,7 @@ TABLES = {  # of each page, by the name of its markers
         'precision': exported.precision_table,
     },
     'docs/transfer.md': {'elpv': elpv.table},
+    'docs/convert.md': {'speed': converted.speed, 'accuracy': converted.accuracy},
 }
 
 

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""When a converted ViT pays, and how near it is to its parent: python docs/make/converted.py
+
+Draws docs/images/converted.svg from results/convert_h200.csv, which `benchmark.py --bench convert` wrote. `tables.py`
+writes the tables, that of accuracies from results/tiny_imagenet_h200.csv (experiments/tiny_imagenet). Needs matplotlib.
+"""
+
+import argparse
+
+import pages
+
+SPEED, ACCURACY = 'convert_h200.csv', 'tiny_imagenet_h200.csv'
+PICTURE = pages.ROOT / 'docs' / 'images' / 'converted.svg'
+COLOURS = {192: '#edae49', 384: '#00798c', 768: '#d1495b', 1024: '#30638e'}
+CELLS = {'49 cells': 'o', 'cells of 3': 's'}
+COLUMNS = {'forward_ms': 'inference', 'ms': 'training'}
+SIZES = {
+    '4, 4': '16 tokens, 16 cells: an eighth of 256',
+    '4, 8': '16 tokens, 64 cells: a third',
+    '8, 8': '64 tokens, 64 cells: a half',
+}
+
+
+def ratios(rows: list, width: int, cells: str, column: str) -> list:
+    """(side, softmax's time over the converted model's) of a width."""
+    found = []
+    for row in pages.pick(rows, width=width, model=cells):
+        softmax = pages.pick(rows, width=width, model='softmax', img_size=row['img_size'])
+        found += [(int(row['img_size']), float(softmax[0][column]) / float(row[column]))]
+    return sorted(found)
+
+
+def measured() -> list:
+    return pages.pick(pages.read_results(SPEED), status='ok', torchcompile='no')
+
+
+def speed() -> str:
+    """Speed over softmax: a row for each width and side."""
+    rows, lines = measured(), []
+    for width in sorted({int(row['width']) for row in rows}):
+        found = {(cells, column): dict(ratios(rows, width, cells, column)) for cells in CELLS for column in COLUMNS}
+        for side in sorted({side for of in found.values() for side in of}):
+            lines.append([str(width), f'{side}'] + [f'{of[side]:.2f}×' if side in of else '–' for of in found.values()])
+    columns = ['width', 'side, px', *(f'{cells}, {kind}' for cells in CELLS for kind in COLUMNS.values())]
+    return pages.table(columns, lines) + f'\n\n{pages.origins(rows)}'
+
+
+def accuracy() -> str:
+    """Top-1 before any training: a row for each size of windows and cells."""
+    rows, lines = pages.read_results(ACCURACY), []
+    parent = pages.pick(rows, run='parent-s0')[0]
+    for sizes, text in SIZES.items():
+        window_size, partition_grid = sizes.split(', ')
+        of_size = pages.pick(rows, window_size=window_size, partition_grid=partition_grid, epochs='0')
+        top1 = {row['count_cells']: row['top1'] for row in of_size}
+        lines.append([text, *(f'{top1[count]} %' for count in ('outside', 'all', 'one'))])
+    columns = ['a query sees', "`count_cells='outside'`", "`'all'`", "`'one'`"]
+    return (
+        f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n{pages.origins(rows)} One run of the '
+        f'parent: {parent["epochs"]} epochs, {float(parent["train_seconds"]) / 60:.0f} minutes.'
+    )
+
+
+def draw() -> None:
+    import matplotlib
+
+    matplotlib.use('Agg')
+    matplotlib.rcParams['svg.hashsalt'] = 'converted'  # the same file from the same numbers
+    import matplotlib.pyplot as plt
+
+    rows = measured()
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axes, (column, kind) in zip(panels, COLUMNS.items(), strict=True):
+        for width in sorted({int(row['width']) for row in rows}):
+            for cells, marker in CELLS.items():
+                points = ratios(rows, width, cells, column)
+                style = dict(color=COLOURS[width], marker=marker, linestyle='-' if marker == 'o' else '--')
+                axes.plot(*zip(*points, strict=True), **style, label=f'width {width}, {cells}')
+        axes.axhline(1, color='#9aa5b1', linewidth=1)
+        axes.set_xscale('log', base=2)
+        axes.set_yscale('log', base=2)
+        axes.set_xticks([224, 518, 1022, 2044], ['224', '518', '1,022', '2,044'])
+        axes.set_yticks([0.5, 1, 2], ['0.5×', '1×', '2×'])
+        axes.minorticks_off()
+        axes.set_xlabel('side of the image, px (patches of 14)')
+        axes.set_title(kind, fontsize=10)
+        axes.spines[['top', 'right']].set_visible(False)
+    panels[0].set_ylabel('speed over softmax')
+    panels[1].legend(frameon=False, fontsize=7, loc='lower right')
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={'Date': None})
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    draw()
+    print(speed())
+    print(accuracy())
+
+
+if __name__ == '__main__':
+    main()
