@@ -365,7 +365,15 @@ def _read_yaml(name: str, table: Dict[str, Option]) -> Dict[str, Any]:
     text = _read_text(path)
     try:
         content = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         # PyYAML's own, and what it lets through of a value that is not of its type, such as the date 2026-13-45.
         raise UserError(f'-c {path}: cannot be read as YAML: {" ".join(str(error).split())[:300]}') from None
     if content is None:

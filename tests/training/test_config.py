@@ -70,6 +70,11 @@ def test_aliases_are_read_and_bounded(config):
         settings_of('-c', config(f'model_kwargs: {{a: &a [{"1, " * 100}], b: [{"*a, " * 100}]}}'))
 
 
+def test_a_tag_that_its_value_does_not_fit(config):
+    with pytest.raises(UserError, match='cannot be read as YAML'):
+        settings_of('-c', config('lr: !!bool foo'))
+
+
 def test_a_file_of_settings_is_a_small_file(tmp_path):
     os.mkfifo(tmp_path / 'pipe.yaml')
     (tmp_path / 'link.yaml').symlink_to(tmp_path / 'pipe.yaml')
