@@ -86,6 +86,10 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
             **kwargs,
         )
         model: Any = timm.create_model(**arguments)
+        if not hasattr(model, 'num_classes'):
+            raise UserError(
+                f'model {name} {_shown(kwargs)}: it has no classes; leave features_only out of --model-kwargs'
+            )
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
         if config.convert:
