@@ -249,8 +249,7 @@ def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Op
     position = _position(path, checkpoint, run)
     try:
         if full:
-            _check_optimizer(path, checkpoint, settings['opt'])
-            _check_teacher(path, checkpoint, settings.get('kd_teacher'))
+            check_training(path, checkpoint, settings['opt'], settings.get('kd_teacher'))
             _load_optimizer(run, checkpoint, position)
         task.load_checkpoint_state(weights, checkpoint.get('task_state'))
         if task.has_ema():
@@ -342,6 +341,12 @@ def _first_whole(candidates: List[Path]) -> Tuple[Path, Dict[str, Any], List[Pat
     raise ValueError('no candidates')
 
 
+def check_training(path: Path, checkpoint: Dict[str, Any], opt: str, teacher: Optional[Dict[str, Any]]) -> None:
+    """UserError where a checkpoint was written with another optimizer or teacher (`Teacher.identity`) than this."""
+    _check_optimizer(path, checkpoint, opt)
+    _check_teacher(path, checkpoint, teacher)
+
+
 def _check_optimizer(path: Path, checkpoint: Dict[str, Any], opt: str) -> None:
     """Weights alone, or another optimizer's state, are nothing to continue from."""
     if 'epoch' not in checkpoint or 'optimizer' not in checkpoint:
@@ -387,6 +392,9 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
         for name, value in tried.items():
             if is_number(value) or isinstance(value, torch.Tensor):
                 _check_form(name, saved.get(name), value)
+        for name in saved.keys() - group.keys() - tried.keys():
+            if not (saved[name] is None or isinstance(saved[name], bool) or is_number(saved[name])):
+                raise ValueError(f'its {name} is {_form(saved[name])}, not a number')
     expected = after.get('state', {})
     for number, entry in state['state'].items():
         for name, value in expected.get(number, {}).items():
@@ -431,8 +439,6 @@ def _check_form(name: str, value: Any, expected: Any) -> None:
 def _form(value: Any) -> str:
     """Shape and type of a value in an optimizer's state, for comparison."""
     if isinstance(value, torch.Tensor):
-        if not value.ndim and value.device.type != 'meta' and not value.isfinite():
-            return str(value.item())
         return f'{"×".join(map(str, value.shape)) or "a number"} of {str(value.dtype)[6:]}'
     if isinstance(value, (list, tuple)):
         return f'[{", ".join(map(_form, value))}]'

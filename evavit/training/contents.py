@@ -100,6 +100,8 @@ def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
         yield name, state, state is None or (isinstance(state, dict) and all(map(is_weights, state.values())))
     yield 'amp_scaler', scaler, scaler is None or (isinstance(scaler, dict) and all(map(is_number, scaler.values())))
     yield 'optimizer', optimizer, optimizer is None or _is_optimizer(optimizer)
+    if optimizer:
+        yield from _judged_optimizer(optimizer)
     saved = checkpoint.get('saver')
     yield 'saver', saved, saved is None or isinstance(saved, dict)
     if not saved:
@@ -161,6 +163,34 @@ def _is_optimizer(state: Any) -> bool:
         and all(is_whole(number, 0, len(numbers) - 1) for number in state['state'])
         and all(isinstance(entry, dict) and is_plain(entry, tensors=True) for entry in state['state'].values())
     )
+
+
+def _judged_optimizer(optimizer: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
+    """As `_judged`, the values that an optimizer computes with."""
+    for kind, entries in (
+        ('param_groups', enumerate(optimizer['param_groups'])),
+        ('state', optimizer['state'].items()),
+    ):
+        for number, entry in entries:
+            for name, value in entry.items():
+                yield f'optimizer.{kind}[{number}].{name}', value, _is_computed(name, value)
+
+
+def _is_computed(name: str, value: Any) -> bool:
+    """Whether an optimizer can have computed this: finite, and no count of steps or mean of squares below zero."""
+    positive = name == 'step' or name == 'square_avg' or 'avg_sq' in name
+    if type(value) in (int, float):
+        return is_number(value) and (value >= 0 or not positive)
+    if not isinstance(value, torch.Tensor):
+        return True
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes() or any(
+        size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True)
+    ):
+        return False  # elements that share their memory cannot be updated in place
+    try:
+        return bool(value.isfinite().all() and (not positive or value.is_complex() or (value >= 0).all()))
+    except RuntimeError:  # a type of number that PyTorch does not compute with
+        return False
 
 
 def is_whole(value: Any, low: int = 0, high: int = 2**63 - 1) -> bool:

@@ -137,11 +137,11 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
             ('data', f'{len(train_set):,} images to train on, {len(eval_set):,} to validate on, {classes} classes')
         )
         if config.machine.cache_device:
-            size = sum(map(data.cache_size, (train_set, eval_set))) / 2**30
+            cache = sum(map(data.cache_size, (train_set, eval_set))) / 2**30
             lines.append(
                 (
                     'cache',
-                    f'{size:.2f} GiB of images on each GPU, by the sizes of some of them; it has to fit beside memory',
+                    f'{cache:.2f} GiB of images on each GPU, by the sizes of some of them; it has to fit beside memory',
                 )
             )
     elif classes:
@@ -150,7 +150,7 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         if file:
             build.read_weights(file)
         lines.append(('data', 'not given (--data-dir), counted as 2 classes'))
-    check_resume(config, folder, model if classes else None)
+    check_resume(config, folder, model if classes else None, checked.teacher)
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters())
     lines += [
@@ -188,10 +188,11 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     return [f'{name:<14} {text}' for name, text in lines]
 
 
-def check_resume(config: TrainConfig, folder: Path, model: Any) -> None:
+def check_resume(config: TrainConfig, folder: Path, model: Any, teacher: Optional[distillation.Teacher] = None) -> None:
     """What a run would find of itself in its folder, or in the file of --resume: UserError where it could not go on.
 
-    The file is read, and its weights compared with the shapes of `model` unless that is None.
+    The file is read, its weights are compared with the shapes of `model` unless that is None, and optimizer and teacher
+    with the run's where it would go on with them.
     """
     candidates = checkpoint.find_resume(config.run.resume, folder)
     for path in candidates:
@@ -203,6 +204,8 @@ def check_resume(config: TrainConfig, folder: Path, model: Any) -> None:
         else:
             if model is not None:
                 build.check_fit(model, clean_state_dict(content['state_dict']), path)
+            if not config.run.no_resume_opt:
+                checkpoint.check_training(path, content, config.optim.opt, teacher.identity if teacher else None)
             return
 
 

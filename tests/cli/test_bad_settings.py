@@ -9,7 +9,7 @@ import mutations
 import pytest
 import timm
 import torch
-from runs import MODEL, QUICK, ROOT, load_script, write_bad_weights, write_images
+from runs import MODEL, QUICK, ROOT, load_script, words, write_bad_weights, write_images
 
 from evavit.errors import run_script
 from evavit.training import data, dry_run
@@ -139,6 +139,12 @@ def test_dry_run_without_data(call, flags):
     assert code == 0 and 'unknown without data' in out, err
 
 
+def test_dry_run_tells_the_size_of_the_cache(call, images):
+    flags = ['--data-dir', images, *words('--augment-device cuda --cache-device --dry-run')]
+    code, out, err = call('train', *MODEL, *QUICK, *flags)
+    assert code == 0 and 'GiB of images on each GPU' in out and 'multiply-adds' in out, err
+
+
 @pytest.fixture
 def both(call, images, tmp_path, monkeypatch):
     """both(flags) → the one line with which the dry run and the run both refuse the flags, without the network."""
@@ -168,10 +174,10 @@ def test_the_dry_run_refuses_what_the_run_refuses(both, train, tmp_path):
     assert 'already holds a run' in both()
     other = ['--experiment', 'other']
     for flag in ('--initial-checkpoint', '--pretrained-path'):
-        for path, words in write_bad_weights(tmp_path).items():
+        for path, parts in write_bad_weights(tmp_path).items():
             for classes in ([], ['--num-classes', '3']):
                 line = both(flag, path, *other, *classes)
-                assert all(word in line for word in words), line
+                assert all(part in line for part in parts), line
         line = both(flag, run / 'last.safetensors', '--model-kwargs', 'depth=3', *other)
         assert 'last.safetensors: the file does not fit' in line
     write_images(tmp_path / 'two' / 'train', dict(apple=4, pear=4))
@@ -179,6 +185,7 @@ def test_the_dry_run_refuses_what_the_run_refuses(both, train, tmp_path):
     two = ['--data-dir', tmp_path / 'two']
     assert '3 classes' in both('--initial-checkpoint', run / 'last.safetensors', *two, *other)
     assert '3 classes' in both('--resume', run / 'last.pth.tar', *two, *other)
+    assert 'written with opt adamw' in both('--resume', run / 'last.pth.tar', '--opt', 'sgd', *other)
     (tmp_path / 'half.pth.tar').write_bytes((run / 'last.pth.tar').read_bytes()[:5000])
     assert 'half.pth.tar' in both('--resume', tmp_path / 'half.pth.tar', *other)
 
@@ -188,6 +195,7 @@ def test_the_dry_run_takes_what_the_run_takes(train, call, images, tmp_path):
     place = ['--data-dir', images, '--output', tmp_path]
     for flags in (
         ['--resume', 'auto', '--experiment', 'run'],
+        ['--resume', 'auto', '--experiment', 'run', '--opt', 'sgd', '--no-resume-opt'],
         ['--resume', 'auto', '--experiment', 'new'],
         ['--initial-checkpoint', run / 'last.safetensors'],
         ['--pretrained-path', run / 'last.safetensors', '--num-classes', '3'],

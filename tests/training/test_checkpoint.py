@@ -107,6 +107,8 @@ def change(path, how):
         saved = torch.load(path, weights_only=False)
         saved['saver']['position']['place'] = saved['saver']['position'].pop('update')
         torch.save(saved, path)
+    if how == 'moments that are not finite':
+        rewritten(path, state('exp_avg', torch.full((2, 4), float('nan'))))
     if how == 'with code':
 
         class Code:
@@ -116,7 +118,16 @@ def change(path, how):
         torch.save(dict(state_dict=Code(), optimizer={}, epoch=3), path)
 
 
-DAMAGES = ('empty', 'half', 'one bit', 'text', "another program's", "another version's", 'with code')
+DAMAGES = (
+    'empty',
+    'half',
+    'one bit',
+    'text',
+    "another program's",
+    "another version's",
+    'with code',
+    'moments that are not finite',
+)
 
 
 @pytest.mark.parametrize('how', DAMAGES)
@@ -341,6 +352,10 @@ def state(name, value):
     return lambda content: content['optimizer']['state'][0].update({name: value})
 
 
+def group(**values):
+    return lambda content: content['optimizer']['param_groups'][0].update(values)
+
+
 def weight(value):
     return lambda content: content['state_dict'].update(weight=value)
 
@@ -352,16 +367,27 @@ def weight(value):
         (state('exp_avg', torch.ones(2, 4, dtype=torch.complex64)), 'exp_avg of parameter 0 is 2×4 of complex64'),
         (state('exp_avg', 5), 'exp_avg of parameter 0 is a number'),
         (state('exp_avg', None), 'exp_avg of parameter 0 is missing'),
-        (state('step', torch.tensor(float('nan'))), 'step of parameter 0 is nan'),
+        *(
+            (state(name, value), f'its optimizer.state[0].{name} is ')
+            for name, value in (
+                ('step', torch.tensor(float('nan'))),
+                ('step', torch.tensor(-5.0)),
+                ('exp_avg', torch.full((2, 4), float('nan'))),
+                ('exp_avg', torch.zeros(1).expand(2, 4)),
+                ('exp_avg', torch.zeros(8)[:1].expand(2, 4)),
+                ('exp_avg', torch.zeros(1).expand(10**9, 10**9)),
+                ('exp_avg', torch.zeros(2, 4).to(torch.float8_e4m3fn)),
+                ('exp_avg_sq', torch.full((2, 4), -1e-3)),
+            )
+        ),
+        (group(lr_scale=float('nan')), 'its optimizer.param_groups[0].lr_scale is nan'),
+        (group(another='x'), 'its another is str, not a number'),
         (
             lambda content: content['optimizer']['state'][0].pop('exp_avg_sq'),
             'its exp_avg_sq of parameter 0 is missing',
         ),
         (lambda content: content['optimizer']['state'].clear(), 'lacks the state of the optimizer after 3 updates'),
-        (
-            lambda content: content['optimizer']['param_groups'][0].update(lr_scale='x'),
-            'its lr_scale is str, not a number',
-        ),
+        (group(lr_scale='x'), 'its lr_scale is str, not a number'),
         (weight(torch.ones(2, 4, dtype=torch.complex64)), 'has in another type of number weight'),
         (weight(torch.ones(2, 4, dtype=torch.int8)), 'has in another type of number weight'),
         (weight(torch.ones(2, 5)), 'has in another shape weight'),
