@@ -20,7 +20,17 @@ from evavit.version import __version__
 
 OWN = (  # what each machine may have its own way; only the first process writes to `output`
     *('data_dir', 'dataset_download', 'class_map', 'pretrained_path', 'initial_checkpoint', 'checkpoint'),
-    *('output', 'experiment', 'resume', 'results_file', 'device', 'workers', 'pin_mem', 'stall_timeout'),
+    *(
+        'kd_pretrained_path',
+        'output',
+        'experiment',
+        'resume',
+        'results_file',
+        'device',
+        'workers',
+        'pin_mem',
+        'stall_timeout',
+    ),
 )
 
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import logging
 from dataclasses import replace
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -185,6 +185,7 @@ def build_teacher(
     name, kind = settings.kd_model_name, settings.kd_distill_type
     if name is None:
         return None
+    _check_hub(settings, config.run.dry_run)
     source = _source(config)
     path = source.initial_checkpoint or source.pretrained_path
     if not path and timm.is_model((source.model or '').split('.')[0]) and not build.has_weights(source.model or ''):
@@ -201,8 +202,7 @@ def build_teacher(
     known = data.resolve_input(source, model)
     build.try_model(model, data_config['input_size'], source)
     tokens = settings.kd_feature_level == 'tokens'
-    if tokens:
-        _check_tokens(model, student, data_config['input_size'])
+    _check_features(settings, student, model, data_config['input_size'])
     identity = dict(
         model=source.model,
         model_kwargs=source.model_kwargs or {},
@@ -237,20 +237,41 @@ def _source(config: TrainConfig) -> ModelConfig:
     )
 
 
-@torch.no_grad()
-def _check_tokens(teacher: Any, student: Any, input_size: Sequence[int]) -> None:
-    shapes = []
-    for model in (student, teacher):
-        training = model.training
-        model.eval()
-        tokens = model.forward_features(torch.zeros(1, *input_size, device=next(model.parameters()).device))
-        model.train(training)
-        shapes.append(tuple(tokens.shape[1:]))
-    if any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][0]:
+def _check_hub(config: DistilConfig, dry_run: bool) -> None:
+    """A teacher of the Hub, whose settings come over the network: not in a dry run, nor with weights of a file."""
+    name = config.kd_model_name or ''
+    if name.lower().replace('_', '-').startswith('hf-hub:') and (dry_run or config.kd_pretrained_path):
+        reason = 'a dry run fetches nothing' if dry_run else '--kd-pretrained-path is to replace what lies there'
         raise UserError(
-            f'kd_feature_level tokens: the model gives features {shown(list(shapes[0]))}, the teacher '
-            f'{shown(list(shapes[1]))}, not as many tokens each; leave it out, or choose another teacher'
+            f'kd_model_name {name} lies on the Hugging Face Hub, and {reason}; name the architecture and its file with '
+            f'--kd-pretrained-path'
         )
+
+
+def _check_features(config: DistilConfig, student: Any, teacher: Any, input_size: Sequence[int]) -> None:
+    """The features that are compared must have as many tokens, and the widths that the settings say, if they do."""
+    tokens, given = config.kd_feature_level == 'tokens', (config.kd_student_feature_dim, config.kd_teacher_feature_dim)
+    if not tokens and given == (None, None):
+        return
+    shapes = [_feature_shape(model, input_size, tokens) for model in (student, teacher)]
+    if tokens and (any(len(shape) != 2 for shape in shapes) or shapes[0][0] != shapes[1][0]):
+        raise UserError(
+            f'kd_feature_level tokens: the model gives features {shown(shapes[0])}, the teacher '
+            f'{shown(shapes[1])}, not as many tokens each; leave it out, or choose another teacher'
+        )
+    for name, width, shape in zip(('student', 'teacher'), given, shapes, strict=True):
+        if width not in (None, shape[-1]):
+            raise UserError(f'kd_{name}_feature_dim {width}: the features are {shape[-1]} wide; leave it out')
+
+
+@torch.no_grad()
+def _feature_shape(model: Any, input_size: Sequence[int], tokens: bool) -> List[int]:
+    training = model.training
+    model.eval()
+    features = model.forward_features(torch.zeros(1, *input_size, device=next(model.parameters()).device))
+    features = features if tokens else model.forward_head(features, pre_logits=True)
+    model.train(training)
+    return list(features.shape[1:])
 
 
 def _digest(path: str) -> str:

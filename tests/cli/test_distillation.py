@@ -22,7 +22,7 @@ from runs import (
     write_images,
 )
 
-from evavit.errors import PREEMPTED
+from evavit.errors import PREEMPTED, UserError
 from evavit.models import write_weights
 
 PARENT = ['--model', 'deit_tiny_patch16_224', '--model-kwargs', *(f'{key}={value}' for key, value in SOFTMAX.items())]
@@ -98,8 +98,9 @@ def test_a_resume_with_another_teacher(train, call, images, tmp_path, parent):
     train('run', *flags, '--epochs', '1', '--initial-checkpoint', parent, model=PARENT)
     place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', *CONVERT, '--resume', 'auto']
     for teacher in (['--kd-model-name', 'parent', '--initial-checkpoint', other], []):
-        code, _, err = call('train', *PARENT, *QUICK, *place, *teacher)
-        assert code == 2 and err.count('\n') == 1 and 'another teacher' in err and '--no-resume-opt' in err
+        for dry in ([], ['--dry-run']):
+            code, _, err = call('train', *PARENT, *QUICK, *place, *teacher, *dry)
+            assert code == 2 and err.count('\n') == 1 and 'another teacher' in err and '--no-resume-opt' in err
     train('run', *flags, '--no-resume-opt', '--epochs', '1', '--initial-checkpoint', other, model=PARENT)
 
 
@@ -164,6 +165,7 @@ def test_weights_from_before_the_conversion_are_judged(call, images, tmp_path, p
         ('--kd-model-name parent --convert eva', 'weights that nothing has trained: say with --initial-checkpoint'),
         ('--kd-model-name no_such_model', 'unknown model no_such_model'),
         ('--kd-model-name eva_deit_tiny', 'timm publishes no weights for it; give --kd-pretrained-path'),
+        ('--kd-model-name hf-hub:x/y --dry-run', 'x/y lies on the Hugging Face Hub, and a dry run fetches nothing'),
         ('--kd-temperature 2', 'kd_temperature does nothing without kd_model_name'),
         ('--task-loss-weight 0.5', 'task_loss_weight does nothing without kd_model_name'),
         ('--kd-model-name resnet18 --kd-pretrained-path none.pth', '--kd-pretrained-path none.pth: no such file'),
@@ -201,6 +203,31 @@ def test_a_teacher_with_other_tokens(call, images, tmp_path, parent):
         '--kd-pretrained-path', parent, *words('--kd-distill-type feature --kd-feature-level tokens'),
     )  # fmt: skip
     assert code == 2 and 'kd_feature_level tokens' in err and err.count('\n') == 1, err
+
+
+@pytest.mark.parametrize('level, dry', [('pooled', []), ('tokens', ['--dry-run'])])
+def test_features_of_another_width(call, images, tmp_path, parent, level, dry):
+    flags = [*PARENT, *QUICK, *CONVERT, '--initial-checkpoint', parent, '--data-dir', images, '--output', tmp_path]
+    flags += [*words(f'--kd-model-name parent --kd-distill-type feature --kd-feature-level {level}'), *dry]
+    for name, width in (('teacher', 7), ('student', 10**12)):
+        code, _, err = call('train', *flags, f'--kd-{name}-feature-dim', width)
+        assert code == 2 and f'kd_{name}_feature_dim {width}: the features are 16 wide' in err, err
+        assert err.count('\n') == 1
+    if dry:
+        code, _, err = call('train', *flags, *words('--kd-teacher-feature-dim 16 --kd-student-feature-dim 16'))
+        assert code == 0, err
+
+
+def test_processes_compare_their_teachers(call, images, tmp_path, parent, monkeypatch):
+    """The weights, whatever the file is called."""
+
+    def check_agreement(*_, teacher, **__):
+        raise UserError(f'teacher {teacher}')
+
+    monkeypatch.setattr('evavit.cli.train.check_agreement', check_agreement)
+    flags = [*PARENT, *QUICK, '--data-dir', images, '--output', tmp_path]
+    code, _, err = call('train', *flags, '--kd-model-name', PARENT[1], '--kd-pretrained-path', parent)
+    assert code == 2 and re.search(r'teacher deit_tiny_patch16_224 .* sha256:[0-9a-f]{64}$', err.strip()), err
 
 
 def test_the_recipe_runs(call, images, tmp_path, parent):

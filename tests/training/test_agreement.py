@@ -53,6 +53,7 @@ def processes_that(*settings):
         ('seed', (1, 2, 3), 'seed is 1 on rank 0 and 2 on rank 1 and 3 on rank 2'),
         ('log_interval', (50, 1), 'log_interval is 50 on rank 0 and 1 on rank 1'),
         ('training_images', (24, 23), 'training images is 24 on rank 0 and 23 on rank 1'),
+        ('teacher', ('vit 1', 'vit 2'), "teacher is 'vit 1' on rank 0 and 'vit 2' on rank 1"),
         ('validation_batches', (2, 3), 'validation batches is 2 on rank 0 and 3 on rank 1'),
     ],
 )
@@ -69,7 +70,10 @@ def test_many_differences_are_counted():
 
 
 def test_what_a_machine_may_have_for_itself():
-    own = [dict(data_dir=name, workers=number, device=name, stall_timeout=number) for number, name in enumerate('ab')]
+    own = [
+        dict(data_dir=name, kd_pretrained_path=name, workers=number, device=name, stall_timeout=number)
+        for number, name in enumerate('ab')
+    ]
     assert processes_that(*own) == [None, None]
 
 
