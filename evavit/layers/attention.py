@@ -8,13 +8,19 @@ from torch import nn
 
 from evavit.ops.checks import check_whole
 
-__all__ = ['GridAttention', 'check_heads', 'device_and_dtype']
+__all__ = ['GridAttention', 'check_flag', 'check_heads', 'device_and_dtype']
 
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError unless num_heads divides dim."""
     if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
         raise ValueError(f'num_heads {num_heads} does not divide dim {dim}; choose a divisor')
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ValueError unless value is True or False: text such as 'no' would count as True."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name} must be True or False, got {value!r}')
 
 
 def device_and_dtype(kwargs: Dict[str, Any]) -> Dict[str, Any]:

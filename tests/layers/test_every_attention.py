@@ -37,6 +37,15 @@ def test_options_are_keyword_only_with_the_shared_ones_among_them(name):
         assert key not in own or own[key].default == parameter.default
 
 
+@pytest.mark.parametrize(
+    'name', [n for n in ATTENTIONS if 'rel_pos_bias' in inspect.signature(ATTENTIONS[n]).parameters]
+)
+def test_a_bias_is_asked_for_with_true_or_false(name):
+    for value in ('no', 'yes', None, 0):
+        with pytest.raises(ValueError, match=f'rel_pos_bias must be True or False, got {value!r}'):
+            make(name, rel_pos_bias=value)
+
+
 @each_attention
 @each_grid
 def test_any_grid_in_training_and_evaluation(name, feat_size):
