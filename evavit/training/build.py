@@ -154,7 +154,14 @@ def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:
     path = config.pretrained_path
     if not path:
         return dict(pretrained=config.pretrained)
-    classes = head_classes(config.model or '', read_weights(path))
+    name, weights = config.model or '', read_weights(path)
+    ours = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('evavit.')
+    if not ours and any('.attn.summary_' in key for key in weights):
+        raise UserError(
+            f'{path} is of a converted model, and --pretrained-path takes weights from before a conversion; give it as '
+            f'--initial-checkpoint, with its --convert and --convert-kwargs'
+        )
+    classes = head_classes(name, weights)
     return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=classes or -1))
 
 
@@ -209,7 +216,8 @@ def _converted(
 def _resampled(model: nn.Module, weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Weights brought to the image size of a model of timm's, by the `checkpoint_filter_fn` of its file."""
     own = model.state_dict()
-    fit = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    kind = type(model).made_of[1] if isinstance(model, ConvertedModel) else type(model)  # timm's class
+    fit = getattr(sys.modules[kind.__module__], 'checkpoint_filter_fn', None)
     if fit is None or own.keys() != weights.keys():
         return weights  # `check_fit` says what is wrong with it
     other = [name for name in own if own[name].shape != weights[name].shape]
@@ -244,6 +252,11 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
     shared = [key for key in own if key in state]
     other = [key for key in shared if own[key].shape != state[key].shape]
     kind = [key for key in shared if _kind(own[key]) != _kind(state[key])]  # PyTorch would convert it without a word
+    if surplus and not missing and not isinstance(model, ConvertedModel) and all('.attn.' in key for key in surplus):
+        raise UserError(
+            f'{path} is of a converted model (it has {surplus[0]}), and this model is not converted: add --convert and '
+            f'its --convert-kwargs; for --kd-model-name parent give weights from before the conversion'
+        )
     for keys, what in (
         (missing, 'lacks'),
         (surplus, 'has, unlike the model,'),

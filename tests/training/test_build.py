@@ -3,11 +3,14 @@
 import math
 
 import pytest
+import timm
 import torch
 from timm.data import create_dataset
 from torch import nn
 
+from evavit import convert_vit
 from evavit.errors import UserError
+from evavit.models import write_weights
 from evavit.training import build, checks, data
 from evavit.training.config import parse_settings
 from evavit.training.data.augment import repair_posterize
@@ -137,6 +140,37 @@ def test_no_decay_on_biases_norms_and_what_the_model_excludes(config, name):
 def test_drop_path_reaches_the_model(config):
     model = build.build_model(config('eva_deit_tiny').model, 10)
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
+
+
+def small_vit(name, side, **kwargs):
+    model = timm.create_model(name, img_size=side, depth=1, embed_dim=64, num_heads=2, num_classes=3)
+    return convert_vit(model, window_size=2, **kwargs) if kwargs else model
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'eva02_tiny_patch14_224'])
+def test_weights_of_a_converted_model_come_to_another_image_size(name, tmp_path):
+    small, large = (small_vit(name, 56 * side, partition_grid=2).eval() for side in (2, 4))
+    write_weights(small.state_dict(), tmp_path / 'small.safetensors')
+    build.load_weights(large, tmp_path / 'small.safetensors')
+    for key, value in small.state_dict().items():
+        if key == 'pos_embed':
+            assert value.shape != large.pos_embed.shape
+        else:
+            assert torch.equal(value, large.state_dict()[key])
+    assert large(torch.randn(1, 3, 224, 224)).shape == (1, 3)
+
+
+def test_weights_of_a_converted_model_for_one_that_is_not(config, tmp_path):
+    file = tmp_path / 'mine.safetensors'
+    write_weights(small_vit('vit_tiny_patch16_224', 64, partition_grid=2).state_dict(), file)
+    flags = '--model vit_tiny_patch16_224 --img-size 64 --model-kwargs depth=1 embed_dim=64 num_heads=2'.split()
+    for given, message in (
+        ('--initial-checkpoint', r'is of a converted model \(it has blocks\.0\.attn\.summary_.*: add --convert'),
+        ('--pretrained-path', r'is of a converted model, .* give it as --initial-checkpoint'),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            build.build_model(config('eva_deit_tiny', *flags, given, str(file)).model, 3)
+        assert '\n' not in str(caught.value)
 
 
 def test_mixed_targets_carry_the_smoothing(config):
