@@ -6,6 +6,7 @@ attentions.
 """
 
 import copy
+import inspect
 import math
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union, cast
 
@@ -22,6 +23,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
+from evavit.arguments import nearest
 from evavit.layers import ATTENTIONS, pop_attention_kwargs
 from evavit.layers.converted import ConvertedAttention, Derived, GridSize, derive, revert_attention
 from evavit.layers.eva import EvaAttention
@@ -159,6 +161,8 @@ def why_not_converted(model: nn.Module) -> Optional[str]:
                 return f'{type(attn).__name__} is a difference of two softmaxes, which EVA does not approximate'
             if type(attn).forward not in _ATTENTIONS or 'forward' in attn.__dict__:
                 return f'{type(attn).__name__} is no softmax attention that this package knows'
+            if any(callable(getattr(part, 'weight', None)) for part in attn.modules()):
+                return 'its attention is quantised, and has no weights to start from; convert first, then quantise'
     return None
 
 
@@ -176,7 +180,7 @@ def _forward_of(block: nn.Module) -> Callable[..., Any]:
 _DEFAULTS = {'window_size': 7, 'partition_grid': None, 'rel_pos_bias': False, 'count_cells': 'outside'}
 
 
-def _options(attention: str, grid: Tuple[int, int], given: Dict[str, Any]) -> Dict[str, Any]:
+def _options(attention: str, vit: VisionTransformer, given: Dict[str, Any]) -> Dict[str, Any]:
     """The attention's options: those of the arguments that it has, and an error for others that were given."""
     if attention not in ATTENTIONS:
         raise ValueError(f'unknown attention {attention!r}; choose from {", ".join(ATTENTIONS)}')
@@ -185,14 +189,22 @@ def _options(attention: str, grid: Tuple[int, int], given: Dict[str, Any]) -> Di
         raise ValueError(f'{layer.__name__} is made for one size of grid and converts no model; choose another one')
     if not layer.takes_qk_norm:
         raise ValueError(f"{layer.__name__} has projections of its own, which timm's cannot replace; choose another")
+    if vit.num_prefix_tokens and not layer.takes_prefix_tokens:
+        raise ValueError(
+            f'{layer.__name__} takes no class or register tokens, and the model has {vit.num_prefix_tokens}; choose '
+            + ', '.join(name for name, other in ATTENTIONS.items() if other.takes_prefix_tokens)
+        )
     rest = dict(given)
     options = pop_attention_kwargs(attention, rest)
     foreign = [name for name, value in rest.items() if name not in _DEFAULTS or value != _DEFAULTS[name]]
     if foreign:
-        raise ValueError(f'{layer.__name__} has no option {foreign[0]}; leave it out')
+        known = pop_attention_kwargs(attention, dict.fromkeys(inspect.signature(layer).parameters))
+        raise ValueError(f'{layer.__name__} has no option {foreign[0]}{nearest(foreign[0], known)}; leave it out')
+    if issubclass(layer, EvaAttention):
+        options.setdefault('noise_std', 0.0)  # the model that was trained answers without noise
     if options.get('partition_grid', 0) is None:
         if issubclass(layer, EvaAttention):
-            options['partition_grid'] = min(MOST_CELLS, math.ceil(max(grid) / CELL))
+            options['partition_grid'] = min(MOST_CELLS, math.ceil(max(vit.patch_embed.grid_size) / CELL))
         else:
             del options['partition_grid']
     if options.get('partition_grid') == 0 and options.get('count_cells') == _DEFAULTS['count_cells']:
@@ -234,7 +246,8 @@ def convert_vit(
         count_cells: How often a cell counts in the softmax, see `evavit.layers.EvaAttention`. 'outside' is nearest to
             softmax attention.
         inplace: Change the model that is given. By default it stays as it is and its weights are copied.
-        **options: Further options of the attention, such as noise_std.
+        **options: Further options of the attention. Of EVA's, noise_std is 0 unless it is given: training passes do
+            not draw either.
 
     Returns:
         The model, on its device, in its dtype and mode. Parameters that were frozen stay so; new ones are not frozen.
@@ -248,7 +261,7 @@ def convert_vit(
     model = model if inplace else copy.deepcopy(model)
     vit: Any = model.model if isinstance(model, FeatureGetterNet) else model
     given = dict(window_size=window_size, partition_grid=partition_grid, rel_pos_bias=rel_pos_bias)
-    chosen = _options(attention, vit.patch_embed.grid_size, {**given, 'count_cells': count_cells, **options})
+    chosen = _options(attention, vit, {**given, 'count_cells': count_cells, **options})
     front = derive(ConvertedAttention, ATTENTIONS[attention])
     made = [(place, front(cast(Any, place.holder.attn), vit.num_prefix_tokens, **chosen)) for place in _places(vit)]
     for place, attn in made:

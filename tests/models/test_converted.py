@@ -225,7 +225,7 @@ def test_other_attentions(attention):
         torch.testing.assert_close(evavit.convert_vit(model, attention='softmax')(x), expected)
     assert trained(model, x) <= trained(converted, x)
     if not prefix:
-        with pytest.raises(ValueError, match='takes no class or register tokens, got num_prefix_tokens 1'):
+        with pytest.raises(ValueError, match='takes no class or register tokens, and the model has 1'):
             evavit.convert_vit(original('vit_tiny_patch16_224'), attention=attention)
 
 
@@ -305,7 +305,13 @@ def test_models_that_cannot_be_converted(name):
         (dict(attention='flash'), 'unknown attention'),
         (dict(attention='softmax', window_size=9), 'SoftmaxAttention has no option window_size'),
         (dict(attention='local', count_cells='one'), 'LocalAttention has no option count_cells'),
+        (
+            dict(attention='performer'),
+            'PerformerAttention takes no class .* the model has 1; choose eva, softmax, local$',
+        ),
         (dict(cells=3), 'EvaAttention has no option cells'),
+        (dict(windw_size=3), r'has no option windw_size \(did you mean window_size\?\); leave it out'),
+        (dict(rel_pos_bias='no'), "rel_pos_bias must be True or False, got 'no'"),
         (dict(window_size=-1), 'window_size'),
         (dict(window_size=0, partition_grid=0), 'window_size'),
         (dict(partition_grid=-1), 'partition_grid'),
@@ -319,6 +325,15 @@ def test_options_that_do_not_fit(kwargs, message):
         evavit.convert_vit(model, inplace=True, **kwargs)
     assert '\n' not in str(caught.value)
     model(images(model))  # nothing was changed
+
+
+def test_training_passes_are_alike_unless_noise_is_asked_for():
+    model = original('vit_tiny_patch16_224')
+    x = images(model)
+    for kwargs, alike in (dict(), True), (dict(noise_std=1.0), False):
+        converted = evavit.convert_vit(model, window_size=2, **kwargs).train()
+        assert converted.conversion['noise_std'] == converted.blocks[0].attn.noise_std == kwargs.get('noise_std', 0)
+        assert torch.equal(converted(x), converted(x)) == alike
 
 
 def test_misuse():
@@ -338,6 +353,9 @@ def test_misuse():
     assert converted.blocks[0].attn(torch.randn(1, 37, 64), attn_mask=GridSize(6, 6)).shape == (1, 37, 64)
     with pytest.raises(ValueError, match=r'patch_drop_rate 0\.5'):
         evavit.convert_vit(original('vit_tiny_patch16_224', patch_drop_rate=0.5))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(ValueError, match=r'is quantised, .*; convert first, then quantise'):
+        evavit.convert_vit(quantised)
     with pytest.raises(ValueError, match='Sequential is none of'):
         evavit.convert_vit(nn.Sequential(model))
 

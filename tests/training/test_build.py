@@ -163,7 +163,8 @@ def test_weights_of_a_converted_model_come_to_another_image_size(name, tmp_path)
 def test_weights_of_a_converted_model_for_one_that_is_not(config, tmp_path):
     file = tmp_path / 'mine.safetensors'
     write_weights(small_vit('vit_tiny_patch16_224', 64, partition_grid=2).state_dict(), file)
-    flags = '--model vit_tiny_patch16_224 --img-size 64 --model-kwargs depth=1 embed_dim=64 num_heads=2'.split()
+    flags = ['--model', 'vit_tiny_patch16_224', '--img-size', '64']
+    flags += ['--model-kwargs', 'depth=1', 'embed_dim=64', 'num_heads=2']
     for given, message in (
         ('--initial-checkpoint', r'is of a converted model \(it has blocks\.0\.attn\.summary_.*: add --convert'),
         ('--pretrained-path', r'is of a converted model, .* give it as --initial-checkpoint'),
