@@ -1,14 +1,23 @@
 """Publish weights: a folder in the layout of the Hugging Face Hub, with a model card, or an upload to it."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
 import timm
 import torch
 from timm.models import get_model_input_config, push_to_hf_hub
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_from_hf, generate_readme, save_for_hf
+from timm.models._features import FeatureGetterNet
+from timm.models._hub import (
+    HF_SAFE_WEIGHTS_NAME,
+    download_from_hf,
+    generate_readme,
+    save_config_for_hf,
+    save_for_hf,
+)
 
+from evavit.errors import first_line
 from evavit.files import replacing_in
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
 from evavit.version import __version__
@@ -147,6 +156,30 @@ def _config(model: torch.nn.Module, label_names: Optional[list], licence: str) -
     return {**config, 'label_names': list(label_names)} if label_names else config
 
 
+def _check_remade(model: torch.nn.Module) -> None:
+    """ValueError unless `config.json` makes the model again, which is tried without memory for its weights."""
+    if isinstance(model, FeatureGetterNet):
+        raise ValueError('a model of features_only=True cannot be saved; save the one that is made without it')
+    if not getattr(model, 'pretrained_cfg', None):
+        raise ValueError(
+            f'{type(model).__name__} has no pretrained_cfg, which says how to make it again; make it with '
+            f'timm.create_model'
+        )
+    with tempfile.TemporaryDirectory() as folder, torch.device('meta'):
+        save_config_for_hf(model, str(Path(folder) / 'config.json'))
+        again: torch.nn.Module = timm.create_model(f'local-dir:{folder}')
+        if isinstance(model, ConvertedModel):
+            again = convert_vit(again, inplace=True, **model.conversion)
+    own, made = ({key: value.shape for key, value in m.state_dict().items()} for m in (model, again))
+    other = [key for key in {**own, **made} if own.get(key) != made.get(key)]
+    if other:
+        raise ValueError(
+            f'the arguments that the model was made with do not make it again: {other[0]} differs, as after '
+            f'prune_intermediate_layers; make it with its own depth and parts in timm.create_model, load the weights '
+            f'and save that'
+        )
+
+
 def save_folder(
     model: torch.nn.Module,
     folder: str,
@@ -167,7 +200,12 @@ def save_folder(
         data_config: How images are prepared (mean, std, interpolation, crop_pct …); by default the model's own.
         label_names: Names of the classes, in their order.
         **card: data, licence, recipe, metrics and description of `model_card`.
+
+    Raises:
+        ValueError: one line on a model that could not be made again: of features_only=True, pruned, or made without
+            timm.create_model.
     """
+    _check_remade(model)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     with replacing_in(path) as partial:
@@ -191,24 +229,39 @@ def load_converted(source: Union[str, Path]) -> torch.nn.Module:
         source: The folder, or 'hf-hub:owner/name'.
 
     Raises:
-        ValueError: one line: no such folder, or no converted model in it.
+        ValueError: one line: no such folder or repository, a damaged config.json, or no converted model in it.
         RuntimeError: one line on weights that cannot be read, or that are not of the model.
     """
     name = str(source)
-    if name.startswith(_HUB):
-        folder = Path(download_from_hf(name.removeprefix(_HUB), 'config.json')).parent
-        download_from_hf(name.removeprefix(_HUB), HF_SAFE_WEIGHTS_NAME)
-    else:
-        folder = Path(name.removeprefix('local-dir:'))
+    try:
+        if name.startswith(_HUB):
+            folder = Path(download_from_hf(name.removeprefix(_HUB), 'config.json')).parent
+            download_from_hf(name.removeprefix(_HUB), HF_SAFE_WEIGHTS_NAME)
+        else:
+            folder = Path(name.removeprefix('local-dir:'))
+    except Exception as error:  # the Hub's client has many
+        raise ValueError(f"{name}: {first_line(error)[:400]}; give a folder, or 'hf-hub:owner/name'") from error
     if not (folder / 'config.json').is_file():
         raise ValueError(f'{name}: no config.json, so no model; give a folder of evavit.hub.save_folder')
-    conversion = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get(_CONVERSION)
+    try:
+        conversion = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get(_CONVERSION)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{name}: config.json is damaged ({first_line(error)[:200]}); save the folder anew') from error
     if conversion is None:
         raise ValueError(
             f"{name}: not a converted model; timm.create_model('local-dir:{folder}', pretrained=True) loads it"
         )
-    model = convert_vit(timm.create_model(f'local-dir:{folder}'), inplace=True, **conversion)
-    model.load_state_dict(read_weights(folder / HF_SAFE_WEIGHTS_NAME))
+    try:
+        model = convert_vit(timm.create_model(f'local-dir:{folder}'), inplace=True, **conversion)
+    except Exception as error:  # each model has its own errors for arguments that do not fit
+        raise ValueError(f'{name}: config.json makes no model: {first_line(error)[:400]}') from error
+    weights = read_weights(folder / HF_SAFE_WEIGHTS_NAME)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f'{folder / HF_SAFE_WEIGHTS_NAME}: not the weights of config.json: {first_line(error)[:400]}'
+        ) from error
     return model
 
 
@@ -226,6 +279,7 @@ def publish(
     A token of the Hub's own login is used. An existing model card is left as it is. Returns
     what timm's function does.
     """
+    _check_remade(model)
     return push_to_hf_hub(
         model,
         repo_id,

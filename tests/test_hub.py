@@ -11,6 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from timm.models import _hub as timm_hub
+from timm.models.vision_transformer import VisionTransformer
 
 import evavit
 from evavit.hub import load_converted, model_card, publish, save_folder
@@ -97,6 +98,48 @@ def test_what_is_no_folder_of_a_converted_model(tmp_path):
         load_converted(folder)
     with pytest.raises(ValueError, match=r'no config\.json'):
         load_converted(tmp_path)
+
+
+def small_vit(**kwargs):
+    return timm.create_model(
+        'vit_tiny_patch16_224', img_size=32, **{**dict(embed_dim=32, depth=2, num_heads=2, num_classes=3), **kwargs}
+    )
+
+
+def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
+    folder = save_folder(evavit.convert_vit(small_vit(), window_size=1), tmp_path / 'mine', data='x', licence='mit')
+    config = json.loads((folder / 'config.json').read_text())
+    assert load_converted(folder).conversion['noise_std'] == 0
+    for text, message in (
+        ('{"architecture"', 'config.json is damaged'),
+        ('[1]', 'config.json is damaged'),
+        (json.dumps({**config, 'evavit_convert': []}), 'config.json makes no model'),
+        (json.dumps({**config, 'evavit_convert': {'windw_size': 1}}), 'did you mean window_size'),
+        (json.dumps({**config, 'architecture': 'vit_of_mine'}), 'config.json makes no model'),
+        (json.dumps({**config, 'model_args': {**config['model_args'], 'depth': 1}}), 'not the weights of config.json'),
+    ):
+        (folder / 'config.json').write_text(text)
+        with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+            load_converted(folder)
+        assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^hf-hub:: .*; give a folder, or 'hf-hub:owner/name'$") as caught:
+        load_converted('hf-hub:')
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('change', [evavit.convert_vit, lambda model: model], ids=['converted', 'plain'])
+def test_what_cannot_be_made_again_is_not_saved(tmp_path, change):
+    pruned = change(small_vit())
+    pruned.prune_intermediate_layers([0], prune_norm=False, prune_head=False)
+    by_hand = VisionTransformer(img_size=32, embed_dim=32, depth=1, num_heads=2, num_classes=3)
+    for model, message in (
+        (pruned, r'blocks\.1\..* differs, as after prune_intermediate_layers; make it with its own depth'),
+        (change(small_vit(features_only=True, out_indices=[1])), 'features_only=True cannot be saved'),
+        (change(by_hand), 'has no pretrained_cfg.*timm.create_model'),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            save_folder(model, tmp_path / 'mine', data='x', licence='mit')
+        assert '\n' not in str(caught.value) and not (tmp_path / 'mine').exists()
 
 
 def test_the_card_says_what_the_weights_are(tmp_path, monkeypatch):
