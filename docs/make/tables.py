@@ -2,9 +2,9 @@
 """Write the tables and the plot of the documentation: python docs/make/tables.py [--check]
 
 Parameters and multiply-adds are counted on the code (`zoo.py`), and the paper's numbers stand beside them. What was
-measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`). A table goes between two markers such as
-`<!-- models -->` and `<!-- /models -->`. The plot carries a digest of what it shows. With --check nothing is written,
-and the exit code is 1 if a table or the plot is stale.
+measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`). A table goes
+between two markers such as `<!-- models -->` and `<!-- /models -->`. The plot carries a digest of what it shows. With
+--check nothing is written, and the exit code is 1 if a table or the plot is stale.
 """
 
 import argparse
