@@ -2,7 +2,7 @@
 
     python without_posix.py FLAGS_OF_TRAIN
 
-Loading processes are spawned, as Windows does it. Only the modules of the kernels (triton, gluon, ops.common) need
+Loading processes are spawned, as Windows does it. Only the modules of the kernels (triton, gluon, kernels, ops.common) need
 Triton, which is gone as well.
 """
 
@@ -25,7 +25,7 @@ def main():
     from evavit.cli.scripts import train
 
     for module in pkgutil.walk_packages(evavit.__path__, 'evavit.'):
-        if not {'triton', 'gluon', 'common'} & set(module.name.split('.')):
+        if not {'triton', 'gluon', 'kernels', 'common'} & set(module.name.split('.')):
             importlib.import_module(module.name)
     print('imported')
     return train()
