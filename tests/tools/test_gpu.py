@@ -69,7 +69,7 @@ def test_its_benches_parse(gpu):
         args.torchcompile == name.partition('_')[2] and args.bench == ['train', 'infer'] and args.lock
         for name, args in models.items()
     )
-    assert {(args.model[0], args.img_size) for args in models.values()} == {
+    assert {(args.model[0], *(args.img_size or [None])) for args in models.values()} == {
         ('eva_deit_tiny', None),
         ('eva_deit_small', None),
         ('eva_pvt_v2_b3', None),
