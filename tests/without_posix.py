@@ -2,8 +2,8 @@
 
     python without_posix.py FLAGS_OF_TRAIN
 
-Loading processes are spawned, as Windows does it. Only the modules of the kernels (triton, gluon, kernels, ops.common) need
-Triton, which is gone as well.
+Loading processes are spawned, as Windows does it. Only the modules of the kernels (triton, gluon, kernels, ops.common)
+need Triton, which is gone as well.
 """
 
 import importlib
