@@ -6,7 +6,8 @@ import torch
 
 from evavit.models import GridPyramidVisionTransformerV2, families, variants
 
-MODELS = [f'eva_{size}' for size in variants()]
+# The large ones differ from the base ones in width and depth alone.
+MODELS = [f'eva_{name}' for name, size in variants().items() if size.model_args.get('embed_dim') != 1024]
 PYRAMIDS = [
     name
     for family in families().values()

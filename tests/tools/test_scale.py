@@ -41,6 +41,7 @@ def test_updates_of_one_and_two_processes(tmp_path):
         assert (row['no_sync_ms'] == '') == (row['all_reduce_ms'] == '') == (row['communication'] == '') == alone
 
 
+@pytest.mark.slow
 def test_train_py_and_the_budget(tmp_path, capfd):
     scale, rows = load_program('tools/scale.py'), tmp_path / 'rows.csv'
     write_images(tmp_path / 'photos' / 'train', dict(a=8, b=8))
