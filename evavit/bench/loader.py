@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from evavit.errors import UserError
 from evavit.training import build, checks, data, loop
@@ -201,25 +201,18 @@ def _pass(
     return done / (asked - start), waited / (asked - start), 1e3 * (time.process_time() - cpu) / max(1, done)
 
 
-class Repeated(Dataset):
+class Repeated(data.Around):
     """A small data set gone through again and again, so that one start of the workers serves a whole pass."""
 
     def __init__(self, dataset: Any, least: int) -> None:
-        self.dataset, self.length = dataset, max(len(dataset), least)
+        super().__init__(dataset)
+        self.length = max(len(dataset), least)
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index % len(self.dataset)]
-
-    @property
-    def transform(self) -> Any:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
 
 
 def _step_rate(step: Step, settings: Any, config: Dict[str, Any], model: Any, process: Any, seconds: float) -> float:

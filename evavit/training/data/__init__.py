@@ -3,6 +3,7 @@
 from .datasets import check_name, class_count, open_dataset, open_training_sets, read_class_map
 from .device import Draws, cache_size
 from .loader import (
+    Around,
     Batches,
     epoch_batches,
     eval_loader,
@@ -13,6 +14,7 @@ from .loader import (
 )
 
 __all__ = [
+    'Around',
     'Batches',
     'Draws',
     'cache_size',

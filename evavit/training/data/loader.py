@@ -24,8 +24,8 @@ from evavit.training.signals import SIGNALS
 Batches = Iterator[Tuple[torch.Tensor, torch.Tensor]]
 
 
-class SeededDataset(torch.utils.data.Dataset):
-    """A data set asked by (index, place of the draw in the run): what is drawn depends on nothing that came before."""
+class Around(torch.utils.data.Dataset):
+    """A data set around another one, whose transform and length it has."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -40,6 +40,10 @@ class SeededDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+
+class SeededDataset(Around):
+    """A data set asked by (index, place of the draw in the run): what is drawn depends on nothing that came before."""
 
     def __getitem__(self, draw: Tuple[int, Tuple[int, ...]]) -> Any:
         index, place = draw
@@ -47,22 +51,8 @@ class SeededDataset(torch.utils.data.Dataset):
         return self.dataset[index]
 
 
-class Numbered(torch.utils.data.Dataset):
+class Numbered(Around):
     """A data set whose samples, of `Draws`, know their index."""
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    @property
-    def transform(self) -> Any:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, draw: Any) -> Any:
         sample, target = self.dataset[draw]
