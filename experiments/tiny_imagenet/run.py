@@ -13,7 +13,9 @@ logits and tokens. EVA from scratch has the parent's budget. A name such as E16-
 
 Every run is one of train.py, judged by validate.py on the publisher's validation pictures once, at its end; a row of
 --results-file is written then. The runs come in the order of --list. After a stop (SIGTERM, or --seconds are over) the
-same command goes on within the epoch. Flags that the driver does not know go to train.py.
+same command goes on within the epoch. Several processes may share the runs (one a GPU, by CUDA_VISIBLE_DEVICES): each
+takes the next that no other has. Flags that the driver does not know go to train.py; --epochs is the budget of the
+parent and of EVA from scratch, a converted network's is in its run's name.
 """
 
 import argparse
@@ -147,12 +149,11 @@ def flags_of(job, args):
     flags += ['--output', str(args.output), '--experiment', job.name, '--resume', 'auto']
     if job.name.startswith('scratch'):
         flags += ['--model', 'eva_deit_tiny', '--model-kwargs', 'window_size=4', 'partition_grid=4']
-    if job.epochs is not None:
-        flags += ['--epochs', str(job.epochs)]
     if job.cells:
         flags += ['--initial-checkpoint', str(args.output / PARENT.name / 'last.safetensors'), *convert_flags(job)]
         flags += KINDS[job.kind]
-    return [*flags, *args.flags]
+    flags += args.flags
+    return flags if job.epochs is None else [*flags, '--epochs', str(job.epochs)]
 
 
 def convert_flags(job):
@@ -249,38 +250,71 @@ def work(args):
     """The runs in their order, until the time is over. Returns the number that failed."""
     check_writable(args.results_file)
     end = time.monotonic() + args.seconds if args.seconds else None
-    failed = 0
-    for job in chosen(args):
+    failed = []
+    while True:
         rows = read_rows(args.results_file, COLUMNS)
-        if (what := state(job, rows, args.output)) not in ('to do', 'started'):
-            print(f'{job.name}: {what}', flush=True)
-            continue
+        states = {job: state(job, rows, args.output) for job in chosen(args) if job.name not in failed}
+        ready = [job for job, what in states.items() if what in ('to do', 'started')]
         left = end - time.monotonic() if end else None
-        if left is not None and left < args.least:
-            print(f'{job.name} and what follows: no time left, the same command goes on', flush=True)
+        if ready and left is not None and left < args.least:
+            print(f'{ready[0].name} and what follows: no time left, the same command goes on', flush=True)
             break
-        began = time.monotonic()
-        before = args.output / job.name / 'seconds_before'
-        log = args.output / f'{job.name}.log'
+        for job in ready:
+            with alone(args.output / f'{job.name}.lock') as free:
+                if free and job.name not in {row['run'] for row in read_rows(args.results_file, COLUMNS)}:
+                    try:
+                        worked = attempt(resolve(job, rows), args, left)
+                    except Preempted as error:
+                        print(f'{job.name}: {error}', flush=True)
+                        return len(failed)
+                    failed += [] if worked else [job.name]
+                    break
+        else:  # every one of them is another process's, or there is none
+            if not ready:
+                for job, what in states.items():
+                    print(f'{job.name}: {what}', flush=True)
+                break
+            time.sleep(2)
+    return len(failed)
+
+
+def attempt(job, args, left):
+    """One run, its row and a line about it. Returns whether it came to its end."""
+    began = time.monotonic()
+    before = args.output / job.name / 'seconds_before'
+    log = args.output / f'{job.name}.log'
+    try:
+        with open(log, 'a') as file, contextlib.redirect_stdout(file):
+            row = run(job, args, left)
+    except Preempted:
+        before.write_text(f'{read_number(before) + time.monotonic() - began:.1f}')
+        raise
+    except Exception as error:  # the other runs go on
+        print(f'{job.name}: failed, {type(error).__name__}: {str(error)[:400]}; see {log}', flush=True)
+        return False
+    finally:
+        torch._dynamo.reset()  # compiled code and CUDA graphs of a run are of no use to the next
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    with alone(args.output / 'rows.lock', wait=True):
+        write_rows(args.results_file, [*read_rows(args.results_file, COLUMNS), row], COLUMNS)
+    print(f'{job.name}: top-1 {row["top1"]}, held {row["held_top1"] or "-"}, {row["seconds"]} s', flush=True)
+    return True
+
+
+@contextlib.contextmanager
+def alone(path, wait=False):
+    """Whether no other process of this driver is where this one wants to be; it is let in when this one is out."""
+    import fcntl  # not on every system
+
+    with open(path, 'a') as file:
         try:
-            with open(log, 'a') as file, contextlib.redirect_stdout(file):
-                row = run(resolve(job, rows), args, left)
-        except Preempted as error:
-            before.write_text(f'{read_number(before) + time.monotonic() - began:.1f}')
-            print(f'{job.name}: {error}', flush=True)
-            break
-        except Exception as error:  # the other runs go on
-            failed += 1
-            print(f'{job.name}: failed, {type(error).__name__}: {str(error)[:400]}; see {log}', flush=True)
-            continue
-        finally:
-            torch._dynamo.reset()  # compiled code and CUDA graphs of a run are of no use to the next
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        write_rows(args.results_file, [*rows, row], COLUMNS)
-        print(f'{job.name}: top-1 {row["top1"]}, held {row["held_top1"] or "-"}, {row["seconds"]} s', flush=True)
-    return failed
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def chosen(args):
