@@ -38,11 +38,21 @@ class Decoder:
 
     def __call__(self, files: Sequence[torch.Tensor]) -> List[Any]:
         """(3, H, W) of uint8 for each file, ready on the current stream; for one that nvJPEG refuses, its error."""
+        return self.ready(self.start(files))
+
+    def start(self, files: Sequence[torch.Tensor]) -> Tuple[List[Any], Any]:
+        """What `ready` takes. One thread may start a batch while another works on the one before."""
         if self.stream is None:  # Pillow, as the CPU path: tests then see what else differs
-            return [_with_pillow(file) for file in files]
+            return [_with_pillow(file) for file in files], None
         with torch.cuda.stream(self.stream):
             images = self._decode(list(files))
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            return images, self.stream.record_event()
+
+    def ready(self, started: Tuple[List[Any], Any]) -> List[Any]:
+        """The images of `start`: the current stream waits for them."""
+        images, event = started
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
         return images
 
     def _decode(self, files: List[torch.Tensor]) -> List[Any]:

@@ -21,6 +21,7 @@ from evavit.training.data.decode import Jpeg
 
 FILTERS = {'nearest': 0, 'bilinear': 1, 'bicubic': 2, 'lanczos': 3}  # as the windows below name them
 PILLOW = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+GREY = (19595, 38470, 7471)  # of 65536: Pillow's weights of red, green and blue
 STEP = 8  # numbers of a step: operator, filter, six arguments
 
 

@@ -1,8 +1,8 @@
 """Pillow's operations on a batch of uint8 images, each image with its own arguments.
 
 torchvision.transforms.v2 and kornia do not serve here: v2 draws one set of arguments for a whole batch, kornia computes
-in floating point. These operators round and cut as Pillow does, on any device. A step of all images takes one pass over
-each kind of operator, so the launches depend on the kinds, not on the images.
+in floating point. These operators round and cut as Pillow does, on any device. On a GPU a step of all images is two
+launches (`kernels`), and one pass over each kind of operator elsewhere.
 """
 
 import math
@@ -11,9 +11,7 @@ from typing import Any, Callable, List, Sequence, Tuple
 import numpy as np
 import torch
 
-from .draws import Op
-
-GREY = (19595, 38470, 7471)  # of 65536: Pillow's weights of red, green and blue
+from .draws import GREY, Op
 
 
 def apply_steps(images: torch.Tensor, steps: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
@@ -24,6 +22,8 @@ def apply_steps(images: torch.Tensor, steps: torch.Tensor, fill: Sequence[int]) 
         steps: (B, S, 8) of float64 on the CPU, as `draws.Sample.steps`, filled up with `Op.NONE`.
         fill: A value for each channel, for what a geometric operation brings in from outside.
     """
+    if images.device.type == 'cuda' and images.shape[1] in (1, 3):
+        return _apply_on_gpu(images, steps, fill)
     jobs: List[Tuple[Callable[..., torch.Tensor], int]] = []
     rows, arguments = [np.zeros(0, np.int64)], [np.zeros((0, steps.shape[-1]))]
     table = steps.numpy()
@@ -45,6 +45,21 @@ def apply_steps(images: torch.Tensor, steps: torch.Tensor, fill: Sequence[int]) 
         chosen_images = images.index_select(0, index[part])
         images.index_copy_(0, index[part], operator(chosen_images, moved[part], values[part], fill))
         start += count
+    return images
+
+
+def _apply_on_gpu(images: torch.Tensor, steps: torch.Tensor, fill: Sequence[int]) -> torch.Tensor:
+    from .kernels import operate
+
+    moved = steps.to(images.device, non_blocking=True)
+    for layer, codes in enumerate(steps[:, :, 0].unbind(1)):
+        if not codes.any():
+            continue
+        images = operate(images, moved, layer, fill)
+        blurred = (codes == Op.BLUR).nonzero().flatten()
+        if len(blurred):
+            index, arguments = blurred.to(images.device, non_blocking=True), steps[blurred, layer]
+            images.index_copy_(0, index, _blur(images.index_select(0, index), moved, arguments, fill))
     return images
 
 

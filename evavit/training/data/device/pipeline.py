@@ -1,13 +1,15 @@
 """Batches from files to the step: read and drawn in the loading processes, decoded and augmented on the device.
 
-A thread takes what the loading processes hand over, has the device decode and augment it on a side stream, and keeps
-`AHEAD` batches ready. It draws from generators of its own: the training step's are not touched.
+A thread takes what the loading processes hand over, another has the device decode the next batch while the first
+augments this one on a side stream and keeps `AHEAD` batches ready. They draw from generators of their own: the training
+step's are not touched.
 """
 
 import gc
 import queue
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -108,15 +110,21 @@ class Maker:
         self.decode = Decoder(device)
         self.generator = torch.Generator(device)
 
-    def __call__(self, batch: Batch, seed: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    def start(self, batch: Batch) -> Any:
+        """Decode the first piece of a batch's files, which mostly are all of them: what a call takes as `started`."""
+        sizes = batch.whole[batch.kinds == 0].prod(1).tolist()
+        part = next(pieces(sizes))
+        return self.decode.start(batch.files.split(batch.sizes.tolist())[part]) if sizes else None
+
+    def __call__(self, batch: Batch, seed: int, started: Any = None) -> Tuple[torch.Tensor, torch.Tensor]:
         """(images, target) on the device. `seed` draws what erased boxes are filled with."""
-        images, target = self._images(batch)
+        images, target = self._images(batch, started or self.start(batch))
         images = apply_steps(images, batch.steps, self.fill)
         self.generator.manual_seed(seed)
         values = normalise(images, self.mean, self.std, batch.boxes, self.mode, self.generator)
         return values, target.to(self.device, non_blocking=True)
 
-    def _images(self, batch: Batch) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _images(self, batch: Batch, started: Any) -> Tuple[torch.Tensor, torch.Tensor]:
         files, ready, stored = ((batch.kinds == kind).nonzero().flatten() for kind in range(3))
         images = torch.empty(len(batch.kinds), *self.size, dtype=torch.uint8, device=self.device)
         if len(ready):
@@ -130,7 +138,8 @@ class Maker:
         target, contents = batch.target.clone(), batch.files.split(batch.sizes.tolist())
         for part in pieces(batch.whole[files].prod(1).tolist()):
             places, refused = files[part], []
-            decoded = self.decode(contents[part])
+            decoded = self.decode.ready(started or self.decode.start(contents[part]))
+            started = None
             for number, image in enumerate(decoded):
                 if not isinstance(image, torch.Tensor):
                     refused.append(number)
@@ -197,14 +206,27 @@ class DeviceLoader:
         gc.freeze()
         batches = iter(self.loader)
         gc.unfreeze()
-        made = self._make(batches, self.epoch, self.batch)
-        if not self.loader.num_workers:
-            return made  # an image's draws are this process's then, in turn with the training step's
+        if not self.loader.num_workers:  # an image's draws are this process's then, in turn with the training step's
+            return self._make(((batch, None) for batch in batches), self.epoch, self.batch)
+        made = self._make(_started(batches, self.maker), self.epoch, self.batch)
         return _Ahead(made, self.maker.device, self.stream)
 
     def _make(self, batches: Any, epoch: int, first: int) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-        for number, batch in enumerate(batches, first):
-            yield self.maker(batch, seed_at(self.seed, Draw.ERASING, epoch, number, self.rank))
+        for number, (batch, started) in enumerate(batches, first):
+            yield self.maker(batch, seed_at(self.seed, Draw.ERASING, epoch, number, self.rank), started)
+
+
+def _started(batches: Any, maker: Maker) -> Iterator[Tuple[Batch, Any]]:
+    """Batches with what `Maker.start` gives, each started before the one before it is handed over."""
+    with ThreadPoolExecutor(1) as pool:
+        before: Optional[Tuple[Batch, Any]] = None
+        for batch in batches:
+            started = pool.submit(maker.start, batch)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = batch, started
+        if before is not None:
+            yield before[0], before[1].result()
 
 
 class _Ahead:

@@ -10,7 +10,7 @@ from timm.data import auto_augment
 from training.data.device.pictures import photographs, tensor
 
 from evavit.training.data.augment import posterize
-from evavit.training.data.device.draws import _Plan, _record_of
+from evavit.training.data.device.draws import Op, _Plan, _record_of
 from evavit.training.data.device.operators import apply_steps
 
 Resampling = Image.Resampling
@@ -88,3 +88,30 @@ def test_a_step_works_on_the_images_that_drew_it():
     steps[2, :, 0] = 1.0  # inverted twice
     made = apply_steps(images.clone(), steps, FILL)
     assert torch.equal(made[0], images[0]) and torch.equal(made[1], 255 - images[1]) and torch.equal(made[2], images[2])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize('channels', [1, 3])
+def test_kernels_are_the_plain_form(channels):
+    """Every operator but the blur, at odd sizes, some of them on images of one colour, to the bit."""
+    from evavit.training.data.device.kernels import operate
+
+    images = torch.stack([tensor(photographs(37, 29), 'cpu')[0], torch.full((3, 29, 37), 200, dtype=torch.uint8)])
+    draw = random.Random(0)
+    pool, steps = [], []
+    for name in sorted(auto_augment.NAME_TO_OP):
+        record = _record_of(name)
+        for interpolation in BOUNDS if name in GEOMETRY else [Resampling.BICUBIC]:
+            made = operation(name, draw.choice(MAGNITUDES[1:]), interpolation)
+            made.aug_fn = record
+            for image in images:
+                pool.append(image[:channels])
+                steps.append(made(_Plan((37, 29))).steps)
+    steps = torch.tensor([step or [(0.0,) * 8] for step in steps], dtype=torch.float64)
+    kept, steps = steps[:, 0, 0] != Op.BLUR, steps[:, [0]]
+    images, steps = torch.stack(pool)[kept], steps[kept]
+    assert set(steps[:, 0, 0].int().tolist()) >= set(range(1, Op.AFFINE + 1))
+    expected = apply_steps(images.clone(), steps, FILL[:channels])
+    for code in steps[:, 0, 0].unique():
+        rows = steps[:, 0, 0] == code
+        assert torch.equal(operate(images[rows], steps[rows], 0, FILL[:channels]), expected[rows]), Op(int(code))

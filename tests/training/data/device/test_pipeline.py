@@ -168,7 +168,7 @@ def test_an_epoch_that_is_left_ends_its_thread(photos):
 def test_an_error_of_the_thread_reaches_the_loop(photos, monkeypatch):
     loading = loader(photos, 'any', workers=1, **RECIPE)
     monkeypatch.setattr(loading.maker, 'decode', None)
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError):
         epoch(loading)
 
 
