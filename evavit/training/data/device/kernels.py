@@ -22,7 +22,8 @@ from .draws import GREY, STEP, Op
 from .resample import BITS, reach
 
 ROWS = 8  # that a program makes
-PIXELS = 1024  # that a program of an operator makes
+PIXELS = 256  # that a program of an operator makes
+MEASURED = 2048  # that a program which measures reads at once
 STEP_SIZE = tl.constexpr(STEP)
 (
     NONE,
@@ -180,9 +181,8 @@ def _measure(images, steps, layer, layers, tables, means, pixels, CHANNELS: tl.c
             most = tl.maximum(most, tl.load(source + place, mask=place < pixels, other=0).to(tl.int32))
         low, high = tl.min(least, 0).to(tl.float64), tl.max(most, 0).to(tl.float64)
         scale = 255.0 / tl.maximum(high - low, 1.0)
-        value = x.to(tl.float64)
-        stretched = tl.minimum(tl.maximum(value * scale + -low * scale, 0.0), 255.0)
-        tl.store(table, tl.where(high > low, stretched, value).to(tl.int32).to(tl.uint8))
+        stretched = tl.minimum(tl.maximum(x.to(tl.float64) * scale + -low * scale, 0.0), 255.0)
+        tl.store(table, tl.where(high > low, stretched, x.to(tl.float64)).to(tl.int32).to(tl.uint8))
     elif code == EQUALIZE:
         counts = tl.zeros((256,), tl.int32)
         for start in range(0, pixels, PIXELS):
@@ -256,9 +256,9 @@ def _operate(
     target = made + image.to(tl.int64) * CHANNELS * pixels
     if (code >= INVERT) & (code <= EQUALIZE):
         for channel in tl.static_range(CHANNELS):
-            value = tl.load(source + channel * pixels + place, mask=mask, other=0).to(tl.int32)
-            value = tl.load(tables + (image * CHANNELS + channel) * 256 + value)
-            tl.store(target + channel * pixels + place, value, mask=mask)
+            own = tl.load(source + channel * pixels + place, mask=mask, other=0).to(tl.int32)
+            looked_up = tl.load(tables + (image * CHANNELS + channel) * 256 + own)
+            tl.store(target + channel * pixels + place, looked_up, mask=mask)
     elif code == AFFINE:
         filter = tl.load(step + 1)
         x, y = column.to(tl.float64) + 0.5, row.to(tl.float64) + 0.5
@@ -282,29 +282,28 @@ def _operate(
                 cubic,
             )
             outside = fill0 if channel == 0 else (fill1 if channel == 1 else fill2)
-            value = tl.where(inside, _cut(value).to(tl.int32), outside)
-            tl.store(target + channel * pixels + place, value.to(tl.uint8), mask=mask)
+            turned = tl.where(inside, _cut(value).to(tl.int32), outside).to(tl.uint8)
+            tl.store(target + channel * pixels + place, turned, mask=mask)
     elif (code == CONTRAST) | (code == COLOR) | (code == SHARPNESS):
         factor = tl.load(step + 2).to(tl.float32)
         level = _grey(source, place, mask, pixels, CHANNELS).to(tl.float32)
         level = tl.where(code == CONTRAST, tl.load(means + image), level)
         border = (row == 0) | (row == height - 1) | (column == 0) | (column == width - 1)
         for channel in tl.static_range(CHANNELS):
-            plane = source + channel * pixels
-            own = tl.load(plane + place, mask=mask, other=0)
+            pixel = tl.load(source + channel * pixels + place, mask=mask, other=0).to(tl.int32)
             low = level
             if code == SHARPNESS:  # ImageFilter.SMOOTH: nine pixels, the middle one five times, over 13
-                total = 4 * own.to(tl.int32)
+                total = 4 * pixel
                 for beside in tl.static_range(9):
-                    there = place + (beside // 3 - 1) * width + beside % 3 - 1
-                    total += tl.load(plane + there, mask=mask & (border == 0), other=0).to(tl.int32)
-                low = tl.where(border, own.to(tl.int32), (2 * total + 13) // 26).to(tl.float32)
-            value = _cut(low + factor * (own.to(tl.float32) - low))
-            tl.store(target + channel * pixels + place, value, mask=mask)
+                    there = source + channel * pixels + place + (beside // 3 - 1) * width + beside % 3 - 1
+                    total += tl.load(there, mask=mask & (border == 0), other=0).to(tl.int32)
+                low = tl.where(border, pixel, (2 * total + 13) // 26).to(tl.float32)
+            blended = _cut(low + factor * (pixel.to(tl.float32) - low))
+            tl.store(target + channel * pixels + place, blended, mask=mask)
     else:
         for channel in tl.static_range(CHANNELS):
-            value = tl.load(source + channel * pixels + place, mask=mask, other=0)
-            tl.store(target + channel * pixels + place, value, mask=mask)
+            copied = tl.load(source + channel * pixels + place, mask=mask, other=0)
+            tl.store(target + channel * pixels + place, copied, mask=mask)
 
 
 def operate(images: torch.Tensor, steps: torch.Tensor, layer: int, fill: Sequence[int]) -> torch.Tensor:
@@ -319,8 +318,8 @@ def operate(images: torch.Tensor, steps: torch.Tensor, layer: int, fill: Sequenc
     count, channels, height, width = images.shape
     tables = torch.empty(count, channels, 256, dtype=torch.uint8, device=images.device)
     means, made = torch.empty(count, device=images.device), torch.empty_like(images)
-    fill, shared = (*fill, 0, 0)[:3], dict(CHANNELS=channels, PIXELS=PIXELS, enable_fp_fusion=False)
-    sizes = (layer, steps.shape[1], tables, means)
-    _measure[(count * channels,)](images, steps, *sizes, height * width, **shared)
-    _operate[(count, triton.cdiv(height * width, PIXELS))](images, steps, *sizes, made, height, width, *fill, **shared)
+    sizes, shared = (layer, steps.shape[1], tables, means), dict(CHANNELS=channels, enable_fp_fusion=False)
+    _measure[(count * channels,)](images, steps, *sizes, height * width, PIXELS=MEASURED, **shared)
+    grid, filling = (count, triton.cdiv(height * width, PIXELS)), (*fill, 0, 0)[:3]
+    _operate[grid](images, steps, *sizes, made, height, width, *filling, PIXELS=PIXELS, **shared)
     return made

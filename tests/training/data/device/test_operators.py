@@ -92,16 +92,17 @@ def test_a_step_works_on_the_images_that_drew_it():
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize('channels', [1, 3])
-def test_kernels_are_the_plain_form(channels):
+def test_kernels_are_the_plain_form(channels, monkeypatch):
     """Every operator but the blur, at odd sizes, some of them on images of one colour, to the bit."""
-    from evavit.training.data.device.kernels import operate
+    from evavit.training.data.device import kernels
 
+    monkeypatch.setattr(kernels, 'PIXELS', 1024)  # two programs an image are enough here
     images = torch.stack([tensor(photographs(37, 29), 'cpu')[0], torch.full((3, 29, 37), 200, dtype=torch.uint8)])
     draw = random.Random(0)
     pool, steps = [], []
     for name in sorted(auto_augment.NAME_TO_OP):
         record = _record_of(name)
-        for interpolation in BOUNDS if name in GEOMETRY else [Resampling.BICUBIC]:
+        for interpolation in BOUNDS if name in ('Rotate', 'TranslateX') else [Resampling.BICUBIC]:
             made = operation(name, draw.choice(MAGNITUDES[1:]), interpolation)
             made.aug_fn = record
             for image in images:
@@ -114,4 +115,25 @@ def test_kernels_are_the_plain_form(channels):
     expected = apply_steps(images.clone(), steps, FILL[:channels])
     for code in steps[:, 0, 0].unique():
         rows = steps[:, 0, 0] == code
-        assert torch.equal(operate(images[rows], steps[rows], 0, FILL[:channels]), expected[rows]), Op(int(code))
+        assert torch.equal(kernels.operate(images[rows], steps[rows], 0, FILL[:channels]), expected[rows]), Op(
+            int(code)
+        )
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_kernels_compile_for_a_gpu(channels):
+    """The interpreter takes what Triton's compiler refuses, such as a name of two types."""
+    pytest.importorskip('triton')
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from evavit.training.data.device import kernels
+
+    for kernel in (kernels._measure, kernels._operate):
+        types = dict(images='*u8', tables='*u8', made='*u8', steps='*fp64', means='*fp32')
+        fixed = dict(CHANNELS=channels, PIXELS=256)
+        signature = {name: 'constexpr' if name in fixed else types.get(name, 'i32') for name in kernel.arg_names}
+        options = dict(enable_fp_fusion=False)
+        made = triton.compile(ASTSource(kernel, signature, fixed), target=GPUTarget('cuda', 90, 32), options=options)
+        assert 'fma.rn' not in made.asm['ptx']
