@@ -124,8 +124,11 @@ def freeze_body(model: Any) -> None:
 
 
 @torch.no_grad()
-def try_model(model: Any, input_size: Sequence[int], config: ModelConfig) -> None:
-    """Pass two empty images through the model where it is: arguments that only fail then are a UserError as well."""
+def try_model(model: Any, input_size: Sequence[int], config: ModelConfig, classifier: bool = True) -> None:
+    """Pass two empty images through the model where it is: arguments that only fail then are a UserError as well.
+
+    Without `classifier`, as for a teacher of features, the output may have any shape.
+    """
     if sum(p.numel() for p in model.parameters()) > LARGE or math.prod(input_size) > LARGE_IMAGE:
         return
     training = model.training
@@ -138,7 +141,7 @@ def try_model(model: Any, input_size: Sequence[int], config: ModelConfig) -> Non
         raise UserError(f'{about}: {first_line(error)[:400]}') from error
     model.train(training)
     shape = tuple(getattr(logits, 'shape', ()))
-    if shape != (2, model.num_classes):
+    if classifier and shape != (2, model.num_classes):
         raise UserError(
             f"{about}: its output for 2 images has shape {shape}, a classifier's is "
             f'{(2, model.num_classes)}; check --model-kwargs'

@@ -200,7 +200,7 @@ def build_teacher(
             f'be compared; give a teacher with as many, or --kd-distill-type feature'
         )
     known = data.resolve_input(source, model)
-    build.try_model(model, data_config['input_size'], source)
+    build.try_model(model, data_config['input_size'], source, classifier=kind != 'feature')
     tokens = settings.kd_feature_level == 'tokens'
     _check_features(settings, student, model, data_config['input_size'])
     identity = dict(

@@ -18,32 +18,36 @@ takes the next that no other has. Flags that the driver does not know go to trai
 parent and of EVA from scratch, a converted network's is in its run's name.
 """
 
-import argparse
-import contextlib
 import csv
-import gc
-import hashlib
 import json
-import os
-import platform
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import torch
-from build import missing
-
-from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
-from evavit.cli import train, validate
-from evavit.errors import Preempted, UserError, run_script
+from evavit.bench.results import read_rows
+from evavit.cli import validate
+from evavit.errors import UserError, run_script
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from build import missing  # noqa: E402
+from driver import (  # noqa: E402
+    ABOUT,
+    about,
+    chosen,
+    finished,
+    parser_of,
+    read_number,
+    state_of,
+    train_to_end,
+    work,
+)
+
 CELLS = {'E16-C16': (4, 4), 'E16-C64': (4, 8), 'E64-C64': (8, 8)}  # window side, cells a side; the grid has 16 × 16
 COUNTS = ('outside', 'one', 'all')  # count_cells; the first is the default
 KINDS = {  # what is compared with the parent
@@ -71,10 +75,7 @@ COLUMNS = (
     'train_seconds',
     'train_images_per_second',
     'seconds',
-    'settings',
-    'settings_sha256',
-    'python',
-    *ORIGIN,
+    *ABOUT,
 )
 
 
@@ -129,18 +130,13 @@ def resolve(job, rows):
 
 
 def state(job, rows, output):
-    if job.name in {row['run'] for row in rows}:
-        return 'done'
-    if job.cells and not finished(output / PARENT.name):
-        return f'waits for {PARENT.name}'
-    if resolve(job, rows) is None:
-        return 'waits for the runs of 5 epochs with each kind'
-    return 'started' if (output / job.name / 'last.pth.tar').exists() else 'to do'
-
-
-def finished(folder):
-    """Whether train.py has come to the run's end, which is when the driver notes its time."""
-    return (folder / 'train_seconds').exists()
+    found = state_of(job, rows, output)
+    if found != 'done':
+        if job.cells and not finished(output / PARENT.name):
+            return f'waits for {PARENT.name}'
+        if resolve(job, rows) is None:
+            return 'waits for the runs of 5 epochs with each kind'
+    return found
 
 
 def flags_of(job, args):
@@ -174,11 +170,8 @@ def run(job, args, seconds_left):
     if job.epochs == 0:
         weights = args.output / PARENT.name / 'last.safetensors'
         folder.mkdir(parents=True, exist_ok=True)
-    elif not finished(folder):
-        with stopping_after(seconds_left):
-            train.main(flags_of(job, args))
-        seconds = time.monotonic() - began + read_number(folder / 'seconds_before')
-        (folder / 'train_seconds').write_text(f'{seconds:.1f}')
+    else:
+        train_to_end(flags_of(job, args), folder, seconds_left)
     if job.epochs != 0:
         with open(folder / 'summary.csv', newline='') as file:
             epochs = list(csv.DictReader(file))
@@ -187,9 +180,6 @@ def run(job, args, seconds_left):
     device = start_process(settings.machine.device).device
     window, cells = CELLS.get(job.cells, ('', ''))
     file = HERE / job.file if job.epochs == 0 else folder / 'args.yaml'
-    kept = Path(args.results_file).parent / 'settings' / f'{job.name}.yaml'
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_bytes(file.read_bytes())
     if job.name != PARENT.name:  # the checkpoints of 40 runs are gigabytes
         for path in folder.glob('*.pth.tar'):
             path.unlink()
@@ -209,10 +199,7 @@ def run(job, args, seconds_left):
         train_seconds=read_number(folder / 'train_seconds'),
         train_images_per_second=max(float(row['train_images_per_second']) for row in epochs) if held else '',
         seconds=round(time.monotonic() - began, 1),
-        settings=kept.name,
-        settings_sha256=hashlib.sha256(kept.read_bytes()).hexdigest()[:16],
-        python=platform.python_version(),
-        **origin(device),
+        **about(job, file, args, device),
     )
 
 
@@ -226,103 +213,6 @@ def judge(job, args, weights, settings, folder):
     flags += convert_flags(job) if job.epochs == 0 else []
     validate.main(list(map(str, flags)))
     return json.loads((folder / 'val.json').read_text())
-
-
-def read_number(path):
-    return float(path.read_text()) if path.exists() else 0.0
-
-
-@contextlib.contextmanager
-def stopping_after(seconds):
-    """SIGTERM to this process when the time is over: train.py saves, and stops in good order."""
-    timer = threading.Timer(max(1.0, seconds), os.kill, (os.getpid(), signal.SIGTERM)) if seconds is not None else None
-    if timer:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield
-    finally:
-        if timer:
-            timer.cancel()
-
-
-def work(args):
-    """The runs in their order, until the time is over. Returns the number that failed."""
-    check_writable(args.results_file)
-    end = time.monotonic() + args.seconds if args.seconds else None
-    failed = []
-    while True:
-        rows = read_rows(args.results_file, COLUMNS)
-        states = {job: state(job, rows, args.output) for job in chosen(args) if job.name not in failed}
-        ready = [job for job, what in states.items() if what in ('to do', 'started')]
-        left = end - time.monotonic() if end else None
-        if ready and left is not None and left < args.least:
-            print(f'{ready[0].name} and what follows: no time left, the same command goes on', flush=True)
-            break
-        for job in ready:
-            with alone(args.output / f'{job.name}.lock') as free:
-                if free and job.name not in {row['run'] for row in read_rows(args.results_file, COLUMNS)}:
-                    try:
-                        worked = attempt(resolve(job, rows), args, left)
-                    except Preempted as error:
-                        print(f'{job.name}: {error}', flush=True)
-                        return len(failed)
-                    failed += [] if worked else [job.name]
-                    break
-        else:  # every one of them is another process's, or there is none
-            if not ready:
-                for job, what in states.items():
-                    print(f'{job.name}: {what}', flush=True)
-                break
-            time.sleep(2)
-    return len(failed)
-
-
-def attempt(job, args, left):
-    """One run, its row and a line about it. Returns whether it came to its end."""
-    began = time.monotonic()
-    before = args.output / job.name / 'seconds_before'
-    log = args.output / f'{job.name}.log'
-    try:
-        with open(log, 'a') as file, contextlib.redirect_stdout(file):
-            row = run(job, args, left)
-    except Preempted:
-        before.write_text(f'{read_number(before) + time.monotonic() - began:.1f}')
-        raise
-    except Exception as error:  # the other runs go on
-        print(f'{job.name}: failed, {type(error).__name__}: {str(error)[:400]}; see {log}', flush=True)
-        return False
-    finally:
-        torch._dynamo.reset()  # compiled code and CUDA graphs of a run are of no use to the next
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    with alone(args.output / 'rows.lock', wait=True):
-        write_rows(args.results_file, [*read_rows(args.results_file, COLUMNS), row], COLUMNS)
-    print(f'{job.name}: top-1 {row["top1"]}, held {row["held_top1"] or "-"}, {row["seconds"]} s', flush=True)
-    return True
-
-
-@contextlib.contextmanager
-def alone(path, wait=False):
-    """Whether no other process of this driver is where this one wants to be; it is let in when this one is out."""
-    import fcntl  # not on every system
-
-    with open(path, 'a') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-def chosen(args):
-    jobs = list(all_jobs())
-    unknown = [text for text in args.only if not any(text in job.name for job in jobs)]
-    if unknown:
-        raise UserError(f'--only {unknown[0]}: no run has that in its name; --list shows them')
-    return [job for job in jobs if not args.only or any(text in job.name for text in args.only)]
 
 
 def table(rows):
@@ -377,16 +267,7 @@ def plot(rows, path):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('--data-dir', type=Path, help='what experiments/tiny_imagenet/build.py wrote')
-    parser.add_argument('--output', type=Path, default=Path('output/tiny_imagenet'), help='folder of the runs')
-    parser.add_argument('--results-file', type=Path, metavar='CSV', help='(runs.csv in --output)')
-    parser.add_argument('--only', nargs='+', default=[], metavar='TEXT', help='runs with one of these in their name')
-    parser.add_argument('--seconds', type=float, help='stop in good order after so many')
-    parser.add_argument(
-        '--least', type=float, default=15, help='start no run with less of --seconds left than this (15)'
-    )
-    parser.add_argument('--list', action='store_true', help='show every run and its state')
+    parser = parser_of(__doc__, 'output/tiny_imagenet')
     parser.add_argument('--report', action='store_true', help='print the table and draw the plot beside --results-file')
     args, args.flags = parser.parse_known_args(argv)
     args.results_file = args.results_file or args.output / 'runs.csv'
@@ -403,7 +284,7 @@ def main(argv=None):
     args = parse(argv)
     rows = read_rows(args.results_file, COLUMNS)
     if args.list:
-        for job in chosen(args):
+        for job in chosen(all_jobs(), args):
             print(f'{job.name:28} {state(job, rows, args.output)}')
         return
     if args.report:
@@ -411,7 +292,15 @@ def main(argv=None):
         plot(rows, args.results_file.with_suffix('.svg'))
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    if failed := work(args):
+    failed = work(
+        args,
+        chosen(all_jobs(), args),
+        COLUMNS,
+        state=lambda job, rows: state(job, rows, args.output),
+        run=lambda job, rows, left: run(resolve(job, rows), args, left),
+        says=lambda row: f'top-1 {row["top1"]}, held {row["held_top1"] or "-"}, {row["seconds"]} s',
+    )
+    if failed:
         raise UserError(f'{failed} runs failed; the same command makes them again')
 
 

@@ -197,6 +197,23 @@ def test_a_teacher_of_other_classes(train, call, images, tmp_path, parent):
     assert code == 0, err
 
 
+def test_a_teacher_without_a_classifier(train, call, images, tmp_path, parent):
+    """Of features it is one; the student's classifier is new, and without a loss on the labels it stays as it is."""
+    body = {name: value for name, value in weights(parent).items() if not name.startswith('head.')}
+    write_weights(body, tmp_path / 'body.safetensors')
+    flags = [*CONVERT, '--kd-model-name', 'parent', '--pretrained-path', tmp_path / 'body.safetensors']
+    features = words('--kd-distill-type feature --kd-feature-level tokens --task-loss-weight 0 --weight-decay 0')
+    heads = []
+    for epochs in ('1', '2'):
+        folder = train(epochs, *flags, *features, '--epochs', epochs, model=PARENT)
+        found = weights(folder / 'last.safetensors')
+        heads.append(found['head.weight'])
+        assert not torch.equal(found['blocks.0.attn.qkv.weight'], body['blocks.0.attn.qkv.weight'])
+    assert torch.equal(*heads)
+    code, _, err = call('train', *PARENT, *QUICK, '--data-dir', images, '--output', tmp_path, *flags)
+    assert code == 2 and err.count('\n') == 1 and 'weights without a classifier, so no logits to compare' in err, err
+
+
 def test_a_teacher_with_other_tokens(call, images, tmp_path, parent):
     code, _, err = call(
         'train', *MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--kd-model-name', 'deit_tiny_patch16_224',

@@ -1,0 +1,186 @@
+"""What drivers of experiments share: runs of train.py in an order, and a row of a CSV file for each.
+
+After a stop (SIGTERM, or --seconds are over) the same command goes on within the epoch. Several processes may share
+the runs (one a GPU, by CUDA_VISIBLE_DEVICES): each takes the next that no other has. A run is a job: anything that can
+be hashed and has a `name`. Its state is `done`, `to do`, `started`, or one line on what it waits for.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import hashlib
+import os
+import platform
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
+from evavit.cli import train
+from evavit.errors import Preempted, UserError
+
+ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns of every row, see `about`
+
+
+def parser_of(text, output):
+    """A parser with the flags of every driver. What it does not know is for train.py: use `parse_known_args`."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0], allow_abbrev=False)
+    parser.add_argument('--data-dir', type=Path, help='what experiments/tiny_imagenet/build.py wrote')
+    parser.add_argument('--output', type=Path, default=Path(output), help=f'folder of the runs ({output})')
+    parser.add_argument('--results-file', type=Path, metavar='CSV', help='(runs.csv in --output)')
+    parser.add_argument('--only', nargs='+', default=[], metavar='TEXT', help='runs with one of these in their name')
+    parser.add_argument('--seconds', type=float, help='stop in good order after so many')
+    parser.add_argument(
+        '--least', type=float, default=15, help='start no run with less of --seconds left than this (15)'
+    )
+    parser.add_argument('--list', action='store_true', help='show every run and its state')
+    return parser
+
+
+def chosen(jobs, args):
+    """The jobs that --only names."""
+    jobs = list(jobs)
+    unknown = [text for text in args.only if not any(text in job.name for job in jobs)]
+    if unknown:
+        raise UserError(f'--only {unknown[0]}: no run has that in its name; --list shows them')
+    return [job for job in jobs if not args.only or any(text in job.name for text in args.only)]
+
+
+def state_of(job, rows, output):
+    """The state of a job that waits for no other."""
+    if job.name in {row['run'] for row in rows}:
+        return 'done'
+    return 'started' if (output / job.name / 'last.pth.tar').exists() else 'to do'
+
+
+def work(args, jobs, columns, state, run, says):
+    """The runs in their order, until the time is over. Returns the number that failed.
+
+    Args:
+        args: Of `parser_of`.
+        jobs: Those to do.
+        columns: Of the results file; `run` is one of them, the job's name.
+        state: From a job and the file's rows to its state.
+        run: From a job, the rows and the seconds left (None: no end) to its row.
+        says: From a row to what is printed of it.
+    """
+    check_writable(args.results_file)
+    end = time.monotonic() + args.seconds if args.seconds else None
+    failed = []
+    while True:
+        rows = read_rows(args.results_file, columns)
+        states = {job: state(job, rows) for job in jobs if job.name not in failed}
+        ready = [job for job, what in states.items() if what in ('to do', 'started')]
+        left = end - time.monotonic() if end else None
+        if ready and left is not None and left < args.least:
+            print(f'{ready[0].name} and what follows: no time left, the same command goes on', flush=True)
+            break
+        for job in ready:
+            with alone(args.output / f'{job.name}.lock') as free:
+                rows = read_rows(args.results_file, columns)
+                if free and job.name not in {row['run'] for row in rows}:
+                    try:
+                        row = attempt(job, args, functools.partial(run, job, rows, left))
+                    except Preempted as error:
+                        print(f'{job.name}: {error}', flush=True)
+                        return len(failed)
+                    if row is None:
+                        failed.append(job.name)
+                        break
+                    with alone(args.output / 'rows.lock', wait=True):
+                        write_rows(args.results_file, [*read_rows(args.results_file, columns), row], columns)
+                    print(f'{job.name}: {says(row)}', flush=True)
+                    break
+        else:  # every one of them is another process's, or there is none
+            if not ready:
+                for job, what in states.items():
+                    print(f'{job.name}: {what}', flush=True)
+                break
+            time.sleep(2)
+    return len(failed)
+
+
+def attempt(job, args, run):
+    """The row of one run, whose output goes to a log file; None where it failed, so that the other runs go on."""
+    began = time.monotonic()
+    before = args.output / job.name / 'seconds_before'
+    log = args.output / f'{job.name}.log'
+    try:
+        with open(log, 'a') as file, contextlib.redirect_stdout(file):
+            return run()
+    except Preempted:
+        before.write_text(f'{read_number(before) + time.monotonic() - began:.1f}')
+        raise
+    except Exception as error:
+        print(f'{job.name}: failed, {type(error).__name__}: {str(error)[:400]}; see {log}', flush=True)
+        return None
+    finally:
+        torch._dynamo.reset()  # compiled code and CUDA graphs of a run are of no use to the next
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def train_to_end(flags, folder, seconds_left):
+    """Train with these flags of train.py unless that is done. Raises Preempted where the time is over before."""
+    if finished(folder):
+        return
+    began = time.monotonic()
+    with stopping_after(seconds_left):
+        train.main(flags)
+    seconds = time.monotonic() - began + read_number(folder / 'seconds_before')
+    (folder / 'train_seconds').write_text(f'{seconds:.1f}')
+
+
+def finished(folder):
+    """Whether train.py has come to the run's end, which is when its time is noted."""
+    return (folder / 'train_seconds').exists()
+
+
+def read_number(path):
+    return float(path.read_text()) if path.exists() else 0.0
+
+
+@contextlib.contextmanager
+def stopping_after(seconds):
+    """SIGTERM to this process when the time is over: train.py saves, and stops in good order."""
+    timer = threading.Timer(max(1.0, seconds), os.kill, (os.getpid(), signal.SIGTERM)) if seconds is not None else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        if timer:
+            timer.cancel()
+
+
+@contextlib.contextmanager
+def alone(path, wait=False):
+    """Whether no other process of this driver is where this one wants to be; it is let in when this one is out."""
+    import fcntl  # not on every system
+
+    with open(path, 'a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def about(job, file, args, device):
+    """The columns `ABOUT`. The settings of the run, `file`, are kept beside the results file."""
+    kept = Path(args.results_file).parent / 'settings' / f'{job.name}.yaml'
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(file.read_bytes())
+    return dict(
+        settings=kept.name,
+        settings_sha256=hashlib.sha256(kept.read_bytes()).hexdigest()[:16],
+        python=platform.python_version(),
+        **origin(device),
+    )
