@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does the path of the images change what is learnt? python experiments/clothing/run.py --data-dir clothing-dataset-small
+"""Does the path of the images change what is learnt? python experiments/clothing/run.py --data-dir DIR
 
 A network trained from scratch on photographs of clothes, by clothing.yaml, its images made by the CPU and by the GPU
 (--augment-device), with the same seeds. A row of --results-file a run; what has a row is not run again. The photographs

@@ -58,7 +58,8 @@ KINDS = {  # what is compared with the parent
         *('--kd-feature-level', 'tokens'),
     ],
 }
-BEST = 'best'  # of KINDS, by the held pictures after 5 epochs
+LONG = 20  # epochs after a conversion, where the most is asked
+BEST = 'best'  # of KINDS, by the held pictures after LONG epochs
 COLUMNS = (
     'run',
     'model',
@@ -105,26 +106,31 @@ def all_jobs():
     for cells in CELLS:
         for count in COUNTS:
             yield converted(cells, '', 0, count)
+    for cells, kind in (*((cells, 'both') for cells in CELLS), ('E16-C16', 'ce')):
+        yield converted(cells, kind, LONG)
+    yield Job('scratch-s0', 'parent.yaml')
     for cells in CELLS:
         for kind in ('both', 'ce', 'logit'):
             yield converted(cells, kind, 5)
-    for cells in ('E16-C16', 'E64-C64', 'E16-C64'):
-        yield converted(cells, BEST, 20)
-    yield Job('scratch-s0', 'parent.yaml')
+    for cells, kind in (
+        ('E16-C16', 'logit'),
+        *((cells, kind) for cells in list(CELLS)[1:] for kind in ('ce', 'logit')),
+    ):
+        yield converted(cells, kind, LONG)
+    for seed in (1, 2):
+        for cells in CELLS:
+            yield converted(cells, BEST, LONG, seed=seed)
     for cells in CELLS:
         for count in COUNTS[1:]:
             yield converted(cells, BEST, 5, count)
         yield converted(cells, BEST, 1)
-    for seed in (1, 2):
-        for cells in CELLS:
-            yield converted(cells, BEST, 20, seed=seed)
 
 
 def resolve(job, rows):
     """The job with its kind chosen, None while the runs that choose it are not there."""
     if job.kind != BEST:
         return job
-    wanted = {converted(job.cells, kind, 5).name: kind for kind in KINDS}
+    wanted = {converted(job.cells, kind, LONG).name: kind for kind in KINDS}
     found = {wanted[row['run']]: float(row['held_top1']) for row in rows if row['run'] in wanted}
     return job._replace(kind=max(found, key=found.__getitem__)) if len(found) == len(KINDS) else None
 
@@ -135,7 +141,7 @@ def state(job, rows, output):
         if job.cells and not finished(output / PARENT.name):
             return f'waits for {PARENT.name}'
         if resolve(job, rows) is None:
-            return 'waits for the runs of 5 epochs with each kind'
+            return f'waits for the runs of {LONG} epochs with each kind'
     return found
 
 
