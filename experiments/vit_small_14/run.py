@@ -122,8 +122,16 @@ def join(args):
         if both := weights.keys() & part.keys():
             raise UserError(f'--weights {path}: {min(both)} is in an earlier file too; name each file once')
         weights |= part
-    with alone(args.output / 'weights.lock', wait=True), replacing(args.output / 'weights.safetensors') as partial:
-        write_weights(weights, partial)
+    path = args.output / 'weights.safetensors'
+    with alone(args.output / 'weights.lock', wait=True):
+        if not path.exists():
+            with replacing(path) as partial:
+                write_weights(weights, partial)
+            return
+    # It stays the file that it is: checkpoints know their teacher by its digest, and two writes may differ in a bit.
+    kept = build.read_weights(path)
+    if kept.keys() != weights.keys() or any(not torch.equal(value, weights[name]) for name, value in kept.items()):
+        raise UserError(f'--weights: {args.output} has runs from other weights; name another --output')
 
 
 def pictures_of(folder):
