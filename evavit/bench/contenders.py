@@ -14,7 +14,7 @@ import traceback
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ __all__ = [
     'Contender',
     'NotAvailable',
     'Setting',
+    'Sizes',
     'WrongResult',
     'backend_names',
     'bench_layer',
@@ -282,7 +283,28 @@ def _attention_backends(setting: Setting) -> Sequence[str]:
     return setting.backends or ((*EVA.backends, *SDPA_BACKENDS) if setting.cuda else ('plain', 'sdpa'))
 
 
-def _row(bench: str, backend: str, batch: int, side: int, heads: int, width: int) -> Row:
+class Sizes(NamedTuple):
+    """Of EVA in a comparison: what its rows are known by beside the grid, under the names of `eva_attention`.
+
+    With `count_cells` 'one', the paper's, it has a table of positions and noise as in training from scratch. Else it
+    has neither, as in a converted network.
+    """
+
+    window_size: int = 7
+    partition_grid: int = 7
+    num_prefix_tokens: int = 0
+    count_cells: str = 'one'
+
+
+def _row(
+    bench: str,
+    backend: str,
+    batch: int,
+    side: int,
+    heads: int,
+    width: int,
+    sizes: Sizes = Sizes(),  # noqa: B008
+) -> Row:
     return dict(
         bench=bench,
         case=f'{side}x{side}',
@@ -292,6 +314,7 @@ def _row(bench: str, backend: str, batch: int, side: int, heads: int, width: int
         tokens=side * side,
         width=width,
         heads=heads,
+        **sizes._asdict(),
     )
 
 
@@ -309,7 +332,14 @@ def check_backend(contender: str, taken: Callable[[], str]) -> None:
             raise NotAvailable
 
 
-def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: int = 64) -> List[Row]:
+def bench_op(
+    setting: Setting,
+    batch: int,
+    side: int,
+    heads: int = 3,
+    head_dim: int = 64,
+    sizes: Sizes = Sizes(),  # noqa: B008, it cannot be changed
+) -> List[Row]:
     """Attention alone: q, k, v and dy in; y, dq, dk, dv (for EVA also its parameters' gradients) out.
 
     Args:
@@ -318,22 +348,25 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
         side: Of the square token grid.
         heads: Heads h.
         head_dim: Channels d of a head.
+        sizes: Of EVA. Softmax attends over prefix tokens and grid alike.
 
     Returns:
         A row a contender. `forward_ms` is without, `ms` with gradients: forward and backward. `forward_of_copy` and
         `backward_of_copy` are the achieved bytes a second (`traffic`; the backward is `ms` less `forward_ms`) as a
         fraction of a copy's.
     """
-    N, d, feat_size, device, dtype = side * side, head_dim, [side, side], setting.device, setting.dtype
+    N, d, feat_size = sizes.num_prefix_tokens + side * side, head_dim, [side, side]
+    device, dtype, from_scratch = setting.device, setting.dtype, sizes.count_cells == 'one'
     qkv = torch.randn(batch, N, 3, heads, d, device=device).to(dtype).permute(2, 0, 3, 1, 4)
-    noise = torch.randn(batch, heads, eva_num_cells(feat_size, 7), d, device=device)
+    noise = torch.randn(batch, heads, eva_num_cells(feat_size, sizes.partition_grid), d, device=device)
     dy = torch.randn(batch, N, heads, d, device=device).to(dtype).transpose(1, 2)
     summary = [
         x.to(device)
         for _ in range(2)
         for x in (torch.randn(d, d) * d**-0.5, torch.zeros(d), torch.ones(d), torch.zeros(d))
     ]
-    table = RelPosBias((7, 7), heads).relative_position_bias_table.detach().to(device)
+    window = (sizes.window_size, sizes.window_size)
+    own = [RelPosBias(window, heads).relative_position_bias_table.detach().to(device)] if from_scratch else []
 
     def calls(backend: str, dtype: torch.dtype) -> Tuple[Callable[[], torch.Tensor], Callable[[], Tensors]]:
         # The kernels take q, k, v as one tensor, as the layer has them; apart, no gradient has to be gathered.
@@ -342,13 +375,14 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
         parameters: List[torch.Tensor] = []
         if backend in EVA.backends:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            parameters = [x.detach().to(wide).requires_grad_() for x in (*summary, table)]
+            parameters = [x.detach().to(wide).requires_grad_() for x in (*summary, *own)]
             options: Dict[str, Any] = dict(
                 summary_q=tuple(parameters[:4]),
                 summary_k=tuple(parameters[4:8]),
-                rel_pos_bias=parameters[8],
-                noise=noise.to(wide),
+                rel_pos_bias=parameters[8] if from_scratch else None,
+                noise=noise.to(wide) if from_scratch else None,
                 fused=packed,
+                **sizes._asdict(),
             )
 
             def forward() -> torch.Tensor:
@@ -378,10 +412,14 @@ def bench_op(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: 
     references: Dict[str, List[torch.Tensor]] = {}
 
     def contender(backend: str) -> Contender:
-        row = _row('op', backend, batch, side, heads, heads * d)
+        row = _row('op', backend, batch, side, heads, heads * d, sizes)
+        case = EvaCase(
+            device, dtype, d, sizes.window_size, sizes.partition_grid, (side, side),
+            count_cells=sizes.count_cells, num_prefix_tokens=sizes.num_prefix_tokens,
+        )  # fmt: skip
 
         def check() -> float:
-            check_backend(backend, lambda: EVA.name(EvaCase(device, dtype, d, 7, 7, (side, side))))
+            check_backend(backend, lambda: EVA.name(case))
             if row['attention'] not in references:
                 exact = 'plain' if backend in EVA.backends else backend
                 references[row['attention']] = outputs(exact, torch.float64)

@@ -5,15 +5,13 @@ from typing import Any, Dict, List, Tuple
 
 import timm
 import torch
-from timm.models import resolve_model_input_args
 
-from evavit.errors import UserError, first_line
 from evavit.models import convert_vit
 from evavit.training.compilation import AS_IS, Compilation
 
 from .clocks import Call
 from .contenders import ERROR_BOUNDS, Contender, Setting, measure, worst_error
-from .models import _describe, parse_model
+from .models import build, parse_model
 from .results import Row
 
 __all__ = ['SIDES', 'VITS', 'bench_convert', 'fit_side']
@@ -33,16 +31,6 @@ CONVERTED: Dict[str, Dict[str, Any]] = {
     '49 cells': dict(partition_grid=7),
     'cells of 3': dict(),
 }
-
-
-def _build(text: str, side: int, device: torch.device) -> Any:
-    name, kwargs = parse_model(text)
-    torch.manual_seed(0)
-    try:
-        with device:  # which draws random weights faster than a CPU
-            return timm.create_model(**resolve_model_input_args(name, args=dict(img_size=side), **kwargs))
-    except Exception as error:  # each model has its own errors for arguments that do not fit
-        raise UserError(f'{_describe(name, kwargs)}, images of {side}: {first_line(error)[:300]}') from error
 
 
 def fit_side(text: str, side: int) -> Tuple[int, int]:
@@ -71,11 +59,11 @@ def bench_convert(setting: Setting, text: str, batch: int, side: int, compilatio
     device = setting.device
 
     def contender(name: str, options: Dict[str, Any]) -> Contender:
-        def build(side: int) -> Any:
-            model = _build(text, side, device)
+        def make(side: int) -> Any:
+            model = build(*parse_model(text), side, str(device))
             return (model if name == 'softmax' else convert_vit(model, inplace=True, **options)).to(device)
 
-        model = build(side)
+        model = make(side)
         with setting.autocast():
             backend = 'sdpa' if name == 'softmax' else model.blocks[0].attn.backend
         row = dict(
@@ -93,7 +81,7 @@ def bench_convert(setting: Setting, text: str, batch: int, side: int, compilatio
         )
 
         def check() -> float:
-            small = build(CHECKED_SIDE * model.patch_embed.patch_size[0]).eval()
+            small = make(CHECKED_SIDE * model.patch_embed.patch_size[0]).eval()
             images = torch.randn(2, 3, *small.patch_embed.img_size, device=device)
             exact = copy.deepcopy(small).double()
             with torch.no_grad(), setting.autocast():

@@ -34,7 +34,7 @@ from .contenders import (
 )
 from .results import Row
 
-__all__ = ['bench_model', 'input_size', 'parse_model']
+__all__ = ['bench_model', 'build', 'describe', 'input_size', 'parse_model']
 
 
 def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
@@ -54,18 +54,24 @@ def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
     return name, kwargs
 
 
-def _describe(name: str, kwargs: Dict[str, Any]) -> str:
+def describe(name: str, kwargs: Dict[str, Any]) -> str:
     """What `parse_model` reads."""
     return ':'.join([name, *(f'{key}={value}' for key, value in kwargs.items())])
 
 
-def _build(name: str, kwargs: Dict[str, Any], img_size: Optional[int]) -> Any:
-    """A model for images of a size, its own if None; its weights are the same at every call."""
+def build(name: str, kwargs: Dict[str, Any], img_size: Optional[int], device: str = 'cpu') -> Any:
+    """A model for images of a side, its own if None, with random weights, which are the same at every call.
+
+    Raises:
+        UserError: not with these arguments or for images of this side.
+    """
     torch.manual_seed(0)
     try:
-        return timm.create_model(**resolve_model_input_args(name, args=dict(img_size=img_size), **kwargs))
+        with torch.device(device):  # a GPU draws the weights of a large model faster
+            return timm.create_model(**resolve_model_input_args(name, args=dict(img_size=img_size), **kwargs))
     except Exception as error:  # each model has its own errors for arguments that do not fit
-        raise UserError(f'{_describe(name, kwargs)}: {first_line(error)[:300]}') from error
+        images = f', images of {img_size}' if img_size else ''
+        raise UserError(f'{describe(name, kwargs)}{images}: {first_line(error)[:300]}') from error
 
 
 @functools.lru_cache
@@ -75,7 +81,7 @@ def input_size(text: str, img_size: Optional[int] = None) -> Tuple[int, ...]:
     Raises:
         UserError: no such model, or not with these arguments or for images of this size.
     """
-    model = _build(*parse_model(text), img_size).eval()
+    model = build(*parse_model(text), img_size).eval()
     channels, *sides = resolve_model_data_config(model)['input_size']
     size = (channels, *((img_size, img_size) if img_size else sides))
     try:
@@ -110,7 +116,7 @@ def _model_contenders(
 ) -> List[Tuple[str, Dict[str, Any], str, str]]:
     """(name, arguments, attention, backend) of a model and of the softmax model beside it."""
     name, kwargs = parse_model(text)
-    model = _build(name, kwargs, img_size)
+    model = build(name, kwargs, img_size)
     if not _eva_layers(model):
         softmax = [backend for backend in setting.backends if backend not in EVA.backends]
         return [(name, kwargs, '', backend) for backend in (softmax if setting.backends else [''])]
@@ -150,13 +156,13 @@ def bench_model(
     torch.compiler.reset()
 
     def contender(name: str, kwargs: Dict[str, Any], attention: str, backend: str) -> Contender:
-        model = _build(name, kwargs, img_size)
+        model = build(name, kwargs, img_size)
         model.to(device).train(kind == 'train')
         _set_fused(model, backend != 'plain')
         row = dict(
             bench=kind,
             case=text,
-            model=_describe(name, kwargs),
+            model=describe(name, kwargs),
             attention=attention,
             backend=backend,
             batch_size=batch,

@@ -44,6 +44,10 @@ COLUMNS = (
     'tokens',
     'width',
     'heads',
+    'window_size',
+    'partition_grid',
+    'num_prefix_tokens',
+    'count_cells',
     'amp_dtype',
     'torchcompile',
     'status',
@@ -60,7 +64,24 @@ COLUMNS = (
     *ORIGIN,
 )
 # What a comparison is known by in a results file.
-KEY = ('bench', 'case', 'batch_size', 'img_size', 'tokens', 'width', 'heads', 'amp_dtype', 'torchcompile', 'device')
+KEY = (
+    'bench',
+    'case',
+    'batch_size',
+    'img_size',
+    'tokens',
+    'width',
+    'heads',
+    'window_size',
+    'partition_grid',
+    'num_prefix_tokens',
+    'count_cells',
+    'amp_dtype',
+    'torchcompile',
+    'device',
+)
+# Columns that older files lack, and what attention was measured with then.
+ADDED = dict(window_size='7', partition_grid='7', num_prefix_tokens='0', count_cells='one')
 
 # A row with another status is a failure, and is measured again.
 HARMLESS = ('ok', 'not available')
@@ -104,7 +125,7 @@ def _key(row: Row, key: Sequence[str] = KEY) -> Tuple[str, ...]:
 
 
 def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
-    """The rows of a CSV file; none where there is no file.
+    """The rows of a CSV file; none where there is no file. Those of an older file get the columns `ADDED`.
 
     Raises:
         UserError: the file has other columns, or the same in another order.
@@ -114,8 +135,12 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
     try:
         with open(path, newline='', encoding='utf-8') as stream:
             reader = csv.DictReader(stream)
-            if tuple(reader.fieldnames or ()) == tuple(columns):
+            found = tuple(reader.fieldnames or ())
+            if found == tuple(columns):
                 return list(reader)
+            if found and found == tuple(column for column in columns if column not in ADDED):
+                none = dict.fromkeys(ADDED, '')
+                return [{**(ADDED if row['bench'] in ('op', 'layer') else none), **row} for row in reader]
     except (UnicodeDecodeError, csv.Error):  # no table at all
         pass
     raise UserError(f'{path} has other columns; name another file')

@@ -2,6 +2,7 @@
 
     python benchmark.py --bench train infer --model eva_deit_tiny_784 -b 128 --torchcompile --results-file h100.csv
     python benchmark.py --bench op layer --results-file h100.csv
+    python benchmark.py --bench op --grid 37 64 --partition-grid 13 16 --num-prefix-tokens 0 5 --count-cells outside
     python benchmark.py --bench infer --model eva_deit_tiny -b 8 --device cpu
     python benchmark.py --bench convert --img-size 224 518 1022 --results-file convert.csv
     python benchmark.py --bench data -c configs/eva_deit_tiny.yaml --data-dir DIR --workers-list 1 2 4
@@ -30,7 +31,7 @@ import torch
 from evavit.arguments import Parser, find_device, program
 from evavit.bench import loader
 from evavit.bench.clocks import copy_rate
-from evavit.bench.contenders import GRIDS, Setting, backend_names, bench_layer, bench_op, default_batch
+from evavit.bench.contenders import GRIDS, Setting, Sizes, backend_names, bench_layer, bench_op, default_batch
 from evavit.bench.convert import SIDES, VITS, bench_convert, fit_side
 from evavit.bench.models import bench_model, input_size, parse_model
 from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
@@ -42,6 +43,12 @@ from evavit.training.compilation import MODES, Compilation, choose_compilation
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
+    return int(text)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 0, got {text!r}')
     return int(text)
 
 
@@ -78,6 +85,22 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help="side of the images: one for train, infer (default: the model's), any for convert (default: 224 to 2044)",
     )
     add('--grid', type=positive, nargs='+', help='op, layer: sides of token grids (default: 14 to 256; CPU: 14, 28)')
+    add('--window-size', type=positive, default=7, help='op: side of the windows in tokens (default: 7)')
+    add(
+        '--partition-grid',
+        type=positive,
+        nargs='+',
+        default=[7],
+        help='op: cells asked for along each axis; one for all grids, or one for each of --grid (default: 7)',
+    )
+    add('--num-prefix-tokens', type=count, nargs='+', default=[0], help='op: tokens before the grid (default: 0)')
+    add(
+        '--count-cells',
+        choices=('one', 'all', 'outside'),
+        default='one',
+        help='op: how often a cell counts; with another than one, EVA has neither positions nor noise, as in a '
+        'converted network (default: one)',
+    )
     add('--dim', type=positive, default=192, help='op, layer: channels (default: 192)')
     add('--num-heads', type=positive, default=3, help='op, layer: heads (default: 3)')
     add(
@@ -126,6 +149,19 @@ def find_models(args: argparse.Namespace) -> List[str]:
     return list(dict.fromkeys(models))
 
 
+def attention_sizes(args: argparse.Namespace, setting: Setting, bench: str) -> Iterator[Tuple[int, Sizes]]:
+    """(side of the grid, sizes of EVA) of all that the flags ask for."""
+    grids = args.grid or (list(GRIDS) if setting.cuda else [14, 28])
+    partitions = args.partition_grid * (len(grids) if len(args.partition_grid) == 1 else 1)
+    if len(partitions) != len(grids):
+        raise UserError(f'--partition-grid takes one number, or one for each of {len(grids)} grids: {partitions}')
+    for (side, partition), prefix in itertools.product(zip(grids, partitions, strict=True), args.num_prefix_tokens):
+        sizes = Sizes(args.window_size, partition, prefix, args.count_cells)
+        if bench == 'layer' and sizes != Sizes():
+            raise UserError('--bench layer has windows of 7 × 7 and 7 × 7 cells; other sizes are for --bench op alone')
+        yield side, sizes
+
+
 def comparisons(
     args: argparse.Namespace, setting: Setting, compilation: Compilation
 ) -> Iterator[Tuple[Row, Callable[[], List[Row]]]]:
@@ -136,8 +172,7 @@ def comparisons(
         if bench in ('op', 'layer'):
             if args.dim % args.num_heads:
                 raise UserError(f'--num-heads {args.num_heads} does not divide --dim {args.dim}')
-            measure = bench_op if bench == 'op' else bench_layer
-            for side in args.grid or (GRIDS if setting.cuda else (14, 28)):
+            for side, sizes in attention_sizes(args, setting, bench):
                 batch = args.batch_size or default_batch(side, setting.device)
                 key: Dict[str, Any] = dict(
                     bench=bench,
@@ -146,8 +181,10 @@ def comparisons(
                     tokens=side**2,
                     width=args.dim,
                     heads=args.num_heads,
+                    **sizes._asdict(),
                 )
-                yield key | shared, partial(measure, setting, batch, side, args.num_heads, args.dim // args.num_heads)
+                asked = setting, batch, side, args.num_heads, args.dim // args.num_heads
+                yield key | shared, partial(bench_op, *asked, sizes) if bench == 'op' else partial(bench_layer, *asked)
         elif bench == 'convert':
             for text, asked in itertools.product(models, args.img_size or SIDES):
                 side, batch = fit_side(text, asked)
@@ -183,6 +220,9 @@ def report(row: Row) -> None:
         'batch_size',
         'img_size',
         'tokens',
+        'window_size',
+        'partition_grid',
+        'num_prefix_tokens',
         'status',
         'error',
         'forward_ms',

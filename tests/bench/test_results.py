@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from evavit.bench.results import COLUMNS, ORIGIN, check_writable, is_done, origin, read_rows, store_rows, write_rows
+from evavit.bench.results import (
+    ADDED,
+    COLUMNS,
+    ORIGIN,
+    check_writable,
+    is_done,
+    origin,
+    read_rows,
+    store_rows,
+    write_rows,
+)
 from evavit.errors import UserError
 
 
@@ -25,6 +35,18 @@ def test_a_file_of_other_columns_stays(tmp_path):
             refused()
     assert path.read_text() == 'a,b\n1,2\n'
     assert read_rows(path, ('a', 'b')) == [{'a': '1', 'b': '2'}] and read_rows(tmp_path / 'none.csv') == []
+
+
+def test_a_file_of_before_the_sizes_is_read(tmp_path):
+    """Attention was measured at one size then, and a comparison of it is still the same one."""
+    path = tmp_path / 'rows.csv'
+    old = [dict(bench='op', case='5x5', commit='a'), dict(bench='train', case='eva_deit_tiny', commit='a')]
+    write_rows(path, old, [column for column in COLUMNS if column not in ADDED])
+    assert [{key: row[key] for key in ADDED} for row in read_rows(path)] == [ADDED, dict.fromkeys(ADDED, '')]
+    sizes = dict(window_size=7, partition_grid=7, num_prefix_tokens=0, count_cells='one')
+    store_rows(path, [dict(bench='op', case='5x5', commit='b', **sizes)])
+    store_rows(path, [dict(bench='op', case='5x5', commit='c', **sizes | dict(num_prefix_tokens=5))])
+    assert [row['commit'] for row in read_rows(path)] == ['a', 'b', 'c']
 
 
 def test_a_write_that_fails_leaves_the_rows(tmp_path):

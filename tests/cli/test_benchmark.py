@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runs import MODEL as TINY
-from runs import QUICK
+from runs import QUICK, words
 
 from evavit.bench import contenders
 from evavit.bench.contenders import Setting
@@ -50,6 +50,24 @@ def test_attention(bench, kind):
         assert 0 < float(row['error']) < 1e-5 and float(row['forward_ms']) > 0 and float(row['ms']) > 0
         assert row['device'] and row['torch'] == torch.__version__ and row['commit'] and row['date']
         assert row['peak_memory_mib'] == row['forward_of_copy'] == ''  # a GPU's columns
+
+
+def test_attention_of_converted_networks(bench):
+    """Other windows and cells, prefix tokens, a count: one number of cells for each grid, each with each prefix."""
+    flags = words('--bench op --grid 5 8 --window-size 3 --partition-grid 2 4 --num-prefix-tokens 0 2 -b 1 --dim 32')
+    code, err, rows = bench(*flags, *words('--num-heads 2 --count-cells outside'))
+    assert code == 0, err
+    columns = ('tokens', 'partition_grid', 'num_prefix_tokens', 'backend')
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        (tokens, cells, prefix, backend)
+        for tokens, cells in (('25', '2'), ('64', '4'))
+        for prefix in '02'
+        for backend in ('plain', 'sdpa')
+    ]
+    for row in rows:
+        assert row['window_size'] == '3' and row['count_cells'] == 'outside' and row['status'] == 'ok'
+        assert float(row['error']) < 1e-5 and float(row['forward_ms']) > 0 and float(row['ms']) > 0
+    assert len(bench(*flags, *words('--num-heads 2 --count-cells all'))[2]) == 16  # beside the others
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -152,6 +170,10 @@ BAD = {
     'kernels on a CPU': (['--bench', 'op', '--backend', 'triton'], ['triton', 'CUDA']),
     'other kernels on a CPU': (['--bench', 'op', '--backend', 'gluon'], ['gluon', 'CUDA']),
     'heads that do not divide': (['--bench', 'op', '--num-heads', '5'], ['5', '192']),
+    'cells of too few grids': (['--bench', 'op', '--partition-grid', '7', '8', '9'], ['--partition-grid', '2 grids']),
+    'cells of a layer': (['--bench', 'layer', '--partition-grid', '8'], ['layer', '7 × 7 cells']),
+    'no cells': (['--bench', 'op', '--partition-grid', '0'], ['--partition-grid', '0']),
+    'no number of prefix tokens': (['--bench', 'op', '--num-prefix-tokens', '-1'], ['-1']),
     'no batch': (['-b', '0'], ['-b', '0']),
     'no such bench': (['--bench', 'speed'], ['speed', 'infer']),
     'unknown flag': (['--batches', '3'], ['--batches']),
