@@ -4,6 +4,8 @@ Several GPUs of a machine: torchrun --nproc-per-node 8 train.py -c … --data-di
 """
 
 import logging
+import shlex
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence
@@ -13,10 +15,10 @@ from timm.utils import world_info_from_env
 
 from evavit.errors import Preempted, UserError, reason_of
 from evavit.training import build, checkpoint, checks, data, distillation, dry_run, loop
-from evavit.training.agreement import check_agreement
+from evavit.training.agreement import check_agreement, code_version
 from evavit.training.compilation import choose_compilation
 from evavit.training.config import TrainConfig, parse_settings
-from evavit.training.distributed import start_log, start_process
+from evavit.training.distributed import log_to, start_log, start_process
 from evavit.training.metrics import MetricsWriter
 from evavit.training.signals import SignalHandler
 from evavit.training.stalls import Watchdog
@@ -120,6 +122,9 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     if process.primary:
         held.enter_context(checkpoint.locked_folder(folder))
     checkpoints = checkpoint.find_resume(config.run.resume, folder)
+    if process.primary:
+        held.enter_context(log_to(folder / 'train.log'))
+        log.debug(f'{code_version()}; {shlex.join(sys.argv)}')
     settings = {**config.flat(), 'kd_teacher': teacher.identity if teacher else None}
     saver = checkpoint.Saver(run, settings, class_names, folder) if process.primary else None
     position = checkpoint.resume(checkpoints, run, settings, saver)
@@ -133,6 +138,10 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     if teacher is not None:
         log.info(f'teacher {distillation.teacher_line(teacher)}')
     log.info(f'{batch}')
+    for note in config.notes:
+        log.info(note)
+    if few := dry_run.few_updates(updates_per_epoch, len(train_set), batch):
+        log.warning(f'warning: {few}')
     log.info(f'{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}')
     writer = None
     if process.primary:
@@ -152,8 +161,12 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     finally:
         if writer is not None:
             writer.close()
-    if saver is not None:
-        log.info(f'done: best {config.run.eval_metric} {saver.best_metric} in epoch {saver.best_epoch}; {folder}')
+    if saver is not None and saver.best_metric is None:  # resumed where another folder's run had ended
+        log.info(f'done: no epoch was left to train; {folder}')
+    elif saver is not None:
+        log.info(f'done: epoch {saver.best_epoch} is the best; {folder}')
+        metric = config.run.eval_metric
+        log.info(f'best {metric} {saver.best_metric:.{4 if metric == "loss" else 2}f}')
 
 
 def save_settings(config: TrainConfig, folder: Path, remark: str) -> None:

@@ -46,6 +46,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         in_chans=checks.image_channels(config.model),
         num_samples=config.data.num_samples,
         batch_size=config.batch.batch_size,
+        seed=config.run.seed,
     )
     model: Any = build.build_model(config.model, config.model.num_classes)
     data.class_count(config.data, model.num_classes, class_names, dataset)
@@ -81,6 +82,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
 
 def check_settings(config: ValidateConfig) -> None:
     path, results = config.weights.checkpoint, config.run.results_file
+    data.check_division(config.data)
     check_compilation(config.machine.torchcompile, config.machine.torchcompile_mode)
     if not config.model.model:
         raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')

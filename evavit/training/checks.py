@@ -66,6 +66,7 @@ def check_settings(config: TrainConfig) -> None:
         ('cache_device', config.machine.cache_device, 'augment_device cuda', config.machine.augment_device != 'cpu'),
         ('model_ema_warmup', config.ema.model_ema_warmup, 'model_ema', config.ema.model_ema),
     )
+    data.check_division(config.data)
     if not config.data.train_split or not config.data.val_split:
         raise UserError('train_split and val_split name splits: they must not be empty')
     check_compilation(config.machine.torchcompile, config.machine.torchcompile_mode)

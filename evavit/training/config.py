@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import (
     Any,
     ClassVar,
+    Container,
     Dict,
     Iterator,
+    List,
     Literal,
     Optional,
     Sequence,
@@ -99,7 +101,7 @@ class Config:
 
 @dataclass
 class TrainConfig(Config):
-    """The settings of train.py."""
+    """The settings of train.py, and `notes`: lines for the log on what was made of them."""
 
     script = 'train'
     data: DataConfig = field(default_factory=DataConfig)
@@ -113,6 +115,20 @@ class TrainConfig(Config):
     ema: EmaConfig = field(default_factory=EmaConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    notes: List[str] = field(default_factory=list)
+
+    def fit_warmup(self, file: Container[str], flags: Container[str]) -> None:
+        """Shorten a warm-up of more than half the epochs to a fifth of them, where the epochs were given and it was
+        not: by a flag over a file or the defaults, or by a file over the defaults."""
+        schedule = self.schedule
+        given = {name: 2 if name in flags else int(name in file) for name in ('epochs', 'warmup_epochs')}
+        among = schedule.sched != 'none' and not schedule.warmup_prefix
+        if among and given['warmup_epochs'] < given['epochs'] and 2 * schedule.warmup_epochs > schedule.epochs:
+            self.notes.append(
+                f'warm-up shortened from {schedule.warmup_epochs} to {schedule.epochs // 5} of the {schedule.epochs} '
+                f'epochs; --warmup-epochs N sets it'
+            )
+            schedule.warmup_epochs = schedule.epochs // 5
 
 
 @dataclass
@@ -185,11 +201,14 @@ def parse_settings(
     table = config.options()
     file, flags = _parse_flags(table, argv, program(script), description)
     given = _read_yaml(file, table) if file else {}
+    given_in_file = set(given)
     for name, value in flags.items():
         if table[name].type is dict:
             value = {**(given.get(name) or {}), **value}
         given[name] = value
     config.update(given)
+    if isinstance(config, TrainConfig):
+        config.fit_warmup(given_in_file, flags)
     return config, set(given)
 
 
@@ -200,7 +219,8 @@ def _parse_flags(
         prog=prog,
         description=description,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120),
+        usage='%(prog)s [-c FILE] [--FLAG VALUE ...]',
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=120),
     )
     parser.add_argument(
         '-c',
@@ -209,14 +229,22 @@ def _parse_flags(
         default=None,
         help=f'YAML file with settings, or one of {", ".join(recipes())}',
     )
+    groups: Dict[str, Any] = {}
     for option in table.values():
-        _add_flag(parser, option)
+        if option.section not in groups:
+            groups[option.section] = parser.add_argument_group(*_heading(option.section))
+        _add_flag(groups[option.section], option)
     flags = vars(parser.parse_args(argv))
     config = flags.pop('config')
     return config, {name: table[name].parse(value, table[name].flag) for name, value in flags.items()}
 
 
-def _add_flag(parser: Parser, option: Option) -> None:
+def _heading(section: str) -> Tuple[str, str]:
+    """Title and description of a section's flags: its name and the first paragraph of its docstring."""
+    return section, ' '.join((SECTIONS[section].__doc__ or '').partition('\n\n')[0].split())
+
+
+def _add_flag(parser: Any, option: Option) -> None:
     names = [option.short] * bool(option.short) + [option.flag]
     default = '' if option.default in (None, '', False) else f' [{option.default}]'
     text = (option.help + default).replace('%', '%%')

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 import sys
 import zipfile
@@ -26,6 +27,8 @@ from evavit.training.build import load_weights, read_weights
 from evavit.training.config import ExportConfig, ValidateConfig, WeightsConfig, options_of
 from evavit.training.loop import Position
 
+log = logging.getLogger(__name__)
+
 # What tells how a checkpoint is to be used, wherever no flag says otherwise.
 FROM_CHECKPOINT = (
     'model',
@@ -40,6 +43,7 @@ FROM_CHECKPOINT = (
     'convert',
     'convert_kwargs',
 )
+DIVISION = ('val_fraction', 'seed', 'data_dir')  # which images a run held out
 KEPT = re.compile(r'checkpoint-[0-9]{1,9}\.pth\.tar')  # the names of the best few checkpoints in a run's folder
 PLAN = {'images_per_update', 'updates_per_epoch', 'processes'}
 MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
@@ -300,7 +304,8 @@ def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UserError(f'{path}: not a checkpoint of train.py (its class_names are no list of names)')
     options = options_of('train')
-    for name in (*FROM_CHECKPOINT, 'model_kwargs'):
+    divided = DIVISION if settings.get('val_fraction') is not None else ()
+    for name in (*FROM_CHECKPOINT, 'model_kwargs', *divided):
         if settings.get(name) not in (None, ''):  # timm's train.py stores '' for what was not given
             settings[name] = options[name].parse(settings[name], f'{path}, its settings')
     return settings
@@ -346,9 +351,28 @@ def complete_from_checkpoint(config: Union[ValidateConfig, ExportConfig], given:
     for name in FROM_CHECKPOINT:
         if name not in given and name in saved:
             setattr(model, name, saved[name])
+    if isinstance(config, ValidateConfig) and saved.get('val_fraction'):
+        _take_held_out(config, given, saved)
     if not saved or model.model == saved.get('model'):
         model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
     return saved.get('class_names')
+
+
+def _take_held_out(config: ValidateConfig, given: Set[str], saved: Dict[str, Any]) -> None:
+    """Of the folder that a run divided, validate on what it held out: the rest are the images that it has seen."""
+    if given & {'val_fraction', 'split', 'dataset'}:
+        return
+    trained, here = saved.get('data_dir'), config.data.data_dir
+    if trained and here and Path(trained).resolve() == Path(here).resolve():
+        config.data.val_fraction = saved['val_fraction']
+        if 'seed' not in given and saved.get('seed') is not None:
+            config.run.seed = saved['seed']
+    else:
+        log.warning(
+            f'warning: the run held out {saved["val_fraction"]:g} of {trained} for validation, and this is another '
+            f'folder, taken whole; if it is a copy, add --val-fraction {saved["val_fraction"]:g} --seed '
+            f'{saved.get("seed")}'
+        )
 
 
 def load_checkpoint(model: nn.Module, config: WeightsConfig) -> None:

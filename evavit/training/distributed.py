@@ -12,6 +12,8 @@ import random
 import sys
 from dataclasses import dataclass, field
 from enum import IntEnum
+from logging.handlers import MemoryHandler
+from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional
 
 import numpy as np
@@ -21,7 +23,7 @@ from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
 
 from evavit.arguments import find_device
-from evavit.errors import LocalError, UserError, launched, printable
+from evavit.errors import LocalError, UserError, launched, one_line, printable, reason_of
 from evavit.training.stalls import Watchdog
 
 log = logging.getLogger(__name__)
@@ -161,15 +163,62 @@ class _LineFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A file of lines with their times. One that cannot be written any more is given up with a warning: what else does
+    not fit on the disk stops the run by itself."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding='utf-8', errors='backslashreplace')
+        self.setFormatter(_LineFormatter('%(asctime)s %(message)s'))
+        self.path = path
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger('evavit').removeHandler(self)
+        log.warning(f'warning: {self.path} is not written any more ({reason_of(sys.exc_info()[1] or OSError())})')
+
+
 def start_log(primary: bool) -> None:
-    """Lines of this package go to standard output of the first process; libraries only warn."""
+    """Lines of this package go to standard output of the first process, and are kept for `log_to`; libraries only
+    warn."""
     package = logging.getLogger('evavit')
+    kept = next((it for it in package.handlers if isinstance(it, MemoryHandler)), None) or MemoryHandler(1000)
     package.handlers.clear()
     package.propagate = False
     if primary:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(_LineFormatter('%(message)s'))
-        package.addHandler(handler)
-        package.setLevel(logging.INFO)
+        handler.setLevel(logging.INFO)
+        package.handlers += [handler, kept]
+        package.setLevel(logging.DEBUG)
     else:
         package.addHandler(logging.NullHandler())
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """While the context lasts, add what is logged to a file, with the lines since `start_log` and the exception that
+    ends it, each with its time.
+
+    Raises:
+        LocalError: The file cannot be opened.
+    """
+    package = logging.getLogger('evavit')
+    try:
+        file = _LogFile(path)
+    except OSError as error:
+        raise LocalError(f'{path}: cannot be written ({reason_of(error)})') from error
+    kept = [it for it in package.handlers if isinstance(it, MemoryHandler)]
+    package.handlers = [it for it in package.handlers if it not in kept] + [file]
+    for handler in kept:
+        for record in handler.buffer:
+            file.handle(record)
+    try:
+        yield
+    except BaseException as error:
+        if file in package.handlers:
+            file.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, one_line(error), (), None))
+        raise
+    finally:
+        package.removeHandler(file)
+        with contextlib.suppress(OSError):  # of a disk that is full
+            file.close()

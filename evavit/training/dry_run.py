@@ -26,6 +26,7 @@ from evavit.errors import UserError
 from evavit.training import build, checkpoint, checks, data, distillation
 from evavit.training.config import TrainConfig
 
+FEW_UPDATES = 10  # of an epoch, below which a warning says so
 ROUND = 512  # bytes: PyTorch's CUDA allocator gives memory in multiples of it
 
 
@@ -115,7 +116,8 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     """
     batch, model, size = checked.batch, checked.model, checked.data_config['input_size']
     folder, file, classes = output_folder(config, checked.data_config), starting_file(config), config.model.num_classes
-    lines = [('model', f'{config.model.model}, input {"×".join(map(str, size))}')]
+    lines = [('note', note) for note in config.notes]
+    lines += [('model', f'{config.model.model}, input {"×".join(map(str, size))}')]
     if checked.teacher is not None:
         lines.append(('teacher', distillation.teacher_line(checked.teacher)))
     train_set = None
@@ -170,6 +172,8 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
                 f'or --grad-accum-steps'
             )
         lines.append(('steps', f'{epochs} epochs of {updates:,} updates, {epochs * updates:,} in all'))
+        if few := few_updates(updates, len(train_set), batch):
+            lines.append(('warning', few))
     if not schedule.warmup_epochs or schedule.sched == 'none':
         warmup = 'none'
     else:
@@ -186,6 +190,16 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         ),
     ]
     return [f'{name:<14} {text}' for name, text in lines]
+
+
+def few_updates(updates: int, images: int, batch: checks.GlobalBatch) -> Optional[str]:
+    """A line where an epoch has so few updates that a run of usual length hardly learns."""
+    if updates >= FEW_UPDATES:
+        return None
+    return (
+        f'{updates} updates an epoch ({images:,} images, global batch {batch.total}), less than {FEW_UPDATES}: lower '
+        f'-b or --grad-accum-steps, or train for more epochs'
+    )
 
 
 def check_resume(config: TrainConfig, folder: Path, model: Any, teacher: Optional[distillation.Teacher] = None) -> None:

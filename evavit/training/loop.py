@@ -160,8 +160,8 @@ class ProgressLine:
         if self.live and (time.monotonic() - self.last > 0.1 or done == self.total):
             self.last = time.monotonic()
             print(f'\r\033[K{line}', end='\n' if done == self.total else '', flush=True)
-        elif self.shown and not self.live and (done % self.interval == 0 or done == self.total):
-            log.info(line)
+        if self.shown and (done % self.interval == 0 or done == self.total):
+            log.log(logging.DEBUG if self.live else logging.INFO, line)  # the log file has the first kind too
 
 
 def autocast(machine: MachineConfig, device: torch.device) -> torch.autocast:

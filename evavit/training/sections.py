@@ -123,6 +123,14 @@ class DataConfig:
     train_split: str = option('train', 'name of the training split')
     val_split: str = option('validation', 'name of the split to validate on')
     split: str = option('validation', 'name of the split to validate on', scripts=('validate',))
+    val_fraction: Optional[float] = option(
+        None,
+        'share of each class that is held out for validation, for a folder without a validation split; which images '
+        'follows from their names and the seed',
+        low=0.001,
+        high=0.999,
+        scripts=BOTH,
+    )
     class_map: Optional[str] = option(
         None, 'text file with one class name a line, in the order of their indices', scripts=BOTH
     )
@@ -383,7 +391,13 @@ class MachineConfig:
 class RunConfig:
     """Seed, folder, checkpoints and log of a run, and what validation writes."""
 
-    seed: int = option(42, 'seed of weights, sample order, augmentation and noise', low=0, high=2147483647)
+    seed: int = option(
+        42,
+        'seed of weights, sample order, augmentation and noise, and of the images that val_fraction holds out',
+        low=0,
+        high=2147483647,
+        scripts=BOTH,
+    )
     dry_run: bool = option(False, 'print what the run would be, and stop; no image is read, no GPU touched')
     output: str = option('output', 'folder of the runs')
     experiment: Optional[str] = option(None, "name of this run's folder in output; default: time, model, image size")
@@ -406,6 +420,22 @@ class RunConfig:
         scripts=BOTH,
     )
     results_file: Optional[str] = option(None, 'write the metrics here, as .csv or .json', scripts=('validate',))
+    metrics_avg: Optional[str] = option(
+        None,
+        'add precision, recall and F1 to the metrics: the mean of the classes, over all images, or the mean weighted '
+        'by images',
+        choices=('macro', 'micro', 'weighted'),
+        scripts=('validate',),
+    )
+    report_dir: Optional[str] = option(
+        None,
+        'write here accuracy, precision, recall and F1 of each class, the confusion matrix as CSV and picture, and '
+        'the calibration',
+        scripts=('validate',),
+    )
+    latency: bool = option(
+        False, 'add the median milliseconds of a forward pass, of one image and of a batch', scripts=('validate',)
+    )
 
 
 @dataclass

@@ -53,7 +53,7 @@ def test_a_wheel_trains_validates_and_exports(programs, tmp_path):
         return run([programs / f'evavit-{name}', *words], cwd=tmp_path / 'empty', env=environment)
 
     flags = ['-c', 'quickstart', *QUICK, '--data-dir', tmp_path / 'images', '--experiment', 'run']
-    assert 'done: best top1' in start('train', *flags, '--model-kwargs', 'depth=1')
+    assert 'best top1' in start('train', *flags, '--model-kwargs', 'depth=1')
     weights = 'output/run/last.safetensors'
     out = start('validate', '--checkpoint', weights, '--data-dir', tmp_path / 'images', '--workers', '0')
     assert '(12 images)' in out

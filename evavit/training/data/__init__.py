@@ -1,6 +1,6 @@
 """Data sets and loaders: what is read (`datasets`, `folders`, `images`), drawn (`augment`) and batched (`loader`)."""
 
-from .datasets import check_name, class_count, open_dataset, open_training_sets, read_class_map
+from .datasets import check_division, check_name, class_count, open_dataset, open_training_sets, read_class_map
 from .device import Draws, cache_size
 from .loader import (
     Around,
@@ -18,6 +18,7 @@ __all__ = [
     'Batches',
     'Draws',
     'cache_size',
+    'check_division',
     'check_name',
     'class_count',
     'epoch_batches',

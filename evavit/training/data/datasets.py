@@ -5,6 +5,7 @@ labels without a word: here each is a UserError (`folders`). An image that canno
 """
 
 import gzip
+import logging
 import os
 import re
 import shutil
@@ -19,8 +20,17 @@ from evavit.arguments import nearest
 from evavit.errors import UserError, first_line
 from evavit.files import replacing
 from evavit.training.config import DataConfig
-from evavit.training.data.folders import SPLIT_NAMES, ClassFolders, find_split
+from evavit.training.data.folders import (
+    SPLIT_NAMES,
+    ClassFolders,
+    endings_in_timm,
+    find_split,
+    find_undivided,
+    hold_out,
+)
 from evavit.training.data.images import CheckedImages, CheckedStream
+
+log = logging.getLogger(__name__)
 
 KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 TORCH_DATASETS = (
@@ -55,7 +65,7 @@ def open_dataset(
         config: Where the data is.
         split: Name of the split.
         batch_size: Images of a batch, which timm's streams share among their workers.
-        seed: Order of a stream, and what takes the place of unreadable images.
+        seed: Order of a stream, what takes the place of unreadable images, what `val_fraction` holds out.
         is_training: Another image takes the place of one that cannot be read.
         class_names: Those that the training split or a checkpoint has: the labels then follow them.
         in_chans: 3 for colour, 1 for grey.
@@ -67,7 +77,7 @@ def open_dataset(
     mode = 'RGB' if in_chans == 3 else 'L'
     prefix = check_name(config.dataset)
     if not prefix:
-        dataset, names = _open_folder(config, split, class_names)
+        dataset, names = _open_folder(config, split, class_names, seed)
         return _checked(dataset, mode, config.max_bad_images, seed if is_training else None), names
     if config.class_map:
         read_class_map(config.class_map, config.data_dir)
@@ -122,7 +132,7 @@ def _checked(dataset: Any, mode: str, max_bad_images: float, seed: Optional[int]
 
 
 def _open_folder(
-    config: DataConfig, split: str, class_names: Optional[List[str]]
+    config: DataConfig, split: str, class_names: Optional[List[str]], seed: int
 ) -> Tuple[ImageDataset, Optional[List[str]]]:
     """timm's data set of a folder or tar file, and the names of its classes."""
     if not config.data_dir:
@@ -130,12 +140,14 @@ def _open_folder(
     root = Path(config.data_dir)
     if not root.exists():
         raise UserError(f'{root}: no such folder (--data-dir)')
-    if root.is_file() and split in SPLIT_NAMES[0]:
+    if config.val_fraction is not None:
+        root = find_undivided(root, config.train_split, config.val_split)
+    elif root.is_file() and split in SPLIT_NAMES[0]:
         raise UserError(
             f'{root}: a tar file holds one split; to train, give a folder with {split}.tar, or with '
             f'{split}/CLASS/IMAGE files'
         )
-    if root.is_dir():
+    elif root.is_dir():
         root = find_split(root, split)
     if not root.is_dir() and not root.is_file():
         raise UserError(f'{root}: neither a folder nor a regular file')
@@ -145,14 +157,39 @@ def _open_folder(
     if root.is_dir():
         reader = ClassFolders(root, class_to_idx)
         labels = reader.class_to_idx
+        if config.val_fraction is not None:
+            _keep_part(reader, config.val_fraction, seed, training=split == config.train_split)
         dataset = ImageDataset(str(root), reader=reader)
     else:
         try:
-            dataset = create_dataset('', root=str(root), class_map=class_to_idx or {})
+            with endings_in_timm():
+                dataset = create_dataset('', root=str(root), class_map=class_to_idx or {})
         except (AssertionError, ValueError, OSError, tarfile.TarError) as error:
             raise UserError(f'{root}: not a readable tar file of CLASS/IMAGE files ({first_line(error)})') from error
         labels = dataset.reader.class_name_to_idx
     return dataset, sorted(labels, key=labels.__getitem__)
+
+
+def _keep_part(reader: ClassFolders, fraction: float, seed: int, training: bool) -> None:
+    """Leave a reader of an undivided folder with the images to train on, or with those that are held out."""
+    held = hold_out(reader.samples, Path(reader.root), fraction, seed)
+    if not held:
+        raise UserError(f'--val-fraction {fraction:g}: no class of {reader.root} has two images, to hold out one')
+    if not training:
+        log.info(
+            f'{reader.root}: {len(held)} of its {len(reader.samples)} images are held out for validation '
+            f'(--val-fraction {fraction:g}, by class, seed {seed})'
+        )
+    reader.samples = [sample for number, sample in enumerate(reader.samples) if (number in held) != training]
+
+
+def check_division(config: DataConfig) -> None:
+    """UserError where `val_fraction` would divide what is no folder of images."""
+    if config.val_fraction is not None and config.dataset:
+        raise UserError(
+            f'val_fraction {config.val_fraction:g} divides a folder of images, and {config.dataset} is none: it has '
+            f'splits of its own; leave --val-fraction out'
+        )
 
 
 def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:

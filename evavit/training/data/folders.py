@@ -4,13 +4,15 @@ timm's reader makes classes of images that lie elsewhere, passes over other form
 the first two are mistakes, and the link is left out with a warning.
 """
 
+import hashlib
 import logging
 import os
 import stat
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import IO, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
@@ -21,9 +23,9 @@ from evavit.training.data.decode import open_file
 log = logging.getLogger(__name__)
 
 SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))
+READ_TOO = ('.webp', '.bmp')  # beside timm's png, jpg and jpeg
 OTHER_IMAGES = {
     '.avif',
-    '.bmp',
     '.gif',
     '.heic',
     '.jfif',
@@ -34,8 +36,23 @@ OTHER_IMAGES = {
     '.tga',
     '.tif',
     '.tiff',
-    '.webp',
 }
+
+
+def image_endings() -> Tuple[str, ...]:
+    """Endings of the names of images, in lower case: timm's and ours."""
+    return tuple(dict.fromkeys((*get_img_extensions(), *READ_TOO)))
+
+
+@contextmanager
+def endings_in_timm() -> Iterator[None]:
+    """While the context lasts, timm's readers look for our endings too: that of tar files takes no list of its own."""
+    before = get_img_extensions()
+    set_img_extensions(image_endings())
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
 
 
 def find_split(root: Path, split: str) -> Path:
@@ -55,8 +72,47 @@ def find_split(root: Path, split: str) -> Path:
         return root
     raise UserError(
         f'{root}: no folder {split}, but {", ".join(folders[:8]) or "none at all"}; images belong in '
-        f'{root / split}/CLASS/'
+        f'{root / split}/CLASS/, or hold out a part of a folder without splits with --val-fraction 0.2'
     )
+
+
+def find_undivided(root: Path, train_split: str, val_split: str) -> Path:
+    """The folder of classes that `hold_out` divides: root's training split, or root itself where it has no split."""
+    inside = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    for split in (val_split, *SPLIT_NAMES[1]):
+        for name in (split, f'{split}.tar'):
+            if name in inside:
+                raise UserError(f'{root}: has {name} to validate on; leave --val-fraction out, or take {name} away')
+    names = [name for name in (train_split, *SPLIT_NAMES[0]) if name in inside or f'{name}.tar' in inside]
+    folder = root / names[0] if names else root
+    if not folder.is_dir():
+        raise UserError(f'--val-fraction divides a folder of class folders, and {folder} is none')
+    return folder
+
+
+def hold_out(samples: Sequence[Tuple[str, int]], root: Path, fraction: float, seed: int) -> Set[int]:
+    """Numbers of the samples that are held out for validation: of each class its share, rounded, but one at least of
+    two or more, and never all.
+
+    Which ones follows from the seed and each image's path below `root` alone, so that every process, machine and
+    restart holds out the same, and an image that is added moves few others.
+
+    Args:
+        samples: (path, label).
+        root: Folder that the paths lie in.
+        fraction: Share of a class, between 0 and 1.
+        seed: The run's.
+    """
+    classes: Dict[int, List[Tuple[bytes, int]]] = {}
+    for number, (path, label) in enumerate(samples):
+        name = f'{seed}/{Path(path).relative_to(root).as_posix()}'
+        rank = hashlib.sha256(name.encode(errors='surrogateescape')).digest()
+        classes.setdefault(label, []).append((rank, number))
+    held: Set[int] = set()
+    for ranked in classes.values():
+        count = min(max(round(fraction * len(ranked)), 1), len(ranked) - 1)
+        held.update(number for _, number in sorted(ranked)[:count])
+    return held
 
 
 class ClassFolders(ReaderImageFolder):
@@ -77,7 +133,7 @@ class ClassFolders(ReaderImageFolder):
         if empty and class_to_idx is None:
             raise UserError(
                 f'{empty[0]}{_and_more(empty)}: class folder without an image '
-                f'({", ".join(get_img_extensions())}); add some, or remove it'
+                f'({", ".join(image_endings())}); add some, or remove it'
             )
         if empty:
             log.warning(f'warning: {empty[0]}{_and_more(empty)}: class folder without an image; its label stays unused')
@@ -103,7 +159,7 @@ class ClassFolders(ReaderImageFolder):
 
 def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
     """[(path, class)] of all images, and the class folders without one."""
-    endings = get_img_extensions()
+    endings = image_endings()
     found: List[Tuple[str, str]] = []
     empty: List[str] = []
     circles: List[str] = []
