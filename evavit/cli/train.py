@@ -146,7 +146,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     writer = None
     if process.primary:
         save_settings(config, folder, str(batch))
-        writer = MetricsWriter(folder, run, position, class_names, data_config)
+        writer = MetricsWriter(folder, run, position, class_names, data_config, settings)
 
     def batches(position: loop.Position) -> data.Batches:
         first = position.update * batch.accumulated
@@ -158,6 +158,8 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     try:
         while position.epoch < epochs:
             position = train_epoch(run, position, batches, eval_loader, handler, writer, saver)
+        if writer is not None:
+            writer.finish()
     finally:
         if writer is not None:
             writer.close()
@@ -200,7 +202,7 @@ def train_epoch(
     train_metrics = loop.train_epoch(
         run, position, batches(position), handler, writer.scalar if writer else lambda *scalar: None, save
     )
-    eval_metrics = evaluate(run, eval_loader, writer.samples if writer else None)
+    eval_metrics = evaluate(run, eval_loader, writer.samples() if writer else None)
     loop.check_finite(run.task, eval_metrics, process, position.epoch, position.lr)
     following = position.next_epoch()
     if run.schedule is not None:
@@ -219,8 +221,9 @@ def train_epoch(
     return following
 
 
-def evaluate(run: loop.Run, loader: Any, first_batch: Any) -> Dict[str, float]:
-    """Metrics of the weights that the run is judged by; with an average, those of the plain weights are raw_*."""
+def evaluate(run: loop.Run, loader: Any, look: Any) -> Dict[str, float]:
+    """Metrics of the weights that the run is judged by, whose outputs `look` sees; with an average, those of the plain
+    weights are raw_*."""
     task = run.task
 
     def metrics_of(ema: bool = False) -> Dict[str, float]:
@@ -231,7 +234,7 @@ def evaluate(run: loop.Run, loader: Any, first_batch: Any) -> Dict[str, float]:
             run.machine,
             run.config.log_interval,
             run.process,
-            first_batch=first_batch,
+            look=look if ema == task.has_ema() else None,
             compilation=run.compilation,
         )
         return metrics

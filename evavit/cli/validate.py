@@ -8,17 +8,17 @@ import csv
 import json
 import logging
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Set
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
 import torch
-from timm.task import ClassificationEvaluator
 
+from evavit.bench.clocks import median_seconds
 from evavit.errors import UserError, reason_of
 from evavit.files import replacing
-from evavit.training import build, checks, contents, data, loop
+from evavit.training import build, checks, contents, data, loop, report
 from evavit.training.agreement import check_agreement
-from evavit.training.compilation import check_compilation, choose_compilation
-from evavit.training.config import ValidateConfig, parse_settings
+from evavit.training.compilation import Compilation, check_compilation, choose_compilation
+from evavit.training.config import MachineConfig, ValidateConfig, parse_settings
 from evavit.training.distributed import start_process
 from evavit.training.stalls import Watchdog
 
@@ -50,6 +50,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     )
     model: Any = build.build_model(config.model, config.model.num_classes)
     data.class_count(config.data, model.num_classes, class_names, dataset)
+    report.check_report(config.run.report_dir, model.num_classes)
     contents.load_checkpoint(model, config.weights)
     data_config = data.resolve_input(config.model, model)
     build.try_model(model, data_config['input_size'], config.model)
@@ -67,17 +68,77 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         log.info(f'{compilation}')
         model = compilation.compile(model)
 
-    def make_evaluator(max_samples: Optional[int]) -> ClassificationEvaluator:
-        return ClassificationEvaluator(process.device, max_samples=max_samples)
-
+    evaluator = report.PredictionEvaluator(process.device)
     metrics, images = loop.evaluate(
-        model, loader, make_evaluator, machine, config.run.log_interval, process, compilation=compilation
+        model,
+        loader,
+        lambda max_samples: evaluator,
+        machine,
+        config.run.log_interval,
+        process,
+        compilation=compilation,
     )
     log.info(
         f'top-1 {metrics["top1"]:.2f} %  top-5 {metrics["top5"]:.2f} %  loss {metrics["loss"]:.4f}  ({images} images)'
     )
-    if config.run.results_file and process.primary:
-        write_results(Path(config.run.results_file), result_row(config, metrics, images, parameters, data_config))
+    predictions = evaluator.predictions(process)
+    more = detailed_metrics(predictions, model.num_classes, config.run.metrics_avg)
+    if not process.primary:
+        return
+    if config.run.latency:
+        size = data_config['input_size']
+        more |= latency(model, size, config.batch.batch_size, process.device, machine, compilation)
+    if config.run.report_dir:
+        known = class_names or []
+        names = [*known, *map(str, range(len(known), model.num_classes))]
+        report.write_report(Path(config.run.report_dir), predictions, names)
+        log.info(f'classes.csv, confusion.csv, confusion.png and calibration.csv are in {config.run.report_dir}')
+    if config.run.results_file:
+        row = result_row(config, metrics, images, parameters, data_config)
+        write_results(Path(config.run.results_file), {**row, **more})
+
+
+def detailed_metrics(predictions: report.Predictions, classes: int, average: Optional[str]) -> Dict[str, float]:
+    """The calibration error, and with `average` precision, recall and F1, in percent; told to the log."""
+    found = dict(ece=report.calibration_error(report.calibration(predictions)))
+    if average:
+        means = report.averages(report.class_metrics(predictions, classes), average)
+        found |= {f'{average}_{name}': value for name, value in means.items()}  # timm's names of columns
+        log.info(f'{average}: ' + '  '.join(f'{name} {100 * value:.2f} %' for name, value in means.items()))
+    log.info(f'calibration error {100 * found["ece"]:.2f} %, over {report.BINS} bins')
+    return {name: round(100 * value, 4) for name, value in found.items()}
+
+
+def latency(
+    model: Any,
+    input_size: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    machine: MachineConfig,
+    compilation: Compilation,
+) -> Dict[str, float]:
+    """Median milliseconds of a forward pass of one image and of a batch, in the run's precision; told to the log."""
+
+    def forward(count: int) -> Callable[[], object]:
+        order = torch.channels_last if machine.channels_last else torch.contiguous_format
+        images = torch.zeros(count, *input_size, device=device).contiguous(memory_format=order)
+
+        def call() -> object:
+            with torch.no_grad(), compilation.step(), loop.autocast(machine, device):
+                return model(images)
+
+        return call
+
+    seconds: List[float] = [
+        *median_seconds([forward(1)], device, repeats=30, warmup=5),
+        *median_seconds([forward(batch_size)], device, repeats=5, warmup=1),
+    ]
+    one, batch = (1e3 * value for value in seconds)
+    log.info(
+        f'latency {one:.3g} ms for one image, {batch:.3g} ms for {batch_size} '
+        f'({1e3 * batch_size / batch:.0f} images a second)'
+    )
+    return dict(latency_ms=round(one, 4), batch_latency_ms=round(batch, 4))
 
 
 def check_settings(config: ValidateConfig) -> None:

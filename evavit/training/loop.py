@@ -420,7 +420,7 @@ def evaluate(
     machine: MachineConfig,
     log_interval: int,
     process: Process,
-    first_batch: Optional[Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]] = None,
+    look: Optional[Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]] = None,
     compilation: Compilation = AS_IS,
 ) -> Tuple[Dict[str, float], int]:
     """Loss, top-1 and top-5 (percent), and the number of images: each counts once, however many processes share them.
@@ -434,7 +434,7 @@ def evaluate(
         machine: Precision and memory order.
         log_interval: Batches between lines of the log.
         process: This process.
-        first_batch: Called with images, target and output of the first batch.
+        look: Called with images, target and output of each batch of this process.
         compilation: Of the classifier. One that is compiled gets batches of one size: a last one that is smaller is
             filled up with zeros, whose output is left out.
 
@@ -464,9 +464,8 @@ def evaluate(
             images, output, target = images[readable], output[readable], target[readable]
             bad.review(process, together=False)
         evaluator.update(output, target)
-        if first_batch is not None and len(images):
-            first_batch(images, target, output)
-            first_batch = None
+        if look is not None and len(images):
+            look(images, target, output)
         if line.live:
             running = evaluator.summary()
             line.show(step, 'validation', f'loss {running["loss"]:.4f}  top-1 {running["top1"]:.2f}')

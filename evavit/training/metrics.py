@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -17,13 +17,16 @@ from timm.utils import trim_summary, unwrap_model, update_summary
 from evavit.errors import LocalError, reason_of
 from evavit.layers import EvaAttention
 from evavit.layers.converted import ConvertedAttention
-from evavit.training.checkpoint import remedy, saving
+from evavit.training.checkpoint import NO_EFFECT, remedy, saving
 from evavit.training.loop import Position, Run, autocast
 
 log = logging.getLogger(__name__)
 
 TENSORBOARD = importlib.util.find_spec('tensorboard') is not None  # a GPU machine without a network may lack it
-SAMPLES = 16  # images shown with their predictions, and looked at for the attention's health
+SAMPLES = 16  # images looked at for the attention's health, and shown where classes are few
+MOST_CLASSES = 32  # of which images are shown
+HEALTH = ('mass_on_E', 'mass_on_cells', 'effective_cells')
+ATTENTION = 'where_attention_goes'  # TensorBoard sorts its groups of charts by name: this one comes after the curves
 
 
 class NoCurves:
@@ -32,7 +35,7 @@ class NoCurves:
     def add_scalar(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    add_image = flush = close = add_scalar
+    add_image = add_custom_scalars = flush = close = add_scalar
 
 
 def _event_writer(folder: Path, purge_step: int) -> Any:
@@ -44,6 +47,37 @@ def _event_writer(folder: Path, purge_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
+class Samples:
+    """Images of a validation to look at, of every class, or of `MOST_CLASSES` spread over all: the first of each, which
+    are the same in every epoch, the first that are predicted right, and the first that are predicted wrong.
+
+    Args:
+        classes: How many there are.
+    """
+
+    def __init__(self, classes: int):
+        shown = min(classes, MOST_CLASSES)
+        chosen = sorted({number * classes // shown for number in range(shown)})
+        self.each = max(1, SAMPLES // (2 * shown))
+        self.first: List[torch.Tensor] = []  # images (C, H, W)
+        self.most_first = {label: max(1, SAMPLES // shown) for label in chosen}
+        self.found: Dict[Tuple[int, bool], List[Tuple[torch.Tensor, int, float]]] = {  # by class and whether right
+            (label, right): [] for label in chosen for right in (True, False)
+        }
+
+    def add(self, images: torch.Tensor, target: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep what is missing yet of a batch: images `(n, C, H, W)`, labels `(n,)`, logits `(n, classes)`."""
+        chances, labels = output.float().softmax(-1).max(-1)
+        rows = zip(target.tolist(), labels.tolist(), chances.tolist(), strict=True)
+        for image, (truth, label, chance) in zip(images, rows, strict=True):
+            if self.most_first.get(truth) and len(self.first) < SAMPLES:
+                self.most_first[truth] -= 1
+                self.first.append(image.clone())
+            kept = self.found.get((truth, truth == label))
+            if kept is not None and len(kept) < self.each:
+                kept.append((image.clone(), label, chance))
+
+
 class MetricsWriter:
     """Writes a run's metrics to a folder; on a resume what was written after the position is dropped.
 
@@ -53,6 +87,7 @@ class MetricsWriter:
         position: Where the run goes on.
         class_names: Names by label, or None.
         data_config: Mean and standard deviation that the images were normalised with.
+        settings: The run's, by their names, for TensorBoard's tab of hyperparameters.
     """
 
     def __init__(
@@ -62,10 +97,11 @@ class MetricsWriter:
         position: Position,
         class_names: Optional[List[str]],
         data_config: Dict[str, Any],
+        settings: Dict[str, Any],
     ):
         self.run, self.class_names, self.data_config = run, class_names, data_config
         self.summary = folder / 'summary.csv'
-        self.shown: Optional[Tuple[torch.Tensor, List[int], List[int], List[float]]] = None
+        self.shown: Optional[Samples] = None
         if self.summary.exists():
             self._trim_summary(position.epoch)
         update = run.done(position)
@@ -76,6 +112,31 @@ class MetricsWriter:
             self.writer = _event_writer(folder, update if points else update + 1)
             for name, value, when in points:
                 self.writer.add_scalar(name, value, update, walltime=when)
+            if layers := list(_health_layers(run).values()):
+                charts = {name: ['Multiline', [f'{ATTENTION}/{name}/{it}' for it in layers]] for name in HEALTH}
+                self.writer.add_custom_scalars({ATTENTION: charts})
+            self._write_hyperparameters({key: value for key, value in settings.items() if key not in NO_EFFECT})
+
+    def _write_hyperparameters(self, settings: Dict[str, Any], ended: bool = False) -> None:
+        """The beginning or the end of the run in TensorBoard's tab of hyperparameters. (SummaryWriter.add_hparams makes
+        a run of its own of them, and takes its metrics at the moment of the call.)"""
+        if not TENSORBOARD:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            key: value if isinstance(value, (int, float, str)) else str(value)
+            for key, value in settings.items()
+            if value is not None
+        }
+        experiment, start, end = hparams(plain, dict.fromkeys(('eval/top1', 'eval/top5', 'eval/loss'), 0))
+        for part in (end,) if ended else (experiment, start):
+            self.writer.file_writer.add_summary(part)
+
+    def finish(self) -> None:
+        """The run is complete."""
+        with self._disk_errors():
+            self._write_hyperparameters({}, ended=True)
 
     def _trim_summary(self, epoch: int) -> None:
         try:
@@ -119,10 +180,10 @@ class MetricsWriter:
         with self._disk_errors():
             self.writer.add_scalar(name, value, update)
 
-    def samples(self, images: torch.Tensor, target: torch.Tensor, output: torch.Tensor) -> None:
-        """Keep the first batch of a validation for `epoch` to show."""
-        chances, labels = output[:SAMPLES].float().softmax(-1).max(-1)
-        self.shown = images[:SAMPLES], target[:SAMPLES].tolist(), labels.tolist(), chances.tolist()
+    def samples(self) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+        """What keeps images of the validation that begins, for `epoch` to show: takes each batch of it."""
+        self.shown = Samples(unwrap_model(self.run.task.get_eval_model()).num_classes)
+        return self.shown.add
 
     def epoch(
         self, position: Position, train_metrics: Dict[str, float], eval_metrics: Dict[str, float], lr: float
@@ -138,12 +199,12 @@ class MetricsWriter:
         update = self.run.done(position)
         for name, value in eval_metrics.items():
             self.scalar(update, f'eval/{name}', value)
-        if self.shown:  # None where none of this process's share of the images can be read
+        if self.shown and self.shown.first:  # not where none of this process's share of the images can be read
             with self._disk_errors():
-                self.writer.add_image('validation', self._picture(*self.shown), update)
-            for layer, masses in attention_health(self.run, self.shown[0]).items():
+                self.writer.add_image('validation', self._picture(self.shown), update)
+            for layer, masses in attention_health(self.run, torch.stack(self.shown.first)).items():
                 for name, value in masses.items():
-                    self.scalar(update, f'{name}/{layer}', value)
+                    self.scalar(update, f'{ATTENTION}/{name}/{layer}', value)
         self.shown = None
         self.flush()
 
@@ -159,20 +220,21 @@ class MetricsWriter:
     def _name(self, label: int) -> str:
         return self.class_names[label] if self.class_names else str(label)
 
-    def _picture(
-        self, images: torch.Tensor, target: Sequence[int], labels: Sequence[int], chances: Sequence[float]
-    ) -> np.ndarray:
-        """Images `(n, C, H, W)` side by side, under each what was predicted, and the truth where that is wrong."""
-        device = images.device
-        mean, std = (torch.tensor(self.data_config[key], device=device).view(-1, 1, 1) for key in ('mean', 'std'))
-        pixels = ((images.float() * std + mean).clamp(0, 1) * 255).byte().expand(-1, 3, -1, -1)
-        side, caption, columns = 128, 26, 4
-        rows = -(-len(pixels) // columns)
-        sheet = Image.new('RGB', (columns * side, rows * (side + caption)))
+    def _picture(self, samples: Samples) -> np.ndarray:
+        """Images class by class, right ones before wrong ones: under each what was predicted, and the truth where that
+        is wrong. `(3, H, W)`, 8 bits."""
+        rows = [(truth, *kept) for (truth, _), found in samples.found.items() for kept in found]
+        pixels = torch.stack([image for _, image, _, _ in rows]).float()
+        mean, std = (
+            torch.tensor(self.data_config[key], device=pixels.device).view(-1, 1, 1) for key in ('mean', 'std')
+        )
+        pixels = ((pixels * std + mean).clamp(0, 1) * 255).byte().expand(-1, 3, -1, -1).cpu()
+        side, caption, columns = 128, 26, 4 if len(rows) <= 16 else 8
+        sheet = Image.new('RGB', (columns * side, -(-len(rows) // columns) * (side + caption)))
         draw = ImageDraw.Draw(sheet)
-        for number, (image, truth, label, chance) in enumerate(zip(pixels, target, labels, chances, strict=True)):
+        for number, (image, (truth, _, label, chance)) in enumerate(zip(pixels, rows, strict=True)):
             left, top = number % columns * side, number // columns * (side + caption)
-            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             sheet.paste(picture.resize((side, side), Image.Resampling.BILINEAR), (left, top))
             right, colour = truth == label, (120, 255, 120) if truth == label else (255, 120, 120)
             lines = [f'{self._name(label)} {100 * chance:.0f} %', '' if right else f'is {self._name(truth)}']
@@ -194,6 +256,16 @@ def train_points(folder: Path, update: int) -> List[Tuple[str, float, float]]:
     return []
 
 
+def _health_layers(run: Run) -> Dict[Any, str]:
+    """The layers that `attention_health` looks at, and their names."""
+    model: Any = unwrap_model(run.task.get_eval_model())
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, EvaAttention) and not isinstance(module, ConvertedAttention) and not module.variant
+    }
+
+
 @torch.no_grad()
 def attention_health(run: Run, images: torch.Tensor) -> Dict[str, Dict[str, float]]:
     """{layer: {name: value}} of the EVA layers: where attention goes, as a mean over images, heads and queries.
@@ -202,18 +274,13 @@ def attention_health(run: Run, images: torch.Tensor) -> Dict[str, Dict[str, floa
     defines the values. Layers with an ablation have other weights, converted ones another call: they are left out.
     """
     model: Any = unwrap_model(run.task.get_eval_model())
-    layers = {
-        module: name
-        for name, module in model.named_modules()
-        if isinstance(module, EvaAttention) and not isinstance(module, ConvertedAttention) and not module.variant
-    }
+    layers = _health_layers(run)
     found: Dict[str, Dict[str, float]] = {}
 
     def look(layer: Any, args: Tuple[torch.Tensor, ...]) -> None:
         exact, cells, effective = layer.attention_mass(*args)
-        found[layers[layer]] = dict(
-            mass_on_E=exact.mean().item(), mass_on_cells=cells.mean().item(), effective_cells=effective.mean().item()
-        )
+        means = (value.mean().item() for value in (exact, cells, effective))
+        found[layers[layer]] = dict(zip(HEALTH, means, strict=True))
 
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     training = model.training

@@ -4,8 +4,11 @@ import io
 import re
 
 import numpy as np
+import torch
 from PIL import Image
 from runs import MODEL, QUICK, scalars
+
+from evavit.training.metrics import Samples
 
 
 def test_tensorboard_tells_how_attention_fares_and_shows_samples(train):
@@ -14,7 +17,7 @@ def test_tensorboard_tells_how_attention_fares_and_shows_samples(train):
     folder = train('run', '--model-ema')
     for layer in ('blocks.0.attn', 'blocks.1.attn'):
         exact, cells, effective = (
-            list(scalars(folder, f'{name}/{layer}').values())
+            list(scalars(folder, f'where_attention_goes/{name}/{layer}').values())
             for name in ('mass_on_E', 'mass_on_cells', 'effective_cells')
         )
         assert len(exact) == 2
@@ -30,9 +33,50 @@ def test_tensorboard_tells_how_attention_fares_and_shows_samples(train):
     pictures = events.Images('validation')
     assert [picture.step for picture in pictures] == [6, 12]
     picture = np.asarray(Image.open(io.BytesIO(pictures[0].encoded_image_string)))
-    assert picture.shape == (128 + 26, 4 * 128, 3)  # one batch of 4 validation images, with captions
-    apple = picture[:128, :128].reshape(-1, 3).mean(0)
-    assert apple[0] > apple[1] + 60 and apple[0] > apple[2] + 60  # the first image is an apple, which is red
+    # Images of all three classes, of which apples are red, pears green and plums blue, with captions below.
+    rows, columns = picture.shape[0] // (128 + 26), picture.shape[1] // 128
+    assert picture.shape == (rows * (128 + 26), 4 * 128, 3)
+    places = [(row * 154, column * 128) for row in range(rows) for column in range(columns)]
+    seen = [picture[top : top + 128, left : left + 128].reshape(-1, 3).mean(0) for top, left in places]
+    assert [int(colour.argmax()) for colour in seen if colour.max() > 0] == sorted(
+        int(colour.argmax()) for colour in seen if colour.max() > 0
+    )
+    assert {int(colour.argmax()) for colour in seen if colour.max() > 0} == {0, 1, 2}
+
+
+def test_samples_are_of_every_class_right_and_wrong():
+    samples = Samples(3)
+    for start in range(
+        0, 30, 5
+    ):  # ten images of each class, one after the other; the first of each is taken for the next
+        target = torch.arange(start, start + 5) // 10
+        images = torch.arange(start, start + 5).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        wrong = torch.arange(start, start + 5) % 10 == 0
+        output = torch.nn.functional.one_hot(torch.where(wrong, (target + 1) % 3, target), 3) * 2.0
+        samples.add(images, target, output)
+    numbers = {key: [int(image.mean()) for image, _, _ in kept] for key, kept in samples.found.items()}
+    assert numbers == {(0, True): [1, 2], (0, False): [0], (1, True): [11, 12], (1, False): [10]} | {
+        (2, True): [21, 22],
+        (2, False): [20],
+    }
+    assert [int(image.mean()) for image in samples.first] == [*range(5), *range(10, 15), *range(20, 25)]
+    spread = Samples(1000)
+    assert len(spread.found) == 64 and max(label for label, _ in spread.found) > 960
+
+
+def test_hyperparameters_stand_beside_the_best_metrics(train):
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.plugins.hparams import metadata
+
+    folder = train('run')
+    (path,) = folder.glob('events.out.tfevents.*')
+    values = [value for event in LegacyEventFileLoader(str(path)).Load() for value in event.summary.value]
+    parts = {value.tag: value.metadata.plugin_data.content for value in values if value.tag.startswith('_hparams_')}
+    start = metadata.parse_session_start_info_plugin_data(parts[metadata.SESSION_START_INFO_TAG])
+    assert start.hparams['lr'].number_value == 1e-3 and start.hparams['model'].string_value == 'eva_deit_tiny'
+    experiment = metadata.parse_experiment_plugin_data(parts[metadata.EXPERIMENT_TAG])
+    assert [info.name.tag for info in experiment.metric_infos] == ['eval/top1', 'eval/top5', 'eval/loss']
+    assert metadata.SESSION_END_INFO_TAG in parts
 
 
 def test_the_log_says_how_long_it_still_takes(call, images, tmp_path):

@@ -151,3 +151,24 @@ def test_weights_are_fitted_as_in_training_and_export(judged, tmp_path, name, si
         tmp_path / 'file.pth',
     )
     assert row['img_size'] == size and row['images'] == 13
+
+
+def test_metrics_of_classes_calibration_and_latency(train, images, judged, call, tmp_path):
+    folder = train('run')
+    flags = ['--metrics-avg', 'weighted', '--report-dir', tmp_path / 'report', '--latency', '-b', '5']
+    row = judged('--checkpoint', folder / 'last.pth.tar', *flags)
+    assert row['weighted_recall'] == pytest.approx(row['top1'], abs=1e-3)  # by definition
+    assert 0 <= row['weighted_precision'] <= 100 and 0 <= row['weighted_f1_score'] <= 100 and 0 <= row['ece'] <= 100
+    assert row['latency_ms'] > 0 and row['batch_latency_ms'] > 0
+    with open(tmp_path / 'report' / 'classes.csv', newline='') as file:
+        assert [(line['class'], line['images']) for line in csv.DictReader(file)] == [
+            *zip(CLASSES, ('5', '4', '4'), strict=True)
+        ]
+    plain = judged('--checkpoint', folder / 'last.pth.tar')
+    assert list(plain)[-1] == 'ece' and plain['ece'] == pytest.approx(row['ece'], abs=1e-3)
+    flags = ['--results-file', tmp_path / 'two.json', '--report-dir', tmp_path / 'two', '--metrics-avg', 'weighted']
+    done = command('validate', '--checkpoint', folder / 'last.pth.tar', '--data-dir', images, '--workers', '0',
+                   '-b', '3', '--device', 'cpu', *flags, processes=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'two.json').read_text())['weighted_f1_score'] == row['weighted_f1_score']
+    assert (tmp_path / 'two' / 'confusion.csv').read_text() == (tmp_path / 'report' / 'confusion.csv').read_text()
