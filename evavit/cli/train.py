@@ -30,7 +30,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     config, _ = parse_settings('train', argv, __doc__)
     _, rank, processes = world_info_from_env()
     if not config.run.dry_run:
-        start_log(primary=rank == 0)  # the first process alone tells what becomes of the weights to start from
+        start_log(rank == 0, for_file=True)  # the first process alone tells what becomes of the weights to start from
     checked = dry_run.check_run(config, processes)
     if config.run.dry_run:
         if rank == 0:

@@ -177,18 +177,18 @@ class _LogFile(logging.FileHandler):
         log.warning(f'warning: {self.path} is not written any more ({reason_of(sys.exc_info()[1] or OSError())})')
 
 
-def start_log(primary: bool) -> None:
-    """Lines of this package go to standard output of the first process, and are kept for `log_to`; libraries only
-    warn."""
+def start_log(primary: bool, for_file: bool = False) -> None:
+    """Lines of this package go to standard output of the first process, with `for_file` also to `log_to` once that is
+    entered; libraries only warn."""
     package = logging.getLogger('evavit')
-    kept = next((it for it in package.handlers if isinstance(it, MemoryHandler)), None) or MemoryHandler(1000)
+    kept = [MemoryHandler(1000)] if for_file else [it for it in package.handlers if isinstance(it, MemoryHandler)]
     package.handlers.clear()
     package.propagate = False
     if primary:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(_LineFormatter('%(message)s'))
         handler.setLevel(logging.INFO)
-        package.handlers += [handler, kept]
+        package.handlers += [handler, *kept]
         package.setLevel(logging.DEBUG)
     else:
         package.addHandler(logging.NullHandler())
@@ -196,8 +196,8 @@ def start_log(primary: bool) -> None:
 
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """While the context lasts, add what is logged to a file, with the lines since `start_log` and the exception that
-    ends it, each with its time.
+    """While the context lasts, add what is logged to a file, with the lines since `start_log(for_file=True)` and the
+    exception that ends it, each with its time.
 
     Raises:
         LocalError: The file cannot be opened.
@@ -211,7 +211,8 @@ def log_to(path: Path) -> Iterator[None]:
     package.handlers = [it for it in package.handlers if it not in kept] + [file]
     for handler in kept:
         for record in handler.buffer:
-            file.handle(record)
+            if file in package.handlers:
+                file.handle(record)
     try:
         yield
     except BaseException as error:

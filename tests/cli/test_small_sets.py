@@ -1,0 +1,172 @@
+"""train.py on a folder of few images without splits: what is held out, short runs, the log, other formats of files."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import CLASSES, MODEL, assert_same_run, command, rows, signal_at, words, write_images
+
+from evavit.errors import PREEMPTED
+from evavit.training.data.folders import ClassFolders, hold_out
+
+FLAGS = words('-b 4 --lr 1e-3 --workers 0 --device cpu --log-interval 3 --val-fraction 0.25 --epochs 2')
+
+
+@pytest.fixture
+def undivided(tmp_path):
+    """Class folders alone: 10, 6 and 1 images, of five formats."""
+    write_images(tmp_path / 'few', dict(zip(CLASSES, (10, 6, 1), strict=True)))
+    kinds = [('.webp', dict(lossless=True)), ('.BMP', {}), ('.jpg', {}), ('.jpeg', {}), ('.png', {})]
+    for number, path in enumerate(sorted((tmp_path / 'few').rglob('*.png'))):
+        ending, options = kinds[number % len(kinds)]
+        image = Image.open(path).copy()
+        path.unlink()
+        image.save(path.with_suffix(ending), **options)
+    return tmp_path / 'few'
+
+
+@pytest.fixture
+def run(call, undivided, tmp_path):
+    def run(name, *flags, data=undivided):
+        place = ['--data-dir', data, '--output', tmp_path, '--experiment', name]
+        return call('train', *MODEL, *FLAGS, *place, *flags)
+
+    return run
+
+
+def parts(folder, fraction=0.25, seed=42):
+    """The names of the images that are held out, and of all."""
+    reader = ClassFolders(folder)
+    held = hold_out(reader.samples, folder, fraction, seed)
+    names = [path.removeprefix(f'{folder}/') for path, _ in reader.samples]
+    return {names[number] for number in held}, set(names)
+
+
+def test_what_is_held_out(undivided, tmp_path):
+    held, names = parts(undivided)
+    assert len(names) == 17  # WebP and BMP among them
+    assert {name: sum(path.startswith(name) for path in held) for name in CLASSES} == dict(apple=2, pear=2, plum=0)
+    assert held == parts(shutil.copytree(undivided, tmp_path / 'copy'))[0] != parts(undivided, seed=1)[0]
+    assert len(parts(undivided, 0.001)[0]) == 2 and len(parts(undivided, 0.999)[0]) == 9 + 5
+    for number in range(3):
+        Image.new('RGB', (16, 16)).save(undivided / 'apple' / f'new{number}.png')
+    more, _ = parts(undivided)
+    assert {name for name in held if 'pear' in name} <= more  # of the other classes the same
+
+
+def test_a_small_run_tells_what_it_does_and_is_judged_by_what_it_held_out(run, call, undivided, tmp_path):
+    code, out, err = run('run')
+    assert code == 0, out + err
+    lines = out.splitlines()
+    assert any('4 of its 17 images are held out for validation' in line for line in lines)
+    assert 'warm-up shortened from 5 to 0 of the 2 epochs; --warmup-epochs N sets it' in lines
+    assert any(line.startswith('warning: 3 updates an epoch (13 images') and '-b' in line for line in lines)
+    best = max(float(row['eval_top1']) for row in rows(tmp_path / 'run'))
+    assert lines[-1] == f'best top1 {best:.2f}'
+    assert 'warmup_epochs: 0\n' in (tmp_path / 'run' / 'args.yaml').read_text()
+
+    flags = [
+        '--checkpoint',
+        tmp_path / 'run' / 'last.safetensors',
+        '--workers',
+        '0',
+        '--results-file',
+        tmp_path / 'r.json',
+    ]
+    code, out, err = call('validate', *flags, '--data-dir', undivided)
+    assert code == 0, err
+    row = json.loads((tmp_path / 'r.json').read_text())
+    assert row['images'] == 4 and row['top1'] == pytest.approx(float(rows(tmp_path / 'run')[-1]['eval_top1']), abs=1e-3)
+    copy = shutil.copytree(undivided, tmp_path / 'copy')
+    code, out, err = call('validate', *flags, '--data-dir', copy)
+    assert '(17 images)' in out and 'if it is a copy, add --val-fraction 0.25 --seed 42' in out
+    code, out, err = call('validate', *flags, '--data-dir', copy, '--val-fraction', '0.25')
+    assert '(4 images)' in out
+
+
+def test_the_log_file_has_what_was_printed_with_its_time(run, tmp_path):
+    code, out, _ = run('run')
+    lines = (tmp_path / 'run' / 'train.log').read_text().splitlines()
+    times = [re.match(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ', line) for line in lines]
+    assert all(times) and out.splitlines() == [line[24:] for line in lines if ' evavit 0.' not in line]
+    code, _, err = run('run')  # refused: the run is there
+    assert code == 2 and (tmp_path / 'run' / 'train.log').read_text().splitlines() == lines
+    code, _, err = run('run', '--resume', 'auto', '--epochs', '3', '--lr', '1e30')
+    more = (tmp_path / 'run' / 'train.log').read_text().splitlines()
+    assert more[: len(lines)] == lines and code == 2 and more[-1].endswith(err.removeprefix('error: ').strip())
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='/dev/full, a disk that is full, is of Linux')
+def test_a_log_that_cannot_be_written_is_given_up(run, tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'train.log').symlink_to('/dev/full')
+    code, out, err = run('run')
+    assert code == 0 and not err
+    assert out.count('train.log is not written any more (the disk is full: No space left on device)') == 1
+    assert out.splitlines()[-1].startswith('best top1')
+
+
+def test_a_stop_changes_nothing(run, tmp_path, monkeypatch):
+    whole = [*words('--model-ema --resume auto --checkpoint-interval 1')]
+    assert run('whole', *whole)[0] == 0
+    for moment in (1, 4):
+        signal_at(monkeypatch, [moment])
+        assert run('parts', *whole)[0] == PREEMPTED
+        monkeypatch.undo()
+        assert (tmp_path / 'parts' / 'train.log').read_text().splitlines()[-1].endswith('go on with --resume auto')
+        torch.rand(3)
+    assert run('parts', *whole)[0] == 0
+    assert assert_same_run(tmp_path / 'whole', tmp_path / 'parts') > 1000
+
+
+def test_two_processes_hold_out_the_same(undivided, tmp_path):
+    flags = [*MODEL, *FLAGS, '-b', '2', '--data-dir', undivided, '--output', tmp_path, '--experiment', 'two']
+    done = command('train', *flags, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('4 of its 17 images are held out') == 1
+    log = (tmp_path / 'two' / 'train.log').read_text()
+    assert (
+        log.count('4 of its 17 images are held out') == 1 and log.count('best top1') == 3
+    )  # of two epochs, and at the end
+
+
+@pytest.mark.parametrize(
+    'flags, epochs, expected',
+    [
+        ([], 300, 5),
+        (['--epochs', '9'], 9, 1),
+        (['--epochs', '10'], 10, 5),
+        (['--epochs', '4', '--warmup-epochs', '3'], 4, 3),
+        (['-c', 'eva_deit_tiny', '--epochs', '4'], 4, 0),
+    ],
+)
+def test_warm_up_of_few_epochs(flags, epochs, expected):
+    from evavit.training.config import parse_settings
+
+    config, _ = parse_settings('train', flags)
+    assert (config.schedule.epochs, config.schedule.warmup_epochs) == (epochs, expected)
+    assert len(config.notes) == (expected < 3)
+
+
+def test_what_cannot_be_divided_is_one_line(run, call, images, undivided, tmp_path):
+    code, _, err = run('run', data=images)
+    assert code == 2 and 'has val to validate on; leave --val-fraction out' in err and err.count('\n') == 1
+    (tmp_path / 'single').mkdir()
+    for name in CLASSES:
+        (tmp_path / 'single' / name).mkdir()
+        shutil.copy(next((undivided / 'apple').iterdir()), tmp_path / 'single' / name)
+    code, _, err = run('run', data=tmp_path / 'single')
+    assert code == 2 and 'no class of' in err and err.count('\n') == 1
+    code, _, err = run('run', '--dataset', 'torch/fashion_mnist')
+    assert code == 2 and 'splits of its own' in err and err.count('\n') == 1
+    code, _, err = call('train', *MODEL, '--data-dir', undivided, '--output', tmp_path, '--device', 'cpu')
+    assert code == 2 and '--val-fraction 0.2' in err and err.count('\n') == 1
+    (tmp_path / 'half').mkdir()
+    shutil.copytree(undivided, tmp_path / 'half' / 'train')  # a training split alone is divided too
+    code, out, err = run('half-run', '--dry-run', data=tmp_path / 'half')
+    assert code == 0 and '13 images to train on, 4 to validate on' in out and 'warm-up shortened' in out
+    assert re.search(r'^warning +3 updates an epoch', out, re.M)
