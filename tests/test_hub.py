@@ -176,6 +176,29 @@ def test_a_card_without_figures_says_so():
     assert details['Recipe'] == details['Metrics'] == 'not given'
 
 
+def test_the_card_lists_what_was_used_alone():
+    model = timm.create_model(PLAIN[0], **PLAIN[1])
+    recipe = dict(lr=None, lr_base=1e-3, lr_base_size=1024, lr_base_scale='linear', grad_accum_steps=1, mixup=0.0)
+    recipe |= dict(model_ema=False, model_ema_decay=0.9998, kd_model_name=None, kd_distill_type='logit', sched='none')
+    recipe |= dict(warmup_epochs=5, pretrained_path='/home/me/weights.pth', aa='', no_aug=False)
+    details = model_card(model, source='hf-hub:me/mine', data='x', licence='mit', recipe=recipe)['details']
+    used = dict(lr_base=1e-3, lr_base_size=1024, lr_base_scale='linear', pretrained_path='weights.pth')
+    assert details['Recipe'] == used
+    recipe |= dict(lr=0.1, model_ema=True, kd_model_name='parent', sched='cosine', grad_accum_steps=2)
+    details = model_card(model, source='hf-hub:me/mine', data='x', licence='mit', recipe=recipe)['details']
+    used = dict(lr=0.1, model_ema=True, model_ema_decay=0.9998, kd_model_name='parent', kd_distill_type='logit')
+    used |= dict(sched='cosine', warmup_epochs=5, grad_accum_steps=2, pretrained_path='weights.pth')
+    assert details['Recipe'] == used
+
+
+@pytest.mark.parametrize('attention', ['softmax', 'performer'])
+def test_a_card_without_eva_does_not_speak_of_it(attention):
+    kwargs = {key: value for key, value in PLAIN[1].items() if key in ('img_size', 'patch_size', 'embed_dim', 'depth')}
+    model = timm.create_model(f'{attention}_deit_tiny', num_heads=2, num_classes=3, **kwargs)
+    card = model_card(model, source='hf-hub:me/mine', data='x', licence='mit')
+    assert 'citation' not in card and 'Papers' not in card['details'] and 'EVA' not in card['description']
+
+
 def test_upload_is_the_same_folder(tmp_path, monkeypatch):
     """timm's push_to_hf_hub with the Hub taken away: what would be uploaded loads as the local folder does."""
     uploaded = tmp_path / 'uploaded'

@@ -3,12 +3,13 @@
 python tools/save_for_hub.py --checkpoint output/RUN/model_best.safetensors --output FOLDER --data NAME --licence SPDX
 
 Model, recipe, classes and image settings come from the checkpoint, which train.py wrote; metrics from what validate.py
-wrote with --results-file. FOLDER loads with timm.create_model("local-dir:FOLDER", pretrained=True), a converted model
-with evavit.load_converted(FOLDER).
+wrote with --results-file, without it the one by which the run ranked this checkpoint. FOLDER loads with
+timm.create_model("local-dir:FOLDER", pretrained=True), a converted model with evavit.load_converted(FOLDER).
 """
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from evavit.training.config import ModelConfig
 BUILT_FROM = ('model', 'model_kwargs', 'convert', 'convert_kwargs', 'in_chans', 'img_size', 'input_size')
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')
 METRICS = ('top1', 'top5', 'loss', 'images')
+MORE = re.compile(r'ece|(macro|micro|weighted)_(precision|recall|f1_score)')  # with some of validate.py's flags
 
 
 def main(argv=None):
@@ -29,7 +31,9 @@ def main(argv=None):
     parser.add_argument('--output', required=True, metavar='FOLDER')
     parser.add_argument('--data', required=True, help='what the weights were trained on')
     parser.add_argument('--licence', required=True, help='of the weights, such as apache-2.0')
-    parser.add_argument('--results-file', help='metrics: the .csv or .json of validate.py')
+    parser.add_argument(
+        '--results-file', help='metrics: the .csv or .json of validate.py; default: what the run measured'
+    )
     args = parser.parse_args(argv)
     saved = contents.saved_settings(args.checkpoint)
     names = saved.get('class_names')
@@ -44,7 +48,11 @@ def main(argv=None):
     config = ModelConfig(**{name: saved.get(name) for name in BUILT_FROM})
     model = build.build_model(config, classes)
     build.load_weights(model, args.checkpoint)
-    metrics = read_metrics(args.results_file) if args.results_file else None
+    if args.results_file:
+        metrics = read_metrics(args.results_file)
+    else:
+        measured = contents.stored_metric(args.checkpoint)
+        metrics = None if measured is None else {saved.get('eval_metric', 'top1'): round(measured, 4)}
     try:
         folder = save_folder(
             model.eval(),
@@ -68,7 +76,7 @@ def read_metrics(path):
     try:
         with open(path, newline='') as file:
             row = json.load(file) if path.suffix == '.json' else next(csv.DictReader(file))
-        return {name: row[name] for name in METRICS}
+        return {name: row[name] for name in METRICS} | {name: row[name] for name in row if MORE.fullmatch(name)}
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise UserError(f'--results-file {path}: not what validate.py writes') from error
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from programs import load_program
-from runs import CLASSES, MODEL, QUICK, load_script, weights, write_images
+from runs import CLASSES, MODEL, QUICK, load_script, rows, weights, write_images
 
 from evavit.errors import run_script
 from evavit.files import is_stamped
@@ -109,6 +109,20 @@ def test_folder_for_the_hub(run, tmp_path, capsys):
     assert config['label_names'] == list(CLASSES)
     card = (tmp_path / 'hub' / 'README.md').read_text()
     assert 'three fruits' in card and 'seed: 3' in card and 'top1: ' in card and 'epochs: 2' in card
+    assert 'ece: ' in card and 'model_ema_decay' not in card and 'warmup_epochs' not in card
+    plain = [
+        '--checkpoint',
+        run / 'last.safetensors',
+        '--output',
+        tmp_path / 'plain',
+        '--data',
+        'x',
+        '--licence',
+        'mit',
+    ]
+    assert save(*plain) == 0
+    (top1,) = (line for line in (tmp_path / 'plain' / 'README.md').read_text().splitlines() if 'top1: ' in line)
+    assert float(top1.split(': ')[1]) == pytest.approx(float(rows(run)[-1]['eval_top1']), abs=1e-3)
     torch.save(model.state_dict(), tmp_path / 'bare.pth')
     capsys.readouterr()
     bare = ['--checkpoint', tmp_path / 'bare.pth', '--output', tmp_path / 'no']
