@@ -11,7 +11,7 @@ help:  ## list the targets
 
 env: $(STAMP)  ## create the environment
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "evavit needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip

@@ -4,17 +4,22 @@ Importing this package registers the models, so that `timm.create_model('eva_dei
 EVA are functions of the package too: `evavit.eva_deit_tiny(...)`.
 """
 
-from typing import Any, Callable, List
+from typing import TYPE_CHECKING, Any, Callable, List
 
-from . import models
-from .hub import load_converted
-from .layers import EvaAttention
-from .models import convert_vit, revert_vit
-from .ops import eva_attention
+from .arguments import asks_for_help
 from .version import __version__
 
-__all__ = ['EvaAttention', '__version__', 'convert_vit', 'eva_attention', 'load_converted', 'revert_vit']
-__all__ += [name for name in models.model_names() if name.startswith('eva_')]
+__all__ = ['__version__']
+
+if TYPE_CHECKING or not asks_for_help():
+    from . import models
+    from .hub import load_converted
+    from .layers import EvaAttention
+    from .models import convert_vit, revert_vit
+    from .ops import eva_attention
+
+    __all__ += ['EvaAttention', 'convert_vit', 'eva_attention', 'load_converted', 'revert_vit']
+    __all__ += [name for name in models.model_names() if name.startswith('eva_')]
 
 
 def __dir__() -> List[str]:

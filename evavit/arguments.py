@@ -6,13 +6,16 @@ import re
 import reprlib
 import sys
 from pathlib import Path
-from typing import Any, Iterable, Optional, Sequence
-
-import torch
+from typing import TYPE_CHECKING, Any, Iterable, Optional, Sequence
 
 from evavit.errors import UserError
 
-__all__ = ['Parser', 'check_device', 'find_device', 'nearest', 'program', 'shown']
+if TYPE_CHECKING:  # --help does without it
+    import torch
+
+__all__ = ['Parser', 'asks_for_help', 'check_device', 'find_device', 'nearest', 'program', 'shown']
+
+LISTED = ('train', 'validate', 'export')  # programs whose flags are the table of `evavit.training.sections`
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
@@ -54,6 +57,16 @@ def program(script: str) -> str:
     return f'evavit-{script}' if Path(sys.argv[0]).stem == f'evavit-{script}' else f'{script}.py'
 
 
+def asks_for_help() -> bool:
+    """Whether this process is one of our programs and only to list its flags. That takes no model, and PyTorch and timm
+    take seconds to load: `import evavit` then leaves them out."""
+    if not {'-h', '--help'} & set(sys.argv[1:]):
+        return False
+    script = Path(sys.argv[0])
+    in_clone = script.name in {f'{name}.py' for name in LISTED} and script.resolve().parent == Path(__file__).parents[1]
+    return in_clone or script.stem in {f'evavit-{name}' for name in LISTED}
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' where a known name is near, else nothing."""
     near = difflib.get_close_matches(name[:100], list(names), n=1)
@@ -66,8 +79,10 @@ def check_device(name: Optional[str]) -> None:
         raise UserError(f'--device {name}: takes cpu, cuda or cuda:N')
 
 
-def find_device(name: Optional[str] = None) -> torch.device:
+def find_device(name: Optional[str] = None) -> 'torch.device':
     """The device of this name, by default the GPU where there is one, else the CPU. UserError where it is missing."""
+    import torch
+
     check_device(name)
     device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda':

@@ -12,10 +12,7 @@ import sys
 import threading
 import traceback
 from contextlib import contextmanager
-from typing import Callable, Iterator, NoReturn, Optional, Sequence, Tuple
-
-import torch.distributed as dist
-from timm.utils import world_info_from_env
+from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Tuple
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 PLACES = (  # what launchers call a process's place in a run; timm reads the first that is set of each line
@@ -98,6 +95,8 @@ def _lost_worker(error: Exception) -> LocalError:
 def launched() -> Tuple[int, int, int]:
     """(local rank, rank, number of processes) as a launcher set them in the environment, (0, 0, 1) without one.
     UserError where they cannot be meant."""
+    from timm.utils import world_info_from_env  # here: --help needs neither it nor PyTorch, which take seconds to load
+
     named = [next((name for name in names if name in os.environ), names[0]) for names in PLACES]
     for name in named:
         if not re.fullmatch('[0-9]{1,9}', os.environ.get(name, '0')):
@@ -166,6 +165,7 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
                 os._exit(code)
             if fault is not error:  # end the loading processes that are left, whose own end is no error
                 traceback.clear_frames(error.__traceback__)
-    if dist.is_initialized():
+    dist: Any = sys.modules.get('torch.distributed')
+    if dist is not None and dist.is_initialized():
         dist.destroy_process_group()
     return code

@@ -1,11 +1,15 @@
 """What starts the programs. The scripts of a clone (train.py) and the commands of an installed package (evavit-train)
 call these functions, which return the exit code."""
 
+import ast
+import sys
 from importlib import import_module
-from typing import Optional, Sequence
+from pathlib import Path
+from typing import Any, Optional, Sequence
 
-from evavit.errors import UserError, run_script
-from evavit.ops.backends import check_environment
+from evavit.arguments import asks_for_help
+from evavit.errors import UserError, one_line, run_script
+from evavit.training.config import parse_settings
 
 
 def train() -> int:
@@ -24,7 +28,11 @@ def export() -> int:
     return _run('export')
 
 
-def _run(name: str) -> int:
+def _run(name: Any) -> int:
+    if asks_for_help():
+        return _list_flags(name)
+    from evavit.ops.backends import check_environment
+
     main = import_module(f'evavit.cli.{name}').main
 
     def checked(argv: Optional[Sequence[str]] = None) -> None:
@@ -35,3 +43,14 @@ def _run(name: str) -> int:
         main(argv)
 
     return run_script(checked)
+
+
+def _list_flags(name: Any) -> int:
+    """--help, without the program itself and `run_script`, which load PyTorch and timm."""
+    source = Path(__file__).with_name(f'{name}.py').read_text(encoding='utf-8')
+    try:
+        parse_settings(name, description=ast.get_docstring(ast.parse(source)))
+    except UserError as error:  # of a flag before --help
+        print(f'error: {one_line(error)}', file=sys.stderr)
+        return 2
+    return 0

@@ -20,12 +20,12 @@ import torch
 
 from evavit.arguments import nearest
 from evavit.errors import LocalError, UserError, first_line
+from evavit.training.sections import MODES
 
 __all__ = ['AS_IS', 'FAST', 'MODES', 'Compilation', 'check_compilation', 'choose_compilation', 'report_skips']
 
 log = logging.getLogger(__name__)
 
-MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 # On a CUDA device the fastest mode of every model in results/h100.csv, with EVA and with softmax, train and infer.
 FAST = 'reduce-overhead'
 GRAPHS = ('reduce-overhead', 'max-autotune')  # modes that replay CUDA graphs

@@ -18,6 +18,29 @@ def run(words, **options):
     return done.stdout
 
 
+def test_an_editable_clone_called_evavit_is_found_from_the_folder_above(tmp_path):
+    clone = tmp_path / 'evavit'
+    clone.mkdir()
+    for name in ('pyproject.toml', 'setup.py', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, clone)
+    (clone / 'configs').mkdir()
+    (clone / 'configs' / 'mine.yaml').write_text('epochs: 3\n')
+    (clone / 'evavit').mkdir()
+    (clone / 'evavit' / '__init__.py').write_text('found = True\n')  # a package that loads at once
+    shutil.copy(ROOT / 'evavit' / 'version.py', clone / 'evavit')
+    venv.create(tmp_path / 'env')
+    paths = sysconfig.get_paths('venv', vars=dict.fromkeys(('base', 'platbase'), str(tmp_path / 'env')))
+    python = Path(paths['scripts']) / Path(sys.executable).name
+    (Path(paths['purelib']) / 'others.pth').write_text(sysconfig.get_path('purelib') + '\n')  # setuptools
+    pip = [sys.executable, '-m', 'pip', '--quiet', '--python', python]
+    run([*pip, 'install', '--no-deps', '--no-index', '--no-build-isolation', '--editable', clone])
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    # Above the clone and elsewhere: the same package, not the clone as a namespace.
+    for place in (tmp_path, tmp_path / 'env'):
+        out = run([python, '-c', 'import evavit; print(evavit.found, evavit.__file__)'], cwd=place, env=environment)
+        assert out.split() == ['True', str(clone / 'evavit' / '__init__.py')]
+
+
 @pytest.fixture
 def programs(tmp_path):
     """The folder of commands of a fresh environment with the wheel, and what else is installed here behind it."""

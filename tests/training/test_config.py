@@ -1,10 +1,15 @@
 """Flags over YAML over defaults; every option survives the way to a file and back."""
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import yaml
+from runs import ROOT
 
+from evavit.arguments import asks_for_help
 from evavit.errors import UserError
 from evavit.training.config import OPTIONS, options_of, parse_settings, recipes
 
@@ -142,6 +147,29 @@ def test_help_lists_every_flag(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(option.flag in text for option in options_of('train').values())
+    groups = re.findall(r'^([a-z]+):$', text, re.M)
+    assert groups == ['options', *dict.fromkeys(option.section for option in options_of('train').values())]
+
+
+@pytest.mark.parametrize('script', ['train', 'validate', 'export'])
+def test_help_does_not_wait_for_pytorch(script):
+    words = [sys.executable, '-X', 'importtime', ROOT / f'{script}.py', '--help']
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0 and done.stdout.startswith(f'usage: {script}.py ')
+    loaded = {line.split('|')[-1].strip() for line in done.stderr.splitlines()}
+    assert 'evavit.training.sections' in loaded and loaded.isdisjoint(('torch', 'timm', 'numpy'))
+
+
+def test_another_program_gets_the_whole_package(monkeypatch):
+    for words, expected in (
+        ([str(ROOT / 'train.py'), '--help'], True),
+        (['/usr/bin/evavit-export', 'model.onnx', '-h'], True),
+        ([str(ROOT / 'train.py'), '--epochs', '3'], False),
+        (['/home/me/train.py', '--help'], False),
+        ([str(ROOT / 'benchmark.py'), '--help'], False),
+    ):
+        monkeypatch.setattr(sys, 'argv', words)
+        assert asks_for_help() == expected, words
 
 
 def test_an_unknown_config_comes_with_the_known_ones(tmp_path, monkeypatch):
