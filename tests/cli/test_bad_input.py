@@ -114,7 +114,7 @@ def test_empty_class(refused, folder):
 @pytest.mark.parametrize('split', ['train', 'val'])
 @pytest.mark.parametrize(
     'place, words',
-    [('0.png', ['0.png', 'outside']), ('pear/sub/0.png', ['pear', 'sub']), ('pear/0.WEBP', ['0.WEBP', 'JPEG'])],
+    [('0.png', ['0.png', 'outside']), ('pear/sub/0.png', ['pear', 'sub']), ('pear/0.TIFF', ['0.TIFF', 'JPEG'])],
 )
 def test_images_that_timm_would_misplace_or_drop(refused, folder, split, place, words):
     target = folder / split / place

@@ -110,7 +110,7 @@ def test_a_log_that_cannot_be_written_is_given_up(run, tmp_path):
     assert out.splitlines()[-1].startswith('best top1')
 
 
-def test_a_stop_changes_nothing(run, tmp_path, monkeypatch):
+def test_a_small_run_that_is_stopped_goes_on_to_the_bit(run, tmp_path, monkeypatch):
     whole = [*words('--model-ema --resume auto --checkpoint-interval 1')]
     assert run('whole', *whole)[0] == 0
     for moment in (1, 4):
