@@ -247,6 +247,7 @@ def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Op
     for state in (weights, average):
         check_fit(unwrap_model(task.get_eval_model()), state, path)
     position = _position(path, checkpoint, run)
+    check_division(path, checkpoint, settings)
     try:
         if full:
             check_training(path, checkpoint, settings['opt'], settings.get('kd_teacher'))
@@ -321,6 +322,19 @@ def _warn_of_changes(path: Path, checkpoint: Dict[str, Any], settings: Dict[str,
     ]
     if changed:
         log.warning(f"warning: other settings than those of {path}, this run's hold: {', '.join(changed)}")
+
+
+def check_division(path: Path, checkpoint: Dict[str, Any], settings: Dict[str, Any]) -> None:
+    """UserError where images that the run has seen would be held out for validation now."""
+    before = _args(checkpoint)
+    if before.get('val_fraction') is None and settings.get('val_fraction') is None:
+        return
+    held, now = ([about.get(name) for name in ('val_fraction', 'seed')] for about in (before, settings))
+    if held != now:
+        raise UserError(
+            f'{path} held out val_fraction {held[0]} with seed {held[1]}, and this run would hold out {now[0]} with '
+            f'seed {now[1]}, images that it has seen; give both as they were, or start a new run'
+        )
 
 
 def _set_aside(damaged: List[Path]) -> None:

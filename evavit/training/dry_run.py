@@ -216,6 +216,7 @@ def check_resume(config: TrainConfig, folder: Path, model: Any, teacher: Optiona
             if path == candidates[-1]:
                 raise
         else:
+            checkpoint.check_division(path, content, config.flat())
             if model is not None:
                 build.check_fit(model, clean_state_dict(content['state_dict']), path)
             if not config.run.no_resume_opt:

@@ -3,14 +3,19 @@
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from runs import CLASSES, MODEL, assert_same_run, command, rows, signal_at, words, write_images
+from timm.data.readers.img_extensions import get_img_extensions
 
 from evavit.errors import PREEMPTED
+from evavit.training.config import DataConfig, parse_settings
+from evavit.training.data import open_training_sets
 from evavit.training.data.folders import ClassFolders, hold_out
 
 FLAGS = words('-b 4 --lr 1e-3 --workers 0 --device cpu --log-interval 3 --val-fraction 0.25 --epochs 2')
@@ -123,6 +128,28 @@ def test_a_small_run_that_is_stopped_goes_on_to_the_bit(run, tmp_path, monkeypat
     assert assert_same_run(tmp_path / 'whole', tmp_path / 'parts') > 1000
 
 
+def test_a_resume_holds_out_the_same_or_not_at_all(run, tmp_path, undivided):
+    assert run('run')[0] == 0
+    for flags in (['--seed', '1'], ['--val-fraction', '0.5'], ['--seed', '1', '--dry-run']):
+        code, _, err = run('run', '--resume', 'auto', '--epochs', '3', *flags)
+        assert code == 2 and 'images that it has seen' in err and err.count('\n') == 1
+    copy = shutil.copytree(undivided, tmp_path / 'copy')
+    code, out, err = run('run', '--resume', 'auto', '--epochs', '3', data=copy)
+    assert code == 0 and '4 of its 17 images are held out' in out, err
+
+
+def test_a_tar_file_of_webp_and_bmp(undivided, tmp_path):
+    before = get_img_extensions()
+    for split in ('train', 'validation'):
+        with tarfile.open(tmp_path / f'{split}.tar', 'w') as tar:
+            for name in CLASSES:
+                tar.add(undivided / name, name)
+    config = DataConfig(data_dir=str(tmp_path))
+    train_set, _, names = open_training_sets(config, in_chans=3, batch_size=4, seed=0)
+    colours = [int(np.asarray(train_set[index][0]).mean((0, 1)).argmax()) for index in range(17)]
+    assert names == [*CLASSES] and colours == [0] * 10 + [1] * 6 + [2] and get_img_extensions() == before
+
+
 def test_two_processes_hold_out_the_same(undivided, tmp_path):
     flags = [*MODEL, *FLAGS, '-b', '2', '--data-dir', undivided, '--output', tmp_path, '--experiment', 'two']
     done = command('train', *flags, processes=2)
@@ -145,8 +172,6 @@ def test_two_processes_hold_out_the_same(undivided, tmp_path):
     ],
 )
 def test_warm_up_of_few_epochs(flags, epochs, expected):
-    from evavit.training.config import parse_settings
-
     config, _ = parse_settings('train', flags)
     assert (config.schedule.epochs, config.schedule.warmup_epochs) == (epochs, expected)
     assert len(config.notes) == (expected < 3)
