@@ -60,10 +60,11 @@ def program(script: str) -> str:
 def asks_for_help() -> bool:
     """Whether this process is one of our programs and only to list its flags. That takes no model, and PyTorch and timm
     take seconds to load: `import evavit` then leaves them out."""
-    if not {'-h', '--help'} & set(sys.argv[1:]):
+    words = getattr(sys, 'argv', [])  # which a program around Python may lack
+    if not {'-h', '--help'} & set(words[1:]):
         return False
-    script = Path(sys.argv[0])
-    in_clone = script.name in {f'{name}.py' for name in LISTED} and script.resolve().parent == Path(__file__).parents[1]
+    script, clone = Path(words[0]), Path(__file__).resolve().parents[1]
+    in_clone = script.name in {f'{name}.py' for name in LISTED} and script.resolve().parent == clone
     return in_clone or script.stem in {f'evavit-{name}' for name in LISTED}
 
 
