@@ -43,7 +43,7 @@ FROM_CHECKPOINT = (
     'convert',
     'convert_kwargs',
 )
-DIVISION = ('val_fraction', 'seed', 'data_dir')  # which images a run held out
+DIVISION = ('val_fraction', 'seed', 'data_dir', 'train_split')  # which images a run held out
 KEPT = re.compile(r'checkpoint-[0-9]{1,9}\.pth\.tar')  # the names of the best few checkpoints in a run's folder
 PLAN = {'images_per_update', 'updates_per_epoch', 'processes'}
 MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
@@ -365,6 +365,7 @@ def _take_held_out(config: ValidateConfig, given: Set[str], saved: Dict[str, Any
     trained, here = saved.get('data_dir'), config.data.data_dir
     if trained and here and Path(trained).resolve() == Path(here).resolve():
         config.data.val_fraction = saved['val_fraction']
+        config.data.train_split = saved.get('train_split') or config.data.train_split
         if 'seed' not in given and saved.get('seed') is not None:
             config.run.seed = saved['seed']
     else:

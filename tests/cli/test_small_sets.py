@@ -86,6 +86,11 @@ def test_a_small_run_tells_what_it_does_and_is_judged_by_what_it_held_out(run, c
     assert code == 0, err
     row = json.loads((tmp_path / 'r.json').read_text())
     assert row['images'] == 4 and row['top1'] == pytest.approx(float(rows(tmp_path / 'run')[-1]['eval_top1']), abs=1e-3)
+    moved = shutil.copytree(undivided, tmp_path / 'moved' / 'pictures').parent
+    assert run('other', '--train-split', 'pictures', data=moved)[0] == 0
+    other = ['--checkpoint', tmp_path / 'other' / 'last.pth.tar', '--workers', '0', '--data-dir', moved]
+    code, out, err = call('validate', *other)
+    assert code == 0 and '(4 images)' in out, err
     copy = shutil.copytree(undivided, tmp_path / 'copy')
     code, out, err = call('validate', *flags, '--data-dir', copy)
     assert '(17 images)' in out and 'if it is a copy, add --val-fraction 0.25 --seed 42' in out
