@@ -39,7 +39,7 @@ OPTIONAL = dict(
     skimage='dense',
     detectron2=None,
 )
-SLOW = 'exporting.to_package('  # a block that compiles takes a minute: `pytest -m slow tests/docs` runs it
+SLOW = '.to_package('  # a block that compiles takes a minute: `pytest -m slow tests/docs` runs it
 # Written by a run, or read from where the reader keeps it. NAME in a name stands for the reader's own.
 NOT_OURS = {'args.yaml'}
 
@@ -156,6 +156,7 @@ def test_backbone_for_detectron2(monkeypatch):
 def test_python_is_found():
     """An empty list of blocks would pass unseen."""
     assert len(blocks('README.md', 'python')) >= 4 and len(blocks('docs/models.md', 'python')) >= 5
+    assert block_with('docs/deploy.md', SLOW)
 
 
 @pytest.mark.parametrize('page', PAGES)
