@@ -3,19 +3,23 @@
 import csv
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
 
+from evavit.errors import run_script
 from evavit.training.signals import SignalHandler
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +141,35 @@ def ranks(count):
         port = place.getsockname()[1]
     about = dict(WORLD_SIZE=count, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     return [dict(RANK=rank, LOCAL_RANK=rank, **about) for rank in range(count)]
+
+
+def _rank(main, flags, variables, folder):
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+        os.dup2(os.open(Path(folder, f'{name}{variables["RANK"]}'), os.O_WRONLY | os.O_CREAT), number)
+        setattr(sys, name, os.fdopen(number, 'w', buffering=1, closefd=False))
+    sys.exit(run_script(main, list(map(str, flags))))
+
+
+def together(main, *flags, processes=2):
+    """Run a program's main function in several processes that are one run, to its end: exit codes and what they wrote.
+
+    They are forks, which need not import torch again; runs with torchrun are in cli/test_distributed.py.
+    """
+    fork = multiprocessing.get_context('fork')
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [fork.Process(target=_rank, args=(main, flags, variables, folder)) for variables in ranks(processes)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(120 * PATIENCE)
+            job.kill()  # if it hangs, which its exit code shows
+            job.join()
+        told = {
+            name: ''.join(Path(folder, f'{name}{rank}').read_text() for rank in range(processes))
+            for name in ('stdout', 'stderr')
+        }
+    return SimpleNamespace(returncodes=[job.exitcode for job in jobs], **told)
 
 
 def signal_at(monkeypatch, moments, number=signal.SIGTERM):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from runs import CLASSES, MODEL, command
+from runs import CLASSES, MODEL, load_script, together, words
 
 COLUMNS = ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']
 
@@ -62,23 +62,9 @@ def test_every_image_counts_once(train, images, judged, tmp_path):
     folder = train('run')
     whole = judged('--checkpoint', folder / 'last.pth.tar', '-b', '64')
     uneven = judged('--checkpoint', folder / 'last.pth.tar', '-b', '5')
-    done = command(
-        'validate',
-        '--checkpoint',
-        folder / 'last.pth.tar',
-        '--data-dir',
-        images,
-        '--workers',
-        '0',
-        '-b',
-        '3',
-        '--device',
-        'cpu',
-        '--results-file',
-        tmp_path / 'two.json',
-        processes=2,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = ['--checkpoint', folder / 'last.pth.tar', '--data-dir', images, *words('--workers 0 -b 3 --device cpu')]
+    done = together(load_script('validate').main, *flags, '--results-file', tmp_path / 'two.json')
+    assert done.returncodes == [0, 0], done.stderr
     two = json.loads((tmp_path / 'two.json').read_text())
     for row in (uneven, two):
         assert row['images'] == 13 and row['top1'] == whole['top1']
