@@ -174,7 +174,7 @@ def test_checkpoints_within_an_epoch(train, tmp_path, monkeypatch):
     assert saved == [(epoch, update) for epoch in (0, 1) for update in range(1, 7)]
 
 
-def test_a_signal_to_every_process_of_the_job(images, tmp_path):
+def test_a_signal_to_every_process_of_the_job(call, images, tmp_path):
     """As schedulers send it: the loader's workers get it too, and must not take the run down before it has saved."""
     place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'job']
     flags = [*MODEL, *QUICK, *place, *DRAWN, '--epochs', '300', '--checkpoint-interval', '3', '--resume', 'auto']
@@ -184,8 +184,8 @@ def test_a_signal_to_every_process_of_the_job(images, tmp_path):
     _, err = job.communicate(timeout=60 * PATIENCE)
     assert job.returncode == PREEMPTED, err
     assert err.startswith('asked to stop: epoch') and err.count('\n') == 1
-    done = command('train', *flags, '--epochs', '1')
-    assert done.returncode == 0 and 'resuming from' in done.stdout
+    code, out, err = call('train', *flags, '--epochs', '1')
+    assert code == 0 and 'resuming from' in out, err
 
 
 def test_a_signal_while_the_run_starts(call, images, tmp_path, monkeypatch):
