@@ -8,7 +8,7 @@ from runs import MODEL, PATIENCE, QUICK, ROOT, rows
 
 
 def test_a_run_without_what_windows_lacks(images, tmp_path):
-    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--workers', '1']
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--workers', '1', '--epochs', '1']
     done = subprocess.run(
         [sys.executable, str(ROOT / 'tests' / 'without_posix.py'), *map(str, [*MODEL, *QUICK, *place])],
         capture_output=True,
@@ -17,4 +17,4 @@ def test_a_run_without_what_windows_lacks(images, tmp_path):
         timeout=300 * PATIENCE,
     )
     assert done.returncode == 0 and 'imported' in done.stdout, done.stdout + done.stderr
-    assert [row['epoch'] for row in rows(tmp_path / 'run')] == ['0', '1']
+    assert [row['epoch'] for row in rows(tmp_path / 'run')] == ['0']
