@@ -265,8 +265,7 @@ def test_a_signal_to_loading_processes_alone_does_no_harm(train, monkeypatch, nu
     assert code == 0 and err == '', err
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('options', ['ro', 'size=64k', 'size=300k'])
+@pytest.mark.parametrize('options, workers', [('ro', 0), ('ro', 2), ('size=64k', 2), ('size=300k', 2)])
 def test_shared_memory_that_is_small_or_read_only(options, workers, folder, tmp_path):
     """In a mount namespace of its own. Loading processes need it; without them a run does not."""
     inside = ['unshare', '-rm', 'sh', '-c', f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"', 'sh']
