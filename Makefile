@@ -33,8 +33,8 @@ lint: $(STAMP)  ## ruff and its format over the whole tree, mypy over evavit/
 	$(PY) -m mypy
 
 test: $(STAMP)  ## the test suite, without the slow and gpu markers; kernels in Triton's interpreter, a process of their own
-	$(PY) -m pytest -q -n auto
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto -m interpreter tests/ops tests/training/data/device
+	$(ONE) $(PY) -m pytest -q -n auto --dist worksteal
+	$(ONE) TRITON_INTERPRET=1 $(PY) -m pytest -q -n auto --dist worksteal -m interpreter tests/ops tests/training/data/device
 
 PYTHON_OLDEST ?= python3.10
 OLDEST        := .venv-oldest
@@ -44,10 +44,10 @@ test-oldest:  ## the same in .venv-oldest: Python 3.10 with the oldest versions 
 	$(MAKE) test PYTHON=$(PYTHON_OLDEST) VENV=$(OLDEST) PINS=$(OLDEST)/pins.txt EXTRAS=test,quickstart,docs,export,dense
 
 contract: $(STAMP)  ## timm's own model tests on our models
-	$(PY) tools/contract.py
+	$(ONE) $(PY) tools/contract.py -n auto
 
 contract-all: $(STAMP)  ## the same in full on every attention's models, an hour or more
-	$(PY) tools/contract.py --all -n auto
+	$(ONE) $(PY) tools/contract.py --all -n auto
 
 # On a machine with a GPU; PY=python3 takes the environment at hand, STEPS and MODELS name parts (tools/gpu.py --help).
 gpu: $(if $(filter $(VENV)/%,$(PY)),$(STAMP))  ## on a GPU: test the kernels, run compute-sanitizer and all benches, make docs/performance.md
