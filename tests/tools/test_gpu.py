@@ -1,7 +1,6 @@
 """The steps of `make gpu`, and tools/sanitize.py where there is no GPU."""
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from programs import ROOT, load_program
+from programs import load_program
 
 from evavit.bench.results import store_rows
 from evavit.cli import benchmark
@@ -79,25 +78,19 @@ def test_its_benches_parse(gpu):
     }
 
 
-def test_sanitize_needs_a_gpu():
-    if torch.cuda.is_available():
-        pytest.skip('a GPU is there')
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / 'sanitize.py')],
-        capture_output=True,
-        text=True,
-        env={'PYTHONPATH': str(ROOT)},
-    )
-    assert done.returncode == 2 and done.stderr == 'error: no CUDA device\n'
-
-
-def test_gpu_steps_need_a_device():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / 'gpu.py'), '--steps', 'op'],
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
-        check=False,
-    )
-    assert done.returncode == 2
-    assert 'no CUDA device here' in done.stderr
+@pytest.mark.parametrize(
+    'name, flags, line',
+    [
+        ('sanitize.py', [], 'error: no CUDA device'),
+        (
+            'gpu.py',
+            ['--steps', 'op'],
+            'error: no CUDA device here; --steps page needs none, make cpu-bench measures a CPU',
+        ),
+    ],
+)
+def test_without_a_gpu_they_say_so(name, flags, line, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(sys, 'argv', [name, *flags])
+    assert load_program(f'tools/{name}').main() == 2
+    assert capsys.readouterr().err == f'{line}\n'
