@@ -13,6 +13,7 @@ from pathlib import Path
 import performance
 import timm
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.layers import ATTENTIONS, EvaAttention, GridAttention
@@ -107,6 +108,15 @@ REASONS = {
 }
 
 
+class WithoutValues(TorchFunctionMode):
+    """What draws a weight is left out: on the meta device it has no values, and it took most of a count's time."""
+
+    DRAWING = frozenset(getattr(torch.Tensor, name) for name in ('uniform_', 'erfinv_', 'mul_', 'add_', 'clamp_'))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func in self.DRAWING else func(*args, **(kwargs or {}))
+
+
 @lru_cache
 def count(name: str, **kwargs) -> tuple:
     """Parameters and multiply-adds of a model for one 224 × 224 image: convolutions and matrix products.
@@ -114,7 +124,8 @@ def count(name: str, **kwargs) -> tuple:
     The blocks of a stage are alike: all but the first are taken out, which is counted and multiplied. Not counted are
     the sums over cells, additions that plain PyTorch is faster at as products with a matrix of 0 and 1.
     """
-    model = timm.create_model(name, device='meta', **kwargs).eval()
+    with WithoutValues():
+        model = timm.create_model(name, device='meta', **kwargs).eval()
     stages = {path: blocks for path, blocks in model.named_modules() if path.rpartition('.')[2] == 'blocks'}
     depths = {f'{path}.0': len(blocks) for path, blocks in stages.items()}
     for blocks in stages.values():
