@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -23,12 +22,12 @@ from evavit.training.config import DataConfig
 from evavit.training.data.folders import (
     SPLIT_NAMES,
     ClassFolders,
-    endings_in_timm,
     find_split,
     find_undivided,
     hold_out,
 )
 from evavit.training.data.images import CheckedImages, CheckedStream
+from evavit.training.data.tars import ClassTar
 
 log = logging.getLogger(__name__)
 
@@ -154,20 +153,11 @@ def _open_folder(
     class_to_idx = read_class_map(config.class_map, config.data_dir) if config.class_map else None
     if class_names is not None and class_to_idx is None:
         class_to_idx = {name: index for index, name in enumerate(class_names)}
-    if root.is_dir():
-        reader = ClassFolders(root, class_to_idx)
-        labels = reader.class_to_idx
-        if config.val_fraction is not None:
-            _keep_part(reader, config.val_fraction, seed, training=split == config.train_split)
-        dataset = ImageDataset(str(root), reader=reader)
-    else:
-        try:
-            with endings_in_timm():
-                dataset = create_dataset('', root=str(root), class_map=class_to_idx or {})
-        except (AssertionError, ValueError, OSError, tarfile.TarError) as error:
-            raise UserError(f'{root}: not a readable tar file of CLASS/IMAGE files ({first_line(error)})') from error
-        labels = dataset.reader.class_name_to_idx
-    return dataset, sorted(labels, key=labels.__getitem__)
+    reader = (ClassFolders if root.is_dir() else ClassTar)(root, class_to_idx)
+    if config.val_fraction is not None:
+        _keep_part(reader, config.val_fraction, seed, training=split == config.train_split)
+    labels = reader.class_to_idx
+    return ImageDataset(str(root), reader=reader), sorted(labels, key=labels.__getitem__)
 
 
 def _keep_part(reader: ClassFolders, fraction: float, seed: int, training: bool) -> None:

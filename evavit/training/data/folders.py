@@ -1,4 +1,4 @@
-"""Image folders and tar files: DIR/SPLIT/CLASS/IMAGE or DIR/SPLIT.tar, walked once and checked on the way.
+"""Image folders: DIR/SPLIT/CLASS/IMAGE, walked once and checked on the way; where a split lies (for tar files: `tars`).
 
 timm's reader makes classes of images that lie elsewhere, passes over other formats and follows a link in a circle; here
 the first two are mistakes, and the link is left out with a warning.
@@ -8,11 +8,10 @@ import hashlib
 import logging
 import os
 import stat
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import IO, Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
-from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
@@ -42,17 +41,6 @@ OTHER_IMAGES = {
 def image_endings() -> Tuple[str, ...]:
     """Endings of the names of images, in lower case: timm's and ours."""
     return tuple(dict.fromkeys((*get_img_extensions(), *READ_TOO)))
-
-
-@contextmanager
-def endings_in_timm() -> Iterator[None]:
-    """While the context lasts, timm's readers look for our endings too: that of tar files takes no list of its own."""
-    before = get_img_extensions()
-    set_img_extensions(image_endings())
-    try:
-        yield
-    finally:
-        set_img_extensions(before)
 
 
 def find_split(root: Path, split: str) -> Path:
@@ -129,7 +117,7 @@ class ClassFolders(ReaderImageFolder):
 
     def __init__(self, root: Path, class_to_idx: Optional[Dict[str, int]] = None):
         self.root = str(root)
-        found, empty = _walk(Path(root))
+        found, empty = self.walk(Path(root))
         if empty and class_to_idx is None:
             raise UserError(
                 f'{empty[0]}{_and_more(empty)}: class folder without an image '
@@ -152,14 +140,16 @@ class ClassFolders(ReaderImageFolder):
         if not self.samples:
             raise UserError(f'{root}: no class folders; it should hold CLASS/IMAGE files')
 
+    def walk(self, root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
+        """[(path, class)] of all images, and the class folders without one."""
+        return _walk(root)
+
     def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
         path, target = self.samples[index]
         return open_file(path), target
 
 
 def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
-    """[(path, class)] of all images, and the class folders without one."""
-    endings = image_endings()
     found: List[Tuple[str, str]] = []
     empty: List[str] = []
     circles: List[str] = []
@@ -167,39 +157,48 @@ def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
     todo: List[Tuple[Path, Tuple[str, ...]]] = [(root, (os.path.realpath(root),))]
     while todo:
         folder, ancestors = todo.pop()
-        subfolders = 0
+        subfolders: List[str] = []
         images: List[str] = []
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f'{folder}: cannot be read ({error.strerror})') from error
         for entry in entries:
-            ending = os.path.splitext(entry.name)[1].lower()
             if _is(entry.is_dir):
                 real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(ancestors[-1], entry.name)
                 if real in ancestors:
                     circles.append(entry.path)
                     continue
-                subfolders += 1
+                subfolders.append(entry.name)
                 todo.append((Path(entry.path), (*ancestors, real)))
-            elif ending in OTHER_IMAGES:
-                raise UserError(
-                    f'{entry.path}: only {", ".join(endings)} are read; convert such images to PNG or '
-                    f'JPEG, or take them away'
-                )
-            elif ending in endings:
+            elif check_format(entry.path):
                 (images if _may_be_file(entry) else strange).append(entry.path)
-        _check_place(folder, root, images, subfolders)
+        check_place(folder, root, images, subfolders)
         if not images and not subfolders and folder != root:
             empty.append(str(folder))
         found += [(path, folder.name) for path in images]
-    for paths, what in (
-        (circles, 'links that lead back to a folder around them'),
-        (strange, 'names of images that are no files'),
-    ):
-        if paths:
-            log.warning(f'warning: {len(paths)} {what}, left out: {paths[0]}{_and_more(paths)}')
+    if circles:
+        log.warning(
+            f'warning: {len(circles)} links that lead back to a folder around them, left out: '
+            f'{circles[0]}{_and_more(circles)}'
+        )
+    warn_of_strange(strange)
     return found, sorted(empty)
+
+
+def check_format(path: str) -> bool:
+    """Whether a name is that of an image. A format that is not read is a UserError."""
+    ending, endings = os.path.splitext(path)[1].lower(), image_endings()
+    if ending in OTHER_IMAGES:
+        raise UserError(
+            f'{path}: only {", ".join(endings)} are read; convert such images to PNG or JPEG, or take them away'
+        )
+    return ending in endings
+
+
+def warn_of_strange(paths: Sequence[str]) -> None:
+    if paths:
+        log.warning(f'warning: {len(paths)} names of images that are no files, left out: {paths[0]}{_and_more(paths)}')
 
 
 def _is(kind: Callable[[], bool]) -> bool:
@@ -219,7 +218,8 @@ def _may_be_file(entry: 'os.DirEntry[str]') -> bool:
         return True
 
 
-def _check_place(folder: Path, root: Path, images: List[str], subfolders: int) -> None:
+def check_place(folder: Path, root: Path, images: Sequence[str], subfolders: Iterable[str]) -> None:
+    """UserError where images are not in a class folder that holds images alone."""
     if not images:
         return
     if folder == root:
@@ -230,12 +230,8 @@ def _check_place(folder: Path, root: Path, images: List[str], subfolders: int) -
     if subfolders:
         raise UserError(
             f'{folder}: holds both images ({os.path.basename(images[0])}{_and_more(images)}) and folders '
-            f'({_first_folder(folder)}); a class folder holds images alone'
+            f'({min(subfolders)}); a class folder holds images alone'
         )
-
-
-def _first_folder(folder: Path) -> str:
-    return min(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
 def _and_more(names: Sequence[str]) -> str:

@@ -1,0 +1,119 @@
+"""Tar files of CLASS/IMAGE, as a folder is read: walked once at each start, checked on the way.
+
+timm's reader passes over images of unknown classes and what comes after a damaged header, and beside a large file it
+keeps where the images lie in it, which it then believes of any other file of that name.
+"""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import IO, Any, Dict, List, Set, Tuple
+
+from evavit.errors import LocalError, UserError, first_line
+from evavit.training.data.decode import BadImageError, open_file
+from evavit.training.data.folders import ClassFolders, check_format, check_place, warn_of_strange
+
+
+class ClassTar(ClassFolders):
+    """`ClassFolders` of a tar file. A tar file in it counts as the folder of its name.
+
+    Raises:
+        UserError: As `ClassFolders`, and where the file is damaged or cut short.
+        LocalError: While reading, the file is another one than that which was walked.
+    """
+
+    def walk(self, root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
+        content = _Content()
+        try:
+            with open_file(root) as file:
+                self.version = _version(file)
+                content.add(file, str(root))
+        except UserError:
+            raise
+        except Exception as error:  # hostile headers bring all kinds
+            raise UserError(f'{root}: not a readable tar file of CLASS/IMAGE files ({first_line(error)})') from error
+        warn_of_strange(content.strange)
+        self.places = content.places
+        images: Dict[str, List[str]] = {folder: [] for folder in content.folders}
+        for path in sorted(self.places):
+            images[os.path.dirname(path)].append(path)
+        found, empty = [], []
+        for folder, inside in content.folders.items():
+            check_place(Path(folder), root, images[folder], inside)
+            found += [(path, os.path.basename(folder)) for path in images[folder]]
+            if not images[folder] and not inside and folder != str(root):
+                empty.append(folder)
+        return found, sorted(empty)
+
+    def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
+        path, target = self.samples[index]
+        first, size = self.places[path]
+        with open_file(self.root) as file:
+            if _version(file) != self.version:
+                raise LocalError(f'{self.root}: the file was changed after this run began to read it; start again')
+            file.seek(first)
+            content = file.read(size)
+        if len(content) < size:
+            raise BadImageError('the tar file is cut short')
+        return io.BytesIO(content), target
+
+
+def _version(file: IO[bytes]) -> Tuple[int, int]:
+    about = os.fstat(file.fileno())
+    return about.st_size, about.st_mtime_ns
+
+
+class _Content:
+    """What a tar holds, by names that begin with its own. Of equal names the last counts, as when it is unpacked."""
+
+    def __init__(self) -> None:
+        self.places: Dict[str, Tuple[int, int]] = {}  # image → its first byte in the outermost file, number of bytes
+        self.folders: Dict[str, Set[str]] = {}  # folder → names of the folders in it
+        self.strange: List[str] = []
+
+    def add(self, file: IO[bytes], root: str, start: int = 0) -> None:
+        """Note the members of a tar file, which begins at byte `start` of the outermost one."""
+        self.folders.setdefault(root, set())
+        with tarfile.open(fileobj=file, mode='r:') as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill the memory
+                if member.size < 0:  # Python before 3.13.6 goes round in a circle
+                    raise tarfile.ReadError(f'the entry of {member.name} is damaged')
+                self._add_member(archive, member, root, start)
+            file.seek(archive.offset)
+            end: bytes = file.read(tarfile.BLOCKSIZE)
+            if end != bytes(tarfile.BLOCKSIZE):  # where Python, too, would take a damaged entry for the end
+                raise tarfile.ReadError(f'damaged or cut short at byte {start + archive.offset}')
+
+    def _add_member(self, archive: tarfile.TarFile, member: tarfile.TarInfo, root: str, start: int) -> None:
+        path, ending = _path(root, member.name), os.path.splitext(member.name)[1].lower()
+        if member.isdir():
+            self._add_folder(path, root)
+        elif ending == '.tar' and member.isfile():
+            path = path[: -len(ending)]
+            self._add_folder(path, root)
+            inner: Any = archive.extractfile(member)
+            self.add(inner, path, start + member.offset_data)
+        elif check_format(path):
+            self._add_folder(os.path.dirname(path), root)
+            original = self.places.get(_path(root, member.linkname)) if member.islnk() else None
+            if member.isfile() and not member.issparse():
+                self.places[path] = start + member.offset_data, member.size
+            elif original:
+                self.places[path] = original
+            else:
+                self.strange.append(path)
+
+    def _add_folder(self, path: str, root: str) -> None:
+        while path not in self.folders:
+            self.folders[path] = set()
+            path, name = os.path.split(path)
+            self.folders.setdefault(path, set()).add(name)
+
+
+def _path(root: str, name: str) -> str:
+    parts = [part for part in name.split('/') if part not in ('', '.')]
+    if '..' in parts:
+        raise tarfile.ReadError(f'its member {name} lies outside of it')
+    return os.path.join(root, *parts)

@@ -1,0 +1,132 @@
+"""Tar files are read as the folders they hold: the same classes, images and mistakes."""
+
+import io
+import os
+import shutil
+import tarfile
+
+import pytest
+from runs import CLASSES, write_images
+
+from evavit.errors import LocalError, UserError
+from evavit.training import data
+from evavit.training.config import parse_settings
+
+
+@pytest.fixture
+def images(tmp_path):
+    for split, count in dict(train=4, validation=2).items():
+        write_images(tmp_path / 'images' / split, dict.fromkeys(CLASSES, count))
+    return tmp_path / 'images'
+
+
+def pack(images, target, order=sorted):
+    """Each folder of `images` as a tar file of the folder `target`."""
+    target.mkdir()
+    for folder in images.iterdir():
+        with tarfile.open(target / f'{folder.name}.tar', 'w', format=tarfile.GNU_FORMAT) as archive:
+            for path in order(folder.rglob('*')):
+                archive.add(path, path.relative_to(folder), recursive=False)
+    return target
+
+
+def add(archive, name, content=b'', **about):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in about.items():
+        setattr(member, key, value)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def open_both(place):
+    settings, _ = parse_settings('train', ['--data-dir', str(place), '--max-bad-images', '1'])
+    train_set, eval_set, names = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+    assert names == list(CLASSES)
+    return [
+        [(image.tobytes(), label) for image, label in (one[i] for i in range(len(one)))]
+        for one in (train_set, eval_set)
+    ]
+
+
+@pytest.mark.parametrize('order', [sorted, lambda paths: sorted(paths, reverse=True)])
+def test_a_tar_is_the_folder_in_it(images, tmp_path, order):
+    assert open_both(images) == open_both(pack(images, tmp_path / 'tars', order))
+
+
+MISTAKES = {
+    'another class': ('validation/zebra/0.png', 'class zebra is not among the 3 known classes'),
+    'no class': ('train/0.png', 'an image outside of the class folders'),
+    'another format': ('train/pear/0.webp', r'only \.png, \.jpg, \.jpeg are read'),
+    'two depths': ('train/pear/more/0.png', 'holds both images .0.png and 3 more. and folders .more.'),
+    'an empty class': ('train/zebra', 'zebra: class folder without an image'),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_what_is_a_mistake_in_a_folder_is_one_in_a_tar(images, tmp_path, mistake):
+    name, words = MISTAKES[mistake]
+    (images / name).parent.mkdir(exist_ok=True)
+    if os.path.splitext(name)[1]:
+        shutil.copy(images / 'train' / 'pear' / '0.png', images / name)
+    else:
+        (images / name).mkdir()
+    for place in (images, pack(images, tmp_path / 'tars')):
+        with pytest.raises(UserError, match=words):
+            open_both(place)
+
+
+def test_nothing_beside_a_large_tar_is_read_or_written(images, tmp_path):
+    """timm keeps there where the images of a tar file of 10 GiB lie, and gives another file's images their names."""
+    expected, tars = open_both(images), pack(images, tmp_path / 'tars')
+    os.truncate(tars / 'train.tar', 11 * 2**30)  # takes no room: the end is a hole
+    assert open_both(tars) == expected and sorted(os.listdir(tars)) == ['train.tar', 'validation.tar']
+    pack(images, tmp_path / 'other', lambda paths: sorted(paths, reverse=True))
+    shutil.move(tmp_path / 'other' / 'train.tar', tars / 'train.tar')
+    os.truncate(tars / 'train.tar', 11 * 2**30)
+    assert open_both(tars) == expected
+    os.mkfifo(tars / '_train_tarinfos.pickle')
+    assert open_both(tars) == expected
+
+
+def test_a_damaged_entry_is_not_the_end(images, tmp_path):
+    """Python's tarfile takes the first entry that it cannot read for the end of the file."""
+    archive = pack(images, tmp_path / 'tars') / 'train.tar'
+    whole = archive.read_bytes()
+    place = whole.index(b'plum/2.png')
+    for content in (whole[:place] + b'X' + whole[place + 1 :], whole[:place], whole[: place + 100]):
+        archive.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r'train\.tar: not a readable tar file .*damaged or cut short at byte'
+        ) as error:
+            open_both(tmp_path / 'tars')
+        assert '\n' not in str(error.value)
+
+
+def test_a_tar_of_tars_with_links_and_versions(images, tmp_path):
+    """A tar file for each class in it, a link to an image, and an image that a newer one of its name replaces."""
+    expected, tars = open_both(images), pack(images, tmp_path / 'tars')
+    with tarfile.open(tars / 'train.tar', 'w') as archive:
+        for name in CLASSES:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode='w') as one:
+                add(one, './3.png', b'an old version')
+                for number in range(3):
+                    add(one, f'./{number}.png', (images / 'train' / name / f'{number}.png').read_bytes())
+                add(one, './original', (images / 'train' / name / '3.png').read_bytes())
+                add(one, '3.png', (images / 'train' / name / '3.png').read_bytes())
+                add(one, 'fifo.png', type=tarfile.FIFOTYPE)
+            add(archive, f'{name}.tar', inner.getvalue())
+    assert open_both(tars) == expected
+    shutil.copy(images / 'train' / 'pear' / '1.png', images / 'train' / 'pear' / '9.png')
+    with tarfile.open(tars / 'train.tar', 'a') as archive:
+        add(archive, 'pear/9.png', type=tarfile.LNKTYPE, linkname='pear/1.png')
+    assert open_both(tars) == open_both(images)
+
+
+def test_a_tar_that_is_replaced_under_way(images, tmp_path):
+    tars = pack(images, tmp_path / 'tars')
+    settings, _ = parse_settings('train', ['--data-dir', str(tars)])
+    opened, _ = data.open_dataset(settings.data, 'train', batch_size=4)
+    shutil.move(tars / 'validation.tar', tars / 'train.tar')
+    with pytest.raises(LocalError, match=r'train\.tar: the file was changed after this run began'):
+        opened[0]
