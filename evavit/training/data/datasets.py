@@ -6,8 +6,6 @@ labels without a word: here each is a UserError (`folders`). An image that canno
 
 import gzip
 import logging
-import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -27,6 +25,7 @@ from evavit.training.data.folders import (
     hold_out,
 )
 from evavit.training.data.images import CheckedImages, CheckedStream
+from evavit.training.data.shards import check_shards, shard_root
 from evavit.training.data.tars import ClassTar
 
 log = logging.getLogger(__name__)
@@ -44,6 +43,7 @@ TORCH_DATASETS = (
     'places365',
     'image_folder',
 )
+MOST_IMAGES = 10**10  # of a stream, which are nowhere counted
 Checked = Union[CheckedImages, CheckedStream]
 
 
@@ -83,10 +83,11 @@ def open_dataset(
     class_map: Any = config.class_map  # timm's annotation leaves out the path that it takes as well
     if prefix == 'torch':
         _unpack_raw_files(config.data_dir)
+    root = shard_root(config.data_dir or '.', split) if prefix == 'wds' else config.data_dir
     try:
         dataset = create_dataset(
             config.dataset,
-            root=config.data_dir,
+            root=root,
             split=split,
             class_map=class_map,
             is_training=is_training,
@@ -96,9 +97,9 @@ def open_dataset(
             seed=seed,
             input_img_mode=mode,
         )
-        _check_shards(dataset, config.data_dir or '')
-    except UserError:
-        raise
+        if prefix == 'wds':
+            check_shards(dataset.reader)
+        _check_number(dataset)
     except Exception as error:  # each kind has its own errors for what is missing or damaged
         raise UserError(
             f'dataset {config.dataset}, {split}, in {config.data_dir}: {first_line(error)[:400]}'
@@ -109,18 +110,11 @@ def open_dataset(
     return checked, list(map(str, found)) if found else None
 
 
-def _check_shards(dataset: Any, root: str) -> None:
-    """Whether the shards of a wds/ data set that lie here are files. A name that `_info.json` gives is no command:
-    webdataset would start what follows `pipe:`."""
-    reader: Any = getattr(dataset, 'reader', None)
-    if not hasattr(reader, 'split_info') or not hasattr(reader, 'sample_shuffle_size'):
-        return
-    for name in reader.split_info.filenames:
-        shard = os.path.join(root, name)
-        if shard.startswith('pipe:') and reader.info.get('splits') and not re.fullmatch(r'[\w./+=-]+', name):
-            raise UserError(f'{shard[:200]}: _info.json names a shard that is no plain file name')
-        if ':' not in shard.split('/')[0] and not os.path.isfile(shard):
-            raise UserError(f'{shard}: {"not a regular file" if os.path.exists(shard) else "no such shard"}')
+def _check_number(dataset: Any) -> None:
+    """Whether a stream can have as many images as it says, or as a flag does; a validation split need not say."""
+    count = dataset.reader.num_samples or 0 if isinstance(dataset, IterableImageDataset) else 0
+    if not isinstance(count, int) or not 0 <= count <= MOST_IMAGES:
+        raise UserError(f'it is said to have {str(count)[:40]} images: give a whole number, at most {MOST_IMAGES:,}')
 
 
 def _checked(dataset: Any, mode: str, max_bad_images: float, seed: Optional[int]) -> Checked:

@@ -49,17 +49,19 @@ class BadImages:
         images: images in the data set.
         share: how many of them may be bad in an epoch, as a share; a whole number of images follows, rounded down.
 
-    An image that is drawn twice counts once. Those of a stream have no index: their names' checksums stand for it.
+        indexed: images have an index; a stream's have none, and their names' checksums stand for it.
+
+    An image that is drawn twice counts once.
     """
 
     LINE, LINES = 512, 1000  # bytes kept of a name and its reason; names kept of an epoch, the rest is only counted
 
-    def __init__(self, images: int, share: float):
+    def __init__(self, images: int, share: float, indexed: bool = True):
         self.images, self.share = images, share
         self.limit = math.floor(share * images + 1e-9)
         self.lock: Any = nullcontext()
         self.counter = torch.zeros(1, dtype=torch.int64)
-        self.marks = torch.zeros(max(images, 2**16), dtype=torch.bool)
+        self.marks = torch.zeros(max(images if indexed else min(images, 2**24), 2**16), dtype=torch.bool)
         self.lines = torch.zeros(min(self.limit + 1, self.LINES), self.LINE, dtype=torch.uint8)
         self.reading = Reading()
         self.unshared = ''  # why loading processes cannot reach the count; without them it does as it is
@@ -293,7 +295,7 @@ class CheckedStream(IterableImageDataset):
     def __init__(self, reader: Any, mode: str, share: float):
         super().__init__(None, reader=reader)
         self.mode, self.labels, self.keep_jpeg = mode, Labels(reader), False
-        self.bad = BadImages(reader.num_samples or 0, share)
+        self.bad = BadImages(reader.num_samples or 0, share, indexed=False)
         reader.input_img_mode = ''  # what the reader hands over is no image yet
         if hasattr(reader, '_input_decoders'):
             reader._input_decoders = functools.partial(_without_decoding, reader)

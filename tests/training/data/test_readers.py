@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 
 import faults
@@ -250,18 +251,83 @@ def test_a_shard_that_is_missing_or_a_pipe_is_named(shards, tmp_path):
             os.mkfifo(shard)
 
 
-def test_a_shard_s_name_is_no_command(tmp_path, monkeypatch):
-    """webdataset starts what follows pipe: in a name; `_info.json` is data."""
+@pytest.mark.parametrize('folder', ['.', 'pipe:touch started #', './pipe:touch started #'])
+def test_no_name_of_a_shard_is_a_command(folder, shards, tmp_path, monkeypatch):
+    """webdataset starts what follows pipe: in a name, be it in `_info.json` or the folder's own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tmp_path / 'shards', folder, dirs_exist_ok=True)
+    names = [f'set-train-{number:04d}.tar' for number in range(4)] + ['pipe:touch started'] * (folder == '.')
+    split = dict(name='train', num_samples=24, filenames=names, shard_lengths=[6] * len(names))
+    (tmp_path / folder / '_info.json').write_text(json.dumps(dict(splits=dict(train=split))))
+    settings, _ = parse_settings('train', ['--dataset', 'wds/x', '--data-dir', folder, '--max-bad-images', '1'])
+    try:
+        dataset, _ = data.open_dataset(settings.data, 'train', batch_size=4, is_training=True)
+        assert len(list(dataset)) == 24 and folder != '.'
+    except UserError as error:
+        assert 'pipe:touch started: no such shard' in str(error) and folder == '.'
+    assert not (tmp_path / 'started').exists()
+
+
+@pytest.mark.parametrize('place', ['pipe:touch started', 'file:///tmp', 'gs://bucket', 'scp://host/x', 'nowhere'])
+def test_shards_lie_in_a_folder_or_on_the_web(place, tmp_path, monkeypatch):
     pytest.importorskip('webdataset')
     monkeypatch.chdir(tmp_path)
-    split = dict(name='train', num_samples=4, filenames=['pipe:touch started'], shard_lengths=[4])
-    (tmp_path / '_info.json').write_text(json.dumps(dict(splits=dict(train=split))))
-    settings, _ = parse_settings('train', ['--dataset', 'wds/x', '--max-bad-images', '1'])
-    settings.data.data_dir = ''
-    with pytest.raises(UserError, match=r'pipe:touch started: _info\.json names'):
-        dataset, _ = data.open_dataset(settings.data, 'train', batch_size=4, is_training=True)
-        list(dataset)
+    settings, _ = parse_settings('train', ['--dataset', 'wds/x', '--data-dir', place])
+    with pytest.raises(UserError, match='shards lie in a folder, or at an address that begins with https://'):
+        data.open_dataset(settings.data, 'a.tar|4', batch_size=4, is_training=True)
     assert not (tmp_path / 'started').exists()
+
+
+@pytest.mark.parametrize('name', ['_info.json', 'info.json'])
+@pytest.mark.parametrize('content', ['pipe', 'folder', '[1]', '{"splits": [1]}', '{', '[' * 100_000, b'\xff'])
+def test_a_description_of_shards_that_is_none(name, content, shards, tmp_path):
+    settings, _ = parse_settings('train', [*map(str, shards)])
+    path = tmp_path / 'shards' / name
+    if content in ('pipe', 'folder'):
+        (os.mkfifo if content == 'pipe' else os.mkdir)(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=rf'{name}: (no file|cannot be read|describes no shards)') as error:
+        data.open_dataset(settings.data, settings.data.train_split, batch_size=4, is_training=True)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('number', [10**22, 10**11, -4, 'x', float('nan'), float('inf'), 3.5, '10**15'])
+def test_a_number_of_images_that_cannot_be_is_a_line(number, shards, tmp_path):
+    split = dict(name='train', num_samples=number, filenames=['set-train-0000.tar'], shard_lengths=[6])
+    (tmp_path / 'shards' / '_info.json').write_text(json.dumps(dict(splits=dict(train=split))))
+    settings, _ = parse_settings('train', [*map(str, shards)])
+    for name, given in (('train', None), (f'set-train-0000.tar|{number}', None), ('set-train-0000.tar|6', number)):
+        if given is None or isinstance(given, int):
+            with pytest.raises(UserError, match=r'images: give a whole number|invalid literal') as error:
+                data.open_dataset(settings.data, name, batch_size=4, is_training=True, num_samples=given)
+            assert '\n' not in str(error.value)
+
+
+def test_the_largest_number_of_images_costs_no_memory(shards):
+    settings, _ = parse_settings('train', [*map(str, shards)])
+    opened, _ = data.open_dataset(settings.data, 'set-train-0000.tar|10000000000', batch_size=4, is_training=True)
+    assert len(opened.bad.marks) == 2**24 and opened.bad.limit == 10**7
+
+
+@pytest.mark.parametrize(
+    'names',
+    [
+        '{0000..99999999}',
+        '{0..999}{0..999}{0..9}',
+        '{a..z}' * 5,
+        '{a,b}' * 30,
+        '{' * 5 + '{0..99},x}' * 5 + '{0..9999}' * 2,
+        '{' + '{0..9999},' * 200 + 'a}',
+        f'{{0..{"9" * 5000}}}',
+        '{' + f'{{0..{"9" * 18}}}' * 300 + ',x}',
+        '{' * 50_000 + '}' * 50_000,
+    ],
+)
+def test_too_many_shards_are_a_line(names, shards):
+    settings, _ = parse_settings('train', [*map(str, shards)])
+    with pytest.raises(UserError, match='names more than 1,000,000 shards'):
+        data.open_dataset(settings.data, f'x-{names}.tar|32', batch_size=4, is_training=True)
 
 
 @pytest.mark.parametrize('kind', ['hfds', 'hfids'])

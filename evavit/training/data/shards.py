@@ -1,0 +1,80 @@
+"""WebDataset shards: what is settled before timm's reader and webdataset see a name.
+
+webdataset opens what it is given: `pipe:` starts a command, a pipe blocks, and `{0..99999999}` becomes a list.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, Match
+
+from evavit.errors import UserError, reason_of
+
+MOST_SHARDS = 1_000_000
+LONGEST_SPLIT = 10_000  # characters
+LARGEST_INFO = 2**28  # bytes of a description of a million shards
+
+
+def shard_root(data_dir: str, split: str) -> str:
+    """Where the shards of a split lie: a web address as it is, or an absolute path, which no name in it turns into a
+    command. UserError where the split has too many of them, or their description cannot be read."""
+    if len(split) > LONGEST_SPLIT or _count(split.split('|')[0]) > MOST_SHARDS:
+        raise UserError(f'{split[:200]}: names more than {MOST_SHARDS:,} shards, or takes too many words to do so')
+    if re.match('https?://', data_dir):
+        return data_dir
+    root = Path(os.path.abspath(data_dir))
+    if not root.is_dir():
+        raise UserError(
+            f'{data_dir[:200]}: shards lie in a folder, or at an address that begins with https:// (--data-dir)'
+        )
+    for name in ('_info.json', 'info.json'):
+        if os.path.lexists(root / name):
+            _check_info(root / name)
+            break
+    return str(root)
+
+
+def check_shards(reader: Any) -> None:
+    """UserError where a shard that should lie here is no file."""
+    if '://' in reader.root:
+        return
+    for name in reader.split_info.filenames:
+        shard = os.path.join(reader.root, name)
+        if not os.path.isfile(shard):
+            raise UserError(f'{shard[:500]}: {"not a regular file" if os.path.exists(shard) else "no such shard"}')
+
+
+def _check_info(path: Path) -> None:
+    """timm would pass over a file that it cannot read, and open whatever is called so."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_INFO:
+            raise UserError(f'{path}: no file, or more than {LARGEST_INFO:,} bytes; it should describe the shards')
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path}: cannot be read ({reason_of(error)})') from error
+    if not isinstance(content, dict) or not isinstance(content.get('splits', {}), dict):
+        raise UserError(f'{path}: describes no shards: it should hold {{"splits": {{NAME: …}}}}')
+
+
+def _count(pattern: str) -> int:
+    """How many names a pattern in braces stands for, at most: braceexpand would write them all down."""
+
+    def product(text: str) -> int:
+        return min(10**18, math.prod(int(number) for number in re.findall(r'\0(\d+)\0', text)))
+
+    def inner(match: Match[str]) -> str:
+        ends = re.fullmatch(r'(-?\d+)\.\.(-?\d+)(\.\..*)?', match[1])
+        if ends:
+            many = any(len(end) > 18 for end in ends.groups()[:2])
+            return f'\0{10**18 if many else abs(int(ends[1]) - int(ends[2])) + 1}\0'
+        letters = re.fullmatch(r'\w\.\.\w(\.\..*)?', match[1])
+        return f'\0{52 if letters else sum(map(product, match[1].split(",")))}\0'
+
+    found = 1
+    while found:
+        pattern, found = re.subn(r'\{([^{}]*)\}', inner, pattern)
+    return product(pattern)
