@@ -121,13 +121,21 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     if checked.teacher is not None:
         lines.append(('teacher', distillation.teacher_line(checked.teacher)))
     train_set = None
+    opened, missing = None, 'not given (--data-dir)'
     if config.data.data_dir or data.check_name(config.data.dataset) in checks.HUBS:
-        train_set, eval_set, names = data.open_training_sets(
-            config.data,
-            in_chans=checks.image_channels(config.model),
-            batch_size=config.batch.batch_size,
-            seed=config.run.seed,
-        )
+        try:
+            opened = data.open_training_sets(
+                data.without_download(config.data),
+                in_chans=checks.image_channels(config.model),
+                batch_size=config.batch.batch_size,
+                seed=config.run.seed,
+            )
+        except UserError as error:
+            if not data.may_download(config.data):
+                raise
+            missing = f'not looked at, since a dry run downloads nothing ({error})'
+    if opened is not None:
+        train_set, eval_set, names = opened
         classes = data.class_count(config.data, config.model.num_classes, names)
         if file and not checked.ready:
             initial_model(config, classes)
@@ -147,11 +155,11 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
                 )
             )
     elif classes:
-        lines.append(('data', f'not given (--data-dir), {classes} classes'))
+        lines.append(('data', f'{missing}, {classes} classes'))
     else:
         if file:
             build.read_weights(file)
-        lines.append(('data', 'not given (--data-dir), counted as 2 classes'))
+        lines.append(('data', f'{missing}, counted as 2 classes'))
     check_resume(config, folder, model if classes else None, checked.teacher)
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters())

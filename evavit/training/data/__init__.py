@@ -2,6 +2,7 @@
 
 from .datasets import check_division, check_name, class_count, open_dataset, open_training_sets, read_class_map
 from .device import Draws, cache_size
+from .hub import may_download, without_download
 from .loader import (
     Around,
     Batches,
@@ -23,6 +24,7 @@ __all__ = [
     'class_count',
     'epoch_batches',
     'eval_loader',
+    'may_download',
     'open_dataset',
     'open_training_sets',
     'read_class_map',
@@ -30,4 +32,5 @@ __all__ = [
     'train_loader',
     'transform_arguments',
     'updates_per_epoch',
+    'without_download',
 ]

@@ -7,6 +7,7 @@ labels without a word: here each is a UserError (`folders`). An image that canno
 import gzip
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -17,13 +18,8 @@ from evavit.arguments import nearest
 from evavit.errors import UserError, first_line
 from evavit.files import replacing
 from evavit.training.config import DataConfig
-from evavit.training.data.folders import (
-    SPLIT_NAMES,
-    ClassFolders,
-    find_split,
-    find_undivided,
-    hold_out,
-)
+from evavit.training.data.folders import SPLIT_NAMES, ClassFolders, find_split, find_undivided, hold_out
+from evavit.training.data.hub import ADDRESS, network
 from evavit.training.data.images import CheckedImages, CheckedStream
 from evavit.training.data.shards import check_shards, shard_root
 from evavit.training.data.tars import ClassTar
@@ -85,18 +81,19 @@ def open_dataset(
         _unpack_raw_files(config.data_dir)
     root = shard_root(config.data_dir or '.', split) if prefix == 'wds' else config.data_dir
     try:
-        dataset = create_dataset(
-            config.dataset,
-            root=root,
-            split=split,
-            class_map=class_map,
-            is_training=is_training,
-            download=config.dataset_download,
-            batch_size=batch_size,
-            num_samples=num_samples,
-            seed=seed,
-            input_img_mode=mode,
-        )
+        with network(config) if prefix in ('hfds', 'hfids') else nullcontext():
+            dataset = create_dataset(
+                config.dataset.replace(ADDRESS, ''),
+                root=root,
+                split=split,
+                class_map=class_map,
+                is_training=is_training,
+                download=config.dataset_download,
+                batch_size=batch_size,
+                num_samples=num_samples,
+                seed=seed,
+                input_img_mode=mode,
+            )
         if prefix == 'wds':
             check_shards(dataset.reader)
         _check_number(dataset)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import tarfile
 
 import faults
@@ -114,7 +115,6 @@ def hfids(parquet, tmp_path):
 @pytest.mark.parametrize('kind, workers', [('tars', 2), ('shards', 2), ('hfds', 2), ('hfids', 0)])
 def test_a_run(kind, workers, request, tmp_path, capfd, monkeypatch):
     """Two epochs end, the broken image is named and counted once, and each image of validation counts once."""
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     place = list(map(str, request.getfixturevalue(kind)))
     (tmp_path / 'cache').mkdir()
     flags = [*MODEL, *QUICK, *place, '--workers', str(workers), '--max-bad-images', '0.05', '-b', '4']
@@ -184,7 +184,6 @@ def test_no_source_decodes_by_itself(kind, content, images, tmp_path, monkeypatc
     (tmp_path / 'bin' / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/started\n')
     (tmp_path / 'bin' / 'gs').chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}/bin:{os.environ["PATH"]}')
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)
     loaded, load = [], ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda image: loaded.append(image.size) or load(image))
@@ -219,7 +218,6 @@ def test_a_label_that_is_no_class_stops_with_a_line(label, workers, shards, tmp_
 @pytest.mark.parametrize('kind', ['hfds', 'hfids'])
 def test_a_label_of_a_table_that_is_no_class(kind, label, images, tmp_path, monkeypatch, capfd):
     datasets = pytest.importorskip('datasets')
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     (tmp_path / 'parquet' / 'data').mkdir(parents=True)
     (tmp_path / 'cache').mkdir()
     paths = files(images / 'train')
@@ -330,9 +328,59 @@ def test_too_many_shards_are_a_line(names, shards):
         data.open_dataset(settings.data, f'x-{names}.tar|32', batch_size=4, is_training=True)
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """The hosts whose address is asked for; none is told."""
+    hosts = []
+
+    def ask(host, *_, **__):
+        hosts.append(host)
+        raise RuntimeError('asked')  # an error of the network would be tried again and again
+
+    monkeypatch.setattr(socket, 'getaddrinfo', ask)
+    return hosts
+
+
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_the_hub_is_asked_where_the_user_says_so(kind, asked, tmp_path):
+    pytest.importorskip('datasets')
+    for name, flags, online in (
+        ('owner/name', [], False),
+        ('buckets/a/b', [], False),
+        ('owner/name', ['--dataset-download'], True),
+        ('hf://datasets/owner/name', [], True),
+    ):
+        settings, _ = parse_settings('train', ['--dataset', f'{kind}/{name}', '--data-dir', str(tmp_path), *flags])
+        with pytest.raises(UserError) as error:
+            data.open_dataset(settings.data, 'train', batch_size=4, num_samples=4)
+        assert bool(asked) == online and '\n' not in str(error.value), asked
+        assert ('fetched with --dataset-download' in str(error.value)) != online
+        asked.clear()
+
+
+def test_a_folder_that_names_other_places(asked, tmp_path):
+    pytest.importorskip('datasets')
+    (tmp_path / 'README.md').write_text(
+        '---\nconfigs:\n- config_name: default\n  data_files: hf://datasets/a/b/c\n---\n'
+    )
+    settings, _ = parse_settings('train', ['--dataset', f'hfds/{tmp_path}', '--data-dir', str(tmp_path)])
+    with pytest.raises(UserError, match=r'README\.md names hf://datasets/a/b/c: allow that it is fetched'):
+        data.open_dataset(settings.data, 'train', batch_size=4)
+    assert not asked
+
+
+@pytest.mark.parametrize('flags', [['--num-classes', '3'], []])
+def test_a_dry_run_downloads_nothing(flags, asked, tmp_path, capfd):
+    for dataset in ('hfds/owner/name', 'hfids/hf://datasets/owner/name', 'torch/mnist'):
+        place = ['--dataset', dataset, '--data-dir', str(tmp_path), '--dataset-download', '--output', str(tmp_path)]
+        code = run_script(load_script('train').main, [*MODEL, *QUICK, *place, *flags, '--dry-run'])
+        out, err = capfd.readouterr()
+        assert code == 0 and 'not looked at, since a dry run downloads nothing' in out and not asked, err
+        assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize('kind', ['hfds', 'hfids'])
 def test_a_damaged_table_is_a_line(kind, parquet, request, tmp_path, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     (tmp_path / 'cache').mkdir()
     place = list(map(str, request.getfixturevalue(kind)))
     for table in (parquet / 'data').glob('train*'):
@@ -366,7 +414,6 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, capfd):
 @pytest.mark.parametrize('kind', ['tars', 'shards', 'hfds', 'hfids'])
 def test_the_device_path_reads_every_source(kind, images, request, tmp_path, monkeypatch):
     """JPEG files and others from each of them: the batches of the CPU path, and its count of bad images."""
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     (tmp_path / 'cache').mkdir()
     for number, path in enumerate(files(images / 'train')[::2]):
         if path.name != '3.png':

@@ -1,0 +1,68 @@
+"""Hugging Face's data sets, and whether the network may be asked for them: only where the user has said so.
+
+`--dataset-download` says so, and an address: `hfids/hf://datasets/OWNER/NAME` streams from the Hub.
+"""
+
+import dataclasses
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+from evavit.errors import UserError
+from evavit.training.config import DataConfig
+
+ADDRESS = 'hf://datasets/'
+
+
+def may_download(config: DataConfig) -> bool:
+    return config.dataset_download or ADDRESS in config.dataset
+
+
+def without_download(config: DataConfig) -> DataConfig:
+    """The same data set, as far as it is here."""
+    return dataclasses.replace(config, dataset=config.dataset.replace(ADDRESS, ''), dataset_download=False)
+
+
+@contextmanager
+def network(config: DataConfig) -> Iterator[None]:
+    """Keep `datasets` from the Hub while the context lasts, unless the settings allow it.
+
+    What an earlier run has downloaded into --data-dir is found without it. Its own switch is an environment variable,
+    which it has read by now.
+    """
+    import datasets
+    import huggingface_hub
+
+    if may_download(config):
+        yield
+        return
+    name = config.dataset.partition('/')[2]
+    _check_metadata(Path(name))
+    switches = [datasets.config, huggingface_hub.constants]
+    before = [place.HF_HUB_OFFLINE for place in switches]
+    try:
+        for place in switches:
+            place.HF_HUB_OFFLINE = True
+        yield
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise UserError(
+            f'{name} is neither a folder nor downloaded yet: let it be fetched with --dataset-download, or have hfids '
+            f'stream it with --dataset hfids/{ADDRESS}{name}'
+        ) from error
+    finally:
+        for place, value in zip(switches, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _check_metadata(folder: Path) -> None:
+    """A local folder's README may name files that lie elsewhere, some of which are asked for in spite of all."""
+    for name in ('README.md', '.huggingface.yaml'):
+        if (folder / name).is_file():
+            text = (folder / name).read_text(encoding='utf-8', errors='replace')
+            head = text if name != 'README.md' else (re.match(r'\s*---\s*\n(.*?)\n---', text, re.DOTALL) or ['', ''])[1]
+            found = re.search(r'\w+://\S{,100}', head.partition('configs:')[2])
+            if found:
+                raise UserError(f'{folder / name} names {found[0]}: allow that it is fetched with --dataset-download')
