@@ -10,13 +10,15 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import errno
 import json
 import logging
 import math
 import os
 import socket
+import stat
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import IO, Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import safetensors
 import torch
@@ -62,10 +64,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / '.lock').touch()
+        lock = _open_lock(folder / '.lock')
     except OSError as error:
         raise UserError(f'--output {folder}: cannot be written ({reason_of(error)})') from error
-    with open(folder / '.lock', 'r+', encoding='utf-8') as file:
+    with lock as file:
         try:
             import fcntl  # not on every system
 
@@ -80,6 +82,21 @@ def locked_folder(folder: Path) -> Iterator[None]:
         file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()
         yield
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """The file, made where it is not there. What else may be called so is not opened: another file's content would be
+    lost behind a link."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
+    strange = OSError(errno.EINVAL, f'{path.name} in it is a link or no file; take it away')
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise strange
+    descriptor = os.open(path, flags, 0o666)
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        os.close(descriptor)
+        raise strange
+    return open(descriptor, 'r+', encoding='utf-8', errors='replace')
 
 
 class Saver(CheckpointSaver):

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 
 import pytest
 import torch
@@ -307,6 +308,28 @@ def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
     elsewhere = shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'other')
     with pytest.raises(UserError, match='holds another run than --resume'):
         checkpoint.find_resume(str(elsewhere), tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['link', 'dangling link', 'hard link', 'folder', 'pipe', 'socket'])
+def test_a_lock_that_is_no_file(kind, tmp_path):
+    """A link there would have another file's content overwritten."""
+    (tmp_path / 'mine').write_text('mine')
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    lock = folder / '.lock'
+    with socket.socket(socket.AF_UNIX) as place:
+        {
+            'link': lambda: lock.symlink_to(tmp_path / 'mine'),
+            'dangling link': lambda: lock.symlink_to(tmp_path / 'new'),
+            'hard link': lambda: os.link(tmp_path / 'mine', lock),
+            'folder': lock.mkdir,
+            'pipe': lambda: os.mkfifo(lock),
+            'socket': lambda: place.bind(os.path.relpath(lock)),
+        }[kind]()
+        words = r'cannot be written \(\.lock in it is a link or no file; take it away'
+        with pytest.raises(UserError, match=words), checkpoint.locked_folder(folder):
+            pass
+    assert (tmp_path / 'mine').read_text() == 'mine' and not (tmp_path / 'new').exists()
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
