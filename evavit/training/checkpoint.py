@@ -265,6 +265,8 @@ def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Op
         check_fit(unwrap_model(task.get_eval_model()), state, path)
     position = _position(path, checkpoint, run)
     check_division(path, checkpoint, settings)
+    if saver is not None:
+        check_ranking(path, checkpoint, run.config.eval_metric, Path(saver.checkpoint_dir))
     try:
         if full:
             check_training(path, checkpoint, settings['opt'], settings.get('kd_teacher'))
@@ -284,7 +286,7 @@ def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Op
     _warn_of_changes(path, checkpoint, settings)
     if saver is not None:
         _set_aside(damaged)
-    if saver is not None and path.resolve().parent == Path(saver.checkpoint_dir).resolve() and checkpoint.get('saver'):
+    if saver is not None and _is_of(path, saver.checkpoint_dir) and checkpoint.get('saver'):
         saver.load_state_dict(checkpoint['saver'])
         if position.epoch and not position.update and checkpoint.get('metric') is not None:
             saver.finish_epoch(path, checkpoint)
@@ -370,6 +372,21 @@ def _first_whole(candidates: List[Path]) -> Tuple[Path, Dict[str, Any], List[Pat
                 raise
             log.warning(f'{error}: going back to {candidates[number + 1].name}, the one before')
     raise ValueError('no candidates')
+
+
+def _is_of(path: Path, folder: Union[str, Path]) -> bool:
+    return path.resolve().parent == Path(folder).resolve()
+
+
+def check_ranking(path: Path, checkpoint: Dict[str, Any], eval_metric: str, folder: Path) -> None:
+    """UserError where a run would compare its epochs with some that another metric has judged."""
+    before = _args(checkpoint).get('eval_metric', eval_metric)
+    judged = (checkpoint.get('metric'), (checkpoint.get('saver') or {}).get('best_metric'))
+    if _is_of(path, folder) and before != eval_metric and judged != (None, None):
+        raise UserError(
+            f'{path}: its epochs were judged by {before}, this run has --eval-metric {eval_metric}; continue with '
+            f'--eval-metric {before}, or elsewhere with --resume {path} and another --experiment'
+        )
 
 
 def check_training(path: Path, checkpoint: Dict[str, Any], opt: str, teacher: Optional[Dict[str, Any]]) -> None:

@@ -227,6 +227,7 @@ def check_resume(config: TrainConfig, folder: Path, model: Any, teacher: Optiona
             checkpoint.check_division(path, content, config.flat())
             if model is not None:
                 build.check_fit(model, clean_state_dict(content['state_dict']), path)
+            checkpoint.check_ranking(path, content, config.run.eval_metric, folder)
             if not config.run.no_resume_opt:
                 checkpoint.check_training(path, content, config.optim.opt, teacher.identity if teacher else None)
             return

@@ -19,7 +19,7 @@ from timm.task import ClassificationTask
 from training.small_run import run_of, saver_of, settings_of
 
 from evavit.errors import LocalError, UserError
-from evavit.training import build, checkpoint, contents, loop
+from evavit.training import build, checkpoint, contents, dry_run, loop
 from evavit.training.loop import Position
 
 
@@ -308,6 +308,23 @@ def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
     elsewhere = shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'other')
     with pytest.raises(UserError, match='holds another run than --resume'):
         checkpoint.find_resume(str(elsewhere), tmp_path)
+
+
+@pytest.mark.parametrize('before, after', [('top5', 'top1'), ('top1', 'loss'), ('loss', 'top5')])
+def test_epochs_are_compared_by_one_metric(before, after, tmp_path):
+    """Going on in the same folder with another one would rank its epochs among those that the first has judged."""
+    flags = ['--eval-metric', after]
+    settings = settings_of('--eval-metric', before)
+    saver = checkpoint.Saver(run_of('--eval-metric', before), settings.flat(), ['a', 'b'], tmp_path)
+    saver.save_epoch(Position(1), 0.5)
+    run = run_of(*flags)
+    last = tmp_path / 'last.pth.tar'
+    with pytest.raises(UserError, match=f'judged by {before}, this run has --eval-metric {after}; continue with'):
+        resume([last], run, saver_of(run, tmp_path), flags)
+    with pytest.raises(UserError, match=f'judged by {before}'):
+        dry_run.check_resume(settings_of(*flags, '--resume', 'auto', '--experiment', 'x'), tmp_path, None)
+    saver = saver_of(run, tmp_path / 'elsewhere')
+    assert resume([last], run, saver, flags).epoch == 1 and saver.best_metric is None
 
 
 @pytest.mark.parametrize('kind', ['link', 'dangling link', 'hard link', 'folder', 'pipe', 'socket'])
