@@ -10,11 +10,13 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Tuple
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+ALONE = 3.0  # seconds after which a process takes a fault for its own, where a launcher has not ended it by then
 PLACES = (  # what launchers call a process's place in a run; timm reads the first that is set of each line
     ('LOCAL_RANK', 'MPI_LOCALRANKID', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK'),
     ('RANK', 'PMI_RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'),
@@ -25,8 +27,13 @@ PLACES = (  # what launchers call a process's place in a run; timm reads the fir
 class UserError(Exception):
     """A fault that the user can mend. The text is one line that names the value and the remedy.
 
-    Every process of a run finds such a fault at the same moment, so only the first one prints it.
+    Most are found by all processes of a run, each for itself: the first one prints it. Another one prints it where it
+    still lives after a while: what the first one meets ends all of them, so that one has not met it.
     """
+
+
+class SharedError(UserError):
+    """A fault that the processes have found together: the first one prints it."""
 
 
 class LocalError(UserError):
@@ -89,6 +96,8 @@ def _lost_worker(error: Exception) -> LocalError:
         return LocalError(f'DataLoader worker lost while it handed over a batch ({text[:200]}): {remedy}')
     if ('torch.utils.data.dataloader', '_get_iterator') in places:
         return LocalError(f'--workers: loading processes do not start ({text[:200]}); lower it, or give 0')
+    if re.search('Connection (closed|reset) by peer|Broken pipe|Socket closed', text) and dist.is_initialized():
+        return LocalError(f'another process of this run has ended, and tells the reason itself ({text[-100:]})')
     raise error
 
 
@@ -143,10 +152,10 @@ def _tell_thread(args: 'threading.ExceptHookArgs') -> None:
 
 def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
     """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal."""
-    code, rank, world_size = 0, 0, 1
+    code, local_rank, rank, world_size = 0, 0, 0, 1
     threading.excepthook = _tell_thread
     try:
-        _, rank, world_size = launched()
+        local_rank, rank, world_size = launched()
         main(argv)
     except Preempted as stop:
         code = PREEMPTED
@@ -156,7 +165,10 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
         code = 2
         with _quiet_children():
             fault = error if isinstance(error, UserError) else _lost_worker(error)
-            if rank == 0 or isinstance(fault, LocalError):
+            if rank and not isinstance(fault, (LocalError, SharedError)):
+                time.sleep(ALONE if local_rank == 0 else 2 * ALONE)  # of a machine's processes one tells
+                print(f'error: rank {rank}: {one_line(fault)}', file=sys.stderr, flush=True)
+            elif rank == 0 or isinstance(fault, LocalError):
                 print(f'error: {one_line(fault)}', file=sys.stderr, flush=True)
             if world_size > 1:
                 # The other processes may wait for this one in a collective: leave without waiting for them,

@@ -7,7 +7,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from evavit.errors import PLACES, LocalError, UserError, launched, one_line, printable, reason_of, run_script
+from evavit.errors import (
+    ALONE,
+    PLACES,
+    LocalError,
+    SharedError,
+    UserError,
+    launched,
+    one_line,
+    printable,
+    reason_of,
+    run_script,
+)
 
 
 def test_control_characters_are_written_out():
@@ -22,6 +33,30 @@ def test_a_fault_is_one_line_whatever_a_file_is_called(capsys):
 
     assert run_script(main) == 2
     assert capsys.readouterr().err == 'error: two\\nlines\\x1b[31m: no such file\n'
+
+
+@pytest.mark.parametrize(
+    'local_rank, kind, waits, told',
+    [
+        (0, UserError, [ALONE], 'error: rank 2: no such folder\n'),
+        (1, UserError, [2 * ALONE], 'error: rank 2: no such folder\n'),
+        (0, LocalError, [], 'error: no such folder\n'),
+        (0, SharedError, [], ''),
+    ],
+)
+def test_a_fault_that_another_process_has_not_met(local_rank, kind, waits, told, monkeypatch, capsys):
+    """A launcher ends a process within that time, if the first one has met it too."""
+    slept, codes = [], []
+    for name, value in dict(LOCAL_RANK=local_rank, RANK=2, WORLD_SIZE=4).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr('time.sleep', slept.append)
+    monkeypatch.setattr('os._exit', codes.append)
+
+    def main(argv):
+        raise kind('no such folder')
+
+    run_script(main)
+    assert capsys.readouterr().err == told and slept == waits and codes == [2]
 
 
 class Fails(torch.utils.data.Dataset):

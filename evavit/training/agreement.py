@@ -13,7 +13,7 @@ import timm
 import torch
 
 from evavit.arguments import shown
-from evavit.errors import UserError
+from evavit.errors import SharedError
 from evavit.training.config import Config
 from evavit.training.distributed import Process
 from evavit.version import __version__
@@ -43,7 +43,7 @@ def code_version() -> str:
 
 
 def check_agreement(process: Process, config: Config, **numbers: Any) -> None:
-    """UserError in all processes where a setting, one of the `numbers` or the code is not the same in each of them.
+    """SharedError in all processes where a setting, one of the `numbers` or the code is not the same in each of them.
 
     Args:
         process: This process.
@@ -58,7 +58,7 @@ def check_agreement(process: Process, config: Config, **numbers: Any) -> None:
     text = json.dumps(facts, sort_keys=True, default=str)
     digests = process.gather(hashlib.sha256(text.encode()).digest())
     if len(set(digests)) > 1:
-        raise UserError(_difference(process.gather(json.loads(text))))
+        raise SharedError(_difference(process.gather(json.loads(text))))
 
 
 def _difference(facts: Sequence[Dict[str, Any]]) -> str:

@@ -23,7 +23,7 @@ from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
 
 from evavit.arguments import find_device
-from evavit.errors import LocalError, UserError, launched, one_line, printable, reason_of
+from evavit.errors import LocalError, SharedError, UserError, launched, one_line, printable, reason_of
 from evavit.training.stalls import Watchdog
 
 log = logging.getLogger(__name__)
@@ -80,10 +80,10 @@ class Process:
         return items
 
     def check_equal(self, value: Any, message: Callable[[List[Any]], str]) -> None:
-        """UserError with `message(values)` in all processes, unless `value` is the same in each."""
+        """SharedError with `message(values)` in all processes, unless `value` is the same in each."""
         values = self.gather(value)
         if any(other != values[0] for other in values):
-            raise UserError(message(values))
+            raise SharedError(message(values))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""

@@ -16,7 +16,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from evavit.errors import Preempted, UserError
+from evavit.errors import Preempted, SharedError, UserError
 from evavit.training.compilation import AS_IS, Compilation, report_skips
 from evavit.training.config import MachineConfig, OptimConfig, RunConfig
 from evavit.training.data.images import UNREADABLE, BadImages
@@ -238,7 +238,7 @@ class EpochTracker:
         if position.streak < limit:
             log.warning(f'{where}: skipped, {position.streak} in a row')
             return
-        raise UserError(
+        raise SharedError(
             f'{where}, {position.streak} in a row: stopped, the last checkpoint is kept; try a lower --lr, '
             f'--clip-grad, or --amp-dtype bfloat16'
         )
@@ -380,7 +380,7 @@ def check_finite(task: TrainingTask, metrics: Dict[str, float], process: Process
     if process.mean(weights_are_finite(task).float()) < 1:
         bad.append('weights that are not finite')
     if bad:
-        raise UserError(
+        raise SharedError(
             f'{", ".join(bad)} after epoch {epoch} (lr {lr:g}): stopped, the last checkpoint is kept; try '
             f'a lower --lr, --clip-grad, or --amp-dtype bfloat16'
         )
@@ -475,7 +475,7 @@ def evaluate(
         with process.waiting('all_reduce'):
             torch.distributed.all_reduce(count)
     if not count:
-        raise UserError(
+        raise SharedError(
             f'validation: none of its {len(loader.dataset)} images can be read; there is nothing to judge by'
         )
     with process.waiting('all_reduce of the metrics'):

@@ -120,6 +120,36 @@ def test_processes_that_differ_stop_before_the_first_update(images, tmp_path, fl
     assert results[1][1] == '' and not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize(
+    'flags, told',
+    [
+        pytest.param(
+            ['--resume', 'never.pth.tar'],
+            'error: rank 1: --resume never.pth.tar: no such file',
+            marks=pytest.mark.slow,
+        ),
+        ([], 'run already holds a run: continue it with --resume auto'),
+    ],
+)
+def test_a_fault_of_one_process_is_told(train, images, tmp_path, flags, told):
+    """Each process has its own lines; the other one, which has lost it, says so, and neither a traceback."""
+    train('run', '--epochs', '1')
+    place = ['-b', '2', '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--stall-timeout', '60']
+    jobs = [
+        start('train', *MODEL, *QUICK, *place, *own, variables=variables)
+        for own, variables in zip((['--resume', 'auto'], flags), ranks(2), strict=True)
+    ]
+    if 'never.pth.tar' in flags:  # the other one waits for it
+        told_by = [jobs[1].communicate(timeout=60 * PATIENCE)]
+        os.killpg(jobs[0].pid, signal.SIGKILL)
+        jobs[0].communicate()
+    else:
+        told_by = [job.communicate(timeout=60 * PATIENCE) for job in jobs]
+        assert told_by[0][1].startswith('error: another process of this run has ended') and jobs[0].returncode == 2
+    assert jobs[1].returncode == 2 and all(err.count('\n') == 1 for _, err in told_by), told_by
+    assert told in told_by[-1][1]
+
+
 def ranks_of(job):
     """{rank: process id} of the processes that torchrun started, from the environment each was given."""
     found = {}

@@ -26,7 +26,7 @@ from PIL import Image
 from timm.data import ImageDataset, IterableImageDataset
 from timm.data.readers.class_map import remap_target
 
-from evavit.errors import LocalError, UserError, first_line, printable
+from evavit.errors import LocalError, SharedError, UserError, first_line, printable
 from evavit.training.data.decode import BadImageError, Jpeg, decode, read_file, reason, to_mode
 from evavit.training.distributed import Process
 from evavit.training.stalls import Reading
@@ -132,7 +132,7 @@ class BadImages:
                 )
         if count > self.limit:
             name, _, why = next((line for line in reversed(self.found.values()) if line), '').rpartition('\n')
-            raise (LocalError if alone else UserError)(
+            raise (LocalError if alone else SharedError)(
                 f'{name or "an image"} is not a readable image ({why or "no name kept"}); {count} of {self.images} in '
                 f'this epoch are not, --max-bad-images {self.share:g} allows {self.limit}; repair them or take them '
                 f'away'
