@@ -6,16 +6,27 @@ import re
 import reprlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Mapping, Optional, Sequence
 
 from evavit.errors import UserError
 
 if TYPE_CHECKING:  # --help does without it
     import torch
 
-__all__ = ['Parser', 'asks_for_help', 'check_device', 'find_device', 'nearest', 'program', 'shown']
+__all__ = [
+    'MOST_BLOCKS',
+    'Parser',
+    'asks_for_help',
+    'check_device',
+    'find_device',
+    'most_blocks',
+    'nearest',
+    'program',
+    'shown',
+]
 
 LISTED = ('train', 'validate', 'export')  # programs whose flags are the table of `evavit.training.sections`
+MOST_BLOCKS = 1000  # of a model: more only take a day to build
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
@@ -92,3 +103,10 @@ def find_device(name: Optional[str] = None) -> 'torch.device':
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f'--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here')
     return device
+
+
+def most_blocks(kwargs: Mapping[str, Any]) -> float:
+    """The largest number of blocks that arguments of a model ask for, 0 where they do not say."""
+    depth = kwargs.get('depth', kwargs.get('depths'))
+    numbers = depth if isinstance(depth, (list, tuple)) else [depth]
+    return max((number for number in numbers if isinstance(number, (int, float))), default=0)

@@ -1,5 +1,6 @@
 """Publish weights: a folder in the layout of the Hugging Face Hub, with a model card, or an upload to it."""
 
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from timm.models._hub import (
     save_for_hf,
 )
 
+from evavit.arguments import MOST_BLOCKS, most_blocks
 from evavit.errors import first_line
 from evavit.files import replacing_in
 from evavit.layers import EvaAttention
@@ -27,6 +29,8 @@ __all__ = ['load_converted', 'model_card', 'publish', 'save_folder']
 
 _HUB = 'hf-hub:'
 _CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
+
+_NOT_OF_A_MODEL = {'device', 'dtype', *inspect.signature(timm.create_model).parameters} - {'kwargs'}
 
 _CITATION = """@inproceedings{zheng2023eva,
   title     = {Efficient Attention via Control Variates},
@@ -274,12 +278,22 @@ def load_converted(source: Union[str, Path]) -> torch.nn.Module:
             folder = Path(name.removeprefix('local-dir:'))
     except Exception as error:  # the Hub's client has many
         raise ValueError(f"{name}: {first_line(error)[:400]}; give a folder, or 'hf-hub:owner/name'") from error
-    if not (folder / 'config.json').is_file():
-        raise ValueError(f'{name}: no config.json, so no model; give a folder of evavit.hub.save_folder')
     try:
-        conversion = json.loads((folder / 'config.json').read_text(encoding='utf-8')).get(_CONVERSION)
-    except (ValueError, AttributeError) as error:
+        there = (folder / 'config.json').is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        there = False
+    if not there:
+        raise ValueError(f'{name[:500]}: no config.json, so no model; give a folder of evavit.hub.save_folder')
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        conversion, arguments = config.get(_CONVERSION), config.get('model_args') or {}
+        own = sorted(_NOT_OF_A_MODEL & arguments.keys())
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f'{name}: config.json is damaged ({first_line(error)[:200]}); save the folder anew') from error
+    if own:
+        raise ValueError(f'{name}: config.json makes no model: {", ".join(own)} in model_args is no argument of one')
+    if most_blocks(arguments) > MOST_BLOCKS:
+        raise ValueError(f'{name}: config.json makes no model: it asks for more than {MOST_BLOCKS:,} blocks')
     if conversion is None:
         raise ValueError(
             f"{name}: not a converted model; timm.create_model('local-dir:{folder}', pretrained=True) loads it"

@@ -117,11 +117,23 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
         (json.dumps({**config, 'evavit_convert': {'windw_size': 1}}), 'did you mean window_size'),
         (json.dumps({**config, 'architecture': 'vit_of_mine'}), 'config.json makes no model'),
         (json.dumps({**config, 'model_args': {**config['model_args'], 'depth': 1}}), 'not the weights of config.json'),
+        (
+            json.dumps({**config, 'model_args': {**config['model_args'], 'device': 'meta'}}),
+            'device in model_args is no',
+        ),
+        (json.dumps({**config, 'model_args': {**config['model_args'], 'dtype': 'x'}}), 'dtype in model_args is no'),
+        (json.dumps({**config, 'model_args': dict(checkpoint_path='x')}), 'checkpoint_path in model_args is no'),
+        (json.dumps({**config, 'model_args': {**config['model_args'], 'depth': 10**7}}), 'more than 1,000 blocks'),
+        (json.dumps({**config, 'model_args': [1]}), 'config.json is damaged'),
+        ('[' * 100_000, f'{re.escape(str(folder))}: config.json is damaged'),
     ):
         (folder / 'config.json').write_text(text)
         with pytest.raises((ValueError, RuntimeError), match=message) as caught:
             load_converted(folder)
         assert '\n' not in str(caught.value)
+    for name in ('x' * 5000, 'a\0b'):
+        with pytest.raises(ValueError, match=r'no config\.json, so no model'):
+            load_converted(name)
     with pytest.raises(ValueError, match=r"^hf-hub:: .*; give a folder, or 'hf-hub:owner/name'$") as caught:
         load_converted('hf-hub:')
     assert '\n' not in str(caught.value)

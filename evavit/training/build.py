@@ -17,7 +17,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from evavit import models
-from evavit.arguments import nearest, shown
+from evavit.arguments import MOST_BLOCKS, most_blocks, nearest, shown
 from evavit.errors import UserError, first_line
 from evavit.models import (
     ConvertedModel,
@@ -46,7 +46,6 @@ OWN_OPTIONS = dict(
     checkpoint_path='--initial-checkpoint in train.py, --checkpoint in validate.py',
 )
 FUSED = ('adam', 'adamw', 'sgd', 'nesterov', 'momentum')  # timm's names of optimizers that PyTorch fuses
-MOST_BLOCKS = 1000  # of a model: more only take a day to build
 OURS = (GridVisionTransformer, GridPyramidVisionTransformerV2)
 LARGE = 200e6  # parameters above which no trial pass is made on the CPU
 LARGE_IMAGE = 3 * 2048**2  # values of an image above which none is made either
@@ -62,10 +61,10 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
     for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
             raise UserError(f'model_kwargs: {name} has an option of its own, {instead}')
-    depth = kwargs.get('depth', kwargs.get('depths'))
-    for number in depth if isinstance(depth, (list, tuple)) else [depth]:
-        if isinstance(number, (int, float)) and number > MOST_BLOCKS:
-            raise UserError(f'model_kwargs: {shown(number)} blocks, more than {MOST_BLOCKS:,}; lower the depth')
+    if most_blocks(kwargs) > MOST_BLOCKS:
+        raise UserError(
+            f'model_kwargs: {shown(most_blocks(kwargs))} blocks, more than {MOST_BLOCKS:,}; lower the depth'
+        )
     name = config.model or ''
     check_source(config)
     if ':' not in name and not timm.is_model(name.split('.')[0]):
