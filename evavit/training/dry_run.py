@@ -187,14 +187,17 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     else:
         place = 'before' if schedule.warmup_prefix else 'among'
         warmup = f'{schedule.warmup_epochs} epochs from {schedule.warmup_lr:g}, {place} the {schedule.epochs}'
+    memory, stepped = step_memory(config, checked)
+    simulated = f'by a simulated step{"" if config.machine.amp else " in float32"}'
+    if not stepped:
+        simulated += f', but without the state of {config.optim.opt}, which asks for values that such a step has not'
     lines += [
         ('warm-up', warmup),
         ('output', str(folder)),
         (
             'memory',
-            f'{step_memory(config, checked) / 2**30:.2f} GiB of tensors on each device at the peak of a '
-            f'training step, by a simulated step{"" if config.machine.amp else " in float32"}; the CUDA context and '
-            f"the allocator's gaps come on top",
+            f'{memory / 2**30:.2f} GiB of tensors on each device at the peak of a training step, {simulated}; the CUDA '
+            f"context and the allocator's gaps come on top",
         ),
     ]
     return [f'{name:<14} {text}' for name, text in lines]
@@ -288,9 +291,9 @@ class LiveMemory(TorchDispatchMode):
         return out
 
 
-def step_memory(config: TrainConfig, checked: CheckedRun) -> int:
+def step_memory(config: TrainConfig, checked: CheckedRun) -> Tuple[int, bool]:
     """Bytes of tensors at the peak of a training step on one device: weights, gradients, the optimizer's state, moving
-    average, activations and what the kernels' inputs and outputs need in between.
+    average, activations and what the kernels' inputs and outputs need in between. And whether the optimizer's is known.
 
     One step is run on fake tensors, which have shapes and no content, and the storages alive are added up. Autocast is
     the CPU's, whose choice of low precision is nearly CUDA's. What a kernel allocates inside itself is not seen. The
@@ -318,9 +321,13 @@ def step_memory(config: TrainConfig, checked: CheckedRun) -> int:
                 loss = F.cross_entropy(logits, target)
             loss.backward()
             before = memory.live
-            optimizer.step()
+            stepped = True
+            try:
+                optimizer.step()
+            except RuntimeError:  # of those that ask for a value, or compile a part of theirs
+                stepped = False
         state = max(0, memory.live - before)  # made by the first step, there from the beginning of the next
     copies = (weights if config.ema.model_ema else 0) + (gradients if config.batch.grad_accum_steps > 1 else 0)
     buckets = gradients if checked.batch.processes > 1 else 0  # DistributedDataParallel sends copies
     teacher = sum(p.numel() * p.element_size() for p in checked.teacher.parameters()) if checked.teacher else 0
-    return memory.peak + state + copies + buckets + teacher
+    return memory.peak + state + copies + buckets + teacher, stepped

@@ -139,6 +139,12 @@ def test_dry_run_without_data(call, flags):
     assert code == 0 and 'unknown without data' in out, err
 
 
+@pytest.mark.parametrize('opt', ['muon', 'adamp', 'sgdp', 'novograd', 'kron'])
+def test_dry_run_of_an_optimizer_that_asks_for_values(call, opt):
+    code, out, err = call('train', *MODEL, *QUICK, '--num-classes', '3', '--dry-run', '--opt', opt)
+    assert code == 0 and 'GiB of tensors' in out and f'without the state of {opt}, which asks' in out, err
+
+
 def test_dry_run_tells_the_size_of_the_cache(call, images):
     flags = ['--data-dir', images, *words('--augment-device cuda --cache-device --dry-run')]
     code, out, err = call('train', *MODEL, *QUICK, *flags)
@@ -209,7 +215,7 @@ def test_the_dry_run_takes_what_the_run_takes(train, call, images, tmp_path):
 def estimate(*flags, processes=1):
     settings, _ = parse_settings('train', list(map(str, flags)))
     settings.run.dry_run = True
-    return dry_run.step_memory(settings, dry_run.check_run(settings, processes))
+    return dry_run.step_memory(settings, dry_run.check_run(settings, processes))[0]
 
 
 def test_memory_estimate_against_the_profiler(tmp_path):
