@@ -15,6 +15,7 @@ import traceback
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Tuple
 
+INTERRUPTED = 130  # as a shell has it for Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 ALONE = 3.0  # seconds after which a process takes a fault for its own, where a launcher has not ended it by then
 PLACES = (  # what launchers call a process's place in a run; timm reads the first that is set of each line
@@ -151,7 +152,8 @@ def _tell_thread(args: 'threading.ExceptHookArgs') -> None:
 
 
 def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
-    """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal."""
+    """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal that
+    saves, INTERRUPTED after Ctrl-C where nothing is saved."""
     code, local_rank, rank, world_size = 0, 0, 0, 1
     threading.excepthook = _tell_thread
     try:
@@ -177,6 +179,12 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
                 os._exit(code)
             if fault is not error:  # end the loading processes that are left, whose own end is no error
                 traceback.clear_frames(error.__traceback__)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        if rank == 0:
+            print('error: interrupted', file=sys.stderr, flush=True)
+        if world_size > 1:
+            os._exit(code)
     dist: Any = sys.modules.get('torch.distributed')
     if dist is not None and dist.is_initialized():
         dist.destroy_process_group()

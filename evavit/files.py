@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Iterator, Optional, Union
 
 __all__ = ['BLANK', 'DamagedError', 'is_stamped', 'replacing', 'replacing_in', 'stamp', 'sync_folder']
+
+DAY = 24 * 60 * 60  # seconds
 
 
 @contextmanager
@@ -51,8 +54,13 @@ def replacing_in(folder: Union[str, Path]) -> Iterator[Path]:
 
     For writers that go by a file's ending, or write several files: the last names of the alphabet come first, so that
     `model.onnx.data` is there before `model.onnx`, which refers to it. If the body raises, `folder` is as it was.
+    What a killed process left goes a day later: until then it may be another one's work.
     """
-    with TemporaryDirectory(prefix='.', suffix='.partial', dir=folder) as name:
+    for left in Path(folder).glob('.evavit-*.partial'):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > DAY:
+                _remove(left)
+    with TemporaryDirectory(prefix='.evavit-', suffix='.partial', dir=folder) as name:
         yield Path(name)
         for file in sorted(Path(name).iterdir(), reverse=True):
             os.replace(file, Path(folder, file.name))

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from evavit.errors import (
     ALONE,
+    INTERRUPTED,
     PLACES,
     LocalError,
     SharedError,
@@ -57,6 +58,13 @@ def test_a_fault_that_another_process_has_not_met(local_rank, kind, waits, told,
 
     run_script(main)
     assert capsys.readouterr().err == told and slept == waits and codes == [2]
+
+
+def test_ctrl_c_is_a_line(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    assert run_script(main) == INTERRUPTED == 130 and capsys.readouterr().err == 'error: interrupted\n'
 
 
 class Fails(torch.utils.data.Dataset):

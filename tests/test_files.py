@@ -187,3 +187,16 @@ def test_what_other_programs_wrote_has_no_digest(tmp_path):
         assert not is_stamped(path) and torch.equal(read_weights(path)['weight'], weights['weight'])
     with pytest.raises(ValueError, match='no place'):
         stamp(tmp_path / 'd.safetensors')
+
+
+def test_what_a_killed_process_left_in_a_folder_goes_after_a_day(tmp_path):
+    old, new, mine = (tmp_path / name for name in ('.evavit-old.partial', '.evavit-new.partial', '.mine.partial'))
+    for folder in (old, new, mine):
+        folder.mkdir()
+        (folder / 'model.onnx').touch()
+    for folder in (old, mine):
+        os.utime(folder, (0, 0))
+    with replacing_in(tmp_path) as folder:
+        assert folder.name.startswith('.evavit-') and folder.name.endswith('.partial')
+        (folder / 'model.onnx').write_text('whole')
+    assert {path.name for path in tmp_path.iterdir()} == {'model.onnx', new.name, mine.name}

@@ -324,6 +324,8 @@ def _check_names(named: Iterable[Tuple[str, Optional[str]]]) -> None:
     """Names that no file system takes; the other checks can then ask for them."""
     for name, path in named:
         try:
+            if name in ('output', 'experiment'):
+                (path or '').encode()  # TensorBoard takes no other
             os.lstat(path or '.')
         except FileNotFoundError:  # what comes after a missing folder has not been looked at
             longest = max(len(os.fsencode(part)) for part in Path(path or '.').parts)

@@ -139,6 +139,14 @@ def test_dry_run_without_data(call, flags):
     assert code == 0 and 'unknown without data' in out, err
 
 
+@pytest.mark.parametrize('flag', ['--output', '--experiment'])
+def test_a_folder_whose_name_is_no_text(call, tmp_path, flag):
+    """TensorBoard cannot write there: the run would end in its midst."""
+    name = tmp_path / 'a\udcff' if flag == '--output' else 'a\udcff'
+    code, _, err = call('train', *MODEL, *QUICK, '--num-classes', '3', '--dry-run', flag, name)
+    assert code == 2 and err.startswith(f'error: {flag[2:]} ') and 'not a path' in err and err.count('\n') == 1, err
+
+
 @pytest.mark.parametrize('opt', ['muon', 'adamp', 'sgdp', 'novograd', 'kron'])
 def test_dry_run_of_an_optimizer_that_asks_for_values(call, opt):
     code, out, err = call('train', *MODEL, *QUICK, '--num-classes', '3', '--dry-run', '--opt', opt)

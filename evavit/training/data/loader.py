@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type
 
 import torch
+from PIL import Image
 from timm.data import IterableImageDataset, create_loader, resolve_data_config
 from timm.data.loader import fast_collate
 from timm.models import get_model_input_config
@@ -171,6 +172,12 @@ def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]
         if given[key] is not None and len(given[key]) not in (1, channels):
             raise UserError(f'{key} {given[key]} has {len(given[key])} numbers for images of {channels} channels')
     resolved = resolve_data_config(given, model=model)
+    height, width = resolved['input_size'][-2:]
+    if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
+        raise UserError(
+            f'images of {height} × {width} are larger than any that is read ({Image.MAX_IMAGE_PIXELS:,} pixels); lower '
+            f'--img-size, or img_size in --model-kwargs'
+        )
     for key in ('mean', 'std'):  # ImageNet's three numbers do for grey images as their average
         if len(resolved[key]) != channels:
             resolved[key] = (sum(resolved[key]) / len(resolved[key]),) * channels

@@ -116,6 +116,12 @@ def test_input_settings_follow_the_model(given, size, mean):
     assert tuple(config['input_size']) == size and len(config['mean']) == len(config['std']) == mean
 
 
+def test_images_that_no_file_may_have():
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    with pytest.raises(UserError, match=r'images of 30000 × 30000 are larger than any that is read'):
+        data.resolve_input(ModelConfig(img_size=30000), model)
+
+
 class Telling(torch.utils.data.Dataset):
     def __len__(self):
         return 1
