@@ -97,7 +97,7 @@ def _lost_worker(error: Exception) -> LocalError:
         return LocalError(f'DataLoader worker lost while it handed over a batch ({text[:200]}): {remedy}')
     if ('torch.utils.data.dataloader', '_get_iterator') in places:
         return LocalError(f'--workers: loading processes do not start ({text[:200]}); lower it, or give 0')
-    if re.search('Connection (closed|reset) by peer|Broken pipe|Socket closed', text) and dist.is_initialized():
+    if _in_a_group() and re.search('Connection (closed|reset) by peer|Broken pipe|Socket closed', text):
         return LocalError(f'another process of this run has ended, and tells the reason itself ({text[-100:]})')
     raise error
 
@@ -185,7 +185,12 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
             print('error: interrupted', file=sys.stderr, flush=True)
         if world_size > 1:
             os._exit(code)
-    dist: Any = sys.modules.get('torch.distributed')
-    if dist is not None and dist.is_initialized():
-        dist.destroy_process_group()
+    if _in_a_group():
+        sys.modules['torch.distributed'].destroy_process_group()
     return code
+
+
+def _in_a_group() -> bool:
+    """Whether this process belongs to PyTorch's group of processes. --help does without PyTorch."""
+    dist: Any = sys.modules.get('torch.distributed')
+    return dist is not None and dist.is_initialized()

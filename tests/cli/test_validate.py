@@ -153,8 +153,8 @@ def test_metrics_of_classes_calibration_and_latency(train, images, judged, call,
     plain = judged('--checkpoint', folder / 'last.pth.tar')
     assert list(plain)[-1] == 'ece' and plain['ece'] == pytest.approx(row['ece'], abs=1e-3)
     flags = ['--results-file', tmp_path / 'two.json', '--report-dir', tmp_path / 'two', '--metrics-avg', 'weighted']
-    done = command('validate', '--checkpoint', folder / 'last.pth.tar', '--data-dir', images, '--workers', '0',
-                   '-b', '3', '--device', 'cpu', *flags, processes=2)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    place = ['--checkpoint', folder / 'last.pth.tar', '--data-dir', images]
+    done = together(load_script('validate').main, *place, '--workers', '0', '-b', '3', '--device', 'cpu', *flags)
+    assert done.returncodes == [0, 0], done.stderr
     assert json.loads((tmp_path / 'two.json').read_text())['weighted_f1_score'] == row['weighted_f1_score']
     assert (tmp_path / 'two' / 'confusion.csv').read_text() == (tmp_path / 'report' / 'confusion.csv').read_text()
