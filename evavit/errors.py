@@ -71,8 +71,10 @@ def reason_of(error: BaseException) -> str:
     told = re.search(r'os error (\d+)', str(error))  # safetensors tells the system's number as text
     numbers = {int(told[1])} if told else set()
     fault: Optional[BaseException] = error
-    while fault is not None:  # PyTorch puts an error of its own over the system's
-        numbers.add(getattr(fault, 'errno', None) or 0)
+    seen = set()
+    while fault is not None and id(fault) not in seen:  # one that is raised twice may be its own cause
+        numbers.add(getattr(fault, 'errno', None) or 0)  # PyTorch puts an error of its own over the system's
+        seen.add(id(fault))
         fault = fault.__cause__ or fault.__context__
     if full := FULL & numbers:
         return f'the disk is full: {os.strerror(full.pop())}'
@@ -146,8 +148,9 @@ def _quiet_children() -> Iterator[None]:
 
 
 def _tell_thread(args: 'threading.ExceptHookArgs') -> None:
-    """Of PyTorch's thread that pins batches, whose end the main thread meets and tells, say nothing."""
-    if args.thread is None or '_pin_memory_loop' not in args.thread.name:
+    """Of the threads that pin batches or write curves say nothing: the main thread meets what ends them, and tells."""
+    thread = args.thread
+    if thread is None or ('_pin_memory_loop' not in thread.name and type(thread).__name__ != '_AsyncWriterThread'):
         threading.__excepthook__(args)
 
 

@@ -133,3 +133,11 @@ def test_the_reason_of_a_failed_write():
         (RuntimeError(), 'RuntimeError'),
     ):
         assert reason_of(error) == reason
+
+
+@pytest.mark.timeout(10)
+def test_an_error_that_is_its_own_cause():
+    error = OSError(errno.ENOSPC, 'No space left on device')
+    error.__cause__ = UserError('in other words')
+    error.__cause__.__context__ = error
+    assert reason_of(error.__cause__) == f'the disk is full: {os.strerror(errno.ENOSPC)}'
