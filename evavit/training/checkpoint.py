@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import io
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import os
 import socket
 import stat
 from pathlib import Path
-from typing import IO, Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import safetensors
 import torch
@@ -73,18 +74,21 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
+            other = (file.read(200) or b'').decode(errors='replace')
             raise LocalError(
-                f'{folder}: another run is writing there ({file.read(200)}); let it end, or give another --experiment'
+                f'{folder}: another run is writing there ({other}); let it end, or give another --experiment'
             ) from None
         except (ImportError, OSError):  # a system, or a file system, without locks
             log.debug(f'{folder} cannot be locked')
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}')
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        except OSError as error:
+            raise LocalError(f'{folder}: cannot be written ({reason_of(error)}); {remedy(folder)}') from error
         yield
 
 
-def _open_lock(path: Path) -> IO[str]:
+def _open_lock(path: Path) -> io.FileIO:
     """The file, made where it is not there. What else may be called so is not opened: another file's content would be
     lost behind a link."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
@@ -96,7 +100,7 @@ def _open_lock(path: Path) -> IO[str]:
     if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
         os.close(descriptor)
         raise strange
-    return open(descriptor, 'r+', encoding='utf-8', errors='replace')
+    return open(descriptor, 'rb+', buffering=0)  # nothing is left to write when it closes
 
 
 class Saver(CheckpointSaver):

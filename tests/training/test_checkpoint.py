@@ -310,6 +310,17 @@ def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
         checkpoint.find_resume(str(elsewhere), tmp_path)
 
 
+def test_a_disk_without_room_for_the_lock(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(LocalError) as error, checkpoint.locked_folder(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.search('cannot be written .*; nothing was saved before', str(error.value))
+
+
 @pytest.mark.parametrize('before, after', [('top5', 'top1'), ('top1', 'loss'), ('loss', 'top5')])
 def test_epochs_are_compared_by_one_metric(before, after, tmp_path):
     """Going on in the same folder with another one would rank its epochs among those that the first has judged."""
