@@ -58,6 +58,7 @@ from driver import (  # noqa: E402
 from tiny_imagenet.build import missing  # noqa: E402
 
 BATCH = {224: 64, 518: 32}  # side: images of an update
+EPOCHS = 10  # of the updates, the first of them the warm-up
 CELLS = {  # of a side: arguments of convert_vit; the first are its defaults
     224: {'cells3': {}, 'cells8x8': dict(partition_grid=8)},
     518: {'cells3': {}, 'cells7x7': dict(partition_grid=7)},
@@ -145,11 +146,12 @@ def pictures_of(folder):
 def pictures(job, batch, args):
     """(folder, epochs): links to so many pictures that these epochs of batches are the run's updates."""
     every = pictures_of(args.data_dir / 'train')
-    fitting = (n for n in range(1, job.updates + 1) if job.updates % n == 0 and job.updates // n * batch <= len(every))
-    epochs = next(fitting, None)
-    if epochs is None:
-        raise UserError(f'{args.data_dir}: {len(every)} pictures to train on, less than a batch of {batch}')
+    epochs = max(n for n in range(1, EPOCHS + 1) if job.updates % n == 0)
     count = job.updates // epochs * batch
+    if count > len(every):
+        raise UserError(
+            f'{args.data_dir}: {len(every)} pictures to train on, {count} are needed; lower --updates or -b'
+        )
     folder = args.output / f'pictures-{count}'
     with alone(args.output / 'pictures.lock', wait=True):
         if not folder.is_dir():

@@ -17,7 +17,7 @@ from evavit.errors import run_script
 
 SMALL = dict(depth=2, embed_dim=16, num_heads=2)
 FLAGS = words('--device cpu --no-amp -b 4 --global-batch-size 4 --workers 0 --model-kwargs depth=2 embed_dim=16')
-FLAGS += words('num_heads=2 --updates 6 --pictures 3')
+FLAGS += words('num_heads=2 --lr 1e-4 --updates 12 --pictures 3')
 
 
 class Foreign(nn.Module):
@@ -167,7 +167,7 @@ def test_the_runs_at_a_small_size(pictures, tmp_path, monkeypatch, capsys):
             return {row['run']: row for row in csv.DictReader(stream)}
 
     states = dict(line.split(None, 1) for line in work('--list').splitlines())
-    assert list(states) == [job.name for job in driver.all_jobs(6)] and set(states.values()) == {'to do'}
+    assert list(states) == [job.name for job in driver.all_jobs(12)] and set(states.values()) == {'to do'}
     work('--only', 'cells3-0', 'x8-0', 'x7-0')
     grids = {name: (row['tokens'], row['partition_grid'], row['updates']) for name, row in rows().items()}
     assert grids == {
@@ -175,16 +175,16 @@ def test_the_runs_at_a_small_size(pictures, tmp_path, monkeypatch, capsys):
         '518-cells3-0': ('1369', '13', '0'), '518-cells7x7-0': ('1369', '7', '0'),
     }  # fmt: skip
     with monkeypatch.context() as patch:
-        signal_at(patch, [2])
-        assert 'asked to stop: epoch 0, update 2 of 3' in work('--only', '224-cells3-6')
-    assert re.search(r'^224-cells3-6-s0 +started$', work('--list'), re.M)
-    work('--only', '224-cells3-6')
-    row, before = rows()['224-cells3-6-s0'], rows()['224-cells3-0']
-    assert row['train_pictures'] == '12' and row['pictures'] == '3' and row['commit'] and row['date']
+        signal_at(patch, [3])
+        assert 'asked to stop: epoch 1, update 1 of 2' in work('--only', '224-cells3-12')
+    assert re.search(r'^224-cells3-12-s0 +started$', work('--list'), re.M)
+    work('--only', '224-cells3-12')
+    row, before = rows()['224-cells3-12-s0'], rows()['224-cells3-0']
+    assert row['train_pictures'] == '8' and row['pictures'] == '3' and row['commit'] and row['date']
     assert 0.98 < float(before['patch_cosine']) < float(row['patch_cosine']) < 1
     assert 0.98 < float(row['class_cosine']) <= 1
     settings = (tmp_path / 'runs' / 'settings' / row['settings']).read_text()
-    assert 'kd_distill_type: feature' in settings and 'task_loss_weight: 0' in settings and 'epochs: 2' in settings
+    assert 'kd_distill_type: feature' in settings and 'task_loss_weight: 0' in settings and '\nepochs: 6\n' in settings
     assert f'| 224 | 256 | 7 × 7 | 6 × 6 | {float(before["patch_cosine"]):.4f} |' in work('--report')
     for given, line in (([*files, files[0]], 'is in an earlier file too'), (files[:1], 'has runs from other weights')):
         assert call(driver, '--weights', *given, '--data-dir', pictures, '--output', tmp_path / 'runs') == 2
