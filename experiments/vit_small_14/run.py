@@ -156,7 +156,9 @@ def pictures(job, batch, args):
     with alone(args.output / 'pictures.lock', wait=True):
         if not folder.is_dir():
             with replacing(folder) as partial:
-                for path in every[:count] + pictures_of(args.data_dir / 'held')[: args.pictures]:
+                classes = {path.parent.name for path in every[:count]}  # train.py judges no others
+                held = [path for path in pictures_of(args.data_dir / 'held') if path.parent.name in classes]
+                for path in every[:count] + held[: args.pictures]:
                     link = partial / path.parent.parent.name / path.parent.name / path.name
                     link.parent.mkdir(parents=True, exist_ok=True)
                     link.symlink_to(path.resolve())
