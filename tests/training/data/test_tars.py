@@ -56,7 +56,7 @@ def test_a_tar_is_the_folder_in_it(images, tmp_path, order):
 MISTAKES = {
     'another class': ('validation/zebra/0.png', 'class zebra is not among the 3 known classes'),
     'no class': ('train/0.png', 'an image outside of the class folders'),
-    'another format': ('train/pear/0.webp', r'only \.png, \.jpg, \.jpeg are read'),
+    'another format': ('train/pear/0.gif', r'only \.png, \.jpg, \.jpeg, \.webp, \.bmp are read'),
     'two depths': ('train/pear/more/0.png', 'holds both images .0.png and 3 more. and folders .more.'),
     'an empty class': ('train/zebra', 'zebra: class folder without an image'),
 }
