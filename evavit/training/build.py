@@ -274,7 +274,7 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
 
 
 def _kind(value: torch.Tensor) -> Tuple[bool, bool]:
-    return value.is_floating_point(), value.is_complex()
+    return value.is_floating_point() and value.element_size() > 1, value.is_complex()  # eight bits are no weights
 
 
 def build_task(

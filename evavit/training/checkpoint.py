@@ -425,7 +425,7 @@ def _check_teacher(path: Path, checkpoint: Dict[str, Any], teacher: Optional[Dic
 
 
 # What the flags decide in an optimizer; "fused" follows the device, see `build.build_optimizer`.
-FROM_FLAGS = ('lr', 'initial_lr', 'weight_decay', 'betas', 'eps', 'momentum', 'fused')
+FROM_FLAGS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum', 'fused')
 
 
 def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) -> None:
@@ -447,6 +447,8 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
         for name in saved.keys() - group.keys() - tried.keys():
             if not (saved[name] is None or isinstance(saved[name], bool) or is_number(saved[name])):
                 raise ValueError(f'its {name} is {_form(saved[name])}, not a number')
+            if after or name == 'lr_scale':  # nothing of this run's: a scheduler would multiply by it
+                del saved[name]
     expected = after.get('state', {})
     for number, entry in state['state'].items():
         for name, value in expected.get(number, {}).items():
@@ -510,6 +512,11 @@ def _position(path: Path, checkpoint: Dict[str, Any], run: Run) -> Position:
             f'restarts at epoch {position.epoch}'
         )
         return Position(epoch=position.epoch)
+    if run.bad is not None and any(index >= run.bad.indices for index in position.bad):
+        raise UserError(
+            f'{path} tells of bad image {max(position.bad)}, and this data set has {run.bad.images}: continue with the '
+            f'data that it was written with'
+        )
     if then['processes'] != now['processes']:
         log.info(
             f'{changed}, here there are {now["processes"]}: the images go on in the same order, what each process '

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import re
 import sys
 import zipfile
@@ -123,7 +124,8 @@ def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
     fields = {field.name for field in dataclasses.fields(Position)}
     yield 'saver.position', position, isinstance(position, dict) and position.keys() == fields
     for name in ('lr', 'loss', 'grad_norm', 'seconds', 'waited'):
-        yield f'saver.position.{name}', position[name], is_number(position[name])
+        value, least = position[name], -math.inf if name == 'loss' else 0
+        yield f'saver.position.{name}', value, is_number(value) and value >= least
     yield 'saver.position.epoch', position['epoch'], is_whole(position['epoch']) and position['epoch'] - 1 == epoch
     yield 'saver.position.update', position['update'], is_whole(position['update'], 0, plan['updates_per_epoch'])
     yield 'saver.position.skipped', position['skipped'], is_whole(position['skipped'], 0, position['update'])

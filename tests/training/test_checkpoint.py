@@ -20,6 +20,7 @@ from training.small_run import run_of, saver_of, settings_of
 
 from evavit.errors import LocalError, UserError
 from evavit.training import build, checkpoint, contents, dry_run, loop
+from evavit.training.data.images import BadImages
 from evavit.training.loop import Position
 
 
@@ -411,6 +412,31 @@ def weight(value):
     return lambda content: content['state_dict'].update(weight=value)
 
 
+@pytest.mark.parametrize('value', [-1.0, 1e30])
+@pytest.mark.parametrize('own', [None, 0.5])
+def test_no_checkpoint_scales_the_learning_rate(saver, tmp_path, value, own):
+    """timm's schedulers multiply by lr_scale, which --layer-decay alone gives: here it is this run's, or none."""
+    path = tmp_path / 'last.pth.tar'
+    saver.save_position(Position(0, 3))
+    rewritten(path, group(lr_scale=value, of_another_version=3.0))
+    run = run_of()
+    if own:
+        run.optimizer.param_groups[0]['lr_scale'] = own
+    resume([path], run)
+    assert run.optimizer.param_groups[0].get('lr_scale') == own
+    assert 'of_another_version' not in run.optimizer.param_groups[0]
+
+
+def test_bad_images_that_the_data_set_does_not_have(saver, tmp_path):
+    path, run = tmp_path / 'last.pth.tar', run_of()
+    saver.save_position(Position(0, 3, bad={7: 'a.png\nempty', 31: 'b.png\nempty'}))
+    run.bad = BadImages(32, 1.0)
+    assert resume([path], run).bad.keys() == {7, 31}
+    run.bad = BadImages(31, 1.0)
+    with pytest.raises(UserError, match='tells of bad image 31, and this data set has 31'):
+        resume([path], run)
+
+
 @pytest.mark.parametrize(
     'change, words',
     [
@@ -438,9 +464,9 @@ def weight(value):
             'its exp_avg_sq of parameter 0 is missing',
         ),
         (lambda content: content['optimizer']['state'].clear(), 'lacks the state of the optimizer after 3 updates'),
-        (group(lr_scale='x'), 'its lr_scale is str, not a number'),
         (weight(torch.ones(2, 4, dtype=torch.complex64)), 'has in another type of number weight'),
         (weight(torch.ones(2, 4, dtype=torch.int8)), 'has in another type of number weight'),
+        (weight(torch.ones(2, 4).to(torch.float8_e4m3fn)), 'has in another type of number weight'),
         (weight(torch.ones(2, 5)), 'has in another shape weight'),
         (weight(torch.ones(1).expand(10**9, 10**9)), 'has in another shape weight'),
         (weight(torch.full((2, 4), float('inf'))), 'its weights are not finite'),

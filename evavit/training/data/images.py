@@ -62,6 +62,7 @@ class BadImages:
         self.lock: Any = nullcontext()
         self.counter = torch.zeros(1, dtype=torch.int64)
         self.marks = torch.zeros(max(images if indexed else min(images, 2**24), 2**16), dtype=torch.bool)
+        self.indices = images if indexed else len(self.marks)  # an image's is below
         self.lines = torch.zeros(min(self.limit + 1, self.LINES), self.LINE, dtype=torch.uint8)
         self.reading = Reading()
         self.unshared = ''  # why loading processes cannot reach the count; without them it does as it is
