@@ -262,6 +262,7 @@ def load_exported(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest expected value."""
+    """Largest difference, relative to the largest expected value where that is not zero; NaN where one of them is."""
     expected = expected.double()
-    return ((got.double() - expected).abs().max() / expected.abs().max()).item()
+    difference, scale = (got.double() - expected).abs().max().item(), expected.abs().max().item()
+    return difference / scale if scale else difference

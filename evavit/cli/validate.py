@@ -7,13 +7,14 @@ validate.py --model NAME --pretrained --data-dir DIR
 import csv
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
 import torch
 
 from evavit.bench.clocks import median_seconds
-from evavit.errors import UserError, reason_of
+from evavit.errors import SharedError, UserError, reason_of
 from evavit.files import replacing
 from evavit.training import build, checks, contents, data, loop, report
 from evavit.training.agreement import check_agreement
@@ -78,6 +79,9 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         process,
         compilation=compilation,
     )
+    if not all(map(math.isfinite, metrics.values())):
+        told = ', '.join(f'{name} {value:g}' for name, value in metrics.items() if not math.isfinite(value))
+        raise SharedError(f'{told}: no result; the outputs of the model are not finite in {_precision(machine)}')
     log.info(
         f'top-1 {metrics["top1"]:.2f} %  top-5 {metrics["top5"]:.2f} %  loss {metrics["loss"]:.4f}  ({images} images)'
     )
@@ -139,6 +143,10 @@ def latency(
         f'({1e3 * batch_size / batch:.0f} images a second)'
     )
     return dict(latency_ms=round(one, 4), batch_latency_ms=round(batch, 4))
+
+
+def _precision(machine: MachineConfig) -> str:
+    return f'{machine.amp_dtype}; leave --amp out, or choose another --amp-dtype' if machine.amp else 'float32'
 
 
 def check_settings(config: ValidateConfig) -> None:

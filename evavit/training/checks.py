@@ -198,6 +198,8 @@ def _check_distillation(config: DistilConfig, model: ModelConfig) -> None:
             raise UserError(
                 f'{name} does nothing with kd_distill_type {kind}; leave it out, or choose {" or ".join(kinds)}'
             )
+    if config.distill_loss_weight == config.task_loss_weight == 0:
+        raise UserError('distill_loss_weight 0 and task_loss_weight 0 leave nothing to train on: give one above 0')
     if teacher != PARENT:
         return
     if not model.convert:

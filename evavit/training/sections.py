@@ -321,7 +321,7 @@ class DistilConfig:
         None, 'weight of the distillation loss; default: 1, or 1 - task_loss_weight where that is given alone', low=0
     )
     task_loss_weight: Optional[float] = option(None, 'weight of the loss against the labels; default: 1', low=0)
-    kd_temperature: float = option(4.0, 'temperature of the softmax over logits', low=0.01)
+    kd_temperature: float = option(4.0, 'temperature of the softmax over logits', low=0.01, high=1000)
     kd_feature_level: str = option(
         'pooled',
         'features that are compared: those before the classifier, or every token of the last block',

@@ -174,6 +174,8 @@ def test_weights_from_before_the_conversion_are_judged(call, images, tmp_path, p
             'kd_feature_level does nothing with kd_distill_type logit',
         ),
         ('--kd-model-name resnet18 --kd-distill-type features', 'does not fit kd_distill_type'),
+        ('--kd-model-name resnet18 --kd-temperature 1e300', 'kd_temperature'),
+        ('--kd-model-name resnet18 --distill-loss-weight 0 --task-loss-weight 0', 'leave nothing to train on'),
         ('--convert-kwargs window_size=2', 'convert_kwargs does nothing without convert'),
         ('--convert eva --convert-kwargs attention=local', 'convert_kwargs: leave attention out'),
         ('--convert evil', "unknown attention 'evil'"),

@@ -16,7 +16,8 @@ from runs import KWARGS, MODEL, load_script
 from timm.data import create_transform, resolve_data_config
 
 from evavit import export as exporting
-from evavit.errors import run_script
+from evavit.cli.export import check_forward
+from evavit.errors import UserError, run_script
 from evavit.training import config, contents
 
 
@@ -48,6 +49,20 @@ def test_flags_are_timms():
     known = config.options_of('export')
     assert set(TIMM) <= set(known)
     assert known['model'].short == '-m' and known['batch_size'].short == '-b' and known['batch_size'].default == 1
+
+
+@pytest.mark.parametrize('got', [[1.0, float('nan')], [float('nan')] * 2, [1.0, float('inf')], [1.0, 2.1]])
+def test_outputs_that_differ_are_no_agreement(got, tmp_path, monkeypatch):
+    """NaN differs from all numbers, and itself."""
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.zeros_(model.weight)
+    model.bias = torch.nn.Parameter(torch.tensor([1.0, 2.0 if got[0] == 1 else float('nan')]))
+    monkeypatch.setattr(exporting, 'load_exported', lambda path: lambda images: torch.tensor([got] * len(images)))
+    settings = config.parse_settings('export', [])[0]
+    with pytest.raises(UserError, match='its output differs from PyTorch'):
+        check_forward(model, tmp_path / 'model.onnx', (2,), settings)
+    zero = torch.zeros(2, 3)
+    assert exporting.relative_error(zero, zero) == 0 and exporting.relative_error(zero + 1, zero) == 1
 
 
 @needs_onnx

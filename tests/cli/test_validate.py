@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from runs import CLASSES, MODEL, load_script, together, words
+from runs import CLASSES, MODEL, QUICK, SOFTMAX, load_script, together, words
 
 COLUMNS = ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']
 
@@ -158,3 +158,40 @@ def test_metrics_of_classes_calibration_and_latency(train, images, judged, call,
     assert done.returncodes == [0, 0], done.stderr
     assert json.loads((tmp_path / 'two.json').read_text())['weighted_f1_score'] == row['weighted_f1_score']
     assert (tmp_path / 'two' / 'confusion.csv').read_text() == (tmp_path / 'report' / 'confusion.csv').read_text()
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_named(call, images, tmp_path, value):
+    import timm
+
+    kwargs = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+    state = timm.create_model('softmax_deit_tiny', **kwargs).state_dict()
+    state['blocks.0.mlp.fc1.weight'][3, 4] = value
+    torch.save(state, tmp_path / 'bad.pth')
+    model = ['--model', 'softmax_deit_tiny', '--model-kwargs', *(f'{key}={item}' for key, item in SOFTMAX.items())]
+    model += ['--num-classes', '3']
+    place = ['--data-dir', images, '--output', tmp_path / 'out']
+    for script, *flags in (
+        ('validate', '--checkpoint', tmp_path / 'bad.pth', '--data-dir', images, '--workers', '0'),
+        ('export', tmp_path / 'model.onnx', '--checkpoint', tmp_path / 'bad.pth'),
+        ('train', *QUICK, *place, '--initial-checkpoint', tmp_path / 'bad.pth'),
+        ('train', *QUICK, *place, '--pretrained-path', tmp_path / 'bad.pth'),
+    ):
+        code, _, err = call(script, *flags, *model)
+        assert code == 2 and err.count('\n') == 1, err
+        assert f'{tmp_path}/bad.pth: its weights are not finite (blocks.0.mlp.fc1.weight has NaN' in err
+    assert not (tmp_path / 'model.onnx').exists() and not (tmp_path / 'out').exists()
+
+
+def test_outputs_that_are_not_finite_are_no_result(call, images, tmp_path):
+    import timm
+
+    kwargs = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+    state = timm.create_model('softmax_deit_tiny', **kwargs).state_dict()
+    state['head.weight'].fill_(3e38)
+    torch.save(state, tmp_path / 'large.pth')
+    model = ['--model', 'softmax_deit_tiny', '--model-kwargs', *(f'{key}={item}' for key, item in SOFTMAX.items())]
+    flags = ['--num-classes', '3', '--data-dir', images, '--workers', '0', '--results-file', tmp_path / 'val.json']
+    code, _, err = call('validate', *model, *flags, '--checkpoint', tmp_path / 'large.pth')
+    assert code == 2 and 'loss ' in err and 'no result; the outputs of the model are not finite in float32' in err, err
+    assert not (tmp_path / 'val.json').exists()
