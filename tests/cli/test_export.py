@@ -51,12 +51,15 @@ def test_flags_are_timms():
     assert known['model'].short == '-m' and known['batch_size'].short == '-b' and known['batch_size'].default == 1
 
 
-@pytest.mark.parametrize('got', [[1.0, float('nan')], [float('nan')] * 2, [1.0, float('inf')], [1.0, 2.1]])
+NAN, INF = float('nan'), float('inf')
+
+
+@pytest.mark.parametrize('got', [[1.0, NAN], [NAN, NAN], [INF, 1.0], [1.0, INF], [1.0, 2.1]])
 def test_outputs_that_differ_are_no_agreement(got, tmp_path, monkeypatch):
-    """NaN differs from all numbers, and itself."""
+    """NaN and infinity differ from all numbers, and themselves."""
     model = torch.nn.Linear(2, 2)
     torch.nn.init.zeros_(model.weight)
-    model.bias = torch.nn.Parameter(torch.tensor([1.0, 2.0 if got[0] == 1 else float('nan')]))
+    model.bias = torch.nn.Parameter(torch.tensor([1.0, 2.0] if got[0] == 1 else got))
     monkeypatch.setattr(exporting, 'load_exported', lambda path: lambda images: torch.tensor([got] * len(images)))
     settings = config.parse_settings('export', [])[0]
     with pytest.raises(UserError, match='its output differs from PyTorch'):

@@ -6,6 +6,7 @@ labels without a word: here each is a UserError (`folders`). An image that canno
 
 import gzip
 import logging
+import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,14 @@ from evavit.arguments import nearest
 from evavit.errors import UserError, first_line
 from evavit.files import replacing
 from evavit.training.config import DataConfig
-from evavit.training.data.folders import SPLIT_NAMES, ClassFolders, find_split, find_undivided, hold_out
+from evavit.training.data.folders import (
+    SPLIT_NAMES,
+    ClassFolders,
+    check_links,
+    find_split,
+    find_undivided,
+    hold_out,
+)
 from evavit.training.data.hub import ADDRESS, network
 from evavit.training.data.images import CheckedImages, CheckedStream
 from evavit.training.data.shards import check_shards, shard_root
@@ -39,6 +47,7 @@ TORCH_DATASETS = (
     'places365',
     'image_folder',
 )
+FOLDERS = ('imagenet', 'inaturalist', 'inat', 'image_folder', 'folder')  # of which torchvision walks the files
 MOST_IMAGES = 10**10  # of a stream, which are nowhere counted
 Checked = Union[CheckedImages, CheckedStream]
 
@@ -79,6 +88,8 @@ def open_dataset(
     class_map: Any = config.class_map  # timm's annotation leaves out the path that it takes as well
     if prefix == 'torch':
         _unpack_raw_files(config.data_dir)
+        if config.dataset.partition('/')[2].lower() in FOLDERS and os.path.isdir(config.data_dir or ''):
+            check_links(Path(config.data_dir or ''))
     root = shard_root(config.data_dir or '.', split) if prefix == 'wds' else config.data_dir
     try:
         with network(config) if prefix in ('hfds', 'hfids') else nullcontext():

@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 from pathlib import Path
-from typing import IO, Callable, Dict, Iterable, List, Optional, Sequence, Set, Tuple
+from typing import IO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -21,6 +21,7 @@ from evavit.training.data.decode import open_file
 
 log = logging.getLogger(__name__)
 
+MOST_LINKS = 100_000  # to folders: those that lead from one to another can make up any number of paths
 SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))
 READ_TOO = ('.webp', '.bmp')  # beside timm's png, jpg and jpeg
 OTHER_IMAGES = {
@@ -154,24 +155,10 @@ def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
     empty: List[str] = []
     circles: List[str] = []
     strange: List[str] = []
-    todo: List[Tuple[Path, Tuple[str, ...]]] = [(root, (os.path.realpath(root),))]
-    while todo:
-        folder, ancestors = todo.pop()
-        subfolders: List[str] = []
+    for folder, subfolders, files in _tree(root, circles):
         images: List[str] = []
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f'{folder}: cannot be read ({error.strerror})') from error
-        for entry in entries:
-            if _is(entry.is_dir):
-                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(ancestors[-1], entry.name)
-                if real in ancestors:
-                    circles.append(entry.path)
-                    continue
-                subfolders.append(entry.name)
-                todo.append((Path(entry.path), (*ancestors, real)))
-            elif check_format(entry.path):
+        for entry in files:
+            if check_format(entry.path):
                 (images if _may_be_file(entry) else strange).append(entry.path)
         check_place(folder, root, images, subfolders)
         if not images and not subfolders and folder != root:
@@ -184,6 +171,45 @@ def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
         )
     warn_of_strange(strange)
     return found, sorted(empty)
+
+
+def _tree(root: Path, circles: List[str]) -> Iterator[Tuple[Path, List[str], List['os.DirEntry[str]']]]:
+    """(folder, names of the folders in it, its files) of a folder and all below, through links too. Those that
+    lead back to a folder around them are left out and added to `circles`."""
+    links = 0
+    todo: List[Tuple[Path, Tuple[str, ...]]] = [(root, (os.path.realpath(root),))]
+    while todo:
+        folder, ancestors = todo.pop()
+        subfolders: List[str] = []
+        files: List[os.DirEntry[str]] = []
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f'{folder}: cannot be read ({error.strerror})') from error
+        for entry in entries:
+            if not _is(entry.is_dir):
+                files.append(entry)
+                continue
+            real = os.path.join(ancestors[-1], entry.name)
+            if entry.is_symlink():
+                real, links = os.path.realpath(entry.path), links + 1
+            if links > MOST_LINKS:
+                raise UserError(f'{root}: more than {MOST_LINKS:,} links to folders, such as {entry.path[:200]}')
+            if real in ancestors:
+                circles.append(entry.path)
+                continue
+            subfolders.append(entry.name)
+            todo.append((Path(entry.path), (*ancestors, real)))
+        yield folder, subfolders, files
+
+
+def check_links(root: Path) -> None:
+    """UserError where a link leads back to a folder around it: torchvision would follow it 40 folders deep, and of two
+    such links each way."""
+    circles: List[str] = []
+    for _ in _tree(root, circles):
+        if circles:
+            raise UserError(f'{circles[0]}: a link that leads back to a folder around it; take it away')
 
 
 def check_format(path: str) -> bool:

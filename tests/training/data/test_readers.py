@@ -17,6 +17,7 @@ from runs import CLASSES, MODEL, QUICK, load_script, write_images
 from evavit.errors import UserError, run_script
 from evavit.training import data
 from evavit.training.config import parse_settings
+from evavit.training.data import folders
 from evavit.training.distributed import Process
 
 
@@ -151,6 +152,32 @@ def test_tar_and_folder_agree(images, tars):
             sets.append(data.open_dataset(settings.data, split, batch_size=4))
         assert sets[0][1] == sets[1][1] == list(CLASSES)
         assert labels(sets[0][0]) == labels(sets[1][0])
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize('dataset', ['torch/image_folder', 'Torch/ImageNet', 'torch/folder'])
+def test_torchvision_follows_no_circle(images, dataset):
+    """Of two links it would try all ways, 40 folders deep."""
+    place = images / 'train' / 'pear'
+    for name in ('a', 'b'):
+        (place / name).symlink_to(place, target_is_directory=True)
+    settings, _ = parse_settings('train', ['--data-dir', str(images), '--dataset', dataset])
+    with pytest.raises(UserError, match='pear/a: a link that leads back to a folder around it'):
+        data.open_dataset(settings.data, 'train', batch_size=4)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
+def test_links_that_make_up_too_many_paths(images, dataset, monkeypatch):
+    """No circle: each of 40 folders is in the one before it, twice."""
+    monkeypatch.setattr(folders, 'MOST_LINKS', 1000)
+    for number in range(40):
+        (images / 'train' / f'd{number}').mkdir()
+        for name in ('a', 'b') if number else ():
+            (images / 'train' / f'd{number - 1}' / name).symlink_to(images / 'train' / f'd{number}')
+    settings, _ = parse_settings('train', ['--data-dir', str(images), '--dataset', dataset])
+    with pytest.raises(UserError, match='more than 1,000 links to folders, such as '):
+        data.open_dataset(settings.data, 'train', batch_size=4)
 
 
 def _rewrite_shard(path, change):
