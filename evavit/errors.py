@@ -180,8 +180,9 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
                 # torchrun then ends them.
                 sys.stdout.flush()
                 os._exit(code)
-            if fault is not error:  # end the loading processes that are left, whose own end is no error
-                traceback.clear_frames(error.__traceback__)
+            # End the loading processes that are left, whose own end is no error. The garbage collector would first
+            # close the queues by which they are told to end, and then wait 5 seconds for each.
+            traceback.clear_frames(error.__traceback__)
     except KeyboardInterrupt:
         code = INTERRUPTED
         if rank == 0:

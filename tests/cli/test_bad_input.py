@@ -1,5 +1,6 @@
 """Every fault of the user's is one line that names it, and exit code 2."""
 
+import multiprocessing
 import shutil
 
 import pytest
@@ -149,7 +150,9 @@ def test_unreadable_image(refused, folder, content, workers):
         image.symlink_to(folder / 'nowhere.png')
     else:
         image.write_bytes(image.read_bytes()[:200] if content == 'half' else content)
+    before = set(multiprocessing.active_children())
     assert str(image) in refused('--workers', workers)
+    assert set(multiprocessing.active_children()) <= before  # no loading process is left
 
 
 @pytest.mark.parametrize(
