@@ -381,7 +381,13 @@ def test_a_missing_package_is_named(call, tmp_path, monkeypatch):
 @pytest.mark.parametrize('moment', ['export', 'metadata', 'check'])
 def test_a_failed_export_leaves_the_model_that_was_there(call, tmp_path, monkeypatch, moment):
     import onnx
+    from onnx import TensorProto, helper
 
+    # What the exporter, which takes seconds, would have written is another graph here.
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in 'xy']
+    graph = helper.make_graph([helper.make_node('Relu', ['x'], ['y'])], 'g', values[:1], values[1:])
+    content = helper.make_model(graph).SerializeToString()
+    monkeypatch.setattr(exporting, 'onnx_export', lambda _, file, *args, **kwargs: Path(file).write_bytes(content))
     path = tmp_path / 'model.onnx'
     path.write_text('the model before')
 
