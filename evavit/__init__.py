@@ -15,10 +15,20 @@ if TYPE_CHECKING or not asks_for_help():
     from . import models
     from .hub import load_converted
     from .layers import EvaAttention
+    from .maps import attention_maps, attention_rollout, overlay_attention
     from .models import convert_vit, revert_vit
     from .ops import eva_attention
 
-    __all__ += ['EvaAttention', 'convert_vit', 'eva_attention', 'load_converted', 'revert_vit']
+    __all__ += [
+        'EvaAttention',
+        'attention_maps',
+        'attention_rollout',
+        'convert_vit',
+        'eva_attention',
+        'load_converted',
+        'overlay_attention',
+        'revert_vit',
+    ]
     __all__ += [name for name in models.model_names() if name.startswith('eva_')]
 
 

@@ -17,7 +17,7 @@ FLOORS = (
     ('ops',),
     ('layers',),
     ('models',),
-    ('convert', 'dense', 'export', 'hub'),
+    ('convert', 'dense', 'export', 'hub', 'maps'),
     ('exporting',),  # the former name of export
     ('training',),
     ('bench',),

@@ -1,20 +1,36 @@
 """What the attentions share: the projections around a function of q, k, v on the token grid."""
 
-from typing import Any, ClassVar, Dict, List, Optional, Sequence, Type
+import copy
+import functools
+import logging
+from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Type
 
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch import nn
 
 from evavit.ops.checks import check_whole
+from evavit.ops.rows import attention_rows
 
 __all__ = ['GridAttention', 'check_flag', 'check_heads', 'device_and_dtype']
+
+_logger = logging.getLogger(__name__)
 
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError unless num_heads divides dim."""
     if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
         raise ValueError(f'num_heads {num_heads} does not divide dim {dim}; choose a divisor')
+
+
+@functools.cache
+def _tell_of_maps(kind: str) -> None:
+    """Once for each class: what a hook waits for in vain, such as that of timm's `AttentionExtract`."""
+    _logger.warning(
+        'attn_drop of %s has a hook and is never called: no N × N weights are formed. '
+        'evavit.attention_maps(model, images) gives them',
+        kind,
+    )
 
 
 def check_flag(name: str, value: object) -> None:
@@ -123,6 +139,13 @@ class GridAttention(nn.Module):
         """`attend` of queries, keys and values `(B, h, P + N, d)` that are three tensors."""
         return self.attend(torch.stack([q, k, v]), feat_size)
 
+    def drop_rate(self) -> float:
+        """Dropout rate of the attention weights in this pass, for an attention that does not call `attn_drop`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+            if self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks:
+                _tell_of_maps(type(self).__name__)
+        return self.attn_drop.p if self.training else 0.0
+
     def rotate(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """Queries or keys `(B, h, P + N, d)` with those of the grid turned by rotary embeddings, in their dtype."""
         P = self.num_prefix_tokens
@@ -131,6 +154,17 @@ class GridAttention(nn.Module):
         turned = apply_rot_embed_cat(x[:, :, P:], rope, half=self.rotate_half)
         return torch.cat([x[:, :, :P], turned.to(x.dtype)], 2)
 
+    def project_tokens(
+        self, x: torch.Tensor, rope: Optional[torch.Tensor] = None
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values `(B, h, P + N, d)` of tokens `(B, P + N, C)`, normalised and turned."""
+        qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
+        v = qkv[2]
+        q, k = self.q_norm(qkv[0]).to(v.dtype), self.k_norm(qkv[1]).to(v.dtype)
+        if rope is not None:
+            q, k = self.rotate(q, rope), self.rotate(k, rope)
+        return q, k, v
+
     def forward(self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Attend over tokens `(B, P + N, C)`: prefix tokens, and a grid of `feat_size` (H, W) in raster order, N = H·W.
 
@@ -138,14 +172,44 @@ class GridAttention(nn.Module):
         `(B, h, N, 2·d)`, as `timm.layers.apply_rot_embed_cat` takes them.
         """
         B, N, C = x.shape
-        qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
         if self.qk_norm or rope is not None:
-            v = qkv[2]
-            q, k = self.q_norm(qkv[0]).to(v.dtype), self.k_norm(qkv[1]).to(v.dtype)
-            if rope is not None:
-                q, k = self.rotate(q, rope), self.rotate(k, rope)
+            q, k, v = self.project_tokens(x, rope)
             x = self.attend_apart(q, k, v, feat_size)
         else:
+            qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
             x = self.attend(qkv, feat_size)
         x = self.norm(x.transpose(1, 2).reshape(B, N, C))
         return self.proj_drop(self.proj(x))
+
+    @torch.jit.ignore
+    def function_of_values(
+        self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor]
+    ) -> Tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+        """The attention of these tokens as a function of values `(B, h, P + N, d)`, and the values that it is given."""
+        q, k, v = self.project_tokens(x, rope)
+        return lambda values: self.attend_apart(q, k, values, feat_size), v
+
+    @torch.jit.ignore
+    def attention_rows(
+        self,
+        x: torch.Tensor,
+        feat_size: List[int],
+        rope: Optional[torch.Tensor] = None,
+        queries: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Effective attention, the weight of each token's value in what a query gets: `(B, h, Q, P + N)`.
+
+        Of evaluation, in plain PyTorch, whatever mode and backend the layer is in; see `evavit.ops.rows`.
+
+        Args:
+            x, feat_size, rope: As in `forward`.
+            queries: Numbers of the tokens to give rows for, int64 `(Q)`; None for all.
+
+        Raises:
+            ValueError: the output is no sum of values with weights.
+        """
+        layer = copy.copy(self)  # shares everything but these two
+        layer.training, layer.fused_attn = False, False  # type: ignore[assignment]
+        with torch.inference_mode(False), torch.no_grad():
+            attend, v = layer.function_of_values(x, feat_size, rope)
+        return attention_rows(attend, v, queries)

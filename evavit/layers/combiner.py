@@ -117,5 +117,5 @@ class CombinerAttention(GridAttention):
         spans = (q.flatten(2, 3) @ k_span.transpose(-2, -1)).unflatten(2, [q.shape[2], q.shape[3]])
         own = torch.eye(q.shape[2], dtype=torch.bool, device=q.device).unsqueeze(1)
         spans = spans.masked_fill(own, float('-inf'))
-        out = joint_attention(local, spans, v, v_span, self.attn_drop.p if self.training else 0.0)
+        out = joint_attention(local, spans, v, v_span, self.drop_rate())
         return from_windows(out, feat_size, window)

@@ -115,6 +115,24 @@ class ConvertedAttention(Derived, GridAttention):
                 qkv = self.qkv(x) + bias
         return qkv.unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
 
+    def project_tokens(
+        self, x: torch.Tensor, rope: Optional[torch.Tensor] = None
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        given = cast(Any, self)
+        if given.qkv is not None:
+            q, k, v = self._packed(x).unbind(0)
+        else:
+            q, k, v = (
+                layer(x).unflatten(-1, [-1, self.head_dim]).transpose(1, 2)
+                for layer in (given.q_proj, given.k_proj, given.v_proj)
+            )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = self.rotate(q, rope), self.rotate(k, rope)
+        if self.num_kv_groups > 1:
+            k, v = (tokens.repeat_interleave(self.num_kv_groups, 1) for tokens in (k, v))
+        return q.to(v.dtype), k.to(v.dtype), v
+
     def forward(  # type: ignore[override]
         self,
         x: torch.Tensor,
@@ -137,19 +155,8 @@ class ConvertedAttention(Derived, GridAttention):
         if given.qkv is not None and rope is None and not self.qk_norm:
             out = self.attend(self._packed(x), feat_size)
         else:
-            if given.qkv is not None:
-                q, k, v = self._packed(x).unbind(0)
-            else:
-                q, k, v = (
-                    layer(x).unflatten(-1, [-1, self.head_dim]).transpose(1, 2)
-                    for layer in (given.q_proj, given.k_proj, given.v_proj)
-                )
-            q, k = self.q_norm(q), self.k_norm(k)
-            if rope is not None:
-                q, k = self.rotate(q, rope), self.rotate(k, rope)
-            if self.num_kv_groups > 1:
-                k, v = (tokens.repeat_interleave(self.num_kv_groups, 1) for tokens in (k, v))
-            out = self.attend_apart(q.to(v.dtype), k.to(v.dtype), v, feat_size)
+            q, k, v = self.project_tokens(x, rope)
+            out = self.attend_apart(q, k, v, feat_size)
         out = self.norm(out.transpose(1, 2).flatten(2))
         if gate is not None:
             out = out * gate

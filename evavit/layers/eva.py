@@ -338,7 +338,7 @@ class EvaAttention(GridAttention):
             partition_grid=self.partition_grid,
             proposal_scale=self.proposal_scale,
             noise=noise,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=self.drop_rate(),
             fused=self.fused_attn,
             count_cells=self.count_cells,
             num_prefix_tokens=self.num_prefix_tokens,
@@ -360,7 +360,7 @@ class EvaAttention(GridAttention):
             partition_grid=self.partition_grid,
             proposal_scale=self.proposal_scale,
             noise=noise,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=self.drop_rate(),
             fused=self.fused_attn,
             count_cells=self.count_cells,
             num_prefix_tokens=self.num_prefix_tokens,
@@ -409,7 +409,7 @@ class EvaAttention(GridAttention):
             proposal_scale=self.proposal_scale,
             noise=noise,
             noise_std=self.noise_std,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=self.drop_rate(),
             count_cells=self.count_cells,
         )
 

@@ -218,7 +218,7 @@ class EvaAttention1d(GridAttention):
             causal=self.causal,
             key_padding_mask=key_padding_mask,
             noise=noise,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=self.drop_rate(),
         )
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 

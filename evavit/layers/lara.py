@@ -298,5 +298,5 @@ class LaraAttention(GridAttention):
             self.weighting,
             self.alpha_coeff,
             noise,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=self.drop_rate(),
         )

@@ -120,4 +120,4 @@ class LinformerAttention(GridAttention):
             )
         k = self.project_k(k)
         v = self.project_v(v) if self.project_v is not None else self.project_k(v)
-        return F.scaled_dot_product_attention(q.to(v.dtype), k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        return F.scaled_dot_product_attention(q.to(v.dtype), k, v, dropout_p=self.drop_rate())

@@ -85,7 +85,7 @@ class LocalAttention(GridAttention):
             rel_pos_bias=self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             window_size=self.window_size,
             partition_grid=0,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=self.drop_rate(),
             fused=self.fused_attn,
             num_prefix_tokens=self.num_prefix_tokens,
         )

@@ -4,7 +4,7 @@ Paper: `Long-Short Transformer: Efficient Transformers for Language and Vision`,
 https://arxiv.org/abs/2107.02192
 """
 
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 from timm.layers import RelPosBias, register_notrace_module
@@ -122,6 +122,19 @@ class LongShortAttention(GridAttention):
             raise ValueError("attend needs projection_source='keys': the dynamic projection is of the layer's input")
         return self._attend(qkv, _merge_heads(qkv[1]), feat_size)
 
+    @torch.jit.ignore
+    def function_of_values(
+        self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor]
+    ) -> Tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+        if self.norm_global is not None:
+            raise ValueError(
+                'LongShortAttention normalises averages of values (dual_ln): its output is no sum of values with '
+                'weights, so it has no attention map; make it with dual_ln=False, or choose another attention'
+            )
+        q, k, v = self.project_tokens(x, rope)
+        source = x if self.projection_source == 'input' else _merge_heads(k)
+        return lambda values: self._attend(torch.stack([q, k, values]), source, feat_size), v
+
     def _attend(self, qkv: torch.Tensor, source: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         q, k, v = qkv.unbind(0)
         feat_size = static_size(feat_size)
@@ -146,5 +159,5 @@ class LongShortAttention(GridAttention):
             self.window_size,
         )
         shared = (q.flatten(2, 3) @ k_bar.transpose(-2, -1)).unflatten(2, [q.shape[2], q.shape[3]])
-        out = joint_attention(local, shared, v, v_bar, self.attn_drop.p if self.training else 0.0)
+        out = joint_attention(local, shared, v, v_bar, self.drop_rate())
         return from_windows(out, feat_size, window)

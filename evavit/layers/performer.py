@@ -185,5 +185,5 @@ class PerformerAttention(GridAttention):
             feat_size,
             self.directions(),
             self.feature_kind,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=self.drop_rate(),
         )

@@ -3,7 +3,7 @@
 Paper: `Reformer: The Efficient Transformer`, Kitaev et al., ICLR 2020 - https://arxiv.org/abs/2001.04451
 """
 
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -156,12 +156,24 @@ class ReformerAttention(GridAttention):
         weight = torch.gather(z.flatten(3, 4), 3, back).softmax(2).to(v.dtype)
         return (weight * out).sum(2)
 
+    @torch.jit.ignore
+    def function_of_values(
+        self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor]
+    ) -> Tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+        q, v = self._project(x)
+        return lambda values: self.attend_shared(q, values, feat_size), v
+
+    def _project(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Queries, which are keys as well, and values, each `(B, h, N, d)`."""
+        q, v = self.qkv(x).unflatten(-1, [2, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, v
+
     def forward(self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Attend over tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W), N = H·W."""
         if rope is not None:
             raise ValueError('this attention takes no rotary embeddings; leave rope out')
         B, N, C = x.shape
-        q, v = self.qkv(x).unflatten(-1, [2, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4).unbind(0)
+        q, v = self._project(x)
         x = self.attend_shared(q, v, feat_size).transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))
 

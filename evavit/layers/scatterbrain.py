@@ -205,5 +205,5 @@ class ScatterbrainAttention(GridAttention):
             self.directions(),
             rel_pos_bias=self.rel_pos.relative_position_bias_table if self.rel_pos is not None else None,
             window_size=self.window_size,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=self.drop_rate(),
         )

@@ -31,8 +31,7 @@ class SoftmaxAttention(GridAttention):
         return self.attend_apart(q, k, v, feat_size)
 
     def attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-        dropout_p = self.attn_drop.p if self.training else 0.0
         if self.fused_attn:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop_rate())
         attn = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
         return self.attn_drop(attn.softmax(-1)) @ v
