@@ -25,7 +25,7 @@ from evavit.layers import EvaAttention
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
 from evavit.version import __version__
 
-__all__ = ['load_converted', 'model_card', 'publish', 'save_folder']
+__all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_conversion']
 
 _HUB = 'hf-hub:'
 _CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
@@ -259,6 +259,35 @@ def save_folder(
     return path
 
 
+def saved_conversion(folder: Path) -> Optional[Dict[str, Any]]:
+    """The arguments of `evavit.convert_vit` for the model of a folder, None for one that was not converted.
+
+    Raises:
+        ValueError: one line: no config.json, or a damaged one.
+    """
+    try:
+        there = (folder / 'config.json').is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        there = False
+    if not there:
+        raise ValueError(f'{str(folder)[:500]}: no config.json, so no model; give a folder of evavit.hub.save_folder')
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        conversion, arguments = config.get(_CONVERSION), config.get('model_args') or {}
+        own = sorted(_NOT_OF_A_MODEL & arguments.keys())
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f'{folder}: config.json is damaged ({first_line(error)[:200]}); save the folder anew'
+        ) from error
+    if own:
+        raise ValueError(f'{folder}: config.json makes no model: {", ".join(own)} in model_args is no argument of one')
+    if most_blocks(arguments) > MOST_BLOCKS:
+        raise ValueError(f'{folder}: config.json makes no model: it asks for more than {MOST_BLOCKS:,} blocks')
+    if conversion is not None and not isinstance(conversion, dict):
+        raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} holds no arguments); save the folder anew')
+    return conversion
+
+
 def load_converted(source: Union[str, Path]) -> torch.nn.Module:
     """The model that `save_folder` or `publish` wrote after `evavit.convert_vit`, with its weights.
 
@@ -278,22 +307,7 @@ def load_converted(source: Union[str, Path]) -> torch.nn.Module:
             folder = Path(name.removeprefix('local-dir:'))
     except Exception as error:  # the Hub's client has many
         raise ValueError(f"{name}: {first_line(error)[:400]}; give a folder, or 'hf-hub:owner/name'") from error
-    try:
-        there = (folder / 'config.json').is_file()
-    except (OSError, ValueError):  # a name that no file system takes
-        there = False
-    if not there:
-        raise ValueError(f'{name[:500]}: no config.json, so no model; give a folder of evavit.hub.save_folder')
-    try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        conversion, arguments = config.get(_CONVERSION), config.get('model_args') or {}
-        own = sorted(_NOT_OF_A_MODEL & arguments.keys())
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f'{name}: config.json is damaged ({first_line(error)[:200]}); save the folder anew') from error
-    if own:
-        raise ValueError(f'{name}: config.json makes no model: {", ".join(own)} in model_args is no argument of one')
-    if most_blocks(arguments) > MOST_BLOCKS:
-        raise ValueError(f'{name}: config.json makes no model: it asks for more than {MOST_BLOCKS:,} blocks')
+    conversion = saved_conversion(folder)
     if conversion is None:
         raise ValueError(
             f"{name}: not a converted model; timm.create_model('local-dir:{folder}', pretrained=True) loads it"

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Classify pictures with a file of export.py: python examples/classify.py MODEL.onnx PICTURE ...
+"""Classify pictures with a file of export.py: python examples/classify.py MODEL.onnx PICTURE_OR_FOLDER ...
 
 Needs onnxruntime, NumPy and Pillow, and neither PyTorch nor timm nor this package: what the pictures must look like and
-what the classes are called stands in the file.
+what the classes are called stands in the file. With PyTorch at hand, inference.py does more.
 """
 
 import argparse
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -51,6 +52,15 @@ def classify(session: onnxruntime.InferenceSession, about: dict, pictures: list)
     return weights / weights.sum(1, keepdims=True)
 
 
+def find(paths: list) -> list:
+    """The files that these paths name, and all files in folders that end like a picture."""
+    found = []
+    for path in map(Path, paths):
+        inside = (file for file in sorted(path.rglob('*')) if file.suffix.lower() in Image.registered_extensions())
+        found += inside if path.is_dir() else [path]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('model')
@@ -58,16 +68,24 @@ def main() -> None:
     args = parser.parse_args()
     try:
         session, about = load(args.model)
-        pictures = [Image.open(path) for path in args.pictures]
-        probabilities = classify(session, about, pictures)
+        names, size = about['class_names'], about['input_size']
     except KeyError as error:
         parser.error(f'{args.model} does not say {error}: it is no file of export.py')
-    except Exception as error:  # onnxruntime and Pillow have their own for files that they cannot read
+    except Exception as error:  # onnxruntime has its own for files that it cannot read
         parser.error(str(error))
-    names = about['class_names'] or range(probabilities.shape[1])
-    for path, row in zip(args.pictures, probabilities, strict=True):
+    done = 0
+    for path in find(args.pictures):
+        try:
+            with Image.open(path) as picture:
+                (row,) = classify(session, about, [picture])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            print(f'{path} is left out: {error}', file=sys.stderr)
+            continue
+        done += 1
         best = np.argsort(-row)[:3]
-        print(f'{path}: ' + ', '.join(f'{names[i]} {100 * row[i]:.1f} %' for i in best))
+        print(f'{path}: ' + ', '.join(f'{names[i] if names else i} {100 * row[i]:.1f} %' for i in best))
+    if not done:
+        parser.error(f'no picture of {" ".join(args.pictures)} can be read, for images of {size}')
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ from torch import nn
 
 from evavit import export as exporting
 from evavit.errors import UserError, reason_of
-from evavit.training import build, checks, contents, data
+from evavit.training import build, checks, contents
 from evavit.training.config import ExportConfig, parse_settings
 from evavit.training.distributed import start_process
 
@@ -38,16 +38,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     check_settings(config, output)
     process = start_process(config.machine.device if output.suffix == '.pt2' else 'cpu')
     class_names = contents.complete_from_checkpoint(config, given)
-    if not config.model.model:
-        raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')
+    contents.check_source(config)
 
     torch.manual_seed(0)
     model = build.build_model(config.model, config.model.num_classes)
-    contents.load_checkpoint(model, config.weights)
+    data_config = contents.finish_model(model, config)
     if not config.weights.checkpoint and not config.model.pretrained:
         log.warning('no --checkpoint: the weights are random, good for timing only')
-    data_config = data.resolve_input(config.model, model)
-    build.try_model(model, data_config['input_size'], config.model)
     if config.export.reparam:
         model = reparameterize_model(model)
     if config.export.dynamic_size and exporting.fixed_image_size(model):
@@ -75,8 +72,6 @@ def check_settings(config: ExportConfig, output: Path) -> None:
         )
     if not output.parent.is_dir():
         raise UserError(f'{output}: there is no folder {output.parent}; make it first')
-    if config.weights.checkpoint and config.model.pretrained:
-        raise UserError('--pretrained and --checkpoint both name weights: give one of them')
     checks.image_channels(config.model)
     precision = config.export.precision
     if output.suffix != '.onnx':

@@ -20,6 +20,10 @@ def validate() -> int:
     return _run('validate')
 
 
+def inference() -> int:
+    return _run('inference')
+
+
 def benchmark() -> int:
     return _run('benchmark')
 

@@ -18,7 +18,7 @@ from evavit.errors import SharedError, UserError, reason_of
 from evavit.files import replacing
 from evavit.training import build, checks, contents, data, loop, report
 from evavit.training.agreement import check_agreement
-from evavit.training.compilation import Compilation, check_compilation, choose_compilation
+from evavit.training.compilation import Compilation, check_compilation
 from evavit.training.config import MachineConfig, ValidateConfig, parse_settings
 from evavit.training.distributed import start_process
 from evavit.training.stalls import Watchdog
@@ -52,9 +52,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     model: Any = build.build_model(config.model, config.model.num_classes)
     data.class_count(config.data, model.num_classes, class_names, dataset)
     report.check_report(config.run.report_dir, model.num_classes)
-    contents.load_checkpoint(model, config.weights)
-    data_config = data.resolve_input(config.model, model)
-    build.try_model(model, data_config['input_size'], config.model)
+    data_config = contents.finish_model(model, config)
     machine = config.machine
     loader = data.eval_loader(
         dataset, data_config, batch_size=config.batch.batch_size, machine=machine, device=process.device
@@ -63,11 +61,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     check_agreement(process, config, images=len(dataset), batches=len(loader), class_names=class_names)
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
     parameters = sum(p.numel() for p in model.parameters())
-    model.to(process.device, memory_format=torch.channels_last if machine.channels_last else torch.preserve_format)
-    compilation = choose_compilation(machine.torchcompile, machine.torchcompile_mode, process.device)
-    if compilation.backend:
-        log.info(f'{compilation}')
-        model = compilation.compile(model)
+    model, compilation = loop.place_model(model, machine, process.device)
 
     evaluator = report.PredictionEvaluator(process.device)
     metrics, images = loop.evaluate(
@@ -153,17 +147,9 @@ def check_settings(config: ValidateConfig) -> None:
     path, results = config.weights.checkpoint, config.run.results_file
     data.check_division(config.data)
     check_compilation(config.machine.torchcompile, config.machine.torchcompile_mode)
-    if not config.model.model:
-        raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')
-    if path and config.model.pretrained:
-        raise UserError('--pretrained and --checkpoint both name weights: give one of them')
+    contents.check_source(config)
     if not path and not config.model.pretrained:
         raise UserError('no weights to judge: give --checkpoint FILE, or --pretrained for those that timm publishes')
-    if config.weights.use_ema and str(path).endswith('.safetensors'):
-        raise UserError(
-            f'--use-ema: {path} holds one set of weights, the averaged one where the run '
-            f'kept an average; leave the flag out'
-        )
     if results and Path(results).suffix not in ('.csv', '.json'):
         raise UserError(f'--results-file {results}: the name must end in .csv or .json')
 

@@ -48,6 +48,7 @@ from evavit.training.sections import (
     ModelConfig,
     OptimConfig,
     Option,
+    ResultsConfig,
     RunConfig,
     ScheduleConfig,
     WeightsConfig,
@@ -155,7 +156,23 @@ class ExportConfig(Config):
     export: FormatConfig = field(default_factory=FormatConfig)
 
 
-CONFIGS: Dict[str, Type[Config]] = dict(train=TrainConfig, validate=ValidateConfig, export=ExportConfig)
+@dataclass
+class InferenceConfig(Config):
+    """The settings of inference.py."""
+
+    script = 'inference'
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    results: ResultsConfig = field(default_factory=ResultsConfig)
+
+
+CONFIGS: Dict[str, Type[Config]] = dict(
+    train=TrainConfig, validate=ValidateConfig, export=ExportConfig, inference=InferenceConfig
+)
 SECTIONS = dict(
     data=DataConfig,
     model=ModelConfig,
@@ -169,6 +186,7 @@ SECTIONS = dict(
     machine=MachineConfig,
     run=RunConfig,
     weights=WeightsConfig,
+    results=ResultsConfig,
     export=FormatConfig,
 )
 OPTIONS = tuple(option for name, section in SECTIONS.items() for option in _section_options(name, section))
@@ -190,6 +208,10 @@ def parse_settings(
 def parse_settings(
     script: Literal['export'], argv: Optional[Sequence[str]] = None, description: Optional[str] = None
 ) -> Tuple[ExportConfig, Set[str]]: ...
+@overload
+def parse_settings(
+    script: Literal['inference'], argv: Optional[Sequence[str]] = None, description: Optional[str] = None
+) -> Tuple[InferenceConfig, Set[str]]: ...
 def parse_settings(
     script: str, argv: Optional[Sequence[str]] = None, description: Optional[str] = None
 ) -> Tuple[Any, Set[str]]:

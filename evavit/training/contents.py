@@ -19,16 +19,21 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
 
 import safetensors
 import torch
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
 from evavit.errors import UserError, first_line
 from evavit.files import is_stamped
-from evavit.training.build import load_weights, read_weights
-from evavit.training.config import ExportConfig, ValidateConfig, WeightsConfig, options_of
+from evavit.hub import saved_conversion
+from evavit.training.build import load_weights, read_weights, try_model
+from evavit.training.config import ExportConfig, InferenceConfig, ValidateConfig, WeightsConfig, options_of
+from evavit.training.data import resolve_input
 from evavit.training.loop import Position
 
 log = logging.getLogger(__name__)
+
+Loaded = Union[ValidateConfig, ExportConfig, InferenceConfig]
 
 # What tells how a checkpoint is to be used, wherever no flag says otherwise.
 FROM_CHECKPOINT = (
@@ -338,8 +343,58 @@ def stored_metric(path: Union[str, Path]) -> Optional[float]:
     return metric
 
 
-def complete_from_checkpoint(config: Union[ValidateConfig, ExportConfig], given: Set[str]) -> Optional[List[str]]:
-    """Fill in what no flag said from the settings that the checkpoint carries. Returns its class names, if any."""
+def check_source(config: Loaded) -> None:
+    """UserError unless the settings, completed from a checkpoint, name a model and at most one source of weights."""
+    path = config.weights.checkpoint
+    if not config.model.model:
+        raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')
+    if path and config.model.pretrained:
+        raise UserError('--pretrained and --checkpoint both name weights: give one of them')
+    if config.weights.use_ema and str(path).endswith('.safetensors'):
+        raise UserError(
+            f'--use-ema: {path} holds one set of weights, the averaged one where the run '
+            f'kept an average; leave the flag out'
+        )
+
+
+# Of a run's folder, the first that is there. A safetensors file holds the averaged weights, where the run kept some.
+BEST_FIRST = ('model_best.safetensors', 'last.safetensors', 'model_best.pth.tar', 'last.pth.tar')
+
+
+def _enter_folder(config: Loaded, given: Set[str]) -> None:
+    """Put the file that is meant in the place of a folder: a run's best weights, or those of `hub.save_folder`, with
+    the model that its config.json makes."""
+    folder = Path(config.weights.checkpoint or '')
+    if (folder / 'config.json').exists():
+        try:
+            conversion = saved_conversion(folder)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if not (folder / HF_SAFE_WEIGHTS_NAME).is_file():
+            raise UserError(f'{folder}: no {HF_SAFE_WEIGHTS_NAME} beside its config.json; save the folder anew')
+        config.weights.checkpoint = str(folder / HF_SAFE_WEIGHTS_NAME)
+        if 'model' not in given:
+            config.model.model = f'local-dir:{folder}'
+            if conversion is not None:
+                config.model.convert = conversion.pop('attention', 'eva')
+                config.model.convert_kwargs = {**conversion, **(config.model.convert_kwargs or {})}
+        return
+    names = [name for name in BEST_FIRST if not config.weights.use_ema or name.endswith('.pth.tar')]
+    name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
+        raise UserError(
+            f"{folder}: a folder without weights, neither a run's ({', '.join(names)}) nor one of save_folder "
+            f'(config.json); give the folder of a run, or a file'
+        )
+    log.info(f'{folder}: {name} of this run')
+    config.weights.checkpoint = str(folder / name)
+
+
+def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[str]]:
+    """Fill in what no flag said from the settings that the checkpoint carries, or its folder. Returns the names of its
+    classes, if any."""
+    if config.weights.checkpoint and Path(config.weights.checkpoint).is_dir():
+        _enter_folder(config, given)
     model, path = config.model, config.weights.checkpoint
     saved = saved_settings(path) if path else {}
     if 'model' not in given and ':' in (saved.get('model') or ''):
@@ -388,3 +443,11 @@ def load_checkpoint(model: nn.Module, config: WeightsConfig) -> None:
         if not has_average(path):
             raise UserError(f'--use-ema: {path} holds no averaged weights; leave the flag out')
     load_weights(model, path, use_ema=config.use_ema)
+
+
+def finish_model(model: nn.Module, config: Loaded) -> Dict[str, Any]:
+    """Load the weights into a model that was built, and try it. Returns timm's data settings of its images."""
+    load_checkpoint(model, config.weights)
+    data_config = resolve_input(config.model, model)
+    try_model(model, data_config['input_size'], config.model)
+    return data_config

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from evavit.errors import Preempted, SharedError, UserError
-from evavit.training.compilation import AS_IS, Compilation, report_skips
+from evavit.training.compilation import AS_IS, Compilation, choose_compilation, report_skips
 from evavit.training.config import MachineConfig, OptimConfig, RunConfig
 from evavit.training.data.images import UNREADABLE, BadImages
 from evavit.training.distributed import Draw, Process
@@ -412,6 +412,42 @@ def _forward_backward(run: Run, images: torch.Tensor, target: torch.Tensor) -> t
     return loss.detach()
 
 
+def place_model(model: nn.Module, machine: MachineConfig, device: torch.device) -> Tuple[Any, Compilation]:
+    """A classifier on its device, in the memory order that the settings ask for, compiled where they do."""
+    memory_format = torch.channels_last if machine.channels_last else torch.preserve_format
+    model = model.to(device).to(memory_format=memory_format)
+    compilation = choose_compilation(machine.torchcompile, machine.torchcompile_mode, device)
+    if not compilation.backend:
+        return model, compilation
+    log.info(f'{compilation}')
+    return compilation.compile(model), compilation
+
+
+@torch.no_grad()
+def predictions(
+    classifier: Any, loader: Any, machine: MachineConfig, process: Process, compilation: Compilation = AS_IS
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Images, output and target of each batch of this process, in order; targets of unreadable images are UNREADABLE.
+
+    Args: as in `evaluate`.
+    """
+    classifier.eval()
+    loader.dataset.bad.begin()
+    size, left = 0, evaluation_sample_limit(loader)
+    for images, target in process.watchdog.batches(loader, loader.dataset):
+        size = size or len(images)
+        if compilation.backend and len(images) < size:
+            images = torch.cat((images, images.new_zeros(size - len(images), *images.shape[1:])))
+        if machine.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with compilation.step(), autocast(machine, process.device):
+            output = classifier(images)
+        images, output = images[: len(target)], output[: len(target)]
+        if left is not None:  # what comes after it makes the processes even
+            images, output, target, left = images[:left], output[:left], target[:left], max(0, left - len(target))
+        yield images, output, target
+
+
 @torch.no_grad()
 def evaluate(
     model: Optional[nn.Module],
@@ -442,23 +478,10 @@ def evaluate(
         UserError: No image can be read, or more are unreadable than allowed.
     """
     classifier: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    classifier.eval()
-    evaluator = make_evaluator(max_samples=None)
-    bad, left = loader.dataset.bad, evaluation_sample_limit(loader)
-    bad.begin()
+    evaluator, bad = make_evaluator(max_samples=None), loader.dataset.bad
     line = ProgressLine(len(loader), log_interval, process.primary)
-    size, batches = 0, process.watchdog.batches(loader, loader.dataset)
-    for step, (images, target) in enumerate(batches, 1):
-        size = size or len(images)
-        if compilation.backend and len(images) < size:
-            images = torch.cat((images, images.new_zeros(size - len(images), *images.shape[1:])))
-        if machine.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with compilation.step(), autocast(machine, process.device):
-            output = classifier(images)
-        images, output = images[: len(target)], output[: len(target)]
-        if left is not None:  # what comes after it makes the processes even
-            images, output, target, left = images[:left], output[:left], target[:left], max(0, left - len(target))
+    batches = predictions(classifier, loader, machine, process, compilation)
+    for step, (images, output, target) in enumerate(batches, 1):
         if bad.count:
             readable = target != UNREADABLE
             images, output, target = images[readable], output[readable], target[readable]

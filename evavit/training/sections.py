@@ -24,8 +24,9 @@ LONGEST = 4096  # characters of a text: Linux takes no longer path
 MOST_WORKERS = max(32, 8 * (os.cpu_count() or 1))
 
 BOTH = ('train', 'validate')
-ALL = ('train', 'validate', 'export')
-LOADED = ('validate', 'export')
+RUN = ('train', 'validate', 'inference')  # a model on images
+ALL = ('train', 'validate', 'export', 'inference')
+LOADED = ('validate', 'export', 'inference')
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,11 @@ def option(default: Any, help: str, **about: Any) -> Any:
 class DataConfig:
     """Which images there are, and their classes."""
 
-    data_dir: Optional[str] = option(None, 'folder of the data set', scripts=BOTH)
+    data_dir: Optional[str] = option(
+        None,
+        'folder of the data set; for inference.py pictures, in folders or not, a tar file, or one picture',
+        scripts=RUN,
+    )
     dataset: str = option(
         '',
         "data set in timm's form: empty for an image folder or tar, else torch/NAME, hfds/NAME, wds/NAME, …",
@@ -132,7 +137,7 @@ class DataConfig:
         scripts=BOTH,
     )
     class_map: Optional[str] = option(
-        None, 'text file with one class name a line, in the order of their indices', scripts=BOTH
+        None, 'text file with one class name a line, in the order of their indices', scripts=RUN
     )
     train_num_samples: Optional[int] = option(None, 'training images in an iterable data set that does not say', low=1)
     val_num_samples: Optional[int] = option(None, 'validation images in an iterable data set that does not say', low=1)
@@ -202,7 +207,7 @@ class ModelConfig:
 class BatchConfig:
     """How many images make an update."""
 
-    batch_size: int = option(128, 'images per process and step', short='-b', low=1, scripts=BOTH)
+    batch_size: int = option(128, 'images per process and step', short='-b', low=1, scripts=RUN)
     validation_batch_size: Optional[int] = option(
         None, 'images per process in validation; default: batch_size', short='-vb', low=1
     )
@@ -351,31 +356,31 @@ class MachineConfig:
     """Device, precision, compilation, loading processes."""
 
     device: Optional[str] = option(None, 'cpu, cuda or cuda:N; default: cuda where there is one, else cpu', scripts=ALL)
-    amp: bool = option(False, 'automatic mixed precision', scripts=BOTH)
-    amp_dtype: str = option('bfloat16', 'low precision of amp', choices=('bfloat16', 'float16'), scripts=BOTH)
+    amp: bool = option(False, 'automatic mixed precision', scripts=RUN)
+    amp_dtype: str = option('bfloat16', 'low precision of amp', choices=('bfloat16', 'float16'), scripts=RUN)
     torchcompile: Optional[str] = option(
         None,
         'compile the model: with a backend, or with Inductor in the mode named (default: the fastest mode); auto: on '
         'CUDA alone; none: not at all',
         bare='inductor',
-        scripts=BOTH,
+        scripts=RUN,
     )
     torchcompile_mode: Optional[str] = option(
         None,
         "mode of torch.compile's Inductor; default: CUDA graphs (reduce-overhead) on CUDA",
         choices=MODES,
-        scripts=BOTH,
+        scripts=RUN,
     )
-    channels_last: bool = option(False, 'keep images in channels-last memory order', scripts=BOTH)
+    channels_last: bool = option(False, 'keep images in channels-last memory order', scripts=RUN)
     workers: int = option(
         4,
         'data loading processes, for each training process; at most 32, or 8 a core where that is more',
         short='-j',
         low=0,
         high=MOST_WORKERS,
-        scripts=BOTH,
+        scripts=RUN,
     )
-    pin_mem: bool = option(False, 'page-locked memory for the copies to a GPU', scripts=BOTH)
+    pin_mem: bool = option(False, 'page-locked memory for the copies to a GPU', scripts=RUN)
     augment_device: str = option(
         'cpu',
         'what decodes and augments the images: the loading processes, or the GPU',
@@ -411,15 +416,19 @@ class RunConfig:
         None, 'save within the epoch too: every so many updates (500) or minutes (10m)'
     )
     max_skipped: int = option(10, 'updates in a row without a finite loss and gradient, at which the run stops', low=1)
-    log_interval: int = option(50, 'updates between lines of the log', low=1, scripts=BOTH)
+    log_interval: int = option(50, 'updates between lines of the log', low=1, scripts=RUN)
     stall_timeout: float = option(
         600.0,
         'seconds without data or without an answer of the other processes after which the run ends; 0 waits for ever',
         low=0,
         high=1e6,
-        scripts=BOTH,
+        scripts=RUN,
     )
-    results_file: Optional[str] = option(None, 'write the metrics here, as .csv or .json', scripts=('validate',))
+    results_file: Optional[str] = option(
+        None,
+        'write the metrics here, as .csv or .json; inference.py: the results, in results_dir, also as .parquet',
+        scripts=('validate', 'inference'),
+    )
     metrics_avg: Optional[str] = option(
         None,
         'add precision, recall and F1 to the metrics: the mean of the classes, over all images, or the mean weighted '
@@ -444,10 +453,55 @@ class WeightsConfig:
 
     checkpoint: Optional[str] = option(
         None,
-        'weights: a checkpoint of train.py (.pth.tar, .safetensors) or any file that fits the model',
+        'weights: a checkpoint of train.py (.pth.tar, .safetensors), the folder of its run, one of save_folder, or any '
+        'file that fits the model',
         scripts=LOADED,
     )
     use_ema: bool = option(False, 'take the averaged weights of a .pth.tar checkpoint', scripts=LOADED)
+
+
+@dataclass
+class ResultsConfig:
+    """What inference.py says of each picture, and where."""
+
+    results_dir: Optional[str] = option(None, 'folder of the results; default: this one', scripts=('inference',))
+    results_format: Optional[List[str]] = option(
+        None,
+        "forms of the results; default: that of results_file's name, else csv",
+        choices=('csv', 'json', 'json-records', 'json-split', 'parquet'),
+        scripts=('inference',),
+    )
+    results_separate_col: bool = option(
+        False, 'a column for each of the topk classes in JSON and Parquet too, not lists', scripts=('inference',)
+    )
+    topk: int = option(1, 'most likely classes to name', low=1, scripts=('inference',))
+    fullname: bool = option(
+        False, "a picture's whole name within data_dir, not the last part alone", scripts=('inference',)
+    )
+    filename_col: str = option('filename', "name of the column of pictures' names", scripts=('inference',))
+    index_col: str = option('index', 'name of the column of class numbers', scripts=('inference',))
+    label_col: str = option('label', 'name of the column of class names', scripts=('inference',))
+    output_col: Optional[str] = option(
+        None, 'name of the column of outputs; default: prob or logit', scripts=('inference',)
+    )
+    output_type: str = option('prob', 'probabilities or logits', choices=('prob', 'logit'), scripts=('inference',))
+    label_type: str = option(
+        'description',
+        "classes by their names or, where these are ImageNet's, in words",
+        choices=('none', 'name', 'description', 'detailed'),
+        scripts=('inference',),
+    )
+    include_index: bool = option(False, 'class numbers too', scripts=('inference',))
+    exclude_output: bool = option(False, 'no probabilities or logits', scripts=('inference',))
+    include_attention: Optional[str] = option(
+        None,
+        'a picture of where the model looks for each picture, in results_dir/attention: by the last layer '
+        '(default), or through all layers',
+        choices=('last', 'rollout'),
+        bare='last',
+        scripts=('inference',),
+    )
+    no_console_results: bool = option(False, 'do not print the results', scripts=('inference',))
 
 
 @dataclass

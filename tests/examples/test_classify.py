@@ -38,6 +38,44 @@ def test_pictures_are_those_of_validation(example, about, picture_size):
     np.testing.assert_allclose(example.prepare(picture, about)[0], expected.numpy(), atol=1e-5)
 
 
+class Session:
+    """Stands for onnxruntime's: of three classes the one of the picture's brightest channel."""
+
+    def get_inputs(self):
+        return [type('Input', (), {'type': 'tensor(float)'})]
+
+    def run(self, _, inputs):
+        return [inputs['input0'].mean((2, 3))]
+
+
+def test_folders_and_broken_pictures(example, tmp_path, monkeypatch, capsys):
+    about = dict(
+        input_size=(3, 8, 8),
+        crop_pct=1.0,
+        interpolation='bilinear',
+        mean=(0.5,) * 3,
+        std=(0.1,) * 3,
+        class_names=['red', 'green', 'blue'],
+    )
+    monkeypatch.setattr(example, 'load', lambda path: (Session(), about))
+    (tmp_path / 'deep').mkdir()
+    for number, name in enumerate(('a.png', 'deep/b.webp', 'single.bmp')):
+        colour = [0, 0, 0]
+        colour[number] = 255
+        Image.new('RGB', (20, 10), tuple(colour)).save(tmp_path / name)
+    (tmp_path / 'broken.png').write_text('no picture')
+    (tmp_path / 'notes.txt').write_text('no picture')
+    monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path), str(tmp_path / 'deep' / 'b.webp')])
+    example.main()
+    out, err = capsys.readouterr()
+    assert [line.split(': ')[1].split()[0] for line in out.splitlines()] == ['red', 'green', 'blue', 'green']
+    assert 'broken.png is left out' in err and 'notes' not in err and err.count('\n') == 1
+    monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path / 'broken.png')])
+    with pytest.raises(SystemExit) as stop:
+        example.main()
+    assert stop.value.code == 2
+
+
 def test_mistakes_are_one_clear_error(example, tmp_path, monkeypatch, capsys):
     (tmp_path / 'text.onnx').write_text('no model')
     for words in (['nowhere.onnx', 'p.png'], [str(tmp_path / 'text.onnx'), 'p.png']):

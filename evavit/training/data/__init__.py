@@ -1,4 +1,4 @@
-"""Data sets and loaders: what is read (`datasets`, `folders`, `images`), drawn (`augment`) and batched (`loader`)."""
+"""Data sets and loaders: what is read (`datasets`, `folders`, `images`, `pictures`), drawn (`augment`), batched."""
 
 from .datasets import check_division, check_name, class_count, open_dataset, open_training_sets, read_class_map
 from .device import Draws, cache_size
@@ -13,6 +13,7 @@ from .loader import (
     transform_arguments,
     updates_per_epoch,
 )
+from .pictures import open_pictures
 
 __all__ = [
     'Around',
@@ -26,6 +27,7 @@ __all__ = [
     'eval_loader',
     'may_download',
     'open_dataset',
+    'open_pictures',
     'open_training_sets',
     'read_class_map',
     'resolve_input',

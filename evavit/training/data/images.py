@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Any, Dict, Iterator, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 from PIL import Image
@@ -121,16 +121,13 @@ class BadImages:
                 for index, line in found.items():
                     self.found[index] = self.found.get(index) or line
         count = len(self.found)
-        for index, line in self.found.items():
-            if line and index not in self.reported and not alone:
-                self.reported.add(index)
-                name, _, why = line.rpartition('\n')
-                log.warning(
-                    printable(
-                        f'warning: {name} is not a readable image ({why}); left out, {count} of {self.images} in '
-                        f'this epoch, {self.limit} allowed'
-                    )
+        for name, why in [] if alone else self._unreported():
+            log.warning(
+                printable(
+                    f'warning: {name} is not a readable image ({why}); left out, {count} of {self.images} in '
+                    f'this epoch, {self.limit} allowed'
                 )
+            )
         if count > self.limit:
             name, _, why = next((line for line in reversed(self.found.values()) if line), '').rpartition('\n')
             raise (LocalError if alone else SharedError)(
@@ -139,6 +136,16 @@ class BadImages:
                 f'away'
             )
         return count
+
+    def news(self) -> List[Tuple[str, str]]:
+        """(name, reason) of the images of this process that have turned out bad since the last call or review."""
+        self._look()
+        return self._unreported()
+
+    def _unreported(self) -> List[Tuple[str, str]]:
+        new = {index: line for index, line in self.found.items() if line and index not in self.reported}
+        self.reported.update(new)
+        return [(line.rpartition('\n')[0], line.rpartition('\n')[2]) for line in new.values()]
 
     def _look(self) -> None:
         """Take note of what this process and its workers have marked since the last look."""

@@ -1,0 +1,292 @@
+"""Classify pictures: inference.py --data-dir PICTURES --checkpoint output/RUN --topk 5
+
+PICTURES is a folder, with folders in it or not, a tar file or one picture. --checkpoint takes a file or the folder of a
+run of train.py, or a folder of save_folder; --model NAME alone takes the weights that timm publishes. Flags and columns
+are those of timm's inference.py.
+"""
+
+import csv
+import importlib.util
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+
+import timm
+import torch
+from PIL import Image
+from timm.data import CustomDatasetInfo, DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subset
+
+from evavit.errors import UserError, first_line, printable, reason_of
+from evavit.files import replacing
+from evavit.maps import attention_maps, attention_rollout, overlay_attention
+from evavit.training import build, checks, contents, data, loop
+from evavit.training.compilation import check_compilation
+from evavit.training.config import InferenceConfig, parse_settings
+from evavit.training.data.images import UNREADABLE
+from evavit.training.distributed import start_process
+from evavit.training.sections import ResultsConfig
+from evavit.training.stalls import Watchdog
+
+log = logging.getLogger('evavit.inference')
+
+ENDINGS = {'csv': '.csv', 'json': '.json', 'json-records': '.json', 'json-split': '.json', 'parquet': '.parquet'}
+MAPS_AT_ONCE = 8  # images whose attention is in memory together
+Row = Dict[str, Any]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    config, given = parse_settings('inference', argv, __doc__)
+    with Watchdog(config.run.stall_timeout) as watchdog:
+        infer(config, given, watchdog)
+
+
+def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
+    """Classify the pictures that the settings name; `given` are those that flags or a YAML file gave."""
+    check_compilation(config.machine.torchcompile, config.machine.torchcompile_mode)
+    formats = check_formats(config)
+    process = start_process(config.machine.device, watchdog)
+    if process.distributed:
+        raise UserError(f'inference.py is one process, not {process.world_size}; start it without a launcher')
+    class_names = contents.complete_from_checkpoint(config, given)
+    contents.check_source(config)
+    name = config.model.model or ''
+    if not config.weights.checkpoint:
+        if ':' not in name and timm.is_model(name) and not build.has_weights(name):
+            raise UserError(
+                f'no weights: timm publishes none for {name}; give --checkpoint, a file or a folder of a run or of '
+                f'save_folder'
+            )
+        config.model.pretrained = True  # as in timm's script
+    dataset = data.open_pictures(config.data.data_dir, checks.image_channels(config.model))
+    names = dataset.dataset.filenames(basename=not config.results.fullname)
+    if 'json' in formats and len(set(names)) < len(names):
+        (twice, _), *_ = Counter(names).most_common(1)
+        raise UserError(f'--results-format json: there are several pictures {twice}; add --fullname')
+    model: Any = build.build_model(config.model, config.model.num_classes)
+    data_config = contents.finish_model(model, config)
+    name_class = class_namer(config, model, class_names)
+    base = results_base(config, model, data_config)
+    pictures = None
+    if config.results.include_attention:
+        pictures = AttentionPictures(model, config.results.include_attention, base.parent / 'attention', data_config)
+        pictures.try_out()
+
+    log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}')
+    batch_size = config.batch.batch_size
+    config.machine.workers = min(config.machine.workers, -(-len(dataset) // batch_size))
+    loader = data.eval_loader(
+        dataset, data_config, batch_size=batch_size, machine=config.machine, device=process.device
+    )
+    model, compilation = loop.place_model(model, config.machine, process.device)
+    line = loop.ProgressLine(len(loader), config.run.log_interval, process.primary)
+    line.live = line.live and config.results.no_console_results
+    rows: List[Row] = []
+    place = 0
+    for step, (images, output, target) in enumerate(
+        loop.predictions(model, loader, config.machine, process, compilation), 1
+    ):
+        for name, why in dataset.bad.news():
+            log.warning(f'warning: {name} is not a readable image ({why}); left out')
+        readable = target != UNREADABLE
+        numbers = [place + i for i in readable.nonzero().flatten().tolist()]
+        place += len(target)
+        found = best_classes(output[readable].float(), config.results, name_class)
+        for number, row in zip(numbers, found, strict=True):
+            rows.append({config.results.filename_col: names[number], **row})
+        if pictures is not None and numbers:
+            drawn = pictures.draw(images[readable], [f'{number:06d}_{Path(names[number]).name}' for number in numbers])
+            for row, file in zip(rows[-len(drawn) :], drawn, strict=True):
+                row['attention'] = file
+        if not config.results.no_console_results:
+            for row in rows[len(rows) - len(numbers) :]:
+                print(printable(shown(row, config.results)), flush=True)
+        line.show(step, 'pictures', f'{len(rows)} classified')
+    if not rows:
+        raise UserError(f'none of the {len(dataset)} pictures in {config.data.data_dir} can be read')
+    files = [write_results(rows, base, form, config.results) for form in formats]
+    bad = len(dataset) - len(rows)
+    log.info(f'{len(rows)} pictures classified, {bad} not readable; results in {", ".join(map(str, files))}')
+
+
+def check_formats(config: InferenceConfig) -> List[str]:
+    """The forms to write, of the flag, the name of the file, or CSV; UserError where one cannot be written."""
+    name, formats = config.run.results_file, config.results.results_format
+    if not formats:
+        ending = Path(name or '').suffix or '.csv'
+        formats = [form for form in ('csv', 'json', 'parquet') if ENDINGS[form] == ending]
+        if not formats:
+            raise UserError(f'--results-file {name}: the name must end in .csv, .json or .parquet')
+    formats = list(dict.fromkeys(formats))
+    if len({ENDINGS[form] for form in formats}) < len(formats):
+        raise UserError(f'--results-format {" ".join(formats)}: these go into one file; give one of its forms')
+    if 'parquet' in formats and importlib.util.find_spec('pyarrow') is None:
+        raise UserError('--results-format parquet needs pyarrow: pip install pyarrow')
+    return formats
+
+
+def results_base(config: InferenceConfig, model: Any, data_config: Dict[str, Any]) -> Path:
+    """Folder and name of the results, without an ending; by default the model's name and its image size, as in timm."""
+    name = config.run.results_file or f'{model.pretrained_cfg["architecture"]}-{data_config["input_size"][-1]}'
+    base = Path(config.results.results_dir or '', name)
+    if config.run.results_file and base.suffix in ENDINGS.values():
+        base = base.with_suffix('')
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--results-dir {base.parent}: cannot be made ({reason_of(error)})') from error
+    return base
+
+
+def class_namer(
+    config: InferenceConfig, model: Any, class_names: Optional[List[str]]
+) -> Optional[Callable[[int], str]]:
+    """From a class number to its name: of --class-map, the checkpoint, the folder, or ImageNet's; None without."""
+    if config.results.label_type == 'none':
+        return None
+    published: Dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
+    names: Any = class_names or published.get('label_names')
+    if config.data.class_map:
+        labels = data.read_class_map(config.data.class_map, config.data.data_dir)
+        names = sorted(labels, key=labels.__getitem__)
+    try:
+        if names:
+            words = published.get('label_descriptions') if names is published.get('label_names') else None
+            info: Any = CustomDatasetInfo(names, words)
+        else:
+            subset = infer_imagenet_subset({'num_classes': model.num_classes})
+            if subset is None:
+                log.warning(f'nothing says what the {model.num_classes} classes are called; give --class-map FILE')
+                return None
+            if config.weights.checkpoint:
+                log.info(f'{model.num_classes} classes without names: taken for those of {subset}')
+            info = ImageNetInfo(subset)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{config.model.model}: the names of its classes are damaged: {first_line(error)}') from error
+    return DatasetInfoLabelMapper(info, config.results.label_type)
+
+
+def best_classes(logits: torch.Tensor, results: ResultsConfig, name_class: Optional[Callable[[int], str]]) -> List[Row]:
+    """For each picture of `(B, classes)` lists of its most likely classes: numbers, names and outputs, as asked for."""
+    output = logits.softmax(-1) if results.output_type == 'prob' else logits
+    best = output.topk(min(results.topk, output.shape[-1]))
+    rows = []
+    for numbers, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+        row: Row = {}
+        if results.include_index or name_class is None:
+            row[results.index_col] = numbers
+        if name_class is not None:
+            row[results.label_col] = [name_class(number) for number in numbers]
+        if not results.exclude_output:
+            row[results.output_col or results.output_type] = [round(value, 6) for value in values]
+        rows.append(row)
+    return rows
+
+
+def shown(row: Row, results: ResultsConfig) -> str:
+    """A row for the terminal: picture.jpg: tabby 91.3 %, lynx 4.1 %"""
+    names = row.get(results.label_col) or row[results.index_col]
+    values = row.get(results.output_col or results.output_type)
+    form = '{} {:.1%}' if results.output_type == 'prob' else '{} {:.4g}'
+    best = names if values is None else map(form.format, names, values)
+    return f'{row[results.filename_col]}: {", ".join(map(str, best))}'
+
+
+def columns(row: Row, separate: bool) -> Row:
+    """A row with plain values: a list of one becomes its value, a longer one a column for each where `separate`."""
+    flat: Row = {}
+    for name, value in row.items():
+        if not isinstance(value, list) or len(value) == 1:
+            flat[name] = value[0] if isinstance(value, list) else value
+        elif separate:
+            flat |= {f'{name}_{i}': one for i, one in enumerate(value)}
+        else:
+            flat[name] = value
+    return flat
+
+
+def write_results(rows: Sequence[Row], base: Path, form: str, results: ResultsConfig) -> Path:
+    """Write the rows in one form, whole or not at all. A cell of CSV holds no list: there columns are always apart."""
+    path = Path(f'{base}{ENDINGS[form]}')
+    table = [columns(row, results.results_separate_col or form == 'csv') for row in rows]
+    try:
+        with replacing(path) as partial:
+            if form == 'parquet':
+                import pyarrow
+                import pyarrow.parquet
+
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), str(partial))
+                return path
+            with open(partial, 'w', encoding='utf-8', newline='') as file:
+                if form == 'csv':
+                    writer = csv.DictWriter(file, fieldnames=list(table[0]))
+                    writer.writeheader()
+                    writer.writerows(table)
+                elif form == 'json':
+                    key = results.filename_col
+                    json.dump({row.pop(key): row for row in table}, file, indent=4, ensure_ascii=False)
+                elif form == 'json-records':
+                    file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in table)
+                else:
+                    split = dict(columns=list(table[0]), data=[list(row.values()) for row in table])
+                    json.dump(split, file, indent=4, ensure_ascii=False)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({reason_of(error)})') from error
+    return path
+
+
+class AttentionPictures:
+    """Draws over each picture, as the model saw it, where what the classifier reads has looked.
+
+    That is the class token where the classifier reads it, else the mean over the tokens of the grid.
+
+    Args:
+        model: The model, not compiled.
+        how: 'last' for the last layer, as a mean over its heads, or 'rollout' through all layers.
+        folder: Where the pictures go.
+        data_config: From `data.resolve_input`.
+    """
+
+    def __init__(self, model: Any, how: str, folder: Path, data_config: Dict[str, Any]):
+        self.model, self.how, self.folder = model, how, folder
+        self.input_size: Tuple[int, ...] = data_config['input_size']
+        self.mean, self.std = (torch.tensor(data_config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
+        self.reads_class = getattr(model, 'cls_token', None) is not None and model.global_pool == 'token'
+
+    def try_out(self) -> None:
+        """UserError where the model has no such maps, before any picture is read."""
+        self._weights(torch.zeros(1, *self.input_size))
+
+    def _weights(self, images: torch.Tensor) -> torch.Tensor:
+        """`(B, H, W)`"""
+        try:
+            if self.how == 'rollout':
+                one = attention_rollout(attention_maps(self.model, images))
+            else:
+                (one,) = attention_maps(self.model, images, layer=-1, query='class' if self.reads_class else None)
+        except ValueError as error:
+            raise UserError(f'--include-attention {self.how}: {error}') from error
+        weights = one.grid.mean(1)
+        weights = weights[:, 0] if self.reads_class else weights[:, one.num_prefix_tokens :].mean(1)
+        if (weights < 0).any():
+            raise UserError(
+                f'--include-attention {self.how}: {one.name} has weights below 0, which no brightness can show'
+            )
+        return weights
+
+    def draw(self, images: torch.Tensor, names: Sequence[str]) -> List[str]:
+        """Write a PNG for each image `(B, C, height, width)`; returns their names, with the folder's."""
+        drawn: List[str] = []
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for some in images.split(MAPS_AT_ONCE):
+                for image, weights in zip(some.float().cpu(), self._weights(some).cpu(), strict=True):
+                    pixels = (image * self.std + self.mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+                    picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
+                    file = self.folder / f'{names[len(drawn)]}.png'
+                    overlay_attention(picture, weights).save(file)
+                    drawn.append(f'{self.folder.name}/{file.name}')
+        except OSError as error:
+            raise UserError(f'{self.folder}: cannot be written ({reason_of(error)})') from error
+        return drawn

@@ -1,0 +1,123 @@
+"""Pictures without labels, for inference: those of a folder and the folders in it, of a tar file, or a single one."""
+
+import logging
+import os
+import tarfile
+import zlib
+from pathlib import Path
+from typing import IO, Any, Dict, List, Optional, Tuple
+
+from timm.data import ImageDataset
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader import Reader
+from timm.utils.misc import natural_key
+
+from evavit.errors import UserError, first_line, reason_of
+from evavit.training.data.decode import open_file
+from evavit.training.data.folders import OTHER_IMAGES
+from evavit.training.data.images import CheckedImages
+
+log = logging.getLogger(__name__)
+
+ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
+
+
+class Pictures(Reader):
+    """A reader in timm's form of every file whose name ends like an image's, in natural order; all labels are 0.
+
+    timm's own readers pass over formats other than PNG and JPEG without a word, and want a class folder for each image.
+
+    Args:
+        root: Folder, tar file or picture.
+
+    Raises:
+        UserError: There is no such thing, it cannot be read, or no picture is in it.
+    """
+
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root, self.members = root, None if root.is_dir() else self._members(root)
+        self.tars: Dict[int, tarfile.TarFile] = {}  # by process: loading processes must not share a place in the file
+        if root.is_dir():
+            names = _walk(root)
+        elif self.members is not None:
+            names = list(self.members)
+        else:
+            self.root, names = root.parent, [root.name]
+        self.names = sorted(names, key=natural_key)
+        if not self.names:
+            raise UserError(f'{root}: no picture in it ({", ".join(sorted(_endings()))})')
+
+    @staticmethod
+    def _members(path: Path) -> Optional[Dict[str, tarfile.TarInfo]]:
+        """The pictures of a tar file by name, None for a file of another kind."""
+        if not path.is_file():
+            what = 'neither a folder nor a regular file' if path.exists() else 'no such folder or file'
+            raise UserError(f'{path}: {what} (--data-dir)')
+        if not path.name.lower().endswith(ARCHIVES):
+            return None
+        try:
+            with tarfile.open(path) as tar:
+                return {info.name: info for info in tar if info.isfile() and _is_picture(info.name)}
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            raise UserError(f'{path}: not a readable tar file ({first_line(error)[:200]})') from error
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
+        if self.members is None:
+            return open_file(self.root / self.names[index]), 0
+        if os.getpid() not in self.tars:
+            self.tars[os.getpid()] = tarfile.open(self.root)  # noqa: SIM115  it stays open
+        stream = self.tars[os.getpid()].extractfile(self.members[self.names[index]])
+        assert stream is not None  # a regular file
+        return stream, 0
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        name = self.names[index]
+        if basename:
+            return os.path.basename(name)
+        return f'{self.root / name if self.members is None else f"{self.root}: {name}"}' if absolute else name
+
+
+def _endings() -> List[str]:
+    return [*get_img_extensions(), *OTHER_IMAGES]
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _endings()
+
+
+def _walk(root: Path) -> List[str]:
+    """Names, from `root` on, of all files that end like an image. A link to a folder is followed, once."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f'{error.filename}: cannot be read ({reason_of(error)})') from error
+
+    names, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in seen:
+            log.warning(f'warning: {folder} is a link to a folder that is read already, left out')
+            folders.clear()
+            continue
+        seen.add(real)
+        names += [os.path.relpath(os.path.join(folder, name), root) for name in files if _is_picture(name)]
+    return names
+
+
+def open_pictures(data_dir: Optional[str], in_chans: int = 3) -> CheckedImages:
+    """The pictures of a folder, a tar file or one file, without labels; every one may turn out unreadable.
+
+    Args:
+        data_dir: Where they are.
+        in_chans: 3 for colour, 1 for grey.
+
+    Raises:
+        UserError: see `Pictures`.
+    """
+    if not data_dir:
+        raise UserError('no pictures: give --data-dir, a folder of pictures, a tar file or one picture')
+    reader: Any = Pictures(Path(data_dir))
+    return CheckedImages(ImageDataset(data_dir, reader=reader), 'RGB' if in_chans == 3 else 'L', share=1.0)

@@ -1,0 +1,373 @@
+"""inference.py: the predictions of the model, of every source of weights and pictures, in every form; mistakes."""
+
+import csv
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from runs import CLASSES, KWARGS, MODEL, SOFTMAX, load_script, words
+from timm.data import create_transform, resolve_data_config
+
+import evavit
+from evavit.hub import save_folder
+
+
+@pytest.fixture(scope='module')
+def model():
+    """A model whose predictions differ from picture to picture."""
+    torch.manual_seed(0)
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope='module')
+def hub(model, tmp_path_factory):
+    return save_folder(model, tmp_path_factory.mktemp('hub') / 'mine', data='x', licence='mit', label_names=CLASSES)
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    """Pictures of many sizes, modes and formats, in folders and not: {name: picture as it is read}."""
+    root, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
+    (root / 'deep' / 'er').mkdir(parents=True)
+    (root / 'notes.txt').write_text('no picture')
+    names = {}
+    for name, size, mode in (
+        ('a10.png', (40, 30), 'RGB'),
+        ('a9.png', (16, 16), 'L'),
+        ('deep/b.bmp', (50, 17), 'RGB'),
+        ('deep/er/c.webp', (21, 64), 'RGBA'),
+        ('deep/er/d.JPG', (33, 33), 'RGB'),
+    ):
+        colour = rng.integers(0, 255, (size[1], size[0], 4)) // 2 + rng.integers(0, 128, 4)
+        Image.fromarray(colour.astype(np.uint8)).convert(mode).save(root / name)
+        with Image.open(root / name) as picture:
+            names[name] = picture.convert('RGB')
+    return root, dict(sorted(names.items(), key=lambda item: ['a9.png', 'a10.png', *sorted(names)[2:]].index(item[0])))
+
+
+def transform_of(model):
+    size = model.patch_embed.img_size
+    return create_transform(**resolve_data_config({'input_size': (3, *size)}, model=model))
+
+
+def expected(model, pictures):
+    """{name: probabilities}, by timm's transform and the model alone."""
+    transform = transform_of(model)
+    with torch.no_grad():
+        return {name: model(transform(picture).unsqueeze(0)).softmax(-1)[0] for name, picture in pictures.items()}
+
+
+@pytest.fixture
+def infer(call, tmp_path):
+    """infer(*flags) → (rows of the CSV file, lines of output)."""
+
+    def infer(*flags, name='results'):
+        place = ['--results-dir', tmp_path, '--results-file', name, '--workers', '0', '--device', 'cpu']
+        code, out, err = call('inference', *place, *flags)
+        assert code == 0 and not err, out + err
+        with open(tmp_path / f'{name}.csv', newline='', encoding='utf-8') as file:
+            return list(csv.DictReader(file)), out.splitlines()
+
+    return infer
+
+
+def assert_rows(rows, probabilities, names=CLASSES):
+    assert [row['filename'] for row in rows] == list(probabilities)
+    for row in rows:
+        values, order = probabilities[row['filename']].sort(descending=True)
+        assert [row[f'label_{i}'] for i in range(3)] == [names[i] for i in order]
+        assert [float(row[f'prob_{i}']) for i in range(3)] == pytest.approx(values.tolist(), abs=2e-6)
+
+
+def test_predictions_of_a_hub_folder_on_pictures_of_any_kind(infer, hub, model, pictures):
+    root, known = pictures
+    rows, out = infer('--data-dir', root, '--checkpoint', hub, '--topk', '3', '--fullname', '-b', '2')
+    assert_rows(rows, expected(model, known))
+    best = rows[0]
+    assert f'a9.png: {best["label_0"]} {float(best["prob_0"]):.1%}, {best["label_1"]}' in '\n'.join(out)
+    assert '5 pictures classified, 0 not readable' in out[-1]
+
+
+def test_a_tar_file_and_one_picture(infer, hub, model, pictures, tmp_path):
+    root, known = pictures
+    for name in ('all.tar', 'all.tar.gz'):
+        with tarfile.open(tmp_path / name, 'w:gz' if name.endswith('gz') else 'w') as tar:
+            tar.add(root, arcname='all')
+        flags = ['--checkpoint', hub, '--topk', '3', '--fullname', '--workers', '2', '-b', '1']
+        rows, _ = infer('--data-dir', tmp_path / name, *flags)
+        assert_rows(rows, {f'all/{key}': value for key, value in expected(model, known).items()})
+    rows, _ = infer('--data-dir', root / 'deep' / 'b.bmp', '--checkpoint', hub, '--topk', '9')
+    assert_rows(rows, {'b.bmp': expected(model, known)['deep/b.bmp']})
+
+
+def test_a_run_and_its_checkpoints(train, infer, images, tmp_path):
+    """The best weights of the folder, with the classes and the settings of the run; another image size."""
+    folder = train('run')
+    place = ['--data-dir', images / 'val', '--topk', '3', '--fullname']
+    rows, out = infer('--checkpoint', folder, *place)
+    assert any('model_best.safetensors of this run' in line for line in out)
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).eval()
+    model.load_state_dict(evavit.models.read_weights(folder / 'model_best.safetensors'))
+    known = {
+        path.relative_to(images / 'val').as_posix(): Image.open(path).convert('RGB')
+        for path in sorted((images / 'val').rglob('*.png'))
+    }
+    assert_rows(rows, expected(model, known))
+    assert infer('--checkpoint', folder / 'model_best.pth.tar', *place)[0] == rows
+    model.set_input_size(24)
+    assert_rows(infer('--checkpoint', folder, *place, '--img-size', '24')[0], expected(model, known))
+
+
+def test_validate_and_export_take_the_folder_of_a_run_and_of_the_hub(train, call, images, tmp_path, hub):
+    folder = train('run')
+    results = {}
+    for name in (folder, folder / 'model_best.safetensors'):
+        flags = ['--data-dir', images, '--workers', '0', '--results-file', tmp_path / 'result.json']
+        assert call('validate', '--checkpoint', name, *flags)[0] == 0
+        results[name] = json.loads((tmp_path / 'result.json').read_text())
+        assert results[name].pop('checkpoint') == str(folder / 'model_best.safetensors')
+    assert results[folder] == results[folder / 'model_best.safetensors']
+    code, out, err = call('validate', '--checkpoint', hub, '--data-dir', images, '--workers', '0')
+    assert code == 0 and '(13 images)' in out, out + err
+
+
+def test_a_converted_network_of_the_hub(infer, pictures, tmp_path):
+    torch.manual_seed(0)
+    parent = timm.create_model('vit_tiny_patch16_224', num_classes=3, **SOFTMAX)
+    for parameter in parent.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    converted = evavit.convert_vit(parent.eval(), window_size=2, partition_grid=2)
+    save_folder(converted, tmp_path / 'converted', data='x', licence='mit', label_names=CLASSES)
+    root, known = pictures
+    flags = ['--data-dir', root, '--topk', '3', '--fullname', '--include-attention']
+    rows, _ = infer('--checkpoint', tmp_path / 'converted', *flags)
+    assert_rows(rows, expected(converted, known))
+    assert all((tmp_path / row['attention']).is_file() for row in rows)
+
+
+def test_forms_of_the_results(call, hub, pictures, tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    place = ['--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0', '--results-dir', tmp_path, '--fullname']
+    tables = {}
+    for form in ('json', 'json-records', 'json-split', 'csv', 'parquet'):
+        for topk in ('1', '2'):
+            flags = ['--results-format', form, '--topk', topk, '--include-index', '--no-console-results']
+            code, out, err = call('inference', *place, *flags)
+            assert code == 0 and not err and 'a9.png' not in out, out + err
+            path = tmp_path / f'eva_deit_tiny-16.{form.split("-")[0]}'
+            text = '' if form == 'parquet' else path.read_text(encoding='utf-8')
+            if form == 'json':
+                rows = [{'filename': name, **row} for name, row in json.loads(text).items()]
+            elif form == 'json-records':
+                rows = [json.loads(line) for line in text.splitlines()]
+            elif form == 'json-split':
+                split = json.loads(text)
+                rows = [dict(zip(split['columns'], row, strict=True)) for row in split['data']]
+            elif form == 'csv':
+                rows = [
+                    {key: float(x) if 'prob' in key else int(x) if 'index' in key else x for key, x in row.items()}
+                    for row in csv.DictReader(text.splitlines())
+                ]
+            else:
+                rows = parquet.read_table(path).to_pylist()
+            tables[form, topk] = rows
+    assert all(tables[form, '1'] == tables['json', '1'] for form in ('json-records', 'json-split', 'csv', 'parquet'))
+    assert all(tables[form, '2'] == tables['json', '2'] for form in ('json-records', 'json-split', 'parquet'))
+    one, two = tables['json', '1'][0], tables['json', '2'][0]
+    assert list(one) == ['filename', 'index', 'label', 'prob'] and one['label'] == CLASSES[one['index']]
+    assert two['label'] == [CLASSES[i] for i in two['index']] and two['prob'][0] >= two['prob'][1]
+    apart = tables['csv', '2'][0]
+    assert list(apart) == ['filename', *(f'{name}_{i}' for name in ('index', 'label', 'prob') for i in (0, 1))]
+    assert [apart['prob_0'], apart['prob_1']] == two['prob']
+
+
+def test_columns_and_labels(call, hub, pictures, tmp_path):
+    def columns(*flags):
+        place = ['--data-dir', pictures[0] / 'a9.png', '--workers', '0', '--results-file', tmp_path / 'one.json']
+        code, out, err = call('inference', *place, *flags)
+        assert code == 0, out + err
+        return json.loads((tmp_path / 'one.json').read_text())['a9.png'], out
+
+    names = words('--index-col i --label-col class --output-col p --filename-col f --include-index')
+    assert list(columns('--checkpoint', hub, *names)[0]) == ['i', 'class', 'p']
+    assert list(columns('--checkpoint', hub, '--label-type', 'none', '--exclude-output')[0]) == ['index']
+    logit = columns('--checkpoint', hub, '--output-type', 'logit', '--topk', '3')[0]['logit']
+    prob = columns('--checkpoint', hub, '--topk', '3')[0]['prob']
+    assert torch.tensor(logit).softmax(-1).tolist() == pytest.approx(prob, abs=1e-5)
+    apart = columns('--checkpoint', hub, '--topk', '2', '--results-separate-col')[0]
+    assert list(apart) == ['label_0', 'label_1', 'prob_0', 'prob_1']
+    (tmp_path / 'map.txt').write_text('x\ny\nz\n')
+    assert columns('--checkpoint', hub, '--class-map', tmp_path / 'map.txt')[0]['label'] in 'xyz'
+
+    model = timm.create_model('eva_deit_tiny', **KWARGS)
+    torch.nn.init.zeros_(model.head.weight)
+    with torch.no_grad():
+        model.head.bias[285] = 20.0
+    torch.save(model.state_dict(), tmp_path / 'imagenet.pth')
+    flags = [*MODEL, '--checkpoint', tmp_path / 'imagenet.pth', '--label-type']
+    row, out = columns(*flags, 'name')
+    assert row['label'] == 'n02124075' and 'taken for those of imagenet-1k' in out
+    assert columns(*flags, 'description')[0]['label'].startswith('Egyptian cat')
+    assert columns(*flags, 'detailed')[0]['label'] == 'Egyptian cat: a domestic cat of Egypt'
+    seven = timm.create_model('eva_deit_tiny', num_classes=7, **KWARGS)
+    torch.save(seven.state_dict(), tmp_path / 'seven.pth')
+    row, out = columns(*MODEL, '--num-classes', '7', '--checkpoint', tmp_path / 'seven.pth')
+    assert list(row) == ['index', 'prob'] and 'nothing says what the 7 classes are called' in out
+
+
+def test_broken_pictures_are_named_and_left_out(infer, call, hub, model, pictures, tmp_path):
+    _, known = pictures
+    some = tmp_path / 'some'
+    some.mkdir()
+    known['a10.png'].save(some / 'b.png')
+    known['a9.png'].save(some / 'd.png')
+    whole = (some / 'b.png').read_bytes()
+    broken = {'a.png': b'', 'c.jpg': b'no picture', 'e.png': whole[: len(whole) // 2], 'f.heic': b'unknown'}
+    for name, content in broken.items():
+        (some / name).write_bytes(content)
+    if hasattr(os, 'mkfifo'):
+        os.mkfifo(some / 'pipe.png')
+        broken['pipe.png'] = b''
+    for workers in ('0', '2'):
+        flags = ['--data-dir', some, '--checkpoint', hub, '--topk', '3', '--workers', workers, '-b', '2']
+        rows, out = infer(*flags)
+        assert_rows(rows, {'b.png': expected(model, known)['a10.png'], 'd.png': expected(model, known)['a9.png']})
+        for name in broken:
+            (line,) = [line for line in out if f'/{name} is not a readable image' in line]
+            assert line.startswith('warning: ') and '(' in line
+        assert f'2 pictures classified, {len(broken)} not readable' in out[-1]
+    for name in ('b.png', 'd.png'):
+        (some / name).unlink()
+    code, _, err = call('inference', '--data-dir', some, '--checkpoint', hub, '--workers', '0')
+    assert code == 2 and f'none of the {len(broken)} pictures' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('how', ['last', 'rollout'])
+def test_attention_pictures(infer, hub, model, pictures, tmp_path, how):
+    """As large as what the model saw, by name in the table; bright where the mean over the queries is large."""
+    root, known = pictures
+    rows, _ = infer('--data-dir', root, '--checkpoint', hub, '--include-attention', how, '--fullname', '-b', '3')
+    transform = transform_of(model)
+    for number, row in enumerate(rows):
+        assert row['attention'] == f'attention/{number:06d}_{row["filename"].split("/")[-1]}.png'
+        maps = evavit.attention_maps(model, transform(known[row['filename']]).unsqueeze(0))
+        one = evavit.attention_rollout(maps) if how == 'rollout' else maps[-1]
+        weights = one.grid.mean((1, 2))[0]
+        normalise = transform.transforms[-1]
+        seen = transform(known[row['filename']]) * normalise.std.view(3, 1, 1) + normalise.mean.view(3, 1, 1)
+        seen = Image.fromarray(seen.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+        drawn = np.asarray(Image.open(tmp_path / row['attention']), dtype=int)
+        assert abs(drawn - np.asarray(evavit.overlay_attention(seen, weights), dtype=int)).max() <= 2
+
+
+def test_the_same_under_a_compiler_and_with_mixed_precision(infer, hub, model, pictures):
+    """The last batch is smaller than the others."""
+    root, known = pictures
+    for flags in (['--torchcompile', 'eager', '--channels-last'], ['--amp']):
+        rows, _ = infer('--data-dir', root, '--checkpoint', hub, '--topk', '3', '--fullname', '-b', '2', *flags)
+        for row in rows:
+            best = expected(model, known)[row['filename']].max().item()
+            assert float(row['prob_0']) == pytest.approx(best, abs=0.03)
+
+
+LONG_SHORT = words('--num-classes 3 --model long_short_deit_tiny --model-kwargs')
+LONG_SHORT += [f'{key}={value}' for key, value in SOFTMAX.items()]
+# flags beside --workers 0, and what the line must say; HUB and PICTURES stand for the folders
+FAULTS = {
+    'no pictures named': (['--checkpoint', 'HUB'], ['no pictures', '--data-dir']),
+    'no such folder': (['--checkpoint', 'HUB', '--data-dir', 'nowhere'], ['nowhere', 'no such folder or file']),
+    'an empty folder': (['--checkpoint', 'HUB', '--data-dir', 'empty'], ['empty', 'no picture in it']),
+    'no tar file': (['--checkpoint', 'HUB', '--data-dir', 'no.tar'], ['no.tar', 'not a readable tar file']),
+    'half a tar file': (['--checkpoint', 'HUB', '--data-dir', 'half.tar.gz'], ['half.tar.gz', 'not a readable tar']),
+    'no model': (['--data-dir', 'PICTURES'], ['no model', '--checkpoint']),
+    'no such checkpoint': (['--data-dir', 'PICTURES', '--checkpoint', 'x.pth'], ['x.pth', 'no such checkpoint']),
+    'a folder without weights': (['--data-dir', 'PICTURES', '--checkpoint', 'empty'], ['empty', 'without weights']),
+    'a damaged folder': (['--data-dir', 'PICTURES', '--checkpoint', 'broken'], ['broken', 'config.json is damaged']),
+    'a folder half copied': (['--data-dir', 'PICTURES', '--checkpoint', 'half'], ['half', 'no model.safetensors']),
+    'weights timm has not': (['--data-dir', 'PICTURES', '--model', 'eva_deit_tiny'], ['eva_deit_tiny', 'no weights']),
+    'two sources': (['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--pretrained'], ['--pretrained', 'one of them']),
+    'unknown model': (['--data-dir', 'PICTURES', '--model', 'eva_deit_tin'], ['eva_deit_tin', 'mean eva_deit_tiny']),
+    'an ending': (
+        ['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--results-file', 'x.xls'],
+        ['x.xls', '.csv, .json or .parquet'],
+    ),
+    'one file for two forms': (
+        ['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--results-format', 'json', 'json-split'],
+        ['json json-split', 'one file'],
+    ),
+    'a form that is none': (
+        ['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--results-format', 'xml'],
+        ['xml', 'csv, json'],
+    ),
+    'names that are not told apart': (
+        ['--data-dir', 'twice', '--checkpoint', 'HUB', '--results-format', 'json'],
+        ['several pictures x.png', '--fullname'],
+    ),
+    'a folder that is a file': (
+        ['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--results-dir', 'no.tar'],
+        ['no.tar', 'cannot be'],
+    ),
+    'no classes at all': (['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--topk', '0'], ['topk', '≥ 1']),
+    'too small a size': (['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--img-size', '3'], ['model.safetensors']),
+    'maps that there are not': (
+        ['--data-dir', 'PICTURES', '--checkpoint', 'ls.pth', '--include-attention', *LONG_SHORT],
+        ['--include-attention', 'dual_ln'],
+    ),
+}
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory, hub, pictures):
+    root = tmp_path_factory.mktemp('places')
+    for name in ('empty', 'broken', 'half', 'twice/a', 'twice/b'):
+        (root / name).mkdir(parents=True)
+    (root / 'broken' / 'config.json').write_text('{"architecture":')
+    (root / 'half' / 'config.json').write_text((hub / 'config.json').read_text())
+    (root / 'no.tar').write_text('no archive')
+    with tarfile.open(root / 'whole.tar.gz', 'w:gz') as tar:
+        tar.add(pictures[0], arcname='all')
+    content = (root / 'whole.tar.gz').read_bytes()
+    (root / 'half.tar.gz').write_bytes(content[: len(content) // 2])
+    for name in ('a', 'b'):
+        Image.new('RGB', (8, 8)).save(root / 'twice' / name / 'x.png')
+    torch.save(timm.create_model('long_short_deit_tiny', num_classes=3, **SOFTMAX).state_dict(), root / 'ls.pth')
+    return root
+
+
+@pytest.mark.parametrize('flags, said', FAULTS.values(), ids=FAULTS)
+def test_mistakes_are_one_line(call, places, hub, pictures, monkeypatch, flags, said):
+    monkeypatch.chdir(places)
+    stand = {'HUB': str(hub), 'PICTURES': str(pictures[0])}
+    code, _, err = call('inference', '--workers', '0', *(stand.get(flag, flag) for flag in flags))
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
+    assert all(text in err for text in said), err
+
+
+def test_the_default_name_and_place_are_timms(call, hub, pictures, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call('inference', '--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0')
+    assert code == 0 and os.listdir(tmp_path) == ['eva_deit_tiny-16.csv'] and 'eva_deit_tiny-16.csv' in out
+
+
+def test_a_link_in_a_circle_is_left(infer, hub, tmp_path):
+    (tmp_path / 'round').mkdir()
+    Image.new('RGB', (8, 8)).save(tmp_path / 'round' / 'x.png')
+    (tmp_path / 'round' / 'back').symlink_to(tmp_path / 'round')
+    rows, out = infer('--data-dir', tmp_path / 'round', '--checkpoint', hub)
+    assert len(rows) == 1 and any('link to a folder that is read already' in line for line in out)
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        load_script('inference').main(['--help'])
+    out = capsys.readouterr().out
+    flags = '--data-dir --checkpoint --topk --fullname --include-attention --results-format --label-type --img-size'
+    assert all(flag in out for flag in words(flags)) and '--epochs' not in out
