@@ -113,7 +113,7 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
     for text, message in (
         ('{"architecture"', 'config.json is damaged'),
         ('[1]', 'config.json is damaged'),
-        (json.dumps({**config, 'evavit_convert': []}), 'config.json makes no model'),
+        (json.dumps({**config, 'evavit_convert': []}), 'config.json is damaged'),
         (json.dumps({**config, 'evavit_convert': {'windw_size': 1}}), 'did you mean window_size'),
         (json.dumps({**config, 'architecture': 'vit_of_mine'}), 'config.json makes no model'),
         (json.dumps({**config, 'model_args': {**config['model_args'], 'depth': 1}}), 'not the weights of config.json'),

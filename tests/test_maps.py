@@ -1,6 +1,7 @@
 """Attention maps of whole models: their rows are the attention, whoever made the model; mistakes are one line."""
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -196,6 +197,20 @@ def test_the_model_is_left_as_it_was():
             attention_maps(model.double(), images())
         assert [module.training for module in model.modules()] == modes
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_picture_takes_less_than_a_second():
+    """Of one core, for all layers, heads and queries of a model at its own size; a first call warms up."""
+    model, x = timm.create_model('eva_deit_tiny').eval(), torch.randn(1, 3, 224, 224)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        attention_maps(model, x, layer=0)
+        began = time.process_time()
+        assert len(attention_maps(model, x)) == 12
+        assert time.process_time() - began < 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_features_only_and_wrapped_models():

@@ -80,8 +80,10 @@ def test_a_wheel_trains_validates_and_exports(programs, tmp_path):
     weights = 'output/run/last.safetensors'
     out = start('validate', '--checkpoint', weights, '--data-dir', tmp_path / 'images', '--workers', '0')
     assert '(12 images)' in out
+    out = start('inference', '--checkpoint', 'output/run', '--data-dir', tmp_path / 'images', '--workers', '0')
+    assert '36 pictures classified, 0 not readable' in out
     assert 'agrees with PyTorch' in start('export', 'model.onnx', '--checkpoint', weights, '--check-forward')
-    for name in ('train', 'validate', 'export', 'benchmark'):
+    for name in ('train', 'validate', 'inference', 'export', 'benchmark'):
         assert start(name, '--help').startswith(f'usage: evavit-{name} ')
     where = run([programs / 'python', '-c', 'import evavit; print(evavit.__file__)'], cwd=tmp_path, env=environment)
     assert Path(where).is_relative_to(tmp_path / 'env')

@@ -177,11 +177,11 @@ def test_links_and_paths_exist(page):
 
 
 def commands(page):
-    """Command lines that start train.py, validate.py or export.py, in bash blocks and indented lines."""
+    """Command lines that start train.py, validate.py, inference.py or export.py, in bash blocks and indented lines."""
     shell = [code for _, code in blocks(page, 'bash')]
     shell.append('\n'.join(line[4:] if line.startswith('    ') else '' for line in prose(page).splitlines()))
     lines = [line for code in shell for line in code.replace('\\\n', ' ').splitlines()]
-    start = re.compile(r'\s*(python|torchrun)\b.*\b(train|validate|export)\.py\s')
+    start = re.compile(r'\s*(python|torchrun)\b.*\b(train|validate|inference|export)\.py\s')
     return [line.strip() for line in lines if start.match(line)]
 
 
@@ -192,7 +192,7 @@ def test_commands_parse(page, line, monkeypatch):
     """The flags of every command line exist and take these values, as do the keys of the file that it names."""
     monkeypatch.chdir(ROOT)
     words = shlex.split(line, comments=True)
-    script = next(word for word in words if word in ('train.py', 'validate.py', 'export.py'))
+    script = next(word for word in words if word in ('train.py', 'validate.py', 'inference.py', 'export.py'))
     flags = words[words.index(script) + 1 :]
     if flags == ['--help']:
         return
