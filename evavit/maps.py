@@ -35,7 +35,7 @@ class AttentionMap(NamedTuple):
 
     name: str  # of the layer in the model, such as 'blocks.3.attn'
     rows: torch.Tensor  # `(B, h, Q, P + N)`: of each query for each token, prefix tokens first, then the grid's
-    queries: Tuple[int, ...]  # numbers of the Q tokens that the rows are of
+    queries: Tuple[int, ...]  # numbers of the Q tokens that the rows are of; none of them for a mean
     feat_size: Tuple[int, int]  # the grid (H, W), N = H·W
     num_prefix_tokens: int  # P, class and register tokens
 
@@ -67,7 +67,8 @@ def attention_maps(
         images: `(B, C, height, width)`, prepared for the model, on its device.
         layer: Which layers: a number, also from the end (-1), a name such as 'stages.0.blocks.1.attn', or several of
             them. None for all.
-        query: Whose attention: 'class' for the class token's; a token's number, or a list of them, where prefix tokens
+        query: Whose attention: 'class' for the class token's; 'mean' for the mean over the tokens of the grid, one row,
+            which takes no more than that at any size; a token's number, or a list of them, where prefix tokens
             come first; a tuple (y, x) for the token of the grid that has this pixel of the images. None for all tokens,
             which is `(B, h, N, N)` numbers a layer.
 
@@ -85,8 +86,7 @@ def attention_maps(
         raise ValueError(f'images must be (batch, channels, height, width), got shape {list(images.shape)}')
     if query == 'class' and getattr(inner, 'cls_token', None) is None:
         raise ValueError(
-            f"query 'class': {type(inner).__name__} has no class token; leave query out and take the mean over the "
-            f'queries, rows.mean(2)'
+            f"query 'class': {type(inner).__name__} has no class token; give 'mean' for the mean over its tokens"
         )
     found: Dict[str, AttentionMap] = {}
     modules = list(model.modules())
@@ -153,8 +153,10 @@ def _choose(names: List[str], layer: Union[Layer, Sequence[Layer], None]) -> Lis
 def _numbers(
     query: Optional[Query], feat_size: Tuple[int, int], num_prefix_tokens: int, images: torch.Tensor
 ) -> List[int]:
-    """Numbers of the tokens that a query means, in a layer with this grid."""
+    """Numbers of the tokens that a query means, in a layer with this grid; none for their mean."""
     (H, W), P = feat_size, num_prefix_tokens
+    if query == 'mean':
+        return []
     if query is None:
         return list(range(P + H * W))
     if query == 'class':
@@ -169,7 +171,7 @@ def _numbers(
     numbers = [query] if isinstance(query, int) else query
     if isinstance(numbers, str) or not all(isinstance(n, int) and 0 <= n < P + H * W for n in numbers) or not numbers:
         raise ValueError(
-            f"query {query!r}: takes 'class', a pixel (y, x), or numbers of tokens, here 0 to {P + H * W - 1}"
+            f"query {query!r}: takes 'class', 'mean', a pixel (y, x), or numbers of tokens, here 0 to {P + H * W - 1}"
         )
     return list(numbers)
 
@@ -182,7 +184,11 @@ def _look_at_grid(name: str, images: torch.Tensor, query: Optional[Query], found
         size = given['feat_size'] if 'feat_size' in given else given['attn_mask'][:2]  # as timm's blocks hand it on
         feat_size, P = (int(size[0]), int(size[1])), layer.num_prefix_tokens
         numbers = _numbers(query, feat_size, P, images)
-        rows = layer.attention_rows(given['x'], list(feat_size), given.get('rope'), torch.tensor(numbers))
+        queries = torch.tensor(numbers)
+        if not numbers:
+            N = feat_size[0] * feat_size[1]
+            queries = torch.cat([torch.zeros(1, P), torch.full((1, N), 1 / N)], 1)
+        rows = layer.attention_rows(given['x'], list(feat_size), given.get('rope'), queries)
         found[name] = AttentionMap(name, rows, tuple(numbers), feat_size, P)
 
     return look
@@ -204,7 +210,8 @@ def _look_at_softmax(
                 f'{type(model).__name__} would have to say the size of'
             )
         numbers = _numbers(query, feat_size, P, images)
-        found[name] = AttentionMap(name, weights[:, :, numbers], tuple(numbers), feat_size, P)
+        rows = weights[:, :, numbers] if numbers else weights[:, :, P:].mean(2, keepdim=True)
+        found[name] = AttentionMap(name, rows, tuple(numbers), feat_size, P)
 
     return look
 

@@ -160,6 +160,8 @@ def test_softmax_models_of_timm(name):
     before = model(x)
     for one in attention_maps(model, x):
         assert one.feat_size == (x.shape[2] // 4, x.shape[3] // 4) and (one.rows >= 0).all()
+        (mean,) = attention_maps(model, x, layer=one.name, query='mean')
+        torch.testing.assert_close(mean.rows, one.rows[:, :, one.num_prefix_tokens :].mean(2, keepdim=True))
         torch.testing.assert_close(one.rows.sum(-1), torch.ones(one.rows.shape[:3]))
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
@@ -173,6 +175,9 @@ def test_queries_and_layers():
     some = attention_maps(model, images(), layer=['blocks.1.attn', 0], query=[7, 101])
     assert [one.name for one in some] == ['blocks.0.attn', 'blocks.1.attn']
     torch.testing.assert_close(some[1].rows, every[1].rows[:, :, [7, 101]])
+    (mean,) = attention_maps(model, images(), layer=1, query='mean')
+    assert mean.queries == () and mean.grid.shape == (2, 2, 1, 10, 10)
+    torch.testing.assert_close(mean.rows, every[1].rows[:, :, 2:].mean(2, keepdim=True))
     (pixel,) = attention_maps(model, images(), layer=1, query=(39, 4))
     assert pixel.queries == (2 + 9 * 10 + 1,)
 

@@ -60,10 +60,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
             )
         config.model.pretrained = True  # as in timm's script
     dataset = data.open_pictures(config.data.data_dir, checks.image_channels(config.model))
-    names = dataset.dataset.filenames(basename=not config.results.fullname)
-    if 'json' in formats and len(set(names)) < len(names):
-        (twice, _), *_ = Counter(names).most_common(1)
-        raise UserError(f'--results-format json: there are several pictures {twice}; add --fullname')
+    names = picture_names(dataset, config.results, formats)
     model: Any = build.build_model(config.model, config.model.num_classes)
     data_config = contents.finish_model(model, config)
     name_class = class_namer(config, model, class_names)
@@ -74,40 +71,47 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
         pictures.try_out()
 
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}')
-    batch_size = config.batch.batch_size
-    config.machine.workers = min(config.machine.workers, -(-len(dataset) // batch_size))
-    loader = data.eval_loader(
-        dataset, data_config, batch_size=batch_size, machine=config.machine, device=process.device
-    )
-    model, compilation = loop.place_model(model, config.machine, process.device)
+    machine, batch_size = config.machine, config.batch.batch_size
+    machine.workers = min(machine.workers, -(-len(dataset) // batch_size))
+    loader = data.eval_loader(dataset, data_config, batch_size=batch_size, machine=machine, device=process.device)
+    model, compilation = loop.place_model(model, machine, process.device)
     line = loop.ProgressLine(len(loader), config.run.log_interval, process.primary)
     line.live = line.live and config.results.no_console_results
     rows: List[Row] = []
-    place = 0
-    for step, (images, output, target) in enumerate(
-        loop.predictions(model, loader, config.machine, process, compilation), 1
-    ):
+    seen = 0
+    batches = loop.predictions(model, loader, machine, process, compilation)
+    for step, (images, output, target) in enumerate(batches, 1):
         for name, why in dataset.bad.news():
             log.warning(f'warning: {name} is not a readable image ({why}); left out')
         readable = target != UNREADABLE
-        numbers = [place + i for i in readable.nonzero().flatten().tolist()]
-        place += len(target)
-        found = best_classes(output[readable].float(), config.results, name_class)
-        for number, row in zip(numbers, found, strict=True):
-            rows.append({config.results.filename_col: names[number], **row})
-        if pictures is not None and numbers:
-            drawn = pictures.draw(images[readable], [f'{number:06d}_{Path(names[number]).name}' for number in numbers])
-            for row, file in zip(rows[-len(drawn) :], drawn, strict=True):
-                row['attention'] = file
+        numbers = [seen + i for i in readable.nonzero().flatten().tolist()]
+        seen += len(target)
+        found = best_classes(output[readable].float(), [names[n] for n in numbers], config.results, name_class)
+        if pictures is not None and found:
+            drawn = pictures.draw(images[readable], [f'{n:06d}_{Path(names[n]).name[-50:]}' for n in numbers])
+            found = [{**row, 'attention': file} for row, file in zip(found, drawn, strict=True)]
         if not config.results.no_console_results:
-            for row in rows[len(rows) - len(numbers) :]:
+            for row in found:
                 print(printable(shown(row, config.results)), flush=True)
+        rows += found
         line.show(step, 'pictures', f'{len(rows)} classified')
     if not rows:
         raise UserError(f'none of the {len(dataset)} pictures in {config.data.data_dir} can be read')
     files = [write_results(rows, base, form, config.results) for form in formats]
     bad = len(dataset) - len(rows)
     log.info(f'{len(rows)} pictures classified, {bad} not readable; results in {", ".join(map(str, files))}')
+
+
+def picture_names(dataset: Any, results: ResultsConfig, formats: Sequence[str]) -> List[str]:
+    """Names of the pictures for the results; UserError where they have to be different and are not."""
+    names = [
+        name.encode(errors='backslashreplace').decode()  # a file's name may be none of Unicode
+        for name in dataset.dataset.filenames(basename=not results.fullname)
+    ]
+    if 'json' in formats and len(set(names)) < len(names):
+        (twice, _), *_ = Counter(names).most_common(1)
+        raise UserError(f'--results-format json: there are several pictures {twice}; add --fullname')
+    return names
 
 
 def check_formats(config: InferenceConfig) -> List[str]:
@@ -167,13 +171,19 @@ def class_namer(
     return DatasetInfoLabelMapper(info, config.results.label_type)
 
 
-def best_classes(logits: torch.Tensor, results: ResultsConfig, name_class: Optional[Callable[[int], str]]) -> List[Row]:
-    """For each picture of `(B, classes)` lists of its most likely classes: numbers, names and outputs, as asked for."""
+def best_classes(
+    logits: torch.Tensor, names: Sequence[str], results: ResultsConfig, name_class: Optional[Callable[[int], str]]
+) -> List[Row]:
+    """For each picture of `(B, classes)` its name and lists of its most likely classes: numbers, names and outputs, as
+    asked for. UserError where a model gives no numbers."""
+    for name, finite in zip(names, logits.isfinite().all(-1).tolist(), strict=True):
+        if not finite:
+            raise UserError(f'{name}: the output of the model is not finite; check its weights, or leave --amp out')
     output = logits.softmax(-1) if results.output_type == 'prob' else logits
     best = output.topk(min(results.topk, output.shape[-1]))
     rows = []
-    for numbers, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-        row: Row = {}
+    for name, numbers, values in zip(names, best.indices.tolist(), best.values.tolist(), strict=True):
+        row: Row = {results.filename_col: name}
         if results.include_index or name_class is None:
             row[results.index_col] = numbers
         if name_class is not None:
@@ -264,11 +274,13 @@ class AttentionPictures:
             if self.how == 'rollout':
                 one = attention_rollout(attention_maps(self.model, images))
             else:
-                (one,) = attention_maps(self.model, images, layer=-1, query='class' if self.reads_class else None)
+                (one,) = attention_maps(self.model, images, layer=-1, query='class' if self.reads_class else 'mean')
         except ValueError as error:
             raise UserError(f'--include-attention {self.how}: {error}') from error
         weights = one.grid.mean(1)
-        weights = weights[:, 0] if self.reads_class else weights[:, one.num_prefix_tokens :].mean(1)
+        if self.how == 'rollout' and not self.reads_class:
+            weights = weights[:, one.num_prefix_tokens :].mean(1, keepdim=True)
+        weights = weights[:, 0]
         if (weights < 0).any():
             raise UserError(
                 f'--include-attention {self.how}: {one.name} has weights below 0, which no brightness can show'

@@ -203,7 +203,8 @@ class GridAttention(nn.Module):
 
         Args:
             x, feat_size, rope: As in `forward`.
-            queries: Numbers of the tokens to give rows for, int64 `(Q)`; None for all.
+            queries: Numbers of the tokens to give rows for, int64 `(Q)`, or weights to add rows up with, `(Q, P + N)`;
+                None for all.
 
         Raises:
             ValueError: the output is no sum of values with weights.

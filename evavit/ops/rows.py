@@ -24,7 +24,8 @@ def attention_rows(
     Args:
         attend: From values to output, both `(B, h, T, d)`, differentiable. Heads, images and channels do not mix.
         v: Values `(B, h, T, d)`; A does not depend on what they are.
-        queries: Numbers of the tokens to give rows for, int64 `(Q)`; None for all T.
+        queries: Numbers of the tokens to give rows for, int64 `(Q)`; or weights `(Q, T)` with which rows are added up,
+            as for a mean, at the price of one row each; None for all T.
 
     Returns:
         `(B, h, Q, T)` in v's dtype, without a gradient.
@@ -37,7 +38,10 @@ def attention_rows(
         out = attend(v)
         for some in queries.to(v.device).split(v.shape[3]):
             one_each = torch.zeros_like(out)
-            one_each[:, :, some, torch.arange(len(some), device=v.device)] = 1.0
+            if some.dim() == 2:
+                one_each[..., : len(some)] = some.T.to(out.dtype)
+            else:
+                one_each[:, :, some, torch.arange(len(some), device=v.device)] = 1.0
             (grad,) = torch.autograd.grad(out, v, one_each, retain_graph=True)
             rows.append(grad[..., : len(some)].transpose(-2, -1))
     return torch.cat(rows, 2)

@@ -137,6 +137,11 @@ def test_validate_and_export_take_the_folder_of_a_run_and_of_the_hub(train, call
     assert results[folder] == results[folder / 'model_best.safetensors']
     code, out, err = call('validate', '--checkpoint', hub, '--data-dir', images, '--workers', '0')
     assert code == 0 and '(13 images)' in out, out + err
+    code, _, err = call('validate', '--checkpoint', folder, '--use-ema', '--data-dir', images)
+    assert code == 2 and 'model_best.pth.tar holds no averaged weights' in err
+    (tmp_path / 'nothing').mkdir()
+    code, _, err = call('export', tmp_path / 'model.pt2', '--checkpoint', tmp_path / 'nothing')
+    assert code == 2 and 'nothing: a folder without weights' in err
 
 
 def test_a_converted_network_of_the_hub(infer, pictures, tmp_path):
@@ -355,6 +360,22 @@ def test_the_default_name_and_place_are_timms(call, hub, pictures, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     code, out, _ = call('inference', '--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0')
     assert code == 0 and os.listdir(tmp_path) == ['eva_deit_tiny-16.csv'] and 'eva_deit_tiny-16.csv' in out
+
+
+def test_a_name_that_is_no_unicode_and_an_output_that_is_no_number(infer, call, hub, model, tmp_path):
+    (tmp_path / 'in').mkdir()
+    name = os.fsdecode(b'caf\xe9.png')
+    try:
+        Image.new('RGB', (8, 8)).save(tmp_path / 'in' / name)
+    except OSError:  # a file system that wants Unicode
+        name = 'cafe.png'
+        Image.new('RGB', (8, 8)).save(tmp_path / 'in' / name)
+    rows, _ = infer('--data-dir', tmp_path / 'in', '--checkpoint', hub, '--include-attention')
+    assert rows[0]['filename'].startswith('caf') and (tmp_path / rows[0]['attention']).is_file()
+    torch.save({**model.state_dict(), 'head.bias': torch.full((3,), torch.nan)}, tmp_path / 'nan.pth')
+    flags = [*MODEL, '--num-classes', '3', '--workers', '0', '--results-dir', tmp_path]
+    code, _, err = call('inference', '--data-dir', tmp_path / 'in', '--checkpoint', tmp_path / 'nan.pth', *flags)
+    assert code == 2 and '.png: the output of the model is not finite' in err and err.count('\n') == 1
 
 
 def test_a_link_in_a_circle_is_left(infer, hub, tmp_path):

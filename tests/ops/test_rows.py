@@ -79,5 +79,7 @@ def test_rows_asked_for():
     every = attention_rows(attend, v)
     asked = torch.tensor([31, 0, 0, *range(20), 5])
     torch.testing.assert_close(attention_rows(attend, v, asked), every[:, :, asked])
+    mix = torch.randn(11, 32, dtype=torch.float64)
+    torch.testing.assert_close(attention_rows(attend, v, mix), mix @ every)
     with torch.inference_mode():
         torch.testing.assert_close(attention_rows(attend, v, asked[:1]), every[:, :, asked[:1]])

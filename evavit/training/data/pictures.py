@@ -103,7 +103,7 @@ def _walk(root: Path) -> List[str]:
             folders.clear()
             continue
         seen.add(real)
-        names += [os.path.relpath(os.path.join(folder, name), root) for name in files if _is_picture(name)]
+        names += [Path(folder, name).relative_to(root).as_posix() for name in files if _is_picture(name)]
     return names
 
 
