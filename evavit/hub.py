@@ -4,7 +4,7 @@ import inspect
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import timm
 import torch
@@ -25,7 +25,7 @@ from evavit.layers import EvaAttention
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
 from evavit.version import __version__
 
-__all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_conversion']
+__all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config']
 
 _HUB = 'hf-hub:'
 _CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
@@ -259,8 +259,9 @@ def save_folder(
     return path
 
 
-def saved_conversion(folder: Path) -> Optional[Dict[str, Any]]:
-    """The arguments of `evavit.convert_vit` for the model of a folder, None for one that was not converted.
+def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:
+    """The `config.json` of a folder, and in it the arguments of `evavit.convert_vit`, None for a model that was not
+    converted.
 
     Raises:
         ValueError: one line: no config.json, or a damaged one.
@@ -285,7 +286,7 @@ def saved_conversion(folder: Path) -> Optional[Dict[str, Any]]:
         raise ValueError(f'{folder}: config.json makes no model: it asks for more than {MOST_BLOCKS:,} blocks')
     if conversion is not None and not isinstance(conversion, dict):
         raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} holds no arguments); save the folder anew')
-    return conversion
+    return config, conversion
 
 
 def load_converted(source: Union[str, Path]) -> torch.nn.Module:
@@ -307,7 +308,7 @@ def load_converted(source: Union[str, Path]) -> torch.nn.Module:
             folder = Path(name.removeprefix('local-dir:'))
     except Exception as error:  # the Hub's client has many
         raise ValueError(f"{name}: {first_line(error)[:400]}; give a folder, or 'hf-hub:owner/name'") from error
-    conversion = saved_conversion(folder)
+    _, conversion = saved_config(folder)
     if conversion is None:
         raise ValueError(
             f"{name}: not a converted model; timm.create_model('local-dir:{folder}', pretrained=True) loads it"

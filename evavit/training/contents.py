@@ -25,7 +25,7 @@ from torch import nn
 
 from evavit.errors import UserError, first_line
 from evavit.files import is_stamped
-from evavit.hub import saved_conversion
+from evavit.hub import saved_config
 from evavit.training.build import load_weights, read_weights, try_model
 from evavit.training.config import ExportConfig, InferenceConfig, ValidateConfig, WeightsConfig, options_of
 from evavit.training.data import resolve_input
@@ -367,7 +367,7 @@ def _enter_folder(config: Loaded, given: Set[str]) -> None:
     folder = Path(config.weights.checkpoint or '')
     if (folder / 'config.json').exists():
         try:
-            conversion = saved_conversion(folder)
+            content, conversion = saved_config(folder)
         except ValueError as error:
             raise UserError(str(error)) from error
         if not (folder / HF_SAFE_WEIGHTS_NAME).is_file():
@@ -375,6 +375,9 @@ def _enter_folder(config: Loaded, given: Set[str]) -> None:
         config.weights.checkpoint = str(folder / HF_SAFE_WEIGHTS_NAME)
         if 'model' not in given:
             config.model.model = f'local-dir:{folder}'
+            channels = (content.get('model_args') or {}).get('in_chans')
+            if 'in_chans' not in given and channels in (1, 3):  # images are opened before there is a model
+                config.model.in_chans = channels
             if conversion is not None:
                 config.model.convert = conversion.pop('attention', 'eva')
                 config.model.convert_kwargs = {**conversion, **(config.model.convert_kwargs or {})}

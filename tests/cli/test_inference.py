@@ -158,6 +158,33 @@ def test_a_converted_network_of_the_hub(infer, pictures, tmp_path):
     assert all((tmp_path / row['attention']).is_file() for row in rows)
 
 
+def test_a_grey_wide_model(infer, call, images, pictures, tmp_path):
+    """Its folder says that images are grey, to validate.py too."""
+    torch.manual_seed(0)
+    kwargs = {**KWARGS, 'img_size': (16, 24)}
+    model = timm.create_model('eva_deit_tiny', num_classes=3, in_chans=1, **kwargs).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_folder(model, tmp_path / 'grey', data='x', licence='mit', label_names=CLASSES)
+    root, known = pictures
+    flags = ['--checkpoint', tmp_path / 'grey', '--topk', '3', '--fullname', '--include-attention']
+    rows, _ = infer('--data-dir', root, *flags)
+    config = resolve_data_config({'input_size': (1, 16, 24)}, model=model)
+    config = {**config, **{name: (sum(config[name]) / 3,) for name in ('mean', 'std')}}
+    with torch.no_grad():
+        outputs = {
+            name: model(create_transform(**config)(Image.open(root / name).convert('RGB').convert('L')).unsqueeze(0))
+            for name in known
+        }
+    # A palette or transparency goes to grey by way of colour or not: the last digit may differ.
+    for row in rows:
+        best = outputs[row['filename']].softmax(-1)[0].max().item()
+        assert float(row['prob_0']) == pytest.approx(best, abs=0.02)
+    assert Image.open(tmp_path / rows[0]['attention']).size == (24, 16)
+    code, out, err = call('validate', '--checkpoint', tmp_path / 'grey', '--data-dir', images, '--workers', '0')
+    assert code == 0 and '(13 images)' in out, out + err
+
+
 def test_forms_of_the_results(call, hub, pictures, tmp_path):
     parquet = pytest.importorskip('pyarrow.parquet')
     place = ['--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0', '--results-dir', tmp_path, '--fullname']
