@@ -210,3 +210,23 @@ def test_torchscript_and_fx(name):
     root = Root().eval()
     graph = Tracer().trace(root)
     torch.testing.assert_close(fx.GraphModule(root, graph)(x), expected)
+
+
+@each_attention
+@pytest.mark.parametrize('feat_size', [(13, 9), (1, 1)], ids=str)
+def test_rows_times_values_are_the_output_or_a_line_says_why_not(name, feat_size):
+    layer = randomise(make(name, feat_size).double())
+    x = tokens(feat_size, dtype=torch.float64)
+    try:
+        attend, v = layer.eval().function_of_values(x, list(feat_size), None)
+    except ValueError as error:
+        assert 'no sum of values with weights' in str(error) and '\n' not in str(error)
+        return
+    rows = layer.attention_rows(x, list(feat_size))
+    torch.testing.assert_close(rows @ v, attend(v), rtol=1e-9, atol=1e-9)
+    out = layer.proj((rows @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, layer(x, list(feat_size)), rtol=1e-9, atol=1e-9)
+    assert (
+        rows.shape == (2, 3, x.shape[1], x.shape[1])
+        and layer.train().attention_rows(x, list(feat_size)).isfinite().all()
+    )
