@@ -344,12 +344,10 @@ def stored_metric(path: Union[str, Path]) -> Optional[float]:
 
 
 def check_source(config: Loaded) -> None:
-    """UserError unless the settings, completed from a checkpoint, name a model and at most one source of weights."""
+    """UserError unless the settings, completed from a checkpoint, name a model and weights that there are."""
     path = config.weights.checkpoint
     if not config.model.model:
         raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')
-    if path and config.model.pretrained:
-        raise UserError('--pretrained and --checkpoint both name weights: give one of them')
     if config.weights.use_ema and str(path).endswith('.safetensors'):
         raise UserError(
             f'--use-ema: {path} holds one set of weights, the averaged one where the run '
@@ -396,6 +394,8 @@ def _enter_folder(config: Loaded, given: Set[str]) -> None:
 def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[str]]:
     """Fill in what no flag said from the settings that the checkpoint carries, or its folder. Returns the names of its
     classes, if any."""
+    if config.weights.checkpoint and config.model.pretrained:
+        raise UserError('--pretrained and --checkpoint both name weights: give one of them')
     if config.weights.checkpoint and Path(config.weights.checkpoint).is_dir():
         _enter_folder(config, given)
     model, path = config.model, config.weights.checkpoint
