@@ -62,6 +62,10 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     dataset = data.open_pictures(config.data.data_dir, checks.image_channels(config.model))
     names = picture_names(dataset, config.results, formats)
     model: Any = build.build_model(config.model, config.model.num_classes)
+    if not model.num_classes:
+        raise UserError(
+            f'{config.model.model} has no classifier; train one (configs/linear_probe.yaml), or give another'
+        )
     data_config = contents.finish_model(model, config)
     name_class = class_namer(config, model, class_names)
     base = results_base(config, model, data_config)

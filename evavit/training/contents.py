@@ -19,7 +19,7 @@ from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
 
 import safetensors
 import torch
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
@@ -368,9 +368,11 @@ def _enter_folder(config: Loaded, given: Set[str]) -> None:
             content, conversion = saved_config(folder)
         except ValueError as error:
             raise UserError(str(error)) from error
-        if not (folder / HF_SAFE_WEIGHTS_NAME).is_file():
-            raise UserError(f'{folder}: no {HF_SAFE_WEIGHTS_NAME} beside its config.json; save the folder anew')
-        config.weights.checkpoint = str(folder / HF_SAFE_WEIGHTS_NAME)
+        names: Tuple[str, ...] = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
+        name = next((name for name in names if (folder / name).is_file()), None)
+        if name is None:
+            raise UserError(f'{folder}: no {" or ".join(names)} beside its config.json; save the folder anew')
+        config.weights.checkpoint = str(folder / name)
         if 'model' not in given:
             config.model.model = f'local-dir:{folder}'
             channels = (content.get('model_args') or {}).get('in_chans')
@@ -380,7 +382,7 @@ def _enter_folder(config: Loaded, given: Set[str]) -> None:
                 config.model.convert = conversion.pop('attention', 'eva')
                 config.model.convert_kwargs = {**conversion, **(config.model.convert_kwargs or {})}
         return
-    names = [name for name in BEST_FIRST if not config.weights.use_ema or name.endswith('.pth.tar')]
+    names = tuple(name for name in BEST_FIRST if not config.weights.use_ema or name.endswith('.pth.tar'))
     name = next((name for name in names if (folder / name).is_file()), None)
     if name is None:
         raise UserError(

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from runs import CLASSES, KWARGS, MODEL, SOFTMAX, load_script, words
 from timm.data import create_transform, resolve_data_config
+from timm.models import save_for_hf
 
 import evavit
 from evavit.hub import save_folder
@@ -142,6 +143,19 @@ def test_validate_and_export_take_the_folder_of_a_run_and_of_the_hub(train, call
     (tmp_path / 'nothing').mkdir()
     code, _, err = call('export', tmp_path / 'model.pt2', '--checkpoint', tmp_path / 'nothing')
     assert code == 2 and 'nothing: a folder without weights' in err
+
+
+def test_a_folder_of_timms_save_for_hf(infer, pictures, tmp_path):
+    """Of any model of timm's, in either form of weights."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet10t', num_classes=3, in_chans=3).eval()
+    for safe in (True, False):
+        save_for_hf(model, str(tmp_path / str(safe)), dict(label_names=list(CLASSES)), safe_serialization=safe)
+        rows, _ = infer('--data-dir', pictures[0] / 'a9.png', '--checkpoint', tmp_path / str(safe), '--topk', '3')
+        transform = create_transform(**resolve_data_config({}, model=model))
+        with torch.no_grad():
+            best = model(transform(pictures[1]['a9.png']).unsqueeze(0)).softmax(-1).max().item()
+        assert float(rows[0]['prob_0']) == pytest.approx(best, abs=1e-5) and rows[0]['label_2'] in CLASSES
 
 
 def test_a_converted_network_of_the_hub(infer, pictures, tmp_path):
@@ -349,6 +363,7 @@ FAULTS = {
     ),
     'no classes at all': (['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--topk', '0'], ['topk', '≥ 1']),
     'too small a size': (['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--img-size', '3'], ['model.safetensors']),
+    'a body alone': (['--data-dir', 'PICTURES', '--checkpoint', 'body'], ['local-dir:body has no classifier']),
     'maps that there are not': (
         ['--data-dir', 'PICTURES', '--checkpoint', 'ls.pth', '--include-attention', *LONG_SHORT],
         ['--include-attention', 'dual_ln'],
@@ -370,6 +385,7 @@ def places(tmp_path_factory, hub, pictures):
     (root / 'half.tar.gz').write_bytes(content[: len(content) // 2])
     for name in ('a', 'b'):
         Image.new('RGB', (8, 8)).save(root / 'twice' / name / 'x.png')
+    save_for_hf(timm.create_model('eva_deit_tiny', num_classes=0, **KWARGS), str(root / 'body'))
     torch.save(timm.create_model('long_short_deit_tiny', num_classes=3, **SOFTMAX).state_dict(), root / 'ls.pth')
     return root
 
