@@ -53,7 +53,8 @@ def replacing_in(folder: Union[str, Path]) -> Iterator[Path]:
     """Yields an empty folder whose files then take the places of their names in `folder`, each of them whole.
 
     For writers that go by a file's ending, or write several files: the last names of the alphabet come first, so that
-    `model.onnx.data` is there before `model.onnx`, which refers to it. If the body raises, `folder` is as it was.
+    `model.onnx.data` is there before `model.onnx`, which refers to it. If the body raises, or a file cannot take its
+    place, `folder` is as it was; a kill between two of them leaves new ones beside old ones.
     What a killed process left goes a day later: until then it may be another one's work.
     """
     for left in Path(folder).glob('.evavit-*.partial'):
@@ -62,8 +63,31 @@ def replacing_in(folder: Union[str, Path]) -> Iterator[Path]:
                 _remove(left)
     with TemporaryDirectory(prefix='.evavit-', suffix='.partial', dir=folder) as name:
         yield Path(name)
-        for file in sorted(Path(name).iterdir(), reverse=True):
-            os.replace(file, Path(folder, file.name))
+        files, old, done = sorted(Path(name).iterdir(), reverse=True), Path(name, '.old'), []
+        old.mkdir()
+        try:
+            for file in files:
+                place = Path(folder, file.name)
+                done.append((place, _second_name(place, old / file.name)))
+                os.replace(file, place)
+        except BaseException:
+            for place, before in reversed(done):
+                if before is not None:
+                    os.replace(before, place)
+                elif not place.is_dir():
+                    place.unlink(missing_ok=True)
+            raise
+
+
+def _second_name(path: Path, other: Path) -> Optional[Path]:
+    """Give a file another name to come back from, and return that; None where there is no file."""
+    if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink()):
+        return None
+    try:
+        os.link(path, other, follow_symlinks=False)
+    except (NotImplementedError, OSError):  # a file system without hard links
+        shutil.copy2(path, other, follow_symlinks=False)
+    return other
 
 
 def sync_folder(folder: Union[str, Path]) -> None:

@@ -200,3 +200,24 @@ def test_what_a_killed_process_left_in_a_folder_goes_after_a_day(tmp_path):
         assert folder.name.startswith('.evavit-') and folder.name.endswith('.partial')
         (folder / 'model.onnx').write_text('whole')
     assert {path.name for path in tmp_path.iterdir()} == {'model.onnx', new.name, mine.name}
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_files_take_their_places_all_or_none(tmp_path, monkeypatch, links):
+    """A folder of the first name's is in the way of the last file that moves."""
+    if not links:
+        monkeypatch.setattr(os, 'link', lambda *names, **_: (_ for _ in ()).throw(OSError('no hard links')))
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'b').write_text('old')
+    (tmp_path / 'c').symlink_to('b')
+    for blocked in (True, False):
+        try:
+            with replacing_in(tmp_path) as folder:
+                for name in 'abcd':
+                    (folder / name).write_text('new')
+        except OSError:
+            assert blocked and (tmp_path / 'b').read_text() == 'old' and os.readlink(tmp_path / 'c') == 'b'
+            assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'c']
+            (tmp_path / 'a').rmdir()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys('abcd', 'new')
+    assert not (tmp_path / 'c').is_symlink()
