@@ -16,7 +16,7 @@ import safetensors
 import torch
 
 from evavit.arguments import Parser
-from evavit.errors import UserError, reason_of, run_script
+from evavit.errors import UserError, first_line, reason_of, run_script
 from evavit.files import replacing, stamp
 from evavit.models import write_weights
 from evavit.training import build
@@ -34,7 +34,10 @@ def main(argv=None):
     parser.add_argument('--hash', action='store_true', help='put the start of the SHA-256 into the name')
     args = parser.parse_args(argv)
     source, output = Path(args.input), Path(args.output)
-    paths = [source] if source.is_file() else sorted(path for path in source.glob(args.filter) if path.is_file())
+    try:
+        paths = [source] if source.is_file() else sorted(path for path in source.glob(args.filter) if path.is_file())
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f'--filter {args.filter!r}: {first_line(error)}; give a pattern of names') from error
     if not paths:
         raise UserError(f'--input {source}: no file {args.filter} in it; name others with --filter')
     if output.exists():
@@ -53,17 +56,25 @@ def main(argv=None):
 
 def average(paths, use_ema=True):
     """The mean of the weights of files, added in float64; a single file's as they are."""
-    first = build.read_weights(paths[0], use_ema=use_ema)
+    first = _read(paths[0], use_ema)
     if len(paths) == 1:
         return first
     total = {name: value.double() for name, value in first.items()}
     for path in paths[1:]:
-        state = build.read_weights(path, use_ema=use_ema)
+        state = _read(path, use_ema)
         if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in first.items()}:
             raise UserError(f'{path} and {paths[0]} are not of the same model: their tensors differ')
         for name, value in state.items():
             total[name] += value.double()
     return {name: (value / len(paths)).to(first[name].dtype) for name, value in total.items()}
+
+
+def _read(path, use_ema):
+    state = build.read_weights(path, use_ema=use_ema)
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f'{path}: its weights are not finite ({name} has NaN or infinite values)')
+    return state
 
 
 def save(weights, path, hashed=False):

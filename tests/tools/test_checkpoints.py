@@ -47,11 +47,16 @@ def test_average(run, tmp_path, capsys):
     assert tool('avg_checkpoints')('--input', run, '--output', best, '-n', '1') == 0
     best_state = torch.load(run / 'model_best.pth.tar', weights_only=False)['state_dict']
     assert all(torch.equal(value, best_state[name]) for name, value in torch.load(best).items())
+    bad = tmp_path / 'bad.pth'
+    torch.save(dict(weight=torch.tensor([1.0, float('nan')])), bad)
     capsys.readouterr()
     for flags, word in (
         (['--input', run, '--output', out], 'exists'),
         (['--input', tmp_path / 'no'], 'no file'),
         (['--input', run, '--output', tmp_path / 'x.pth', '-n', '0'], '-n 0'),
+        (['--input', run, '--filter', '/x'], "--filter '/x': Non-relative patterns"),
+        (['--input', run, '--filter', ''], "--filter '': Unacceptable pattern"),
+        (['--input', bad, '--output', tmp_path / 'x.pth'], f'{bad}: its weights are not finite (weight has NaN'),
     ):
         assert tool('avg_checkpoints')(*flags) == 2
         line = capsys.readouterr().err.strip()
