@@ -2,14 +2,16 @@
 """When a converted ViT pays, and how near it is to its parent: python docs/make/converted.py
 
 Draws docs/images/converted.svg from results/convert_h200.csv, which `benchmark.py --bench convert` wrote. `tables.py`
-writes the tables, that of accuracies from results/tiny_imagenet_h200.csv (experiments/tiny_imagenet). Needs matplotlib.
+writes the tables, those of accuracies and of features from results/tiny_imagenet_h200.csv and vit_small_14_h200.csv
+(experiments/). Needs matplotlib.
 """
 
 import argparse
 
 import pages
 
-SPEED, ACCURACY = 'convert_h200.csv', 'tiny_imagenet_h200.csv'
+SPEED, ALONE = 'convert_h200.csv', 'op_converted_h200.csv'
+ACCURACY, FOREIGN = 'tiny_imagenet_h200.csv', 'vit_small_14_h200.csv'
 PICTURE = pages.ROOT / 'docs' / 'images' / 'converted.svg'
 COLOURS = {192: '#edae49', 384: '#00798c', 768: '#d1495b', 1024: '#30638e'}
 CELLS = {'49 cells': 'o', 'cells of 3': 's'}
@@ -45,6 +47,24 @@ def speed() -> str:
     return pages.table(columns, lines) + f'\n\n{pages.origins(rows)}'
 
 
+def alone() -> str:
+    """Attention alone over the best backend of softmax: a row for each size."""
+    rows = pages.pick(pages.read_results(ALONE), status='ok')
+    sizes = {(row['tokens'], row['partition_grid'], row['num_prefix_tokens']): row for row in rows}
+    lines = []
+    for (tokens, cells, prefix), row in sizes.items():
+        of_size = pages.pick(rows, tokens=tokens, partition_grid=cells, num_prefix_tokens=prefix)
+        best = {
+            (name, column): min(float(row[column]) for row in of_size if row['attention'] == name)
+            for name in ('eva', 'softmax')
+            for column in ('forward_ms', 'ms')
+        }
+        times = [f'{best["softmax", column] / best["eva", column]:.2f}×' for column in ('forward_ms', 'ms')]
+        lines.append([tokens, f'{cells} × {cells}', prefix, row['batch_size'], *times])
+    columns = ['tokens', 'cells', 'prefix tokens', 'batch', 'forward', 'forward + backward']
+    return pages.table(columns, lines) + f'\n\n{pages.origins(rows)}'
+
+
 def accuracy() -> str:
     """Top-1 before any training: a row for each size of windows and cells."""
     rows, lines = pages.read_results(ACCURACY), []
@@ -55,10 +75,27 @@ def accuracy() -> str:
         top1 = {row['count_cells']: row['top1'] for row in of_size}
         lines.append([text, *(f'{top1[count]} %' for count in ('outside', 'all', 'one'))])
     columns = ['a query sees', "`count_cells='outside'`", "`'all'`", "`'one'`"]
+    scratch = pages.pick(rows, run='scratch-s0')[0]
     return (
         f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n{pages.origins(rows)} One run of the '
-        f'parent: {parent["epochs"]} epochs, {float(parent["train_seconds"]) / 60:.0f} minutes.'
+        f'parent: {parent["epochs"]} epochs, {float(parent["train_seconds"]) / 60:.0f} minutes. EVA trained from scratch '
+        f'as long, with windows of 4 × 4 and 4 × 4 cells, but without a class token, has {scratch["top1"]} %.'
     )
+
+
+def foreign() -> str:
+    """Cosines of a converted ViT-S/14's features with the original's: a row for each side and cells."""
+    rows, lines = pages.read_results(FOREIGN), []
+    for first in pages.pick(rows, updates='0'):
+        keys = {key: first[key] for key in ('img_size', 'partition_grid')}
+        then = [row for row in pages.pick(rows, **keys) if row['updates'] != '0']
+        cosines = [[f'{float(row[key]):.3f}' for key in ('patch_cosine', 'class_cosine')] for row in [first, *then[:1]]]
+        cells = f'{first["partition_grid"]} × {first["partition_grid"]}'
+        after = ' / '.join(cosines[1]) if then else 'not measured'
+        lines.append([first['img_size'], first['tokens'], cells, ' / '.join(cosines[0]), after])
+    lines.sort(key=lambda line: (int(line[0]), line[2]))
+    columns = ['side, px', 'tokens', 'cells', 'as converted: patches / class token', 'after 2,000 updates']
+    return pages.table(columns, lines) + f'\n\n{pages.origins(rows)}'
 
 
 def draw() -> None:

@@ -42,6 +42,12 @@ def assumptions():
     )
     parser.add_argument('--price', type=float, default=2.5, help='dollars of a GPU for an hour')
     parser.add_argument('--fixed', type=float, default=5, help='ms of a step that do not shrink with the batch')
+    parser.add_argument(
+        '--ddp',
+        type=float,
+        default=5.5,
+        help='ms that DDP adds to a step in CUDA graphs on several GPUs beside the exchange; results/scale.csv has 2 to 7',
+    )
     return parser.parse_args()
 
 
@@ -85,14 +91,14 @@ def all_reduce(size, gpus, a):
 
 
 def step(model, gpus, per_gpu, steps, a):
-    """(compute, communication, what of it is not hidden), seconds of one step of `per_gpu` images on each GPU.
+    """(compute, communication, what nothing hides), seconds of one step of `per_gpu` images on each GPU.
 
     Compute: the measured seconds an image, and never less than the fixed time of a step's kernels and host."""
     batch, seconds = steps[model]
     fixed = a.fixed * 1e-3
     compute = fixed + per_gpu * max(0.0, seconds - fixed) / batch
     sent = all_reduce(gradient_bytes(model), gpus, a)
-    return compute, sent, max(0.0, sent - a.overlap * a.backward * compute)
+    return compute, sent, max(0.0, sent - a.overlap * a.backward * compute) + (1e-3 * a.ddp if gpus > 1 else 0.0)
 
 
 def strong(steps, a):
@@ -217,6 +223,7 @@ def stated(steps, a):
         ('overlap', 'of the backward pass hides communication'),
         ('backward', 'of a step is backward pass'),
         ('fixed', 'ms of a step do not shrink'),
+        ('ddp', 'ms DDP adds to a step, several GPUs'),
         ('kilobytes', 'kB a JPEG'),
         ('loader', 'img/s a CPU core prepares'),
         ('price', '$ a GPU hour'),

@@ -125,7 +125,12 @@ TABLES = {  # of each page, by the name of its markers
         'precision': exported.precision_table,
     },
     'docs/transfer.md': {'elpv': elpv.table},
-    'docs/convert.md': {'speed': converted.speed, 'accuracy': converted.accuracy},
+    'docs/convert.md': {
+        'speed': converted.speed,
+        'alone': converted.alone,
+        'accuracy': converted.accuracy,
+        'foreign': converted.foreign,
+    },
 }
 
 
