@@ -78,8 +78,8 @@ def accuracy() -> str:
     scratch = pages.pick(rows, run='scratch-s0')[0]
     return (
         f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n{pages.origins(rows)} One run of the '
-        f'parent: {parent["epochs"]} epochs, {float(parent["train_seconds"]) / 60:.0f} minutes. EVA trained from scratch '
-        f'as long, with windows of 4 × 4 and 4 × 4 cells, but without a class token, has {scratch["top1"]} %.'
+        f'parent: {parent["epochs"]} epochs, {float(parent["train_seconds"]) / 60:.0f} minutes. EVA trained from '
+        f'scratch as long, with windows of 4 × 4 and 4 × 4 cells, but without a class token, has {scratch["top1"]} %.'
     )
 
 
