@@ -46,7 +46,7 @@ def assumptions():
         '--ddp',
         type=float,
         default=5.5,
-        help='ms that DDP adds to a step in CUDA graphs on several GPUs, beside the exchange (results/scale.csv: 2 to 7)',
+        help='ms that DDP adds to a step in CUDA graphs on several GPUs, beside the exchange (2 to 7 measured)',
     )
     return parser.parse_args()
 
