@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import json
 import os
 import platform
 import signal
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
-from evavit.cli import train
+from evavit.cli import train, validate
 from evavit.errors import Preempted, UserError
 
 ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns of every row, see `about`
@@ -134,6 +135,17 @@ def train_to_end(flags, folder, seconds_left):
         train.main(flags)
     seconds = time.monotonic() - began + read_number(folder / 'seconds_before')
     (folder / 'train_seconds').write_text(f'{seconds:.1f}')
+
+
+def judge(weights, args, settings, folder, extra=()):
+    """What validate.py says of weights on Tiny-ImageNet's validation pictures, with the settings of their training."""
+    machine = settings.machine
+    flags = ['--checkpoint', weights, '--data-dir', args.data_dir, '--split', 'val', '--workers', machine.workers]
+    flags += ['-b', settings.batch.batch_size, '--results-file', folder / 'val.json']
+    flags += ['--device', machine.device] * bool(machine.device) + ['--amp' if machine.amp else '--no-amp']
+    flags += ['--augment-device', machine.augment_device, *extra]  # the same decoder as in training
+    validate.main(list(map(str, flags)))
+    return json.loads((folder / 'val.json').read_text())
 
 
 def finished(folder):

@@ -19,7 +19,6 @@ parent and of EVA from scratch, a converted network's is in its run's name.
 """
 
 import csv
-import json
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,6 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from evavit.bench.results import read_rows
-from evavit.cli import validate
 from evavit.errors import UserError, run_script
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
@@ -41,6 +39,7 @@ from driver import (  # noqa: E402
     about,
     chosen,
     finished,
+    judge,
     parser_of,
     read_number,
     state_of,
@@ -182,7 +181,8 @@ def run(job, args, seconds_left):
         with open(folder / 'summary.csv', newline='') as file:
             epochs = list(csv.DictReader(file))
         held = epochs[-1]['eval_top1']
-    result = judge(job, args, weights, settings, folder)
+    extra = convert_flags(job) if job.epochs == 0 else []
+    result = judge(weights, args, settings, folder, extra)
     device = start_process(settings.machine.device).device
     window, cells = CELLS.get(job.cells, ('', ''))
     file = HERE / job.file if job.epochs == 0 else folder / 'args.yaml'
@@ -207,18 +207,6 @@ def run(job, args, seconds_left):
         seconds=round(time.monotonic() - began, 1),
         **about(job, file, args, device),
     )
-
-
-def judge(job, args, weights, settings, folder):
-    """What validate.py says of weights on the publisher's validation pictures."""
-    machine = settings.machine
-    flags = ['--checkpoint', weights, '--data-dir', args.data_dir, '--split', 'val', '--workers', machine.workers]
-    flags += ['-b', settings.batch.batch_size, '--results-file', folder / 'val.json']
-    flags += ['--device', machine.device] * bool(machine.device) + ['--amp' if machine.amp else '--no-amp']
-    flags += ['--augment-device', machine.augment_device]  # the same decoder as in training
-    flags += convert_flags(job) if job.epochs == 0 else []
-    validate.main(list(map(str, flags)))
-    return json.loads((folder / 'val.json').read_text())
 
 
 def table(rows):

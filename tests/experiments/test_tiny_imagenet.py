@@ -1,9 +1,11 @@
 """experiments/tiny_imagenet from end to end with a model of one block: folders, packed files, runs, a stop, a table."""
 
 import csv
+import json
 import re
 
 import pytest
+import timm
 from programs import load_program
 from runs import signal_at, words, write_images
 
@@ -126,3 +128,40 @@ def test_no_data_is_a_line(build, tmp_path, capsys):
     assert 'build.py' in capsys.readouterr().err
     assert run_script(driver.main, ['--data-dir', str(tmp_path), '--list', '--only', 'E99']) == 2
     assert '--only E99' in capsys.readouterr().err
+
+
+def test_attentions_at_a_small_size(build, source, tmp_path, monkeypatch, capsys):
+    """A run on all pictures, one on half of them, the tables, and what every run asks for is a model."""
+    driver = load_program('experiments/tiny_imagenet/attentions.py')
+    for asked in driver.all_jobs():
+        kwargs = dict(img_size=64, patch_size=4, num_classes=2, depth=1, device='meta') | json.loads(asked.arguments)
+        timm.create_model(f'{asked.attention}_deit_tiny', **kwargs)
+    one = dict(depth=1, embed_dim=16, num_heads=2)
+    monkeypatch.setattr(driver, 'TABLE2', {name: arguments | one for name, arguments in driver.TABLE2.items()})
+    assert run_script(build.main, [str(tmp_path / 'tiny'), '--source', str(source), '--held', '0.25']) == 0
+
+    def call(*more):
+        capsys.readouterr()
+        flags = ['--data-dir', tmp_path / 'tiny', '--output', tmp_path / 'runs', *more]
+        assert run_script(driver.main, list(map(str, flags))) == 0, capsys.readouterr()
+        return capsys.readouterr().out
+
+    names = ('table2-softmax-s0', 'table8-noise_0-s0')
+    small = [flag for flag in SMALL if '=' not in flag and flag != '--model-kwargs']  # the arguments are the run's
+    assert call('--list', '--only', *names).splitlines() == [f'{name:28} to do' for name in names]
+    call('--only', *names, *small)
+    with open(tmp_path / 'runs' / 'runs.csv', newline='') as stream:
+        rows = {row['run']: row for row in csv.DictReader(stream)}
+    assert list(rows) == list(names)
+    assert [row['pictures'] for row in rows.values()] == ['all', 'half']
+    assert len(list((tmp_path / 'runs' / 'half' / 'train').glob('*/*'))) == 6
+    assert 'window_size: 4' in (tmp_path / 'runs' / 'settings' / 'table8-noise_0-s0.yaml').read_text()
+    out = call('--report')
+    assert '| `softmax` |' in out and '77.16' in out and '| `noise_0` |' in out
+
+
+def test_kendall_s_tau():
+    driver = load_program('experiments/tiny_imagenet/attentions.py')
+    assert driver.kendall([1, 2, 3, 4], [10, 20, 30, 40]) == 1
+    assert driver.kendall([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(2 / 3)
+    assert driver.kendall([1, 2, 3], [3, 2, 1]) == -1

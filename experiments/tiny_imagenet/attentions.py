@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Which attention learns best? python experiments/tiny_imagenet/attentions.py --data-dir DIR
+
+    python experiments/tiny_imagenet/build.py DIR --source tiny-imagenet-200
+    python experiments/tiny_imagenet/attentions.py --data-dir DIR --list
+    python experiments/tiny_imagenet/attentions.py --data-dir DIR --seconds 500 --results-file FILE.csv
+    python experiments/tiny_imagenet/attentions.py --report --results-file FILE.csv
+
+Networks from scratch by parent.yaml, without a class token. A name such as table2-eva-s0 says: group, what, seed.
+
+table2: all attentions at 256 tokens. What Table 9 of the paper gives for 784 tokens is scaled to 256: windows, cells
+    and landmarks of 49 are 16, of 128 features 42 are left. Three seeds for those of Table 2, one for the others.
+long: patch 2, 1,024 tokens, half of the epochs; accuracy and hours.
+cells, table8: EVA on half of the pictures: windows and cells of 0, 2, 4 and 8 a side, and the ablations of Tables 6
+    and 8.
+
+Every run is one of train.py, judged by validate.py on the publisher's validation pictures once, at its end. --only
+takes a group or a name. Stops, several processes and other flags are as in run.py beside this file.
+"""
+
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from evavit.bench.results import read_rows
+from evavit.errors import UserError, run_script
+from evavit.files import replacing
+from evavit.training.config import parse_settings
+from evavit.training.distributed import start_process
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from build import missing  # noqa: E402
+from driver import ABOUT, about, alone, chosen, judge, parser_of, read_number, state_of, train_to_end, work  # noqa: E402
+
+PAPER = dict(  # top-1 of Table 2, ImageNet, DeiT-Tiny-784
+    softmax=77.16,
+    eva=76.67,
+    local=70.62,
+    lara=75.02,
+    performer=67.19,
+    nystromformer=74.20,
+    long_short=76.41,
+    scatterbrain=73.50,
+    combiner=75.56,
+)
+TABLE2 = dict(  # arguments of each attention; the first seven have three seeds
+    softmax={},
+    eva=dict(window_size=4, partition_grid=4),
+    local=dict(window_size=4),
+    lara=dict(landmark_grid=4),
+    performer=dict(num_features=42),
+    nystromformer=dict(landmark_grid=4),
+    long_short=dict(window_size=4, projection_dim=5),
+    scatterbrain=dict(window_size=4, num_features=32),
+    combiner=dict(window_size=4),
+    linformer=dict(projection_dim=42),
+    reformer=dict(chunk_size=16),
+)
+SEEDS, THRICE = 3, 7
+LONG = ('softmax', 'eva', 'local', 'performer')
+SIDES = (0, 2, 4, 8)  # of windows and of cells; neither is nothing to attend to
+ABLATIONS = dict(
+    default={},
+    complement=dict(partition='complement'),
+    overlap=dict(overlap=True),
+    summary_identity=dict(summary='identity'),
+    summary_linear=dict(summary='linear'),
+    proposal_learned=dict(proposal='learned'),
+    samples_4=dict(num_samples=4),
+    noise_0=dict(noise_std=0),
+    count_outside=dict(count_cells='outside'),
+    count_all=dict(count_cells='all'),
+)
+COLUMNS = (
+    'run',
+    'group',
+    'attention',
+    'arguments',
+    'patch_size',
+    'pictures',
+    'epochs',
+    'seed',
+    'top1',
+    'top5',
+    'held_top1',
+    'images',
+    'train_seconds',
+    'train_images_per_second',
+    'seconds',
+    *ABOUT,
+)
+
+
+class Job(NamedTuple):
+    """A run: `arguments` of the model as JSON, beside those of parent.yaml."""
+
+    name: str
+    attention: str
+    arguments: str
+    seed: int
+
+    @property
+    def group(self):
+        return self.name.split('-')[0]
+
+
+def job(group, what, attention, arguments, seed=0):
+    return Job(f'{group}-{what}-s{seed}', attention, json.dumps(arguments), seed)
+
+
+def all_jobs():
+    """Every run, the most telling first."""
+    for seed in range(SEEDS):
+        for number, (name, arguments) in enumerate(TABLE2.items()):
+            if seed == 0 or number < THRICE:
+                yield job('table2', name, name, arguments, seed)
+    four = TABLE2['eva']
+    for window in SIDES:
+        for cells in SIDES:
+            if window or cells:
+                yield job('cells', f'E{window**2}-C{cells**2}', 'eva', dict(window_size=window, partition_grid=cells))
+    for seed in range(SEEDS):
+        for name, arguments in ABLATIONS.items():
+            if seed == 0 or name == 'default':
+                yield job('table8', name, 'eva', four | arguments, seed)
+    for seed in range(2):
+        for name in LONG:
+            # windows and cells of 1,024 / 16 tokens are 8 a side
+            arguments = {key: 8 if value == 4 else value for key, value in TABLE2[name].items()}
+            yield job('long', name, name, arguments | dict(patch_size=2), seed)
+
+
+def flags_of(job, args):
+    """The flags of train.py. None of them is left to a default that the YAML file or the name does not say."""
+    flags = ['-c', str(HERE / 'parent.yaml'), '--model', f'{job.attention}_deit_tiny', '--seed', str(job.seed)]
+    flags += ['--data-dir', str(args.data_dir if job.group in ('table2', 'long') else half(args))]
+    flags += ['--output', str(args.output), '--experiment', job.name, '--resume', 'auto']
+    if arguments := json.loads(job.arguments):
+        flags += ['--model-kwargs', *(f'{key}={value}' for key, value in arguments.items())]
+    if job.group == 'long':
+        flags += ['--epochs', '15', '--warmup-epochs', '2']
+    return [*flags, *args.flags]
+
+
+def half(args):
+    """A folder of links to every second picture to train on, and to all that are held for choices."""
+    folder = args.output / 'half'
+    with alone(args.output / 'half.lock', wait=True):
+        if not folder.is_dir():
+            with replacing(folder) as partial:
+                for split, step in (('train', 2), ('held', 1)):
+                    for label in sorted((args.data_dir / split).iterdir()):
+                        for path in sorted(label.iterdir())[::step]:
+                            link = partial / split / label.name / path.name
+                            link.parent.mkdir(parents=True, exist_ok=True)
+                            link.symlink_to(path.resolve())
+    return folder
+
+
+def run(job, args, seconds_left):
+    """Train, judge, and return the row."""
+    began, folder, flags = time.monotonic(), args.output / job.name, flags_of(job, args)
+    settings, _ = parse_settings('train', flags)
+    train_to_end(flags, folder, seconds_left)
+    with open(folder / 'summary.csv', newline='') as file:
+        epochs = list(csv.DictReader(file))
+    result = judge(folder / 'last.safetensors', args, settings, folder)
+    for path in folder.glob('*.pth.tar'):  # of 80 runs they are gigabytes
+        path.unlink()
+    return dict(
+        run=job.name,
+        group=job.group,
+        attention=job.attention,
+        arguments=job.arguments,
+        patch_size=settings.model.model_kwargs['patch_size'],
+        pictures='half' if job.group not in ('table2', 'long') else 'all',
+        epochs=settings.schedule.epochs,
+        seed=job.seed,
+        top1=result['top1'],
+        top5=result['top5'],
+        held_top1=epochs[-1]['eval_top1'],
+        images=result['images'],
+        train_seconds=read_number(folder / 'train_seconds'),
+        train_images_per_second=max(float(row['train_images_per_second']) for row in epochs),
+        seconds=round(time.monotonic() - began, 1),
+        **about(job, folder / 'args.yaml', args, start_process(settings.machine.device).device),
+    )
+
+
+def table(rows):
+    """Markdown: a table for each group, top-1 as mean ± standard deviation over the seeds."""
+    for group in dict.fromkeys(row['group'] for row in rows):
+        of_group, found = [row for row in rows if row['group'] == group], {}
+        for row in of_group:
+            found.setdefault(row['run'].split('-', 1)[1].rsplit('-s', 1)[0], []).append(row)
+        tops = {name: [float(row['top1']) for row in same] for name, same in found.items()}
+        yield f'\n{group}, {of_group[0]["pictures"]} of the pictures, {of_group[0]["epochs"]} epochs\n'
+        yield '| | top-1 | seeds | minutes of training | the paper, on ImageNet |'
+        yield '|---|---|---|---|---|'
+        for name, values in sorted(tops.items(), key=lambda item: -mean(item[1])):
+            spread = f' ± {stdev(values):.2f}' if len(values) > 1 else ''
+            minutes = mean(float(row['train_seconds']) for row in found[name]) / 60
+            paper = f'{PAPER[name]:.2f}' if group in ('table2', 'long') and name in PAPER else '–'
+            yield f'| `{name}` | {mean(values):.2f}{spread} | {len(values)} | {minutes:.1f} | {paper} |'
+        both = [name for name in tops if name in PAPER]
+        if group == 'table2' and len(both) > 2:
+            tau = kendall([mean(tops[name]) for name in both], [PAPER[name] for name in both])
+            yield f'\nKendall τ between the two columns, over {len(both)} attentions: {tau:.2f}.'
+
+
+def kendall(a, b):
+    """Kendall's τ: pairs in the same order less those in the other, over all; here rather than SciPy for five lines."""
+    pairs = [(i, j) for i in range(len(a)) for j in range(i)]
+    agree = [(a[i] - a[j]) * (b[i] - b[j]) for i, j in pairs]
+    return sum((value > 0) - (value < 0) for value in agree) / len(pairs)
+
+
+def main(argv=None):
+    parser = parser_of(__doc__, 'output/tiny_imagenet_attentions')
+    parser.add_argument('--report', action='store_true', help='print the tables of --results-file')
+    args, args.flags = parser.parse_known_args(argv)
+    args.results_file = args.results_file or args.output / 'runs.csv'
+    jobs = chosen(all_jobs(), args)
+    if args.list:
+        rows = read_rows(args.results_file, COLUMNS)
+        for job in jobs:
+            print(f'{job.name:28} {state_of(job, rows, args.output)}')
+        return
+    if args.report:
+        print('\n'.join(table(read_rows(args.results_file, COLUMNS))))
+        return
+    if args.data_dir is None:
+        raise UserError('give --data-dir DIR, what experiments/tiny_imagenet/build.py wrote')
+    if lacks := missing(args.data_dir):
+        raise UserError(lacks)
+    args.output.mkdir(parents=True, exist_ok=True)
+    failed = work(
+        args,
+        jobs,
+        COLUMNS,
+        state=lambda job, rows: state_of(job, rows, args.output),
+        run=lambda job, rows, left: run(job, args, left),
+        says=lambda row: f'top-1 {row["top1"]}, held {row["held_top1"]}, {row["seconds"]} s',
+    )
+    if failed:
+        raise UserError(f'{failed} runs failed; the same command makes them again')
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(main))
