@@ -24,6 +24,7 @@ from runs import (
 )
 from timm.utils import load_checkpoint_metadata
 
+from evavit.errors import INTERRUPTED
 from evavit.training import checkpoint
 
 LONGER = ['--epochs', '4', '--warmup-epochs', '1']
@@ -131,8 +132,8 @@ def test_resume_auto_equals_the_uninterrupted_run(train, call, images, tmp_path,
         return best
 
     monkeypatch.setattr(checkpoint.Saver, 'save_epoch', stop_after_two)
-    with pytest.raises(AssertionError, match='interrupted'):
-        train('parts', *DRAWN, *LONGER, '--resume', 'auto')
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
+    assert call('train', *MODEL, *QUICK, *place, *DRAWN, *LONGER, '--resume', 'auto')[0] == INTERRUPTED
     monkeypatch.undo()
     torch.rand(7)  # whatever the process draws before it resumes is of no effect
     parts = train('parts', *DRAWN, *LONGER, '--resume', 'auto')
