@@ -464,6 +464,8 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
         if not (is_number(scale) and scale > 0 and is_whole(tracker)):
             raise ValueError(f'its scale of float16 is {scale}, after {tracker} updates')
         run.stepper.load_state_dict({**run.stepper.state_dict(), 'scale': scale, '_growth_tracker': tracker})
+    for number, entry in state['state'].items():  # in a file two of them can share their memory
+        state['state'][number] = {name: copy.deepcopy(value) for name, value in entry.items()}
     run.optimizer.load_state_dict(state)
 
 

@@ -427,6 +427,19 @@ def test_no_checkpoint_scales_the_learning_rate(saver, tmp_path, value, own):
     assert 'of_another_version' not in run.optimizer.param_groups[0]
 
 
+def test_the_optimizer_s_tensors_share_no_memory(saver, tmp_path):
+    saver.save_position(Position(0, 3))
+    rewritten(
+        tmp_path / 'last.pth.tar',
+        lambda content: state('exp_avg', content['optimizer']['state'][0]['exp_avg_sq'])(content),
+    )
+    run = run_of()
+    resume([tmp_path / 'last.pth.tar'], run)
+    loaded = run.optimizer.state_dict()['state'][0]
+    assert torch.equal(loaded['exp_avg'], loaded['exp_avg_sq'])
+    assert loaded['exp_avg'].data_ptr() != loaded['exp_avg_sq'].data_ptr()
+
+
 def test_bad_images_that_the_data_set_does_not_have(saver, tmp_path):
     path, run = tmp_path / 'last.pth.tar', run_of()
     saver.save_position(Position(0, 3, bad={7: 'a.png\nempty', 31: 'b.png\nempty'}))
