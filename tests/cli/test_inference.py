@@ -415,7 +415,8 @@ def test_a_name_that_is_no_unicode_and_an_output_that_is_no_number(infer, call, 
         Image.new('RGB', (8, 8)).save(tmp_path / 'in' / name)
     rows, _ = infer('--data-dir', tmp_path / 'in', '--checkpoint', hub, '--include-attention')
     assert rows[0]['filename'].startswith('caf') and (tmp_path / rows[0]['attention']).is_file()
-    torch.save({**model.state_dict(), 'head.bias': torch.full((3,), torch.nan)}, tmp_path / 'nan.pth')
+    huge = torch.full_like(model.head.weight, 3e38)
+    torch.save({**model.state_dict(), 'head.weight': huge}, tmp_path / 'nan.pth')
     flags = [*MODEL, '--num-classes', '3', '--workers', '0', '--results-dir', tmp_path]
     code, _, err = call('inference', '--data-dir', tmp_path / 'in', '--checkpoint', tmp_path / 'nan.pth', *flags)
     assert code == 2 and '.png: the output of the model is not finite' in err and err.count('\n') == 1

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Tuple
 
 from timm.data import ImageDataset
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 from evavit.errors import UserError, first_line, reason_of
 from evavit.training.data.decode import open_file
-from evavit.training.data.folders import OTHER_IMAGES
+from evavit.training.data.folders import OTHER_IMAGES, image_endings
 from evavit.training.data.images import CheckedImages
 
 log = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
 class Pictures(Reader):
     """A reader in timm's form of every file whose name ends like an image's, in natural order; all labels are 0.
 
-    timm's own readers pass over formats other than PNG and JPEG without a word, and want a class folder for each image.
+    timm's own readers pass over other formats without a word, and want a class folder for each image.
 
     Args:
         root: Folder, tar file or picture.
@@ -82,7 +81,7 @@ class Pictures(Reader):
 
 
 def _endings() -> List[str]:
-    return [*get_img_extensions(), *OTHER_IMAGES]
+    return [*image_endings(), *OTHER_IMAGES]
 
 
 def _is_picture(name: str) -> bool:
