@@ -5,7 +5,7 @@ EXTRAS ?= dev
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env quickstart test test-oldest lint contract contract-all soak docs gpu cpu-bench clean
+.PHONY: help env quickstart test test-oldest lint contract contract-all soak tables docs gpu cpu-bench clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
@@ -54,9 +54,17 @@ gpu: $(if $(filter $(VENV)/%,$(PY)),$(STAMP))  ## on a GPU: test the kernels, ru
 	$(PY) tools/gpu.py $(if $(STEPS),--steps $(STEPS)) $(if $(MODELS),--models $(MODELS))
 
 CPU_BENCH := OMP_NUM_THREADS=2 $(PY) benchmark.py --device cpu -b 8 --repeats 15 --warmup 3 --results-file results/cpu.csv
-docs: $(STAMP)  ## write the tables and the plot of the documentation; CHECK=--check says which are stale
+tables: $(STAMP)  ## write the tables and the plot of the documentation; CHECK=--check says which are stale
 	$(PY) docs/make/tables.py $(CHECK)
 	$(PY) docs/make/scaling.py $(CHECK)
+
+SITE := $(VENV)/.site
+$(SITE): $(STAMP)
+	$(PY) -m pip install --quiet --editable '.[site]'
+	touch $(SITE)
+
+docs: tables $(SITE)  ## the tables, and the site in site/: a dead link or a missing docstring fails
+	$(PY) -m mkdocs build --strict
 
 cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, a few minutes; make docs/performance.md
 	$(CPU_BENCH) --bench infer --model eva_deit_tiny_784 eva_deit_tiny eva_pvt_v2_b3
@@ -68,4 +76,4 @@ soak: $(STAMP)  ## every promise of docs/reliability.md, with what its tests mea
 	OMP_NUM_THREADS=1 EVAVIT_PATIENCE=20 $(PY) -m pytest -m 'soak and not gpu' --durations=0
 
 clean:  ## remove the environments and build leftovers
-	rm -rf $(VENV) $(OLDEST) build dist .contract *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) site build dist .contract *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -16,7 +16,7 @@ if TYPE_CHECKING or not asks_for_help():
     from .hub import load_converted
     from .layers import EvaAttention
     from .maps import attention_maps, attention_rollout, overlay_attention
-    from .models import convert_vit, revert_vit
+    from .models import convert_vit, list_models, revert_vit
     from .ops import eva_attention
 
     __all__ += [
@@ -25,6 +25,7 @@ if TYPE_CHECKING or not asks_for_help():
         'attention_rollout',
         'convert_vit',
         'eva_attention',
+        'list_models',
         'load_converted',
         'overlay_attention',
         'revert_vit',

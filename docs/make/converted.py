@@ -98,6 +98,26 @@ def foreign() -> str:
     return pages.table(columns, lines) + f'\n\n{pages.origins(rows)}'
 
 
+def evidence() -> str:
+    """The README's two figures: speed at the largest side of the widest network, accuracy right after conversion."""
+    width, side, rows = 768, 1022, measured()
+    forward, training = (dict(ratios(rows, width, '49 cells', column))[side] for column in COLUMNS)
+    rows = pages.read_results(ACCURACY)
+    parent = pages.pick(rows, run='parent-s0')[0]['top1']
+    half, eighth = (
+        pages.pick(rows, window_size=size, partition_grid=size, epochs='0', count_cells='outside')[0]['top1']
+        for size in (8, 4)
+    )
+    where = 'docs/convert.md'
+    return (
+        f'* **Speed**: at {side:,} × {side:,} pixels a converted ViT of width {width} answers {forward:.2f} times as fast\n'
+        f'  as with softmax, and its training step is {training:.2f} times as fast ([convert]({where}#when-it-pays)).\n'
+        f'* **Accuracy**: a DeiT-Tiny with {parent} % top-1 on Tiny-ImageNet has {half} % right after its conversion,\n'
+        f'  before any training, where a query sees half of the tokens, and {eighth} % where it sees an eighth\n'
+        f'  ([convert]({where}#how-near-it-is)).'
+    )
+
+
 def draw() -> None:
     import matplotlib
 

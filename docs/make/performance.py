@@ -6,7 +6,7 @@ from typing import Dict, List, Optional, Tuple
 import pages
 from pages import Row, origins, pick
 
-from evavit.bench.results import KEY
+from evavit.bench.results import ADDED, KEY
 from evavit.models import softmax_twin
 
 PLOT = pages.ROOT / 'docs' / 'images' / 'performance.svg'
@@ -27,7 +27,7 @@ NAMES = {
 
 def load(name: str) -> List[Row]:
     """Rows of a results file that were measured without a fault."""
-    return [row for row in pages.read_results(name) if row['status'] == 'ok']
+    return [ADDED | row for row in pages.read_results(name) if row['status'] == 'ok']
 
 
 def gpu_rows() -> List[Row]:

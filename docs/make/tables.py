@@ -102,7 +102,7 @@ def ablations() -> str:
 
 
 TABLES = {  # of each page, by the name of its markers
-    'README.md': {'models': models, 'compiled': performance.best_models},
+    'README.md': {'evidence': converted.evidence},
     'docs/models.md': {'models': models},
     'docs/ablations.md': {'ablations': ablations, 'counts': counts.table},
     'docs/attentions.md': {
@@ -113,6 +113,7 @@ TABLES = {  # of each page, by the name of its markers
     },
     'docs/zoo.md': {'options': zoo.options, 'zoo': zoo.tables, 'steps': zoo.steps},
     'docs/performance.md': {
+        'compiled': performance.best_models,
         'measured': performance.gpu_models,
         'reach': performance.reach,
         'op': performance.op,

@@ -118,7 +118,8 @@ class EvaAttention1d(GridAttention):
         rel_pos_bias: Learned T5 relative position bias inside E.
         num_buckets: Buckets of the bias.
         max_distance: Distance in tokens from which on offsets share the last bucket.
-        proposal_scale, noise_std: As in `EvaAttention`.
+        proposal_scale: As in `EvaAttention`.
+        noise_std: As in `EvaAttention`.
         **kwargs: qkv_bias, proj_bias, attn_drop, proj_drop, device and dtype of `GridAttention`.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any, Callable
 from timm.models import model_entrypoint
 
 from ._converted import ConvertedModel, convert_vit, revert_vit
-from ._grid import Family, Variant, families, model_names, softmax_twin, variants
+from ._grid import Family, Variant, families, list_models, model_names, softmax_twin, variants
 from ._weights import fit_checkpoint, fit_strictly, read_weights, write_weights
 
 for _module in pkgutil.iter_modules(__path__):
@@ -30,6 +30,7 @@ __all__ = [
     'families',
     'fit_checkpoint',
     'fit_strictly',
+    'list_models',
     'model_names',
     'read_weights',
     'revert_vit',

@@ -9,6 +9,7 @@ asks here; these functions are public as `evavit.models.…`:
     families()          name of the file, such as 'eva_deit' → `Family`: class, sizes, names of its models
     variants()          name of the size, such as 'deit_tiny' → `Variant`, of all families
     model_names()       every model: 'eva_deit_tiny', 'eva_deit_small', …
+    list_models(filter) those that fit a pattern
     softmax_twin(name)  timm's softmax model that the model is compared with, and its arguments; None if there is none:
                         'eva_deit_tiny_784' → ('deit_tiny_patch16_224',
                                                dict(patch_size=8, class_token=False, global_pool='avg'))
@@ -17,9 +18,10 @@ How deep a model is, it says itself: the `blocks` of a plain model, the `blocks`
 """
 
 import sys
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Type, get_type_hints
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Type, Union, get_type_hints
 
 import torch
+from timm import list_models as timm_list_models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
@@ -35,6 +37,7 @@ __all__ = [
     'build_grid_model',
     'families',
     'grid_cfgs',
+    'list_models',
     'model_names',
     'register_family',
     'softmax_twin',
@@ -79,6 +82,21 @@ def model_names() -> List[str]:
     return [
         name for name in (f'{attention}_{size}' for attention in ATTENTIONS for size in variants()) if name in names
     ]
+
+
+def list_models(filter: Union[str, List[str]] = '', *, exclude_filters: Union[str, List[str]] = '') -> List[str]:
+    """Names of this package's models, and none of timm's own `eva_*` and `eva02_*`, which are another method.
+
+    Args:
+        filter: A shell pattern or a list of them, as `timm.list_models` takes: `'eva_*'` for those with EVA,
+            `'*_deit_tiny'` for one size with every attention. All models by default.
+        exclude_filters: Patterns of names to leave out.
+
+    Returns:
+        Names for `timm.create_model`, in timm's natural order; an empty list where none fits.
+    """
+    ours = set(model_names())
+    return [name for name in timm_list_models(filter, exclude_filters=exclude_filters) if name in ours]
 
 
 def softmax_twin(name: str) -> Optional[Tuple[str, Dict[str, Any]]]:

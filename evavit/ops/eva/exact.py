@@ -94,7 +94,8 @@ def eva_estimator(
 
     Args:
         q: Queries `(B, h, N, d)`.
-        k, v: Keys and values `(B, h, M, d)`.
+        k: Keys `(B, h, M, d)`.
+        v: Values `(B, h, M, d)`.
         cells: The cell of each key, `(M)`, or of each key for each query, `(N, M)`: 0 to C - 1, or -1 for keys of E.
         omega: Samples ω of the proposal, for keys of scale s^½: `(B, h, C, S, d)`, where B, h and C may be 1. None for
             β*_c.

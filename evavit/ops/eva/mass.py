@@ -45,9 +45,7 @@ def eva_attention_mass(
 
         exact = Σ_m w_m,   cells = Σ_c w_c = 1 - exact,   effective = exp(-Σ_c p_c log p_c)
 
-    Args:
-        q, k, feat_size, summary_k, rel_pos_bias, window_size, partition_grid, scale, norm_eps, count_cells,
-            num_prefix_tokens: As in `eva_attention`, in which neither values nor noise move these weights.
+    The arguments are as in `eva_attention`, in which neither values nor noise move these weights.
 
     Returns:
         exact, cells, effective of the grid's queries, each `(B, h, N)` in float32 (float64 for float64). effective,

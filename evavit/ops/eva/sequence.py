@@ -197,11 +197,13 @@ def eva_attention_1d_step(
 ) -> Tuple[torch.Tensor, Eva1dCache]:
     """Causal `eva_attention_1d` in evaluation, one token after the other: O(window_size + C_p) time each.
 
+    Arguments that are not below are as in `eva_attention_1d`, the same at every step.
+
     Args:
-        q, k, v: Of the next token, `(B, h, 1, d)`.
+        q: Query of the next token, `(B, h, 1, d)`.
+        k: Its key, `(B, h, 1, d)`.
+        v: Its value, `(B, h, 1, d)`.
         cache: What the last call returned; None for the first token. It is not changed.
-        summary_q, summary_k, rel_pos_bias, window_size, cell_size, overlap, scale, proposal_scale, norm_eps: As in
-            `eva_attention_1d`, the same at every step.
 
     Returns:
         The token's output `(B, h, 1, d)`, to rounding that of the whole sequence at once, and the new cache.

@@ -384,10 +384,10 @@ def eva_attention_variant(
     formed). 'complement' summarises, for every window, the cells that it meets: (H / w + P)(W / w + P) cells at most,
     of N / P² tokens each, for P = partition_grid and w = window_size.
 
+    Arguments that are not below are as in `eva_attention`, with the E^n and P_c of here: cells less E^n count what is
+    left of them for the `count_cells` 'all' and 'outside'.
+
     Args:
-        q, k, v, feat_size, window_size, partition_grid, scale, proposal_scale, dropout_p, norm_eps, count_cells: As in
-            `eva_attention`, with the E^n and P_c of here: cells less E^n count what is left of them for 'all' and for
-            'outside'.
         summary_q: Parameters of q's σ: projection weight `(d, d)` and bias `(d)`, LayerNorm weight `(d)` and bias
             `(d)`; the first two; or none. Needed for the proposals 'qk' and 'q'.
         summary_k: The same for k's. Needed unless partition_grid is 0.
