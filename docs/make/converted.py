@@ -108,9 +108,9 @@ def evidence() -> str:
         pages.pick(rows, window_size=size, partition_grid=size, epochs='0', count_cells='outside')[0]['top1']
         for size in (8, 4)
     )
-    where = 'docs/convert.md'
+    where, size = 'docs/convert.md', f'{side:,} × {side:,} pixels'
     return (
-        f'* **Speed**: at {side:,} × {side:,} pixels a converted ViT of width {width} answers {forward:.2f} times as fast\n'
+        f'* **Speed**: at {size} a converted ViT of width {width} answers {forward:.2f} times as fast\n'
         f'  as with softmax, and its training step is {training:.2f} times as fast ([convert]({where}#when-it-pays)).\n'
         f'* **Accuracy**: a DeiT-Tiny with {parent} % top-1 on Tiny-ImageNet has {half} % right after its conversion,\n'
         f'  before any training, where a query sees half of the tokens, and {eighth} % where it sees an eighth\n'

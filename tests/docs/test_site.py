@@ -1,0 +1,97 @@
+"""The site: its navigation, what its API page describes, and that a fault fails the build (extra `site`)."""
+
+import importlib
+import logging
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from programs import ROOT, load_program
+
+import evavit
+
+OBJECTS = re.findall(r'^::: ([\w.]+)', (ROOT / 'docs/api.md').read_text(encoding='utf-8'), re.MULTILINE)
+ADDED = {'index.md', 'contributing.md', 'changelog.md', 'results.md', 'first_steps.md'}  # by docs/make/site.py
+
+
+class Loader(yaml.SafeLoader):
+    """With the one tag of mkdocs.yml that calls Python."""
+
+
+Loader.add_multi_constructor('tag:yaml.org,2002:python/', lambda loader, suffix, node: suffix)
+
+
+def leaves(nav):
+    if isinstance(nav, str):
+        return [nav]
+    return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in leaves(entry)]
+
+
+def test_the_navigation_names_every_page_once():
+    pages = leaves(yaml.load((ROOT / 'mkdocs.yml').read_text(encoding='utf-8'), Loader)['nav'])
+    assert sorted(pages) == sorted(ADDED | {path.name for path in ROOT.glob('docs/*.md')})
+
+
+@pytest.mark.parametrize('name', OBJECTS)
+def test_objects_of_the_api_page_have_docstrings(name):
+    module, _, attribute = name.rpartition('.')
+    found = getattr(importlib.import_module(module), attribute)
+    # A class without its own inherits one that is about something else.
+    assert (found.__dict__['__doc__'] if isinstance(found, type) else found.__doc__).strip()
+
+
+def test_the_api_page_has_what_the_package_exports():
+    public = {f'evavit.{name}' for name in evavit.__all__ if name not in (*evavit.list_models(), '__version__')}
+    assert len(public) >= 8 and public <= set(OBJECTS)
+
+
+@pytest.fixture
+def site():
+    for package in ('mkdocs', 'material', 'mkdocstrings_handlers.python', 'latex2mathml', 'nbconvert'):
+        pytest.importorskip(package, reason='needs evavit[site]')
+    return load_program('docs/make/site.py')
+
+
+def test_links_of_pages_from_elsewhere(site, caplog):
+    text = site.relink(
+        '[a](docs/dense.md#maps) ![b](docs/images/c.svg) [d](LICENSE) [e](https://f.g) [h](#i)', 'README.md'
+    )
+    assert text == '[a](dense.md#maps) ![b](images/c.svg) d [e](https://f.g) [h](#i)' and not caplog.records
+    assert site.relink('[a](../docs/math.md) [b](../README.md)', 'results/README.md') == '[a](math.md) [b](index.md)'
+    with caplog.at_level(logging.WARNING):
+        site.relink('[a](gone.md)', 'README.md')
+    assert 'gone.md, which does not exist' in caplog.text
+
+
+def test_missing_docstrings_are_found(site):
+    assert site.missing_docstrings(OBJECTS) == []
+    assert 'evavit.convert_vit is not described' in site.missing_docstrings(OBJECTS[:1])
+    (problem,) = site.missing_docstrings([*OBJECTS, 'evavit.layers.EvaAttention.attend'])
+    assert problem == 'evavit.layers.EvaAttention.attend has no docstring'
+
+
+def build(folder):
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--site-dir', folder / 'site']
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_it_builds_and_dead_links_fail(site, tmp_path):
+    for name in ('docs', 'results', 'examples'):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ('mkdocs.yml', 'README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'LICENSE'):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ('evavit', 'tests'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    built = build(tmp_path)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / 'site/math.html').read_text(encoding='utf-8')
+    assert page.count('<math') > 150 and 'arithmatex' not in page and '$' not in re.sub('<script.*?</script>', '', page)
+    for page in (tmp_path / 'site').glob('*.html'):
+        assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?:', page.read_text(encoding='utf-8')), page
+    with open(tmp_path / 'docs/dense.md', 'a', encoding='utf-8') as stream:
+        stream.write('\n[one](gone.md) [two](math.md#gone)\n')
+    built = build(tmp_path)
+    assert built.returncode == 1 and "'gone.md'" in built.stderr and "'math.md#gone'" in built.stderr
