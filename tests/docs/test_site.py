@@ -14,7 +14,7 @@ from programs import ROOT, load_program
 import evavit
 
 OBJECTS = re.findall(r'^::: ([\w.]+)', (ROOT / 'docs/api.md').read_text(encoding='utf-8'), re.MULTILINE)
-ADDED = {'index.md', 'contributing.md', 'changelog.md', 'results.md', 'first_steps.md'}  # by docs/make/site.py
+ADDED = {'index.md', 'contributing.md', 'changelog.md', 'results.md', 'first_steps.md'}  # by docs/make/site_pages.py
 
 
 class Loader(yaml.SafeLoader):
@@ -52,7 +52,7 @@ def test_the_api_page_has_what_the_package_exports():
 def site():
     for package in ('mkdocs', 'material', 'mkdocstrings_handlers.python', 'latex2mathml', 'nbconvert'):
         pytest.importorskip(package, reason='needs evavit[site]')
-    return load_program('docs/make/site.py')
+    return load_program('docs/make/site_pages.py')
 
 
 def test_links_of_pages_from_elsewhere(site, caplog):

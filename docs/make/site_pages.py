@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[2]
-log = logging.getLogger('mkdocs.hooks.site')  # with --strict a warning fails the build
+log = logging.getLogger('mkdocs.hooks.site_pages')  # with --strict a warning fails the build
 
 # Files of the repository → their pages.
 PAGES = {
