@@ -34,6 +34,8 @@ SPELLING = {
     r'\_': '_',
     r'\log': r'\log\,',
 }
+# The modules whose __all__ the API page describes; '' is the package itself.
+PUBLIC = ('', 'convert', 'dense', 'export', 'hub', 'layers', 'maps', 'models', 'ops')
 # A directive of mkdocstrings: a public object and what is said of it.
 OBJECT = re.compile(r'^::: (evavit[\w.]*)', re.MULTILINE)
 
@@ -83,19 +85,21 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 def missing_docstrings(described: list) -> list:
     """What keeps these names, such as 'evavit.convert_vit', from being the whole documentation, a line each."""
     package = griffe.load('evavit', search_paths=[ROOT])
-    problems = [f'{name} is not described' for name in public_names(package) if name not in described]
-    for name in described:
-        found = package[name.removeprefix('evavit.')]
-        found = found.final_target if found.is_alias else found
-        if not found.has_docstring:
-            problems.append(f'{name} has no docstring')
+    targets = {name: _target(package, name) for name in described}
+    problems = [f'{name} has no docstring' for name, found in targets.items() if not found.has_docstring]
+    paths = {found.path for found in targets.values()}
+    for module in PUBLIC:
+        exports = map(str, (package[module] if module else package).exports)
+        for name in (f'evavit.{module}.{name}' if module else f'evavit.{name}' for name in exports):
+            found = _target(package, name)
+            if (found.is_function or found.is_class) and found.path not in paths:
+                problems.append(f'{name} is not described')
     return problems
 
 
-def public_names(package: griffe.Module) -> list:
-    """The functions and classes of `evavit.__all__` that its text names."""
-    names = [str(name) for name in package.exports or []]
-    return [f'evavit.{name}' for name in names if not name.startswith('__')]
+def _target(package: griffe.Module, name: str) -> griffe.Object:
+    found = package[name.removeprefix('evavit.')]
+    return found.final_target if found.is_alias else found
 
 
 def on_page_content(content: str, page: Page, **_: object) -> str:
