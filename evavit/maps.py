@@ -31,13 +31,22 @@ _SOFTMAX = (Attention, AttentionRope, BeitAttention, RelPosAttention, TimmEvaAtt
 
 
 class AttentionMap(NamedTuple):
-    """The weights of one layer."""
+    """The weights of one layer.
 
-    name: str  # of the layer in the model, such as 'blocks.3.attn'
-    rows: torch.Tensor  # `(B, h, Q, P + N)`: of each query for each token, prefix tokens first, then the grid's
-    queries: Tuple[int, ...]  # numbers of the Q tokens that the rows are of; none of them for a mean
-    feat_size: Tuple[int, int]  # the grid (H, W), N = H·W
-    num_prefix_tokens: int  # P, class and register tokens
+    Attributes:
+        name: Of the layer in the model, such as 'blocks.3.attn'.
+        rows: `(B, h, Q, P + N)`: of each query for each token, prefix tokens first, then the grid's.
+        queries: Numbers of the Q tokens that the rows are of; none of them for a mean.
+        feat_size: The grid (H, W), N = H·W.
+        num_prefix_tokens: P, class and register tokens.
+        grid: The weights of the grid's tokens, `(B, h, Q, H, W)`.
+    """
+
+    name: str
+    rows: torch.Tensor
+    queries: Tuple[int, ...]
+    feat_size: Tuple[int, int]
+    num_prefix_tokens: int
 
     @property
     def grid(self) -> torch.Tensor:

@@ -47,20 +47,33 @@ __all__ = [
 
 
 class Variant(NamedTuple):
-    """A size of a family."""
+    """A size of a family.
 
-    title: str  # as papers call it
-    model_args: Dict[str, Any]  # of the family's class; a user's arguments override them
-    softmax: str  # timm's softmax model of this size
-    softmax_args: Dict[str, Any]  # its arguments
+    Attributes:
+        title: As papers call it.
+        model_args: Arguments of the family's class; a user's arguments override them.
+        softmax: timm's softmax model of this size.
+        softmax_args: Its arguments.
+    """
+
+    title: str
+    model_args: Dict[str, Any]
+    softmax: str
+    softmax_args: Dict[str, Any]
 
 
 class Family(NamedTuple):
-    """A family as `register_family` enters it."""
+    """A family as `register_family` enters it.
 
-    model: Type[nn.Module]  # its class, a subclass of one of timm's
+    Attributes:
+        model: Its class, a subclass of one of timm's.
+        variants: Its sizes by name.
+        models: Names of all its models.
+    """
+
+    model: Type[nn.Module]
     variants: Dict[str, Variant]
-    models: Tuple[str, ...]  # names of all its models
+    models: Tuple[str, ...]
 
 
 _FAMILIES: Dict[str, Family] = {}

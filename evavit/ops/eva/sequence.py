@@ -18,14 +18,23 @@ __all__ = ['Eva1dCache', 'eva_attention_1d', 'eva_attention_1d_step']
 
 
 class Eva1dCache(NamedTuple):
-    """What causal EVA remembers of a sequence: the current chunk, the open cell, the summaries of finished cells."""
+    """What causal EVA remembers of a sequence: the current chunk, the open cell, the summaries of finished cells.
 
-    length: int  # tokens so far
-    keys: torch.Tensor  # of the current chunk and its context, `(B, h, at most window + halo, d)`
+    Attributes:
+        length: Tokens so far.
+        keys: Of the current chunk and its context, `(B, h, at most window + halo, d)`.
+        values: The same of these tokens.
+        open_cell: q, k, v of the tokens of a cell that is not complete, `(B, h, < cell_size, d)` each.
+        cell_keys: k̃ of the complete cells, `(B, h, cells, d)`.
+        cell_values: Their β.
+    """
+
+    length: int
+    keys: torch.Tensor
     values: torch.Tensor
-    open_cell: List[torch.Tensor]  # q, k, v of the tokens of a cell that is not complete, `(B, h, < cell_size, d)` each
-    cell_keys: torch.Tensor  # k̃ of the complete cells `(B, h, cells, d)`
-    cell_values: torch.Tensor  # their β
+    open_cell: List[torch.Tensor]
+    cell_keys: torch.Tensor
+    cell_values: torch.Tensor
 
 
 def _proposal(options: SequenceOptions, summary_k: List[torch.Tensor]) -> Proposal:
