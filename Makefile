@@ -64,7 +64,7 @@ $(SITE): $(STAMP)
 	touch $(SITE)
 
 docs: tables $(SITE)  ## the tables, and the site in site/: a dead link or a missing docstring fails
-	$(PY) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, a few minutes; make docs/performance.md
 	$(CPU_BENCH) --bench infer --model eva_deit_tiny_784 eva_deit_tiny eva_pvt_v2_b3

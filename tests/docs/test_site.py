@@ -87,7 +87,7 @@ def build(folder):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_it_builds_and_dead_links_fail(site, tmp_path):
+def test_it_builds_and_faults_fail(site, tmp_path):
     for name in ('docs', 'results', 'examples'):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ('mkdocs.yml', 'README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'LICENSE'):
@@ -102,5 +102,8 @@ def test_it_builds_and_dead_links_fail(site, tmp_path):
         assert not re.search(r'<(script|link|img)[^>]*(src|href)="https?:', page.read_text(encoding='utf-8')), page
     with open(tmp_path / 'docs/dense.md', 'a', encoding='utf-8') as stream:
         stream.write('\n[one](gone.md) [two](math.md#gone)\n')
+    with open(tmp_path / 'docs/api.md', 'a', encoding='utf-8') as stream:
+        stream.write('\n::: evavit.layers.EvaAttention.attend\n')
     built = build(tmp_path)
+    assert 'evavit.layers.EvaAttention.attend has no docstring' in built.stderr
     assert built.returncode == 1 and "'gone.md'" in built.stderr and "'math.md#gone'" in built.stderr
