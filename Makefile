@@ -5,7 +5,7 @@ EXTRAS ?= dev
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env quickstart test test-oldest lint contract contract-all soak tables docs gpu cpu-bench clean
+.PHONY: help env quickstart demo browser-test test test-oldest lint contract contract-all soak tables docs gpu cpu-bench clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
@@ -26,6 +26,14 @@ quickstart: $(STAMP)  ## train a small EVA model on Digits, a minute or two on t
 	$(ONE) $(PY) train.py -c configs/quickstart.yaml --data-dir data/digits --output $(dir $(QUICK)) --experiment $(notdir $(QUICK))
 	$(ONE) $(PY) validate.py --checkpoint $(QUICK)/last.safetensors --data-dir data/digits --workers 0 \
 		--results-file $(QUICK)/validation.json
+
+demo: $(STAMP)  ## a page to try a model on: that of quickstart, or FLAGS='--checkpoint FILE'
+	$(PY) -m pip install --quiet --editable '.[demo]'
+	$(PY) examples/demo.py $(FLAGS)
+
+browser-test: $(STAMP)  ## that page in a browser; needs chromium, which apt-get installs
+	$(PY) -m pip install --quiet --editable '.[browser]'
+	$(PY) -m pytest -q -m slow tests/examples/test_demo.py
 
 lint: $(STAMP)  ## ruff and its format over the whole tree, mypy over evavit/
 	$(PY) -m ruff check .

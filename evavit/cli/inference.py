@@ -49,16 +49,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     process = start_process(config.machine.device, watchdog)
     if process.distributed:
         raise UserError(f'inference.py is one process, not {process.world_size}; start it without a launcher')
-    class_names = contents.complete_from_checkpoint(config, given)
-    contents.check_source(config)
-    name = config.model.model or ''
-    if not config.weights.checkpoint:
-        if ':' not in name and timm.is_model(name) and not build.has_weights(name):
-            raise UserError(
-                f'no weights: timm publishes none for {name}; give --checkpoint, a file or a folder of a run or of '
-                f'save_folder'
-            )
-        config.model.pretrained = True  # as in timm's script
+    class_names = choose_weights(config, given)
     dataset = data.open_pictures(config.data.data_dir, checks.image_channels(config.model))
     names = picture_names(dataset, config.results, formats)
     model: Any = build.build_model(config.model, config.model.num_classes)
@@ -104,6 +95,22 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     files = [write_results(rows, base, form, config.results) for form in formats]
     bad = len(dataset) - len(rows)
     log.info(f'{len(rows)} pictures classified, {bad} not readable; results in {", ".join(map(str, files))}')
+
+
+def choose_weights(config: InferenceConfig, given: Set[str]) -> Optional[List[str]]:
+    """Complete the settings from the checkpoint or its folder; without one the weights are those that timm publishes.
+    Returns the names of the classes, if any; UserError where there is no model or are no weights."""
+    class_names = contents.complete_from_checkpoint(config, given)
+    contents.check_source(config)
+    name = config.model.model or ''
+    if not config.weights.checkpoint:
+        if ':' not in name and timm.is_model(name) and not build.has_weights(name):
+            raise UserError(
+                f'no weights: timm publishes none for {name}; give --checkpoint, a file or a folder of a run or of '
+                f'save_folder'
+            )
+        config.model.pretrained = True  # as in timm's script
+    return class_names
 
 
 def picture_names(dataset: Any, results: ResultsConfig, formats: Sequence[str]) -> List[str]:
