@@ -412,11 +412,13 @@ def main(argv: Optional[List[str]] = None) -> None:
         raise UserError(f'--window-size {args.window_size}: must be at least 1')
     demo, line = load(flags, args.window_size)
     page = build_page(demo, line)
-    print(f'{line}\nhttp://{args.host}:{args.port}', flush=True)
     try:
-        launch(page, args.host, args.port)
+        launch(page, args.host, args.port, prevent_thread_lock=True)
     except OSError as error:
-        raise UserError(f'--host {args.host} --port {args.port}: {first_line(error)}; give another --port') from error
+        reason = first_line(error).split('. ')[0]
+        raise UserError(f'--host {args.host} --port {args.port}: {reason}; give another --port') from error
+    print(f'{line}\nhttp://{args.host}:{args.port}', flush=True)
+    page.block_thread()
 
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ def gpu_rows() -> List[Row]:
     rows = [row for row in load('h100.csv') if 'H100' in row['device']]
 
     def comparison(row: Row) -> Tuple[str, ...]:
-        return tuple(row[column] for column in KEY)
+        return tuple(row.get(column, '') for column in KEY)  # older files have no columns of windows
 
     gluon = {comparison(row) for row in rows if row['backend'] == 'gluon'}
     rows = [row for row in rows if row['backend'] != 'triton' or comparison(row) not in gluon]

@@ -2,9 +2,9 @@
 """Write the tables and the plot of the documentation: python docs/make/tables.py [--check]
 
 Parameters and multiply-adds are counted on the code (`zoo.py`), and the paper's numbers stand beside them. What was
-measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`). A table goes
-between two markers such as `<!-- models -->` and `<!-- /models -->`. The plot carries a digest of what it shows. With
---check nothing is written, and the exit code is 1 if a table or the plot is stale.
+measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`, `gallery.py`).
+A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`. The plot carries a digest of what it
+shows. With --check nothing is written, and the exit code is 1 if a table or the plot is stale.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import converted
 import counts
 import elpv
 import exported
+import gallery
 import pages
 import performance
 import timm
@@ -126,6 +127,7 @@ TABLES = {  # of each page, by the name of its markers
         'precision': exported.precision_table,
     },
     'docs/transfer.md': {'elpv': elpv.table},
+    'docs/gallery.md': {'shared': gallery.table},
     'docs/convert.md': {
         'speed': converted.speed,
         'alone': converted.alone,
