@@ -55,7 +55,8 @@ class GridAttention(nn.Module):
     `attend` refuses any other grid with a message that names both. One with other defaults in a pyramid sets
     `pyramid_options`, option → default. One whose `attend` takes prefix tokens, which belong to no place of the grid,
     sets `takes_prefix_tokens`. One with a `forward` of its own, without norms and rotary embeddings, unsets
-    `takes_qk_norm`.
+    `takes_qk_norm`. One of which PyTorch's older ONNX exporter makes a graph for one batch size unsets
+    `traces_any_batch`.
 
     Args:
         dim: Channels C.
@@ -80,6 +81,7 @@ class GridAttention(nn.Module):
     fixed_grid: ClassVar[bool] = False
     takes_prefix_tokens: ClassVar[bool] = False
     takes_qk_norm: ClassVar[bool] = True
+    traces_any_batch: bool = True
     pyramid_options: ClassVar[Dict[str, Any]] = {}
 
     def __init__(
@@ -146,6 +148,15 @@ class GridAttention(nn.Module):
                 _tell_of_maps(type(self).__name__)
         return self.attn_drop.p if self.training else 0.0
 
+    @torch.jit.unused
+    def check_tracing(self) -> None:
+        """RuntimeError under PyTorch's older ONNX exporter, where its file would fail at another batch size."""
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export() and not self.traces_any_batch:
+            raise RuntimeError(
+                f'{type(self).__name__}: the ONNX file of torch.onnx.export(dynamo=False) would fail at another batch '
+                f'size, whatever dynamic_axes says; use dynamo=True, or evavit.export.to_onnx'
+            )
+
     def rotate(self, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """Queries or keys `(B, h, P + N, d)` with those of the grid turned by rotary embeddings, in their dtype."""
         P = self.num_prefix_tokens
@@ -171,14 +182,15 @@ class GridAttention(nn.Module):
         `rope` are timm's rotary embeddings of the grid's tokens, sines and cosines `(N, 2·d)` or broadcast to
         `(B, h, N, 2·d)`, as `timm.layers.apply_rot_embed_cat` takes them.
         """
-        B, N, C = x.shape
+        if not torch.jit.is_scripting():
+            self.check_tracing()
         if self.qk_norm or rope is not None:
             q, k, v = self.project_tokens(x, rope)
             x = self.attend_apart(q, k, v, feat_size)
         else:
             qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
             x = self.attend(qkv, feat_size)
-        x = self.norm(x.transpose(1, 2).reshape(B, N, C))
+        x = self.norm(x.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(x))
 
     @torch.jit.ignore

@@ -58,6 +58,8 @@ class CombinerAttention(GridAttention):
             a dropout rate outside 0 to 1.
     """
 
+    traces_any_batch = False
+
     def __init__(
         self,
         dim: int,

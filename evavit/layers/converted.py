@@ -149,6 +149,7 @@ class ConvertedAttention(Derived, GridAttention):
                 'a converted attention takes no mask and needs the size of its grid, which the converted model hands '
                 'on to it; call the model, or give attn_mask=GridSize(height, width)'
             )
+        self.check_tracing()
         feat_size = [attn_mask.height, attn_mask.width]
         given = cast(Any, self)
         gate = given.gate(x).sigmoid() if given.gate is not None else None

@@ -265,6 +265,7 @@ class EvaAttention(GridAttention):
                 f'num_prefix_tokens {self.num_prefix_tokens}: the ablations (partition, summary, num_samples, proposal '
                 f'and overlap) are made for a grid alone; leave them at their defaults'
             )
+        self.traces_any_batch = not self.variant
         self.fused_attn = use_fused_attn()
         if self.attn_drop.p > 0 and self.fused_attn:
             _logger.warning(

@@ -65,6 +65,7 @@ class LongShortAttention(GridAttention):
     """
 
     takes_qk_norm = False
+    traces_any_batch = False
 
     def __init__(
         self,
@@ -110,6 +111,8 @@ class LongShortAttention(GridAttention):
     def forward(self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor] = None) -> torch.Tensor:
         if rope is not None:
             raise ValueError('this attention takes no rotary embeddings; leave rope out')
+        if not torch.jit.is_scripting():
+            self.check_tracing()
         B, N, C = x.shape
         qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
         source = x if self.projection_source == 'input' else _merge_heads(qkv[1])

@@ -55,6 +55,7 @@ class ReformerAttention(GridAttention):
     rotations: torch.Tensor
 
     takes_qk_norm = False
+    traces_any_batch = False
 
     def __init__(
         self,
@@ -172,6 +173,8 @@ class ReformerAttention(GridAttention):
         """Attend over tokens `(B, N, C)` in raster order of a grid of `feat_size` (H, W), N = H·W."""
         if rope is not None:
             raise ValueError('this attention takes no rotary embeddings; leave rope out')
+        if not torch.jit.is_scripting():
+            self.check_tracing()
         B, N, C = x.shape
         q, v = self._project(x)
         x = self.attend_shared(q, v, feat_size).transpose(1, 2).reshape(B, N, C)

@@ -172,6 +172,8 @@ class ScatterbrainAttention(GridAttention):
             numbers of at least 1, 1 and 0; a dropout rate outside 0 to 1.
     """
 
+    traces_any_batch = False
+
     def __init__(
         self,
         dim: int,

@@ -52,7 +52,7 @@ class PatchProjection(nn.Conv2d):
         )
         ph, pw = self.kernel_size
         H, W = x.shape[2] // ph, x.shape[3] // pw
-        x = x[:, :, : H * ph, : W * pw].unflatten(3, [W, pw]).unflatten(2, [H, ph])
+        x = x[:, :, : H * ph, : W * pw].reshape(x.shape[0], self.in_channels, H, ph, W, pw)
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 

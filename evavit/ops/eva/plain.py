@@ -41,37 +41,40 @@ def _control_variates(
     A row of cells is a contiguous band of tokens. Sums over the cells of a band, and what is handed from cells to
     their tokens, are products with one small 0/1 matrix for all channels: many times faster on a CPU than sums over
     the inner axes of blocks, forward and backward, and without a copy where q, k, v are views of one projection.
+
+    The batch's size is never written out: PyTorch's older ONNX exporter would put it into the file as a constant.
     """
     feat_size, scale, noise = options.feat_size, options.scale, options.noise
     dtype = accumulation_dtype(q)
-    B, h, d = q.shape[0], q.shape[1], q.shape[3]
+    h, d = q.shape[1], q.shape[3]
     cell = cell_shape(feat_size, options.partition_grid)
     nH, nW = block_counts(feat_size, cell)
     in_cell = band_cells(feat_size, cell, q.device)  # (1 or nH, nW, tokens of a band)
     tokens_per_cell = in_cell.sum(-1, dtype=dtype).expand(nH, nW).reshape(nH, nW, 1, 1)
-    sum_cells = band_cells([cell[0], feat_size[1]], cell, q.device).to(dtype).expand(B * nH, -1, -1)
+    sum_cells = band_cells([cell[0], feat_size[1]], cell, q.device).to(dtype)
 
     q_bands = to_bands(q, feat_size, cell).to(dtype)
     k_bands = to_bands(k, feat_size, cell).to(dtype)
-    q_means = torch.bmm(sum_cells, q_bands).view(B, nH, nW, h, d) / tokens_per_cell
-    k_means = torch.bmm(sum_cells, k_bands).view(B, nH, nW, h, d) / tokens_per_cell
+    q_means = (sum_cells @ q_bands).unflatten(2, [h, d]).unflatten(0, [-1, nH]) / tokens_per_cell
+    k_means = (sum_cells @ k_bands).unflatten(2, [h, d]).unflatten(0, [-1, nH]) / tokens_per_cell
     q_tilde = summarise(q_means, summary_q, options.norm_eps)
     k_tilde = summarise(k_means, summary_k, options.norm_eps)
 
     omega = scale**0.5 * options.proposal_scale * (q_tilde + k_tilde)  # the mean of the proposal, (28)
     if noise is not None:
-        omega = omega + noise.to(dtype).transpose(1, 2).view(B, nH, nW, h, d)
+        omega = omega + noise.to(dtype).transpose(1, 2).unflatten(1, [nH, nW])
 
     # log ξ(k̂_m, ω_c) = ω_c · k̂_m - ½ ‖k̂_m‖² with k̂ = s^½ k; its softmax over a cell weighs the values of β_c.
-    omega = (scale**0.5 * omega).view(B * nH, nW, h * d)
-    log_xi = k_bands * torch.baddbmm(k_bands, sum_cells.transpose(1, 2), omega, beta=-0.5 * scale)
-    band = cell[0] * feat_size[1]  # written out: in an empty batch -1 could be anything
-    log_xi = log_xi.view(B, nH, band, h, d).sum(-1).transpose(2, 3).unsqueeze(3)  # (B, nH, h, 1, band)
+    omega = (scale**0.5 * omega).flatten(3).flatten(0, 1)
+    log_xi = k_bands * torch.add(sum_cells.transpose(1, 2) @ omega, k_bands, alpha=-0.5 * scale)
+    log_xi = log_xi.unflatten(2, [h, d]).unflatten(0, [-1, nH]).sum(-1)
+    log_xi = log_xi.transpose(2, 3).unsqueeze(3)  # (B, nH, h, 1, tokens of a band)
     xi = log_xi.masked_fill(~in_cell.unsqueeze(1), float('-inf')).softmax(-1).sum(3)
-    xi = xi.transpose(2, 3).reshape(B * nH, band, h, 1)
+    xi = xi.transpose(2, 3).flatten(0, 1).unsqueeze(3)
     weighted = to_bands(v, feat_size, cell).unflatten(2, [h, d]) * xi
-    beta = torch.bmm(sum_cells, weighted.flatten(2))
-    return k_tilde.flatten(1, 2).transpose(1, 2), beta.view(B, nH * nW, h, d).transpose(1, 2)
+    beta = sum_cells @ weighted.flatten(2)
+    beta = beta.unflatten(2, [h, d]).unflatten(0, [-1, nH]).flatten(1, 2).transpose(1, 2)
+    return k_tilde.flatten(1, 2).transpose(1, 2), beta
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: EvaOptions) -> torch.Tensor:
