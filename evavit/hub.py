@@ -8,7 +8,8 @@ from typing import Any, Dict, Optional, Tuple, Union
 
 import timm
 import torch
-from timm.models import get_model_input_config, push_to_hf_hub
+from huggingface_hub import HfApi
+from timm.models import get_model_input_config
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import (
     HF_SAFE_WEIGHTS_NAME,
@@ -193,6 +194,14 @@ def _config(model: torch.nn.Module, label_names: Optional[list], licence: str) -
     return {**config, 'label_names': list(label_names)} if label_names else config
 
 
+def _without_num_classes(path: Path) -> None:
+    """`config.json` with num_classes at its top alone, where timm and transformers look for it: transformers' AutoModel
+    hands it to the model beside model_args, and refuses it there."""
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config.get('model_args', {}).pop('num_classes', None)
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+
+
 def _check_remade(model: torch.nn.Module) -> None:
     """ValueError unless `config.json` makes the model again, which is tried without memory for its weights."""
     if isinstance(model, FeatureGetterNet):
@@ -204,6 +213,7 @@ def _check_remade(model: torch.nn.Module) -> None:
         )
     with tempfile.TemporaryDirectory() as folder, torch.device('meta'):
         save_config_for_hf(model, str(Path(folder) / 'config.json'))
+        _without_num_classes(Path(folder) / 'config.json')
         again: torch.nn.Module = timm.create_model(f'local-dir:{folder}')
         if isinstance(model, ConvertedModel):
             again = convert_vit(again, inplace=True, **model.conversion)
@@ -253,6 +263,7 @@ def save_folder(
             safe_serialization=True,
             data_config=data_config,
         )
+        _without_num_classes(partial / 'config.json')
         write_weights(model.state_dict(), partial / HF_SAFE_WEIGHTS_NAME)
         readme = generate_readme(model_card(model, **{'source': f'local-dir:{path}', **card}), path.name)
         (partial / 'README.md').write_text(readme, encoding='utf-8')
@@ -336,18 +347,18 @@ def publish(
     private: bool = False,
     **card: Any,
 ) -> Any:
-    """Upload to the Hugging Face Hub with the same card, through timm's `push_to_hf_hub`; see `save_folder`.
+    """Upload to the Hugging Face Hub what `save_folder` writes, with its arguments, as timm's `push_to_hf_hub` does.
 
     A token of the Hub's own login is used. An existing model card is left as it is. Returns
-    what timm's function does.
+    what `huggingface_hub.HfApi.upload_folder` does.
     """
     _check_remade(model)
-    return push_to_hf_hub(
-        model,
-        repo_id,
-        private=private,
-        safe_serialization=True,
-        data_config=data_config,
-        model_config=_config(model, label_names, card['licence']),
-        model_card=model_card(model, **{'source': f'hf-hub:{repo_id}', **card}),
-    )
+    api = HfApi(library_name='evavit', library_version=__version__)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as temporary:
+        card = {'source': f'hf-hub:{repo_id}', **card}
+        folder = Path(temporary) / repo_id.split('/')[-1]  # the card's title
+        save_folder(model, str(folder), data_config=data_config, label_names=label_names, **card)
+        if api.file_exists(repo_id=repo_id, filename='README.md'):
+            (folder / 'README.md').unlink()
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Add model')

@@ -10,7 +10,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from timm.models import _hub as timm_hub
 from timm.models.vision_transformer import VisionTransformer
 
 import evavit
@@ -212,7 +211,7 @@ def test_a_card_without_eva_does_not_speak_of_it(attention):
 
 
 def test_upload_is_the_same_folder(tmp_path, monkeypatch):
-    """timm's push_to_hf_hub with the Hub taken away: what would be uploaded loads as the local folder does."""
+    """The Hub taken away: what would be uploaded loads as the local folder does."""
     uploaded = tmp_path / 'uploaded'
 
     class Api:
@@ -230,7 +229,7 @@ def test_upload_is_the_same_folder(tmp_path, monkeypatch):
 
             shutil.copytree(folder_path, uploaded)
 
-    monkeypatch.setattr(timm_hub, 'HfApi', Api)
+    monkeypatch.setattr('evavit.hub.HfApi', Api)
     model = timm.create_model(PLAIN[0], **PLAIN[1]).eval()
     publish(model, 'me/mine', data='Digits', licence='bsd-3-clause')
     x = torch.randn(1, 1, 32, 48)
