@@ -22,7 +22,7 @@ FLOORS = (
     ('training',),
     ('bench',),
     ('cli',),
-    ('compare', ''),  # `python -m evavit.compare`, and the package itself: evavit/__init__.py
+    ('compare', 'timm', ''),  # `python -m evavit.compare` and `evavit.timm`, and the package itself: evavit/__init__.py
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PRIVATE = 'evavit/ops/common/'  # the only place that touches torch._C
