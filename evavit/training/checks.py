@@ -182,6 +182,12 @@ def _check_run(config: RunConfig) -> None:
             f'with {os.sep}; say with --output where the runs lie'
         )
     parse_interval(config.checkpoint_interval)
+    names = ('wandb_project', 'wandb_tags', 'wandb_resume_id')
+    _check_needed(*((name, getattr(config, name) is not None, 'log_wandb', config.log_wandb) for name in names))
+    if config.wandb_resume_id and not config.resume:
+        raise UserError(f'wandb_resume_id {config.wandb_resume_id}: goes on with a run that is resumed; add --resume')
+    if config.log_wandb and importlib.util.find_spec('wandb') is None:
+        raise UserError('log_wandb needs the package wandb, which is not installed: pip install wandb')
 
 
 def _check_distillation(config: DistilConfig, model: ModelConfig) -> None:

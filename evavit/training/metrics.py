@@ -1,4 +1,4 @@
-"""What a run leaves to read: summary.csv and TensorBoard's event files."""
+"""What a run leaves to read: summary.csv, TensorBoard's event files and, where asked for, a run of Weights & Biases."""
 
 import contextlib
 import csv
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from timm.utils import trim_summary, unwrap_model, update_summary
 
-from evavit.errors import LocalError, reason_of
+from evavit.errors import LocalError, first_line, reason_of
 from evavit.layers import EvaAttention
 from evavit.layers.converted import ConvertedAttention
 from evavit.training.checkpoint import NO_EFFECT, remedy, saving
@@ -45,6 +45,23 @@ def _event_writer(folder: Path, purge_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _start_wandb(run: Run, folder: Path, settings: Dict[str, Any]) -> Any:
+    """The run of Weights & Biases that `--log-wandb` asks for, else None."""
+    config = run.config
+    if not config.log_wandb:
+        return None
+    import wandb
+
+    going_on = dict(id=config.wandb_resume_id, resume='must') if config.wandb_resume_id else {}
+    about = dict(project=config.wandb_project, name=folder.name, tags=config.wandb_tags, config=settings, **going_on)
+    try:
+        return wandb.init(dir=str(folder), **about)
+    except (wandb.Error, OSError) as error:
+        raise LocalError(
+            f'--log-wandb: {first_line(error)[:400]}; `wandb login`, or WANDB_MODE=offline to keep it in {folder}'
+        ) from error
 
 
 class Samples:
@@ -116,6 +133,8 @@ class MetricsWriter:
                 charts = {name: ['Multiline', [f'{ATTENTION}/{name}/{it}' for it in layers]] for name in HEALTH}
                 self.writer.add_custom_scalars({ATTENTION: charts})
             self._write_hyperparameters({key: value for key, value in settings.items() if key not in NO_EFFECT})
+        self.complete = False
+        self.wandb = _start_wandb(run, folder, settings)
 
     def _write_hyperparameters(self, settings: Dict[str, Any], ended: bool = False) -> None:
         """The beginning or the end of the run in TensorBoard's tab of hyperparameters. (SummaryWriter.add_hparams makes
@@ -135,6 +154,7 @@ class MetricsWriter:
 
     def finish(self) -> None:
         """The run is complete."""
+        self.complete = True
         with self._disk_errors():
             self._write_hyperparameters({}, ended=True)
 
@@ -196,6 +216,10 @@ class MetricsWriter:
             update_summary(position.epoch - 1, train_metrics, eval_metrics, filename=name, lr=lr)
 
         self._rewrite_summary(add_row)
+        if self.wandb:
+            described = {f'train_{name}': value for name, value in train_metrics.items()}
+            described |= {f'eval_{name}': value for name, value in eval_metrics.items()}
+            self.wandb.log(dict(epoch=position.epoch - 1, **described, lr=lr))  # the names are timm's, of summary.csv
         update = self.run.done(position)
         for name, value in eval_metrics.items():
             self.scalar(update, f'eval/{name}', value)
@@ -214,6 +238,8 @@ class MetricsWriter:
             self.writer.flush()
 
     def close(self) -> None:
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if self.complete else 1)
         with self._disk_errors():
             self.writer.close()
 

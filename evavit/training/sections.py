@@ -54,7 +54,8 @@ class Option:
         names = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a line', dict: 'key: value'}
         name = names[self.type]
         if self.count is not None:
-            name = 'a list of numbers' if self.count == '+' else f'a list of {self.count} numbers'
+            items = 'words' if self.type is str else 'numbers'
+            name = f'a list of {items}' if self.count == '+' else f'a list of {self.count} {items}'
         if self.choices:
             name = 'one of ' + ', '.join(map(str, self.choices))
         bounds = ((sign, bound) for sign, bound in (('≥', self.low), ('≤', self.high)) if bound is not None)
@@ -417,6 +418,10 @@ class RunConfig:
     )
     max_skipped: int = option(10, 'updates in a row without a finite loss and gradient, at which the run stops', low=1)
     log_interval: int = option(50, 'updates between lines of the log', low=1, scripts=RUN)
+    log_wandb: bool = option(False, 'send the settings and the metrics of each epoch to Weights & Biases, too')
+    wandb_project: Optional[str] = option(None, 'its project')
+    wandb_tags: Optional[List[str]] = option(None, 'tags of the run there')
+    wandb_resume_id: Optional[str] = option(None, 'id of the run there that a resumed run goes on with')
     stall_timeout: float = option(
         600.0,
         'seconds without data or without an answer of the other processes after which the run ends; 0 waits for ever',
