@@ -5,7 +5,8 @@ EXTRAS ?= dev
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env quickstart demo browser-test test test-oldest lint contract contract-all soak tables docs gpu cpu-bench clean
+.PHONY: help env quickstart demo browser-test test test-oldest integrations lint contract contract-all soak
+.PHONY: tables docs gpu cpu-bench clean
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
@@ -50,6 +51,10 @@ test-oldest:  ## the same in .venv-oldest: Python 3.10 with the oldest versions 
 	mkdir -p $(OLDEST)
 	grep -oE '"[A-Za-z0-9._-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' | sort -u > $(OLDEST)/pins.txt
 	$(MAKE) test PYTHON=$(PYTHON_OLDEST) VENV=$(OLDEST) PINS=$(OLDEST)/pins.txt EXTRAS=test,quickstart,docs,export,dense
+
+integrations: $(STAMP)  ## install what docs/integrations.md names beside it all, a large download, and run its tests
+	$(PY) -m pip install --quiet --editable '.[dev,integrations]'
+	$(ONE) $(PY) -m pytest -q -n auto tests/test_integrations.py tests/docs -k integrations
 
 contract: $(STAMP)  ## timm's own model tests on our models
 	$(ONE) $(PY) tools/contract.py -n auto

@@ -37,6 +37,9 @@ OPTIONAL = dict(
     torchao='export',
     segmentation_models_pytorch='dense',
     skimage='dense',
+    **dict.fromkeys(
+        ('transformers', 'peft', 'accelerate', 'lightning', 'fastai', 'pytorch_grad_cam', 'captum'), 'integrations'
+    ),
     detectron2=None,
 )
 SLOW = '.to_package('  # a block that compiles takes a minute: `pytest -m slow tests/docs` runs it
