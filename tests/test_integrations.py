@@ -263,8 +263,8 @@ def train(tmp_path, *flags):
 
 
 def records_of_wandb(file):
-    """The records of a .wandb file: a log in LevelDB's form behind 7 bytes, in blocks of 32 KiB, each part with a header:
-    checksum (4 bytes), length (2), kind (1) for whole, first, middle or last."""
+    """The records of a .wandb file: a log in LevelDB's form behind 7 bytes, in blocks of 32 KiB, each part with a
+    header: checksum (4 bytes), length (2), kind (1) for whole, first, middle or last."""
     from wandb.proto import wandb_internal_pb2
 
     data, place, parts = file.read_bytes(), 7, []
