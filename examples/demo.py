@@ -93,23 +93,22 @@ class Demo:
         model = self.model
         if isinstance(model, ConvertedModel):
             name = model.conversion['attention'].replace('eva', 'EVA')
-            return {'softmax': evavit.revert_vit(model), name: model}, f'The checkpoint is converted, with {name}.'
+            about = f'The model is converted to {name}. Softmax has the same weights.'
+            return {'softmax': evavit.revert_vit(model), name: model}, about
         attentions = [part for part in model.modules() if isinstance(part, GridAttention)]
         own = [part for part in attentions if not isinstance(part, SoftmaxAttention)]  # pyramids end with softmax
         if own:
             name = type(own[0]).__name__.removesuffix('Attention').replace('Eva', 'EVA')
-            about = f'The checkpoint was trained with {name}. Softmax has its weights, but no training of its own'
-            about += (
-                ' and no relative position biases.' if any('rel_pos' in key for key in own[0].state_dict()) else '.'
-            )
+            biases = ' and no relative position biases' * any('rel_pos' in key for key in own[0].state_dict())
+            about = f'The model was trained with {name}. Softmax has its weights, but no training of its own{biases}.'
             return {'softmax': with_softmax(model), name: model}, about
         try:
             converted: Any = evavit.convert_vit(model, window_size=self.window_size)
         except ValueError as error:
             return {'softmax' if attentions else 'model': model}, f'No EVA beside it: {first_line(error)}.'
-        about = 'The checkpoint has softmax attention. EVA is its conversion, without any training: windows of '
-        about += f'{self.window_size} × {self.window_size} patches, {converted.conversion["partition_grid"]} × '
-        about += f'{converted.conversion["partition_grid"]} cells.'
+        window, cells = self.window_size, converted.conversion['partition_grid']
+        about = 'The model has softmax attention. EVA is its conversion, without any training: windows of '
+        about += f'{window} × {window} patches, {cells} × {cells} cells.'
         return {'softmax': model, 'EVA': converted}, about
 
     def read(self, path: Optional[str]) -> Picture:

@@ -1,5 +1,6 @@
 """The page to try a model on: its functions without Gradio, and the page itself in a browser."""
 
+import json
 import shutil
 import socket
 import struct
@@ -14,6 +15,7 @@ from programs import load_program
 from runs import KWARGS, SOFTMAX
 
 import evavit
+from evavit.cli import inference
 from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
 
@@ -95,6 +97,16 @@ def test_every_checkpoint(example, tmp_path, picture, kind, names, about):
             demo.look(shown, 1, 0, example.MEAN)
     else:
         assert [one.size for one in demo.look(shown, 1, 0, demo.first_query)] == [shown.seen.size] * 2
+
+
+def test_predictions_are_those_of_inference(example, tmp_path, picture):
+    demo = opened(example, tmp_path / 'saved', 'own')
+    words = ['--data-dir', picture, '--checkpoint', str(tmp_path / 'saved'), '--topk', '3', '--device', 'cpu']
+    words += ['--workers', '0', '--no-console-results', '--results-dir', str(tmp_path), '--results-file', 'found.json']
+    assert run_script(inference.main, words) == 0
+    (found,) = json.loads((tmp_path / 'found.json').read_text()).values()
+    ours = demo.predict(demo.read(picture))[1]
+    assert list(ours) == found['label'] and list(ours.values()) == pytest.approx(found['prob'], abs=1e-5)
 
 
 def test_attention_is_that_of_the_place(example, tmp_path, picture):
@@ -181,6 +193,22 @@ def test_flags(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'gradio', None)
     assert run_script(example.main, ['--device', 'cpu']) == 2
     assert "pip install 'evavit[demo]'" in capsys.readouterr().err
+
+
+def test_a_timm_name_takes_the_published_weights(example, monkeypatch):
+    """Without the network: the settings that the model would be built with."""
+    asked = []
+
+    def build_model(config, num_classes):
+        asked.append((config.model, config.pretrained))
+        raise UserError('far enough')
+
+    monkeypatch.setattr(example.build, 'build_model', build_model)
+    with pytest.raises(UserError, match='far enough'):
+        example.load(['--model', 'vit_tiny_patch16_224', '--device', 'cpu'], 7)
+    assert asked == [('vit_tiny_patch16_224', True)]
+    with pytest.raises(UserError, match='timm publishes none for eva_deit_tiny'):
+        example.load(['--model', 'eva_deit_tiny', '--device', 'cpu'], 7)
 
 
 FLAGS = (
