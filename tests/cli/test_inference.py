@@ -415,10 +415,10 @@ def test_a_name_that_is_no_unicode_and_an_output_that_is_no_number(infer, call, 
         Image.new('RGB', (8, 8)).save(tmp_path / 'in' / name)
     rows, _ = infer('--data-dir', tmp_path / 'in', '--checkpoint', hub, '--include-attention')
     assert rows[0]['filename'].startswith('caf') and (tmp_path / rows[0]['attention']).is_file()
-    huge = torch.full_like(model.head.weight, 3e38)
-    torch.save({**model.state_dict(), 'head.weight': huge}, tmp_path / 'nan.pth')
+    weights = torch.full_like(model.head.weight, torch.finfo(torch.float32).max)  # finite, with outputs that are not
+    torch.save({**model.state_dict(), 'head.weight': weights}, tmp_path / 'huge.pth')
     flags = [*MODEL, '--num-classes', '3', '--workers', '0', '--results-dir', tmp_path]
-    code, _, err = call('inference', '--data-dir', tmp_path / 'in', '--checkpoint', tmp_path / 'nan.pth', *flags)
+    code, _, err = call('inference', '--data-dir', tmp_path / 'in', '--checkpoint', tmp_path / 'huge.pth', *flags)
     assert code == 2 and '.png: the output of the model is not finite' in err and err.count('\n') == 1
 
 
