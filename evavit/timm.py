@@ -17,7 +17,7 @@ class _Popen(subprocess.Popen):
 
     def __init__(self, args: Any, *others: Any, **kwargs: Any) -> None:
         words = list(args) if isinstance(args, (list, tuple)) else []
-        if [str(word) for word in words[:2]] == [sys.executable, '-u'] and str(words[2:3]).endswith(".py']"):
+        if words[:2] == [sys.executable, '-u'] and len(words) > 2 and str(words[2]).endswith('.py'):
             args = [*words[:2], *_LAUNCHER, *words[2:]]
         super().__init__(args, *others, **kwargs)
 

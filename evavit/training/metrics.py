@@ -60,7 +60,7 @@ def _start_wandb(run: Run, folder: Path, settings: Dict[str, Any]) -> Any:
         return wandb.init(dir=str(folder), **about)
     except (wandb.Error, OSError) as error:
         raise LocalError(
-            f'--log-wandb: {first_line(error)[:400]}; `wandb login`, or WANDB_MODE=offline to keep it in {folder}'
+            f'--log-wandb: {first_line(error)[:400].rstrip(".")}; or set WANDB_MODE=offline to keep all in {folder}'
         ) from error
 
 
