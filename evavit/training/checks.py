@@ -186,8 +186,6 @@ def _check_run(config: RunConfig) -> None:
     _check_needed(*((name, getattr(config, name) is not None, 'log_wandb', config.log_wandb) for name in names))
     if config.wandb_resume_id and not config.resume:
         raise UserError(f'wandb_resume_id {config.wandb_resume_id}: goes on with a run that is resumed; add --resume')
-    if config.log_wandb and importlib.util.find_spec('wandb') is None:
-        raise UserError('log_wandb needs the package wandb, which is not installed: pip install wandb')
 
 
 def _check_distillation(config: DistilConfig, model: ModelConfig) -> None:
@@ -326,6 +324,8 @@ def check_files(config: TrainConfig) -> None:
                 raise UserError(f'--class-map {path}: is no file')
         data.read_class_map(config.data.class_map, config.data.data_dir)
     _check_source(config.data, config.augment.aug_repeats, config.run.dry_run)
+    if config.run.log_wandb and importlib.util.find_spec('wandb') is None:
+        raise UserError('log_wandb needs the package wandb, which is not installed: pip install wandb')
 
 
 def _check_names(named: Iterable[Tuple[str, Optional[str]]]) -> None:
