@@ -16,6 +16,7 @@ import torch
 from runs import CLASSES, MODEL, QUICK, write_images
 
 import evavit
+from evavit import export
 from evavit.errors import run_script
 from evavit.hub import save_folder
 from evavit.layers import ATTENTIONS
@@ -196,6 +197,18 @@ def test_older_onnx_files_hold_for_every_batch_or_are_not_written(tmp_path, name
             torch.jit.trace(model, torch.randn(2, 3, 32, 32), check_trace=False)  # which is no export
     else:
         holds_for_every_batch(model, 32, tmp_path / 'model.onnx')
+
+
+@pytest.mark.parametrize(
+    'name', [name if name == 'reformer' else pytest.param(name, marks=pytest.mark.slow) for name in sorted(ONE_BATCH)]
+)
+def test_the_newer_exporter_does_what_the_older_one_cannot(tmp_path, name):
+    pytest.importorskip('onnxruntime', reason='needs evavit[export]')
+    model = timm.create_model(f'{name}_deit_tiny', **{**PLAIN, 'depth': 1}).eval()
+    export.to_onnx(model, tmp_path / 'model.onnx', (3, 32, 32))
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        assert export.relative_error(export.load_exported(tmp_path / 'model.onnx')(images), model(images)) < 1e-4
 
 
 @pytest.mark.parametrize('options', [dict(window_size=3, partition_grid=3), dict(class_token=True, reg_tokens=2)])

@@ -142,7 +142,7 @@ class ReformerAttention(GridAttention):
         logits = (q_s @ k_s.transpose(-2, -1)).to(dtype)
         # The paper's logit of a token for itself: it counts only where nothing else does.
         logits = logits.masked_fill(number == self._look_back(number).transpose(-2, -1), -1e5)
-        logits = logits - meetings.clamp(min=1).to(dtype).log()
+        logits = logits - meetings.to(dtype).clamp(min=1).log()  # onnxruntime has no clamp of int16
         # Finite, so that the rows that fill up the last chunk give no NaN.
         logits = logits.masked_fill(~(same_bucket & is_key), -1e30)
 
