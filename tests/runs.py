@@ -233,6 +233,10 @@ def scalars(folder, name):
     """{step: value} of a TensorBoard scalar, which has one point for each step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    for path in Path(folder).glob('events.out.tfevents.*'):
+        # TensorBoard reads them in the order of their names, and those of one second and process end in 9, 10, …
+        *name_of, number = path.name.split('.')
+        path.rename(path.with_name('.'.join((*name_of, number.zfill(6)))))
     events = EventAccumulator(str(folder))
     events.Reload()
     points = events.Scalars(name)
