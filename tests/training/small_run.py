@@ -40,3 +40,17 @@ def run_of(*flags):
 
 def saver_of(run, folder):
     return checkpoint.Saver(run, settings_of().flat(), ['a', 'b'], folder)
+
+
+def resume(candidates, run, saver=None, flags=()):
+    return checkpoint.resume(candidates, run, settings_of(*flags).flat(), saver)
+
+
+def rewritten(path, change):
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+def state(name, value):
+    return lambda content: content['optimizer']['state'][0].update({name: value})
