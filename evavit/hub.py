@@ -61,9 +61,11 @@ _CONVERTED = """
 The model is timm's `{name}` with the attention that evavit puts in the place of softmax. `load_converted` does this:
 
 ```python
+import safetensors.torch
+
 model = timm.create_model({source!r})
 model = evavit.convert_vit(model, {arguments})
-model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+model.load_state_dict(safetensors.torch.load_file("model.safetensors"))  # of this folder
 ```
 """
 
@@ -202,6 +204,17 @@ def _without_num_classes(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
+def _check_card(model: torch.nn.Module, label_names: Optional[list], card: Dict[str, Any]) -> None:
+    """ValueError, one line, where the card lacks what it must say, or the names are not those of the classes."""
+    for name, example in (('data', 'ImageNet-1k'), ('licence', 'apache-2.0')):
+        if name not in card:
+            wrong = 'license' if name == 'licence' and 'license' in card else ''
+            raise ValueError(f'{wrong or name}: the model card needs {name}={example!r}' + ', spelt so' * bool(wrong))
+    classes = getattr(model, 'num_classes', None)
+    if label_names and classes and len(label_names) != classes:
+        raise ValueError(f'label_names has {len(label_names)} names, the model {classes} classes')
+
+
 def _check_remade(model: torch.nn.Module) -> None:
     """ValueError unless `config.json` makes the model again, which is tried without memory for its weights."""
     if isinstance(model, FeatureGetterNet):
@@ -250,8 +263,9 @@ def save_folder(
 
     Raises:
         ValueError: one line on a model that could not be made again: of features_only=True, pruned, or made without
-            timm.create_model.
+            timm.create_model; or on a card without data or licence, or names for another number of classes.
     """
+    _check_card(model, label_names, card)
     _check_remade(model)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -352,6 +366,7 @@ def publish(
     A token of the Hub's own login is used. An existing model card is left as it is. Returns
     what `huggingface_hub.HfApi.upload_folder` does.
     """
+    _check_card(model, label_names, card)
     _check_remade(model)
     api = HfApi(library_name='evavit', library_version=__version__)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

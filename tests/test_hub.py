@@ -84,7 +84,7 @@ def test_a_folder_gives_a_converted_model_back(tmp_path):
     assert again.conversion == model.conversion and again.blocks[0].attn.noise_std == 0.5
     card = (folder / 'README.md').read_text()
     assert f'evavit.load_converted({str(folder)!r})' in card and 'of timm, converted to eva attention' in card
-    lines = re.search(r'```python\n(model = timm.*?)```', card, re.S)[1].replace('"model.safetensors"', 'file')
+    lines = re.search(r'```python\n(import safetensors.*?)```', card, re.S)[1].replace('"model.safetensors"', 'file')
     scope = dict(timm=timm, evavit=evavit, safetensors=safetensors, file=folder / 'model.safetensors')
     exec(lines, scope)
     with torch.no_grad():
@@ -255,3 +255,17 @@ def test_torch_hub_lists_every_model():
     exec(compile((ROOT / 'hubconf.py').read_text(), 'hubconf.py', 'exec'), scope)
     for name in [*timm.list_models('*_deit_tiny', module='eva_deit'), 'eva_pvt_v2_b3']:
         assert callable(scope[name]) and scope[name].__doc__
+
+
+def test_a_card_that_lacks_something_is_one_line(tmp_path):
+    model = timm.create_model('eva_deit_tiny', depth=1, num_classes=3)
+    for given, words in (
+        (dict(licence='mit'), "data: the model card needs data='ImageNet-1k'"),
+        (dict(data='x'), 'licence: the model card needs licence='),
+        (dict(data='x', license='mit'), "license: the model card needs licence='apache-2.0', spelt so"),
+        (dict(data='x', licence='mit', label_names=['one']), 'label_names has 1 names, the model 3 classes'),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            save_folder(model, str(tmp_path / 'folder'), **given)
+        assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'folder').exists()

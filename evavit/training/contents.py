@@ -422,19 +422,26 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
 
 def _take_held_out(config: ValidateConfig, given: Set[str], saved: Dict[str, Any]) -> None:
     """Of the folder that a run divided, validate on what it held out: the rest are the images that it has seen."""
-    if given & {'val_fraction', 'split', 'dataset'}:
+    if 'dataset' in given:
         return
-    trained, here = saved.get('data_dir'), config.data.data_dir
-    if trained and here and Path(trained).resolve() == Path(here).resolve():
-        config.data.val_fraction = saved['val_fraction']
+    trained, here, share = saved.get('data_dir'), config.data.data_dir, saved['val_fraction']
+    same = bool(trained and here and Path(trained).resolve() == Path(here).resolve())
+    if same and 'val_fraction' not in given:
+        config.data.val_fraction = share
         config.data.train_split = saved.get('train_split') or config.data.train_split
-        if 'seed' not in given and saved.get('seed') is not None:
-            config.run.seed = saved['seed']
-    else:
+    if config.data.val_fraction is None:
+        if 'split' not in given:
+            log.warning(
+                f'warning: the run held out {share:g} of {trained} for validation, and this is another folder, taken '
+                f'whole; if it is a copy, add --val-fraction {share:g}'
+            )
+        return
+    if 'seed' not in given and saved.get('seed') is not None:
+        config.run.seed = saved['seed']
+    if (config.data.val_fraction, config.run.seed) != (share, saved.get('seed')):
         log.warning(
-            f'warning: the run held out {saved["val_fraction"]:g} of {trained} for validation, and this is another '
-            f'folder, taken whole; if it is a copy, add --val-fraction {saved["val_fraction"]:g} --seed '
-            f'{saved.get("seed")}'
+            f'warning: the run held out {share:g} with seed {saved.get("seed")}: of these images it has seen some in '
+            f'training; leave --val-fraction and --seed out'
         )
 
 

@@ -93,9 +93,22 @@ def test_a_small_run_tells_what_it_does_and_is_judged_by_what_it_held_out(run, c
     assert code == 0 and '(4 images)' in out, err
     copy = shutil.copytree(undivided, tmp_path / 'copy')
     code, out, err = call('validate', *flags, '--data-dir', copy)
-    assert '(17 images)' in out and 'if it is a copy, add --val-fraction 0.25 --seed 42' in out
+    assert '(17 images)' in out and 'if it is a copy, add --val-fraction 0.25\n' in out
     code, out, err = call('validate', *flags, '--data-dir', copy, '--val-fraction', '0.25')
-    assert '(4 images)' in out
+    assert '(4 images)' in out and 'has seen' not in out
+
+
+def test_validation_takes_what_the_run_held_out_whatever_it_is_called(run, call, undivided, tmp_path):
+    """The flags of the training, repeated, take the same images; others that would mix in seen ones are told of."""
+    assert run('run', '--seed', '5')[0] == 0
+    flags = ['--checkpoint', tmp_path / 'run' / 'last.safetensors', '--workers', '0', '--data-dir', undivided]
+    expected = float(rows(tmp_path / 'run')[-1]['eval_loss'])
+    for more in ([], ['--val-fraction', '0.25'], ['--split', 'validation'], ['--split', 'val', '--seed', '5']):
+        code, out, err = call('validate', *flags, *more, '--results-file', tmp_path / 'r.json')
+        assert code == 0 and '(4 images)' in out and 'has seen' not in out, err
+        assert json.loads((tmp_path / 'r.json').read_text())['loss'] == pytest.approx(expected, abs=1e-3)
+    code, out, err = call('validate', *flags, '--val-fraction', '0.5')
+    assert code == 0 and 'the run held out 0.25 with seed 5: of these images it has seen some' in out, err
 
 
 def test_the_log_file_has_what_was_printed_with_its_time(run, tmp_path):

@@ -63,11 +63,12 @@ def test_a_process_without_data_is_told_of_by_all(flags):
     jobs = [start(STUCK, 'tenth_image', 1, 300, *flags, *LIMIT, variables=variables) for variables in ranks(2)]
     told = [job.communicate(timeout=AT_ONCE)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [2, 2], told
-    assert re.search(r'rank 1 has waited [0-9]+ s for a batch: this process reads .*\.png: stopped', told[1]), told
+    reads = r'rank 1 has waited [0-9]+ s for a batch: this process reads .*\.png'
+    assert re.search(f'{reads}(; rank 0 waits for the other processes .*)?: stopped', told[1]), told
     waits = r'rank 0 has waited [0-9]+ s for the other processes \(the gradients of epoch 0, update [0-9]+\)'
-    assert re.search(f'{waits}.*; rank 1 (waits for a batch: this process reads .*png|is silent): stopped', told[0]), (
-        told
-    )
+    first = 'another process of this run has ended, and tells the reason itself'  # on a busy machine
+    what = 'rank 1 (waits for a batch: this process reads .*png|is silent)'
+    assert first in told[0] or re.search(f'{waits}.*; {what}: stopped', told[0]), told
 
 
 @pytest.mark.slow

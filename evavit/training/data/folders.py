@@ -187,6 +187,8 @@ def _tree(root: Path, circles: List[str]) -> Iterator[Tuple[Path, List[str], Lis
         except OSError as error:
             raise UserError(f'{folder}: cannot be read ({error.strerror})') from error
         for entry in entries:
+            if entry.name.startswith('.'):  # what Jupyter, macOS and editors leave
+                continue
             if not _is(entry.is_dir):
                 files.append(entry)
                 continue

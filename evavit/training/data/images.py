@@ -132,8 +132,8 @@ class BadImages:
             name, _, why = next((line for line in reversed(self.found.values()) if line), '').rpartition('\n')
             raise (LocalError if alone else SharedError)(
                 f'{name or "an image"} is not a readable image ({why or "no name kept"}); {count} of {self.images} in '
-                f'this epoch are not, --max-bad-images {self.share:g} allows {self.limit}; repair them or take them '
-                f'away'
+                f'this epoch are not, --max-bad-images {self.share:g} allows {self.limit}; repair them, take '
+                f'them away, or allow more'
             )
         return count
 

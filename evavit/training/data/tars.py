@@ -88,6 +88,8 @@ class _Content:
 
     def _add_member(self, archive: tarfile.TarFile, member: tarfile.TarInfo, root: str, start: int) -> None:
         path, ending = _path(root, member.name), os.path.splitext(member.name)[1].lower()
+        if any(part.startswith('.') for part in os.path.relpath(path, root).split(os.sep) if part != '.'):
+            return  # what Jupyter, macOS and editors leave, as in folders
         if member.isdir():
             self._add_folder(path, root)
         elif ending == '.tar' and member.isfile():

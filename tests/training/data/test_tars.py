@@ -53,6 +53,15 @@ def test_a_tar_is_the_folder_in_it(images, tmp_path, order):
     assert open_both(images) == open_both(pack(images, tmp_path / 'tars', order))
 
 
+def test_what_jupyter_and_macos_leave_is_no_class_and_no_image(images, tmp_path):
+    expected = open_both(images)
+    for name in ('train/.ipynb_checkpoints/0-checkpoint.png', 'train/pear/._0.png', 'validation/.hidden/deep/0.png'):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / 'train' / 'pear' / '0.png', images / name)
+    assert open_both(images) == expected
+    assert open_both(pack(images, tmp_path / 'tars')) == expected
+
+
 MISTAKES = {
     'another class': ('validation/zebra/0.png', 'class zebra is not among the 3 known classes'),
     'no class': ('train/0.png', 'an image outside of the class folders'),
