@@ -19,10 +19,12 @@ import time
 from pathlib import Path
 
 import torch
+from tiny_imagenet.build import missing  # beside this file, where whoever imports it looks
 
 from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
 from evavit.cli import train, validate
 from evavit.errors import Preempted, UserError
+from evavit.files import replacing
 
 ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns of every row, see `about`
 
@@ -49,6 +51,36 @@ def chosen(jobs, args):
     if unknown:
         raise UserError(f'--only {unknown[0]}: no run has that in its name; --list shows them')
     return [job for job in jobs if not args.only or any(text in job.name for text in args.only)]
+
+
+def check_data(args):
+    """UserError unless --data-dir is what experiments/tiny_imagenet/build.py wrote, whole."""
+    if args.data_dir is None:
+        raise UserError('give --data-dir DIR, what experiments/tiny_imagenet/build.py wrote')
+    if lacks := missing(args.data_dir):
+        raise UserError(lacks)
+
+
+def link_pictures(folder, paths):
+    """A folder of links to pictures DIR/SPLIT/CLASS/NAME, made where it is not there."""
+    with alone(folder.with_name(f'{folder.name}.lock'), wait=True):
+        if not folder.is_dir():
+            with replacing(folder) as partial:
+                for path in paths:
+                    link = partial / path.parent.parent.name / path.parent.name / path.name
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(path.resolve())
+    return folder
+
+
+def drive(args, jobs, columns, state, run, says):
+    """What --list asks for, or the runs. Arguments are those of `work`; UserError where a run failed."""
+    if args.list:
+        rows = read_rows(args.results_file, columns)
+        for job in jobs:
+            print(f'{job.name:28} {state(job, rows)}')
+    elif failed := work(args, jobs, columns, state, run, says):
+        raise UserError(f'{failed} runs failed; the same command makes them again')
 
 
 def state_of(job, rows, output):

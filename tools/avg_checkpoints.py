@@ -71,9 +71,7 @@ def average(paths, use_ema=True):
 
 def _read(path, use_ema):
     state = build.read_weights(path, use_ema=use_ema)
-    for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f'{path}: its weights are not finite ({name} has NaN or infinite values)')
+    build.check_finite(state, path)
     return state
 
 

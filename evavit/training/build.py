@@ -101,7 +101,7 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
     if config.initial_checkpoint and not device:
         load_weights(model, config.initial_checkpoint)
     elif (config.pretrained or config.pretrained_path) and not device:
-        check_finite(model, config.pretrained_path or f'the published weights of {name}')
+        check_finite(model.state_dict(), config.pretrained_path or f'the published weights of {name}')
     if config.linear_probe:
         freeze_body(model)
     return model
@@ -204,12 +204,12 @@ def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True)
         raise UserError(f'{path}: {first_line(error)[:400]}') from error
     check_fit(model, fitted, path)
     model.load_state_dict(fitted)
-    check_finite(model, path)
+    check_finite(model.state_dict(), path)
 
 
-def check_finite(model: nn.Module, source: Union[str, Path]) -> None:
-    """UserError where a model has weights or statistics, from `source`, of which nothing can be computed."""
-    for name, value in model.state_dict().items():
+def check_finite(state: Mapping[str, torch.Tensor], source: Union[str, Path]) -> None:
+    """UserError where there are weights or statistics, from `source`, of which nothing can be computed."""
+    for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f'{source}: its weights are not finite ({name} has NaN or infinite values)')
 

@@ -27,16 +27,26 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from evavit.bench.results import read_rows
-from evavit.errors import UserError, run_script
-from evavit.files import replacing
+from evavit.errors import run_script
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from build import missing  # noqa: E402
-from driver import ABOUT, about, alone, chosen, judge, parser_of, read_number, state_of, train_to_end, work  # noqa: E402
+from driver import (  # noqa: E402
+    ABOUT,
+    about,
+    check_data,
+    chosen,
+    drive,
+    judge,
+    link_pictures,
+    parser_of,
+    read_number,
+    state_of,
+    train_to_end,
+)
 
 PAPER = dict(  # top-1 of Table 2, ImageNet, DeiT-Tiny-784
     softmax=77.16,
@@ -138,8 +148,11 @@ def all_jobs():
 
 def flags_of(job, args):
     """The flags of train.py. None of them is left to a default that the YAML file or the name does not say."""
+    pictures = args.data_dir
+    if job.group not in ('table2', 'long'):
+        pictures = link_pictures(args.output / 'half', half_of(args.data_dir))
     flags = ['-c', str(HERE / 'parent.yaml'), '--model', f'{job.attention}_deit_tiny', '--seed', str(job.seed)]
-    flags += ['--data-dir', str(args.data_dir if job.group in ('table2', 'long') else half(args))]
+    flags += ['--data-dir', str(pictures)]
     flags += ['--output', str(args.output), '--experiment', job.name, '--resume', 'auto']
     if arguments := json.loads(job.arguments):
         flags += ['--model-kwargs', *(f'{key}={value}' for key, value in arguments.items())]
@@ -148,19 +161,11 @@ def flags_of(job, args):
     return [*flags, *args.flags]
 
 
-def half(args):
-    """A folder of links to every second picture to train on, and to all that are held for choices."""
-    folder = args.output / 'half'
-    with alone(args.output / 'half.lock', wait=True):
-        if not folder.is_dir():
-            with replacing(folder) as partial:
-                for split, step in (('train', 2), ('held', 1)):
-                    for label in sorted((args.data_dir / split).iterdir()):
-                        for path in sorted(label.iterdir())[::step]:
-                            link = partial / split / label.name / path.name
-                            link.parent.mkdir(parents=True, exist_ok=True)
-                            link.symlink_to(path.resolve())
-    return folder
+def half_of(folder):
+    """Every second picture to train on, and all that are held for choices."""
+    for split, step in (('train', 2), ('held', 1)):
+        for label in sorted((folder / split).iterdir()):
+            yield from sorted(label.iterdir())[::step]
 
 
 def run(job, args, seconds_left):
@@ -227,20 +232,13 @@ def main(argv=None):
     args, args.flags = parser.parse_known_args(argv)
     args.results_file = args.results_file or args.output / 'runs.csv'
     jobs = chosen(all_jobs(), args)
-    if args.list:
-        rows = read_rows(args.results_file, COLUMNS)
-        for job in jobs:
-            print(f'{job.name:28} {state_of(job, rows, args.output)}')
-        return
-    if args.report:
+    if args.report and not args.list:
         print('\n'.join(table(read_rows(args.results_file, COLUMNS))))
         return
-    if args.data_dir is None:
-        raise UserError('give --data-dir DIR, what experiments/tiny_imagenet/build.py wrote')
-    if lacks := missing(args.data_dir):
-        raise UserError(lacks)
-    args.output.mkdir(parents=True, exist_ok=True)
-    failed = work(
+    if not args.list:
+        check_data(args)
+        args.output.mkdir(parents=True, exist_ok=True)
+    drive(
         args,
         jobs,
         COLUMNS,
@@ -248,8 +246,6 @@ def main(argv=None):
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'top-1 {row["top1"]}, held {row["held_top1"]}, {row["seconds"]} s',
     )
-    if failed:
-        raise UserError(f'{failed} runs failed; the same command makes them again')
 
 
 if __name__ == '__main__':

@@ -26,25 +26,25 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from evavit.bench.results import read_rows
-from evavit.errors import UserError, run_script
+from evavit.errors import run_script
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from build import missing  # noqa: E402
 from driver import (  # noqa: E402
     ABOUT,
     about,
+    check_data,
     chosen,
+    drive,
     finished,
     judge,
     parser_of,
     read_number,
     state_of,
     train_to_end,
-    work,
 )
 
 CELLS = {'E16-C16': (4, 4), 'E16-C64': (4, 8), 'E64-C64': (8, 8)}  # window side, cells a side; the grid has 16 × 16
@@ -260,33 +260,20 @@ def plot(rows, path):
     figure.savefig(path, metadata=dict(Date=None))
 
 
-def parse(argv):
+def main(argv=None):
     parser = parser_of(__doc__, 'output/tiny_imagenet')
     parser.add_argument('--report', action='store_true', help='print the table and draw the plot beside --results-file')
     args, args.flags = parser.parse_known_args(argv)
     args.results_file = args.results_file or args.output / 'runs.csv'
-    if args.list or args.report:
-        return args
-    if args.data_dir is None:
-        raise UserError('give --data-dir DIR, what experiments/tiny_imagenet/build.py wrote')
-    if lacks := missing(args.data_dir):
-        raise UserError(lacks)
-    return args
-
-
-def main(argv=None):
-    args = parse(argv)
-    rows = read_rows(args.results_file, COLUMNS)
-    if args.list:
-        for job in chosen(all_jobs(), args):
-            print(f'{job.name:28} {state(job, rows, args.output)}')
-        return
-    if args.report:
+    if args.report and not args.list:
+        rows = read_rows(args.results_file, COLUMNS)
         print('\n'.join(table(rows)))
         plot(rows, args.results_file.with_suffix('.svg'))
         return
-    args.output.mkdir(parents=True, exist_ok=True)
-    failed = work(
+    if not args.list:
+        check_data(args)
+        args.output.mkdir(parents=True, exist_ok=True)
+    drive(
         args,
         chosen(all_jobs(), args),
         COLUMNS,
@@ -294,8 +281,6 @@ def main(argv=None):
         run=lambda job, rows, left: run(resolve(job, rows), args, left),
         says=lambda row: f'top-1 {row["top1"]}, held {row["held_top1"] or "-"}, {row["seconds"]} s',
     )
-    if failed:
-        raise UserError(f'{failed} runs failed; the same command makes them again')
 
 
 if __name__ == '__main__':

@@ -48,14 +48,15 @@ from driver import (  # noqa: E402
     ABOUT,
     about,
     alone,
+    check_data,
     chosen,
+    drive,
+    link_pictures,
     parser_of,
     read_number,
     state_of,
     train_to_end,
-    work,
 )
-from tiny_imagenet.build import missing  # noqa: E402
 
 BATCH = {224: 64, 518: 32}  # side: images of an update
 EPOCHS = 10  # of the updates, the first of them the warm-up
@@ -152,17 +153,9 @@ def pictures(job, batch, args):
         raise UserError(
             f'{args.data_dir}: {len(every)} pictures to train on, {count} are needed; lower --updates or -b'
         )
-    folder = args.output / f'pictures-{count}'
-    with alone(args.output / 'pictures.lock', wait=True):
-        if not folder.is_dir():
-            with replacing(folder) as partial:
-                classes = {path.parent.name for path in every[:count]}  # train.py judges no others
-                held = [path for path in pictures_of(args.data_dir / 'held') if path.parent.name in classes]
-                for path in every[:count] + held[: args.pictures]:
-                    link = partial / path.parent.parent.name / path.parent.name / path.name
-                    link.parent.mkdir(parents=True, exist_ok=True)
-                    link.symlink_to(path.resolve())
-    return folder, epochs
+    classes = {path.parent.name for path in every[:count]}  # train.py judges no others
+    held = [path for path in pictures_of(args.data_dir / 'held') if path.parent.name in classes]
+    return link_pictures(args.output / f'pictures-{count}', every[:count] + held[: args.pictures]), epochs
 
 
 def run(job, args, seconds_left):
@@ -258,23 +251,18 @@ def main(argv=None):
     if args.updates < 1 or args.pictures < 1:
         raise UserError('--updates and --pictures must be at least 1')
     jobs = chosen(all_jobs(args.updates), args)
-    if args.list:
-        rows = read_rows(args.results_file, COLUMNS)
-        for job in jobs:
-            print(f'{job.name:28} {state_of(job, rows, args.output)}')
-        return
-    if args.report:
+    if args.report and not args.list:
         print('\n'.join(table(read_rows(args.results_file, COLUMNS))))
         return
-    if args.data_dir is None or args.weights is None:
-        raise UserError(
-            'give --weights FILE of build.py and --data-dir DIR, what experiments/tiny_imagenet/build.py wrote'
-        )
-    if lacks := missing(args.data_dir):
-        raise UserError(lacks)
-    args.output.mkdir(parents=True, exist_ok=True)
-    join(args)
-    failed = work(
+    if not args.list:
+        if args.data_dir is None or args.weights is None:
+            raise UserError(
+                'give --weights FILE of build.py and --data-dir DIR, what experiments/tiny_imagenet/build.py wrote'
+            )
+        check_data(args)
+        args.output.mkdir(parents=True, exist_ok=True)
+        join(args)
+    drive(
         args,
         jobs,
         COLUMNS,
@@ -282,8 +270,6 @@ def main(argv=None):
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'patch tokens {row["patch_cosine"]}, class token {row["class_cosine"]}, {row["seconds"]} s',
     )
-    if failed:
-        raise UserError(f'{failed} runs failed; the same command makes them again')
 
 
 if __name__ == '__main__':

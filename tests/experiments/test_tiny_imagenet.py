@@ -43,6 +43,18 @@ def source(tmp_path):
     return place
 
 
+def caller(driver, tmp_path, capsys):
+    """call(*flags) → what the driver prints, of the pictures in `tiny` and the runs in `runs`."""
+
+    def call(*more):
+        capsys.readouterr()
+        flags = ['--data-dir', tmp_path / 'tiny', '--output', tmp_path / 'runs', *more]
+        assert run_script(driver.main, list(map(str, flags))) == 0, capsys.readouterr()
+        return capsys.readouterr().out
+
+    return call
+
+
 def content(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.glob('*/*/*')}
 
@@ -84,11 +96,7 @@ def test_the_runs_at_a_small_size(build, source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(driver, 'LONG', 2)
     assert run_script(build.main, [str(tmp_path / 'tiny'), '--source', str(source), '--held', '0.25']) == 0
 
-    def call(*more):
-        capsys.readouterr()
-        flags = ['--data-dir', tmp_path / 'tiny', '--output', tmp_path / 'runs', *more]
-        assert run_script(driver.main, list(map(str, flags))) == 0, capsys.readouterr()
-        return capsys.readouterr().out
+    call = caller(driver, tmp_path, capsys)
 
     def rows():
         with open(tmp_path / 'runs' / 'runs.csv', newline='') as stream:
@@ -140,11 +148,7 @@ def test_attentions_at_a_small_size(build, source, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(driver, 'TABLE2', {name: arguments | one for name, arguments in driver.TABLE2.items()})
     assert run_script(build.main, [str(tmp_path / 'tiny'), '--source', str(source), '--held', '0.25']) == 0
 
-    def call(*more):
-        capsys.readouterr()
-        flags = ['--data-dir', tmp_path / 'tiny', '--output', tmp_path / 'runs', *more]
-        assert run_script(driver.main, list(map(str, flags))) == 0, capsys.readouterr()
-        return capsys.readouterr().out
+    call = caller(driver, tmp_path, capsys)
 
     names = ('table2-softmax-s0', 'table8-noise_0-s0')
     small = [flag for flag in SMALL if '=' not in flag and flag != '--model-kwargs']  # the arguments are the run's
