@@ -204,6 +204,8 @@ class Update:
                     (self.images, self.target) if run.mixup is None else run.mixup(self.images.clone(), self.target)
                 )
                 loss += loop.micro_step(run, images, target, step)
+        if exchange and run.exchanges:
+            loop.exchange(run.task.get_trainable_module(), run.process, self.group)
         if exchange and self.process.distributed:
             dist.all_reduce(loss, group=self.group)
         clipped = run.task.get_clip_parameters(exclude_head='agc' in run.stepper.clip_mode)

@@ -112,6 +112,11 @@ class Run:
     frozen_in_eval: bool = False  # modules without a parameter to train run in evaluation mode
     compilation: Compilation = AS_IS
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether gradients are exchanged by `exchange`, not by DistributedDataParallel."""
+        return self.process.distributed and self.compilation.graphs
+
     def done(self, position: Position) -> int:
         """Updates since the run's first one."""
         return position.epoch * self.updates_per_epoch + position.update
@@ -338,6 +343,9 @@ def train_epoch(
                 images, target = run.mixup(images, target)
             with process.waiting(f'the gradients of epoch {epoch}, update {update}'):
                 loss += micro_step(run, images, target, step)
+        if run.exchanges:
+            with process.waiting(f'the gradients of epoch {epoch}, update {update}'):
+                exchange(model, process)
         done = update + 1
         asked = handler.poll(epoch * run.updates_per_epoch + done, done == run.updates_per_epoch)
         loss, save_now, stop = process.mean(torch.stack((loss, *(loss.new_full((), float(flag)) for flag in asked))))
@@ -388,13 +396,34 @@ def check_finite(task: TrainingTask, metrics: Dict[str, float], process: Process
 
 def micro_step(run: Run, images: torch.Tensor, target: torch.Tensor, step: int) -> torch.Tensor:
     """Forward and backward of one of an update's `grad_accum_steps` batches. Gradients add up; with the last batch the
-    processes exchange them. Returns its part of the loss."""
+    processes exchange them, unless that is left to `exchange`. Returns its part of the loss."""
     last = step + 1 == run.grad_accum_steps
-    with run.compilation.step(), contextlib.nullcontext() if last else run.task.no_sync():
+    with run.compilation.step(), contextlib.nullcontext() if last and not run.exchanges else run.task.no_sync():
         loss = _forward_backward(run, images, target)
     if run.compilation.graphs and step == 0 and not last:
         _own_gradients(run.task.get_trainable_module())
     return loss
+
+
+def exchange(model: Any, process: Process, group: Any = None) -> None:
+    """Average the gradients over the processes, and take the first one's buffers, in one operation each.
+
+    DistributedDataParallel does so in hooks, a call for each parameter, that hide behind the backward pass. They come
+    after one that a CUDA graph replays, and cost more than what they send.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.nn.utils.parameters_to_vector(gradients).div_(process.world_size)
+    torch.distributed.all_reduce(flat, group=group)
+    _write_back(flat, gradients)
+    if buffers := [buffer for buffer in model.buffers() if buffer.is_floating_point()]:
+        flat = torch.nn.utils.parameters_to_vector(buffers)
+        torch.distributed.broadcast(flat, 0, group=group)
+        _write_back(flat, buffers)
+
+
+def _write_back(flat: torch.Tensor, tensors: List[torch.Tensor]) -> None:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def _own_gradients(model: Any) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from evavit.training.build import build_optimizer
+from evavit.training.build import build_optimizer, build_task, compile_and_distribute
+from evavit.training.compilation import AS_IS
 from evavit.training.config import parse_settings
-from evavit.training.loop import Stepper
+from evavit.training.distributed import Process
+from evavit.training.loop import Run, Stepper, exchange, micro_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,3 +116,39 @@ def test_adversarial_images_for_200_steps(adversarial, record_property):
         f'{len(results)} runs of 200 steps of small models: every loss and weight finite, '
         f'{skipped} float16 steps skipped while the scale settled',
     )
+
+
+def gradients_of(graphs, rank):
+    """Of an update in two batches, and the running statistics after it."""
+    settings, _ = parse_settings('train', ['--smoothing', '0', '--mixup', '0', '--cutmix', '0'])
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+    process, compilation = Process(torch.device('cpu'), rank, rank, 2), AS_IS._replace(graphs=graphs)
+    task = build_task(model, settings.loss, process.device, settings.ema)
+    stepper = Stepper(settings.machine, settings.optim, process.device)
+    rest = dict(bad=None, config=settings.run, updates_per_epoch=1, epochs=1, images_per_update=16, grad_accum_steps=2)
+    run = Run(task, None, stepper, None, None, process, machine=settings.machine, compilation=compilation, **rest)
+    compile_and_distribute(task, compilation, process)
+    images = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    for number in range(2):
+        micro_step(run, images[rank, number], torch.arange(4) % 3, number)
+    assert run.exchanges == graphs
+    module = task.get_trainable_module()
+    if graphs:
+        exchange(module, process)
+    else:
+        module._sync_buffers()  # what the next forward pass begins with
+    return [p.grad for p in module.parameters()], list(module.buffers())
+
+
+def compare_exchanges(rank, file):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
+    (ours, statistics), (theirs, expected) = gradients_of(True, rank), gradients_of(False, rank)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(statistics, expected, strict=True))
+    assert not torch.equal(ours[0], torch.zeros_like(ours[0]))
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_of_graphs_are_exchanged_as_distributed_data_parallel_does(tmp_path):
+    torch.multiprocessing.spawn(compare_exchanges, (tmp_path / 'meet',), nprocs=2)
