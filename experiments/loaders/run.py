@@ -113,7 +113,6 @@ def dali_batches(args, process):
     from nvidia.dali.auto_aug import rand_augment
 
     gpu = process.device.type == 'cuda'
-    place = 'gpu' if gpu else 'cpu'
 
     @pipeline_def(enable_conditionals=True, batch_size=args.batch_size, num_threads=args.workers, seed=0)
     def pipeline():
