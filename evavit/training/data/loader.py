@@ -288,7 +288,7 @@ def eval_loader(
         std=data_config['std'],
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
-        num_workers=machine.workers,
+        num_workers=machine.workers if store is None else 0,  # an image that is there is neither read nor drawn for
         distributed=True,
         pin_memory=machine.pin_mem and device.type == 'cuda' and not on_device,
         device=device,

@@ -2,6 +2,7 @@
 
 import io
 import threading
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from evavit.training import data
 from evavit.training.data.decode import Jpeg, decode
 from evavit.training.data.device import decode as device_decode
 from evavit.training.sections import DataConfig, MachineConfig
+from evavit.training.stalls import Watchdog
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 RECIPE = dict(aa='rand-m9-mstd0.5-inc1', train_interpolation='bicubic', scale=[0.08, 1.0])
@@ -221,16 +223,27 @@ def test_a_cache_changes_nothing(device, tmp_path):
     assert max(counts) == 1
 
 
-def test_a_cached_validation_is_the_same(photos):
-    made = []
+def test_a_cached_validation_is_the_same(tmp_path):
+    """A bad image is counted in each validation. Where all is on the device no loading processes start."""
+    root = write(tmp_path, 9)
+    (root / 'validation' / '1' / '102.jpg').write_bytes(jpeg(photographs(60, 50)[1])[:300])
+    where = DataConfig(data_dir=str(root), max_bad_images=1.0)
+    made, counts, children = [], [], []
     for cache in (False, True):
-        dataset, _ = data.open_dataset(DataConfig(data_dir=str(photos)), 'validation', batch_size=5)
-        machine = MachineConfig(workers=0, augment_device='any', cache_device=cache)
-        made.append(
-            list(data.eval_loader(dataset, config(), batch_size=5, machine=machine, device=torch.device('cpu')))
-        )
-    for (images, target), (expected, labels) in zip(*made, strict=True):
-        assert torch.equal(images, expected) and torch.equal(target, labels)
+        dataset, _ = data.open_dataset(where, 'validation', batch_size=4)
+        machine = MachineConfig(workers=2, augment_device='any', cache_device=cache)
+        loading = data.eval_loader(dataset, config(), batch_size=4, machine=machine, device=torch.device('cpu'))
+        for _ in range(2):
+            loading.dataset.bad.begin()
+            batches = Watchdog(60).batches(loading, loading.dataset)
+            first = next(batches)
+            children.append(len(active_children()))
+            made.append([first, *batches])
+            counts.append(loading.dataset.bad.count)
+    assert children == [2, 2, 0, 0] and counts == [1] * 4
+    for batches in made[1:]:
+        for (images, target), (expected, labels) in zip(batches, made[0], strict=True):
+            assert torch.equal(images, expected) and torch.equal(target, labels)
 
 
 def test_what_a_cache_will_take(photos):
