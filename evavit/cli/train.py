@@ -187,7 +187,7 @@ def train_epoch(
     writer: Optional[MetricsWriter],
     saver: Optional[checkpoint.Saver],
 ) -> loop.Position:
-    """Train to the end of the epoch, validate, save. Returns the start of the next one.
+    """Train to the end of the epoch, validate where that is due, save. Returns the start of the next one.
 
     Writer and saver are those of the first process, None in the others.
     """
@@ -202,7 +202,9 @@ def train_epoch(
     train_metrics = loop.train_epoch(
         run, position, batches(position), handler, writer.scalar if writer else lambda *scalar: None, save
     )
-    eval_metrics = evaluate(run, eval_loader, writer.samples() if writer else None)
+    eval_metrics = {}
+    if run.validates(position.epoch):
+        eval_metrics = evaluate(run, eval_loader, writer.samples() if writer else None)
     loop.check_finite(run.task, eval_metrics, process, position.epoch, position.lr)
     following = position.next_epoch()
     if run.schedule is not None:
@@ -210,12 +212,16 @@ def train_epoch(
     if saver is not None and writer is not None:
         # The metrics first: a run that dies between the two writes the epoch again, and loses no row.
         writer.epoch(following, train_metrics, eval_metrics, position.lr)
-        best, best_epoch = saver.save_epoch(following, eval_metrics[run.config.eval_metric])
-        log.info(
-            f'epoch {position.epoch}: '
-            + '  '.join(f'{name} {value:.4g}' for name, value in eval_metrics.items())
-            + f'  (best {run.config.eval_metric} {best:.4g} in epoch {best_epoch})'
-        )
+        if eval_metrics:
+            best, best_epoch = saver.save_epoch(following, eval_metrics[run.config.eval_metric])
+            log.info(
+                f'epoch {position.epoch}: '
+                + '  '.join(f'{name} {value:.4g}' for name, value in eval_metrics.items())
+                + f'  (best {run.config.eval_metric} {best:.4g} in epoch {best_epoch})'
+            )
+        else:
+            saver.save_position(following)
+            log.info(f'epoch {position.epoch}: training loss {train_metrics["loss"]:.4g}, not validated')
     if following.epoch < run.epochs and process.any(handler.stop):
         raise Preempted(f'asked to stop: epoch {position.epoch} is complete; go on with --resume auto')
     return following

@@ -153,7 +153,7 @@ class Saver(CheckpointSaver):
         self.written = False
 
     def save_position(self, position: Position) -> None:
-        """Write the state within an epoch, unless its numbers have gone bad."""
+        """Write the state within an epoch, or after one that is not validated, unless its numbers have gone bad."""
         if position.streak or not weights_are_finite(self.task):
             log.warning(
                 f'update {position.update} of epoch {position.epoch} is not saved: loss, gradient or weights '
@@ -330,6 +330,7 @@ NO_EFFECT = {  # settings that may change from start to start without changing w
     'wandb_resume_id',
     'checkpoint_interval',
     'checkpoint_hist',
+    'val_interval',
     'max_skipped',
     'max_bad_images',
     'dry_run',

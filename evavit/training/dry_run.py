@@ -179,7 +179,10 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
                 f"the training split has {len(train_set)} images, less than one update's {batch.total}; lower -b "
                 f'or --grad-accum-steps'
             )
-        lines.append(('steps', f'{epochs} epochs of {updates:,} updates, {epochs * updates:,} in all'))
+        steps = f'{epochs} epochs of {updates:,} updates, {epochs * updates:,} in all'
+        if config.run.val_interval > 1:
+            steps += f'; validation after every {config.run.val_interval} epochs, and after the last'
+        lines.append(('steps', steps))
         if few := few_updates(updates, len(train_set), batch):
             lines.append(('warning', few))
     if not schedule.warmup_epochs or schedule.sched == 'none':

@@ -121,6 +121,10 @@ class Run:
         """Updates since the run's first one."""
         return position.epoch * self.updates_per_epoch + position.update
 
+    def validates(self, epoch: int) -> bool:
+        """Whether an epoch ends with a validation."""
+        return (epoch + 1) % self.config.val_interval == 0 or epoch + 1 == self.epochs
+
 
 class DelayedRead:
     """Numbers of an update, read back one update late on a GPU, so that the host never waits for the step under way."""
@@ -347,7 +351,8 @@ def train_epoch(
             with process.waiting(f'the gradients of epoch {epoch}, update {update}'):
                 exchange(model, process)
         done = update + 1
-        asked = handler.poll(epoch * run.updates_per_epoch + done, done == run.updates_per_epoch)
+        judged = done == run.updates_per_epoch and run.validates(epoch)
+        asked = handler.poll(epoch * run.updates_per_epoch + done, judged)
         loss, save_now, stop = process.mean(torch.stack((loss, *(loss.new_full((), float(flag)) for flag in asked))))
         norm = run.stepper.step(
             run.optimizer, loss, parameters, task.get_clip_parameters(exclude_head='agc' in run.stepper.clip_mode)

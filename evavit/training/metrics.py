@@ -208,12 +208,16 @@ class MetricsWriter:
     def epoch(
         self, position: Position, train_metrics: Dict[str, float], eval_metrics: Dict[str, float], lr: float
     ) -> None:
-        """Write the epoch that ends at `position`, the start of the next one."""
-        columns = ['epoch', *(f'train_{name}' for name in train_metrics), *(f'eval_{name}' for name in eval_metrics)]
+        """Write the epoch that ends at `position`, the start of the next one; without validation it has no
+        `eval_metrics`."""
+        names = self.run.task.create_evaluator(max_samples=None).metric_names
+        blank = dict.fromkeys([*names, *(f'raw_{name}' for name in names if self.run.task.has_ema())], '')
+        row = eval_metrics or blank
+        columns = ['epoch', *(f'train_{name}' for name in train_metrics), *(f'eval_{name}' for name in row)]
 
         def add_row(name: str) -> None:
             self._fit_summary(name, [*columns, 'lr'])
-            update_summary(position.epoch - 1, train_metrics, eval_metrics, filename=name, lr=lr)
+            update_summary(position.epoch - 1, train_metrics, row, filename=name, lr=lr)
 
         self._rewrite_summary(add_row)
         if self.wandb:

@@ -412,6 +412,7 @@ class RunConfig:
     )
     no_resume_opt: bool = option(False, 'resume the weights alone, with a new optimizer')
     eval_metric: str = option('top1', 'what makes the best checkpoint', choices=('top1', 'top5', 'loss'))
+    val_interval: int = option(1, 'epochs from one validation to the next; the last epoch is always validated', low=1)
     checkpoint_hist: int = option(3, 'best checkpoints to keep', low=1)
     checkpoint_interval: Optional[str] = option(
         None, 'save within the epoch too: every so many updates (500) or minutes (10m)'

@@ -94,7 +94,7 @@ class SignalHandler:
                         end_now(128 + number, f'{name} for the second time: ended at once, nothing more is saved')
 
     def poll(self, update: int, last: bool) -> Tuple[bool, bool]:
-        """(save, stop) after `update` updates of the run. `last` is the epoch's last one, saved before validation."""
+        """(save, stop) after `update` updates of the run. `last` is one before a validation, and saved."""
         due = (self.updates is not None and (last or update % self.updates == 0)) or (
             self.seconds is not None and (last or time.monotonic() - self.saved >= self.seconds)
         )

@@ -115,6 +115,8 @@ def test_dry_run_reads_no_image(call, images, tmp_path, monkeypatch):
         '4',
         '--grad-accum-steps',
         '2',
+        '--val-interval',
+        '2',
     )
     assert code == 0 and not err and not (tmp_path / 'out').exists(), err
     lines = dict(
@@ -125,7 +127,8 @@ def test_dry_run_reads_no_image(call, images, tmp_path, monkeypatch):
     assert '24 images to train on, 13 to validate on, 3 classes' in lines['data']
     assert lines['global_batch'] == '16 = 4 per process × 2 processes × 2 accumulated'
     assert lines['learning_rate'].startswith('0.001 (as given), adamw, cosine')
-    assert lines['steps'] == '5 epochs of 1 updates, 5 in all'  # 12 images a process, 3 batches, 1 update of 2
+    steps = '5 epochs of 1 updates, 5 in all'  # 12 images a process, 3 batches, 1 update of 2
+    assert lines['steps'] == f'{steps}; validation after every 2 epochs, and after the last'
     assert lines['warm-up'] == '1 epochs from 1e-06, among the 5'
     assert lines['output'] == str(tmp_path / 'out' / 'mine')
     model = dry_run.check_run(parse_settings('train', [*map(str, script[1:]), '--num-classes', '3'])[0], 1).model

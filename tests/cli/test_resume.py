@@ -130,6 +130,42 @@ def test_a_kill_between_the_curves_and_the_checkpoint(train, call, images, tmp_p
     assert_same_run(whole, train('parts', *flags))
 
 
+def test_epochs_without_validation(train, call, images, tmp_path, monkeypatch):
+    """Every second epoch is validated, and the last: stopped and killed at the edges of the others, the run is the one
+    left alone. Those have a row without validation and `last.pth.tar`, and no other checkpoint."""
+    flags = [*RESUMED, '--epochs', '5', '--val-interval', '2']
+    whole = train('whole', *flags)
+    assert [row['eval_raw_top1'] != '' for row in rows(whole)] == [False, True, False, True, True]
+    assert all(float(row['train_loss']) and float(row['lr']) for row in rows(whole))
+    assert list(scalars(whole, 'eval/top1')) == [12, 24, 30] and len(scalars(whole, 'train/loss')) == 30
+    assert {path.name for path in whole.glob('checkpoint-*')} == {f'checkpoint-{epoch}.pth.tar' for epoch in (1, 3, 4)}
+
+    class Killed(BaseException):
+        pass
+
+    def killed(after):
+        def save(saver, position):
+            if after:
+                save_position(saver, position)
+            raise Killed
+
+        return save
+
+    save_position, place = checkpoint.Saver.save_position, ['--data-dir', images, '--output', tmp_path]
+    for moment in (6, 15):  # at the end of an epoch without validation, and within one
+        with monkeypatch.context() as patch:
+            signal_at(patch, [moment])
+            code, _, _ = call('train', *MODEL, *QUICK, *place, '--experiment', 'parts', *flags)
+        assert code == PREEMPTED
+    for after in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(checkpoint.Saver, 'save_position', killed(after))
+            call('train', *MODEL, *QUICK, *place, '--experiment', 'parts', *flags)
+    content = torch.load(tmp_path / 'parts' / 'last.pth.tar', weights_only=False)
+    assert content['epoch'] == 2 and 'metric' not in content
+    assert_same_run(whole, train('parts', *flags))
+
+
 def test_a_resumed_float16_run_keeps_its_scale(train, call, images, tmp_path, monkeypatch):
     flags = ['--amp', '--amp-dtype', 'float16', '--resume', 'auto']
     whole = train('whole', *flags)
@@ -172,6 +208,9 @@ def test_checkpoints_within_an_epoch(train, tmp_path, monkeypatch):
     saved.clear()
     train('minutes', '--checkpoint-interval', '0.0001m')
     assert saved == [(epoch, update) for epoch in (0, 1) for update in range(1, 7)]
+    saved.clear()
+    train('interval', '--checkpoint-interval', '4', '--val-interval', '2')
+    assert saved == [(0, 4), (1, 0), (1, 2), (1, 6)]
 
 
 def test_a_signal_to_every_process_of_the_job(call, images, tmp_path):
