@@ -203,7 +203,7 @@ class Update:
                 images, target = (
                     (self.images, self.target) if run.mixup is None else run.mixup(self.images.clone(), self.target)
                 )
-                loss += loop.micro_step(run, images, target, step)
+                loss += loop.micro_step(run, images, target, step)[0]
         if exchange and run.exchanges:
             loop.exchange(run.task.get_trainable_module(), run.process, self.group)
         if exchange and self.process.distributed:

@@ -116,6 +116,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         mixup_off_epoch=config.loss.mixup_off_epoch,
         frozen_in_eval=config.model.linear_probe,
         compilation=compilation,
+        parts=distillation.loss_parts(config.distil, teacher),
     )
 
     folder = dry_run.output_folder(config, data_config)

@@ -167,6 +167,8 @@ class Saver(CheckpointSaver):
 
     def state_dict(self, epoch: Optional[int] = None, metric: Optional[float] = None) -> Dict[str, Any]:
         position = dataclasses.asdict(self.position)
+        if not position['parts']:  # without a teacher files are as they were before there was one
+            del position['parts']
         return {
             **super().state_dict(epoch, metric),
             'position': position,

@@ -127,7 +127,7 @@ def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
     for name, value in plan.items():
         yield f'saver.plan.{name}', value, is_whole(value, 1)
     fields = {field.name for field in dataclasses.fields(Position)}
-    yield 'saver.position', position, isinstance(position, dict) and position.keys() == fields
+    yield 'saver.position', position, isinstance(position, dict) and position.keys() | {'parts'} == fields
     for name in ('lr', 'loss', 'grad_norm', 'seconds', 'waited'):
         value, least = position[name], -math.inf if name == 'loss' else 0
         yield f'saver.position.{name}', value, is_number(value) and value >= least
@@ -135,6 +135,8 @@ def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
     yield 'saver.position.update', position['update'], is_whole(position['update'], 0, plan['updates_per_epoch'])
     yield 'saver.position.skipped', position['skipped'], is_whole(position['skipped'], 0, position['update'])
     yield 'saver.position.streak', position['streak'], is_whole(position['streak'])
+    parts = position.get('parts', {})  # with a teacher alone
+    yield 'saver.position.parts', parts, isinstance(parts, dict) and all(map(is_number, parts.values()))
     bad = position['bad']
     yield (
         'saver.position.bad',

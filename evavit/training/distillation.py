@@ -167,6 +167,13 @@ def task_kind(config: DistilConfig, teacher: Optional[Teacher]) -> Callable[...,
     )
 
 
+def loss_parts(config: DistilConfig, teacher: Optional[Teacher]) -> Dict[str, str]:
+    """Of the loss with a teacher: the name of each in the curves → in what the task of `task_kind` returns."""
+    if teacher is None:
+        return {}
+    return dict(task_loss='task_loss', kd_loss='distill_loss' if config.kd_distill_type == 'token' else 'kd_loss')
+
+
 def build_teacher(
     config: TrainConfig, student: Any, data_config: Dict[str, Any], device: Optional[str] = None
 ) -> Optional[Teacher]:

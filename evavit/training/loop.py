@@ -47,6 +47,7 @@ class Position:
     lr: float = 0.0  # learning rate of the epoch's first update
     loss: float = 0.0  # sums over the updates that were not skipped
     grad_norm: float = 0.0
+    parts: Dict[str, float] = dataclasses.field(default_factory=dict)  # of the loss
     skipped: int = 0  # updates of this epoch whose loss or gradient was not finite
     streak: int = 0  # the same, in a row up to now
     bad: Dict[int, str] = dataclasses.field(default_factory=dict)  # unreadable images of this epoch: `BadImages.found`
@@ -111,6 +112,7 @@ class Run:
     mixup_off_epoch: int = 0
     frozen_in_eval: bool = False  # modules without a parameter to train run in evaluation mode
     compilation: Compilation = AS_IS
+    parts: Dict[str, str] = dataclasses.field(default_factory=dict)  # of the loss: name of the curve → the task's
 
     @property
     def exchanges(self) -> bool:
@@ -187,6 +189,8 @@ class EpochTracker:
         self.began = self.mark = self.added = time.monotonic()
         self.first = self.marked = position.update
         self.waited = self.waited_before = 0.0
+        if not position.update:
+            position.parts = dict.fromkeys(run.parts, 0.0)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -198,7 +202,8 @@ class EpochTracker:
         """Take in the numbers of one update, if there are any. Returns what was asked for with it: (save, stop)."""
         if ready is None:
             return False, False
-        (update, lr), (loss, norm, save, stop) = ready
+        (update, lr), (loss, norm, save, stop, *rest) = ready
+        parts = dict(zip(self.run.parts, rest, strict=True))
         run, position, interval = self.run, self.position, self.run.config.log_interval
         now = time.monotonic()
         position.update = done = update + 1
@@ -208,12 +213,14 @@ class EpochTracker:
         self.added, self.waited = now, 0.0
         if math.isfinite(loss) and math.isfinite(norm):
             position.loss, position.grad_norm, position.streak = position.loss + loss, position.grad_norm + norm, 0
+            position.parts = {name: total + parts[name] for name, total in position.parts.items() if name in parts}
         else:
             self._skip(update, lr, loss, norm)
         window = max(now - self.mark, 1e-9)
         rate, share = (done - self.marked) * run.images_per_update / window, self.waited_before / window
         if done % interval == 0 or done == run.updates_per_epoch:
             scalars = dict(
+                **parts,
                 loss=loss,
                 lr=lr,
                 grad_norm=norm,
@@ -258,6 +265,7 @@ class EpochTracker:
         counted, seconds = position.update - position.skipped, max(position.seconds, 1e-9)
         return dict(
             loss=position.loss / counted if counted else math.nan,
+            **{name: position.parts.get(name, math.nan) / counted if counted else math.nan for name in run.parts},
             grad_norm=position.grad_norm / counted if counted else math.nan,
             skipped=position.skipped,
             bad_images=len(run.bad.found),
@@ -331,7 +339,7 @@ def train_epoch(
             )
 
     for update in range(position.update, run.updates_per_epoch):
-        loss = torch.zeros((), device=process.device)
+        losses = torch.zeros(1 + len(run.parts), device=process.device)
         for step in range(steps):
             with tracker.waiting():
                 images, target = next(batches, (None, None))
@@ -346,14 +354,15 @@ def train_epoch(
             if run.mixup is not None:
                 images, target = run.mixup(images, target)
             with process.waiting(f'the gradients of epoch {epoch}, update {update}'):
-                loss += micro_step(run, images, target, step)
+                losses += micro_step(run, images, target, step)
         if run.exchanges:
             with process.waiting(f'the gradients of epoch {epoch}, update {update}'):
                 exchange(model, process)
         done = update + 1
         judged = done == run.updates_per_epoch and run.validates(epoch)
         asked = handler.poll(epoch * run.updates_per_epoch + done, judged)
-        loss, save_now, stop = process.mean(torch.stack((loss, *(loss.new_full((), float(flag)) for flag in asked))))
+        flags = (losses.new_full((), float(flag)) for flag in asked)
+        loss, *parts, save_now, stop = process.mean(torch.stack((*losses, *flags)))
         norm = run.stepper.step(
             run.optimizer, loss, parameters, task.get_clip_parameters(exclude_head='agc' in run.stepper.clip_mode)
         )
@@ -364,7 +373,7 @@ def train_epoch(
         run.bad.review(process, together=done % config.log_interval == 0 or done == run.updates_per_epoch)
         if done == tracker.first + 3:  # of this process: by then every graph is recorded
             report_skips(run.compilation)
-        serve(tracker.add(delayed.push(about, torch.stack((loss, norm.float(), save_now, stop)))))
+        serve(tracker.add(delayed.push(about, torch.stack((loss, norm.float(), save_now, stop, *parts)))))
     serve(tracker.add(delayed.pop()))
     return tracker.metrics()
 
@@ -401,13 +410,14 @@ def check_finite(task: TrainingTask, metrics: Dict[str, float], process: Process
 
 def micro_step(run: Run, images: torch.Tensor, target: torch.Tensor, step: int) -> torch.Tensor:
     """Forward and backward of one of an update's `grad_accum_steps` batches. Gradients add up; with the last batch the
-    processes exchange them, unless that is left to `exchange`. Returns its part of the loss."""
+    processes exchange them, unless that is left to `exchange`. Returns the batch's share of the loss and of its parts,
+    `(1 + len(run.parts),)`."""
     last = step + 1 == run.grad_accum_steps
     with run.compilation.step(), contextlib.nullcontext() if last and not run.exchanges else run.task.no_sync():
-        loss = _forward_backward(run, images, target)
+        losses = _forward_backward(run, images, target)
     if run.compilation.graphs and step == 0 and not last:
         _own_gradients(run.task.get_trainable_module())
-    return loss
+    return losses
 
 
 def exchange(model: Any, process: Process, group: Any = None) -> None:
@@ -441,9 +451,11 @@ def _own_gradients(model: Any) -> None:
 
 def _forward_backward(run: Run, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     with autocast(run.machine, run.process.device):
-        loss = run.task(images, target)['loss'] / run.grad_accum_steps
+        result = run.task(images, target)
+        loss = result['loss'] / run.grad_accum_steps
     run.stepper.backward(loss)
-    return loss.detach()
+    parts = (result[name] / run.grad_accum_steps for name in run.parts.values())
+    return torch.stack([value.detach().float() for value in (loss, *parts)])
 
 
 def place_model(model: nn.Module, machine: MachineConfig, device: torch.device) -> Tuple[Any, Compilation]:

@@ -46,11 +46,27 @@ def write_parent(path, seed=0):
     return path
 
 
+def assert_loss_of_parts(folder, task_weight, kd_weight):
+    """In each update, and in the mean of each epoch."""
+    loss, task, kd = (scalars(folder, f'train/{name}') for name in ('loss', 'task_loss', 'kd_loss'))
+    assert loss.keys() == task.keys() == kd.keys() and min(task.values()) > 0 < min(kd.values())
+    for update, value in loss.items():
+        assert task_weight * task[update] + kd_weight * kd[update] == pytest.approx(value, rel=1e-5)
+    for number, row in enumerate(rows(folder)):
+        loss, task, kd = (float(row[f'train_{name}']) for name in ('loss', 'task_loss', 'kd_loss'))
+        assert task_weight * task + kd_weight * kd == pytest.approx(loss, rel=1e-5)
+        values = list(scalars(folder, 'train/kd_loss').values())
+        updates = len(values) // len(rows(folder))
+        assert kd == pytest.approx(sum(values[number * updates :][:updates]) / updates, rel=1e-5)
+
+
 def test_a_stop_changes_nothing(train, call, images, tmp_path, monkeypatch, parent):
     """With average, accumulation, mixup and everything that draws; a stop within an epoch and at the end of one."""
     flags = [*CONVERT, *BOTH, '--initial-checkpoint', parent, '--model-ema', '--model-ema-decay', '0.9']
     flags += words('--drop-path 0.2 --mixup 0.8 --cutmix 1 -b 2 --grad-accum-steps 2 --clip-grad 1 --resume auto')
+    flags += words('--task-loss-weight 0.75 --distill-loss-weight 0.5')
     whole = train('whole', *flags, model=PARENT)
+    assert_loss_of_parts(whole, 0.75, 0.5)
     place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
     for moment in (2, 6):
         signal_at(monkeypatch, [moment], signal.SIGTERM)
@@ -59,6 +75,7 @@ def test_a_stop_changes_nothing(train, call, images, tmp_path, monkeypatch, pare
         assert code == PREEMPTED and '--resume auto' in err
     parts = train('parts', *flags, model=PARENT)
     assert_same_run(whole, parts)
+    assert scalars(whole, 'train/kd_loss') == scalars(parts, 'train/kd_loss')
     # The checkpoint knows the teacher and has none of its weights; the weights alone are those of the student.
     checkpoint = torch.load(parts / 'last.pth.tar', weights_only=False)
     assert checkpoint['args'].kd_teacher['model'] == 'deit_tiny_patch16_224'
@@ -142,9 +159,8 @@ def test_a_distillation_token(train, parent):
     student = ['--model', 'deit_tiny_distilled_patch16_224', *PARENT[2:]]
     flags = ['--kd-model-name', 'deit_tiny_patch16_224', '--kd-pretrained-path', parent]
     for kind in ('soft', 'hard'):
-        train(
-            kind, *flags, '--kd-distill-type', 'token', '--kd-token-distill-type', kind, '--epochs', '1', model=student
-        )
+        flags += ['--kd-distill-type', 'token', '--kd-token-distill-type', kind, '--epochs', '1']
+        assert_loss_of_parts(train(kind, *flags, model=student), 1, 1)
 
 
 def test_weights_from_before_the_conversion_are_judged(call, images, tmp_path, parent):

@@ -136,6 +136,8 @@ def test_gradients_do_not_stay_in_the_memory_of_a_graph(monkeypatch):
             stepper=SimpleNamespace(backward=lambda loss: loss.backward()),
             grad_accum_steps=3,
             compilation=Compilation('eager', None, graphs),
+            exchanges=False,
+            parts={},
         )
         returned = []
 

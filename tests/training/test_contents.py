@@ -76,6 +76,7 @@ CHANGES = [
     *of_position('skipped', -1, 3),
     *of_position('streak', '0'),
     *of_position('place', 6),
+    *of_position('parts', 5, {'kd_loss': math.nan}, {'kd_loss': 'x'}),
     at('saver', 'position', 'bad', value=DELETED),
     at('saver', 'position', value=[1]),
     at('saver', 'plan', value=None),
