@@ -94,6 +94,7 @@ def test_the_runs_at_a_small_size(build, source, tmp_path, monkeypatch, capsys):
     """A stop in the first run, the same command once more, the choice of a kind, the table and the plot."""
     driver = load_program('experiments/tiny_imagenet/run.py')
     monkeypatch.setattr(driver, 'LONG', 2)
+    monkeypatch.setattr(driver, 'SHORT', 1)
     assert run_script(build.main, [str(tmp_path / 'tiny'), '--source', str(source), '--held', '0.25']) == 0
 
     call = caller(driver, tmp_path, capsys)
@@ -112,21 +113,21 @@ def test_the_runs_at_a_small_size(build, source, tmp_path, monkeypatch, capsys):
     assert states()['parent-s0'] == 'started' and not (tmp_path / 'runs' / 'runs.csv').exists()
     call('--only', 'parent', *SMALL)
     assert float(rows()['parent-s0']['train_seconds']) > 0
-    assert states()['E16-C16-outside-best-2-s1'] == 'waits for the runs of 2 epochs with each kind'
-    names = [f'E16-C16-outside-{name}' for name in ('0', 'both-2-s0', 'ce-2-s0', 'logit-2-s0', 'best-2-s1')]
+    assert states()['E16-C16-outside-best-2-s1'] == 'waits for the runs of 1 epochs with each kind'
+    names = [f'E16-C16-outside-{name}' for name in ('0', 'both-1-s0', 'ce-1-s0', 'logit-1-s0', 'best-2-s1')]
     out = call('--only', *names, *SMALL)
     assert list(rows()) == ['parent-s0', *names], out
     for row in rows().values():
         assert 0 <= float(row['top1']) <= 100 and row['images'] == '4' and row['commit'] and row['date']
         assert (tmp_path / 'runs' / 'settings' / row['settings']).is_file()
     assert rows()['E16-C16-outside-best-2-s1']['kind'] in driver.KINDS
-    settings = (tmp_path / 'runs' / 'settings' / 'E16-C16-outside-both-2-s0.yaml').read_text()
+    settings = (tmp_path / 'runs' / 'settings' / 'E16-C16-outside-both-1-s0.yaml').read_text()
     assert 'kd_model_name: parent' in settings and 'val_split: held' in settings and 'count_cells: outside' in settings
     assert all(state == 'done' for name, state in states().items() if name in names)
     assert not list((tmp_path / 'runs' / names[1]).glob('*.pth.tar'))  # but the parent's stay
     pytest.importorskip('matplotlib')
     table = call('--report')
-    assert '| E16-C16-outside-both-2 | 4 × 4 | 4 × 4 | outside | both |' in table
+    assert '| E16-C16-outside-both-1 | 4 × 4 | 4 × 4 | outside | both |' in table
     assert (tmp_path / 'runs' / 'runs.svg').stat().st_size > 1000
 
 
