@@ -4,7 +4,6 @@ In EVA no weight belongs to a single token outside of a query's window. A cell h
 it out among the tokens of the cell; see `evavit.ops.rows`. The maps hold what each token gets in this way.
 """
 
-import inspect
 import math
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -20,6 +19,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from evavit.layers import EvaAttention1d, GridAttention
+from evavit.layers.converted import given_tokens
 
 __all__ = ['AttentionMap', 'attention_maps', 'attention_rollout', 'overlay_attention']
 
@@ -189,15 +189,13 @@ def _look_at_grid(name: str, images: torch.Tensor, query: Optional[Query], found
     """A hook that asks an attention of this package before it is called."""
 
     def look(layer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
-        given = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
-        size = given['feat_size'] if 'feat_size' in given else given['attn_mask'][:2]  # as timm's blocks hand it on
-        feat_size, P = (int(size[0]), int(size[1])), layer.num_prefix_tokens
+        x, (H, W), rope = given_tokens(layer, args, kwargs)
+        feat_size, P = (H, W), layer.num_prefix_tokens
         numbers = _numbers(query, feat_size, P, images)
         queries = torch.tensor(numbers)
         if not numbers:
-            N = feat_size[0] * feat_size[1]
-            queries = torch.cat([torch.zeros(1, P), torch.full((1, N), 1 / N)], 1)
-        rows = layer.attention_rows(given['x'], list(feat_size), given.get('rope'), queries)
+            queries = torch.cat([torch.zeros(1, P), torch.full((1, H * W), 1 / (H * W))], 1)
+        rows = layer.attention_rows(x, [H, W], rope, queries)
         found[name] = AttentionMap(name, rows, tuple(numbers), feat_size, P)
 
     return look

@@ -4,6 +4,7 @@ timm's blocks hand a mask on to their attention. A converted model has no mask a
 place, as a `GridSize`: an argument of each call, so that threads, compilers and exports see nothing else change.
 """
 
+import inspect
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Type, TypeVar, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from .attention import GridAttention
 from .mlp import is_hooked
 
-__all__ = ['ConvertedAttention', 'Derived', 'GridSize', 'derive', 'revert_attention']
+__all__ = ['ConvertedAttention', 'Derived', 'GridSize', 'derive', 'given_tokens', 'revert_attention']
 
 
 class GridSize(NamedTuple):
@@ -162,6 +163,16 @@ class ConvertedAttention(Derived, GridAttention):
         if gate is not None:
             out = out * gate
         return self.proj_drop(self.proj(out))
+
+
+def given_tokens(
+    layer: GridAttention, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+) -> Tuple[torch.Tensor, List[int], Optional[torch.Tensor]]:
+    """Tokens, size of the grid and rotary embeddings that a call of an attention is given, converted or not. For hooks,
+    which have its arguments as they were written."""
+    given = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
+    height, width = given['feat_size'] if 'feat_size' in given else given['attn_mask'][:2]
+    return given['x'], [int(height), int(width)], given.get('rope')
 
 
 def revert_attention(attn: ConvertedAttention) -> nn.Module:

@@ -415,11 +415,13 @@ class EvaAttention(GridAttention):
         )
 
     @torch.jit.ignore
-    def attention_mass(self, x: torch.Tensor, feat_size: List[int]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def attention_mass(
+        self, x: torch.Tensor, feat_size: List[int], rope: Optional[torch.Tensor] = None
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What share of its attention each query of the grid gives to single tokens and to the cells, and how many
-        cells share the latter: three tensors `(B, h, N)`, see `evavit.ops.eva_attention_mass`."""
-        q, k, _ = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
+        cells share the latter: three tensors `(B, h, N)`, see `evavit.ops.eva_attention_mass`. The arguments are those
+        of `forward`."""
+        q, k, _ = self.project_tokens(x, rope)
         return eva_attention_mass(
             q,
             k,

@@ -16,7 +16,7 @@ from timm.utils import trim_summary, unwrap_model, update_summary
 
 from evavit.errors import LocalError, first_line, reason_of
 from evavit.layers import EvaAttention
-from evavit.layers.converted import ConvertedAttention
+from evavit.layers.converted import given_tokens
 from evavit.training.checkpoint import NO_EFFECT, remedy, saving
 from evavit.training.loop import Position, Run, autocast
 
@@ -292,7 +292,7 @@ def _health_layers(run: Run) -> Dict[Any, str]:
     return {
         module: name
         for name, module in model.named_modules()
-        if isinstance(module, EvaAttention) and not isinstance(module, ConvertedAttention) and not module.variant
+        if isinstance(module, EvaAttention) and not module.variant
     }
 
 
@@ -301,18 +301,18 @@ def attention_health(run: Run, images: torch.Tensor) -> Dict[str, Dict[str, floa
     """{layer: {name: value}} of the EVA layers: where attention goes, as a mean over images, heads and queries.
 
     The images pass through the weights in training, in evaluation mode. `evavit.layers.EvaAttention.attention_mass`
-    defines the values. Layers with an ablation have other weights, converted ones another call: they are left out.
+    defines the values. Layers with an ablation have other weights: they are left out.
     """
     model: Any = unwrap_model(run.task.get_eval_model())
     layers = _health_layers(run)
     found: Dict[str, Dict[str, float]] = {}
 
-    def look(layer: Any, args: Tuple[torch.Tensor, ...]) -> None:
-        exact, cells, effective = layer.attention_mass(*args)
+    def look(layer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+        exact, cells, effective = layer.attention_mass(*given_tokens(layer, args, kwargs))
         means = (value.mean().item() for value in (exact, cells, effective))
         found[layers[layer]] = dict(zip(HEALTH, means, strict=True))
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     training = model.training
     try:
         model.eval()

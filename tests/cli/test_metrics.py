@@ -2,13 +2,20 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import timm
 import torch
+from ops.eva.references import mass_loop
 from PIL import Image
 from runs import MODEL, QUICK, scalars
 
-from evavit.training.metrics import Samples
+import evavit
+from evavit.layers import EvaAttention
+from evavit.training.metrics import Samples, attention_health
+from evavit.training.sections import MachineConfig
 
 
 def test_tensorboard_tells_how_attention_fares_and_shows_samples(train):
@@ -42,6 +49,36 @@ def test_tensorboard_tells_how_attention_fares_and_shows_samples(train):
         int(colour.argmax()) for colour in seen if colour.max() > 0
     )
     assert {int(colour.argmax()) for colour in seen if colour.max() > 0} == {0, 1, 2}
+
+
+@pytest.mark.parametrize('name', ['deit_tiny_patch16_224', 'eva02_tiny_patch14_224', 'eva_deit_tiny'])
+def test_health_is_of_what_the_layers_are_given(name):
+    """Converted ones too, with class tokens and rotary positions, as timm's blocks call them."""
+    sizes, cells = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2), dict(window_size=2)
+    converts = not name.startswith('eva_deit')
+    model = timm.create_model(name, num_classes=3, **sizes, **({} if converts else cells)).double()
+    model = evavit.convert_vit(model, **cells) if converts else model
+    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, EvaAttention)}
+    given = {key: [] for key in layers}
+    for key, layer in layers.items():
+        layer.attend = lambda qkv, size, own=layer, key=key: (
+            given[key].append(qkv[:2]) or type(own).attend(own, qkv, size)
+        )
+        layer.attend_apart = lambda q, k, v, size, own=layer, key=key: (
+            given[key].append((q, k)) or type(own).attend_apart(own, q, k, v, size)
+        )
+    run = SimpleNamespace(
+        task=SimpleNamespace(get_eval_model=lambda: model),
+        machine=MachineConfig(),
+        process=SimpleNamespace(device=torch.device('cpu')),
+    )
+    health = attention_health(run, torch.randn(3, 3, 16, 16, dtype=torch.float64))
+    assert list(health) == list(layers) == ['blocks.0.attn', 'blocks.1.attn']
+    for key, layer in layers.items():
+        (q, k), table = given[key][0], layer.rel_pos and layer.rel_pos.relative_position_bias_table
+        sizes = layer.window_size, layer.partition_grid, layer.count_cells, layer.num_prefix_tokens
+        expected = mass_loop(q, k, (4, 4), layer.summary_k(), table, *sizes)
+        assert list(health[key].values()) == pytest.approx(expected.mean((1, 2, 3)).tolist())
 
 
 def test_samples_are_of_every_class_right_and_wrong():

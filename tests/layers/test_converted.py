@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import randomise
+from ops.eva.references import mass_loop
 from timm.layers import Attention, AttentionRope, RmsNorm, RotaryEmbeddingCat
 from timm.models.eva import EvaAttention as TimmEvaAttention
 from torch import nn
@@ -54,6 +56,23 @@ def test_a_window_over_the_grid_is_timms_attention(case, prefix):
     theirs = torch.autograd.grad(expected, [x, *attn.parameters()], grad)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_attention_mass_is_that_of_the_loop(case):
+    """Over the queries and keys that timm's attention compares: normalised, turned, of all heads."""
+    attn, converted = pair(case, window_size=2, partition_grid=2)
+    x, rope = torch.randn(2, 22, 16, dtype=torch.float64), None
+    if CASES[case][0] is not Attention:
+        rope = RotaryEmbeddingCat(attn.head_dim, in_pixels=False, feat_shape=[4, 5]).get_embed().double()
+    seen = []
+    attn.fused_attn = False
+    with patch.object(torch.Tensor, '__matmul__', lambda a, b: seen.append((a, b)) or torch.matmul(a, b)):
+        attn(x) if rope is None else attn(x, rope=rope)
+    q, k = attn.head_dim**0.5 * seen[0][0], seen[0][1].transpose(-2, -1)
+    expected = mass_loop(q, k, (4, 5), converted.summary_k(), None, 2, 2, num_prefix_tokens=2)
+    for found, values in zip(converted.attention_mass(x, [4, 5], rope), expected, strict=True):
+        torch.testing.assert_close(found, values)
 
 
 @pytest.mark.parametrize('case', CASES)

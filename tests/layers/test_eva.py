@@ -1,8 +1,8 @@
 import pytest
 import timm
 import torch
-from ops.eva.references import eva_loop
-from timm.layers import AttentionRope, RotaryEmbeddingCat
+from ops.eva.references import eva_loop, mass_loop
+from timm.layers import AttentionRope, RotaryEmbeddingCat, apply_rot_embed_cat
 from torch import nn
 
 from evavit import export as exporting
@@ -264,8 +264,19 @@ def test_prefix_tokens_that_an_attention_does_not_take():
         ReformerAttention(32, 2, qk_norm=True)
 
 
-def test_attention_mass_counts_prefix_tokens_as_single():
-    layer = EvaAttention(32, 2, window_size=3, partition_grid=2, num_prefix_tokens=2).eval()
-    exact, cells, _ = layer.attention_mass(torch.randn(2, 22, 32), [4, 5])
-    assert exact.shape == (2, 2, 20)
-    torch.testing.assert_close(exact + cells, torch.ones_like(exact))
+@pytest.mark.parametrize('options', [{}, dict(qk_norm=True, num_prefix_tokens=2), dict(rotate_half=True)])
+@pytest.mark.parametrize('turned', [False, True])
+def test_attention_mass_is_that_of_the_loop(options, turned):
+    P = options.get('num_prefix_tokens', 0)
+    layer = randomise(EvaAttention(16, 2, window_size=2, partition_grid=2, **options)).double()
+    rope = RotaryEmbeddingCat(8, in_pixels=False, feat_shape=[4, 5]).get_embed().double() if turned else None
+    x = torch.randn(2, P + 20, 16, dtype=torch.float64)
+    q, k, _ = layer.qkv(x).view(2, P + 20, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    q, k = layer.q_norm(q).detach().clone(), layer.k_norm(k).detach().clone()
+    if turned:
+        for tokens in (q, k):
+            tokens[:, :, P:] = apply_rot_embed_cat(tokens[:, :, P:], rope, half=layer.rotate_half)
+    table = layer.rel_pos.relative_position_bias_table
+    expected = mass_loop(q, k, (4, 5), layer.summary_k(), table, 2, 2, num_prefix_tokens=P)
+    for found, values in zip(layer.attention_mass(x, [4, 5], rope), expected, strict=True):
+        torch.testing.assert_close(found, values)

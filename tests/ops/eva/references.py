@@ -253,3 +253,35 @@ def eva_1d_loop(
             rows.append((torch.stack(logits, -1).softmax(-1)[..., None] * torch.stack(values, 1)).sum(1))
         outputs.append(torch.stack(rows, 1))
     return torch.stack(outputs)
+
+
+@torch.no_grad()
+def mass_loop(
+    q, k, feat_size, summary_k, bias_table, window_size, partition_grid, count_cells='one', num_prefix_tokens=0
+):
+    """`eva_attention_mass` of q, k `(B, h, P + N, d)`: one query after the other."""
+    P, (B, h, T, d) = num_prefix_tokens, q.shape
+    out = torch.zeros(3, B, h, T - P, dtype=torch.float64)
+    cells = grid_cells(feat_size, partition_grid) if partition_grid else []
+    windows = grid_windows(feat_size, window_size) if window_size else [[n] for n in range(T - P)]
+    for b in range(B):
+        for head in range(h):
+            prefix, keys = k[b, head, :P], k[b, head, P:]
+            k_tilde = [sigma(keys[cell].mean(0), summary_k) for cell in cells]
+            for window in windows:
+                E = window if window_size else []
+                rows = bias_rows(window, feat_size[1], window_size) if window_size else None
+                for place, n in enumerate(window):
+                    query = d**-0.5 * q[b, head, P + n]
+                    exact = [(query @ key).exp() for key in prefix]
+                    for other, m in enumerate(E):
+                        bias = bias_table[rows[place, other], head] if bias_table is not None else 0
+                        exact.append((query @ keys[m] + bias).exp())
+                    counts = [count_of(cell, E, count_cells) for cell in cells]
+                    summary = [count * (query @ key).exp() for count, key in zip(counts, k_tilde, strict=True) if count]
+                    total = sum(exact) + sum(summary)
+                    p = [float(w / sum(summary)) for w in summary]
+                    out[0, b, head, n] = sum(exact) / total
+                    out[1, b, head, n] = sum(summary) / total
+                    out[2, b, head, n] = torch.tensor([x**-x for x in p], dtype=torch.float64).prod() if p else 0
+    return out

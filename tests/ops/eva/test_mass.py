@@ -2,50 +2,11 @@
 
 import pytest
 import torch
-from helpers import bias_rows, grid_cells, grid_windows
-from ops.eva.references import count_of
+from helpers import grid_windows
+from ops.eva.references import mass_loop
 
 from evavit.layers import EvaAttention
 from evavit.ops import eva_attention, eva_attention_mass
-
-
-@torch.no_grad()
-def mass_loop(q, k, feat_size, summary_k, bias_table, window_size, partition_grid, count_cells='one'):
-    """One query after the other, in float64."""
-    B, h, N, d = q.shape
-    out = torch.zeros(3, B, h, N, dtype=torch.float64)
-    cells = grid_cells(feat_size, partition_grid)
-    windows = grid_windows(feat_size, window_size) if window_size else [[n] for n in range(N)]
-    weight, bias, norm_weight, norm_bias = summary_k
-    for b in range(B):
-        for head in range(h):
-            k_tilde = [
-                torch.nn.functional.layer_norm(k[b, head, cell].mean(0) @ weight.T + bias, (d,), norm_weight, norm_bias)
-                for cell in cells
-            ]
-            for window in windows:
-                rows = bias_rows(window, feat_size[1], window_size) if window_size else None
-                for place, n in enumerate(window):
-                    exact = (
-                        []
-                        if not window_size
-                        else [
-                            (d**-0.5 * q[b, head, n] @ k[b, head, m] + bias_table[rows[place, other], head]).exp()
-                            for other, m in enumerate(window)
-                        ]
-                    )
-                    counts = [count_of(cell, window if window_size else [], count_cells) for cell in cells]
-                    summary = [
-                        count * (d**-0.5 * q[b, head, n] @ key).exp()
-                        for count, key in zip(counts, k_tilde, strict=True)
-                        if count
-                    ]
-                    total = sum(exact) + sum(summary)
-                    p = [float(w / sum(summary)) for w in summary]
-                    out[0, b, head, n] = sum(exact) / total
-                    out[1, b, head, n] = sum(summary) / total
-                    out[2, b, head, n] = torch.tensor([x**-x for x in p], dtype=torch.float64).prod() if p else 0
-    return out
 
 
 @pytest.mark.parametrize(
