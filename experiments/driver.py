@@ -29,10 +29,10 @@ from evavit.files import replacing
 ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns of every row, see `about`
 
 
-def parser_of(text, output):
+def parser_of(text, output, data='what experiments/tiny_imagenet/build.py wrote'):
     """A parser with the flags of every driver. What it does not know is for train.py: use `parse_known_args`."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('--data-dir', type=Path, help='what experiments/tiny_imagenet/build.py wrote')
+    parser.add_argument('--data-dir', type=Path, help=data)
     parser.add_argument('--output', type=Path, default=Path(output), help=f'folder of the runs ({output})')
     parser.add_argument('--results-file', type=Path, metavar='CSV', help='(runs.csv in --output)')
     parser.add_argument('--only', nargs='+', default=[], metavar='TEXT', help='runs with one of these in their name')

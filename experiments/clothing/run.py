@@ -2,43 +2,78 @@
 """Does the path of the images change what is learnt? python experiments/clothing/run.py --data-dir DIR
 
 A network trained from scratch on photographs of clothes, by clothing.yaml, its images made by the CPU and by the GPU
-(--augment-device), with the same seeds. A row of --results-file a run; what has a row is not run again. The photographs
-are alexeygrigorev/clothing-dataset-small on GitHub (CC0): train, validation and test with ten folders each. The test
-pictures are looked at once an epoch and choose nothing: the figure is the last epoch's. Other flags go to train.py.
+(--augment-device), with the same seeds. The photographs are alexeygrigorev/clothing-dataset-small on GitHub (CC0):
+train, validation and test with ten folders each. The test pictures are looked at once an epoch and choose nothing: the
+figure is the last epoch's.
+
+The runs come in the order of --list, a row of --results-file each. After a stop (SIGTERM, or --seconds are over) the
+same command goes on within the epoch. Several processes may share the runs (one a GPU, by CUDA_VISIBLE_DEVICES). Flags
+that the driver does not know go to train.py.
 """
 
-import argparse
 import csv
 import sys
 import time
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
-from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
-from evavit.cli import train
+from evavit.bench.results import read_rows
 from evavit.errors import UserError, run_script
+from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = ('augment_device', 'seed', 'epochs', 'top1', 'top5', 'train_images_per_second', 'seconds', *ORIGIN)
+sys.path.append(str(HERE.parent))
+
+from driver import ABOUT, about, chosen, drive, parser_of, read_number, state_of, train_to_end  # noqa: E402
+
+COLUMNS = (
+    'run',
+    'augment_device',
+    'seed',
+    'epochs',
+    'top1',
+    'top5',
+    'train_seconds',
+    'train_images_per_second',
+    'seconds',
+    *ABOUT,
+)
 
 
-def run(device, seed, args):
-    began, name = time.monotonic(), f'{device}-s{seed}'
-    flags = ['-c', HERE / 'clothing.yaml', '--data-dir', args.data_dir, '--augment-device', device, '--seed', seed]
-    flags += ['--output', args.output, '--experiment', name, '--resume', 'auto', *args.flags]
-    train.main(list(map(str, flags)))
-    with open(args.output / name / 'summary.csv', newline='') as file:
+class Job(NamedTuple):
+    """A run."""
+
+    augment_device: str
+    seed: int
+
+    @property
+    def name(self):
+        return f'{self.augment_device}-s{self.seed}'
+
+
+def run(job, args, seconds_left):
+    """Train, and return the row."""
+    began, folder = time.monotonic(), args.output / job.name
+    flags = ['-c', HERE / 'clothing.yaml', '--data-dir', args.data_dir, '--augment-device', job.augment_device]
+    flags += ['--seed', job.seed, '--output', args.output, '--experiment', job.name, '--resume', 'auto', *args.flags]
+    flags = list(map(str, flags))
+    settings, _ = parse_settings('train', flags)
+    train_to_end(flags, folder, seconds_left)
+    with open(folder / 'summary.csv', newline='') as file:
         epochs = list(csv.DictReader(file))
     return dict(
-        augment_device=device,
-        seed=seed,
+        run=job.name,
+        augment_device=job.augment_device,
+        seed=job.seed,
         epochs=len(epochs),
         top1=epochs[-1]['eval_top1'],
         top5=epochs[-1]['eval_top5'],
+        train_seconds=read_number(folder / 'train_seconds'),
         train_images_per_second=max(float(row['train_images_per_second']) for row in epochs),
         seconds=round(time.monotonic() - began, 1),
-        **origin(start_process(None).device),
+        **about(job, folder / 'args.yaml', args, start_process(settings.machine.device).device),
     )
 
 
@@ -50,24 +85,27 @@ def summary(rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument('--data-dir', type=Path, required=True, help='clothing-dataset-small')
-    parser.add_argument('--output', type=Path, default=Path('output/clothing'), help='folder of the runs')
-    parser.add_argument('--results-file', type=Path, metavar='CSV', help='(runs.csv in --output)')
+    parser = parser_of(__doc__, 'output/clothing', data='clothing-dataset-small')
     parser.add_argument('--augment-devices', nargs='+', default=['cpu', 'cuda'], choices=('cpu', 'cuda'))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     args, args.flags = parser.parse_known_args(argv)
     args.results_file = args.results_file or args.output / 'runs.csv'
-    if not (args.data_dir / 'train').is_dir():
-        raise UserError(f'--data-dir {args.data_dir}: no folder train in it; name clothing-dataset-small')
-    args.output.mkdir(parents=True, exist_ok=True)
-    check_writable(args.results_file)
-    for device in args.augment_devices:
-        for seed in args.seeds:
-            rows = read_rows(args.results_file, COLUMNS)
-            if not any((row['augment_device'], row['seed']) == (device, str(seed)) for row in rows):
-                write_rows(args.results_file, [*rows, run(device, seed, args)], COLUMNS)
-    print('\n'.join(summary(read_rows(args.results_file, COLUMNS))))
+    jobs = chosen((Job(device, seed) for device in args.augment_devices for seed in args.seeds), args)
+    if not args.list:
+        if args.data_dir is None or not (args.data_dir / 'train').is_dir():
+            raise UserError(f'--data-dir {args.data_dir}: no folder train in it; name clothing-dataset-small')
+        args.output.mkdir(parents=True, exist_ok=True)
+    drive(
+        args,
+        jobs,
+        COLUMNS,
+        state=lambda job, rows: state_of(job, rows, args.output),
+        run=lambda job, rows, left: run(job, args, left),
+        says=lambda row: f'top-1 {row["top1"]}, {row["seconds"]} s',
+    )
+    if not args.list:
+        for line in summary(read_rows(args.results_file, COLUMNS)):
+            print(line)
 
 
 if __name__ == '__main__':
