@@ -422,12 +422,21 @@ def test_a_name_that_is_no_unicode_and_an_output_that_is_no_number(infer, call, 
     assert code == 2 and '.png: the output of the model is not finite' in err and err.count('\n') == 1
 
 
-def test_a_link_in_a_circle_is_left(infer, hub, tmp_path):
-    (tmp_path / 'round').mkdir()
-    Image.new('RGB', (8, 8)).save(tmp_path / 'round' / 'x.png')
-    (tmp_path / 'round' / 'back').symlink_to(tmp_path / 'round')
-    rows, out = infer('--data-dir', tmp_path / 'round', '--checkpoint', hub)
-    assert len(rows) == 1 and any('link to a folder that is read already' in line for line in out)
+def test_folders_are_walked_as_in_training(infer, hub, tmp_path):
+    """A link to another folder is followed, one in a circle is left; names with a dot in front are no pictures, in a
+    tar file either."""
+    for name in ('round/a/x.png', 'round/.y.png', 'round/.ipynb_checkpoints/z.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / name)
+    with tarfile.open(tmp_path / 'round.tar', 'w') as tar:
+        tar.add(tmp_path / 'round', './')
+    (tmp_path / 'round' / 'a' / 'back').symlink_to(tmp_path / 'round')
+    (tmp_path / 'round' / 'b').symlink_to(tmp_path / 'round' / 'a')
+    rows, out = infer('--data-dir', tmp_path / 'round', '--checkpoint', hub, '--fullname')
+    assert [row['filename'] for row in rows] == ['a/x.png', 'b/x.png']
+    assert any('links that lead back to a folder around them, left out: ' in line for line in out)
+    rows, _ = infer('--data-dir', tmp_path / 'round.tar', '--checkpoint', hub)
+    assert [row['filename'] for row in rows] == ['x.png']
 
 
 def test_help_names_every_flag(capsys):

@@ -155,7 +155,7 @@ def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
     empty: List[str] = []
     circles: List[str] = []
     strange: List[str] = []
-    for folder, subfolders, files in _tree(root, circles):
+    for folder, subfolders, files in tree(root, circles):
         images: List[str] = []
         for entry in files:
             if check_format(entry.path):
@@ -164,18 +164,14 @@ def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
         if not images and not subfolders and folder != root:
             empty.append(str(folder))
         found += [(path, folder.name) for path in images]
-    if circles:
-        log.warning(
-            f'warning: {len(circles)} links that lead back to a folder around them, left out: '
-            f'{circles[0]}{_and_more(circles)}'
-        )
+    warn_of_circles(circles)
     warn_of_strange(strange)
     return found, sorted(empty)
 
 
-def _tree(root: Path, circles: List[str]) -> Iterator[Tuple[Path, List[str], List['os.DirEntry[str]']]]:
-    """(folder, names of the folders in it, its files) of a folder and all below, through links too. Those that
-    lead back to a folder around them are left out and added to `circles`."""
+def tree(root: Path, circles: List[str]) -> Iterator[Tuple[Path, List[str], List['os.DirEntry[str]']]]:
+    """(folder, names of the folders in it, its files) of a folder and all below, through links too, less hidden
+    ones. Links that lead back to a folder around them are left out and added to `circles`."""
     links = 0
     todo: List[Tuple[Path, Tuple[str, ...]]] = [(root, (os.path.realpath(root),))]
     while todo:
@@ -187,7 +183,7 @@ def _tree(root: Path, circles: List[str]) -> Iterator[Tuple[Path, List[str], Lis
         except OSError as error:
             raise UserError(f'{folder}: cannot be read ({error.strerror})') from error
         for entry in entries:
-            if entry.name.startswith('.'):  # what Jupyter, macOS and editors leave
+            if is_hidden(entry.name):
                 continue
             if not _is(entry.is_dir):
                 files.append(entry)
@@ -205,11 +201,16 @@ def _tree(root: Path, circles: List[str]) -> Iterator[Tuple[Path, List[str], Lis
         yield folder, subfolders, files
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a part of a path begins with a dot, as what Jupyter, macOS and editors leave."""
+    return any(part.startswith('.') and part not in ('.', '..') for part in path.split('/'))
+
+
 def check_links(root: Path) -> None:
     """UserError where a link leads back to a folder around it: torchvision would follow it 40 folders deep, and of two
     such links each way."""
     circles: List[str] = []
-    for _ in _tree(root, circles):
+    for _ in tree(root, circles):
         if circles:
             raise UserError(f'{circles[0]}: a link that leads back to a folder around it; take it away')
 
@@ -222,6 +223,12 @@ def check_format(path: str) -> bool:
             f'{path}: only {", ".join(endings)} are read; convert such images to PNG or JPEG, or take them away'
         )
     return ending in endings
+
+
+def warn_of_circles(links: Sequence[str]) -> None:
+    if links:
+        what = f'{len(links)} links that lead back to a folder around them'
+        log.warning(f'warning: {what}, left out: {links[0]}{_and_more(links)}')
 
 
 def warn_of_strange(paths: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """Pictures without labels, for inference: those of a folder and the folders in it, of a tar file, or a single one."""
 
-import logging
 import os
 import tarfile
 import zlib
@@ -11,18 +10,17 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
-from evavit.errors import UserError, first_line, reason_of
+from evavit.errors import UserError, first_line
 from evavit.training.data.decode import open_file
-from evavit.training.data.folders import OTHER_IMAGES, image_endings
+from evavit.training.data.folders import OTHER_IMAGES, image_endings, is_hidden, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
-
-log = logging.getLogger(__name__)
 
 ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
 
 
 class Pictures(Reader):
-    """A reader in timm's form of every file whose name ends like an image's, in natural order; all labels are 0.
+    """A reader in timm's form of every file whose name ends like an image's, in natural order; all labels are 0. Names
+    with a dot in front are passed over.
 
     timm's own readers pass over other formats without a word, and want a class folder for each image.
 
@@ -38,7 +36,10 @@ class Pictures(Reader):
         self.root, self.members = root, None if root.is_dir() else self._members(root)
         self.tars: Dict[int, tarfile.TarFile] = {}  # by process: loading processes must not share a place in the file
         if root.is_dir():
-            names = _walk(root)
+            circles: List[str] = []
+            files = (file.path for _, _, inside in tree(root, circles) for file in inside if _is_picture(file.name))
+            names = [Path(path).relative_to(root).as_posix() for path in files]
+            warn_of_circles(circles)
         elif self.members is not None:
             names = list(self.members)
         else:
@@ -85,25 +86,7 @@ def _endings() -> List[str]:
 
 
 def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _endings()
-
-
-def _walk(root: Path) -> List[str]:
-    """Names, from `root` on, of all files that end like an image. A link to a folder is followed, once."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f'{error.filename}: cannot be read ({reason_of(error)})') from error
-
-    names, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in seen:
-            log.warning(f'warning: {folder} is a link to a folder that is read already, left out')
-            folders.clear()
-            continue
-        seen.add(real)
-        names += [Path(folder, name).relative_to(root).as_posix() for name in files if _is_picture(name)]
-    return names
+    return os.path.splitext(name)[1].lower() in _endings() and not is_hidden(name)
 
 
 def open_pictures(data_dir: Optional[str], in_chans: int = 3) -> CheckedImages:

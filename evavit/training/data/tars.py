@@ -12,7 +12,7 @@ from typing import IO, Any, Dict, List, Set, Tuple
 
 from evavit.errors import LocalError, UserError, first_line
 from evavit.training.data.decode import BadImageError, open_file
-from evavit.training.data.folders import ClassFolders, check_format, check_place, warn_of_strange
+from evavit.training.data.folders import ClassFolders, check_format, check_place, is_hidden, warn_of_strange
 
 
 class ClassTar(ClassFolders):
@@ -88,8 +88,8 @@ class _Content:
 
     def _add_member(self, archive: tarfile.TarFile, member: tarfile.TarInfo, root: str, start: int) -> None:
         path, ending = _path(root, member.name), os.path.splitext(member.name)[1].lower()
-        if any(part.startswith('.') for part in os.path.relpath(path, root).split(os.sep) if part != '.'):
-            return  # what Jupyter, macOS and editors leave, as in folders
+        if is_hidden(member.name):
+            return
         if member.isdir():
             self._add_folder(path, root)
         elif ending == '.tar' and member.isfile():
