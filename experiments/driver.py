@@ -169,10 +169,10 @@ def train_to_end(flags, folder, seconds_left):
     (folder / 'train_seconds').write_text(f'{seconds:.1f}')
 
 
-def judge(weights, args, settings, folder, extra=()):
-    """What validate.py says of weights on Tiny-ImageNet's validation pictures, with the settings of their training."""
+def judge(weights, data_dir, settings, folder, extra=()):
+    """What validate.py says of weights on the pictures in DIR/val, with the settings of their training."""
     machine = settings.machine
-    flags = ['--checkpoint', weights, '--data-dir', args.data_dir, '--split', 'val', '--workers', machine.workers]
+    flags = ['--checkpoint', weights, '--data-dir', data_dir, '--split', 'val', '--workers', machine.workers]
     flags += ['-b', settings.batch.batch_size, '--results-file', folder / 'val.json']
     flags += ['--device', machine.device] * bool(machine.device) + ['--amp' if machine.amp else '--no-amp']
     flags += ['--augment-device', machine.augment_device, *extra]  # the same decoder as in training

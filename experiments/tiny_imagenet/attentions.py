@@ -175,7 +175,7 @@ def run(job, args, seconds_left):
     train_to_end(flags, folder, seconds_left)
     with open(folder / 'summary.csv', newline='') as file:
         epochs = list(csv.DictReader(file))
-    result = judge(folder / 'last.safetensors', args, settings, folder)
+    result = judge(folder / 'last.safetensors', args.data_dir, settings, folder)
     for path in folder.glob('*.pth.tar'):  # of 80 runs they are gigabytes
         path.unlink()
     return dict(

@@ -184,7 +184,7 @@ def run(job, args, seconds_left):
             epochs = list(csv.DictReader(file))
         held = epochs[-1]['eval_top1']
     extra = convert_flags(job) if job.epochs == 0 else []
-    result = judge(weights, args, settings, folder, extra)
+    result = judge(weights, args.data_dir, settings, folder, extra)
     device = start_process(settings.machine.device).device
     window, cells = CELLS.get(job.cells, ('', ''))
     file = HERE / job.file if job.epochs == 0 else folder / 'args.yaml'
