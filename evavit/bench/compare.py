@@ -5,7 +5,7 @@ projections, not through trained ones (`image_qkv`). What an attention learns is
 """
 
 import inspect
-from typing import Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,9 @@ def image_qkv(picture: Image.Image, feat_size: Sequence[int], logit_std: float =
     return torch.stack([factor * q, factor * k, v])
 
 
-def make_attention(name: str, feat_size: Sequence[int], seed: int = 0) -> GridAttention:
+def make_attention(
+    name: str, feat_size: Sequence[int], seed: int = 0, dim: int = DIM, num_heads: int = NUM_HEADS, **options: Any
+) -> GridAttention:
     """An attention of `ATTENTIONS` as it is initialised, in evaluation mode, without the parts of `PLAIN`.
 
     The square projections of its summaries or landmarks are the identity: these are then the cells' means, normalised.
@@ -107,11 +109,14 @@ def make_attention(name: str, feat_size: Sequence[int], seed: int = 0) -> GridAt
         name: A key of `ATTENTIONS`.
         feat_size: Grid (H, W).
         seed: Of the initial weights.
+        dim: Channels.
+        num_heads: Heads.
+        **options: The attention's own, such as window_size; its defaults otherwise.
     """
     torch.manual_seed(seed)
     own = inspect.signature(ATTENTIONS[name]).parameters
-    options = {key: value for key, value in PLAIN.items() if key in own}
-    layer = attention_layer(name, feat_size, **options)(DIM, NUM_HEADS).eval()
+    options = {key: value for key, value in PLAIN.items() if key in own} | options
+    layer = attention_layer(name, feat_size, **options)(dim, num_heads).eval()
     for module in layer.modules():
         if (
             isinstance(module, nn.Linear)

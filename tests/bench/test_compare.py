@@ -40,3 +40,12 @@ def test_matrix_times_values_is_the_output(name, picture):
         assert compare.relative_rms(matrix @ qkv[2, 0], layer.attend(qkv, [9, 14])[0]) < 1e-4
     if name == 'softmax':
         torch.testing.assert_close(matrix, (qkv[0, 0] @ qkv[1, 0].transpose(1, 2) / 8).softmax(-1))
+
+
+def test_an_attention_of_another_width_and_with_options():
+    layer = compare.make_attention('eva', (8, 8), dim=32, num_heads=2, window_size=4, partition_grid=2)
+    assert (layer.head_dim, layer.window_size, layer.partition_grid, layer.rel_pos) == (16, 4, 2, None)
+    qkv = torch.randn(3, 2, 2, 64, 16)
+    whole = compare.make_attention('eva', (8, 8), dim=32, num_heads=2, window_size=8, partition_grid=0)
+    assert compare.relative_rms(whole.attend(qkv, [8, 8]), compare.softmax_exactly(qkv)) < 1e-5
+    assert compare.relative_rms(layer.attend(qkv, [8, 8]), compare.softmax_exactly(qkv)) > 0.01

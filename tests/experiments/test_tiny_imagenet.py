@@ -2,10 +2,13 @@
 
 import csv
 import json
+import math
 import re
 
 import pytest
+import safetensors.torch
 import timm
+import torch
 from programs import load_program
 from runs import signal_at, words, write_images
 
@@ -163,6 +166,70 @@ def test_attentions_at_a_small_size(build, source, tmp_path, monkeypatch, capsys
     assert 'window_size: 4' in (tmp_path / 'runs' / 'settings' / 'table8-noise_0-s0.yaml').read_text()
     out = call('--report')
     assert '| `softmax` |' in out and '77.16' in out and '| `noise_0` |' in out
+
+
+def test_errors_against_a_trained_softmax(build, source, tmp_path, monkeypatch, capsys):
+    """A row of each attention and size on q, k, v of a softmax network, in two calls; the tables and the plot."""
+    assert run_script(build.main, [str(tmp_path / 'tiny'), '--source', str(source), '--held', '0.25']) == 0
+    sizes = dict(depth=2, embed_dim=32, num_heads=2, img_size=64, patch_size=4)
+    model = timm.create_model('softmax_deit_tiny', **sizes, num_classes=2)
+    for block in model.blocks:  # an attention that looks somewhere, as a trained one does
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.3)
+    (tmp_path / 'run').mkdir()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'run' / 'last.safetensors')
+    driver = load_program('experiments/tiny_imagenet/approximation.py')
+    call = caller(driver, tmp_path, capsys)
+
+    flags = ('--checkpoint', tmp_path / 'run', '--pictures', 3, '--results-file', tmp_path / 'rows.csv')
+    flags += ('--device', 'cpu', '--model', 'softmax_deit_tiny', '--num-classes', 2)  # a run of train.py says these
+    flags += ('--model-kwargs', *(f'{key}={value}' for key, value in sizes.items()))
+    call(*flags, '--only', 'mean', 'softmax')
+    names = ['mean', 'softmax', *(f'{name}-E{size}-C{size}' for name in driver.EVA for size in (4, 64))]
+    names += [f'{name}-E16' for name in driver.TABLE2 if name not in ('eva', 'softmax')] + ['local-E64']
+    assert call(*flags, '--list', '--only', 'mean', 'local-E4').split() == ['mean', 'done', 'local-E4', 'to', 'do']
+    call(*flags, '--only', *names)
+    with open(tmp_path / 'rows.csv', newline='') as stream:
+        rows = {row['run']: row for row in csv.DictReader(stream)}
+    assert rows.keys() == set(names)
+    errors = {name: json.loads(row['layers']) for name, row in rows.items()}
+    assert all(len(errors[name]) == 2 and rows[name]['pictures'] == '3' for name in rows)
+    assert max(errors['softmax']) < 1e-5 < min(errors['mean'])
+    for more, less in (('local-E64', 'local-E16'), ('eva_converted-E64-C64', 'eva_converted-E4-C4')):
+        assert float(rows[more]['error']) < float(rows[less]['error'])
+    assert float(rows['mean']['error']) == pytest.approx(sum(errors['mean']) / 2, abs=1e-5)
+    again = ['--data-dir', tmp_path / 'tiny', *flags, '--pictures', 2]
+    assert run_script(driver.main, list(map(str, again))) == 2
+    assert 'rows are of another checkpoint or --pictures' in capsys.readouterr().err
+    pytest.importorskip('matplotlib')
+    assert '| `nystromformer` |' in call(*flags, '--report')
+    assert (tmp_path / 'rows.svg').stat().st_size > 1000
+
+
+def test_every_attention_and_size_has_an_error():
+    driver = load_program('experiments/tiny_imagenet/approximation.py')
+    qkv = torch.randn(3, 1, 2, 256, 16)
+    for job in driver.all_jobs():
+        assert 0 <= next(driver.errors(job, [qkv], [16, 16])) < math.inf, job
+
+
+def test_a_network_without_softmax_has_no_errors(build, source, tmp_path, capsys):
+    assert run_script(build.main, [str(tmp_path / 'tiny'), '--source', str(source), '--held', '0.25']) == 0
+    driver = load_program('experiments/tiny_imagenet/approximation.py')
+    file = tmp_path / 'local.pth'
+    sizes = dict(depth=1, embed_dim=16, num_heads=2, img_size=64, patch_size=4)
+    torch.save(timm.create_model('local_deit_tiny', **sizes, num_classes=2).state_dict(), file)
+
+    def told(*more):
+        flags = ['--data-dir', tmp_path / 'tiny', '--output', tmp_path / 'out', '--device', 'cpu', *more]
+        assert run_script(driver.main, list(map(str, flags))) == 2
+        return capsys.readouterr().err
+
+    assert 'give --checkpoint RUN' in told()
+    assert 'elsewhere: no such file' in told('--checkpoint', 'elsewhere')
+    assert '--pictures 9' in told('--checkpoint', file, '--pictures', 9)
+    model = ('--model', 'local_deit_tiny', '--num-classes', 2)
+    kwargs = ('--model-kwargs', *(f'{key}={value}' for key, value in sizes.items()))
+    assert 'no softmax attention' in told('--checkpoint', file, '--pictures', 3, *model, *kwargs)
 
 
 def test_kendall_s_tau():
