@@ -2,14 +2,16 @@
 
 import inspect
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
+import safetensors
 import timm
 import torch
 from huggingface_hub import HfApi
-from timm.models import get_model_input_config
+from timm.models import get_model_input_config, resolve_model_input_args
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import (
     HF_SAFE_WEIGHTS_NAME,
@@ -21,12 +23,15 @@ from timm.models._hub import (
 
 from evavit.arguments import MOST_BLOCKS, most_blocks
 from evavit.errors import first_line
-from evavit.files import replacing_in
+from evavit.files import DamagedError, is_stamped, replacing_in
 from evavit.layers import EvaAttention
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
 from evavit.version import __version__
 
-__all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config']
+__all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config', 'source_folder']
+
+RUN_WEIGHTS = ('model_best.safetensors', 'last.safetensors')  # of a run's folder, the best first
+PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared
 
 _HUB = 'hf-hub:'
 _CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
@@ -240,12 +245,31 @@ def _check_remade(model: torch.nn.Module) -> None:
         )
 
 
+def _check_own(folder: Path) -> None:
+    """ValueError, one line, where a folder has files that `save_folder` writes, and not from it: its weights have a
+    digest."""
+    there = [name for name in (HF_SAFE_WEIGHTS_NAME, 'config.json', 'README.md') if (folder / name).exists()]
+    if not there:
+        return
+    try:
+        own = is_stamped(folder / HF_SAFE_WEIGHTS_NAME)
+    except OSError:  # no file
+        own = False
+    except DamagedError:
+        own = True
+    if not own:
+        raise ValueError(
+            f'{folder}: has a {there[0]} that save_folder did not write; give another folder, or overwrite=True'
+        )
+
+
 def save_folder(
     model: torch.nn.Module,
-    folder: str,
+    folder: Union[str, Path],
     *,
     data_config: Optional[Dict[str, Any]] = None,
     label_names: Optional[list] = None,
+    overwrite: bool = False,
     **card: Any,
 ) -> Path:
     """Write weights (`model.safetensors`), `config.json` and the model card `README.md` to a folder, each file whole or
@@ -256,18 +280,23 @@ def save_folder(
 
     Args:
         model: A model from `timm.create_model`, or what `evavit.convert_vit` made of one.
-        folder: Folder to write to; made if it is missing.
+        folder: Folder to write to; made if it is missing. One that this function wrote is written anew, as
+            transformers' `save_pretrained` does; files of the same names that others wrote are not replaced.
         data_config: How images are prepared (mean, std, interpolation, crop_pct …); by default the model's own.
         label_names: Names of the classes, in their order.
+        overwrite: Replace files that others wrote, too.
         **card: data, licence, recipe, metrics and description of `model_card`.
 
     Raises:
-        ValueError: one line on a model that could not be made again: of features_only=True, pruned, or made without
-            timm.create_model; or on a card without data or licence, or names for another number of classes.
+        ValueError: one line on a folder with files that others wrote; on a model that could not be made again: of
+            features_only=True, pruned, or made without timm.create_model; or on a card without data or licence, or
+            names for another number of classes.
     """
     _check_card(model, label_names, card)
     _check_remade(model)
     path = Path(folder)
+    if not overwrite:
+        _check_own(path)
     path.mkdir(parents=True, exist_ok=True)
     with replacing_in(path) as partial:
         save_for_hf(
@@ -296,7 +325,10 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
     except (OSError, ValueError):  # a name that no file system takes
         there = False
     if not there:
-        raise ValueError(f'{str(folder)[:500]}: no config.json, so no model; give a folder of evavit.hub.save_folder')
+        raise ValueError(
+            f'{str(folder)[:500]}: no config.json, so no model; give a folder of evavit.hub.save_folder, or of a run '
+            f'of train.py'
+        )
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         conversion, arguments = config.get(_CONVERSION), config.get('model_args') or {}
@@ -315,41 +347,110 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
 
 
 def load_converted(source: Union[str, Path]) -> torch.nn.Module:
-    """The model that `save_folder` or `publish` wrote after `evavit.convert_vit`, with its weights.
+    """A model that was converted, by `evavit.convert_vit` or `train.py --convert`, with its weights.
+
+    `timm.data.resolve_data_config(model=model)` says how its images are prepared, as for any model of timm's.
 
     Args:
-        source: The folder, or 'hf-hub:owner/name'.
+        source: A folder of `save_folder`, 'hf-hub:owner/name', the folder of a run of train.py, of which the best
+            weights are taken (the average where it kept one), or one of the run's `.safetensors` files.
 
     Raises:
-        ValueError: one line: no such folder or repository, a damaged config.json, or no converted model in it.
+        ValueError: one line: no such folder or repository, damaged settings, or no converted model in it.
         RuntimeError: one line on weights that cannot be read, or that are not of the model.
     """
     name = str(source)
-    try:
-        if name.startswith(_HUB):
-            folder = Path(download_from_hf(name.removeprefix(_HUB), 'config.json')).parent
-            download_from_hf(name.removeprefix(_HUB), HF_SAFE_WEIGHTS_NAME)
-        else:
-            folder = Path(name.removeprefix('local-dir:'))
-    except Exception as error:  # the Hub's client has many
-        raise ValueError(f"{name}: {first_line(error)[:400]}; give a folder, or 'hf-hub:owner/name'") from error
-    _, conversion = saved_config(folder)
+    folder = source_folder(name) or Path(name)
+    file = _weights_of_run(folder)
+    if file is None:
+        settings, file = 'config.json', folder / HF_SAFE_WEIGHTS_NAME
+        arguments: Dict[str, Any] = dict(model_name=f'local-dir:{folder}')
+        conversion = saved_config(folder)[1]
+        instead = f"timm.create_model('local-dir:{folder}', pretrained=True)"
+    else:
+        settings = 'its settings'
+        arguments, conversion = _settings_of_run(file)
+        instead = f"timm.create_model({arguments['model_name']!r}, checkpoint_path='{file}', …)"
     if conversion is None:
-        raise ValueError(
-            f"{name}: not a converted model; timm.create_model('local-dir:{folder}', pretrained=True) loads it"
-        )
+        raise ValueError(f'{name}: not a converted model; {instead} loads it')
     try:
-        model = convert_vit(timm.create_model(f'local-dir:{folder}'), inplace=True, **conversion)
+        model = convert_vit(timm.create_model(**resolve_model_input_args(**arguments)), inplace=True, **conversion)
     except Exception as error:  # each model has its own errors for arguments that do not fit
-        raise ValueError(f'{name}: config.json makes no model: {first_line(error)[:400]}') from error
-    weights = read_weights(folder / HF_SAFE_WEIGHTS_NAME)
+        raise ValueError(f'{name}: {settings} makes no model: {first_line(error)[:400]}') from error
+    model.pretrained_cfg['input_size'] = get_model_input_config(model)['input_size']  # type: ignore[index, operator]
+    weights = read_weights(file)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise RuntimeError(
-            f'{folder / HF_SAFE_WEIGHTS_NAME}: not the weights of config.json: {first_line(error)[:400]}'
-        ) from error
+        raise RuntimeError(f'{file}: not the weights of {settings}: {first_line(error)[:400]}') from error
     return model
+
+
+def source_folder(name: str) -> Optional[Path]:
+    """The folder that 'local-dir:FOLDER' names, or the one of the Hub's cache that holds 'hf-hub:owner/name', which is
+    downloaded where it is not there; None for a name of timm's list.
+
+    Raises:
+        ValueError: one line on what cannot be had from the Hub.
+    """
+    source, _, rest = name.partition(':')
+    source = source.lower().replace('_', '-')
+    if source == 'local-dir':
+        return Path(rest)
+    if source != 'hf-hub':
+        return None
+    try:
+        folder = Path(download_from_hf(rest, 'config.json')).parent
+        if saved_config(folder)[1] is not None:
+            download_from_hf(rest, HF_SAFE_WEIGHTS_NAME)
+        return folder
+    except Exception as error:  # the Hub's client has many
+        raise ValueError(f"{name}: {first_line(error)[:400]}; give a folder, or 'hf-hub:owner/name'") from error
+
+
+def _weights_of_run(path: Path) -> Optional[Path]:
+    """The file of a run's weights, of its folder the best ones; None for a folder that has none of their names."""
+    if path.suffix == '.safetensors' and not os.path.isdir(path):
+        return path
+    if os.path.isfile(path):
+        raise ValueError(f'{path}: is a file; give its folder, or a .safetensors file of a run of train.py')
+    return next((path / name for name in RUN_WEIGHTS if os.path.isfile(path / name)), None)
+
+
+def _settings_of_run(file: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:
+    """What makes the model that train.py trained: arguments of timm's `resolve_model_input_args`, and those of
+    `convert_vit`, None where it was not converted."""
+    read_weights(file)  # says what is wrong with a file that cannot be read
+    with safetensors.safe_open(str(file), framework='pt') as opened:
+        text = (opened.metadata() or {}).get('args', '{}')
+    try:
+        saved = json.loads(text)
+        names, kwargs = saved.get('class_names'), saved.get('model_kwargs') or {}
+        conversion = {**(saved.get('convert_kwargs') or {}), 'attention': saved.get('convert')}
+        own = sorted(_NOT_OF_A_MODEL & kwargs.keys())
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'{file}: its settings are damaged ({first_line(error)[:200]})') from error
+    if not isinstance(saved.get('model'), str):
+        raise ValueError(
+            f'{file}: holds no settings of train.py; give a file that it wrote, or a folder of save_folder'
+        )
+    if ':' in saved['model']:
+        raise ValueError(
+            f'{file}: its model {saved["model"]} would have to be fetched; make it with timm.create_model and '
+            f'evavit.convert_vit, and load the file into it'
+        )
+    if own or most_blocks(kwargs) > MOST_BLOCKS:
+        raise ValueError(
+            f'{file}: its settings make no model: model_kwargs {", ".join(own) or "ask for too many blocks"}'
+        )
+    about = {name: saved[name] for name in PREPARATION if saved.get(name) is not None}
+    return dict(
+        model_name=saved['model'],
+        args={name: saved.get(name) for name in ('in_chans', 'img_size', 'input_size')},
+        num_classes=saved.get('num_classes') or len(names or ()),
+        pretrained_cfg_overlay={**about, **({'label_names': names} if names else {})},
+        **kwargs,
+    ), conversion if saved.get('convert') else None
 
 
 def publish(

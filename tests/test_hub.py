@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from runs import CLASSES, MODEL, QUICK, load_script, words, write_images
 from timm.models.vision_transformer import VisionTransformer
 
 import evavit
@@ -97,6 +98,43 @@ def test_what_is_no_folder_of_a_converted_model(tmp_path):
         load_converted(folder)
     with pytest.raises(ValueError, match=r'no config\.json'):
         load_converted(tmp_path)
+
+
+def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):
+    """train.py --convert, then the network in Python: its weights, its size, how its images are prepared."""
+    write_images(tmp_path / 'data/train', dict.fromkeys(CLASSES, 4))
+    write_images(tmp_path / 'data/validation', dict.fromkeys(CLASSES, 2))
+    flags = words(
+        '--data-dir data --model vit_tiny_patch16_224 --img-size 32 --convert eva --convert-kwargs window_size=1'
+    )
+    flags += words('--model-kwargs patch_size=8 embed_dim=32 depth=2 num_heads=2 --mean 0.1 0.2 0.3 --crop-pct 1')
+    monkeypatch.chdir(tmp_path)
+    load_script('train').main([*flags, *QUICK, '--experiment', 'mine'])
+    load_script('train').main(['--data-dir', 'data', *MODEL, *QUICK, '--experiment', 'plain'])
+    run = tmp_path / 'output' / 'mine'
+    model = load_converted(run)
+    assert model.conversion['window_size'] == 1 and model.patch_embed.grid_size == (4, 4) and model.num_classes == 3
+    best = evavit.models.read_weights(run / 'model_best.safetensors')
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+    config = timm.data.resolve_data_config(model=model)
+    assert [*config['mean']] == [0.1, 0.2, 0.3] and config['crop_pct'] == 1 and config['input_size'] == (3, 32, 32)
+    assert model.pretrained_cfg['label_names'] == list(CLASSES)
+    last = load_converted(str(run / 'last.safetensors'))
+    assert torch.equal(last.head.weight, evavit.models.read_weights(run / 'last.safetensors')['head.weight'])
+    for source, message in (
+        (
+            tmp_path / 'output' / 'plain',
+            r"plain: not a converted model; timm.create_model\('eva_deit_tiny', checkpoint_path=",
+        ),
+        (run / 'last.pth.tar', 'is a file; give its folder, or a .safetensors file'),
+        (tmp_path / 'data', r'no config\.json, so no model; give a folder of evavit.hub.save_folder, or of a run'),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            load_converted(source)
+        assert '\n' not in str(caught.value)
+    evavit.models.write_weights(model.state_dict(), run / 'last.safetensors')
+    with pytest.raises(ValueError, match=r'holds no settings of train\.py'):
+        load_converted(run / 'last.safetensors')
 
 
 def small_vit(**kwargs):
@@ -239,6 +277,22 @@ def test_upload_is_the_same_folder(tmp_path, monkeypatch):
     assert json.loads((uploaded / 'config.json').read_text())['architecture'] == 'eva_deit_tiny'
 
 
+def test_files_of_others_are_not_replaced(tmp_path):
+    """A folder that save_folder wrote is written anew; one with other people's files only if the user says so."""
+    model, card = small_vit(), dict(data='x', licence='mit')
+    folder = save_folder(model, tmp_path / 'mine', **card)
+    assert save_folder(model, folder, **card) == folder
+    for name in ('README.md', 'config.json', 'model.safetensors'):
+        other = tmp_path / name.partition('.')[0]
+        other.mkdir()
+        (other / name).write_text('mine')
+        with pytest.raises(ValueError, match=f'has a {re.escape(name)} that save_folder did not write') as caught:
+            save_folder(model, other, **card)
+        assert (other / name).read_text() == 'mine' and '\n' not in str(caught.value)
+    save_folder(model, other, overwrite=True, **card)
+    assert (other / 'config.json').is_file()
+
+
 def test_torch_hub(tmp_path):
     """In a process of its own, so that nothing is imported or registered beforehand."""
     name, kwargs = PLAIN
@@ -259,13 +313,13 @@ def test_torch_hub_lists_every_model():
 
 def test_a_card_that_lacks_something_is_one_line(tmp_path):
     model = timm.create_model('eva_deit_tiny', depth=1, num_classes=3)
-    for given, words in (
+    for given, message in (
         (dict(licence='mit'), "data: the model card needs data='ImageNet-1k'"),
         (dict(data='x'), 'licence: the model card needs licence='),
         (dict(data='x', license='mit'), "license: the model card needs licence='apache-2.0', spelt so"),
         (dict(data='x', licence='mit', label_names=['one']), 'label_names has 1 names, the model 3 classes'),
     ):
-        with pytest.raises(ValueError, match=words) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             save_folder(model, str(tmp_path / 'folder'), **given)
         assert '\n' not in str(caught.value)
     assert not (tmp_path / 'folder').exists()

@@ -2,9 +2,9 @@
 """A run's weights as a folder for the Hugging Face Hub, with a model card:
 python tools/save_for_hub.py --checkpoint output/RUN/model_best.safetensors --output FOLDER --data NAME --licence SPDX
 
-Model, recipe, classes and image settings come from the checkpoint, which train.py wrote; metrics from what validate.py
-wrote with --results-file, without it the one by which the run ranked this checkpoint. FOLDER loads with
-timm.create_model("local-dir:FOLDER", pretrained=True), a converted model with evavit.load_converted(FOLDER).
+--checkpoint takes the run's folder too. Model, recipe, classes and image settings come from the checkpoint; metrics
+from what validate.py wrote with --results-file, without it the one by which the run ranked this checkpoint. FOLDER
+loads with timm.create_model("local-dir:FOLDER", pretrained=True), a converted model with evavit.load_converted(FOLDER).
 """
 
 import csv
@@ -15,12 +15,11 @@ from pathlib import Path
 
 from evavit.arguments import Parser
 from evavit.errors import UserError, reason_of, run_script
-from evavit.hub import save_folder
+from evavit.hub import PREPARATION, save_folder
 from evavit.training import build, contents
 from evavit.training.config import ModelConfig
 
 BUILT_FROM = ('model', 'model_kwargs', 'convert', 'convert_kwargs', 'in_chans', 'img_size', 'input_size')
-PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')
 METRICS = ('top1', 'top5', 'loss', 'images')
 MORE = re.compile(r'ece|(macro|micro|weighted)_(precision|recall|f1_score)')  # with some of validate.py's flags
 
@@ -34,7 +33,10 @@ def main(argv=None):
     parser.add_argument(
         '--results-file', help='metrics: the .csv or .json of validate.py; default: what the run measured'
     )
+    parser.add_argument('--overwrite', action='store_true', help='replace files in FOLDER that others wrote')
     args = parser.parse_args(argv)
+    if Path(args.checkpoint).is_dir():
+        args.checkpoint = str(contents.best_weights(Path(args.checkpoint)))
     saved = contents.saved_settings(args.checkpoint)
     names = saved.get('class_names')
     classes = saved.get('num_classes') or len(names or ())
@@ -63,7 +65,10 @@ def main(argv=None):
             label_names=names,
             metrics=metrics,
             data_config={name: saved[name] for name in PREPARATION if saved.get(name) is not None},
+            overwrite=args.overwrite,
         )
+    except ValueError as error:
+        raise UserError(f'--output {str(error).replace("overwrite=True", "--overwrite")}') from error
     except OSError as error:
         raise UserError(f'--output {args.output}: cannot be written ({reason_of(error)})') from error
     print(f'{folder}: {", ".join(sorted(path.name for path in folder.iterdir()))}')

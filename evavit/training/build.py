@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.models import get_model_input_config, resolve_model_input_args
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -19,6 +20,7 @@ from torch import nn
 from evavit import models
 from evavit.arguments import MOST_BLOCKS, most_blocks, nearest, shown
 from evavit.errors import UserError, first_line
+from evavit.hub import PREPARATION, saved_config, source_folder
 from evavit.models import (
     ConvertedModel,
     GridPyramidVisionTransformerV2,
@@ -55,8 +57,11 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
     """The model by its name, with the weights it starts from and converted where `config` says so; whatever timm or
     the model refuses is a UserError.
 
-    With a device, such as meta, it is built there without those weights: to look at, not to train.
+    With a device, such as meta, it is built there without those weights: to look at, not to train. Where `config.model`
+    is a folder or repository with a converted network, `config` then names its parts, see `name_converted`.
     """
+    check_source(config)
+    name_converted(config)
     kwargs = dict(config.model_kwargs or {})
     for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
@@ -66,7 +71,6 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
             f'model_kwargs: {shown(most_blocks(kwargs))} blocks, more than {MOST_BLOCKS:,}; lower the depth'
         )
     name = config.model or ''
-    check_source(config)
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     try:
@@ -100,11 +104,41 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
         raise UserError(f'model {name} {_shown(kwargs)}{file}: {first_line(error)[:400]}') from error
     if config.initial_checkpoint and not device:
         load_weights(model, config.initial_checkpoint)
+    elif config.pretrained_path and not device and _is_converted(config.pretrained_path, name):
+        load_weights(model, config.pretrained_path, new_head=True)
     elif (config.pretrained or config.pretrained_path) and not device:
         check_finite(model.state_dict(), config.pretrained_path or f'the published weights of {name}')
     if config.linear_probe:
         freeze_body(model)
     return model
+
+
+def name_converted(config: ModelConfig) -> None:
+    """Of a folder or repository with a converted network, which timm alone would make with softmax: put architecture,
+    conversion, image settings and the file of its weights in the place of its name. So a run's checkpoints say them."""
+    if config.convert:
+        return
+    try:
+        folder = source_folder(config.model or '')
+        content, conversion = saved_config(folder) if folder else ({}, None)
+    except ValueError as error:
+        raise UserError(f'model {error}') from error
+    if folder is None or conversion is None:
+        return
+    arguments = dict(content.get('model_args') or {})
+    if config.img_size or config.input_size:
+        arguments.pop('img_size', None)
+    if config.in_chans or config.input_size:
+        arguments.pop('in_chans', None)
+    config.model, config.model_kwargs = content.get('architecture'), {**arguments, **(config.model_kwargs or {})}
+    config.convert = conversion.pop('attention', 'eva')
+    config.convert_kwargs = {**conversion, **(config.convert_kwargs or {})}
+    published = content.get('pretrained_cfg') or {}
+    for name in PREPARATION:
+        if getattr(config, name) is None:
+            setattr(config, name, published.get(name))
+    if config.pretrained:
+        config.pretrained, config.pretrained_path = False, str(folder / HF_SAFE_WEIGHTS_NAME)
 
 
 def has_weights(name: str) -> bool:
@@ -158,15 +192,19 @@ def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:
     path = config.pretrained_path
     if not path:
         return dict(pretrained=config.pretrained)
-    name, weights = config.model or '', read_weights(path)
-    ours = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('evavit.')
-    if not ours and any('.attn.summary_' in key for key in weights):
-        raise UserError(
-            f'{path} is of a converted model, and --pretrained-path takes weights from before a conversion; give it as '
-            f'--initial-checkpoint, with its --convert and --convert-kwargs'
-        )
-    classes = head_classes(name, weights)
+    name = config.model or ''
+    if _is_converted(path, name):
+        if not config.convert:
+            raise UserError(f'{path} is of a converted model: add --convert and its --convert-kwargs')
+        return {}  # they are loaded after the conversion
+    classes = head_classes(name, read_weights(path))
     return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=classes or -1))
+
+
+def _is_converted(path: str, name: str) -> bool:
+    """Whether a file has weights of a model of timm's that was converted to EVA."""
+    ours = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('evavit.')
+    return not ours and any('.attn.summary_' in key for key in read_weights(path))
 
 
 def head_classes(name: str, state: Mapping[str, torch.Tensor]) -> Optional[int]:
@@ -184,12 +222,15 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torc
         raise UserError(str(error)) from error
 
 
-def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True) -> None:
-    """Load the weights of a file with the model's classes, for train.py, validate.py and export.py alike. Models of
-    evavit fit files of other sizes and softmax models to themselves, see `evavit.models.fit_checkpoint`; timm's take
-    their own weights of other sizes; converted models take those from before the conversion too. The log says what was
-    changed, an error what does not fit."""
+def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True, new_head: bool = False) -> None:
+    """Load the weights of a file with the model's classes, for train.py, validate.py and export.py alike; with
+    `new_head` the model keeps its own classifier where the file has other classes. Models of evavit fit files of other
+    sizes and softmax models to themselves, see `evavit.models.fit_checkpoint`; timm's take their own weights of other
+    sizes; converted models take those from before the conversion too. The log says what was changed, an error what
+    does not fit."""
     state = read_weights(path, use_ema=use_ema)
+    if new_head:
+        state = _with_head_of(model, state, path)
     check_classes(model, state, path)
     try:
         if isinstance(model, OURS):
@@ -205,6 +246,16 @@ def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True)
     check_fit(model, fitted, path)
     model.load_state_dict(fitted)
     check_finite(model.state_dict(), path)
+
+
+def _with_head_of(model: nn.Module, state: Dict[str, torch.Tensor], path: Union[str, Path]) -> Dict[str, torch.Tensor]:
+    """The weights, with the model's own classifier where they have none, or one of other classes."""
+    own, head = model.state_dict(), (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
+    names = [name for name in own if name.startswith(f'{head}.')]
+    if all(name in state and state[name].shape == own[name].shape for name in names):
+        return {name: value for name, value in state.items() if name in own or not name.startswith(f'{head}.')}
+    log.info(f'{path}: the classifier is made anew, with {own[names[0]].shape[0]} classes')
+    return {**state, **{name: own[name] for name in names}}
 
 
 def check_finite(state: Mapping[str, torch.Tensor], source: Union[str, Path]) -> None:

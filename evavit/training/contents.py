@@ -25,7 +25,7 @@ from torch import nn
 
 from evavit.errors import UserError, first_line
 from evavit.files import is_stamped
-from evavit.hub import saved_config
+from evavit.hub import RUN_WEIGHTS, saved_config, source_folder
 from evavit.training.build import load_weights, read_weights, try_model
 from evavit.training.config import ExportConfig, InferenceConfig, ValidateConfig, WeightsConfig, options_of
 from evavit.training.data import resolve_input
@@ -358,7 +358,7 @@ def check_source(config: Loaded) -> None:
 
 
 # Of a run's folder, the first that is there. A safetensors file holds the averaged weights, where the run kept some.
-BEST_FIRST = ('model_best.safetensors', 'last.safetensors', 'model_best.pth.tar', 'last.pth.tar')
+BEST_FIRST = (*RUN_WEIGHTS, 'model_best.pth.tar', 'last.pth.tar')
 
 
 def _enter_folder(config: Loaded, given: Set[str]) -> None:
@@ -384,7 +384,13 @@ def _enter_folder(config: Loaded, given: Set[str]) -> None:
                 config.model.convert = conversion.pop('attention', 'eva')
                 config.model.convert_kwargs = {**conversion, **(config.model.convert_kwargs or {})}
         return
-    names = tuple(name for name in BEST_FIRST if not config.weights.use_ema or name.endswith('.pth.tar'))
+    config.weights.checkpoint = str(best_weights(folder, config.weights.use_ema))
+
+
+def best_weights(folder: Path, use_ema: bool = False) -> Path:
+    """The best weights in the folder of a run, with `use_ema` of the files that may hold an average beside others.
+    UserError where there are none."""
+    names = tuple(name for name in BEST_FIRST if not use_ema or name.endswith('.pth.tar'))
     name = next((name for name in names if (folder / name).is_file()), None)
     if name is None:
         raise UserError(
@@ -392,7 +398,25 @@ def _enter_folder(config: Loaded, given: Set[str]) -> None:
             f'(config.json); give the folder of a run, or a file'
         )
     log.info(f'{folder}: {name} of this run')
-    config.weights.checkpoint = str(folder / name)
+    return folder / name
+
+
+def _enter_converted(config: Loaded, given: Set[str]) -> Set[str]:
+    """Take `--model local-dir:FOLDER` or hf-hub: of a converted network for `--checkpoint FOLDER`; returns what is
+    given then. timm alone would make the network with softmax."""
+    fetched = isinstance(config, InferenceConfig) or config.model.pretrained
+    name = config.model.model or ''
+    if config.weights.checkpoint or config.model.convert or not (fetched or name.lower().startswith('local')):
+        return given
+    try:
+        folder = source_folder(name)
+        converted = folder is not None and saved_config(folder)[1] is not None
+    except ValueError as error:
+        raise UserError(f'--model {error}') from error
+    if not converted:
+        return given
+    config.weights.checkpoint, config.model.pretrained = str(folder), False
+    return given - {'model'}
 
 
 def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[str]]:
@@ -400,6 +424,7 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     classes, if any."""
     if config.weights.checkpoint and config.model.pretrained:
         raise UserError('--pretrained and --checkpoint both name weights: give one of them')
+    given = _enter_converted(config, given)
     if config.weights.checkpoint and Path(config.weights.checkpoint).is_dir():
         _enter_folder(config, given)
     model, path = config.model, config.weights.checkpoint

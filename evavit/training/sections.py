@@ -158,7 +158,9 @@ class DataConfig:
 class ModelConfig:
     """The model, the weights it starts from, and how it takes its images."""
 
-    model: Optional[str] = option(None, 'name of a model of evavit or timm', short='-m', scripts=ALL)
+    model: Optional[str] = option(
+        None, 'name of a model of evavit or timm, local-dir:FOLDER or hf-hub:OWNER/NAME', short='-m', scripts=ALL
+    )
     model_kwargs: Optional[Dict[str, Any]] = option(
         None, "arguments of the model, key=value …, joined key by key with the YAML file's", scripts=ALL
     )

@@ -167,8 +167,10 @@ def test_a_converted_network_of_the_hub(infer, pictures, tmp_path):
     save_folder(converted, tmp_path / 'converted', data='x', licence='mit', label_names=CLASSES)
     root, known = pictures
     flags = ['--data-dir', root, '--topk', '3', '--fullname', '--include-attention']
-    rows, _ = infer('--checkpoint', tmp_path / 'converted', *flags)
-    assert_rows(rows, expected(converted, known))
+    source = f'local-dir:{tmp_path / "converted"}'
+    for weights in (['--checkpoint', tmp_path / 'converted'], ['--model', source], ['--model', source, '--pretrained']):
+        rows, _ = infer(*weights, *flags)
+        assert_rows(rows, expected(converted, known))
     assert all((tmp_path / row['attention']).is_file() for row in rows)
 
 

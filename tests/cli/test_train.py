@@ -24,7 +24,9 @@ from runs import (
 )
 from timm.utils import load_checkpoint_metadata
 
+import evavit
 from evavit.errors import INTERRUPTED
+from evavit.hub import save_folder
 from evavit.training import checkpoint
 
 LONGER = ['--epochs', '4', '--warmup-epochs', '1']
@@ -281,3 +283,20 @@ def test_fine_tuning_starts_from_a_body_with_other_classes(train, call, images, 
     body, tuned = weights(folder / 'last.safetensors'), weights(tmp_path / 'tuned' / 'last.safetensors')
     assert tuned['head.weight'].shape[0] == 2
     assert all(torch.equal(body[key], tuned[key]) for key in body if not key.startswith('head.'))
+
+
+@pytest.mark.parametrize('source', ['local-dir:', 'hf-hub:'])
+def test_a_converted_network_as_the_model(train, call, images, tmp_path, monkeypatch, source):
+    """--model FOLDER --pretrained: a run goes on from it, and its checkpoints need the folder no more."""
+    parent = timm.create_model('vit_tiny_patch16_224', num_classes=5, in_chans=1, **SOFTMAX)
+    folder = save_folder(evavit.convert_vit(parent, window_size=2), tmp_path / 'mine', data='x', licence='mit')
+    monkeypatch.setattr('evavit.hub.download_from_hf', lambda name, file: str(folder / file))
+    name = f'{source}{folder}' if source == 'local-dir:' else 'hf-hub:me/mine'
+    tuned = train('tuned', '--lr', '0', model=['--model', name, '--pretrained'])
+    saved = yaml.safe_load((tuned / 'args.yaml').read_text())
+    assert (saved['model'], saved['convert'], saved['model_kwargs']['in_chans']) == ('vit_tiny_patch16_224', 'eva', 1)
+    save_folder(parent, folder, data='x', licence='mit', overwrite=True)  # what it was no longer matters
+    model = evavit.load_converted(tuned)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, parent.blocks[0].attn.qkv.weight) and model.num_classes == 3
+    code, out, err = call('validate', '--checkpoint', tuned, '--data-dir', images, '--workers', '0', '--device', 'cpu')
+    assert code == 0, out + err

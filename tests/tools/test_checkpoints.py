@@ -128,6 +128,10 @@ def test_folder_for_the_hub(run, tmp_path, capsys):
     assert save(*plain) == 0
     (top1,) = (line for line in (tmp_path / 'plain' / 'README.md').read_text().splitlines() if 'top1: ' in line)
     assert float(top1.split(': ')[1]) == pytest.approx(float(rows(run)[-1]['eval_top1']), abs=1e-3)
+    plain[1] = run
+    assert save(*plain) == 0
+    best = weights(run / 'model_best.safetensors')
+    assert torch.equal(weights(tmp_path / 'plain' / 'model.safetensors')['head.weight'], best['head.weight'])
     torch.save(model.state_dict(), tmp_path / 'bare.pth')
     capsys.readouterr()
     bare = ['--checkpoint', tmp_path / 'bare.pth', '--output', tmp_path / 'no']
@@ -183,6 +187,10 @@ def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(run, tmp_path, monk
     monkeypatch.setattr('evavit.hub.generate_readme', full)
     hub = ('--checkpoint', run / 'last.safetensors', '--output', folder, '--data', 'x', '--licence', 'mit')
     assert tool('save_for_hub')(*hub) == 2
+    line = capsys.readouterr().err
+    assert f'--output {folder}: has a model.safetensors that save_folder did not write; give' in line
+    assert line.endswith(', or --overwrite\n')
+    assert tool('save_for_hub')(*hub, '--overwrite') == 2
     assert f'--output {folder}: cannot be written (the disk is full: ' in capsys.readouterr().err
     assert {path.read_text() for path in folder.iterdir()} == {'before'} and len(list(folder.iterdir())) == 4
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from evavit import convert_vit
 from evavit.errors import UserError
+from evavit.hub import save_folder
 from evavit.models import write_weights
 from evavit.training import build, checks, data
 from evavit.training.config import parse_settings
@@ -167,11 +168,30 @@ def test_weights_of_a_converted_model_for_one_that_is_not(config, tmp_path):
     flags += ['--model-kwargs', 'depth=1', 'embed_dim=64', 'num_heads=2']
     for given, message in (
         ('--initial-checkpoint', r'is of a converted model \(it has blocks\.0\.attn\.summary_.*: add --convert'),
-        ('--pretrained-path', r'is of a converted model, .* give it as --initial-checkpoint'),
+        ('--pretrained-path', r'is of a converted model: add --convert and its --convert-kwargs'),
     ):
         with pytest.raises(UserError, match=message) as caught:
             build.build_model(config('eva_deit_tiny', *flags, given, str(file)).model, 3)
         assert '\n' not in str(caught.value)
+
+
+def test_a_folder_with_a_converted_network_as_the_model(config, tmp_path):
+    """--model local-dir:FOLDER --pretrained: converted as it was, a new head for other classes, another size; the
+    settings name its parts, so that a checkpoint of the run needs no folder."""
+    parent = small_vit('vit_tiny_patch16_224', 64, partition_grid=2)
+    folder = save_folder(parent, tmp_path / 'mine', data='x', licence='mit', data_config=dict(mean=(0.1, 0.2, 0.3)))
+    for flags, classes in (([], 3), (['--img-size', '128'], 5)):
+        flags += ['--model', f'local-dir:{folder}', '--pretrained']
+        settings = config('finetune_small', *flags).model
+        model = build.build_model(settings, classes)
+        assert model.conversion == parent.conversion and model.num_classes == classes
+        assert torch.equal(model.blocks[0].attn.qkv.weight, parent.blocks[0].attn.qkv.weight)
+        assert torch.equal(model.head.weight, parent.head.weight) == (classes == 3)
+        assert (settings.model, settings.convert, settings.pretrained) == ('vit_tiny_patch16_224', 'eva', False)
+        assert settings.mean == [0.1, 0.2, 0.3] and settings.convert_kwargs['partition_grid'] == 2
+        again = build.build_model(settings, classes)  # as `-c args.yaml` does
+        assert again.state_dict().keys() == model.state_dict().keys()
+        assert model.patch_embed.img_size == again.patch_embed.img_size == ((64, 64) if classes == 3 else (128, 128))
 
 
 def test_mixed_targets_carry_the_smoothing(config):
