@@ -18,6 +18,7 @@ __all__ = [
     'Parser',
     'asks_for_help',
     'check_device',
+    'check_type',
     'find_device',
     'most_blocks',
     'nearest',
@@ -83,6 +84,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' where a known name is near, else nothing."""
     near = difflib.get_close_matches(name[:100], list(names), n=1)
     return f' (did you mean {near[0]}?)' if near else ''
+
+
+def check_type(value: object, kind: Any, rule: str) -> None:
+    """TypeError of one line unless a value is of a kind; `rule` says which argument must be what."""
+    if not isinstance(value, kind):
+        raise TypeError(f'{rule}, got {type(value).__name__}')
 
 
 def check_device(name: Optional[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from timm.utils.onnx import onnx_export
 from torch import nn
 
+from evavit.arguments import check_type, shown
 from evavit.files import replacing_in
 from evavit.layers.attention import GridAttention
 
@@ -120,6 +121,7 @@ def lower_precision(model: nn.Module, precision: str) -> nn.Module:
     """
     if precision not in PRECISIONS:
         raise ValueError(f'precision {precision} is not one of {", ".join(PRECISIONS)}')
+    check_type(model, nn.Module, 'model must be a torch.nn.Module, such as timm.create_model makes')
     model = copy.deepcopy(model)
     if precision == 'int8':
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -132,6 +134,17 @@ def lower_precision(model: nn.Module, precision: str) -> nn.Module:
 def fixed_image_size(model: nn.Module) -> bool:
     """Whether an exported graph of this model holds for one image size: all that cut their tokens into windows."""
     return any(isinstance(module, GridAttention) for module in model.modules())
+
+
+def _check(model: nn.Module, path: Path, input_size: Sequence[int]) -> None:
+    check_type(model, nn.Module, 'model must be a torch.nn.Module, such as timm.create_model makes')
+    sizes = list(input_size) if isinstance(input_size, (list, tuple)) else []
+    if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(
+            f'input_size must be channels, height and width, such as (3, 224, 224), got {shown(input_size)}'
+        )
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f'{path}: there is no folder {Path(path).parent}; make it first')
 
 
 def _example(model: nn.Module, input_size: Sequence[int]) -> torch.Tensor:
@@ -163,8 +176,11 @@ def to_onnx(
         verbose: Pass on what the exporter says.
 
     Raises:
-        ValueError: `dynamic_size` with a model that has `fixed_image_size`.
+        ValueError: `dynamic_size` with a model that has `fixed_image_size`; an input_size that is none.
+        TypeError: a model that is no module.
+        FileNotFoundError: the file's folder is not there.
     """
+    _check(model, path, input_size)
     import onnx
 
     if dynamic_size and fixed_image_size(model):
@@ -238,8 +254,9 @@ def to_program(model: nn.Module, input_size: Sequence[int]) -> torch.export.Expo
 def to_package(model: nn.Module, path: Path, input_size: Sequence[int]) -> None:
     """Compile a model ahead of time for its device: a `.pt2` file with machine code and weights.
 
-    Loading it needs PyTorch, but neither this package, nor timm, nor a compiler.
+    Loading it needs PyTorch, but neither this package, nor timm, nor a compiler. Raises as `to_onnx` does.
     """
+    _check(model, path, input_size)
     program = to_program(model, input_size)
     with replacing_in(Path(path).parent) as folder:
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / Path(path).name))

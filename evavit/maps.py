@@ -18,8 +18,10 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from timm.utils import unwrap_model
 from torch import nn
 
+from evavit.arguments import check_type, shown
 from evavit.layers import EvaAttention1d, GridAttention
 from evavit.layers.converted import given_tokens
+from evavit.models import warn_of_cut
 
 __all__ = ['AttentionMap', 'attention_maps', 'attention_rollout', 'overlay_attention']
 
@@ -86,7 +88,14 @@ def attention_maps(
 
     Raises:
         ValueError: one line: no such layer or query, a model or an attention that has no such weights.
+        TypeError: one line: an argument of another type, such as a picture for a tensor.
     """
+    check_type(model, nn.Module, 'model must be a torch.nn.Module, such as timm.create_model makes')
+    rule = 'images must be a tensor (batch, channels, height, width), such as timm.data.create_transform makes'
+    check_type(images, torch.Tensor, rule)
+    check_type(layer, (type(None), int, str, list, tuple), 'layer must be a number, a name or a list of them')
+    kinds = (type(None), str, int, list, tuple)
+    check_type(query, kinds, "query must be 'class', 'mean', a number, a list of numbers or a pixel (y, x)")
     model = unwrap_model(model)
     inner = model.model if isinstance(model, FeatureGetterNet) else model
     layers = _find_layers(model)
@@ -97,6 +106,7 @@ def attention_maps(
         raise ValueError(
             f"query 'class': {type(inner).__name__} has no class token; give 'mean' for the mean over its tokens"
         )
+    warn_of_cut(inner)
     found: Dict[str, AttentionMap] = {}
     modules = list(model.modules())
     modes, fused = [m.training for m in modules], {}
@@ -159,6 +169,10 @@ def _choose(names: List[str], layer: Union[Layer, Sequence[Layer], None]) -> Lis
     return [name for name in names if name in chosen]
 
 
+def _is_pixel(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, (int, float)) for part in value)
+
+
 def _numbers(
     query: Optional[Query], feat_size: Tuple[int, int], num_prefix_tokens: int, images: torch.Tensor
 ) -> List[int]:
@@ -174,8 +188,8 @@ def _numbers(
         return [0]
     if isinstance(query, tuple):
         height, width = images.shape[-2:]
-        if len(query) != 2 or not (0 <= query[0] < height and 0 <= query[1] < width):
-            raise ValueError(f'query {query}: a tuple is a pixel (y, x) of images of {height} × {width}')
+        if not _is_pixel(query) or not (0 <= query[0] < height and 0 <= query[1] < width):
+            raise ValueError(f'query {query!r}: a tuple is a pixel (y, x) of images of {height} × {width}')
         return [P + int(query[0] * H / height) * W + int(query[1] * W / width)]
     numbers = [query] if isinstance(query, int) else query
     if isinstance(numbers, str) or not all(isinstance(n, int) and 0 <= n < P + H * W for n in numbers) or not numbers:
@@ -238,7 +252,10 @@ def attention_rollout(maps: Sequence[AttentionMap]) -> AttentionMap:
 
     Raises:
         ValueError: one line: rows are missing, grids differ as in a pyramid, or weights are not those of an average.
+        TypeError: what is given is not a list of maps.
     """
+    if isinstance(maps, AttentionMap) or not all(isinstance(one, AttentionMap) for one in maps):
+        raise TypeError('maps must be the list that attention_maps gives, of all layers')
     if not maps:
         raise ValueError('a rollout needs the maps of all layers, got none')
     T = maps[0].rows.shape[-1]
@@ -281,8 +298,14 @@ def overlay_attention(
         An RGB picture of the same size.
 
     Raises:
-        ValueError: weights of another shape, below 0 or not finite; an opacity outside 0 to 1.
+        ValueError: weights of another shape, below 0 or not finite; an opacity outside 0 to 1; a mark that is no pixel.
+        TypeError: no picture of Pillow's, or weights that are no tensor.
     """
+    check_type(picture, Image.Image, "picture must be one of Pillow's, such as Image.open(FILE)")
+    check_type(weights, torch.Tensor, 'weights must be a tensor (H, W), such as maps[-1].grid[0, :, 0].mean(0)')
+    check_type(opacity, (int, float), 'opacity must be a number')
+    if mark is not None and not _is_pixel(mark):
+        raise ValueError(f'mark {shown(mark)}: must be a pixel (y, x)')
     if weights.dim() != 2:
         raise ValueError(f'weights must be one map (H, W), got shape {list(weights.shape)}; choose an image and a head')
     if not 0 <= opacity <= 1:

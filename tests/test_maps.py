@@ -303,3 +303,27 @@ def test_timms_extraction_is_told_what_to_call(name, caplog):
 def test_an_attention_map_is_a_plain_tuple():
     one = AttentionMap('x', torch.ones(1, 1, 1, 7), (0,), (2, 3), 1)
     assert one.grid.shape == (1, 1, 1, 2, 3)
+
+
+def test_arguments_of_another_type_are_one_line():
+    model, images = timm.create_model('eva_deit_tiny', **SMALL, **WINDOWS), torch.zeros(1, 3, 40, 40)
+    (last,) = attention_maps(model, images, layer=-1)
+    picture, weights = Image.new('RGB', (40, 40)), last.grid[0, 0, 0]
+    for call, message in (
+        (lambda: attention_maps('eva_deit_tiny', images), r'^model must be a torch\.nn\.Module, .*, got str$'),
+        (lambda: attention_maps(model, picture), r'^images must be a tensor .* such as timm.*, got Image$'),
+        (lambda: attention_maps(model, images.numpy()), r'^images must be a tensor .*, got ndarray$'),
+        (lambda: attention_maps(model, images, layer=1.0), r'^layer must be a number, a name .*, got float$'),
+        (lambda: attention_maps(model, images, query=0.5), r"^query must be 'class', .*, got float$"),
+        (lambda: attention_maps(model, images, query=('a', 0)), r"^query \('a', 0\): a tuple is a pixel"),
+        (lambda: attention_rollout(last), r'^maps must be the list that attention_maps gives'),
+        (lambda: attention_rollout(images), r'^maps must be the list that attention_maps gives'),
+        (lambda: overlay_attention('a.png', weights), r"^picture must be one of Pillow's, .*, got str$"),
+        (lambda: overlay_attention(picture, weights.numpy()), r'^weights must be a tensor .*, got ndarray$'),
+        (lambda: overlay_attention(picture, last), r'^weights must be a tensor .*, got AttentionMap$'),
+        (lambda: overlay_attention(picture, weights, mark=3), r'^mark 3: must be a pixel \(y, x\)$'),
+        (lambda: overlay_attention(picture, weights, opacity='a'), r'^opacity must be a number, got str$'),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message) as error:
+            call()
+        assert '\n' not in str(error.value)

@@ -30,7 +30,7 @@ from evavit.layers.eva import EvaAttention
 from evavit.ops.grid import fix_image_size, static_size
 
 from ._foreign import Moments, near_identity, normed_moments, projection_moments
-from ._grid import GridModel, bias_tables
+from ._grid import GridModel, bias_tables, warn_of_cut
 
 __all__ = ['ConvertedModel', 'convert_vit', 'revert_vit', 'why_not_converted']
 
@@ -260,6 +260,7 @@ def convert_vit(
         raise ValueError(f'cannot convert this model: {reason}')
     model = model if inplace else copy.deepcopy(model)
     vit: Any = model.model if isinstance(model, FeatureGetterNet) else model
+    warn_of_cut(vit)
     given = dict(window_size=window_size, partition_grid=partition_grid, rel_pos_bias=rel_pos_bias)
     chosen = _options(attention, vit, {**given, 'count_cells': count_cells, **options})
     front = derive(ConvertedAttention, ATTENTIONS[attention])

@@ -17,12 +17,15 @@ asks here; these functions are public as `evavit.models.…`:
 How deep a model is, it says itself: the `blocks` of a plain model, the `blocks` of each of a pyramid's `stages`.
 """
 
+import functools
+import logging
 import sys
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Type, Union, get_type_hints
 
 import torch
 from timm import list_models as timm_list_models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -43,7 +46,10 @@ __all__ = [
     'softmax_twin',
     'variant',
     'variants',
+    'warn_of_cut',
 ]
+
+_logger = logging.getLogger(__name__)
 
 
 class Variant(NamedTuple):
@@ -236,7 +242,27 @@ def build_grid_model(model: Type[nn.Module], name: str, pretrained: bool, **kwar
         **kwargs: `feature_cfg` and arguments of the class.
     """
     with readable(kwargs.get('pretrained_cfg_overlay')):
-        return build_model_with_cfg(model, name, pretrained, pretrained_filter_fn=pretrained_filter, **kwargs)
+        made = build_model_with_cfg(model, name, pretrained, pretrained_filter_fn=pretrained_filter, **kwargs)
+        warn_of_cut(made)
+        return made
+
+
+def warn_of_cut(model: Any) -> None:
+    """A line in the log, once for each size, where a model was made for images whose last rows or columns are in no
+    patch. timm leaves them out without a word."""
+    embed = getattr(model, 'patch_embed', None)
+    if isinstance(embed, PatchEmbed) and embed.img_size is not None and not embed.dynamic_img_pad:
+        _warn_of_cut(type(model).__name__, tuple(embed.img_size), tuple(embed.patch_size))
+
+
+@functools.cache
+def _warn_of_cut(kind: str, size: Tuple[int, int], patch: Tuple[int, int]) -> None:
+    seen = [side - side % p for side, p in zip(size, patch, strict=True)]
+    if seen != list(size):
+        _logger.warning(
+            f'warning: {kind} sees {seen[0]} × {seen[1]} pixels of images of {size[0]} × {size[1]}: patches of '
+            f'{patch[0]} × {patch[1]} do not divide them, and the last rows or columns are left out; choose a multiple'
+        )
 
 
 def bias_tables(model: nn.Module) -> Set[str]:

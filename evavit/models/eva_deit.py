@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from evavit.layers import ATTENTIONS, FusedMlp, GridAttention, attention_layer, pop_attention_kwargs
 from evavit.ops.grid import fix_image_size
 
-from ._grid import GridModel, Variant, build_grid_model, grid_cfgs, register_family, variant
+from ._grid import GridModel, Variant, build_grid_model, grid_cfgs, register_family, variant, warn_of_cut
 from ._weights import pretrained_filter
 
 __all__ = ['GridBlock', 'GridPatchEmbed', 'GridVisionTransformer', 'PatchProjection']
@@ -228,6 +228,7 @@ class GridVisionTransformer(GridModel, VisionTransformer):
             img_size=None if img_size is None else to_2tuple(img_size),
             patch_size=None if patch_size is None else to_2tuple(patch_size),
         )
+        warn_of_cut(self)
         for attn in self.modules():
             if isinstance(attn, GridAttention) and attn.fixed_grid:
                 attn.set_feat_size(list(self.patch_embed.grid_size))

@@ -28,6 +28,7 @@ from evavit.models import (
     convert_vit,
     fit_strictly,
     revert_vit,
+    warn_of_cut,
 )
 from evavit.training.checks import check_source, mixes
 from evavit.training.compilation import Compilation
@@ -93,6 +94,7 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
             raise UserError(
                 f'model {name} {_shown(kwargs)}: it has no classes; leave features_only out of --model-kwargs'
             )
+        warn_of_cut(model)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
         if config.convert:

@@ -420,3 +420,17 @@ def test_a_failed_package_leaves_the_one_that_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         exporting.to_package(model, path, (3, 16, 16))
     assert path.read_text() == 'the package before' and [file.name for file in tmp_path.iterdir()] == ['model.pt2']
+
+
+def test_arguments_of_another_type_are_one_line(tmp_path):
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).eval()
+    for write in (exporting.to_onnx, exporting.to_package):
+        for given, message in (
+            (('eva_deit_tiny', tmp_path / 'x', (3, 16, 16)), r'^model must be a torch\.nn\.Module, .*, got str$'),
+            ((model, tmp_path / 'x', 16), r'^input_size must be channels, height and width, .* got 16$'),
+            ((model, tmp_path / 'x', (1, 3, 16, 16)), r'^input_size must be .* got \(1, 3, 16, 16\)$'),
+            ((model, tmp_path / 'no' / 'x', (3, 16, 16)), r'x: there is no folder .*no; make it first$'),
+        ):
+            with pytest.raises((TypeError, ValueError, OSError), match=message) as error:
+                write(*given)
+            assert '\n' not in str(error.value)

@@ -1,6 +1,7 @@
 """timm's vision transformers on EVA: the softmax model at the exact limit, near it elsewhere, and else unchanged."""
 
 import copy
+import logging
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import evavit
 from evavit.layers import EvaAttention
 from evavit.layers.converted import ConvertedAttention, GridSize
+from evavit.models._grid import _warn_of_cut
 
 TINY = dict(depth=2, embed_dim=64, num_heads=2, num_classes=10)
 # 6 × 6 or 7 × 7 tokens each. What is special about it stands beside each.
@@ -364,3 +366,26 @@ def test_tables_and_one_dimensional_parameters_do_not_decay():
     converted = evavit.convert_vit(original('vit_tiny_patch16_224'), rel_pos_bias=True)
     tables = {f'blocks.{i}.attn.rel_pos.relative_position_bias_table' for i in range(2)}
     assert converted.no_weight_decay() == {'pos_embed', 'cls_token', 'reg_token', 'dist_token'} | tables
+
+
+def test_images_that_patches_do_not_divide_are_told_of(caplog):
+    """timm leaves the last rows and columns out without a word."""
+    _warn_of_cut.cache_clear()
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=(230, 224), depth=1)
+    with caplog.at_level(logging.WARNING, 'evavit'):
+        evavit.convert_vit(timm.create_model('vit_tiny_patch16_224', depth=1))
+        timm.create_model('vit_tiny_patch16_224', img_size=230, dynamic_img_pad=True, depth=1)
+        assert not caplog.records
+        for tell, kind, sizes in (
+            (lambda: evavit.convert_vit(vit), 'VisionTransformer', '224 × 224 pixels of images of 230 × 224'),
+            (lambda: timm.create_model('eva_deit_tiny', img_size=50, depth=1), 'GridVisionTransformer', '48 × 48'),
+        ):
+            caplog.clear()
+            tell()
+            tell()
+            (record,) = caplog.records
+            assert f'{kind} sees {sizes}' in record.message and 'choose a multiple' in record.message
+        caplog.clear()
+        _warn_of_cut.cache_clear()
+        evavit.attention_maps(vit, torch.zeros(1, 3, 230, 224), layer=0, query='class')
+        assert 'VisionTransformer sees 224 × 224' in caplog.text
