@@ -9,11 +9,21 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Iterator, Optional, Union
+from typing import IO, Iterator, Optional, Sequence, Union
 
-__all__ = ['BLANK', 'DamagedError', 'is_stamped', 'replacing', 'replacing_in', 'stamp', 'sync_folder']
+__all__ = ['BLANK', 'DamagedError', 'is_stamped', 'replacing', 'replacing_in', 'stamp', 'sync_folder', 'why_no_file']
 
+WEIGHTS = ('model_best.safetensors', 'last.safetensors', 'model.safetensors')  # as runs and save_folder call them
 DAY = 24 * 60 * 60  # seconds
+
+
+def why_no_file(path: Union[str, Path], names: Sequence[str] = WEIGHTS, what: str = 'file') -> str:
+    """What to say of a path that should be a file: that there is none, or that it is a folder, with the first of
+    `names` that is in it."""
+    if not os.path.isdir(path):
+        return f'no such {what}'
+    inside = next((name for name in names if os.path.isfile(os.path.join(path, name))), None)
+    return 'is a folder; give a file' + (f', such as {os.path.join(path, inside)}' if inside else '')
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import safetensors
 import timm
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from timm.models import get_model_input_config, resolve_model_input_args
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import (
@@ -28,7 +29,7 @@ from evavit.layers import EvaAttention
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
 from evavit.version import __version__
 
-__all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config', 'source_folder']
+__all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config', 'source_folder', 'why_not_fetched']
 
 RUN_WEIGHTS = ('model_best.safetensors', 'last.safetensors')  # of a run's folder, the best first
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared
@@ -359,7 +360,7 @@ def load_converted(source: Union[str, Path]) -> torch.nn.Module:
         ValueError: one line: no such folder or repository, damaged settings, or no converted model in it.
         RuntimeError: one line on weights that cannot be read, or that are not of the model.
     """
-    name = str(source)
+    name = str(source).removeprefix('local-dir:')
     folder = source_folder(name) or Path(name)
     file = _weights_of_run(folder)
     if file is None:
@@ -396,6 +397,11 @@ def source_folder(name: str) -> Optional[Path]:
     source, _, rest = name.partition(':')
     source = source.lower().replace('_', '-')
     if source == 'local-dir':
+        if not os.path.isdir(rest):
+            raise ValueError(f'{name}: no such folder')
+        run = _weights_of_run(Path(rest))
+        if run is not None:
+            raise ValueError(f'{name}: the folder of a run, not one of save_folder; {run} is a checkpoint of it')
         return Path(rest)
     if source != 'hf-hub':
         return None
@@ -405,7 +411,19 @@ def source_folder(name: str) -> Optional[Path]:
             download_from_hf(rest, HF_SAFE_WEIGHTS_NAME)
         return folder
     except Exception as error:  # the Hub's client has many
-        raise ValueError(f"{name}: {first_line(error)[:400]}; give a folder, or 'hf-hub:owner/name'") from error
+        raise ValueError(f"{name}: {why_not_fetched(error)}; give a folder, or 'hf-hub:owner/name'") from error
+
+
+def why_not_fetched(error: Exception) -> str:
+    """What the Hub's client, or timm with it, could not do, in a few words."""
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return (
+            'the Hugging Face Hub cannot be reached, and the cache of this machine does not have it: connect once, or '
+            'give a file that was fetched elsewhere'
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return 'no such repository on the Hugging Face Hub, or one that asks for a login'
+    return first_line(error)[:400]
 
 
 def _weights_of_run(path: Path) -> Optional[Path]:
@@ -414,6 +432,8 @@ def _weights_of_run(path: Path) -> Optional[Path]:
         return path
     if os.path.isfile(path):
         raise ValueError(f'{path}: is a file; give its folder, or a .safetensors file of a run of train.py')
+    if os.path.isfile(path / 'config.json'):
+        return None
     return next((path / name for name in RUN_WEIGHTS if os.path.isfile(path / name)), None)
 
 

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from runs import CLASSES, MODEL, QUICK, load_script, words, write_images
 from timm.models.vision_transformer import VisionTransformer
 
@@ -173,6 +174,24 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
             load_converted(name)
     with pytest.raises(ValueError, match=r"^hf-hub:: .*; give a folder, or 'hf-hub:owner/name'$") as caught:
         load_converted('hf-hub:')
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'error, message',
+    [
+        (LocalEntryNotFoundError('a long\ntext'), 'the Hugging Face Hub cannot be reached, .* fetched elsewhere'),
+        (OfflineModeIsEnabled('offline'), 'the Hugging Face Hub cannot be reached'),
+        (RuntimeError('no\nspace'), 'no space'),
+    ],
+)
+def test_the_hub_that_cannot_be_reached_is_one_line(monkeypatch, error, message):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr('evavit.hub.download_from_hf', fail)
+    with pytest.raises(ValueError, match=f"^hf-hub:x/y: {message}.*; give a folder, or 'hf-hub:owner/name'$") as caught:
+        load_converted('hf-hub:x/y')
     assert '\n' not in str(caught.value)
 
 

@@ -13,7 +13,7 @@ from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 from torch import nn
 
-from evavit.files import BLANK, DamagedError, is_stamped, stamp
+from evavit.files import BLANK, DamagedError, is_stamped, stamp, why_no_file
 from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
 from evavit.layers.performer import PerformerAttention
@@ -84,7 +84,7 @@ def write_weights(weights: Weights, path: Union[str, Path], metadata: Optional[D
 
 def _fault(path: Path, error: Exception) -> str:
     if not path.is_file():
-        return 'no such checkpoint'
+        return why_no_file(path, what='checkpoint')
     with open(path, 'rb') as file:
         head = file.read(4)
     if not head:

@@ -20,7 +20,7 @@ from torch import nn
 from evavit import models
 from evavit.arguments import MOST_BLOCKS, most_blocks, nearest, shown
 from evavit.errors import UserError, first_line
-from evavit.hub import PREPARATION, saved_config, source_folder
+from evavit.hub import PREPARATION, saved_config, source_folder, why_not_fetched
 from evavit.models import (
     ConvertedModel,
     GridPyramidVisionTransformerV2,
@@ -103,7 +103,7 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
         raise
     except Exception as error:  # each model has its own errors for arguments that do not fit
         file = f', weights {config.pretrained_path}' if config.pretrained_path and not device else ''
-        raise UserError(f'model {name} {_shown(kwargs)}{file}: {first_line(error)[:400]}') from error
+        raise UserError(f'model {name} {_shown(kwargs)}{file}: {why_not_fetched(error)}') from error
     if config.initial_checkpoint and not device:
         load_weights(model, config.initial_checkpoint)
     elif config.pretrained_path and not device and _is_converted(config.pretrained_path, name):

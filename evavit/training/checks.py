@@ -13,6 +13,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from evavit.arguments import check_device, nearest, shown
 from evavit.errors import UserError, first_line
+from evavit.files import WEIGHTS, why_no_file
 from evavit.training import data
 from evavit.training.compilation import check_compilation
 from evavit.training.config import (
@@ -310,7 +311,8 @@ def check_files(config: TrainConfig) -> None:
     for name in ('pretrained_path', 'initial_checkpoint', 'kd_pretrained_path', 'resume'):
         path = named[name]
         if path and not (name == 'resume' and path == 'auto') and not Path(path).is_file():
-            raise UserError(f'--{name.replace("_", "-")} {path}: no such file')
+            names = ('last.pth.tar',) if name == 'resume' else WEIGHTS
+            raise UserError(f'--{name.replace("_", "-")} {path}: {why_no_file(path, names)}')
     place = folder = Path(config.run.output, config.run.experiment or '')
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -33,7 +33,7 @@ import yaml
 
 from evavit.arguments import Parser, nearest, program, shown
 from evavit.errors import UserError, reason_of
-from evavit.files import replacing
+from evavit.files import replacing, why_no_file
 from evavit.training.sections import (
     LONGEST,
     NUMBER,
@@ -400,7 +400,8 @@ def _read_text(path: Path) -> str:
     """A file of settings. What is no file, such as a pipe or a device, would never end: it is not opened."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f'-c {path}: cannot be read (it is no file)')
+            reason = why_no_file(path, ['args.yaml']) if path.is_dir() else 'it is no file'
+            raise UserError(f'-c {path}: cannot be read ({reason})')
         with open(path, 'rb') as file:
             content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:

@@ -24,7 +24,7 @@ from timm.utils import load_checkpoint_metadata
 from torch import nn
 
 from evavit.errors import UserError, first_line
-from evavit.files import is_stamped
+from evavit.files import is_stamped, why_no_file
 from evavit.hub import RUN_WEIGHTS, saved_config, source_folder
 from evavit.training.build import load_weights, read_weights, try_model
 from evavit.training.config import ExportConfig, InferenceConfig, ValidateConfig, WeightsConfig, options_of
@@ -270,7 +270,7 @@ def _archive(path: Union[str, Path]) -> Dict[str, Any]:
     weights is for who reads those to say.
     """
     if not Path(path).is_file():
-        raise UserError(f'{path}: no such checkpoint')
+        raise UserError(f'{path}: {why_no_file(path, what="checkpoint")}')
     try:
         is_stamped(path)
         content = load_checkpoint_metadata(str(path)) if zipfile.is_zipfile(path) else {}
@@ -283,7 +283,7 @@ def _archive(path: Union[str, Path]) -> Dict[str, Any]:
 def _metadata(path: Union[str, Path]) -> Dict[str, str]:
     """What is in a safetensors file beside the tensors."""
     if not Path(path).is_file():
-        raise UserError(f'{path}: no such checkpoint')
+        raise UserError(f'{path}: {why_no_file(path, what="checkpoint")}')
     try:
         is_stamped(path)
         with safetensors.safe_open(str(path), framework='pt') as file:
@@ -348,6 +348,9 @@ def stored_metric(path: Union[str, Path]) -> Optional[float]:
 def check_source(config: Loaded) -> None:
     """UserError unless the settings, completed from a checkpoint, name a model and weights that there are."""
     path = config.weights.checkpoint
+    if not config.model.model and path:
+        read_weights(path)  # says what is wrong with a file that is no checkpoint
+        raise UserError(f'{path}: does not say of which model it is; give --model NAME')
     if not config.model.model:
         raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')
     if config.weights.use_ema and str(path).endswith('.safetensors'):

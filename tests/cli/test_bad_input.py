@@ -45,6 +45,12 @@ TRAIN = {
     'no such config': (['-c', 'nowhere.yaml'], ['nowhere.yaml']),
     'no such checkpoint to resume': (['--resume', 'nowhere.pth.tar'], ['nowhere.pth.tar']),
     'no such checkpoint to start from': (['--initial-checkpoint', 'nowhere.pth'], ['nowhere.pth']),
+    'a folder to resume': (['--resume', 'RUN'], ['is a folder', 'last.pth.tar']),
+    'a folder to start from': (['--initial-checkpoint', 'RUN'], ['is a folder', 'model_best.safetensors']),
+    'a folder as the body': (['--pretrained-path', 'RUN'], ['is a folder', 'model_best.safetensors']),
+    'a folder as the settings': (['-c', 'RUN'], ['is a folder', 'args.yaml']),
+    'a model that is a run': (['--model', 'local-dir:RUN'], ['the folder of a run', 'model_best.safetensors']),
+    'a model that is nowhere': (['--model', 'local-dir:nowhere'], ['local-dir:nowhere', 'no such folder']),
     'no such device': (['--device', 'gpu'], ['gpu', 'cuda']),
     'unknown policy': (['--aa', 'random'], ['random']),
     'unknown compiler': (['--torchcompile', 'inductr'], ['inductr', 'inductor']),
@@ -81,7 +87,11 @@ def only_line(err):
 
 
 @pytest.mark.parametrize('fault', TRAIN)
-def test_train_refuses(fault, call, images, tmp_path):
+def test_train_refuses(fault, call, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'RUN').mkdir()
+    for name in ('model_best.safetensors', 'last.pth.tar', 'args.yaml'):
+        (tmp_path / 'RUN' / name).touch()
     flags, words = TRAIN[fault]
     kwargs = flags if flags[0] == '--model-kwargs' else []
     rest = [] if kwargs else flags
@@ -110,6 +120,27 @@ def refused(call, folder):
 
 def test_missing_folder(refused, folder):
     assert 'nowhere' in refused('--data-dir', folder / 'nowhere')
+
+
+@pytest.mark.parametrize('flags', [[], ['--val-fraction', '0.2']])
+def test_a_class_or_a_split_in_place_of_the_folder(refused, folder, flags, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    line = refused('--data-dir', 'folder/val/apple', *flags)
+    assert line == 'error: folder/val/apple: holds images and no class folders; give the folder around it, ' + (
+        '--data-dir folder/val'
+    )
+    if not flags:
+        assert 'is itself a split; give the folder around it' in refused('--data-dir', 'folder/train')
+
+
+def test_a_tar_file_is_not_divided(refused, folder):
+    for data in (folder / 'train.tar', folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / 'train.tar').write_bytes(b'')
+        assert f'{folder / "train.tar"} is a tar file; unpack it' in refused(
+            '--data-dir', data, '--val-fraction', '0.2'
+        )
 
 
 def test_missing_split(refused, folder):
@@ -350,6 +381,8 @@ VALIDATE = {
     'unknown flag': (['--pretrain'], ['--pretrain', '--pretrained']),
     'training flag': (['--epochs', '3'], ['--epochs']),
     'no such checkpoint': (['--checkpoint', 'nowhere.safetensors'], ['nowhere.safetensors']),
+    'a log as the checkpoint': (['--checkpoint', 'train.log'], ['train.log: not a readable checkpoint']),
+    'weights of an unknown model': (['--checkpoint', 'w.pth'], ['w.pth: does not say of which model', '--model']),
     'weights timm does not have': (['--model', 'eva_deit_tiny', '--pretrained'], ['eva_deit_tiny']),
     'results in an unknown form': (['--model', 'x', '--checkpoint', 'y.pth', '--results-file', 'r.txt'], ['.csv']),
 }
@@ -359,7 +392,8 @@ VALIDATE = {
 def test_validate_refuses(fault, call, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags, words = VALIDATE[fault]
-    if 'y.pth' in flags:
-        torch.save({}, tmp_path / 'y.pth')
+    torch.save({}, tmp_path / 'y.pth')
+    torch.save({'weight': torch.ones(1)}, tmp_path / 'w.pth')
+    (tmp_path / 'train.log').write_text('2026-11-30 a line\n')
     code, _, err = call('validate', '--data-dir', images, '--device', 'cpu', *flags)
     assert code == 2 and all(word in only_line(err) for word in words), err

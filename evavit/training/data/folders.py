@@ -59,10 +59,23 @@ def find_split(root: Path, split: str) -> Path:
     if split in SPLIT_NAMES[1] and folders and not any(name in folders or f'{name}.tar' in inside for name in splits):
         log.info(f'{root} has no folder for a split: all of its images are taken for {split}')
         return root
+    _check_around(root, folders)
     raise UserError(
         f'{root}: no folder {split}, but {", ".join(folders[:8]) or "none at all"}; images belong in '
         f'{root / split}/CLASS/, or hold out a part of a folder without splits with --val-fraction 0.2'
     )
+
+
+def _check_around(root: Path, folders: Sequence[str]) -> None:
+    """UserError where a folder is a class's or a split's, and the one around it is meant."""
+    name = root.resolve().name
+    if not folders and any(os.path.splitext(path)[1].lower() in image_endings() for path in os.listdir(root)):
+        what = 'holds images and no class folders'
+    elif folders and any(name in names for names in SPLIT_NAMES):
+        what = 'is itself a split'
+    else:
+        return
+    raise UserError(f'{root}: {what}; give the folder around it, --data-dir {os.path.relpath(root.parent.resolve())}')
 
 
 def find_undivided(root: Path, train_split: str, val_split: str) -> Path:
@@ -75,7 +88,11 @@ def find_undivided(root: Path, train_split: str, val_split: str) -> Path:
     names = [name for name in (train_split, *SPLIT_NAMES[0]) if name in inside or f'{name}.tar' in inside]
     folder = root / names[0] if names else root
     if not folder.is_dir():
-        raise UserError(f'--val-fraction divides a folder of class folders, and {folder} is none')
+        tar = folder if folder.is_file() else folder.with_name(f'{folder.name}.tar')
+        what = f'{tar} is a tar file; unpack it first' if tar.is_file() else f'{folder} is none'
+        raise UserError(f'--val-fraction divides a folder of class folders, and {what}')
+    if not any(entry.is_dir() for entry in folder.iterdir()):
+        _check_around(folder, [])
     return folder
 
 
