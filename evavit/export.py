@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 
+import numpy as np
 import torch
 from timm.utils.onnx import onnx_export
 from torch import nn
@@ -185,7 +186,8 @@ def to_onnx(
 
     if dynamic_size and fixed_image_size(model):
         raise ValueError('an exported graph of this model holds for one image size: windows and cells are cut for it')
-    with replacing_in(Path(path).parent) as folder:
+    # The exporter takes the logarithm of 0 for cells that a query has inside its window: they are to count nothing.
+    with replacing_in(Path(path).parent) as folder, np.errstate(divide='ignore'):
         partial = folder / Path(path).name
         onnx_export(
             model,
