@@ -1,5 +1,8 @@
-"""Run one of timm's own scripts with the models of this package: `python -m evavit.timm SCRIPT ...`, SCRIPT and its
-flags as after `python`. timm's train.py needs no such help: it has `--device-modules evavit`."""
+"""Run one of timm's own scripts with the models of this package: python -m evavit.timm SCRIPT ...
+
+SCRIPT is the path of a script in a clone of timm's repository, pytorch-image-models: pip installs none of them. Its
+flags come behind it. timm's train.py needs no such help: it has `--device-modules evavit`.
+"""
 
 import runpy
 import subprocess
@@ -29,9 +32,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         The exit code: 2 after one line where no script is named.
     """
     words: List[str] = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ('-h', '--help'):
+        print(__doc__.strip())
+        return 0
     if not words or not Path(words[0]).is_file():
         what = f'{printable(words[0][:500])}: no such script' if words else 'no script is named'
-        print(f'error: {what}; as in python -m evavit.timm validate.py --model eva_deit_tiny', file=sys.stderr)
+        print(
+            f"error: {what}; give the path of one in a clone of timm's repository (pip installs none): python -m "
+            f'evavit.timm pytorch-image-models/validate.py --model eva_deit_tiny',
+            file=sys.stderr,
+        )
         return 2
     subprocess.Popen = _Popen  # type: ignore[misc]  # in this process, which is the script from here on
     sys.argv = words

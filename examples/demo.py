@@ -5,7 +5,7 @@ Give a picture: the page shows what it is, and where the model looks from the pa
 EVA on the same weights, and measures time and memory as the side of the image grows. --checkpoint takes a file, the
 folder of a run or of save_folder, --model NAME the weights that timm publishes; without either it is the model of
 `make quickstart`. The model's other flags are those of inference.py (--convert, --img-size, --class-map, --topk,
---device). Needs evavit[demo].
+--device). Needs Gradio: pip install '.[demo]'.
 """
 
 import argparse
@@ -284,7 +284,9 @@ def build_page(demo: Demo, line: str) -> Any:
         import gradio as gr
         import pandas as pd
     except ImportError as error:
-        raise UserError(f"the page needs Gradio ({error.name} is missing): pip install 'evavit[demo]'") from error
+        raise UserError(
+            f"the page needs Gradio ({error.name} is missing): in the clone, pip install '.[demo]'"
+        ) from error
 
     count = len(demo.models)
 
@@ -401,7 +403,10 @@ def launch(page: Any, host: str, port: int, **kwargs: Any) -> Any:
 
 def main(argv: Optional[List[str]] = None) -> None:
     parser = Parser(
-        prog='demo.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog='demo.py',
+        description=__doc__,
+        epilog='python inference.py --help lists the flags of the model',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on (127.0.0.1: this machine alone)')
     parser.add_argument('--port', type=int, default=7860, help='port to listen on (7860)')

@@ -2,7 +2,8 @@
 """Detection with torchvision: python examples/detect.py
 
 A pyramid through a feature pyramid network, or a plain model through a simple feature pyramid, is the backbone of
-Faster R-CNN or RetinaNet, trained for some steps on crops of a photograph of coins. Needs evavit[dense].
+Faster R-CNN or RetinaNet, trained for some steps on crops of a photograph of coins. pip install '.[dense]'
+brings what it needs.
 """
 
 import argparse

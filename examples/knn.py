@@ -6,8 +6,8 @@
 DIR holds train/CLASS/IMAGE and validation/CLASS/IMAGE. A picture's feature is what the classifier would read. Those of
 the validation split are judged by the -k nearest of the training split in cosine distance, the nearer ones counting
 more. --weights takes what --pretrained-path of train.py takes; without it the features are those of random weights, for
-comparison. Other flags are those of validate.py (--model-kwargs, --img-size, --in-chans, --mean, -b, --amp, --device).
-Needs scikit-learn.
+comparison. Other flags are those of validate.py (--model-kwargs, --img-size, --in-chans, --mean, -b, --amp, --device,
+--val-fraction and --seed for a folder without splits). Needs scikit-learn.
 """
 
 import argparse
@@ -39,6 +39,7 @@ def judge(settings, k):
     device = start_process(settings.machine.device).device
     torch.manual_seed(0)  # the weights, where no file gives them
     read = dict(in_chans=checks.image_channels(settings.model), batch_size=settings.batch.batch_size)
+    read['seed'] = settings.run.seed
     train_set, names = data.open_dataset(settings.data, 'train', **read)
     eval_set, _ = data.open_dataset(settings.data, settings.data.split, class_names=names, **read)
     model = build.build_model(settings.model, 0).to(device).eval()

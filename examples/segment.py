@@ -2,7 +2,7 @@
 """Segmentation with segmentation_models.pytorch: python examples/segment.py
 
 `tu-eva_pvt_v2_b3` is the encoder of a U-Net or an FPN, trained from random weights on crops of the left half of a
-photograph of coins and judged on the right half. Needs evavit[dense].
+photograph of coins and judged on the right half. pip install '.[dense]' brings what it needs.
 """
 
 import argparse
@@ -18,7 +18,7 @@ try:
     import segmentation_models_pytorch as smp
     from skimage import data, filters, morphology, segmentation
 except ModuleNotFoundError as error:
-    raise SystemExit(f"error: {error.name} is not installed: pip install 'evavit[dense]'") from None
+    raise SystemExit(f"error: {error.name} is not installed: in the clone, pip install '.[dense]'") from None
 
 SIDE = 128
 

@@ -273,7 +273,7 @@ def test_no_script_is_one_line(capsys, words, line):
 
     assert main(list(words)) == 2
     (told,) = capsys.readouterr().err.splitlines()
-    assert told.startswith(f'error: {line}; as in python -m evavit.timm')
+    assert told.startswith(f"error: {line}; give the path of one in a clone of timm's repository")
 
 
 # Weights & Biases

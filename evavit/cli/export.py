@@ -83,7 +83,7 @@ def check_settings(config: ExportConfig, output: Path) -> None:
     needed = NEEDS[output.suffix] + (['torchao'] if precision == 'int8' else [])
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} not installed: pip install 'evavit[export]'")
+        raise UserError(f'{" and ".join(missing)} not installed: pip install {" ".join(missing)}')
 
 
 def write(

@@ -192,7 +192,7 @@ def test_flags(example, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, 'QUICKSTART', tmp_path / 'saved')
     monkeypatch.setitem(sys.modules, 'gradio', None)
     assert run_script(example.main, ['--device', 'cpu']) == 2
-    assert "pip install 'evavit[demo]'" in capsys.readouterr().err
+    assert "in the clone, pip install '.[demo]'" in capsys.readouterr().err
 
 
 def test_a_timm_name_takes_the_published_weights(example, monkeypatch):

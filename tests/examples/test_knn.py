@@ -8,7 +8,7 @@ pytest.importorskip('sklearn')
 from programs import load_program
 from runs import CLASSES, write_images
 
-from evavit.errors import run_script
+from evavit.errors import UserError, run_script
 
 
 def test_neighbours_of_features(tmp_path, capsys):
@@ -40,3 +40,19 @@ def test_neighbours_of_features(tmp_path, capsys):
     assert found and float(found[1]) > 80, out
     assert run_script(example.main, [*flags[:-1], '19']) == 2
     assert '18 images' in capsys.readouterr().err
+    assert run_script(example.main, [*flags, '--weights', str(tmp_path)]) == 2
+    assert f'{tmp_path}: is a folder; give a file' in capsys.readouterr().err
+
+
+def test_the_seed_divides_a_folder_without_splits(tmp_path, monkeypatch):
+    example, seeds = load_program('examples/knn.py'), []
+    write_images(tmp_path, dict.fromkeys(CLASSES, 6))
+
+    def judged(settings, *_, seed, **__):
+        seeds.append((settings.val_fraction, seed))
+        raise UserError('enough')
+
+    monkeypatch.setattr(example.data, 'open_dataset', judged)
+    flags = ['--model', 'eva_deit_tiny', '--data-dir', str(tmp_path), '--device', 'cpu', '--val-fraction', '0.5']
+    assert run_script(example.main, [*flags, '--seed', '3']) == 2
+    assert seeds == [(0.5, 3)]

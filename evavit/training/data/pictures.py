@@ -3,7 +3,7 @@
 import os
 import tarfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Tuple
 
 from timm.data import ImageDataset
