@@ -94,7 +94,8 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
         raise UserError(f'none of the {len(dataset)} pictures in {config.data.data_dir} can be read')
     files = [write_results(rows, base, form, config.results) for form in formats]
     bad = len(dataset) - len(rows)
-    log.info(f'{len(rows)} pictures classified, {bad} not readable; results in {", ".join(map(str, files))}')
+    where = f'; attention in {pictures.folder}' if pictures is not None else ''
+    log.info(f'{len(rows)} pictures classified, {bad} not readable; results in {", ".join(map(str, files))}{where}')
 
 
 def choose_weights(config: InferenceConfig, given: Set[str]) -> Optional[List[str]]:
@@ -230,6 +231,8 @@ def columns(row: Row, separate: bool) -> Row:
 def write_results(rows: Sequence[Row], base: Path, form: str, results: ResultsConfig) -> Path:
     """Write the rows in one form, whole or not at all. A cell of CSV holds no list: there columns are always apart."""
     path = Path(f'{base}{ENDINGS[form]}')
+    if path.exists():
+        log.info(f'{path}: written anew')
     table = [columns(row, results.results_separate_col or form == 'csv') for row in rows]
     try:
         with replacing(path) as partial:

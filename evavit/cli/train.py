@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
-from timm.utils import world_info_from_env
+from timm.utils import unwrap_model, world_info_from_env
 
 from evavit.errors import Preempted, UserError, reason_of
 from evavit.training import build, checkpoint, checks, data, distillation, dry_run, loop
@@ -143,6 +143,8 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         log.info(note)
     if few := dry_run.few_updates(updates_per_epoch, len(train_set), batch):
         log.warning(f'warning: {few}')
+    if single := dry_run.one_class(classes, class_names):
+        log.warning(f'warning: {single}')
     log.info(f'{len(train_set)} images, {updates_per_epoch} updates an epoch, {epochs} epochs; output in {folder}')
     writer = None
     if process.primary:
@@ -214,10 +216,12 @@ def train_epoch(
         # The metrics first: a run that dies between the two writes the epoch again, and loses no row.
         writer.epoch(following, train_metrics, eval_metrics, position.lr)
         if eval_metrics:
+            classes = unwrap_model(run.task.get_eval_model()).num_classes
+            told = {name: value for name, value in eval_metrics.items() if classes > 5 or not name.endswith('top5')}
             best, best_epoch = saver.save_epoch(following, eval_metrics[run.config.eval_metric])
             log.info(
                 f'epoch {position.epoch}: '
-                + '  '.join(f'{name} {value:.4g}' for name, value in eval_metrics.items())
+                + '  '.join(f'{name} {value:.4g}' for name, value in told.items())
                 + f'  (best {run.config.eval_metric} {best:.4g} in epoch {best_epoch})'
             )
         else:

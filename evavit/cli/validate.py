@@ -60,7 +60,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
 
     check_agreement(process, config, images=len(dataset), batches=len(loader), class_names=class_names)
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, classes = sum(p.numel() for p in model.parameters()), model.num_classes
     model, compilation = loop.place_model(model, machine, process.device)
 
     evaluator = report.PredictionEvaluator(process.device)
@@ -76,11 +76,10 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     if not all(map(math.isfinite, metrics.values())):
         told = ', '.join(f'{name} {value:g}' for name, value in metrics.items() if not math.isfinite(value))
         raise SharedError(f'{told}: no result; the outputs of the model are not finite in {_precision(machine)}')
-    log.info(
-        f'top-1 {metrics["top1"]:.2f} %  top-5 {metrics["top5"]:.2f} %  loss {metrics["loss"]:.4f}  ({images} images)'
-    )
+    top5 = f'  top-5 {metrics["top5"]:.2f} %' if classes > 5 else ''  # of five or fewer classes it is always 100
+    log.info(f'top-1 {metrics["top1"]:.2f} %{top5}  loss {metrics["loss"]:.4f}  ({images} images)')
     predictions = evaluator.predictions(process)
-    more = detailed_metrics(predictions, model.num_classes, config.run.metrics_avg)
+    more = detailed_metrics(predictions, classes, config.run.metrics_avg)
     if not process.primary:
         return
     if config.run.latency:
@@ -88,7 +87,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         more |= latency(model, size, config.batch.batch_size, process.device, machine, compilation)
     if config.run.report_dir:
         known = class_names or []
-        names = [*known, *map(str, range(len(known), model.num_classes))]
+        names = [*known, *map(str, range(len(known), classes))]
         report.write_report(Path(config.run.report_dir), predictions, names)
         log.info(f'classes.csv, confusion.csv, confusion.png and calibration.csv are in {config.run.report_dir}')
     if config.run.results_file:
@@ -176,6 +175,8 @@ def result_row(
 
 
 def write_results(path: Path, row: Dict[str, Any]) -> None:
+    if path.exists():
+        log.info(f'{path}: written anew')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial, open(partial, 'w', encoding='utf-8', newline='') as file:

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import sys
+import warnings
 from dataclasses import dataclass, field
 from enum import IntEnum
 from logging.handlers import MemoryHandler
@@ -180,6 +181,7 @@ class _LogFile(logging.FileHandler):
 def start_log(primary: bool, for_file: bool = False) -> None:
     """Lines of this package go to standard output of the first process, with `for_file` also to `log_to` once that is
     entered; libraries only warn."""
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # --workers has a bound of its own
     package = logging.getLogger('evavit')
     kept = [MemoryHandler(1000)] if for_file else [it for it in package.handlers if isinstance(it, MemoryHandler)]
     package.handlers.clear()

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -185,6 +185,8 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         lines.append(('steps', steps))
         if few := few_updates(updates, len(train_set), batch):
             lines.append(('warning', few))
+        if single := one_class(classes, names):
+            lines.append(('warning', single))
     if not schedule.warmup_epochs or schedule.sched == 'none':
         warmup = 'none'
     else:
@@ -204,6 +206,13 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         ),
     ]
     return [f'{name:<14} {text}' for name, text in lines]
+
+
+def one_class(classes: Optional[int], names: Optional[Sequence[str]]) -> Optional[str]:
+    """A line where all images are of one class."""
+    if classes != 1:
+        return None
+    return f'one class{f", {names[0]}" if names else ""}: there is nothing to tell apart; give a folder for each class'
 
 
 def few_updates(updates: int, images: int, batch: checks.GlobalBatch) -> Optional[str]:

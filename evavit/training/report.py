@@ -163,7 +163,7 @@ def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -
     header = ['label', 'class', 'images', 'predicted', 'top1', 'top5', 'precision', 'recall', 'f1_score']
     by_class = zip(range(len(names)), names, metrics.images, metrics.predicted, *shares, strict=True)
     bins = [
-        (f'{it.low:.4f}', f'{it.high:.4f}', int(it.images), _percent(it.chance), _percent(it.accuracy))
+        (_percent(it.low), _percent(it.high), int(it.images), _percent(it.chance), _percent(it.accuracy))
         for it in calibration(predictions)
     ]
     try:

@@ -441,6 +441,24 @@ def test_folders_are_walked_as_in_training(infer, hub, tmp_path):
     assert [row['filename'] for row in rows] == ['x.png']
 
 
+def test_names_with_a_dot_are_passed_over_and_results_told_of(infer, call, hub, tmp_path):
+    """What macOS and Jupyter leave, in a folder and in a tar file; where the pictures of attention went."""
+    for name in ('x.png', '._x.png', '.cache/y.png', 'deep/.z.png'):
+        (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'in' / name)
+    with tarfile.open(tmp_path / 'in.tar', 'w') as tar:
+        tar.add(tmp_path / 'in', arcname='.')
+    for place in ('in', 'in.tar'):
+        rows, out = infer('--data-dir', tmp_path / place, '--checkpoint', hub, '--include-attention')
+        assert len(rows) == 1 and out[-1].endswith(f'results.csv; attention in {tmp_path / "attention"}')
+    assert f'{tmp_path / "results.csv"}: written anew' in out
+
+
+def test_more_loading_processes_than_cores_say_nothing(infer, hub, pictures, recwarn):
+    infer('--data-dir', pictures[0], '--checkpoint', hub, '--workers', str((os.cpu_count() or 1) + 1), '-b', '1')
+    assert not [it for it in recwarn if 'This DataLoader will create' in str(it.message)]
+
+
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit):
         load_script('inference').main(['--help'])

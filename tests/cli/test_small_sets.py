@@ -195,6 +195,17 @@ def test_warm_up_of_few_epochs(flags, epochs, expected):
     assert len(config.notes) == (expected < 3)
 
 
+def test_one_class_is_told_of(run, undivided, tmp_path):
+    shutil.copytree(undivided / 'apple', tmp_path / 'one' / 'apple')
+    for flags, line in (
+        (['--dry-run'], 'one class, apple: there'),
+        ([], 'warning: one class, apple: there is nothing'),
+    ):
+        code, out, err = run('run', *flags, data=tmp_path / 'one')
+        assert code == 0 and line in out, err
+    assert 'top1 100' in out and 'top5' not in out
+
+
 def test_what_cannot_be_divided_is_one_line(run, call, images, undivided, tmp_path):
     code, _, err = run('run', data=images)
     assert code == 2 and 'has val to validate on; leave --val-fraction out' in err and err.count('\n') == 1

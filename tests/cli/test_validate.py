@@ -156,6 +156,7 @@ def test_metrics_of_classes_calibration_and_latency(train, images, judged, call,
     place = ['--checkpoint', folder / 'last.pth.tar', '--data-dir', images]
     done = together(load_script('validate').main, *place, '--workers', '0', '-b', '3', '--device', 'cpu', *flags)
     assert done.returncodes == [0, 0], done.stderr
+    assert 'top-1' in done.stdout and 'top-5' not in done.stdout  # of three classes
     assert json.loads((tmp_path / 'two.json').read_text())['weighted_f1_score'] == row['weighted_f1_score']
     assert (tmp_path / 'two' / 'confusion.csv').read_text() == (tmp_path / 'report' / 'confusion.csv').read_text()
 

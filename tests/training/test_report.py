@@ -92,6 +92,11 @@ def test_files(predictions, tmp_path):
     np.testing.assert_array_equal(
         np.array([line[1:] for line in lines], int), report.confusion_matrix(predictions, CLASSES)
     )
+    with open(tmp_path / 'deep' / 'report' / 'calibration.csv', newline='') as file:
+        bins = list(csv.DictReader(file))
+    assert float(bins[0]['above']) == 0 and float(bins[-1]['up_to']) == 100  # in percent, as the probabilities
+    for each in bins:
+        assert not each['probability'] or float(each['above']) <= float(each['probability']) <= float(each['up_to'])
     with Image.open(tmp_path / 'deep' / 'report' / 'confusion.png') as picture:
         assert picture.size[1] > CLASSES * 40
     (tmp_path / 'file').touch()
