@@ -29,7 +29,7 @@ from evavit.layers import EvaAttention
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
 from evavit.version import __version__
 
-__all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config', 'source_folder', 'why_not_fetched']
+__all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config']
 
 RUN_WEIGHTS = ('model_best.safetensors', 'last.safetensors')  # of a run's folder, the best first
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared

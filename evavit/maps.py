@@ -21,7 +21,7 @@ from torch import nn
 from evavit.arguments import check_type, shown
 from evavit.layers import EvaAttention1d, GridAttention
 from evavit.layers.converted import given_tokens
-from evavit.models import warn_of_cut
+from evavit.models._grid import warn_of_cut
 
 __all__ = ['AttentionMap', 'attention_maps', 'attention_rollout', 'overlay_attention']
 

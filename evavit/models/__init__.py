@@ -10,7 +10,7 @@ from typing import Any, Callable
 from timm.models import model_entrypoint
 
 from ._converted import ConvertedModel, convert_vit, revert_vit
-from ._grid import Family, Variant, families, list_models, model_names, softmax_twin, variants, warn_of_cut
+from ._grid import Family, Variant, families, list_models, model_names, softmax_twin, variants
 from ._weights import fit_checkpoint, fit_strictly, read_weights, write_weights
 
 for _module in pkgutil.iter_modules(__path__):
@@ -36,7 +36,6 @@ __all__ = [
     'revert_vit',
     'softmax_twin',
     'variants',
-    'warn_of_cut',
     'write_weights',
 ]
 __all__ += [name for name in model_names() if name.startswith('eva_')]

@@ -28,8 +28,8 @@ from evavit.models import (
     convert_vit,
     fit_strictly,
     revert_vit,
-    warn_of_cut,
 )
+from evavit.models._grid import warn_of_cut
 from evavit.training.checks import check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
