@@ -54,6 +54,7 @@ KEY = (
     'torchcompile',
     'ddp',
     'workers',  # train: loading processes of each GPU
+    'augment_device',  # train: what decodes and augments
     'device',
 )
 COLUMNS = (
@@ -371,6 +372,7 @@ def train(args, flags, process, store):
                 amp_dtype=config.machine.amp_dtype if config.machine.amp else 'float32',
                 torchcompile='no' if mode == 'eager' else mode,
                 workers=workers,
+                augment_device=config.machine.augment_device,
                 run_s=round(seconds, 1),
             )
             written = all((run / name).exists() for name in ('last.pth.tar', 'model_best.pth.tar', 'summary.csv'))

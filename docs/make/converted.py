@@ -2,7 +2,7 @@
 """When a converted ViT pays, and how near it is to its parent: python docs/make/converted.py
 
 Draws docs/images/converted.svg from results/convert_h200.csv, which `benchmark.py --bench convert` wrote. `tables.py`
-writes the tables, those of accuracies and of features from results/tiny_imagenet_h200.csv and vit_small_14_h200.csv
+writes the tables, those of accuracies and of features from results/tiny_imagenet*_h200.csv and vit_small_14_h200.csv
 (experiments/). Needs matplotlib.
 """
 
@@ -11,7 +11,8 @@ import argparse
 import pages
 
 SPEED, ALONE = 'convert_h200.csv', 'op_converted_h200.csv'
-ACCURACY, FOREIGN = 'tiny_imagenet_h200.csv', 'vit_small_14_h200.csv'
+ACCURACY, TRAINED = 'tiny_imagenet_h200.csv', 'tiny_imagenet_trained_h200.csv'
+FOREIGN = 'vit_small_14_h200.csv'
 PICTURE = pages.ROOT / 'docs' / 'images' / 'converted.svg'
 COLOURS = {192: '#edae49', 384: '#00798c', 768: '#d1495b', 1024: '#30638e'}
 CELLS = {'49 cells': 'o', 'cells of 3': 's'}
@@ -83,6 +84,28 @@ def accuracy() -> str:
     )
 
 
+KINDS = {'ce': 'the labels alone', 'logit': "labels and the parent's logits", 'both': 'labels, logits and tokens'}
+
+
+def trained() -> str:
+    """Top-1 after training on: a row for each size and kind, a column for each number of epochs."""
+    rows, lines = pages.read_results(TRAINED), []
+    parent, start = pages.pick(rows, run='parent-s0')[0], pages.pick(rows, epochs='0', count_cells='outside')
+    sizes = {f'{row["window_size"]}, {row["partition_grid"]}': row for row in start}
+    epochs = sorted({int(row['epochs']) for row in rows if row['kind']})
+    for size, first in sizes.items():
+        keys = {key: first[key] for key in ('window_size', 'partition_grid')}
+        for kind, text in KINDS.items():
+            runs = pages.pick(rows, kind=kind, **keys)
+            if not runs:
+                continue
+            top1 = {int(row['epochs']): row['top1'] for row in runs}
+            after = [f'{top1[count]} %' if count in top1 else '–' for count in epochs]
+            lines.append([SIZES[size], text, f'{first["top1"]} %', *after])
+    columns = ['a query sees', 'compared with', 'as converted', *(f'{count} epochs' for count in epochs)]
+    return f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n{pages.origins(rows)} One seed.'
+
+
 def foreign() -> str:
     """Cosines of a converted ViT-S/14's features with the original's: a row for each side and cells."""
     rows, lines = pages.read_results(FOREIGN), []
@@ -104,16 +127,17 @@ def evidence() -> str:
     forward, training = (dict(ratios(rows, width, '49 cells', column))[side] for column in COLUMNS)
     rows = pages.read_results(ACCURACY)
     parent = pages.pick(rows, run='parent-s0')[0]['top1']
-    half, eighth = (
-        pages.pick(rows, window_size=size, partition_grid=size, epochs='0', count_cells='outside')[0]['top1']
-        for size in (8, 4)
-    )
+    half = pages.pick(rows, window_size=8, partition_grid=8, epochs='0', count_cells='outside')[0]['top1']
+    rows = pages.read_results(TRAINED)
+    before = pages.pick(rows, run='parent-s0')[0]['top1']
+    trained = pages.pick(rows, run='E16-C16-outside-both-20-s0')[0]
     where, size = 'docs/convert.md', f'{side:,} × {side:,} pixels'
     return (
         f'* **Speed**: at {size} a converted ViT of width {width} answers {forward:.2f} times as fast\n'
         f'  as with softmax, and its training step is {training:.2f} times as fast ([convert]({where}#when-it-pays)).\n'
         f'* **Accuracy**: a DeiT-Tiny with {parent} % top-1 on Tiny-ImageNet has {half} % right after its conversion,\n'
-        f'  before any training, where a query sees half of the tokens, and {eighth} % where it sees an eighth\n'
+        f'  before any training, where a query sees half of the tokens. Another of {before} %, converted so that\n'
+        f'  it sees an eighth, has {trained["top1"]} % after {trained["epochs"]} epochs of distillation\n'
         f'  ([convert]({where}#how-near-it-is)).'
     )
 

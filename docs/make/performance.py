@@ -382,3 +382,32 @@ def draw() -> None:
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PLOT, metadata={'Date': None, 'Description': digest()})
     plt.close(figure)
+
+
+def fed() -> str:
+    """The loader of --augment-device, alone and beside the training step."""
+    rows, lines = pages.read_results('data_h200.csv'), []
+    for row in rows:
+        share = float(row['both_img_per_s']) / float(row['step_img_per_s'])
+        rates = [f'{float(row[key]):,.0f}' for key in ('img_per_s', 'step_img_per_s', 'both_img_per_s')]
+        lines.append([f'`{row["model"]}`', row['augment_device'], *rates, f'{100 * share:.0f} %', row['commit']])
+    columns = ['model', 'augmented by', 'loader alone', 'step alone', 'both', 'of the step', 'commit']
+    return f'{pages.table(columns, lines)}\n\n{origins(rows)}'
+
+
+LOADERS = {
+    'cuda': "`--augment-device cuda`: timm's draws, Pillow's result",
+    'dali': 'NVIDIA DALI, its own RandAugment',
+    'kornia': 'nvJPEG, then kornia by batch',
+    'cpu': "the CPU path: timm's transforms in 14 processes",
+    'torchvision': 'nvJPEG, then torchvision.transforms.v2 image by image',
+}
+
+
+def loaders() -> str:
+    """The libraries of experiments/loaders/run.py, the fastest first."""
+    rows = sorted(pages.read_results('loaders_h200.csv'), key=lambda row: -float(row['images_per_second']))
+    lines = [
+        [LOADERS[row['contender']], row['version'] or '–', f'{float(row["images_per_second"]):,.0f}'] for row in rows
+    ]
+    return f'{pages.table(["batches by", "version", "images a second"], lines)}\n\n{origins(rows)}'

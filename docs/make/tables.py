@@ -120,7 +120,9 @@ TABLES = {  # of each page, by the name of its markers
         'op': performance.op,
         'layer': performance.layer,
         'cpu': performance.cpu_models,
+        'loaders': performance.loaders,
     },
+    'docs/training.md': {'fed': performance.fed},
     'docs/deploy.md': {
         'exported': exported.table,
         'operators': exported.operators_table,
@@ -132,6 +134,7 @@ TABLES = {  # of each page, by the name of its markers
         'speed': converted.speed,
         'alone': converted.alone,
         'accuracy': converted.accuracy,
+        'trained': converted.trained,
         'foreign': converted.foreign,
     },
 }

@@ -60,7 +60,7 @@ def decoded(args, device):
 def ours(place):
     def batches(args, process):
         flags = ['--model', 'eva_deit_tiny', '--aa', AA, '--reprob', '0.25', '-b', str(args.batch_size)]
-        flags += ['--interpolation', 'bicubic', '--augment-device', place, '--workers', str(args.workers)]
+        flags += ['--augment-device', place, '--workers', str(args.workers)]
         settings, _ = parse_settings('train', [*flags, '--data-dir', str(args.data_dir)])
         opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=args.batch_size, seed=0)
         loader = data.train_loader(
@@ -182,12 +182,13 @@ def main(argv=None):
     parser.add_argument('--held', type=int, default=32, help='batches before the clock runs (32)')
     parser.add_argument('--seconds', type=float, default=3, help='of each pass (3)')
     parser.add_argument('--repeats', type=int, default=3, help='passes; the median counts (3)')
+    parser.add_argument('--device', help='cuda, cpu (default: cuda where there is one)')
     args = parser.parse_args(argv)
     if not (args.data_dir / 'train').is_dir():
         raise UserError(f'--data-dir {args.data_dir}: no folder train in it; tools/build_photos.py makes one')
     if args.results_file:
         check_writable(args.results_file)
-    process = start_process(None)
+    process = start_process(args.device)
     for contender in args.contenders:
         if contender == 'cuda' and process.device.type != 'cuda':
             print(f'{contender}: needs a GPU', flush=True)

@@ -1,0 +1,38 @@
+"""experiments/loaders on a CPU: the contenders that need no GPU, and one line for what is not there."""
+
+import csv
+import sys
+
+import pytest
+from PIL import Image
+from programs import load_program
+
+from evavit.errors import run_script
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(4):
+        path = tmp_path / 'data' / ('validation' if number < 2 else 'train') / str(number % 2) / f'{number}.jpg'
+        path.parent.mkdir(parents=True)
+        Image.effect_noise((90, 60), 40).convert('RGB').save(path)
+    return tmp_path / 'data'
+
+
+def test_a_row_for_each_contender(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'kornia.augmentation', None)
+    program, file = load_program('experiments/loaders/run.py'), tmp_path / 'rows.csv'
+    flags = ['-b', '2', '--workers', '1', '--held', '1', '--seconds', '0.1', '--repeats', '1', '--device', 'cpu']
+    contenders = ['--contenders', 'cpu', 'cuda', 'torchvision', 'kornia']
+    command = ['--data-dir', photos, '--results-file', file, *flags, *contenders]
+    assert run_script(program.main, list(map(str, command))) == 0
+    out = capsys.readouterr().out
+    assert 'cuda: needs a GPU' in out and 'kornia: not installed' in out
+    with open(file, newline='') as stream:
+        rows = {row['contender']: row for row in csv.DictReader(stream)}
+    assert list(rows) == ['cpu', 'torchvision'] and all(float(row['images_per_second']) > 0 for row in rows.values())
+
+
+def test_no_photographs_are_a_line(tmp_path, capsys):
+    assert run_script(load_program('experiments/loaders/run.py').main, ['--data-dir', str(tmp_path)]) == 2
+    assert 'tools/build_photos.py' in capsys.readouterr().err
