@@ -3,7 +3,9 @@
 import pytest
 from programs import load_program
 
-EMPTY = dict.fromkeys(('device', 'torch', 'timm', 'commit', 'date', 'no_sync_ms', 'ms', 'data_wait', 'workers'), '')
+EMPTY = dict.fromkeys(
+    ('device', 'torch', 'timm', 'commit', 'date', 'no_sync_ms', 'ms', 'data_wait', 'workers', 'augment_device'), ''
+)
 
 
 def row(bench, gpus, mode, rate, **values):
@@ -40,7 +42,7 @@ def test_measured_beside_predicted(table):
         row('weak', 2, 'no', 190, ms='10.5', no_sync_ms='9.0'),
         row('weak', 4, 'no', 380, ms='10.5', no_sync_ms='10.6'),
         row('strong', 2, 'no', 900, status='failed'),
-        row('train', 2, 'no', 150, workers='3', data_wait='0.25'),
+        row('train', 2, 'no', 150, workers='3', augment_device='cpu', data_wait='0.25'),
     )
     one, two = (
         line.split(' | ')
@@ -50,4 +52,4 @@ def test_measured_beside_predicted(table):
     assert one[3] == '400 img/s (reduce-overhead)'
     assert two[3] == '190 img/s (eager), 95 %, exchange 1.5 of 10.5 ms' and two[5] == 'not measured |'
     assert '95 %, exchange less than 0.5 of 10.5 ms' in text
-    assert '2 GPUs, 3 workers each' in text and '150 img/s, of which it waits 25 %' in text
+    assert '2 GPUs, 3 workers each, images made by cpu' in text and '150 img/s, of which it waits 25 %' in text
