@@ -197,7 +197,10 @@ def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:
     name = config.model or ''
     if _is_converted(path, name):
         if not config.convert:
-            raise UserError(f'{path} is of a converted model: add --convert and its --convert-kwargs')
+            raise UserError(
+                f'{path} is of a converted model: add --convert and its --convert-kwargs; for --kd-model-name parent '
+                f'give weights from before the conversion'
+            )
         return {}  # they are loaded after the conversion
     classes = head_classes(name, read_weights(path))
     return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=classes or -1))

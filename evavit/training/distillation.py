@@ -194,6 +194,7 @@ def build_teacher(
         return None
     _check_hub(settings, config.run.dry_run)
     source = _source(config)
+    build.name_converted(source)
     path = source.initial_checkpoint or source.pretrained_path
     if not path and timm.is_model((source.model or '').split('.')[0]) and not build.has_weights(source.model or ''):
         raise UserError(f'kd_model_name {name}: timm publishes no weights for it; give --kd-pretrained-path FILE')
@@ -238,7 +239,8 @@ def _source(config: TrainConfig) -> ModelConfig:
     found.model.model, found.model.model_kwargs = settings.kd_model_name, settings.kd_model_kwargs
     found.weights.checkpoint = settings.kd_pretrained_path
     found.model.in_chans = config.model.in_chans
-    complete_from_checkpoint(found, {'model', 'in_chans'})
+    if settings.kd_pretrained_path:
+        complete_from_checkpoint(found, {'model', 'in_chans'})
     return replace(
         found.model, pretrained=not settings.kd_pretrained_path, initial_checkpoint=settings.kd_pretrained_path
     )

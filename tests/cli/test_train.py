@@ -290,6 +290,8 @@ def test_a_converted_network_as_the_model(train, call, images, tmp_path, monkeyp
     """--model FOLDER --pretrained: a run goes on from it, and its checkpoints need the folder no more."""
     parent = timm.create_model('vit_tiny_patch16_224', num_classes=5, in_chans=1, **SOFTMAX)
     folder = save_folder(evavit.convert_vit(parent, window_size=2), tmp_path / 'mine', data='x', licence='mit')
+    teacher = evavit.convert_vit(timm.create_model('vit_tiny_patch16_224', num_classes=3, in_chans=1, **SOFTMAX))
+    save_folder(teacher, tmp_path / 'teacher', data='x', licence='mit')
     monkeypatch.setattr('evavit.hub.download_from_hf', lambda name, file: str(folder / file))
     name = f'{source}{folder}' if source == 'local-dir:' else 'hf-hub:me/mine'
     tuned = train('tuned', '--lr', '0', model=['--model', name, '--pretrained'])
@@ -298,5 +300,8 @@ def test_a_converted_network_as_the_model(train, call, images, tmp_path, monkeyp
     save_folder(parent, folder, data='x', licence='mit', overwrite=True)  # what it was no longer matters
     model = evavit.load_converted(tuned)
     assert torch.equal(model.blocks[0].attn.qkv.weight, parent.blocks[0].attn.qkv.weight) and model.num_classes == 3
+    taught = train('taught', '--kd-model-name', f'local-dir:{tmp_path / "teacher"}', '--in-chans', '1')
+    about = yaml.safe_load((taught / 'args.yaml').read_text())
+    assert about['kd_model_name'].endswith('teacher')
     code, out, err = call('validate', '--checkpoint', tuned, '--data-dir', images, '--workers', '0', '--device', 'cpu')
     assert code == 0, out + err
