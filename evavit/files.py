@@ -1,6 +1,5 @@
 """Files that a crash or a full disk leaves as they were, and that tell whether a bit of them has changed since."""
 
-import errno
 import hashlib
 import json
 import os
@@ -11,7 +10,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Iterator, Optional, Sequence, Union
 
-__all__ = ['BLANK', 'DamagedError', 'is_stamped', 'replacing', 'replacing_in', 'stamp', 'sync_folder', 'why_no_file']
+from evavit.errors import UserError, reason_of
+
+__all__ = [
+    'BLANK',
+    'DamagedError',
+    'is_stamped',
+    'new_folder',
+    'replacing',
+    'replacing_in',
+    'stamp',
+    'sync_folder',
+    'why_no_file',
+]
 
 WEIGHTS = ('model_best.safetensors', 'last.safetensors', 'model.safetensors')  # as runs and save_folder call them
 DAY = 24 * 60 * 60  # seconds
@@ -42,13 +53,10 @@ def replacing(path: Union[str, Path], durable: bool = False, shared: bool = Fals
     _remove(partial)  # what a killed process left
     try:
         yield partial
-        if partial.is_dir():
-            _replace_folder(partial, Path(path))
-            return
-        if durable:
+        if durable and not partial.is_dir():
             with open(partial, 'rb+') as file:
                 os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(partial, path)  # a folder only in the place of none, or of an empty one
         partial.unlink(missing_ok=True)  # still there where both were names of one file
         if durable:
             sync_folder(partial.parent)
@@ -56,6 +64,26 @@ def replacing(path: Union[str, Path], durable: bool = False, shared: bool = Fals
         with suppress(OSError):
             _remove(partial)
         raise
+
+
+@contextmanager
+def new_folder(path: Union[str, Path]) -> Iterator[Path]:
+    """`replacing` for a folder that a user names: one that is not there yet, or is empty.
+
+    Raises:
+        UserError: It holds something, which would be lost, or cannot be made.
+    """
+    place = Path(os.path.realpath(path))  # of a link the folder that it leads to
+    try:
+        if place.is_dir() and (any(place.iterdir()) or place == Path.cwd()):
+            raise UserError(f'{path} is there already; name a folder that is new, or an empty one that you are not in')
+        if place.exists() and not place.is_dir():
+            raise UserError(f'{path} is a file; name a folder')
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({reason_of(error)})') from error
 
 
 @contextmanager
@@ -108,24 +136,6 @@ def sync_folder(folder: Union[str, Path]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _replace_folder(new: Path, place: Path) -> None:
-    """Put a folder in the place of another or of none; never in that of a file."""
-    if not place.is_dir():
-        if place.exists():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-        os.replace(new, place)
-        return
-    old = Path(f'{place}.old.partial')
-    _remove(old)
-    os.replace(place, old)
-    try:
-        os.replace(new, place)
-    except BaseException:
-        os.replace(old, place)
-        raise
-    _remove(old)
 
 
 def _remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import re
 import resource
 import zipfile
 
@@ -12,7 +13,8 @@ import torch
 from timm.models import load_state_dict
 
 from evavit import files
-from evavit.files import BLANK, is_stamped, replacing, replacing_in, stamp
+from evavit.errors import UserError
+from evavit.files import BLANK, is_stamped, new_folder, replacing, replacing_in, stamp
 from evavit.models import read_weights
 
 
@@ -38,41 +40,47 @@ def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
     assert (tmp_path / 'file').read_text() == 'new'
 
 
-def test_a_folder_takes_the_place_of_one_that_is_not_empty(tmp_path):
-    folder = tmp_path / 'folder'
-    folder.mkdir()
-    (folder / 'old').touch()
-    with pytest.raises(KeyboardInterrupt), replacing(folder) as partial:
+@pytest.mark.parametrize('name', ['file', 'folder', 'link'])
+def test_a_folder_takes_no_other_s_place(tmp_path, name):
+    """Only that of an empty one: what a folder holds is the user's."""
+    path = tmp_path / 'folder'
+    path.mkdir()
+    (path / 'precious').touch()
+    path = tmp_path / name
+    if name == 'link':
+        path.symlink_to('folder')
+    elif name == 'file':
+        path.write_text('precious')
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OSError), replacing(path) as partial:
+        partial.mkdir()
+    with pytest.raises(UserError, match='is a file; name' if name == 'file' else 'is there already; name'):
+        new_folder(path).__enter__()
+    assert sorted(tmp_path.iterdir()) == before and [file.name for file in (tmp_path / 'folder').iterdir()]
+    assert name != 'file' or path.read_text() == 'precious'
+
+
+@pytest.mark.parametrize('name', ['new', 'deep/new', 'empty', 'link'])
+def test_a_folder_that_a_user_names_is_made(tmp_path, name):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'link').symlink_to('empty')
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / name) as partial:
         partial.mkdir()
         raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ['folder'] and (folder / 'old').exists()
-    with replacing(folder) as partial:
+    assert not list(tmp_path.rglob('*.partial'))
+    with new_folder(tmp_path / name) as partial:
         partial.mkdir()
-        (partial / 'new').touch()
-    assert [path.name for path in folder.iterdir()] == ['new']
+        (partial / 'file').touch()
+    assert [path.name for path in (tmp_path / name).iterdir()] == ['file'] and (tmp_path / 'link').is_symlink()
 
 
-@pytest.mark.parametrize('name', ['file', 'folder'])
-def test_a_folder_that_cannot_take_the_place_leaves_what_is_there(tmp_path, monkeypatch, name):
-    """In the place of a file it never stands; a rename that fails is taken back."""
-    path = tmp_path / name
-    if name == 'file':
-        path.write_text('precious')
-    else:
-        path.mkdir()
-        (path / 'precious').touch()
-        rename = os.replace
-
-        def fail(source, target):
-            if str(source).endswith('folder.partial'):
-                raise OSError(5, 'Input/output error')
-            rename(source, target)
-
-        monkeypatch.setattr(os, 'replace', fail)
-    with pytest.raises(OSError, match=r'Not a directory|Input/output'), replacing(path) as partial:
-        partial.mkdir()
-    assert [each.name for each in tmp_path.iterdir()] == [name]
-    assert path.read_text() == 'precious' if name == 'file' else (path / 'precious').exists()
+def test_a_folder_that_cannot_be_made_is_a_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').touch()
+    for path, words in (('.', 'that you are not in'), ('file/new', 'cannot be written (File exists)')):
+        with pytest.raises(UserError, match=re.escape(words)), new_folder(path) as partial:
+            partial.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
 def test_a_full_disk_leaves_the_file(tmp_path):

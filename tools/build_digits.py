@@ -2,7 +2,7 @@
 """Write scikit-learn's Digits as an image folder: python tools/build_digits.py DIR
 
 1,797 scans of handwritten digits, 8 × 8 grey, enlarged to 32 × 32; DIR/train (1,437) and DIR/validation (360) by a
-fixed, stratified split. A folder that is complete is left as it is.
+fixed, stratified split. A folder that is complete is left as it is, one that holds anything else, too.
 """
 
 import sys
@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from evavit.arguments import Parser
-from evavit.errors import UserError, run_script
-from evavit.files import replacing
+from evavit.errors import run_script
+from evavit.files import new_folder
 
 SIDE = 32
 COUNTS = {'train': 1437, 'validation': 360}
@@ -29,7 +29,7 @@ def build(folder):
     train, validation = train_test_split(
         indices, test_size=COUNTS['validation'], random_state=0, stratify=digits.target
     )
-    with replacing(folder) as partial:
+    with new_folder(folder) as partial:
         for split, members in (('train', train), ('validation', validation)):
             for index in members:
                 target = partial / split / str(digits.target[index])
@@ -43,9 +43,6 @@ def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path)
     folder = parser.parse_args(argv).folder
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f'{folder} is a file; name a folder')
-    folder.parent.mkdir(parents=True, exist_ok=True)
     done = 'built' if build(folder) else 'already there'
     print(f'{folder}: {" + ".join(map(str, COUNTS.values()))} images, {done}')
 

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from evavit.files import replacing
+from evavit.errors import run_script
+from evavit.files import new_folder
 
 WIDTH, HEIGHT, CLASSES = 500, 375, 10
 
@@ -28,20 +29,20 @@ def write(folder, count, seed):
         top, left = rng.integers(photo.shape[0] - HEIGHT + 1), rng.integers(photo.shape[1] - WIDTH + 1)
         crop = photo[top : top + HEIGHT, left : left + WIDTH][:, :: rng.choice((-1, 1))]
         tinted = (crop * rng.uniform(0.8, 1.2, 3) + rng.normal(0, 4, crop.shape)).clip(0, 255).astype(np.uint8)
-        with replacing(target / f'{number:05d}.jpg') as partial:
-            Image.fromarray(tinted).save(partial, format='JPEG', quality=90)
+        Image.fromarray(tinted).save(target / f'{number:05d}.jpg', quality=90)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path)
     parser.add_argument('--images', type=int, default=256, help='images to train on; an eighth as many to validate on')
-    args = parser.parse_args()
-    for split, count in (('train', args.images), ('validation', max(CLASSES, args.images // 8))):
-        write(args.folder / split, count, seed=len(split))
+    args = parser.parse_args(argv)
+    with new_folder(args.folder) as folder:
+        for split, count in (('train', args.images), ('validation', max(CLASSES, args.images // 8))):
+            write(folder / split, count, seed=len(split))
     sizes = [path.stat().st_size for path in args.folder.glob('train/*/*.jpg')]
     print(f'{args.folder}: {len(sizes)} images to train on, {np.mean(sizes) / 1024:.0f} KiB on average')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -15,7 +15,6 @@ The pictures are CC BY-NC-SA 4.0: use them, do not pass them on. They are scaled
 import argparse
 import importlib.util
 import os
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 from evavit.errors import UserError, run_script
+from evavit.files import new_folder
 
 BLOCK, EVERY = 60, 5
 TASKS = ('type', 'defect')
@@ -54,29 +54,26 @@ def read_labels(source):
 
 def build(folder, source, side, images=None):
     """Write the folders, with at most `images` pictures of each class and split. Returns {(task, split): counts}."""
-    partial = folder.with_name(folder.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)
     counts = {(task, split): Counter() for task in TASKS for split in ('train', 'validation')}
-    for name, labels, split in read_labels(source):
-        picture = None
-        for task in TASKS:
-            count = counts[task, split]
-            if images is not None and count[labels[task]] >= images:
-                continue
-            count[labels[task]] += 1
-            target = Path(partial, task, split, labels[task], Path(name).stem + '.jpg')
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if picture is not None:
-                os.link(picture, target)  # the same file in the other task
-                continue
-            try:
-                with Image.open(source / name) as image:
-                    image.convert('L').resize((side, side), Image.Resampling.BICUBIC).save(target, quality=QUALITY)
-            except OSError as error:
-                raise UserError(f'{source / name}: cannot be read ({error})') from error
-            picture = target
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with new_folder(folder) as partial:
+        for name, labels, split in read_labels(source):
+            picture = None
+            for task in TASKS:
+                count = counts[task, split]
+                if images is not None and count[labels[task]] >= images:
+                    continue
+                count[labels[task]] += 1
+                target = Path(partial, task, split, labels[task], Path(name).stem + '.jpg')
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if picture is not None:
+                    os.link(picture, target)  # the same file in the other task
+                    continue
+                try:
+                    with Image.open(source / name) as image:
+                        image.convert('L').resize((side, side), Image.Resampling.BICUBIC).save(target, quality=QUALITY)
+                except OSError as error:
+                    raise UserError(f'{source / name}: cannot be read ({error})') from error
+                picture = target
     return counts
 
 
@@ -89,7 +86,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.side < 1 or (args.images is not None and args.images < 1):
         raise UserError('--side and --images must be at least 1')
-    args.folder.parent.mkdir(parents=True, exist_ok=True)
     counts = build(args.folder, args.source or find_package(), args.side, args.images)
     for (task, split), count in counts.items():
         total, (name, most) = count.total(), count.most_common(1)[0]

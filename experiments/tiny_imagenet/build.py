@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 from evavit.errors import UserError, run_script
-from evavit.files import replacing
+from evavit.files import new_folder, replacing
 
 SPLITS = ('train', 'held', 'val')
 
@@ -46,7 +46,7 @@ def source_pictures(source, held, seed):
 
 
 def build(folder, source, held, seed):
-    with replacing(folder) as partial:
+    with new_folder(folder) as partial:
         for split, label, path in source_pictures(source, held, seed):
             target = Path(partial, split, label, path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,6 @@ def main(argv=None):
         raise UserError('give one of --source, --pack and --unpack')
     if not 0 < args.held < 1 or args.files < 1:
         raise UserError('--held must be between 0 and 1, --files at least 1')
-    args.folder.parent.mkdir(parents=True, exist_ok=True)
     if args.source:
         build(args.folder, args.source, args.held, args.seed)
         for split in SPLITS:

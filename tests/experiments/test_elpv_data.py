@@ -40,6 +40,8 @@ def test_blocks_stay_together(source, tmp_path, monkeypatch, capsys):
     assert '; always poly: 50.0 %' in capsys.readouterr().out
     assert run_script(tool.main, [str(tmp_path / 'few'), '--source', str(source), '--images', '2']) == 0
     assert len(list((tmp_path / 'few' / 'defect' / 'train').glob('*/*'))) == 8
+    assert run_script(tool.main, [str(tmp_path), '--source', str(source)]) == 2
+    assert 'is there already' in capsys.readouterr().err and source.is_dir()
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def test_pictures_are_sorted_packed_and_unpacked(build, source, tmp_path, capsys
     assert all((source / 'train' / key.split('/')[1] / 'images' / key.split('/')[2]).read_bytes() == value
                for key, value in found.items() if not key.startswith('val/'))  # fmt: skip
     assert call('again', '--source', source, '--held', '0.25') == 0
-    assert content(tmp_path / 'again') == found
+    assert call('tiny', '--source', source, '--held', '0.5') == 2 and 'is there already' in capsys.readouterr().err
+    assert content(tmp_path / 'again') == content(tmp_path / 'tiny') == found
     assert call('tiny', '--pack', tmp_path / 'packed', '--files', '3') == 0
     files = sorted((tmp_path / 'packed').iterdir())
     sizes = [path.stat().st_size for path in files]
