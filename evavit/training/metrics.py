@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib.util
+import itertools
 import logging
 import os
 import shutil
@@ -119,7 +120,7 @@ class MetricsWriter:
         self.run, self.class_names, self.data_config = run, class_names, data_config
         self.summary = folder / 'summary.csv'
         self.shown: Optional[Samples] = None
-        if self.summary.exists():
+        if os.path.lexists(self.summary):
             self._trim_summary(position.epoch)
         update = run.done(position)
         # At an epoch's last update its validation is still to come. A run that was killed after that has drawn it
@@ -159,12 +160,29 @@ class MetricsWriter:
             self._write_hyperparameters({}, ended=True)
 
     def _trim_summary(self, epoch: int) -> None:
+        """Drop the rows from `epoch` on. A file that is not this run's is no reason to stop it, and is kept."""
         try:
+            self._check_summary(epoch)
             self._rewrite_summary(lambda name: trim_summary(name, epoch))
-        except (ValueError, csv.Error) as error:  # no reason to stop the run: TensorBoard has the metrics so far too
-            damaged = f'{self.summary}.damaged'
-            log.warning(f'warning: {self.summary} is no summary of a run ({str(error)[:80]}): kept as {damaged}')
-            os.replace(self.summary, damaged)
+        except (OSError, ValueError, csv.Error) as error:
+            names = (f'{self.summary}.damaged{number or ""}' for number in itertools.count())
+            kept = next(name for name in names if not os.path.lexists(name))
+            log.warning(f'warning: {self.summary} is no summary of this run ({str(error)[:80]}): kept as {kept}')
+            os.replace(self.summary, kept)
+
+    def _check_summary(self, epoch: int) -> None:
+        """ValueError or csv.Error where the file is not one of this run, which has come to `epoch`."""
+        if not self.summary.is_file():
+            raise ValueError('no file')
+        with open(self.summary, newline='', encoding='utf-8') as file:
+            reader = csv.DictReader(file)
+            columns, rows = reader.fieldnames or ['epoch', 'train_loss'], list(reader)
+        if columns[0] != 'epoch' or 'train_loss' not in columns:
+            raise ValueError('other columns')
+        if not all(float(row['epoch']).is_integer() for row in rows):
+            raise ValueError('an epoch that is no whole number')
+        if not epoch and len(rows) > 1:  # one is what a kill before the first checkpoint leaves
+            raise ValueError('epochs of another run')
 
     def _fit_summary(self, name: str, columns: List[str]) -> None:
         """Columns that the new settings of a resumed run lack move to the end."""
@@ -248,7 +266,9 @@ class MetricsWriter:
             self.writer.close()
 
     def _name(self, label: int) -> str:
-        return self.class_names[label] if self.class_names else str(label)
+        """A class's name: its number where there is none, as where --num-classes is more than --class-map names."""
+        names = self.class_names or []
+        return names[label] if label < len(names) else str(label)
 
     def _picture(self, samples: Samples) -> np.ndarray:
         """Images class by class, right ones before wrong ones: under each what was predicted, and the truth where that
@@ -277,7 +297,7 @@ def train_points(folder: Path, update: int) -> List[Tuple[str, float, float]]:
     """(name, value, time) of the scalars of training that a run's newest event file with that update has."""
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    for path in sorted(folder.glob('events.out.tfevents.*'), reverse=True):
+    for path in sorted(filter(Path.is_file, folder.glob('events.out.tfevents.*')), reverse=True):
         events = (event for event in LegacyEventFileLoader(str(path)).Load() if event.step == update)
         found = [(value.tag, value.simple_value, event.wall_time) for event in events for value in event.summary.value]
         points = [point for point in found if point[0].startswith('train/')]

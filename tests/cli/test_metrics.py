@@ -10,7 +10,7 @@ import timm
 import torch
 from ops.eva.references import mass_loop
 from PIL import Image
-from runs import MODEL, QUICK, scalars
+from runs import CLASSES, MODEL, QUICK, scalars
 
 import evavit
 from evavit.layers import EvaAttention
@@ -79,6 +79,16 @@ def test_health_is_of_what_the_layers_are_given(name):
         sizes = layer.window_size, layer.partition_grid, layer.count_cells, layer.num_prefix_tokens
         expected = mass_loop(q, k, (4, 4), layer.summary_k(), table, *sizes)
         assert list(health[key].values()) == pytest.approx(expected.mean((1, 2, 3)).tolist())
+
+
+def test_a_class_without_a_name_is_called_by_its_number(train, call, images, tmp_path):
+    """--class-map may name fewer classes than --num-classes counts."""
+    (tmp_path / 'map.txt').write_text('\n'.join(CLASSES))
+    folder = train('run', '--class-map', tmp_path / 'map.txt', '--num-classes', '300', '--lr', '1e-6')
+    code, out, err = call(
+        'inference', '--checkpoint', folder, '--data-dir', images / 'val', '--results-dir', tmp_path, '--topk', '300'
+    )
+    assert code == 0 and '299' in out, err
 
 
 def test_samples_are_of_every_class_right_and_wrong():

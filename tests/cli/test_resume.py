@@ -251,13 +251,31 @@ def test_a_resumed_run_with_other_flags(train, tmp_path, capfd):
     assert float(two['lr']) < 1e-3 and float(three['lr']) == 2e-3
 
 
-def test_a_summary_that_is_none_is_kept_aside(train, call, images, tmp_path):
+@pytest.mark.timeout(60)
+def test_a_summary_that_is_none_is_kept_aside(train):
     folder = train('run')
-    (folder / 'summary.csv').write_bytes(bytes(range(256)))
-    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']
-    code, out, err = call('train', *MODEL, *QUICK, *place, '--epochs', '3', '--resume', 'auto')
-    assert code == 0 and 'kept as' in out, err
-    assert (folder / 'summary.csv.damaged').is_file() and [row['epoch'] for row in rows(folder)] == ['2']
+    summary = folder / 'summary.csv'
+    whole = summary.read_text()
+    others = [bytes(range(256)), b'patient,score\n1,0.5\n', re.sub(r'^0,', '1e999,', whole, flags=re.M).encode()]
+    for number, content in enumerate([*others, None]):
+        summary.unlink()
+        os.mkfifo(summary) if content is None else summary.write_bytes(content)
+        train('run', '--epochs', str(number + 3), '--resume', 'auto')
+        kept = folder / f'summary.csv.damaged{number or ""}'
+        assert kept.is_fifo() if content is None else kept.read_bytes() == content
+        assert [row['epoch'] for row in rows(folder)] == [str(number + 2)]
+
+
+@pytest.mark.parametrize(
+    'content', ['patient,score\n1,0.5\n2,0.7\n', 'epoch,train_loss\n0,2\n1,1\n', 'epoch,train_loss\n0,2\n']
+)
+def test_a_fresh_run_keeps_what_another_one_told(train, tmp_path, content):
+    """But one row is what a kill leaves of this run before its first checkpoint."""
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'summary.csv').write_text(content)
+    folder = train('run', '--resume', 'auto')
+    kept = [path.read_text() for path in folder.glob('summary.csv.*')]
+    assert kept == [content] * (content.count('\n') > 2) and [row['epoch'] for row in rows(folder)] == ['0', '1']
 
 
 @pytest.mark.timeout(60)
