@@ -1,9 +1,11 @@
 """Files that a crash or a full disk leaves as they were, and that tell whether a bit of them has changed since."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,7 @@ __all__ = [
     'DamagedError',
     'is_stamped',
     'new_folder',
+    'open_own',
     'replacing',
     'replacing_in',
     'stamp',
@@ -64,6 +67,27 @@ def replacing(path: Union[str, Path], durable: bool = False, shared: bool = Fals
         with suppress(OSError):
             _remove(partial)
         raise
+
+
+def open_own(path: Union[str, Path]) -> int:
+    """The descriptor of a file that is read and added to where it lies, made where it is not there.
+
+    What else may be called so is not opened: behind a link another file would be written to, and a pipe waits for ever.
+
+    Raises:
+        OSError: It is none, or cannot be opened.
+    """
+    path = Path(path)
+    strange = OSError(errno.EINVAL, f'{path.name} is a link or no file; take it away')
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise strange
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
+    descriptor = os.open(path, flags, 0o666)
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        os.close(descriptor)
+        raise strange
+    return descriptor
 
 
 @contextmanager

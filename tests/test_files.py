@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import resource
+import socket
 import zipfile
 
 import pytest
@@ -16,6 +17,8 @@ from evavit import files
 from evavit.errors import UserError
 from evavit.files import BLANK, is_stamped, new_folder, replacing, replacing_in, stamp
 from evavit.models import read_weights
+from evavit.training.checkpoint import locked_folder
+from evavit.training.distributed import log_to
 
 
 @pytest.mark.parametrize('options', [{}, dict(durable=True), dict(shared=True)], ids=str)
@@ -229,3 +232,27 @@ def test_files_take_their_places_all_or_none(tmp_path, monkeypatch, links):
             (tmp_path / 'a').rmdir()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys('abcd', 'new')
     assert not (tmp_path / 'c').is_symlink()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('name', ['.lock', 'train.log'])
+@pytest.mark.parametrize('kind', ['link', 'dangling link', 'hard link', 'folder', 'pipe', 'socket'])
+def test_what_a_run_writes_in_place_is_a_file_of_its_own(kind, name, tmp_path):
+    """A link there would have another file written to, and a pipe never opens."""
+    (tmp_path / 'mine').write_text('mine')
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    file = folder / name
+    with socket.socket(socket.AF_UNIX) as place:
+        {
+            'link': lambda: file.symlink_to(tmp_path / 'mine'),
+            'dangling link': lambda: file.symlink_to(tmp_path / 'new'),
+            'hard link': lambda: os.link(tmp_path / 'mine', file),
+            'folder': file.mkdir,
+            'pipe': lambda: os.mkfifo(file),
+            'socket': lambda: place.bind(os.path.relpath(file)),
+        }[kind]()
+        words = rf'cannot be written \({re.escape(name)} is a link or no file; take it away'
+        with pytest.raises(UserError, match=words), locked_folder(folder), log_to(folder / 'train.log'):
+            pass
+    assert (tmp_path / 'mine').read_text() == 'mine' and not (tmp_path / 'new').exists()

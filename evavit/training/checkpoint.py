@@ -10,14 +10,11 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import errno
-import io
 import json
 import logging
 import math
 import os
 import socket
-import stat
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -27,7 +24,7 @@ from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, unwrap_model
 
 from evavit.errors import LocalError, UserError, first_line, reason_of
-from evavit.files import replacing, stamp, sync_folder
+from evavit.files import open_own, replacing, stamp, sync_folder
 from evavit.models import write_weights
 from evavit.training.build import check_fit
 from evavit.training.contents import has_metadata, is_number, is_whole, read_checkpoint
@@ -65,10 +62,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _open_lock(folder / '.lock')
+        lock = open_own(folder / '.lock')
     except OSError as error:
         raise UserError(f'--output {folder}: cannot be written ({reason_of(error)})') from error
-    with lock as file:
+    with open(lock, 'rb+', buffering=0) as file:  # nothing is left to write when it closes
         try:
             import fcntl  # not on every system
 
@@ -86,21 +83,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise LocalError(f'{folder}: cannot be written ({reason_of(error)}); {remedy(folder)}') from error
         yield
-
-
-def _open_lock(path: Path) -> io.FileIO:
-    """The file, made where it is not there. What else may be called so is not opened: another file's content would be
-    lost behind a link."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0)
-    strange = OSError(errno.EINVAL, f'{path.name} in it is a link or no file; take it away')
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise strange
-    descriptor = os.open(path, flags, 0o666)
-    about = os.fstat(descriptor)
-    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
-        os.close(descriptor)
-        raise strange
-    return open(descriptor, 'rb+', buffering=0)  # nothing is left to write when it closes
 
 
 class Saver(CheckpointSaver):
@@ -220,24 +202,32 @@ def batches_of(run: Run) -> Dict[str, int]:
 
 
 def checkpoints_in(folder: Path) -> List[Path]:
-    """A run's checkpoints, the newest first."""
-    kept = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path for path in (folder / 'last.pth.tar', folder / 'previous.pth.tar', *kept) if path.is_file()]
+    """A run's checkpoints, the newest first, and the best."""
+    kept = [path for path in folder.glob('checkpoint-*.pth.tar') if path.is_file()]
+    kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    last, *others = (folder / f'{name}.pth.tar' for name in ('last', 'previous', 'model_best'))
+    return [path for path in (last, others[0], *kept, others[1]) if path.is_file()]
 
 
 def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
     """The checkpoints to continue from, in the order to try them; none for a fresh start.
 
-    A folder that holds a run is not overwritten, unless the run goes on from one of its own checkpoints.
+    A folder that holds a run, or what is left of one, is not overwritten, unless the run goes on from one of its own
+    checkpoints.
     """
+    found = checkpoints_in(folder)
+    left = [*found, *(path for name in ('last', 'model_best') if (path := folder / f'{name}.safetensors').is_file())]
     if resume and resume != 'auto':
         chosen = Path(resume)
         if not chosen.is_file():
             raise UserError(f'--resume {chosen}: no such checkpoint')
-        if (folder / 'last.pth.tar').is_file() and chosen.resolve().parent != folder.resolve():
+        if left and not _is_of(chosen, folder):
             raise UserError(f'{folder} holds another run than --resume {chosen}: choose another --experiment')
         return [chosen]
-    found = checkpoints_in(folder)
+    if left and not found:
+        raise UserError(
+            f'{folder} holds {left[0].name} of a run, and no checkpoint to continue from: choose another --experiment'
+        )
     if found and resume != 'auto':
         raise UserError(f'{folder} already holds a run: continue it with --resume auto, or choose another --experiment')
     if not found and resume == 'auto':

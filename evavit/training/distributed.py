@@ -13,6 +13,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from enum import IntEnum
+from io import TextIOWrapper
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional
@@ -25,6 +26,7 @@ from timm.utils.distributed import init_distributed_device_so
 
 from evavit.arguments import find_device
 from evavit.errors import LocalError, SharedError, UserError, launched, one_line, printable, reason_of
+from evavit.files import open_own
 from evavit.training.stalls import Watchdog
 
 log = logging.getLogger(__name__)
@@ -172,6 +174,9 @@ class _LogFile(logging.FileHandler):
         super().__init__(path, encoding='utf-8', errors='backslashreplace')
         self.setFormatter(_LineFormatter('%(asctime)s %(message)s'))
         self.path = path
+
+    def _open(self) -> TextIOWrapper:
+        return open(open_own(self.baseFilename), 'a', encoding=self.encoding, errors=self.errors)
 
     def handleError(self, record: logging.LogRecord) -> None:
         logging.getLogger('evavit').removeHandler(self)

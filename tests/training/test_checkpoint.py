@@ -9,7 +9,6 @@ import os
 import re
 import resource
 import shutil
-import socket
 
 import pytest
 import torch
@@ -302,8 +301,33 @@ def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
     saver.save_position(Position(0, 3))
     (tmp_path / 'other').mkdir()
     elsewhere = shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'other')
-    with pytest.raises(UserError, match='holds another run than --resume'):
-        checkpoint.find_resume(str(elsewhere), tmp_path)
+    saver.save_epoch(Position(1), 0.5)
+    for name in ('last.pth.tar', 'previous.pth.tar', 'checkpoint-0.pth.tar', 'model_best.pth.tar', 'last.safetensors'):
+        with pytest.raises(UserError, match='holds another run than --resume'):
+            checkpoint.find_resume(str(elsewhere), tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_what_is_left_of_a_run_is_not_overwritten(saver, tmp_path):
+    """A user who needs room keeps the best checkpoint, or the weights alone."""
+    saver.save_epoch(Position(1), 0.5)
+    for name in ('last', 'previous', 'checkpoint-0'):
+        (tmp_path / f'{name}.pth.tar').unlink(missing_ok=True)
+    (tmp_path / 'checkpoint-1.pth.tar').symlink_to('nowhere')
+    best = tmp_path / 'model_best.pth.tar'
+    assert checkpoint.find_resume('auto', tmp_path) == checkpoint.find_resume(str(best), tmp_path) == [best]
+    with pytest.raises(UserError, match='already holds a run: continue it with --resume auto'):
+        checkpoint.find_resume(None, tmp_path)
+    assert resume([best], run := run_of(), other := saver_of(run, tmp_path)).epoch == 1
+    assert other.best_metric == 0.5 and (tmp_path / 'last.pth.tar').is_file()
+    for path in tmp_path.glob('*.pth.tar'):
+        path.unlink()
+    for name in ('last.safetensors', 'model_best.safetensors'):
+        for resumed in (None, 'auto'):
+            with pytest.raises(UserError, match=f'holds {name} of a run, and no checkpoint to continue from: choose'):
+                checkpoint.find_resume(resumed, tmp_path)
+        (tmp_path / name).unlink()
+    assert checkpoint.find_resume('auto', tmp_path) == []
 
 
 def test_a_disk_without_room_for_the_lock(tmp_path):
@@ -332,28 +356,6 @@ def test_epochs_are_compared_by_one_metric(before, after, tmp_path):
         dry_run.check_resume(settings_of(*flags, '--resume', 'auto', '--experiment', 'x'), tmp_path, None)
     saver = saver_of(run, tmp_path / 'elsewhere')
     assert resume([last], run, saver, flags).epoch == 1 and saver.best_metric is None
-
-
-@pytest.mark.parametrize('kind', ['link', 'dangling link', 'hard link', 'folder', 'pipe', 'socket'])
-def test_a_lock_that_is_no_file(kind, tmp_path):
-    """A link there would have another file's content overwritten."""
-    (tmp_path / 'mine').write_text('mine')
-    folder = tmp_path / 'run'
-    folder.mkdir()
-    lock = folder / '.lock'
-    with socket.socket(socket.AF_UNIX) as place:
-        {
-            'link': lambda: lock.symlink_to(tmp_path / 'mine'),
-            'dangling link': lambda: lock.symlink_to(tmp_path / 'new'),
-            'hard link': lambda: os.link(tmp_path / 'mine', lock),
-            'folder': lock.mkdir,
-            'pipe': lambda: os.mkfifo(lock),
-            'socket': lambda: place.bind(os.path.relpath(lock)),
-        }[kind]()
-        words = r'cannot be written \(\.lock in it is a link or no file; take it away'
-        with pytest.raises(UserError, match=words), checkpoint.locked_folder(folder):
-            pass
-    assert (tmp_path / 'mine').read_text() == 'mine' and not (tmp_path / 'new').exists()
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
