@@ -1,7 +1,9 @@
 """inference.py: the predictions of the model, of every source of weights and pictures, in every form; mistakes."""
 
 import csv
+import gzip
 import json
+import lzma
 import os
 import tarfile
 
@@ -335,6 +337,12 @@ FAULTS = {
     'an empty folder': (['--checkpoint', 'HUB', '--data-dir', 'empty'], ['empty', 'no picture in it']),
     'no tar file': (['--checkpoint', 'HUB', '--data-dir', 'no.tar'], ['no.tar', 'not a readable tar file']),
     'half a tar file': (['--checkpoint', 'HUB', '--data-dir', 'half.tar.gz'], ['half.tar.gz', 'not a readable tar']),
+    'a tar file with a changed byte': (
+        ['--checkpoint', 'HUB', '--data-dir', 'odd.tar.xz'],
+        ['not a readable tar file'],
+    ),
+    'an entry of 2 ** 80 bytes': (['--checkpoint', 'HUB', '--data-dir', 'large.tar'], ['not a readable tar file']),
+    'an entry before itself': (['--checkpoint', 'HUB', '--data-dir', 'negative.tar'], ['not a readable tar file']),
     'no model': (['--data-dir', 'PICTURES'], ['no model', '--checkpoint']),
     'no such checkpoint': (['--data-dir', 'PICTURES', '--checkpoint', 'x.pth'], ['x.pth', 'no such checkpoint']),
     'a folder without weights': (['--data-dir', 'PICTURES', '--checkpoint', 'empty'], ['empty', 'without weights']),
@@ -385,6 +393,13 @@ def places(tmp_path_factory, hub, pictures):
         tar.add(pictures[0], arcname='all')
     content = (root / 'whole.tar.gz').read_bytes()
     (root / 'half.tar.gz').write_bytes(content[: len(content) // 2])
+    content = bytearray(lzma.compress(gzip.decompress(content)))
+    content[len(content) // 2] ^= 1
+    (root / 'odd.tar.xz').write_bytes(content)
+    for name, size in (('large', 2**80), ('negative', -1024)):
+        entry = tarfile.TarInfo('a.png')
+        entry.size = size
+        (root / f'{name}.tar').write_bytes(entry.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     for name in ('a', 'b'):
         Image.new('RGB', (8, 8)).save(root / 'twice' / name / 'x.png')
     save_for_hf(timm.create_model('eva_deit_tiny', num_classes=0, **KWARGS), str(root / 'body'))

@@ -2,7 +2,6 @@
 
 import os
 import tarfile
-import zlib
 from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Tuple
 
@@ -14,6 +13,7 @@ from evavit.errors import UserError, first_line
 from evavit.training.data.decode import open_file
 from evavit.training.data.folders import OTHER_IMAGES, image_endings, is_hidden, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
+from evavit.training.data.tars import entries
 
 ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
 
@@ -58,8 +58,8 @@ class Pictures(Reader):
             return None
         try:
             with tarfile.open(path) as tar:
-                return {info.name: info for info in tar if info.isfile() and _is_picture(info.name)}
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+                return {info.name: info for info in entries(tar) if info.isfile() and _is_picture(info.name)}
+        except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{path}: not a readable tar file ({first_line(error)[:200]})') from error
 
     def __len__(self) -> int:

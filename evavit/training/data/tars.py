@@ -8,7 +8,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
-from typing import IO, Any, Dict, List, Set, Tuple
+from typing import IO, Any, Dict, Iterator, List, Set, Tuple
 
 from evavit.errors import LocalError, UserError, first_line
 from evavit.training.data.decode import BadImageError, open_file
@@ -59,6 +59,15 @@ class ClassTar(ClassFolders):
         return io.BytesIO(content), target
 
 
+def entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The entries of a tar file in their order. Raises all kinds of errors where it is damaged."""
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill the memory
+        if member.size < 0:  # Python before 3.13.6 goes round in a circle
+            raise tarfile.ReadError(f'the entry of {member.name} is damaged')
+        yield member
+
+
 def _version(file: IO[bytes]) -> Tuple[int, int]:
     about = os.fstat(file.fileno())
     return about.st_size, about.st_mtime_ns
@@ -76,10 +85,7 @@ class _Content:
         """Note the members of a tar file, which begins at byte `start` of the outermost one."""
         self.folders.setdefault(root, set())
         with tarfile.open(fileobj=file, mode='r:') as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill the memory
-                if member.size < 0:  # Python before 3.13.6 goes round in a circle
-                    raise tarfile.ReadError(f'the entry of {member.name} is damaged')
+            for member in entries(archive):
                 self._add_member(archive, member, root, start)
             file.seek(archive.offset)
             end: bytes = file.read(tarfile.BLOCKSIZE)
