@@ -6,7 +6,7 @@ import re
 import reprlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 from evavit.errors import UserError
 
@@ -14,20 +14,22 @@ if TYPE_CHECKING:  # --help does without it
     import torch
 
 __all__ = [
-    'MOST_BLOCKS',
     'Parser',
     'asks_for_help',
     'check_device',
     'check_type',
     'find_device',
-    'most_blocks',
     'nearest',
     'program',
     'shown',
+    'too_many_blocks',
 ]
 
 LISTED = ('train', 'validate', 'export')  # programs whose flags are the table of `evavit.training.sections`
 MOST_BLOCKS = 1000  # of a model: more only take a day to build
+_BLOCKS = re.compile(
+    '(?:^|_)(?:block|branch|depth|expert|layer|level|rep|scale|sec|stage)'
+)  # what timm calls their number
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
@@ -112,8 +114,20 @@ def find_device(name: Optional[str] = None) -> 'torch.device':
     return device
 
 
-def most_blocks(kwargs: Mapping[str, Any]) -> float:
-    """The largest number of blocks that arguments of a model ask for, 0 where they do not say."""
-    depth = kwargs.get('depth', kwargs.get('depths'))
-    numbers = depth if isinstance(depth, (list, tuple)) else [depth]
-    return max((number for number in numbers if isinstance(number, (int, float))), default=0)
+def too_many_blocks(kwargs: Mapping[str, Any]) -> Optional[str]:
+    """A few words where arguments of a model ask for more blocks than `MOST_BLOCKS`, else None."""
+    for name, value in kwargs.items():
+        if _BLOCKS.search(str(name)) and (most := max(_numbers(value), default=0)) > MOST_BLOCKS:
+            return f'{name} asks for {shown(most)}, more than {MOST_BLOCKS:,}'
+    return None
+
+
+def _numbers(value: object, levels: int = 2) -> Iterator[float]:
+    """The numbers in an argument, and in lists the lengths of these."""
+    if isinstance(value, (int, float)) and value == value:
+        yield value
+    parts = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(parts, (list, tuple)) and levels:
+        yield len(parts)
+        for part in parts[:MOST_BLOCKS]:
+            yield from _numbers(part, levels - 1)

@@ -22,7 +22,7 @@ from timm.models._hub import (
     save_for_hf,
 )
 
-from evavit.arguments import MOST_BLOCKS, most_blocks
+from evavit.arguments import too_many_blocks
 from evavit.errors import first_line
 from evavit.files import DamagedError, is_stamped, replacing_in
 from evavit.layers import EvaAttention
@@ -340,8 +340,8 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         ) from error
     if own:
         raise ValueError(f'{folder}: config.json makes no model: {", ".join(own)} in model_args is no argument of one')
-    if most_blocks(arguments) > MOST_BLOCKS:
-        raise ValueError(f'{folder}: config.json makes no model: it asks for more than {MOST_BLOCKS:,} blocks')
+    if blocks := too_many_blocks(arguments):
+        raise ValueError(f'{folder}: config.json makes no model: {blocks}')
     if conversion is not None and not isinstance(conversion, dict):
         raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} holds no arguments); save the folder anew')
     return config, conversion

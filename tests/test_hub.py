@@ -161,7 +161,10 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
         ),
         (json.dumps({**config, 'model_args': {**config['model_args'], 'dtype': 'x'}}), 'dtype in model_args is no'),
         (json.dumps({**config, 'model_args': dict(checkpoint_path='x')}), 'checkpoint_path in model_args is no'),
-        (json.dumps({**config, 'model_args': {**config['model_args'], 'depth': 10**7}}), 'more than 1,000 blocks'),
+        (
+            json.dumps({**config, 'model_args': {**config['model_args'], 'depth': 10**7}}),
+            'depth asks for 10000000, more than 1,000',
+        ),
         (json.dumps({**config, 'model_args': [1]}), 'config.json is damaged'),
         ('[' * 100_000, f'{re.escape(str(folder))}: config.json is damaged'),
     ):

@@ -18,7 +18,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from evavit import models
-from evavit.arguments import MOST_BLOCKS, most_blocks, nearest, shown
+from evavit.arguments import nearest, shown, too_many_blocks
 from evavit.errors import UserError, first_line
 from evavit.hub import PREPARATION, saved_config, source_folder, why_not_fetched
 from evavit.models import (
@@ -67,14 +67,14 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
     for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
             raise UserError(f'model_kwargs: {name} has an option of its own, {instead}')
-    if most_blocks(kwargs) > MOST_BLOCKS:
-        raise UserError(
-            f'model_kwargs: {shown(most_blocks(kwargs))} blocks, more than {MOST_BLOCKS:,}; lower the depth'
-        )
+    if blocks := too_many_blocks(kwargs):
+        raise UserError(f'model_kwargs: {blocks}; lower it')
     name = config.model or ''
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     try:
+        if name.startswith('local-dir:'):
+            saved_config(Path(name.removeprefix('local-dir:')))
         if config.pretrained and ':' not in name and not has_weights(name):
             raise UserError(
                 f'--pretrained: timm publishes no weights for {name}; leave it out, or start from a file with '

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.data import create_dataset
+from timm.models import save_for_hf
 from torch import nn
 
 from evavit import convert_vit
@@ -16,6 +17,7 @@ from evavit.training import build, checks, data
 from evavit.training.config import parse_settings
 from evavit.training.data.augment import repair_posterize
 from evavit.training.data.loader import SeededSampler
+from evavit.training.sections import ModelConfig
 
 PUBLISHED = dict(
     opt='adamw',
@@ -306,3 +308,30 @@ def test_no_bits_to_keep_is_black():
     assert extrema(10) == ((0, 0),) * 3
     assert extrema(5)[0][0] > 0
     assert NAME_TO_OP['PosterizeIncreasing'].__module__.startswith('timm.')  # timm's own table is as it was
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('eva_deit_tiny', dict(depth=10**9)),
+        ('eva_deit_tiny', dict(depth=float('inf'))),
+        ('resnet18', dict(layers=[1, float('nan'), 10**8, 1])),
+        ('resnet18', dict(layers=[1] * 10**4)),
+        ('mixer_s16_224', dict(num_blocks=10**8)),
+        ('crossvit_tiny_240', dict(depth=[[1, 1, 0], [1, 10**8, 0], [1, 4, 0]])),
+        ('densenet121', dict(block_config=(10**8, 1, 1, 1))),
+        ('resnet50', dict(block_args=dict(num_scales=10**8))),
+    ],
+)
+def test_more_blocks_than_can_be_built_are_a_line(name, kwargs):
+    with pytest.raises(UserError, match=f'model_kwargs: {next(iter(kwargs))} asks for .*more than 1,000; lower it'):
+        build.build_model(ModelConfig(model=name, model_kwargs=kwargs), 3)
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_asks_for_no_more_blocks_than_can_be_built(tmp_path):
+    arguments = dict(layers=[10**8, 1, 1, 1])
+    save_for_hf(timm.create_model('resnet18', num_classes=3), str(tmp_path / 'model'), model_args=arguments)
+    with pytest.raises(UserError, match='makes no model: layers asks for 100000000, more than'):
+        build.build_model(ModelConfig(model=f'local-dir:{tmp_path / "model"}'), 3)
