@@ -82,7 +82,8 @@ def reason_of(error: BaseException) -> str:
 
 
 def _lost_worker(error: Exception) -> LocalError:
-    """What PyTorch raises where a loading process is lost, as one line; another error is raised again.
+    """What PyTorch raises where a loading process is lost, or a disk that is full, as one line; another error is raised
+    again.
 
     A process that dies while it hands over a batch shows as a broken connection. The error of a worker that lives comes
     from there too, as a text that begins with 'Caught'.
@@ -101,6 +102,8 @@ def _lost_worker(error: Exception) -> LocalError:
         return LocalError(f'--workers: loading processes do not start ({text[:200]}); lower it, or give 0')
     if _in_a_group() and re.search('Connection (closed|reset) by peer|Broken pipe|Socket closed', text):
         return LocalError(f'another process of this run has ended, and tells the reason itself ({text[-100:]})')
+    if isinstance(error, OSError) and error.errno in FULL:
+        return LocalError(f'{error.filename or "a file"}: cannot be written ({reason_of(error)})')
     raise error
 
 

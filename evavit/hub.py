@@ -27,6 +27,7 @@ from evavit.errors import first_line
 from evavit.files import DamagedError, is_stamped, replacing_in
 from evavit.layers import EvaAttention
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
+from evavit.models._weights import disk_errors
 from evavit.version import __version__
 
 __all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config']
@@ -299,7 +300,7 @@ def save_folder(
     if not overwrite:
         _check_own(path)
     path.mkdir(parents=True, exist_ok=True)
-    with replacing_in(path) as partial:
+    with replacing_in(path) as partial, disk_errors():
         save_for_hf(
             model,
             str(partial),

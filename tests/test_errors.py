@@ -68,6 +68,21 @@ def test_ctrl_c_is_a_line(capsys):
     assert run_script(main) == INTERRUPTED == 130 and capsys.readouterr().err == 'error: interrupted\n'
 
 
+def test_a_full_disk_is_a_line(tmp_path, capsys):
+    """Whatever program meets it, with whatever file; a file that is missing is a fault of the program."""
+
+    def main(argv):
+        raise OSError(number, os.strerror(number), 'x.csv')
+
+    number = errno.ENOSPC
+    assert run_script(main) == 2
+    line = f'error: x.csv: cannot be written (the disk is full: {os.strerror(errno.ENOSPC)})\n'
+    assert capsys.readouterr().err == line
+    number = errno.ENOENT
+    with pytest.raises(FileNotFoundError):
+        run_script(main)
+
+
 class Fails(torch.utils.data.Dataset):
     def __len__(self):
         return 1

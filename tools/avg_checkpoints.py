@@ -12,7 +12,6 @@ import os
 import sys
 from pathlib import Path
 
-import safetensors
 import torch
 
 from evavit.arguments import Parser
@@ -93,7 +92,7 @@ def save(weights, path, hashed=False):
             named = path.with_name(f'{path.stem}-{digest}{path.suffix}')
             os.replace(path, named)
             return named
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # PyTorch's own for a write that fails
+    except (OSError, RuntimeError) as error:  # PyTorch's own for a write that fails
         raise UserError(f'--output {path}: cannot be written ({reason_of(error)})') from error
     return path
 

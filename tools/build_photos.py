@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from evavit.errors import run_script
+from evavit.errors import UserError, run_script
 from evavit.files import new_folder
 
 WIDTH, HEIGHT, CLASSES = 500, 375, 10
@@ -37,6 +37,8 @@ def main(argv=None):
     parser.add_argument('folder', type=Path)
     parser.add_argument('--images', type=int, default=256, help='images to train on; an eighth as many to validate on')
     args = parser.parse_args(argv)
+    if args.images < 1:
+        raise UserError(f'--images {args.images} is below 1')
     with new_folder(args.folder) as folder:
         for split, count in (('train', args.images), ('validation', max(CLASSES, args.images // 8))):
             write(folder / split, count, seed=len(split))

@@ -13,6 +13,7 @@ from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 from torch import nn
 
+from evavit.errors import reason_of
 from evavit.files import BLANK, DamagedError, is_stamped, stamp, why_no_file
 from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
@@ -70,14 +71,28 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
         raise RuntimeError(f'{path}: {_fault(Path(path), error)}') from error
 
 
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """What the safetensors library raises where a file cannot be written is an OSError, as that of others."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise OSError(reason_of(error)) from error
+
+
 def write_weights(weights: Weights, path: Union[str, Path], metadata: Optional[Dict[str, str]] = None) -> None:
-    """A safetensors file that tells whether it is whole, with metadata beside the weights."""
+    """A safetensors file that tells whether it is whole, with metadata beside the weights.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     path = Path(path)
     path.unlink(missing_ok=True)
     path.touch()
     mode = path.stat().st_mode
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    safetensors.torch.save_file(tensors, str(path), {'format': 'pt', 'digest': BLANK, **(metadata or {})})
+    with disk_errors():
+        safetensors.torch.save_file(tensors, str(path), {'format': 'pt', 'digest': BLANK, **(metadata or {})})
     path.chmod(mode)  # that of any new file: safetensors makes one that only its owner can read
     stamp(path)
 

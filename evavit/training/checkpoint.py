@@ -18,7 +18,6 @@ import socket
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
-import safetensors
 import torch
 from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, unwrap_model
@@ -39,7 +38,7 @@ def saving(path: Union[str, Path]) -> Iterator[Path]:
     try:
         with replacing(path, durable=True) as partial:
             yield partial
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # PyTorch's own for a write that fails
+    except (OSError, RuntimeError) as error:  # PyTorch's own for a write that fails
         raise LocalError(f'{path}: cannot be written ({reason_of(error)}); {remedy(Path(path).parent)}') from error
 
 

@@ -29,5 +29,7 @@ def test_photographs_lie_in_a_folder_of_their_own(tmp_path, capsys):
     assert len(list(folder.glob('train/*/*.jpg'))) == len(list(folder.glob('validation/*/*.jpg'))) == 10
     own = folder / 'train' / '0' / '00000.jpg'
     own.write_text('precious')
+    assert run_script(main, [str(own)]) == 2 and 'is a file; name a folder' in capsys.readouterr().err
+    assert run_script(main, [str(tmp_path / 'new'), '--images', '0']) == 2 and not (tmp_path / 'new').exists()
     assert run_script(main, [str(folder)]) == 2 and 'is there already' in capsys.readouterr().err
     assert own.read_text() == 'precious'

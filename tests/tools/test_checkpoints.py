@@ -175,16 +175,23 @@ def test_what_the_tools_write_tells_whether_it_is_whole(run, tmp_path, capsys):
         assert f'{path}: not a readable checkpoint: damaged' in capsys.readouterr().err
 
 
-def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    'function, error',
+    [
+        ('evavit.hub.generate_readme', OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        ('safetensors.torch.save_file', safetensors.SafetensorError('I/O error: No space left (os error 28)')),
+    ],
+)
+def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch, capsys, function, error):
     folder = tmp_path / 'hub'
     folder.mkdir()
     for name in ('model.safetensors', 'config.json', 'README.md', 'notes.txt'):
         (folder / name).write_text('before')
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(*_, **__):
+        raise error
 
-    monkeypatch.setattr('evavit.hub.generate_readme', full)
+    monkeypatch.setattr(function, full)
     hub = ('--checkpoint', run / 'last.safetensors', '--output', folder, '--data', 'x', '--licence', 'mit')
     assert tool('save_for_hub')(*hub) == 2
     line = capsys.readouterr().err
