@@ -50,6 +50,11 @@ def printable(text: str) -> str:
     return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in text)
 
 
+def encodable(text: str) -> str:
+    """Text that any file or terminal takes: a name of a file or folder may be none of Unicode."""
+    return text.encode(errors='backslashreplace').decode()
+
+
 def one_line(error: BaseException) -> str:
     """An exception's text, without the traceback that a data loader's worker puts before it."""
     text = str(error)

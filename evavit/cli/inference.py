@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from timm.data import CustomDatasetInfo, DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subset
 
-from evavit.errors import UserError, first_line, printable, reason_of
+from evavit.errors import UserError, encodable, first_line, printable, reason_of
 from evavit.files import replacing
 from evavit.maps import attention_maps, attention_rollout, overlay_attention
 from evavit.training import build, checks, contents, data, loop
@@ -59,6 +59,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
         )
     data_config = contents.finish_model(model, config)
     name_class = class_namer(config, model, class_names)
+    check_columns(config.results, formats, name_class is not None, model.num_classes)
     base = results_base(config, model, data_config)
     pictures = None
     if config.results.include_attention:
@@ -116,10 +117,7 @@ def choose_weights(config: InferenceConfig, given: Set[str]) -> Optional[List[st
 
 def picture_names(dataset: Any, results: ResultsConfig, formats: Sequence[str]) -> List[str]:
     """Names of the pictures for the results; UserError where they have to be different and are not."""
-    names = [
-        name.encode(errors='backslashreplace').decode()  # a file's name may be none of Unicode
-        for name in dataset.dataset.filenames(basename=not results.fullname)
-    ]
+    names = [encodable(name) for name in dataset.dataset.filenames(basename=not results.fullname)]
     if 'json' in formats and len(set(names)) < len(names):
         (twice, _), *_ = Counter(names).most_common(1)
         raise UserError(f'--results-format json: there are several pictures {twice}; add --fullname')
@@ -140,6 +138,26 @@ def check_formats(config: InferenceConfig) -> List[str]:
     if 'parquet' in formats and importlib.util.find_spec('pyarrow') is None:
         raise UserError('--results-format parquet needs pyarrow: pip install pyarrow')
     return formats
+
+
+def check_columns(results: ResultsConfig, formats: Sequence[str], named: bool, classes: int) -> None:
+    """UserError where two columns of the results would have one name, and the second one would replace the first."""
+    given = (
+        (results.index_col, results.include_index or not named),
+        (results.label_col, named),
+        (results.output_col or results.output_type, not results.exclude_output),
+    )
+    lists = [name for name, used in given if used]
+    for form in formats:
+        separate = range(min(results.topk, classes) if results.results_separate_col or form == 'csv' else 1)
+        names = [f'{name}_{i}' for name in lists for i in separate] if len(separate) > 1 else lists
+        every = [results.filename_col, *names, *['attention'] * bool(results.include_attention)]
+        twice, count = Counter(every).most_common(1)[0]
+        if count > 1:
+            raise UserError(
+                f'{count} columns of the results would be called {twice}: give --filename-col, --index-col, '
+                f'--label-col and --output-col names of their own'
+            )
 
 
 def results_base(config: InferenceConfig, model: Any, data_config: Dict[str, Any]) -> Path:
@@ -180,7 +198,8 @@ def class_namer(
             info = ImageNetInfo(subset)
     except (TypeError, ValueError) as error:
         raise UserError(f'{config.model.model}: the names of its classes are damaged: {first_line(error)}') from error
-    return DatasetInfoLabelMapper(info, config.results.label_type)
+    mapper = DatasetInfoLabelMapper(info, config.results.label_type)
+    return lambda number: encodable(mapper(number))
 
 
 def best_classes(
@@ -242,7 +261,7 @@ def write_results(rows: Sequence[Row], base: Path, form: str, results: ResultsCo
 
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), str(partial))
                 return path
-            with open(partial, 'w', encoding='utf-8', newline='') as file:
+            with open(partial, 'w', encoding='utf-8', errors='backslashreplace', newline='') as file:
                 if form == 'csv':
                     writer = csv.DictWriter(file, fieldnames=list(table[0]))
                     writer.writeheader()
@@ -311,7 +330,8 @@ class AttentionPictures:
                     pixels = (image * self.std + self.mean).clamp(0, 1).mul(255).round().to(torch.uint8)
                     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
                     file = self.folder / f'{names[len(drawn)]}.png'
-                    overlay_attention(picture, weights).save(file)
+                    with replacing(file) as partial:
+                        overlay_attention(picture, weights).save(partial, format='PNG')
                     drawn.append(f'{self.folder.name}/{file.name}')
         except OSError as error:
             raise UserError(f'{self.folder}: cannot be written ({reason_of(error)})') from error

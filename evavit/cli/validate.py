@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 import torch
 
 from evavit.bench.clocks import median_seconds
-from evavit.errors import SharedError, UserError, reason_of
+from evavit.errors import SharedError, UserError, encodable, reason_of
 from evavit.files import replacing
 from evavit.training import build, checks, contents, data, loop, report
 from evavit.training.agreement import check_agreement
@@ -87,7 +87,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         more |= latency(model, size, config.batch.batch_size, process.device, machine, compilation)
     if config.run.report_dir:
         known = class_names or []
-        names = [*known, *map(str, range(len(known), classes))]
+        names = [*map(encodable, known), *map(str, range(len(known), classes))]
         report.write_report(Path(config.run.report_dir), predictions, names)
         log.info(f'classes.csv, confusion.csv, confusion.png and calibration.csv are in {config.run.report_dir}')
     if config.run.results_file:
@@ -179,7 +179,10 @@ def write_results(path: Path, row: Dict[str, Any]) -> None:
         log.info(f'{path}: written anew')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, open(partial, 'w', encoding='utf-8', newline='') as file:
+        with (
+            replacing(path) as partial,
+            partial.open('w', encoding='utf-8', errors='backslashreplace', newline='') as file,
+        ):
             if path.suffix == '.json':
                 json.dump(row, file, indent=2)
             else:

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import CLASSES, KWARGS, MODEL, SOFTMAX, load_script, words
+from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, words
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
@@ -472,6 +473,57 @@ def test_names_with_a_dot_are_passed_over_and_results_told_of(infer, call, hub, 
 def test_more_loading_processes_than_cores_say_nothing(infer, hub, pictures, recwarn):
     infer('--data-dir', pictures[0], '--checkpoint', hub, '--workers', str((os.cpu_count() or 1) + 1), '-b', '1')
     assert not [it for it in recwarn if 'This DataLoader will create' in str(it.message)]
+
+
+def test_a_class_whose_name_is_not_of_unicode(call, images, tmp_path):
+    """From the folder that is trained on to every file that tells of its classes."""
+    for split in ('train', 'val'):
+        shutil.copytree(images / split, tmp_path / 'in' / split)
+        try:
+            (tmp_path / 'in' / split / 'pear').rename(os.fsdecode(bytes(tmp_path / 'in' / split) + b'/caf\xe9'))
+        except OSError:
+            pytest.skip('a file system that wants Unicode')
+    place = ['--data-dir', tmp_path / 'in', '--workers', '0']
+    code, out, err = call('train', *MODEL, *QUICK, *place, '--output', tmp_path, '--experiment', 'run')
+    assert code == 0, err
+    told = ['--results-dir', tmp_path, '--results-file', 'rows', '--results-format', 'csv', 'json-records']
+    code, out, err = call('inference', '--checkpoint', tmp_path / 'run', *place, *told, '--topk', '3')
+    assert code == 0 and 'caf\\udce9' in out, err
+    assert all('caf' in line for line in (tmp_path / 'rows.json').read_text().splitlines())
+    report = ['--report-dir', tmp_path / 'report', '--results-file', tmp_path / 'results.csv']
+    code, _, err = call('validate', '--checkpoint', tmp_path / 'run', *place, *report)
+    assert code == 0 and 'caf' in (tmp_path / 'report' / 'classes.csv').read_text(), err
+    assert code == 0 and 'caf' in (tmp_path / 'report' / 'confusion.csv').read_text(), err
+
+
+@pytest.mark.parametrize(
+    'flags, twice',
+    [
+        ('--filename-col label', 'label'),
+        ('--label-col prob', 'prob'),
+        ('--include-index --index-col label', 'label'),
+        ('--topk 2 --filename-col label_1', 'label_1'),
+        ('--filename-col attention --include-attention', 'attention'),
+        ('--label-type none --output-col index', 'index'),
+    ],
+)
+def test_no_column_replaces_another(call, hub, pictures, tmp_path, flags, twice):
+    place = ['--data-dir', pictures[0], '--checkpoint', hub, '--results-dir', tmp_path, '--workers', '0']
+    code, _, err = call('inference', *place, *words(flags))
+    assert code == 2 and f'2 columns of the results would be called {twice}: give --filename-col' in err, err
+    code, _, err = call('inference', *place, *words(flags), '--results-format', 'json')
+    assert (code == 0) == ('topk' in flags), err
+
+
+def test_a_picture_of_attention_is_written_beside_its_place(infer, hub, tmp_path):
+    """What is there is replaced, not written to."""
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'attention').mkdir()
+    Image.new('RGB', (8, 8)).save(tmp_path / 'in' / 'a.png')
+    (tmp_path / 'mine').write_text('mine')
+    (tmp_path / 'attention' / '000000_a.png.png').symlink_to(tmp_path / 'mine')
+    rows, _ = infer('--data-dir', tmp_path / 'in', '--checkpoint', hub, '--include-attention')
+    assert (tmp_path / 'mine').read_text() == 'mine' and not (tmp_path / rows[0]['attention']).is_symlink()
 
 
 def test_help_names_every_flag(capsys):
