@@ -128,7 +128,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         log.debug(f'{code_version()}; {shlex.join(sys.argv)}')
     settings = {**config.flat(), 'kd_teacher': teacher.identity if teacher else None}
     saver = checkpoint.Saver(run, settings, class_names, folder) if process.primary else None
-    position = checkpoint.resume(checkpoints, run, settings, saver)
+    position = checkpoint.resume(checkpoints, run, settings, saver, class_names)
     build.compile_and_distribute(task, compilation, process)
     if schedule is not None and checkpoints:
         schedule.step_update(run.done(position))

@@ -15,8 +15,9 @@ import logging
 import math
 import os
 import socket
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.models import clean_state_dict
@@ -234,7 +235,13 @@ def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
     return found
 
 
-def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Optional[Saver]) -> Position:
+def resume(
+    candidates: List[Path],
+    run: Run,
+    settings: Dict[str, Any],
+    saver: Optional[Saver],
+    class_names: Optional[Sequence[str]] = None,
+) -> Position:
     """Restore weights, average, optimizer and scaler from the first candidate that is whole.
 
     Args:
@@ -242,6 +249,7 @@ def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Op
         run: The run to go on with.
         settings: All of its settings by their names, to tell which have changed.
         saver: That of the first process, whose ranking of checkpoints is restored; None in the others.
+        class_names: Of this run, by label, where they are known.
 
     Returns:
         Where the run goes on: its beginning where there is no candidate.
@@ -260,6 +268,8 @@ def resume(candidates: List[Path], run: Run, settings: Dict[str, Any], saver: Op
         check_fit(unwrap_model(task.get_eval_model()), state, path)
     position = _position(path, checkpoint, run)
     check_division(path, checkpoint, settings)
+    if full:
+        check_classes(path, checkpoint, class_names)
     if saver is not None:
         check_ranking(path, checkpoint, run.config.eval_metric, Path(saver.checkpoint_dir))
     try:
@@ -353,6 +363,21 @@ def check_division(path: Path, checkpoint: Dict[str, Any], settings: Dict[str, A
         raise UserError(
             f'{path} held out val_fraction {held[0]} with seed {held[1]}, and this run would hold out {now[0]} with '
             f'seed {now[1]}, images that it has seen; give both as they were, or start a new run'
+        )
+
+
+def check_classes(path: Path, checkpoint: Dict[str, Any], class_names: Optional[Sequence[str]]) -> None:
+    """UserError where labels mean other classes than those that the checkpoint has learnt."""
+    before = _args(checkpoint).get('class_names')
+    if before and class_names and list(before) != list(class_names):
+        label, (old, new) = next(
+            (label, pair)
+            for label, pair in enumerate(zip_longest(before, class_names, fillvalue='nothing'))
+            if pair[0] != pair[1]
+        )
+        raise UserError(
+            f'{path} has learnt other classes: class {label} was called {old}, and is {new} in this data; continue '
+            f'with the data that it was written with, or take the weights alone with --no-resume-opt'
         )
 
 

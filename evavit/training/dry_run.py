@@ -120,7 +120,7 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     lines += [('model', f'{config.model.model}, input {"×".join(map(str, size))}')]
     if checked.teacher is not None:
         lines.append(('teacher', distillation.teacher_line(checked.teacher)))
-    train_set = None
+    train_set, names = None, None
     opened, missing = None, 'not given (--data-dir)'
     if config.data.data_dir or data.check_name(config.data.dataset) in checks.HUBS:
         try:
@@ -160,7 +160,7 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         if file:
             build.read_weights(file)
         lines.append(('data', f'{missing}, counted as 2 classes'))
-    check_resume(config, folder, model if classes else None, checked.teacher)
+    check_resume(config, folder, model if classes else None, checked.teacher, names)
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters())
     lines += [
@@ -225,11 +225,17 @@ def few_updates(updates: int, images: int, batch: checks.GlobalBatch) -> Optiona
     )
 
 
-def check_resume(config: TrainConfig, folder: Path, model: Any, teacher: Optional[distillation.Teacher] = None) -> None:
+def check_resume(
+    config: TrainConfig,
+    folder: Path,
+    model: Any,
+    teacher: Optional[distillation.Teacher] = None,
+    class_names: Optional[Sequence[str]] = None,
+) -> None:
     """What a run would find of itself in its folder, or in the file of --resume: UserError where it could not go on.
 
-    The file is read, its weights are compared with the shapes of `model` unless that is None, and optimizer and teacher
-    with the run's where it would go on with them.
+    The file is read, its weights are compared with the shapes of `model` unless that is None; classes, optimizer and
+    teacher with the run's where it would go on with them.
     """
     candidates = checkpoint.find_resume(config.run.resume, folder)
     for path in candidates:
@@ -244,6 +250,7 @@ def check_resume(config: TrainConfig, folder: Path, model: Any, teacher: Optiona
                 build.check_fit(model, clean_state_dict(content['state_dict']), path)
             checkpoint.check_ranking(path, content, config.run.eval_metric, folder)
             if not config.run.no_resume_opt:
+                checkpoint.check_classes(path, content, class_names)
                 checkpoint.check_training(path, content, config.optim.opt, teacher.identity if teacher else None)
             return
 

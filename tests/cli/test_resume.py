@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,22 @@ def test_a_resumed_run_with_other_flags(train, tmp_path, capfd):
     one, two, three = rows(folder)
     assert one['eval_raw_top1'] == two['eval_raw_top1'] == '' and float(three['eval_raw_top1']) >= 0
     assert float(two['lr']) < 1e-3 and float(three['lr']) == 2e-3
+
+
+def test_labels_that_mean_other_classes(train, call, images, tmp_path):
+    """A class folder that is renamed takes another place in the order of names."""
+    for split in ('train', 'val'):
+        shutil.copytree(images / split, tmp_path / 'data' / split)
+    place = ['--data-dir', tmp_path / 'data']
+    folder = train('run', *place)
+    for split in ('train', 'val'):
+        (tmp_path / 'data' / split / 'apple').rename(tmp_path / 'data' / split / 'quince')
+    place += ['--output', tmp_path, '--experiment', 'run', '--epochs', '3', '--resume', 'auto']
+    for dry in ([], ['--dry-run']):
+        code, _, err = call('train', *MODEL, *QUICK, *place, *dry)
+        line = f'error: {folder / "last.pth.tar"} has learnt other classes: class 0 was called apple, and is pear in'
+        assert code == 2 and err.startswith(line) and err.count('\n') == 1
+    assert call('train', *MODEL, *QUICK, *place, '--no-resume-opt')[0] == 0
 
 
 @pytest.mark.timeout(60)
