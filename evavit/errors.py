@@ -4,6 +4,7 @@ A run that a signal asked to stop ends with `PREEMPTED` instead: its state is sa
 """
 
 import errno
+import io
 import multiprocessing
 import os
 import re
@@ -162,11 +163,18 @@ def _tell_thread(args: 'threading.ExceptHookArgs') -> None:
         threading.__excepthook__(args)
 
 
+def print_anything() -> None:
+    """Standard output takes what its encoding has no character for, as that of standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')
+
+
 def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
     """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal that
     saves, INTERRUPTED after Ctrl-C where nothing is saved."""
     code, local_rank, rank, world_size = 0, 0, 0, 1
     threading.excepthook = _tell_thread
+    print_anything()
     try:
         local_rank, rank, world_size = launched()
         main(argv)

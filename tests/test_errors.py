@@ -1,6 +1,7 @@
 """Faults are one line, whatever is in the names and in the words of libraries."""
 
 import errno
+import io
 import os
 import traceback
 
@@ -81,6 +82,13 @@ def test_a_full_disk_is_a_line(tmp_path, capsys):
     number = errno.ENOENT
     with pytest.raises(FileNotFoundError):
         run_script(main)
+
+
+def test_a_terminal_without_a_character_is_shown_its_code(monkeypatch):
+    content = io.BytesIO()
+    monkeypatch.setattr('sys.stdout', io.TextIOWrapper(content, encoding='ascii', write_through=True))
+    assert run_script(lambda argv: print('2 × 3')) == 0
+    assert content.getvalue() == b'2 \\xd7 3\n'
 
 
 class Fails(torch.utils.data.Dataset):

@@ -62,7 +62,7 @@ def main(argv=None):
             data=args.data,
             licence=args.licence,
             recipe=saved,
-            label_names=names,
+            label_names=names and [*names, *map(str, range(len(names), classes))],
             metrics=metrics,
             data_config={name: saved[name] for name in PREPARATION if saved.get(name) is not None},
             overwrite=args.overwrite,
@@ -71,6 +71,8 @@ def main(argv=None):
         raise UserError(f'--output {str(error).replace("overwrite=True", "--overwrite")}') from error
     except OSError as error:
         raise UserError(f'--output {args.output}: cannot be written ({reason_of(error)})') from error
+    except ValueError as error:
+        raise UserError(f'{args.checkpoint}: {error}') from error
     print(f'{folder}: {", ".join(sorted(path.name for path in folder.iterdir()))}')
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from evavit.arguments import asks_for_help
-from evavit.errors import UserError, one_line, run_script
+from evavit.errors import UserError, one_line, print_anything, run_script
 from evavit.training.config import parse_settings
 
 
@@ -51,6 +51,7 @@ def _run(name: Any) -> int:
 
 def _list_flags(name: Any) -> int:
     """--help, without the program itself and `run_script`, which load PyTorch and timm."""
+    print_anything()
     source = Path(__file__).with_name(f'{name}.py').read_text(encoding='utf-8')
     try:
         parse_settings(name, description=ast.get_docstring(ast.parse(source)))

@@ -77,6 +77,9 @@ def check_run(config: TrainConfig, processes: int) -> CheckedRun:
 
 
 def _shape_of_teacher(config: TrainConfig, model: Any, data_config: Dict[str, Any]) -> Optional[distillation.Teacher]:
+    parent = config.distil.kd_model_name == distillation.PARENT
+    if config.run.dry_run and (starting_file(config) if parent else config.distil.kd_pretrained_path):
+        distillation.build_teacher(config, model, data_config)  # with its weights: the run refuses those that do not do
     try:
         return distillation.build_teacher(config, model, data_config, 'meta')
     except UserError:

@@ -145,7 +145,7 @@ class MetricsWriter:
         from torch.utils.tensorboard.summary import hparams
 
         plain = {
-            key: value if isinstance(value, (int, float, str)) else str(value)
+            key: value if isinstance(value, (int, float)) else encodable(str(value))
             for key, value in settings.items()
             if value is not None
         }

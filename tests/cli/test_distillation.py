@@ -5,6 +5,7 @@ import re
 import signal
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from runs import (
@@ -201,6 +202,20 @@ def test_weights_from_before_the_conversion_are_judged(call, images, tmp_path, p
 def test_what_does_not_fit_is_a_line(call, images, tmp_path, flags, line):
     code, _, err = call('train', *PARENT, *QUICK, '--data-dir', images, '--output', tmp_path, *words(flags))
     assert code == 2 and err.count('\n') == 1 and line in err, err
+
+
+def test_weights_of_a_teacher_that_do_not_do(call, images, tmp_path, parent):
+    """They are a line of the dry run, too."""
+    state = safetensors.torch.load_file(parent)
+    names = dict(nan='blocks.0.norm1.weight', lacking='blocks.1.norm1.weight')
+    torch.save({**state, names['nan']: state[names['nan']] * float('nan')}, tmp_path / 'nan.pth')
+    torch.save({key: value for key, value in state.items() if key != names['lacking']}, tmp_path / 'lacking.pth')
+    flags = [*PARENT, *QUICK, '--data-dir', images, '--output', tmp_path, '--kd-model-name', 'deit_tiny_patch16_224']
+    flags += ['--kd-model-kwargs', *PARENT[3:]]
+    for name in names:
+        for dry in ([], ['--dry-run']):
+            code, _, err = call('train', *flags, '--kd-pretrained-path', tmp_path / f'{name}.pth', *dry)
+            assert code == 2 and err.count('\n') == 1 and f'{name}.pth' in err and names[name] in err, (dry, err)
 
 
 def test_a_teacher_of_other_classes(train, call, images, tmp_path, parent):

@@ -15,6 +15,7 @@ from runs import CLASSES, MODEL, QUICK, load_script, rows, weights, write_images
 
 from evavit.errors import run_script
 from evavit.files import is_stamped
+from evavit.models import write_weights
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 
@@ -173,6 +174,34 @@ def test_what_the_tools_write_tells_whether_it_is_whole(run, tmp_path, capsys):
         capsys.readouterr()
         assert tool('avg_checkpoints')('--input', path, '--output', tmp_path / 'x.pth') == 2
         assert f'{path}: not a readable checkpoint: damaged' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('count', [2, 4])
+def test_names_of_the_classes_for_the_hub(run, tmp_path, capsys, count):
+    """Of --class-map there may be fewer than classes; more are a line."""
+    with safetensors.safe_open(run / 'last.safetensors', 'pt') as file:
+        about = file.metadata()
+    names = ['apple', 'pear', 'plum', 'quince'][:count]
+    about['args'] = json.dumps({**json.loads(about['args']), 'class_names': names, 'num_classes': 3})
+    write_weights(weights(run / 'last.safetensors'), tmp_path / 'x.safetensors', about)
+    flags = (
+        '--checkpoint',
+        tmp_path / 'x.safetensors',
+        '--output',
+        tmp_path / 'hub',
+        '--data',
+        'x',
+        '--licence',
+        'mit',
+    )
+    code, err = tool('save_for_hub')(*flags), capsys.readouterr().err
+    if count == 4:
+        assert (
+            code == 2 and 'x.safetensors: label_names has 4 names, the model 3 classes' in err and err.count('\n') == 1
+        )
+    else:
+        assert code == 0, err
+        assert json.loads((tmp_path / 'hub' / 'config.json').read_text())['label_names'] == ['apple', 'pear', '2']
 
 
 @pytest.mark.parametrize(
