@@ -251,8 +251,9 @@ def _check_own(folder: Path) -> None:
     """ValueError, one line, where a folder has files that `save_folder` writes, and not from it: its weights have a
     digest."""
     there = [name for name in (HF_SAFE_WEIGHTS_NAME, 'config.json', 'README.md') if (folder / name).exists()]
-    if not there:
-        return
+    card = folder / 'README.md'
+    if not there or (there == [card.name] and card.is_file() and card.read_bytes().startswith(b'---')):
+        return  # a card alone is what a new repository of the Hub has
     try:
         own = is_stamped(folder / HF_SAFE_WEIGHTS_NAME)
     except OSError:  # no file
@@ -460,10 +461,8 @@ def _settings_of_run(file: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any
             f'{file}: its model {saved["model"]} would have to be fetched; make it with timm.create_model and '
             f'evavit.convert_vit, and load the file into it'
         )
-    if own or most_blocks(kwargs) > MOST_BLOCKS:
-        raise ValueError(
-            f'{file}: its settings make no model: model_kwargs {", ".join(own) or "ask for too many blocks"}'
-        )
+    if why := ', '.join(own) or too_many_blocks(kwargs):
+        raise ValueError(f'{file}: its settings make no model: model_kwargs {why}')
     about = {name: saved[name] for name in PREPARATION if saved.get(name) is not None}
     return dict(
         model_name=saved['model'],

@@ -345,3 +345,17 @@ def test_a_card_that_lacks_something_is_one_line(tmp_path):
             save_folder(model, str(tmp_path / 'folder'), **given)
         assert '\n' not in str(caught.value)
     assert not (tmp_path / 'folder').exists()
+
+
+@pytest.mark.parametrize('name', ['README.md', 'config.json', 'model.safetensors'])
+def test_a_folder_of_other_files_is_left(tmp_path, name):
+    """A model that is saved anew, or into a new repository of the Hub, is not in the way."""
+    model = timm.create_model(PLAIN[0], **PLAIN[1])
+    (tmp_path / name).write_text('{"my": 1}')
+    with pytest.raises(ValueError, match=f'has a {name} that save_folder did not write'):
+        save_folder(model, tmp_path, data='x', licence='mit')
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"my": 1}'
+    (tmp_path / name).unlink()
+    (tmp_path / 'README.md').write_text('---\nlicense: mit\n---\n')
+    for _ in range(2):
+        save_folder(model, tmp_path, data='x', licence='mit')

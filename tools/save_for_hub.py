@@ -68,11 +68,10 @@ def main(argv=None):
             overwrite=args.overwrite,
         )
     except ValueError as error:
-        raise UserError(f'--output {str(error).replace("overwrite=True", "--overwrite")}') from error
+        why = str(error).replace('overwrite=True', '--overwrite')
+        raise UserError(f'{args.checkpoint}: not saved ({why})') from error
     except OSError as error:
         raise UserError(f'--output {args.output}: cannot be written ({reason_of(error)})') from error
-    except ValueError as error:
-        raise UserError(f'{args.checkpoint}: {error}') from error
     print(f'{folder}: {", ".join(sorted(path.name for path in folder.iterdir()))}')
 
 

@@ -255,7 +255,7 @@ class EpochTracker:
             log.warning(f'{where}: skipped, {position.streak} in a row')
             return
         raise SharedError(
-            f'{where}, {position.streak} in a row: stopped, the last checkpoint is kept; try a lower --lr, '
+            f'{where}, {position.streak} in a row: stopped, and what was saved before is kept; try a lower --lr, '
             f'--clip-grad, or --amp-dtype bfloat16'
         )
 
@@ -403,7 +403,7 @@ def check_finite(task: TrainingTask, metrics: Dict[str, float], process: Process
         bad.append('weights that are not finite')
     if bad:
         raise SharedError(
-            f'{", ".join(bad)} after epoch {epoch} (lr {lr:g}): stopped, the last checkpoint is kept; try '
+            f'{", ".join(bad)} after epoch {epoch} (lr {lr:g}): stopped, and what was saved before is kept; try '
             f'a lower --lr, --clip-grad, or --amp-dtype bfloat16'
         )
 
