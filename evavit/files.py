@@ -41,18 +41,23 @@ def why_no_file(path: Union[str, Path], names: Sequence[str] = WEIGHTS, what: st
 
 
 @contextmanager
-def replacing(path: Union[str, Path], durable: bool = False, shared: bool = False) -> Iterator[Path]:
+def replacing(
+    path: Union[str, Path], durable: bool = False, shared: bool = False, folder: bool = False
+) -> Iterator[Path]:
     """Yields the name of a file or folder to make, which then takes the place of `path`, whole or not at all.
 
     Args:
         path: Where it belongs. The new one is made beside it, with `.partial` at the end of its name.
         durable: A file is on the disk before this returns, so that a loss of power does not take it either.
         shared: Several processes may make it at once: each works under a name of its own, the last one's stays.
+        folder: A folder is made. One that a killed process left beside it goes, which else is somebody's own.
 
     Raises:
         Whatever the body or the system raises. The partial file is then gone, and `path` is as it was.
     """
     partial = Path(f'{path}.{os.getpid()}.partial' if shared else f'{path}.partial')
+    if partial.is_dir() and not (folder or partial.is_symlink()):
+        raise IsADirectoryError(errno.EISDIR, f'{partial.name} beside it is a folder; take it away')
     _remove(partial)  # what a killed process left
     try:
         yield partial
@@ -104,7 +109,7 @@ def new_folder(path: Union[str, Path]) -> Iterator[Path]:
         if place.exists() and not place.is_dir():
             raise UserError(f'{path} is a file; name a folder')
         place.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(place) as partial:
+        with replacing(place, folder=True) as partial:
             yield partial
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({reason_of(error)})') from error

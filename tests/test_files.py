@@ -7,6 +7,7 @@ import re
 import resource
 import socket
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 import safetensors.torch
@@ -36,6 +37,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, options):
 
 
 def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
+    for folder in (True, False):
+        (tmp_path / 'folder.partial' / 'deep').mkdir(parents=True)
+        with (
+            pytest.raises(OSError) if not folder else nullcontext(),
+            replacing(tmp_path / 'folder', folder=folder) as it,
+        ):
+            it.mkdir()
+        assert (tmp_path / 'folder.partial').exists() != folder
     (tmp_path / 'file.partial').write_text('half of a long text')
     with replacing(tmp_path / 'file') as partial:
         assert not partial.exists()

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import datetime
+import errno
 import os
 import platform
 import subprocess
@@ -163,6 +164,8 @@ def check_writable(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, 'it is no file')
         if path.exists():
             with open(path, 'a'):
                 pass

@@ -35,7 +35,7 @@ from evavit.bench.contenders import GRIDS, Setting, Sizes, backend_names, bench_
 from evavit.bench.convert import SIDES, VITS, bench_convert, fit_side
 from evavit.bench.models import bench_model, input_size, parse_model
 from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
-from evavit.errors import UserError, run_script
+from evavit.errors import UserError, reason_of, run_script
 from evavit.ops.eva import EVA
 from evavit.training.compilation import MODES, Compilation, choose_compilation
 
@@ -133,7 +133,11 @@ def find_models(args: argparse.Namespace) -> List[str]:
     """Names of the models in the order asked for; those with arguments are checked here."""
     texts = list(args.model)
     if args.model_list and os.path.isfile(args.model_list):
-        texts += [line.strip() for line in Path(args.model_list).read_text().splitlines() if line.strip()]
+        try:
+            lines = Path(args.model_list).read_text(encoding='utf-8').splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f'--model-list {args.model_list}: cannot be read ({reason_of(error)})') from error
+        texts += [line.strip() for line in lines if line.strip()]
     elif args.model_list:
         texts += args.model_list.split(',')
     models: List[str] = []

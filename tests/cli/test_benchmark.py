@@ -1,6 +1,7 @@
 """benchmark.py on a CPU: rows, files, faults; and on a GPU."""
 
 import csv
+import os
 
 import pytest
 import torch
@@ -164,6 +165,9 @@ BAD = {
     'unknown argument of the model': (['--model', 'eva_deit_tiny:windows=3'], ['windows']),
     'images smaller than a patch': (['--model', 'eva_deit_tiny', '--img-size', '8'], ['eva_deit_tiny']),
     'no model of that pattern': (['--model-list', 'eva_resnet*'], ['eva_resnet*']),
+    'a list that is no text': (['--model-list', 'BYTES'], ['--model-list', 'cannot be read']),
+    'a list that is a pipe': (['--results-file', 'PIPE'], ['--results-file', 'it is no file']),
+    'blocks without end': (['--model', 'resnet18:layers=[10000000000,1,1,1]'], ['layers asks for', 'more than 1,000']),
     'no such device': (['--device', 'gpu'], ['gpu', 'cuda']),
     'device that is not measured': (['--device', 'meta'], ['meta', 'cuda']),
     'device that is not there': (['--device', 'cuda:64'], ['cuda:64', 'CUDA device']),
@@ -181,10 +185,14 @@ BAD = {
 }
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize('fault', BAD)
-def test_refuses(fault, call):
+def test_refuses(fault, call, tmp_path):
     flags, words = BAD[fault]
-    code, _, err = call('benchmark', *FEW, '-b', '1', *flags)
+    (tmp_path / 'bytes').write_bytes(bytes(range(256)))
+    os.mkfifo(tmp_path / 'pipe')
+    stand = dict(BYTES=tmp_path / 'bytes', PIPE=tmp_path / 'pipe')
+    code, _, err = call('benchmark', *FEW, '-b', '1', *(stand.get(flag, flag) for flag in flags))
     lines = err.splitlines()
     assert code == 2 and len(lines) == 1 and lines[0].startswith('error: '), err
     assert all(word in err for word in words), err
