@@ -4,12 +4,13 @@
 """
 
 import dataclasses
-import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Optional, Set
 
-from evavit.errors import UserError
+import yaml
+
+from evavit.errors import UserError, first_line
 from evavit.training.config import DataConfig
 
 ADDRESS = 'hf://datasets/'
@@ -58,11 +59,29 @@ def network(config: DataConfig) -> Iterator[None]:
 
 
 def _check_metadata(folder: Path) -> None:
-    """A local folder's README may name files that lie elsewhere, some of which are asked for in spite of all."""
-    for name in ('README.md', '.huggingface.yaml'):
-        if (folder / name).is_file():
-            text = (folder / name).read_text(encoding='utf-8', errors='replace')
-            head = text if name != 'README.md' else (re.match(r'\s*---\s*\n(.*?)\n---', text, re.DOTALL) or ['', ''])[1]
-            found = re.search(r'\w+://\S{,100}', head.partition('configs:')[2])
-            if found:
-                raise UserError(f'{folder / name} names {found[0]}: allow that it is fetched with --dataset-download')
+    """A local folder's README may name files that lie elsewhere, some of which are asked for in spite of all. It is
+    read as `datasets` reads it."""
+    from huggingface_hub import DatasetCard
+
+    for path in (folder / 'README.md', folder / '.huggingface.yaml'):
+        if not path.is_file():
+            continue
+        try:
+            card = path.name == 'README.md'
+            about = DatasetCard.load(path).data.to_dict() if card else yaml.safe_load(path.read_text(encoding='utf-8'))
+        except Exception as error:  # of both libraries
+            raise UserError(f'{path}: cannot be read ({first_line(error)[:200]})') from error
+        found = _address(about.get('configs') if isinstance(about, dict) else None, set())
+        if found:
+            raise UserError(f'{path} names {found[:100]}: allow that it is fetched with --dataset-download')
+
+
+def _address(value: object, seen: Set[int]) -> Optional[str]:
+    """The first text with an address in what YAML holds, in which a part may stand in many places."""
+    if isinstance(value, str):
+        return value if '://' in value else None
+    if id(value) in seen or not isinstance(value, (list, dict)):
+        return None
+    seen.add(id(value))
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    return next((found for part in parts if (found := _address(part, seen))), None)

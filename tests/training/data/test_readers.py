@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import tarfile
@@ -385,13 +386,16 @@ def test_the_hub_is_asked_where_the_user_says_so(kind, asked, tmp_path):
         asked.clear()
 
 
-def test_a_folder_that_names_other_places(asked, tmp_path):
+@pytest.mark.parametrize('name', ['README.md', '.huggingface.yaml'])
+@pytest.mark.parametrize('key', ['configs', 'configs ', '"configs"', '&a configs'])
+@pytest.mark.parametrize('place', ['hf://datasets/a/b/c', '[{split: train, path: ["hf\\x3a//datasets/a/b/c"]}]'])
+def test_a_folder_that_names_other_places(asked, tmp_path, name, key, place):
+    """However that is written in YAML."""
     pytest.importorskip('datasets')
-    (tmp_path / 'README.md').write_text(
-        '---\nconfigs:\n- config_name: default\n  data_files: hf://datasets/a/b/c\n---\n'
-    )
+    text = f'{key}:\n- config_name: default\n  data_files: {place}\n'
+    (tmp_path / name).write_text(f'---\n{text}---\n' if name == 'README.md' else text)
     settings, _ = parse_settings('train', ['--dataset', f'hfds/{tmp_path}', '--data-dir', str(tmp_path)])
-    with pytest.raises(UserError, match=r'README\.md names hf://datasets/a/b/c: allow that it is fetched'):
+    with pytest.raises(UserError, match=f'{re.escape(name)} names hf://datasets/a/b/c: allow that it is fetched'):
         data.open_dataset(settings.data, 'train', batch_size=4)
     assert not asked
 
