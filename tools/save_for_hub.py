@@ -69,7 +69,7 @@ def main(argv=None):
         )
     except ValueError as error:
         why = str(error).replace('overwrite=True', '--overwrite')
-        raise UserError(f'{args.checkpoint}: not saved ({why})') from error
+        raise UserError(f'{args.checkpoint}: not saved, {why}') from error
     except OSError as error:
         raise UserError(f'--output {args.output}: cannot be written ({reason_of(error)})') from error
     print(f'{folder}: {", ".join(sorted(path.name for path in folder.iterdir()))}')

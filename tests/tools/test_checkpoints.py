@@ -196,7 +196,7 @@ def test_names_of_the_classes_for_the_hub(run, tmp_path, capsys, count):
     )
     code, err = tool('save_for_hub')(*flags), capsys.readouterr().err
     if count == 4:
-        assert code == 2 and 'x.safetensors: not saved (label_names has 4 names' in err and err.count('\n') == 1
+        assert code == 2 and 'x.safetensors: not saved, label_names has 4 names' in err and err.count('\n') == 1
     else:
         assert code == 0, err
         assert json.loads((tmp_path / 'hub' / 'config.json').read_text())['label_names'] == ['apple', 'pear', '2']
@@ -223,7 +223,7 @@ def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(run, tmp_path, monk
     hub = ('--checkpoint', run / 'last.safetensors', '--output', folder, '--data', 'x', '--licence', 'mit')
     assert tool('save_for_hub')(*hub) == 2
     line = capsys.readouterr().err
-    assert f'--output {folder}: has a model.safetensors that save_folder did not write; give' in line
+    assert f'not saved, {folder}: has a model.safetensors that save_folder did not write; give' in line
     assert line.endswith(', or --overwrite\n')
     assert tool('save_for_hub')(*hub, '--overwrite') == 2
     assert f'--output {folder}: cannot be written (the disk is full: ' in capsys.readouterr().err
