@@ -1,26 +1,26 @@
 """Launches of Triton kernels, their registration as operators, and sums of their partial sums. Imports Triton."""
 
-from typing import Any, Callable, Dict, List, Optional, Tuple
+import functools
+import math
+import operator
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .torch_private import below_autograd, current_raw_stream
+from .torch_private import below_autograd, current_device, current_raw_stream, is_dispatched, static_launch
 
-__all__ = ['Launcher', 'ceil_div', 'on_device', 'register_op', 'sum_parts']
+__all__ = ['Launches', 'Memory', 'Pointer', 'ceil_div', 'register_op', 'sum_parts']
 
 LIBRARY = torch.library.Library('evavit', 'FRAGMENT')
+# Types of inputs that ask for nothing: PyTorch's own tensors, and what is no tensor.
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)))
 
 
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
-
-
-def on_device(x: torch.Tensor) -> torch.cuda.device:
-    """`with on_device(x):` makes x's device the current one, on which Triton launches. Does nothing for CPU tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else torch.cuda.device(-1)
 
 
 def register_op(
@@ -29,8 +29,11 @@ def register_op(
     fake: Callable,
     setup_context: Optional[Callable] = None,
     backward: Optional[Callable] = None,
-) -> None:
-    """Register `torch.ops.evavit.<short>`, with a derivative where `backward` is given.
+) -> Callable:
+    """Register `torch.ops.evavit.<short>`, with a derivative where `backward` is given, and return how to call it.
+
+    What is returned computes the same on plain tensors that nothing traces, without PyTorch's dispatcher, which takes
+    as long as the kernels' launches.
 
     Args:
         short: The operator's name.
@@ -46,13 +49,42 @@ def register_op(
     torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
     torch.library.impl(name, ('cuda', 'cpu'), function)  # 'cpu' is for Triton's interpreter
     torch.library.register_fake(name, fake)
-    if setup_context is None or backward is None:
-        return
     op = getattr(torch.ops.evavit, short).default
+    direct = function
+    if setup_context is not None and backward is not None:
+
+        def below(*inputs: Any) -> Any:
+            with below_autograd():
+                return op(*inputs)
+
+        LIBRARY.impl(short, _with_gradient(name, below, setup_context, backward), 'Autograd')
+        direct = _with_gradient(name, function, setup_context, backward)
+
+    def call(*inputs: Any) -> Any:
+        return direct(*inputs) if _is_eager(inputs) else op(*inputs)
+
+    return call
+
+
+def _is_eager(inputs: Tuple[Any, ...]) -> bool:
+    """Whether these are PyTorch's own tensors, and no compiler, tracer or counter has to see what is called."""
+    if torch.compiler.is_compiling() or is_dispatched():
+        return False
+    for x in inputs:
+        kind = type(x)
+        if kind is list:
+            if not _is_eager(tuple(x)):
+                return False
+        elif kind not in PLAIN and isinstance(x, torch.Tensor):
+            return False
+    return True
+
+
+def _with_gradient(name: str, function: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """A function with its derivative."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        with below_autograd():
-            output = op(*inputs)
+        output = function(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
@@ -67,62 +99,195 @@ def register_op(
         return backward(ctx, *grads)
 
     differentiable: Any = type(
-        f'{short}_function',
+        f'{name.replace("::", "_")}_function',
         (torch.autograd.Function,),
         {'forward': staticmethod(forward), 'backward': staticmethod(backward_once)},
     )
 
     def with_gradient(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        if torch.is_grad_enabled() and any([isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]):
             return differentiable.apply(*inputs)
-        with below_autograd():
-            return op(*inputs)
+        return function(*inputs)
 
-    LIBRARY.impl(short, with_gradient, 'Autograd')
+    return with_gradient
 
 
-class Launcher:
-    """Launches kernels, with less work on the CPU than Triton's own `kernel[grid](...)`.
+class Pointer(NamedTuple):
+    """A place in one of a call's tensors: what a kernel gets for a tensor before there is one."""
 
-    `launcher(kernel, grid, *args, **options)` computes `kernel[grid](*args, **options)`. Triton inspects every argument
-    of every launch to find the compiled kernel, which takes longer than most of these kernels run on the GPU. A
-    launcher remembers the compiled kernel by the arguments that decide on it: device, grid, the tensors' dtypes and
-    alignment, and all other values.
+    tensor: int  # which of the call's tensors; -1 for the scratch memory
+    offset: int  # bytes behind its first element
+    dtype: torch.dtype  # as which the kernel sees it
 
-    Args:
-        kernel: A function decorated with `triton.jit` or `gluon.jit`.
-        grid: The number of programs along three axes.
-        args: The arguments that are no constexprs, by position. A kernel must get its tensors at the same positions in
-            each launch.
-        options: All of the kernel's constexprs, and Triton's num_warps, num_stages and maxnreg.
+    def at(self, elements: int) -> 'Pointer':
+        """The place that many elements further."""
+        return self._replace(offset=self.offset + elements * self.dtype.itemsize)
+
+
+class Memory:
+    """Places of contiguous tensors in one allocation of `size` bytes. Sizes may be torch.compile's symbols."""
+
+    def __init__(self) -> None:
+        self.size: Any = 0
+
+    def place(self, tensor: int, dtype: torch.dtype, *shape: Any) -> Pointer:
+        """Where the next one begins, if the call's tensor of this number is the allocation."""
+        pointer = Pointer(tensor, self.size, dtype)
+        self.size += -(-math.prod(shape) * dtype.itemsize // 128) * 128
+        return pointer
+
+
+class Launches:
+    """The launches of an operator, put together once for each case and run with the tensors of each call.
+
+        run = Launches()
+        x, y = run.tensor(torch.float16), run.tensor(torch.float16)
+        parts = run.scratch(torch.float32, 64, 32)
+        run.launch(first_kernel, (64, 1, 1), x, parts, 1000, BLOCK=128)
+        run.launch(second_kernel, (1, 1, 1), parts, y, 64, ROWS=16)
+        run(x_tensor, y_tensor)
+
+    All but addresses belongs to the case: sizes, strides, dtypes, options. Triton inspects each argument of each launch
+    to find the compiled kernel, which takes longer than most of these kernels run on the GPU. Here the first call on a
+    device finds it, and later ones fill in addresses. They go through Inductor's static launcher; or through Triton's
+    own, where this torch has none, or it lacks what a kernel needs.
     """
 
     def __init__(self) -> None:
-        self.tensors: Dict[int, List[int]] = {}  # id of a kernel -> positions of its tensors
-        self.compiled: Dict[tuple, Tuple[Callable, List[Any]]] = {}  # key -> launch function, constexprs
+        self.count = 0  # tensors of a call
+        self.memory = Memory()  # of the scratch tensors
+        self.steps: List[Tuple[Any, Tuple[int, int, int], Tuple[Any, ...], Dict[str, Any]]] = []
+        self.places: Dict[Pointer, int] = {}  # the pointers that kernels get, numbered
+        self.constants: List[Any] = []  # other arguments, numbered behind them
+        # Device and alignment of the tensors -> for each step, a function of pointers and constants, and the stream.
+        self.bound: Dict[tuple, List[Callable[[List[Any], int], Any]]] = {}
 
-    def __call__(self, kernel: Any, grid: Tuple[int, int, int], *args: Any, **options: Any) -> None:
-        tensors = self.tensors.get(id(kernel))
-        if tensors is None:
-            tensors = self.tensors[id(kernel)] = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
-        passed, kinds, bits = list(args), list(args), 0
-        for i in tensors:
-            x = args[i]
-            passed[i] = address = x.data_ptr()
-            kinds[i] = x.dtype
-            bits |= address
+    def tensor(self, dtype: torch.dtype) -> Pointer:
+        """The next tensor of a call."""
+        self.count += 1
+        return Pointer(self.count - 1, 0, dtype)
+
+    def scratch(self, dtype: torch.dtype, *shape: int) -> Pointer:
+        """A contiguous tensor that these kernels alone see. One allocation holds all of them."""
+        return self.memory.place(-1, dtype, *shape)
+
+    def launch(self, kernel: Any, grid: Tuple[int, int, int], *args: Any, **options: Any) -> None:
+        """Add `kernel[grid](*args, **options)`.
+
+        Args:
+            kernel: A function decorated with `triton.jit` or `gluon.jit`.
+            grid: The number of programs along three axes.
+            args: The arguments that are no constexprs, by position; pointers for tensors.
+            options: All of the kernel's constexprs, and Triton's num_warps, num_stages and maxnreg.
+        """
+        self.steps.append((kernel, grid, args, options))
+        for x in args:
+            if isinstance(x, Pointer):
+                self.places.setdefault(x, len(self.places))
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        device = tensors[0].get_device()
+        if device >= 0 and device != current_device():  # Triton compiles and launches on the current one
+            with torch.cuda.device(device):
+                return self(*tensors)
+        if self.memory.size:
+            tensors += (tensors[0].new_empty(self.memory.size, dtype=torch.uint8),)
+        addresses = [x.data_ptr() for x in tensors]
         # Triton compiles a kernel of its own for addresses that are not multiples of 16.
-        odd = tuple(passed[i] % 16 for i in tensors) if bits % 16 else ()
-        device = args[tensors[0]].get_device()
-        key = (id(kernel), device, grid, odd, *kinds, *options.values())
-        found = self.compiled.get(key)
-        if found is not None:
-            run, constants = found
-            run(*passed, *constants, stream=current_raw_stream(device))
-        else:
-            compiled = kernel[grid](*args, **options)
-            if compiled is not None:  # None in Triton's interpreter
-                self.compiled[key] = compiled[grid], [options[name] for name in kernel.arg_names[len(args) :]]
+        odd = tuple([x % 16 for x in addresses]) if functools.reduce(operator.or_, addresses) % 16 else ()
+        bound = self.bound.get((device, odd))
+        if bound is None or _is_hooked():
+            return self._launch_by_triton(tensors, (device, odd))
+        values = [addresses[tensor] + offset for tensor, offset, _ in self.places]
+        values += self.constants
+        stream = current_raw_stream(device)
+        for step in bound:
+            step(values, stream)
+        return None
+
+    def _launch_by_triton(self, tensors: Tuple[torch.Tensor, ...], key: tuple) -> None:
+        """Launch as Triton does, and bind what it launched, which is nothing in its interpreter."""
+        found = []
+        for kernel, grid, args, options in self.steps:
+            passed = [_as_tensor(x, tensors) if isinstance(x, Pointer) else x for x in args]
+            found.append(launch_kernel(kernel, grid, passed, options))
+        if all(compiled is not None for compiled in found):
+            self.bound[key] = [self._bind(compiled, step) for compiled, step in zip(found, self.steps, strict=True)]
+
+    def _bind(self, compiled: Any, step: Tuple[Any, ...]) -> Callable[[List[Any], int], Any]:
+        kernel, grid, args, options = step
+        letters = static_letters(compiled, kernel.arg_names[: len(args)]) if static_launch is not None else None
+        if letters is None:
+            run, rest = compiled[grid], [options[name] for name in kernel.arg_names[len(args) :]]
+            pick = self._picker([*args, *rest])
+            return lambda values, stream: run(*pick(values), stream=stream)
+        hidden = [None] * (len(letters) - len(args))
+        pick = self._picker([x for x, letter in zip([*args, *hidden], letters, strict=True) if letter])
+        launch: Any = static_launch
+        function, types = compiled.function, ''.join(letters)
+        head = function, *grid, compiled.metadata.num_warps, compiled.metadata.shared, types
+        # The compiled kernel is an argument so that it lives as long as its function is used.
+        return lambda values, stream, compiled=compiled: launch(*head, pick(values), stream)
+
+    def _picker(self, args: List[Any]) -> Callable[[List[Any]], Tuple[Any, ...]]:
+        """A function that picks these arguments, which are two at least, from all pointers and constants."""
+        places = []
+        for x in args:
+            if isinstance(x, Pointer):
+                places.append(self.places[x])
+            else:
+                places.append(len(self.places) + len(self.constants))
+                self.constants.append(x)
+        return operator.itemgetter(*places)
+
+
+def launch_kernel(kernel: Any, grid: Tuple[int, int, int], args: List[Any], options: Dict[str, Any]) -> Any:
+    """`kernel[grid](*args, **options)`: the compiled kernel, or None in Triton's interpreter."""
+    return kernel[grid](*args, **options)
+
+
+def _as_tensor(pointer: Pointer, tensors: Tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A tensor that begins where a pointer points, in one axis unless it is one of `tensors`."""
+    x = tensors[pointer.tensor]
+    if pointer.offset == 0 and pointer.dtype == x.dtype:
+        return x
+    storage, item = x.untyped_storage(), pointer.dtype.itemsize
+    first = (x.storage_offset() * x.itemsize + pointer.offset) // item
+    view = torch.empty(0, dtype=pointer.dtype, device=x.device)
+    return view.set_(storage, first, (storage.nbytes() // item - first,), (1,))  # type: ignore[call-overload]
+
+
+# A kernel's argument in the static launcher's letters, by Triton's name of its type.
+STATIC_LETTERS = {'i32': 'i', 'i64': 'l', 'u32': 'I', 'u64': 'K', 'fp32': 'f', 'fp64': 'd', 'constexpr': ''}
+
+
+def static_letters(compiled: Any, names: Sequence[str]) -> Optional[List[str]]:
+    """How the static launcher passes a compiled kernel its arguments of these names, a letter for each, empty for what
+    is compiled in, and for those that Triton adds; or None where it cannot launch the kernel."""
+    metadata = compiled.metadata
+    if metadata.num_ctas != 1 or any(
+        getattr(metadata, name, False) for name in ('launch_cooperative_grid', 'launch_pdl')
+    ):
+        return None
+    letters = []
+    for name in names:
+        kind = compiled.src.signature.get(name)
+        letter = 'O' if isinstance(kind, str) and kind.startswith('*') else STATIC_LETTERS.get(kind)
+        if letter is None:
+            return None
+        letters.append(letter)
+    for name in ('global_scratch_size', 'profile_scratch_size'):
+        if hasattr(metadata, name):  # memory that Triton would allocate; a pointer to none
+            if getattr(metadata, name):
+                return None
+            letters.append('O')
+    return letters if 2 <= len(''.join(letters)) <= 120 else None
+
+
+def _is_hooked() -> bool:
+    """Whether a profiler, as Triton's Proton, wants to know of each launch."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, 'calls', True))
 
 
 @triton.jit
@@ -145,9 +310,6 @@ def _sum_parts(
     tl.store(total + j, tl.sum(acc, 0), mask=j < width)
 
 
-def sum_parts(launch: Launcher, parts: torch.Tensor) -> torch.Tensor:
-    """The sum over the first axis of a contiguous float32 tensor; equal to the bit on every run."""
-    total = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
-    width = total.numel()
-    launch(_sum_parts, (ceil_div(width, 32), 1, 1), parts, total, parts.shape[0], width, ROWS=64, COLS=32)
-    return total
+def sum_parts(run: Launches, parts: Pointer, total: Pointer, count: int, width: int) -> None:
+    """The sum over the first axis of float32 `(count, width)`, contiguous; equal to the bit on every run."""
+    run.launch(_sum_parts, (ceil_div(width, 32), 1, 1), parts, total, count, width, ROWS=64, COLS=32)

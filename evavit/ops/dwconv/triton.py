@@ -21,14 +21,14 @@ of them.
 """
 
 import functools
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 
 from evavit.ops.common.gelu import gelu, gelu_slope
-from evavit.ops.common.launch import Launcher, ceil_div, on_device, register_op, sum_parts
+from evavit.ops.common.launch import Launches, Pointer, ceil_div, register_op, sum_parts
 
 __all__ = ['depthwise_gelu_fused']
 
@@ -213,84 +213,71 @@ LAUNCH: Dict[str, Dict[str, int]] = {
 }
 
 
-class _Plan:
-    """Sizes and launches for one shape of arguments."""
+class _Case(NamedTuple):
+    """All that decides on the launches of a call, but for the alignment of its tensors."""
 
-    def __init__(self, shape: Tuple[int, int, int], feat_size: Tuple[int, int], item_size: int) -> None:
-        self.B, _, self.C = shape
-        self.H, self.W = feat_size
-        self.item_size = item_size
-        self.launch = Launcher()
+    shape: Tuple[int, int, int]  # (B, N, C)
+    feat_size: Tuple[int, int]
+    dtype: torch.dtype  # of the tokens
+    weight: torch.dtype
+    bias: torch.dtype
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019, few plans exist, and they are cached too
-    def work(self, kernel: str) -> Tuple[int, Tuple[int, int], Dict[str, int]]:
-        """The number of groups of lanes, (lanes, per_program), and the options of a launch."""
+    def work(self, kernel: str) -> Tuple[int, Tuple[int, int, int], Tuple[int, int], Dict[str, int]]:
+        """The number of groups of lanes, the grid, (lanes, per_program), and the options of a launch."""
+        (B, _, C), (H, W) = self.shape, self.feat_size
         options = dict(LAUNCH[kernel])
         programs = options.pop('programs')
-        options['P'] = max(1, options['P'] * 2 // self.item_size)  # a float32 takes the registers of two halves
+        options['P'] = max(1, options['P'] * 2 // self.dtype.itemsize)  # a float32 takes the registers of two halves
         # Strips of equal height, so that as few rows as possible are past the edge.
-        strips = ceil_div(self.H, options['R'])
-        options['R'] = ceil_div(self.H, strips)
-        lanes = self.B * strips * self.W
-        tiles = ceil_div(lanes, options['P'])
-        per_program = ceil_div(tiles, max(1, min(tiles, programs // ceil_div(self.C, options['BC']))))
+        strips = ceil_div(H, options['R'])
+        options['R'] = ceil_div(H, strips)
+        lanes = B * strips * W
+        tiles, blocks = ceil_div(lanes, options['P']), ceil_div(C, options['BC'])
+        per_program = ceil_div(tiles, max(1, min(tiles, programs // blocks)))
+        groups = ceil_div(tiles, per_program)
         # Sizes as constants save a sixth of instructions and registers.
-        options.update(H=self.H, W=self.W, C=self.C)
-        return ceil_div(tiles, per_program), (lanes, per_program), options
+        options.update(H=H, W=W, C=C)
+        return groups, (groups * blocks, 1, 1), (lanes, per_program), options
 
-    def convolve(
-        self, kernel: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Launch `_convolve`: the kernel 'forward', or 'backward_x'."""
-        programs, sizes, options = self.work(kernel)
-        self.launch(
-            _convolve,
-            (programs * ceil_div(self.C, options['BC']), 1, 1),
-            x,
-            weight,
-            bias,
-            out,
-            *sizes,
-            GELU=kernel == 'forward',
-            **options,
-        )
-
-    def backward_z(
-        self, x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dz: torch.Tensor
-    ) -> torch.Tensor:
-        """Write dz, and return dweight and dbias as one float32 tensor `(10, C)`."""
-        programs, sizes, options = self.work('backward_z')
-        parts = torch.empty(programs, 10, self.C, dtype=torch.float32, device=x.device)
-        self.launch(
-            _backward_z,
-            (programs * ceil_div(self.C, options['BC']), 1, 1),
-            x,
-            grad,
-            weight,
-            bias,
-            dz,
-            parts,
-            *sizes,
-            **options,
-        )
-        return sum_parts(self.launch, parts)
+    def convolve(self, run: Launches, kernel: str, *tensors: Pointer) -> None:
+        """Add `_convolve` of x, weight, bias and out: the kernel 'forward', or 'backward_x'."""
+        _, grid, sizes, options = self.work(kernel)
+        run.launch(_convolve, grid, *tensors, *sizes, GELU=kernel == 'forward', **options)
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_plan(shape: Tuple[int, int, int], feat_size: Tuple[int, int], item_size: int) -> _Plan:
-    return _Plan(shape, feat_size, item_size)
+def _forward_launches(case: _Case) -> Launches:
+    """The forward's, for x, weight, bias and y."""
+    run = Launches()
+    tensors = [run.tensor(dtype) for dtype in (case.dtype, case.weight, case.bias, case.dtype)]
+    case.convolve(run, 'forward', *tensors)
+    return run
 
 
-def _plan(x: torch.Tensor, feat_size: List[int]) -> _Plan:
+@functools.lru_cache(maxsize=256)
+def _backward_launches(case: _Case) -> Launches:
+    """The backward's, for dy, x, weight, bias, dx and the gradient of the parameters, float32 `(10, C)`."""
+    run = Launches()
+    grad, x, weight, bias = (run.tensor(dtype) for dtype in (case.dtype, case.dtype, case.weight, case.bias))
+    dx, dparams = run.tensor(case.dtype), run.tensor(torch.float32)
+    C = case.shape[-1]
+    groups, grid, sizes, options = case.work('backward_z')
+    dz, parts = run.scratch(case.dtype, *case.shape), run.scratch(torch.float32, groups, 10, C)
+    run.launch(_backward_z, grid, x, grad, weight, bias, dz, parts, *sizes, **options)
+    sum_parts(run, parts, dparams, groups, 10 * C)
+    case.convolve(run, 'backward_x', dz, weight, bias, dx)
+    return run
+
+
+def _case(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]) -> _Case:
     B, N, C = x.shape
-    return _cached_plan((B, N, C), (feat_size[0], feat_size[1]), x.element_size())
+    return _Case((B, N, C), (feat_size[0], feat_size[1]), x.dtype, weight.dtype, bias.dtype)
 
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
     """gelu(conv(x) + bias) for contiguous x `(B, N, C)`, weight `(9, C)` and bias `(C)`."""
     out = torch.empty_like(x)
-    with on_device(x):
-        _plan(x, feat_size).convolve('forward', x, weight, bias, out)
+    _forward_launches(_case(x, weight, bias, feat_size))(x, weight, bias, out)
     return out
 
 
@@ -298,12 +285,8 @@ def _backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, feat_size: List[int]
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """dx, and float32 dweight and dbias in one tensor `(10, C)`."""
-    plan = _plan(x, feat_size)
-    dz = torch.empty_like(x)
-    with on_device(x):
-        dparams = plan.backward_z(x, grad.contiguous(), weight, bias, dz)
-        dx = torch.empty_like(x)
-        plan.convolve('backward_x', dz, weight, bias, dx)
+    dx, dparams = torch.empty_like(x), x.new_empty((10, x.shape[-1]), dtype=torch.float32)
+    _backward_launches(_case(x, weight, bias, feat_size))(grad.contiguous(), x, weight, bias, dx, dparams)
     return dx, dparams
 
 
@@ -324,12 +307,12 @@ def _setup_context(ctx: Any, inputs: Tuple[Any, ...], output: torch.Tensor) -> N
 
 def _autograd_backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
     x, weight, bias = ctx.saved_tensors
-    dx, dparams = torch.ops.evavit.depthwise_gelu_backward(grad, x, weight, bias, ctx.feat_size)
+    dx, dparams = depthwise_backward(grad, x, weight, bias, ctx.feat_size)
     return dx, dparams[:9].to(weight.dtype), dparams[9].to(bias.dtype), None
 
 
-register_op('depthwise_gelu', _forward, _forward_fake, _setup_context, _autograd_backward)
-register_op('depthwise_gelu_backward', _backward, _backward_fake)
+depthwise = register_op('depthwise_gelu', _forward, _forward_fake, _setup_context, _autograd_backward)
+depthwise_backward = register_op('depthwise_gelu_backward', _backward, _backward_fake)
 
 
 def depthwise_gelu_fused(
@@ -338,4 +321,4 @@ def depthwise_gelu_fused(
     """`evavit.ops.depthwise_gelu` by the kernels."""
     # The kernels read a tap of many channels at a time.
     taps = weight.reshape(weight.shape[0], 9).t().contiguous()
-    return torch.ops.evavit.depthwise_gelu(x.contiguous(), taps, bias.contiguous(), feat_size)
+    return depthwise(x.contiguous(), taps, bias.contiguous(), feat_size)

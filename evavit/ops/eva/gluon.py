@@ -14,7 +14,7 @@ descriptors of shared memory, the bias), until those that do change spill. In Gl
 * add a zero that the compiler cannot see through (`zero`) to what it would otherwise keep in registers.
 
 A tile of 64 rows holds a window, another one the cells and prefix tokens; both have the head's D = 32 or 64 columns.
-`_Plan.gluon` in triton/plan.py checks which tensors these kernels take. triton/pieces.py says how to read the
+`Plan.gluon` in triton/plan.py checks which tensors these kernels take. triton/pieces.py says how to read the
 signatures; here all tensors are contiguous in their channels, which have no strides.
 
 Shared memory: all threads see a copy after `wait_group` and the barrier that Triton puts behind it. Products read

@@ -18,6 +18,7 @@ features in, hidden and out; BM, BN, BK and BC the tile of each. Where a tile ov
 the other tiles divide their widths.
 """
 
+import functools
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -25,7 +26,7 @@ import triton
 import triton.language as tl
 
 from evavit.ops.common.gelu import gelu, gelu_slope
-from evavit.ops.common.launch import Launcher, ceil_div, on_device, register_op, sum_parts
+from evavit.ops.common.launch import Launches, ceil_div, register_op, sum_parts
 
 __all__ = ['mlp_fused']
 
@@ -117,7 +118,6 @@ def _backward_hidden(
 # The fastest tiles on an H100. A tile that does not divide its width shrinks.
 FORWARD: Dict[str, int] = dict(BM=128, BN=128, BK=64, STAGES=3, num_warps=8)
 BACKWARD: Dict[str, int] = dict(BM=128, BN=64, BK=64, STAGES=3, num_warps=4)
-_launch = Launcher()
 
 
 def _divisor(n: int, most: int) -> int:
@@ -125,26 +125,38 @@ def _divisor(n: int, most: int) -> int:
     return min(most, n & -n)
 
 
-def _hidden(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """gelu(x Wᵀ + b) `(M, N)`."""
-    (M, K), N = x.shape, weight.shape[0]
-    g = x.new_empty(M, N)
+@functools.lru_cache(maxsize=256)
+def _forward_launches(M: int, N: int, K: int, stride: int, dtype: torch.dtype, bias_dtype: torch.dtype) -> Launches:
+    """Those of `_forward_hidden` for x, W₁, b₁ and g."""
+    run = Launches()
+    x, weight, bias, g = run.tensor(dtype), run.tensor(dtype), run.tensor(bias_dtype), run.tensor(dtype)
     options = {**FORWARD, 'BN': _divisor(N, FORWARD['BN']), 'BK': _divisor(K, FORWARD['BK'])}
-    with on_device(x):
-        _launch(
-            _forward_hidden,
-            (ceil_div(M, options['BM']) * (N // options['BN']), 1, 1),
-            x,
-            weight,
-            bias,
-            g,
-            M,
-            N,
-            x.stride(0),
-            K=K,
-            **options,
-        )
-    return g
+    grid = ceil_div(M, options['BM']) * (N // options['BN']), 1, 1
+    run.launch(_forward_hidden, grid, x, weight, bias, g, M, N, stride, K=K, **options)
+    return run
+
+
+@functools.lru_cache(maxsize=256)
+def _backward_launches(
+    M: int, N: int, K: int, C: int, strides: Tuple[int, int], dtype: torch.dtype, bias_dtype: torch.dtype
+) -> Launches:
+    """Those of `_backward_hidden` for dy, x, W₁, b₁, W₂, dz and db₁."""
+    run = Launches()
+    dy, x, weight1 = (run.tensor(dtype) for _ in range(3))
+    bias1, weight2, dz, db = run.tensor(bias_dtype), run.tensor(dtype), run.tensor(dtype), run.tensor(torch.float32)
+    options = {
+        **BACKWARD,
+        'BN': _divisor(N, BACKWARD['BN']),
+        'BK': _divisor(K, BACKWARD['BK']),
+        'BC': _divisor(C, BACKWARD['BK']),
+    }
+    rows = ceil_div(M, options['BM'])
+    parts = run.scratch(torch.float32, rows, N)
+    grid = rows * (N // options['BN']), 1, 1
+    args = dy, x, weight1, bias1, weight2, dz, parts, M, N, *strides
+    run.launch(_backward_hidden, grid, *args, K=K, C=C, **options)
+    sum_parts(run, parts, db, rows, N)
+    return run
 
 
 def _mlp(
@@ -156,7 +168,9 @@ def _mlp(
     save: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """y = gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂ of x `(M, K)`, and for the backward gelu(..) `(M, N)`, empty unless `save`."""
-    g = _hidden(x, weight1, bias1)
+    (M, K), N = x.shape, weight1.shape[0]
+    g = x.new_empty(M, N)
+    _forward_launches(M, N, K, x.stride(0), x.dtype, bias1.dtype)(x, weight1, bias1, g)
     return torch.addmm(bias2, g, weight2.t()), g if save else g.new_empty(0, g.shape[1])
 
 
@@ -176,35 +190,10 @@ def _mlp_backward(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """The gradients of z = x W₁ᵀ + b₁, `(M, N)`, and of b₁, float32 `(N)`."""
     (M, K), (C, N) = x.shape, weight2.shape
-    options = {
-        **BACKWARD,
-        'BN': _divisor(N, BACKWARD['BN']),
-        'BK': _divisor(K, BACKWARD['BK']),
-        'BC': _divisor(C, BACKWARD['BK']),
-    }
-    rows = ceil_div(M, options['BM'])
-    dz = x.new_empty(M, N)
-    parts = x.new_empty(rows, N, dtype=torch.float32)
-    with on_device(x):
-        _launch(
-            _backward_hidden,
-            (rows * (N // options['BN']), 1, 1),
-            grad,
-            x,
-            weight1,
-            bias1,
-            weight2,
-            dz,
-            parts,
-            M,
-            N,
-            grad.stride(0),
-            x.stride(0),
-            K=K,
-            C=C,
-            **options,
-        )
-        return dz, sum_parts(_launch, parts)
+    dz, db = x.new_empty(M, N), x.new_empty(N, dtype=torch.float32)
+    strides = grad.stride(0), x.stride(0)
+    _backward_launches(M, N, K, C, strides, x.dtype, bias1.dtype)(grad, x, weight1, bias1, weight2, dz, db)
+    return dz, db
 
 
 def _mlp_backward_fake(
@@ -231,7 +220,7 @@ def _autograd_backward(ctx: Any, grad: Optional[torch.Tensor], *_: Any) -> Tuple
     dx = dw1 = db1 = dw2 = db2 = None
     grad = grad.contiguous()
     if need[0] or need[1] or need[2]:
-        dz, db1 = torch.ops.evavit.mlp_backward(grad, x, weight1, bias1, weight2)
+        dz, db1 = mlp_backward(grad, x, weight1, bias1, weight2)
         dx = dz @ weight1 if need[0] else None
         dw1 = dz.t() @ x if need[1] else None
         db1 = db1.to(bias1.dtype)
@@ -242,8 +231,8 @@ def _autograd_backward(ctx: Any, grad: Optional[torch.Tensor], *_: Any) -> Tuple
     return dx, dw1, db1, dw2, db2, None
 
 
-register_op('mlp', _mlp, _mlp_fake, _setup_context, _autograd_backward)
-register_op('mlp_backward', _mlp_backward, _mlp_backward_fake)
+mlp = register_op('mlp', _mlp, _mlp_fake, _setup_context, _autograd_backward)
+mlp_backward = register_op('mlp_backward', _mlp_backward, _mlp_backward_fake)
 
 
 def mlp_fused(
@@ -256,5 +245,5 @@ def mlp_fused(
     tensors = [x, weight1, bias1, weight2, bias2]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y, _ = torch.ops.evavit.mlp(flat, weight1.contiguous(), bias1.contiguous(), weight2.contiguous(), bias2, save)
+    y, _ = mlp(flat, weight1.contiguous(), bias1.contiguous(), weight2.contiguous(), bias2, save)
     return y.view(*x.shape[:-1], weight2.shape[0])

@@ -217,20 +217,20 @@ def check(case, shape, dtype, layout='packed', **kwargs):
 
 def check_small(shape, options, device, monkeypatch):
     """A case of SMALL_CASES against float64, on a GPU or in the interpreter."""
-    from evavit.ops.eva.triton import plan
+    from evavit.ops.eva.triton import launches, plan
 
     options = dict(B=1, h=2, d=16, dtype=torch.float32) | options
     layout, programs = options.pop('layout', 'packed'), options.pop('programs', None)
     count_cells = options.pop('count_cells', 'one')
     if programs:
         monkeypatch.setattr(plan, 'PROGRAMS', programs)
-        plan._cached_plan.cache_clear()
+        launches.forget()
     case = make_case(*shape, **options, device=device)
     reference = run(case, *shape, fused=False, dtype=torch.float64, count_cells=count_cells)
     with EVA.forced('triton'):
         fused = run(case, *shape, fused=True, layout=layout, count_cells=count_cells)
     if programs:
-        plan._cached_plan.cache_clear()
+        launches.forget()
     for name, value in fused.items():
         # A gradient that is zero but for rounding, as of a constant added to all logits, is measured against its terms.
         size = (

@@ -16,6 +16,7 @@ from evavit.ops.eva import EVA
 
 triton = pytest.importorskip('triton')
 eva_triton = pytest.importorskip('evavit.ops.eva.triton.plan')
+eva_launches = pytest.importorskip('evavit.ops.eva.triton.launches')
 eva_gluon = pytest.importorskip('evavit.ops.eva.gluon', exc_type=ImportError)  # Triton 3.5 and older lacks parts of it
 launching = pytest.importorskip('evavit.ops.common.launch')
 
@@ -37,15 +38,15 @@ SHAPES = [
 
 def record(monkeypatch, really=False):
     """Kernel, arguments and options of each launch from now on; on a CPU nothing is launched."""
-    launches, launch = [], launching.Launcher.__call__
+    recorded, launch = [], launching.launch_kernel
 
-    def recorded(launcher, kernel, grid, *args, **options):
-        launches.append((kernel, args, options))
-        if really:
-            launch(launcher, kernel, grid, *args, **options)
+    def record_launch(kernel, grid, args, options):
+        recorded.append((kernel, args, options))
+        if really:  # and not bound: the next call comes this way too
+            launch(kernel, grid, args, options)
 
-    monkeypatch.setattr(launching.Launcher, '__call__', recorded)
-    return launches
+    monkeypatch.setattr(launching, 'launch_kernel', record_launch)
+    return recorded
 
 
 def chosen(launches):
@@ -56,10 +57,12 @@ def chosen(launches):
 def launched_on_hopper(monkeypatch, shape, dtype, *, layout='packed', backend='gluon', count_cells='one', **kwargs):
     """The launches of a training step as on a Hopper."""
     monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
+    eva_launches.forget()
     launches = record(monkeypatch)
     with EVA.forced(backend):
         case = make_case(*shape, dtype, device='cpu', **kwargs)
         run(case, *shape, fused=True, layout=layout, count_cells=count_cells)
+    eva_launches.forget()
     return launches
 
 
@@ -104,25 +107,22 @@ class TestChoice:
 
     def test_what_16_bytes_at_a_time_cannot_copy_takes_triton(self, monkeypatch):
         monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
-        plan = eva_triton._plan(torch.empty(2, 3, 196, 64, dtype=torch.bfloat16), [14, 14], 7, 7)
         memory = torch.empty(2 * 196 * 256 + 256, dtype=torch.bfloat16)
         assert memory.data_ptr() % 16 == 0
 
         def tokens(row=192, offset=0):
             return memory[offset:].as_strided((2, 3, 196, 64), (196 * row, 64, row, 1))
 
-        def taken(q, k, v, *others):
-            return plan.gluon((*q.stride(), *k.stride(), *v.stride()), q, k, v, *others) is eva_gluon
+        def taken(q, k, v):
+            return eva_triton.takes_gluon(q, k, v, [14, 14], 7, 7)
 
         assert taken(tokens(), tokens(208), tokens(offset=8))
         assert not taken(tokens(), tokens(), tokens(200))
         assert not taken(tokens(), tokens(offset=4), tokens())
-        assert not taken(tokens(), tokens(), tokens(), memory[1:])
         assert not taken(tokens(), tokens()[..., :1].expand(2, 3, 196, 64), tokens())
-        far = 196 * 2**24, 64, 2**24, 1
-        assert plan.gluon((*tokens().stride(), *far), tokens()) is None
-        assert eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 7, 7)
         assert not eva_triton.takes_gluon(tokens(), tokens(), tokens(), [14, 14], 5, 7)
+        plan = eva_triton.cached_plan((2, 3, 196, 64), False, (14, 14), 7, 7)
+        assert plan.gluon((196 * 2**24, 64, 2**24, 1), -1) is None
 
     def test_gradient_that_cannot_be_copied(self, monkeypatch):
         monkeypatch.setattr(eva_triton, '_gluon', lambda device: eva_gluon)
@@ -217,21 +217,20 @@ class TestArithmetic:
     @pytest.fixture
     def launched(self, monkeypatch):
         """The names of the emulated kernels, as they are launched."""
-        emulator, launch, names = Emulator(eva_gluon), launching.Launcher.__call__, []
+        emulator, launch, names = Emulator(eva_gluon), launching.launch_kernel, []
 
-        def emulated(launcher, kernel, grid, *args, **options):
+        def emulated(kernel, grid, args, options):
             if kernel not in emulator.kernels.values():
-                return launch(launcher, kernel, grid, *args, **options)
+                return launch(kernel, grid, args, options)
             names.append(kernel.__name__)
-            del options['num_warps']
-            emulator.launch(kernel, grid, args, options)
+            emulator.launch(kernel, grid, args, {name: x for name, x in options.items() if name != 'num_warps'})
 
-        monkeypatch.setattr(launching.Launcher, '__call__', emulated)
+        monkeypatch.setattr(launching, 'launch_kernel', emulated)
         monkeypatch.setattr(eva_triton, '_gluon', lambda device: types.SimpleNamespace(**emulator.kernels))
         monkeypatch.setattr(eva_triton, 'PROGRAMS', 4)  # several windows a program
-        eva_triton._cached_plan.cache_clear()
+        eva_launches.forget()
         yield names
-        eva_triton._cached_plan.cache_clear()
+        eva_launches.forget()
 
     @pytest.mark.parametrize(
         ('shape', 'options', 'layout'),
@@ -289,9 +288,9 @@ class TestKernels:
     def launches(self, request, monkeypatch, poison):
         if request.param:
             monkeypatch.setattr(eva_triton, 'PROGRAMS', request.param)
-        eva_triton._cached_plan.cache_clear()
+        eva_launches.forget()
         yield record(monkeypatch, really=True)
-        eva_triton._cached_plan.cache_clear()
+        eva_launches.forget()
 
     @pytest.mark.parametrize('shape', SHAPES, ids=str)
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import triton
 
-from evavit.ops.common.launch import Launcher, ceil_div, sum_parts
+from evavit.ops.common.launch import Launches, Memory, Pointer, ceil_div
 from evavit.ops.grid import block_counts, cell_shape, window_shape
 
 from . import why_not_gluon_sizes
@@ -66,7 +66,7 @@ def _gluon(device: int) -> Optional[ModuleType]:
     return gluon
 
 
-class _Plan:
+class Plan:
     """Sizes of the grid, the tiles and the launches for one shape of arguments."""
 
     def __init__(
@@ -134,34 +134,25 @@ class _Plan:
         # The default windows and cells: the forward's fast case.
         self.one_tile = self.local and self.NT == 1 and self.NC <= 1
         self.edge = self.H % self.wh > 0 or self.W % self.ww > 0
+        self.bias_sizes = dict(SIDE=self.side, WH=self.wh, WW=self.ww)
         dtype = torch.float32 if full else torch.bfloat16  # of halves, either
         tokens = self.wh * self.ww if self.local else 0
         self.gluon_sizes = self.cells > 0 and why_not_gluon_sizes(dtype, self.D, tokens, self.rows) is None
-        self.gluon_strides: Dict[tuple, bool] = {}
-        self.launch = Launcher()
 
-    def gluon(self, strides: Tuple[int, ...], *tensors: torch.Tensor) -> Optional[ModuleType]:
-        """The module of kernels in Gluon where they take these tensors, or None; strides are of those `(B, h, N, d)`.
+    def gluon(self, strides: Tuple[int, ...], device: int) -> Optional[ModuleType]:
+        """The module of kernels in Gluon where they take tensors `(B, h, N, d)` of these strides, or None.
 
         Of sizes see `why_not_gluon_sizes`. The kernels copy 16 bytes at a time: channels are next to each other, other
-        strides are multiples of 16, as Triton tells the compiler, and tensors start at multiples of 16 bytes. Offsets
-        inside an image are 32 bits.
+        strides are multiples of 16, as Triton tells the compiler, and tensors start at multiples of 16 bytes, which the
+        caller sees to. Offsets inside an image are 32 bits.
         """
-        if not self.gluon_sizes:
-            return None
-        module = _gluon(tensors[0].get_device())
-        if module is None:
-            return None
-        if strides not in self.gluon_strides:
-            self.gluon_strides[strides] = (
-                all(x == 1 for x in strides[3::4])
-                and all(self.N * x < 2**31 for x in strides[2::4])
-                and not any(x % 16 for i, x in enumerate(strides) if i % 4 != 3)
-            )
-        addresses = 0
-        for x in tensors:
-            addresses |= x.data_ptr()
-        return module if self.gluon_strides[strides] and addresses % 16 == 0 else None
+        fits = (
+            self.gluon_sizes
+            and all(x == 1 for x in strides[3::4])
+            and all(self.N * x < 2**31 for x in strides[2::4])
+            and not any(x % 16 for i, x in enumerate(strides) if i % 4 != 3)
+        )
+        return _gluon(device) if fits else None
 
     @functools.cached_property
     def window_cells(self) -> Dict[str, int]:
@@ -260,81 +251,62 @@ class _Plan:
         enough = max(1, self.pairs * self.n_win // PROGRAMS)
         return min(windows, triton.next_power_of_2(enough), self.n_win)
 
-    def pad_bias(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
-        """The bias `(h, NT · BM, NT · BM)` of this grid's windows from its table, aligned to tiles."""
-        side = self.NT * self.BM
-        padded = torch.empty(self.heads, side, side, dtype=torch.float32, device=bias.device)
-        grid, sizes = (side // 16, side // 16, self.heads), dict(SIDE=self.side, WH=self.wh, WW=self.ww)
-        self.launch(pad_bias, grid, bias.contiguous(), padded, unit, side, **sizes, TILE=16)
-        return padded
+    @property
+    def bias_tile(self) -> int:
+        """Rows and columns of a head's padded bias."""
+        return self.NT * self.BM
 
-    def pad_bias_fragments(self, bias: torch.Tensor, unit: float) -> torch.Tensor:
+    def pad_bias(self, run: Launches, table: Pointer, padded: Pointer, unit: float) -> None:
+        """Write the bias `(h, bias_tile, bias_tile)` of this grid's windows from its table, aligned to tiles."""
+        grid, sizes = (self.bias_tile // 16, self.bias_tile // 16, self.heads), self.bias_sizes
+        run.launch(pad_bias, grid, table, padded, unit, self.bias_tile, **sizes, TILE=16)
+
+    def pad_bias_fragments(self, run: Launches, table: Pointer, padded: Pointer, unit: float) -> None:
         """`pad_bias` in the order in which the kernels in Gluon load it."""
-        padded = torch.empty(self.heads, 64, 64, dtype=torch.float32, device=bias.device)
-        grid, sizes = (16, 1, self.heads), dict(SIDE=self.side, WH=self.wh, WW=self.ww)
-        self.launch(pad_bias_fragments, grid, bias.contiguous(), padded, unit, **sizes)
-        return padded
+        run.launch(pad_bias_fragments, (16, 1, self.heads), table, padded, unit, **self.bias_sizes)
 
-    def log_counts(self, gluon: bool, scale: float, device: torch.device) -> Optional[torch.Tensor]:
-        """What the number of its tokens adds to a cell's logits, by window, or None where each cell counts once.
+    def bias_grad(self, run: Launches, dbias: Pointer, table: Pointer) -> None:
+        """The adjoint of `pad_bias`, but for the unit: write the gradient of the table."""
+        grid = ceil_div((2 * self.side - 1) ** 2, 16), self.heads, 1
+        run.launch(table_grad, grid, dbias, table, self.bias_tile, self.heads, **self.bias_sizes, E=16, I=64)
 
-        Made for each call, as the padded bias is: a tensor that a plan kept would not survive the graph or the stream
-        that it was made in.
-        """
+    def log_counts(
+        self, run: Launches, gluon: bool, scale: float, memory: Optional[Memory] = None
+    ) -> Optional[Pointer]:
+        """What the number of its tokens adds to a cell's logits, by window, or None where each cell counts once; in
+        scratch memory, or in a memory that is the call's first tensor."""
         if self.count == 0:
             return None
         rows, tiles, BC = self.n_win if self.count == 2 else 1, 1 if gluon else self.NC, 64 if gluon else self.BC
-        log_count = torch.empty(rows, tiles * BC, dtype=torch.float32, device=device)
+        shape = torch.float32, rows, tiles * BC
+        log_count = run.scratch(*shape) if memory is None else memory.place(0, *shape)
         sizes = self.H, self.W, self.n_wx, self.n_cx, self.cells, self.rows, self.ch, self.cw
         options = dict(WH=self.wh, WW=self.ww, BC=BC, COUNT=self.count)
-        self.launch(log_counts, (rows, tiles, 1), log_count, scale if gluon else LN2, *sizes, **options, num_warps=1)
+        run.launch(log_counts, (rows, tiles, 1), log_count, scale if gluon else LN2, *sizes, **options, num_warps=1)
         return log_count
-
-    def sum(self, parts: torch.Tensor) -> torch.Tensor:
-        """Sum over the first axis of a float32 tensor."""
-        return sum_parts(self.launch, parts)
-
-    def bias_grad(self, dbias: torch.Tensor) -> torch.Tensor:
-        """The adjoint of `pad_bias`, but for the unit: the gradient of the table."""
-        h, entries = self.heads, (2 * self.side - 1) ** 2
-        table = torch.empty(entries, h, dtype=dbias.dtype, device=dbias.device)
-        grid, sizes = (ceil_div(entries, 16), h, 1), dict(SIDE=self.side, WH=self.wh, WW=self.ww)
-        self.launch(table_grad, grid, dbias, table, dbias.shape[-1], h, **sizes, E=16, I=64)
-        return table
 
 
 @functools.lru_cache(maxsize=256)
-def _cached_plan(
+def cached_plan(
     shape: Tuple[int, int, int, int],
     full: bool,
     feat_size: Tuple[int, int],
     window_size: int,
     partition_grid: int,
-    count_cells: str,
-    num_prefix_tokens: int,
-) -> _Plan:
-    return _Plan(shape, full, feat_size, window_size, partition_grid, count_cells, num_prefix_tokens)
-
-
-def _plan(
-    q: torch.Tensor,
-    feat_size: List[int],
-    window_size: int,
-    partition_grid: int,
     count_cells: str = 'one',
     num_prefix_tokens: int = 0,
-) -> _Plan:
-    full = q.dtype == torch.float32
-    sizes = window_size, partition_grid
-    return _cached_plan(tuple(q.shape), full, tuple(feat_size), *sizes, count_cells, num_prefix_tokens)
+) -> Plan:
+    return Plan(shape, full, feat_size, window_size, partition_grid, count_cells, num_prefix_tokens)
 
 
 def takes_gluon(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], window_size: int, partition_grid: int
 ) -> bool:
     """Whether the backend 'gluon' runs its kernels on these tensors, with a gradient like them."""
-    strides = (*q.stride(), *k.stride(), *v.stride())
-    return _plan(q, feat_size, window_size, partition_grid).gluon(strides, q, k, v) is not None
+    if any(x.data_ptr() % 16 for x in (q, k, v)):
+        return False
+    plan = cached_plan(tuple(q.shape), q.dtype == torch.float32, tuple(feat_size), window_size, partition_grid)
+    return plan.gluon((*q.stride(), *k.stride(), *v.stride()), q.get_device()) is not None
 
 
 # By measurement on an H100.
