@@ -141,11 +141,22 @@ class GridAttention(nn.Module):
         """`attend` of queries, keys and values `(B, h, P + N, d)` that are three tensors."""
         return self.attend(torch.stack([q, k, v]), feat_size)
 
+    def attend_projected(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """`attend` of a projection `(B, P + N, 3·C)`; returns `(B, P + N, C)`."""
+        return self.attend_by_heads(qkv, feat_size)
+
+    def attend_by_heads(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """`attend_projected` by `attend`, for a subclass that has another way for some calls."""
+        qkv = qkv.unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
+        return self.attend(qkv, feat_size).transpose(1, 2).flatten(2)
+
     def drop_rate(self) -> float:
         """Dropout rate of the attention weights in this pass, for an attention that does not call `attn_drop`."""
-        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-            if self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks:
+        if not torch.jit.is_scripting():
+            drop = self.attn_drop
+            if drop._forward_hooks or drop._forward_pre_hooks:
                 _tell_of_maps(type(self).__name__)
+            return drop.p if self.training else 0.0
         return self.attn_drop.p if self.training else 0.0
 
     @torch.jit.unused
@@ -186,12 +197,10 @@ class GridAttention(nn.Module):
             self.check_tracing()
         if self.qk_norm or rope is not None:
             q, k, v = self.project_tokens(x, rope)
-            x = self.attend_apart(q, k, v, feat_size)
+            x = self.attend_apart(q, k, v, feat_size).transpose(1, 2).flatten(2)
         else:
-            qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
-            x = self.attend(qkv, feat_size)
-        x = self.norm(x.transpose(1, 2).flatten(2))
-        return self.proj_drop(self.proj(x))
+            x = self.attend_projected(self.qkv(x), feat_size)
+        return self.proj_drop(self.proj(self.norm(x)))
 
     @torch.jit.ignore
     def function_of_values(

@@ -22,10 +22,10 @@ from evavit.ops import (
 )
 from evavit.ops.backends import autocast_dtype
 from evavit.ops.checks import check_int, check_number
-from evavit.ops.eva import EVA
-from evavit.ops.eva.case import EvaCase, SummaryTensors
+from evavit.ops.eva import EVA, eva_attention_projected
+from evavit.ops.eva.case import EvaCase, EvaOptions, SummaryTensors, as_summary
 from evavit.ops.eva.checks import check_partition
-from evavit.ops.grid import accumulation_dtype
+from evavit.ops.grid import accumulation_dtype, static_size
 
 from .attention import GridAttention, check_flag
 from .mlp import is_hooked
@@ -39,12 +39,21 @@ class _HeldLinear(nn.Linear):
     """A Linear that stays in floating point: `quantize_dynamic` exchanges nn.Linear alone."""
 
 
+_PLAIN = frozenset((_HeldLinear, nn.Linear, nn.LayerNorm))
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """A parameter of a module, without the search of `nn.Module.__getattr__` where it is one of its own."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is its parameters and nothing else: no adapter, no hook, no quantized or computed weight."""
     return (
-        type(module) in (_HeldLinear, nn.Linear, nn.LayerNorm)
+        type(module) in _PLAIN
         and not is_hooked(module)
-        and not is_traceable_wrapper_subclass(module.weight)
+        and (type(_own(module, 'weight')) is nn.Parameter or not is_traceable_wrapper_subclass(module.weight))
     )
 
 
@@ -76,14 +85,23 @@ class Summary(nn.Module):
         self.norm = nn.LayerNorm(head_dim, **dd) if kind == 'linear_ln' else None
 
     def forward(self) -> List[torch.Tensor]:
-        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
-            if not all(_is_plain(module) for module in self.children()):
-                return self._effective()
+        if not torch.jit.is_scripting():
+            return self._now()
         parameters: List[torch.Tensor] = []
         if self.proj is not None:
             parameters += [self.proj.weight, self.proj.bias]
         if self.norm is not None:
             parameters += [self.norm.weight, self.norm.bias]
+        return parameters
+
+    @torch.jit.unused
+    def _now(self) -> List[torch.Tensor]:
+        parameters: List[torch.Tensor] = []
+        for module in self._modules.values():  # proj and norm, in this order
+            if module is not None:
+                if not _is_plain(module):
+                    return self._effective()
+                parameters += _own(module, 'weight'), _own(module, 'bias')
         return parameters
 
     @torch.jit.unused
@@ -325,6 +343,43 @@ class EvaAttention(GridAttention):
             f'backend={backend}'
         )
 
+    def attend_projected(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+            if self.fused_attn and not self.variant and not isinstance(qkv, torch.fx.Proxy) and self._has_own_attend():
+                return eva_attention_projected(qkv, self.num_heads, self._options(qkv, feat_size))
+        return self.attend_by_heads(qkv, feat_size)
+
+    @torch.jit.unused
+    def _has_own_attend(self) -> bool:
+        """Whether `attend` is this class's, and not a subclass's or one put on this object."""
+        return type(self).attend is EvaAttention.attend and 'attend' not in self.__dict__
+
+    @torch.jit.unused
+    def _options(self, qkv: torch.Tensor, feat_size: List[int]) -> EvaOptions:
+        """What `attend` passes on, for a projection `(B, P + N, 3·C)`."""
+        feat_size, modules = static_size(feat_size), self._modules
+        of_q, of_k, rel_pos = modules.get('summary_q'), modules.get('summary_k'), modules.get('rel_pos')
+        summary_q = summary_k = noise = None
+        if of_q is not None and of_k is not None:
+            summary_q, summary_k = as_summary(of_q()), as_summary(of_k())
+            if self.training and self.noise_std > 0:
+                noise = self._draw_noise(qkv, qkv.shape[0], feat_size)
+        return EvaOptions(
+            feat_size,
+            summary_q,
+            summary_k,
+            None if rel_pos is None else _own(rel_pos, 'relative_position_bias_table'),
+            self.window_size,
+            self.partition_grid,
+            self.head_dim**-0.5,
+            self.proposal_scale,
+            noise,
+            self.drop_rate(),
+            1e-5,
+            self.count_cells,
+            self.num_prefix_tokens,
+        )
+
     def attend(self, qkv: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         if self.variant:
             return self._attend_variant(qkv[0], qkv[1], qkv[2], feat_size)
@@ -378,19 +433,23 @@ class EvaAttention(GridAttention):
             of_q, of_k = self.summary_q(), self.summary_k()
             summary_q, summary_k = (of_q[0], of_q[1], of_q[2], of_q[3]), (of_k[0], of_k[1], of_k[2], of_k[3])
             if self.training and self.noise_std > 0:
-                noise = self._draw_noise(q, feat_size).squeeze(3)
+                noise = self._draw_noise(q, q.shape[0], feat_size)
         return summary_q, summary_k, noise
 
-    def _draw_noise(self, q: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
-        """noise_std · ε `(B, h, C_p, S, d)`, the first draw of a forward pass in training."""
-        cells = eva_num_cells(feat_size, self.partition_grid)
-        shape = [q.shape[0], q.shape[1], cells, self.num_samples, q.shape[3]]
-        return self.noise_std * torch.randn(shape, dtype=accumulation_dtype(q), device=q.device)
+    def _draw_noise(self, like: torch.Tensor, batch: int, feat_size: List[int]) -> torch.Tensor:
+        """noise_std · ε `(B, h, C_p, S, d)`, without S for one sample, the first draw of a forward pass in training."""
+        shape = [batch, self.num_heads, eva_num_cells(feat_size, self.partition_grid), self.head_dim]
+        if self.num_samples > 1:
+            shape.insert(3, self.num_samples)
+        noise = torch.randn(shape, dtype=accumulation_dtype(like), device=like.device)
+        return noise if self.noise_std == 1.0 else self.noise_std * noise
 
     def _attend_variant(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
         noise: Optional[torch.Tensor] = None
         if self.training and self.noise_std > 0 and self.partition_grid > 0:
-            noise = self._draw_noise(q, feat_size)
+            noise = self._draw_noise(q, q.shape[0], feat_size)
+            if self.num_samples == 1:
+                noise = noise.unsqueeze(3)
         elif isinstance(self.eval_noise, torch.Tensor):
             noise = self.noise_std * self.eval_noise.view(1, 1, 1, self.num_samples, self.head_dim)
         return eva_attention_variant(

@@ -14,8 +14,8 @@ from .torch_private import below_autograd, current_device, current_raw_stream, i
 __all__ = ['Launches', 'Memory', 'Pointer', 'ceil_div', 'register_op', 'sum_parts']
 
 LIBRARY = torch.library.Library('evavit', 'FRAGMENT')
-# Types of inputs that ask for nothing: PyTorch's own tensors, and what is no tensor.
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)))
+# PyTorch's own tensors, and what else operators take.
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, list, type(None)))
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -70,14 +70,9 @@ def _is_eager(inputs: Tuple[Any, ...]) -> bool:
     """Whether these are PyTorch's own tensors, and no compiler, tracer or counter has to see what is called."""
     if torch.compiler.is_compiling() or is_dispatched():
         return False
-    for x in inputs:
-        kind = type(x)
-        if kind is list:
-            if not _is_eager(tuple(x)):
-                return False
-        elif kind not in PLAIN and isinstance(x, torch.Tensor):
-            return False
-    return True
+    return PLAIN.issuperset(map(type, inputs)) or not any(
+        isinstance(x, torch.Tensor) and type(x) not in PLAIN for x in inputs
+    )
 
 
 def _with_gradient(name: str, function: Callable, setup_context: Callable, backward: Callable) -> Callable:
@@ -105,7 +100,7 @@ def _with_gradient(name: str, function: Callable, setup_context: Callable, backw
     )
 
     def with_gradient(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any([isinstance(x, torch.Tensor) and x.requires_grad for x in inputs]):
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             return differentiable.apply(*inputs)
         return function(*inputs)
 
@@ -157,9 +152,11 @@ class Launches:
         self.count = 0  # tensors of a call
         self.memory = Memory()  # of the scratch tensors
         self.steps: List[Tuple[Any, Tuple[int, int, int], Tuple[Any, ...], Dict[str, Any]]] = []
-        self.places: Dict[Pointer, int] = {}  # the pointers that kernels get, numbered
-        self.constants: List[Any] = []  # other arguments, numbered behind them
-        # Device and alignment of the tensors -> for each step, a function of pointers and constants, and the stream.
+        # What kernels get, numbered: the tensors' addresses, those some bytes behind them, and all other arguments.
+        self.behind: Dict[Tuple[int, int], int] = {}
+        self.constants: List[Any] = []
+        # Device and alignment of the tensors -> for each step, a function of these values and the stream.
+        self.compiled: List[Any] = []
         self.bound: Dict[tuple, List[Callable[[List[Any], int], Any]]] = {}
 
     def tensor(self, dtype: torch.dtype) -> Pointer:
@@ -182,8 +179,8 @@ class Launches:
         """
         self.steps.append((kernel, grid, args, options))
         for x in args:
-            if isinstance(x, Pointer):
-                self.places.setdefault(x, len(self.places))
+            if isinstance(x, Pointer) and (x.offset or x.tensor < 0):
+                self.behind.setdefault((x.tensor, x.offset), len(self.behind))
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         device = tensors[0].get_device()
@@ -198,11 +195,11 @@ class Launches:
         bound = self.bound.get((device, odd))
         if bound is None or _is_hooked():
             return self._launch_by_triton(tensors, (device, odd))
-        values = [addresses[tensor] + offset for tensor, offset, _ in self.places]
-        values += self.constants
+        addresses += [addresses[tensor] + offset for tensor, offset in self.behind]
+        addresses += self.constants
         stream = current_raw_stream(device)
         for step in bound:
-            step(values, stream)
+            step(addresses, stream)
         return None
 
     def _launch_by_triton(self, tensors: Tuple[torch.Tensor, ...], key: tuple) -> None:
@@ -226,18 +223,24 @@ class Launches:
         launch: Any = static_launch
         function, types = compiled.function, ''.join(letters)
         head = function, *grid, compiled.metadata.num_warps, compiled.metadata.shared, types
-        # The compiled kernel is an argument so that it lives as long as its function is used.
-        return lambda values, stream, compiled=compiled: launch(*head, pick(values), stream)
+
+        def static(values: List[Any], stream: int) -> None:
+            launch(*head, pick(values), stream)
+
+        self.compiled.append(compiled)  # its function lives as long as it
+        return static
 
     def _picker(self, args: List[Any]) -> Callable[[List[Any]], Tuple[Any, ...]]:
-        """A function that picks these arguments, which are two at least, from all pointers and constants."""
-        places = []
+        """A function that picks these arguments, which are two at least, from all values."""
+        places, tensors = [], self.count + (self.memory.size > 0)
         for x in args:
-            if isinstance(x, Pointer):
-                places.append(self.places[x])
-            else:
-                places.append(len(self.places) + len(self.constants))
+            if not isinstance(x, Pointer):
+                places.append(tensors + len(self.behind) + len(self.constants))
                 self.constants.append(x)
+            elif x.offset or x.tensor < 0:
+                places.append(tensors + self.behind[x.tensor, x.offset])
+            else:
+                places.append(x.tensor)
         return operator.itemgetter(*places)
 
 
@@ -254,7 +257,7 @@ def _as_tensor(pointer: Pointer, tensors: Tuple[torch.Tensor, ...]) -> torch.Ten
     storage, item = x.untyped_storage(), pointer.dtype.itemsize
     first = (x.storage_offset() * x.itemsize + pointer.offset) // item
     view = torch.empty(0, dtype=pointer.dtype, device=x.device)
-    return view.set_(storage, first, (storage.nbytes() // item - first,), (1,))  # type: ignore[call-overload]
+    return view.set_(storage, first, (storage.nbytes() // item - first,), (1,))
 
 
 # A kernel's argument in the static launcher's letters, by Triton's name of its type.

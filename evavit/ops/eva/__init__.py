@@ -16,11 +16,25 @@ from evavit.ops.backends import Backend, Registry
 from evavit.ops.grid import static_size
 
 from .case import EvaCase, EvaOptions, SummaryTensors, as_summary, eva_case, eva_num_cells
-from .checks import check_eva_options, check_packed_tokens, check_partition, check_tokens, softmax_scale
+from .checks import (
+    check_count_of_tokens,
+    check_eva_options,
+    check_packed_tokens,
+    check_partition,
+    check_tokens,
+    softmax_scale,
+)
 from .plain import eva_plain, split_packed
 from .triton import GLUON, TRITON
 
-__all__ = ['EVA', 'eva_attention', 'eva_attention_packed', 'eva_backend', 'eva_num_cells']
+__all__ = [
+    'EVA',
+    'eva_attention',
+    'eva_attention_packed',
+    'eva_attention_projected',
+    'eva_backend',
+    'eva_num_cells',
+]
 
 
 def _run_plain(tokens: Tuple[torch.Tensor, ...], options: EvaOptions) -> torch.Tensor:
@@ -38,7 +52,7 @@ EVA.register(Backend('plain', lambda case: None, _run_plain))
 def _run(tokens: Tuple[torch.Tensor, ...], options: EvaOptions) -> torch.Tensor:
     if tokens[0].shape[-4] == 0:  # an empty batch has nothing to launch a kernel for
         return _run_plain(tokens, options)
-    return EVA.choose(eva_case(tokens[0], options)).run(tokens, options)
+    return EVA.choose(eva_case(tokens[0], tokens[0].shape[-1], options)).run(tokens, options)
 
 
 def eva_attention(
@@ -181,6 +195,23 @@ def eva_attention_packed(
             return _run((qkv,), options)
     q, k, v = split_packed(qkv)
     return eva_plain(q, k, v, options)
+
+
+def eva_attention_projected(qkv: torch.Tensor, num_heads: int, options: EvaOptions) -> torch.Tensor:
+    """`eva_attention_packed` with `fused` for a layer: of a projection `(B, P + N, 3·h·d)`, to `(B, P + N, h·d)`.
+
+    The kernels find the heads in memory, which takes no views and no derivatives of views.
+    """
+    B, T, C = qkv.shape
+    d = C // (3 * num_heads)
+    check_partition(options.window_size, options.partition_grid)
+    check_count_of_tokens('qkv', T, options.feat_size, options.num_prefix_tokens)
+    check_eva_options(B, num_heads, d, options)
+    if B > 0:
+        backend = EVA.choose(eva_case(qkv, d, options))
+        if backend is GLUON or backend is TRITON:
+            return backend.run((qkv,), options, num_heads)
+    return _run((qkv.unflatten(-1, [3, num_heads, d]).permute(2, 0, 3, 1, 4),), options).transpose(1, 2).flatten(2)
 
 
 def eva_backend(

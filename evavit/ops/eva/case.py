@@ -127,14 +127,14 @@ def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
     return rows * cols
 
 
-def eva_case(x: torch.Tensor, options: EvaOptions) -> Tuple[Any, ...]:
-    """The fields of `EvaCase` for tokens `(…, d)` with these options, which are no variant."""
+def eva_case(x: torch.Tensor, head_dim: int, options: EvaOptions) -> Tuple[Any, ...]:
+    """The fields of `EvaCase` for tokens x with these options, which are no variant."""
     # torch.compile may pass symbolic numbers; index() and the comparison turn them into constants.
     index, noise = operator.index, options.noise
     return (
         x.device,
         autocast_dtype(x),
-        index(x.shape[-1]),
+        index(head_dim),
         index(options.window_size),
         index(options.partition_grid),
         (options.feat_size[0], options.feat_size[1]),

@@ -19,6 +19,7 @@ from .case import EvaOptions, SequenceOptions, Summary, VariantOptions, eva_num_
 __all__ = [
     'check_chunks',
     'check_count',
+    'check_count_of_tokens',
     'check_eva_options',
     'check_packed_tokens',
     'check_partition',
@@ -66,6 +67,9 @@ def check_packed_tokens(qkv: torch.Tensor, feat_size: List[int], num_prefix_toke
 
 def _check_four(name: str, summary: Summary, d: int) -> None:
     weight, bias, norm_weight, norm_bias = summary
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+        if weight.shape == (d, d) and bias.shape == norm_weight.shape == norm_bias.shape == (d,):
+            return  # without the time that lists take
     if (
         list(weight.shape) != [d, d]
         or list(bias.shape) != [d]

@@ -1,19 +1,66 @@
 """The launches of a call: of the forward, and of the backward in two parts."""
 
 import functools
-from typing import Any, NamedTuple, Optional, Tuple
+import math
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from evavit.ops.common.launch import Launches, Memory, Pointer, ceil_div, sum_parts
+from evavit.ops.eva.case import eva_num_cells
+from evavit.ops.grid import window_shape
 
 from .backward import backward_shared, backward_summary, backward_tokens, backward_weights
 from .forward import forward_cells, forward_tokens, forward_windows
 from .pieces import LN2
-from .plan import WINDOWS_BACKWARD, WINDOWS_FORWARD, Plan, cached_plan
+from .plan import WINDOWS_BACKWARD, WINDOWS_FORWARD, Plan, cached_plan, window_tiles
 from .prefix import backward_prefix, combine_prefix, forward_prefix
 
 __all__ = ['Backward', 'Case', 'Kept', 'backward_launches', 'forget', 'forward_launches', 'keep']
+
+
+class Kept(NamedTuple):
+    """What the forward writes beside y, in one allocation of `size` bytes: k̃ and β, and for a backward the rest.
+
+    All but k̃ and β are float32: the LayerNorm of rounded means is not that of the forward. Behind k̃ and β are k and v
+    of the P prefix tokens. The log-sum-exps are in one axis, `(B, h, N)` of the grid's and `(B, h, P)` of the prefix.
+    """
+
+    k_tilde: Pointer  # (B, h, C_p + P, d), dtype
+    beta: Pointer  # likewise
+    padded: Optional[Pointer]  # the padded bias, only for the forward, where it is small
+    lse: Pointer  # (B · h · (P + N))
+    omega: Pointer  # (B, h, C_p, d)
+    means: Pointer  # (2, B, h, C_p, d)
+    size: Any
+
+
+def keep(
+    shape: Tuple[Any, ...],
+    dtype: torch.dtype,
+    feat_size: Sequence[int],
+    window_size: int,
+    partition_grid: int,
+    num_prefix_tokens: int,
+    has_bias: bool,
+    save: bool,
+    tensor: int = 0,
+) -> Kept:
+    """Places in the call's tensor of this number; the batch of `shape` `(B, h, P + N, d)` may be a symbol."""
+    B, h, T, D = shape
+    grid, memory, f32 = list(feat_size), Memory(), torch.float32
+    cells = eva_num_cells(grid, partition_grid)
+    k_tilde, beta = (memory.place(tensor, dtype, B, h, cells + num_prefix_tokens, D) for _ in range(2))
+    padded = None
+    if has_bias and window_size > 0:
+        side = math.prod(window_tiles(math.prod(window_shape(grid, window_size)), dtype == f32))
+        if side <= 64:
+            padded = memory.place(tensor, f32, h, side, side)
+    lse = omega = means = k_tilde._replace(dtype=f32)  # where nothing is written
+    if save:
+        lse = memory.place(tensor, f32, B, h, T)
+        omega, means = (memory.place(tensor, f32, n, B, h, cells, D) for n in (1, 2))
+    return Kept(k_tilde, beta, padded, lse, omega, means, memory.size)
 
 
 class Case(NamedTuple):
@@ -21,7 +68,7 @@ class Case(NamedTuple):
 
     shape: Tuple[int, int, int, int]  # of q, (B, h, P + N, d)
     strides: Tuple[int, ...]  # of q, k and v, four each
-    apart: int  # elements from q to k and from k to v where they are one tensor, else 0
+    apart: Optional[int]  # elements from q to k and from k to v where they are one tensor
     dtype: torch.dtype
     device: int
     feat_size: Tuple[int, ...]
@@ -43,41 +90,21 @@ class Case(NamedTuple):
             *(self.count_cells, self.num_prefix_tokens),
         )
 
+    def keep(self, run: Launches, save: bool) -> Kept:
+        """What the forward writes beside y, the next tensor of a call."""
+        sizes = self.feat_size, self.window_size, self.partition_grid, self.num_prefix_tokens
+        tensor = run.tensor(torch.uint8).tensor
+        return keep(self.shape, self.dtype, *sizes, self.learned[-1] is not None, save, tensor)
+
     def tokens(self, run: Launches) -> Tuple[Pointer, Pointer, Pointer]:
         """q, k and v, the next three tensors of a call."""
         q, k, v = (run.tensor(self.dtype) for _ in range(3))
-        return q, k.at(self.apart), v.at(2 * self.apart)
+        apart = self.apart or 0
+        return q, k.at(apart), v.at(2 * apart)
 
     def of_learned(self, run: Launches) -> Tuple[Pointer, ...]:
         """The summaries' eight parameters and the bias, the next nine tensors of a call."""
         return tuple(run.tensor(dtype or self.dtype) for dtype in self.learned)
-
-
-class Kept(NamedTuple):
-    """What the forward keeps for the backward, in one allocation of `size` bytes.
-
-    All but k̃ and β are float32: the LayerNorm of rounded means is not that of the forward. Behind k̃ and β are k and v
-    of the P prefix tokens. The log-sum-exps are in one axis, `(B, h, N)` of the grid's and `(B, h, P)` of the prefix.
-    """
-
-    k_tilde: Pointer  # (B, h, C_p + P, d), dtype
-    beta: Pointer  # likewise
-    lse: Pointer  # (B · h · (P + N))
-    omega: Pointer  # (B, h, C_p, d)
-    means: Pointer  # (2, B, h, C_p, d)
-    size: Any
-
-
-def keep(
-    shape: Tuple[Any, ...], cells: int, num_prefix_tokens: int, dtype: torch.dtype, tensor: int = 0
-) -> Kept:
-    """Places in the call's tensor of this number; the batch of `shape` `(B, h, P + N, d)` may be a symbol."""
-    B, h, T, D = shape
-    memory = Memory()
-    k_tilde, beta = (memory.place(tensor, dtype, B, h, cells + num_prefix_tokens, D) for _ in range(2))
-    lse = memory.place(tensor, torch.float32, B, h, T)
-    omega, means = (memory.place(tensor, torch.float32, n, B, h, cells, D) for n in (1, 2))
-    return Kept(k_tilde, beta, lse, omega, means, memory.size)
 
 
 def _without_prefix(plan: Plan, strides: Tuple[int, ...], *tokens: Pointer) -> Tuple[Pointer, ...]:
@@ -90,19 +117,14 @@ def forward_launches(case: Case, noise_dtype: Optional[torch.dtype], save: bool)
     """The launches of the forward, and how many bytes it keeps with `save`.
 
     Their tensors are q, k, v, the eight parameters and the bias, the noise, y and what is kept. Any tensor does where
-    one is None; what is kept is scratch memory without `save`.
+    one is None.
     """
     plan, run, scale = case.plan(), Launches(), case.scale
-    B, heads, T, D = case.shape
+    _, heads, T, D = case.shape
     q, k, v = case.tokens(run)
     *summary, table = case.of_learned(run)
     noise, out = run.tensor(noise_dtype or case.dtype), run.tensor(case.dtype)
-    kept = keep(case.shape, plan.cells, plan.P, case.dtype, run.tensor(torch.uint8).tensor)
-    k_tilde, beta, lse, omega, means, size = kept
-    if not save:
-        k_tilde, beta = (run.scratch(case.dtype, plan.rows_total, D) for _ in range(2))
-        lse = omega = means = out._replace(dtype=torch.float32)  # of which the kernels write nothing
-        size = 0
+    k_tilde, beta, padded, lse, omega, means, size = case.keep(run, save)
     sob = T * heads * D
     if plan.P:
         _forward_prefix(plan, run, (q, k, v), out, sob, (k_tilde, beta, lse), case, save)
@@ -124,15 +146,14 @@ def forward_launches(case: Case, noise_dtype: Optional[torch.dtype], save: bool)
     chunks = ceil_div(plan.n_win, per_program)
     module = plan.gluon(case.strides, case.device) if case.gluon else None
     has_bias = case.learned[-1] is not None and plan.local
-    padded = q
     if has_bias:
-        padded = run.scratch(torch.float32, heads, plan.bias_tile, plan.bias_tile)
+        padded = padded or run.scratch(torch.float32, heads, plan.bias_tile, plan.bias_tile)
         pad = plan.pad_bias if module is None else plan.pad_bias_fragments
         pad(run, table, padded, scale if plan.one_tile else LN2)
     log_count = plan.log_counts(run, module is not None, scale)
     grid = plan.B * chunks * heads, 1, 1
     sizes = heads, plan.H, plan.W, plan.n_wx, plan.n_win, plan.rows, chunks
-    args = k_tilde, beta, padded, log_count, out, sob, lse, *sizes, scale
+    args = k_tilde, beta, padded or q, log_count, out, sob, lse, *sizes, scale
     options: Any = dict(PER_PROGRAM=per_program, BIAS=has_bias, SAVE=save)
     if module is not None:
         strides = case.strides[:3] + case.strides[4:7] + case.strides[8:11]
@@ -202,7 +223,7 @@ def backward_launches(case: Case, grad_strides: Tuple[int, ...]) -> Backward:
     The gradient of the learned is float32: of W, b, LayerNorm weight and bias of q's summary, of k's, and of the table.
     """
     plan, scale = case.plan(), case.scale
-    B, heads, T, D = case.shape
+    _, heads, T, D = case.shape
     P, cells, pairs = plan.P, plan.cells, plan.pairs
     f32 = torch.float32
     all_strides = *case.strides, *grad_strides
@@ -213,7 +234,7 @@ def backward_launches(case: Case, grad_strides: Tuple[int, ...]) -> Backward:
     def declare(run: Launches) -> Tuple[Any, ...]:
         run.tensor(torch.uint8)
         whole = *case.tokens(run), run.tensor(case.dtype), run.tensor(case.dtype)
-        kept = keep(case.shape, cells, P, case.dtype, run.tensor(torch.uint8).tensor)
+        kept = case.keep(run, True)
         *summary, table = case.of_learned(run)
         return whole, kept, summary, table, run.tensor(f32)
 
@@ -286,8 +307,9 @@ def backward_launches(case: Case, grad_strides: Tuple[int, ...]) -> Backward:
     of_cells, run = run, Launches()
     whole, kept, _, table, dlearned = declare(run)
     q, k, v, grad, out = _without_prefix(plan, (*all_strides, sob, D, heads * D, 1), *whole)
-    row = heads * D * (3 if case.apart else 1)
-    whole_grads = [run.tensor(case.dtype).at(i * heads * D if case.apart else 0) for i in range(3)]
+    packed = case.apart is not None
+    row = heads * D * (3 if packed else 1)
+    whole_grads = [run.tensor(case.dtype).at(i * heads * D if packed else 0) for i in range(3)]
     dq, dk, dv = (x.at(P * row) for x in whole_grads)
     dstrides = T * row, D, row
     per_program = plan.per_program(WINDOWS_BACKWARD)

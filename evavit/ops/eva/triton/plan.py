@@ -66,6 +66,12 @@ def _gluon(device: int) -> Optional[ModuleType]:
     return gluon
 
 
+def window_tiles(tokens: int, full: bool) -> Tuple[int, int]:
+    """Rows of a tile of tokens of a window, and tiles of the window; `full` for float32."""
+    rows = min(32 if full else 64, max(16, triton.next_power_of_2(tokens)))
+    return rows, ceil_div(tokens, rows)
+
+
 class Plan:
     """Sizes of the grid, the tiles and the launches for one shape of arguments."""
 
@@ -98,8 +104,7 @@ class Plan:
         if self.local:
             n_wy, self.n_wx = block_counts(grid, (self.wh, self.ww))
             self.n_win = n_wy * self.n_wx
-            self.BM = min(tile, max(16, triton.next_power_of_2(self.wh * self.ww)))
-            self.NT = ceil_div(self.wh * self.ww, self.BM)
+            self.BM, self.NT = window_tiles(self.wh * self.ww, full)
         else:
             self.BM, self.NT, self.n_wx = tile, 1, 1
             self.n_win = ceil_div(self.N, tile)
