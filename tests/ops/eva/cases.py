@@ -8,7 +8,8 @@ import torch
 from ops.kernels import relative_rms
 
 from evavit.ops import eva_attention, eva_attention_packed, eva_num_cells
-from evavit.ops.eva import EVA
+from evavit.ops.eva import EVA, eva_attention_projected
+from evavit.ops.eva.case import EvaOptions, as_summary
 
 NAMES = [
     'out',
@@ -49,6 +50,8 @@ SMALL_CASES = [
     small('no bias', (5, 6), 3, 2, bias=False),
     small('no noise', (5, 6), 3, 2, noise=False),
     small('no bias, no noise', (5, 6), 3, 2, bias=False, noise=False),
+    small('a projection', (5, 6), 3, 2, layout='projection'),
+    small('a projection, prefix tokens, no bias', (5, 6), 3, 2, P=2, layout='projection', bias=False),
     small('separate views', (5, 6), 3, 2, layout='views'),
     small('separate tensors', (5, 6), 3, 2, layout='contiguous'),
     small('channels apart in memory', (5, 6), 3, 2, layout='transposed'),
@@ -158,6 +161,13 @@ def make_case(
     return move(qkv), [move(x) for x in summary], move(rel_pos_bias), move(epsilon), move(grad)
 
 
+def _options(feat_size, d, *, summary_q, summary_k, fused, count_cells='one', **options):
+    """`EvaOptions` of a call of `eva_attention`."""
+    summaries = as_summary(summary_q), as_summary(summary_k)
+    defaults = dict(scale=d**-0.5, proposal_scale=1.0, dropout_p=0.0, norm_eps=1e-5, count_cells=count_cells)
+    return EvaOptions(list(feat_size), *summaries, **defaults, **options)
+
+
 def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layout='packed', **kwargs):
     """The output and the gradients of qkv, the parameters and the bias, in the order of NAMES."""
     qkv, summary, rel_pos_bias, noise, grad = case
@@ -180,6 +190,9 @@ def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layo
     views = qkv.permute(2, 0, 3, 1, 4)
     if layout == 'packed':
         out = eva_attention_packed(views, list(feat_size), **options)
+    elif layout == 'projection':  # as a layer calls; always fused
+        out = eva_attention_projected(qkv.flatten(2), qkv.shape[3], _options(feat_size, qkv.shape[-1], **options))
+        out = out.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
     else:
         change = {
             'views': lambda x: x,

@@ -82,7 +82,7 @@ class TestChoice:
         assert launches
         assert chosen(launches) == []
 
-    @pytest.mark.parametrize('layout', ['views', 'contiguous'])
+    @pytest.mark.parametrize('layout', ['projection', 'views', 'contiguous'])
     def test_layouts(self, layout, monkeypatch):
         assert chosen(launched_on_hopper(monkeypatch, SHAPES[0], torch.bfloat16, d=64, layout=layout)) == KERNELS
 
@@ -246,6 +246,7 @@ class TestArithmetic:
             (((6, 7), 7, 3), dict(d=32, count_cells='outside'), 'packed'),
             (((14, 14), 7, 7), dict(d=64, P=5), 'packed'),
             (((13, 15), 8, 3), dict(d=32, P=1, count_cells='outside'), 'views'),
+            (((7, 9), 7, 3), dict(d=32), 'projection'),
         ],
         ids=[
             'default',
@@ -259,6 +260,7 @@ class TestArithmetic:
             'outside counts, all cells drop out',
             'prefix tokens',
             'a class token, outside counts',
+            'a projection',
         ],
     )
     def test_small_cases(self, shape, options, layout, launched, poison):

@@ -32,7 +32,7 @@ class TestKernels:
         *shape, P = shape
         check(make_case(*shape, dtype, d=64, P=P), shape, dtype, count_cells=count_cells)
 
-    @pytest.mark.parametrize('layout', ['views', 'contiguous', 'transposed'])
+    @pytest.mark.parametrize('layout', ['projection', 'views', 'contiguous', 'transposed'])
     @pytest.mark.parametrize('d', [32, 48, 128])
     def test_layouts_with_prefix_tokens(self, layout, d, poison):
         shape = ((14, 9), 7, 5)
@@ -60,7 +60,7 @@ class TestKernels:
         shape = ((13, 14), 7, 7)
         check(make_case(*shape, dtype, d=d), shape, dtype)
 
-    @pytest.mark.parametrize('layout', ['views', 'contiguous', 'transposed'])
+    @pytest.mark.parametrize('layout', ['projection', 'views', 'contiguous', 'transposed'])
     @pytest.mark.parametrize(('bias', 'noise'), [(True, False), (False, True)])
     def test_layouts(self, layout, bias, noise, poison):
         shape = ((14, 9), 7, 3)
@@ -97,15 +97,6 @@ class TestOperator:
         with torch.autocast('cuda', torch.bfloat16):
             out = (layer if call is None else call)(x, [14, 14])
         return [out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])]
-
-    def test_opcheck(self):
-        qkv, summary, bias, noise, _ = make_case(*self.shape, torch.float32, d=16)
-        leaves = [x.requires_grad_() for x in (qkv, *summary, bias)]
-        packed = leaves[0].permute(2, 0, 3, 1, 4)
-        for count_cells in ('one', 'outside'):
-            rest = ([14, 14], *leaves[1:9], bias, noise, 7, 7, count_cells, 0.25, 1.0, 1e-5, True, False)
-            torch.library.opcheck(torch.ops.evavit.eva.default, (packed, None, None, *rest))
-            torch.library.opcheck(torch.ops.evavit.eva.default, (*packed.unbind(0), *rest))
 
     def test_layer_names_its_backend(self):
         layer, _ = self.layer()
@@ -169,6 +160,21 @@ def test_plain_path_without_a_device():
 @pytest.mark.parametrize(('shape', 'options'), SMALL_CASES)
 def test_small_cases(shape, options, device, poison, monkeypatch):
     check_small(shape, options, device, monkeypatch)
+
+
+@on_either
+@pytest.mark.parametrize(('grid', 'P', 'count_cells'), [((4, 8), 0, 'one'), ((4, 7), 4, 'outside')])
+def test_opcheck(grid, P, count_cells, device):
+    import evavit.ops.eva.triton.operator  # noqa: F401, registers the operators
+
+    # It compares all bytes of what is kept for the backward: of 32 tokens, no parts of it have a gap between them.
+    shape = grid, 3, 2
+    qkv, summary, bias, noise, _ = make_case(*shape, torch.float32, d=16, B=1, h=2, P=P, device=device)
+    leaves = [x.requires_grad_() for x in (qkv, *summary, bias)]
+    packed = leaves[0].permute(2, 0, 3, 1, 4)
+    rest = list(grid), *leaves[1:], noise, 3, 2, count_cells, P, 0.25, 1.0, 1e-5, True, False
+    for tokens in (packed, None, None, 0), (leaves[0].flatten(2), None, None, 2), (*packed.unbind(0), 0):
+        torch.library.opcheck(torch.ops.evavit.eva.default, (*tokens, *rest))
 
 
 def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not():
