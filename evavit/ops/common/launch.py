@@ -154,10 +154,10 @@ class Launches:
         self.steps: List[Tuple[Any, Tuple[int, int, int], Tuple[Any, ...], Dict[str, Any]]] = []
         # What kernels get, numbered: the tensors' addresses, those some bytes behind them, and all other arguments.
         self.behind: Dict[Tuple[int, int], int] = {}
-        self.constants: List[Any] = []
-        # Device and alignment of the tensors -> for each step, a function of these values and the stream.
         self.compiled: List[Any] = []
-        self.bound: Dict[tuple, List[Callable[[List[Any], int], Any]]] = {}
+        # Device and alignment of the tensors -> the other arguments, and for each step a function of all values and the
+        # stream. Each binding has its own arguments, since several threads may bind at the same time.
+        self.bound: Dict[tuple, Tuple[List[Any], List[Callable[[List[Any], int], Any]]]] = {}
 
     def tensor(self, dtype: torch.dtype) -> Pointer:
         """The next tensor of a call."""
@@ -196,9 +196,10 @@ class Launches:
         if bound is None or _is_hooked():
             return self._launch_by_triton(tensors, (device, odd))
         addresses += [addresses[tensor] + offset for tensor, offset in self.behind]
-        addresses += self.constants
+        constants, steps = bound
+        addresses += constants
         stream = current_raw_stream(device)
-        for step in bound:
+        for step in steps:
             step(addresses, stream)
         return None
 
@@ -209,17 +210,19 @@ class Launches:
             passed = [_as_tensor(x, tensors) if isinstance(x, Pointer) else x for x in args]
             found.append(launch_kernel(kernel, grid, passed, options))
         if all(compiled is not None for compiled in found):
-            self.bound[key] = [self._bind(compiled, step) for compiled, step in zip(found, self.steps, strict=True)]
+            constants: List[Any] = []
+            steps = [self._bind(*of_step, constants) for of_step in zip(found, self.steps, strict=True)]
+            self.bound[key] = constants, steps
 
-    def _bind(self, compiled: Any, step: Tuple[Any, ...]) -> Callable[[List[Any], int], Any]:
+    def _bind(self, compiled: Any, step: Tuple[Any, ...], constants: List[Any]) -> Callable[[List[Any], int], Any]:
         kernel, grid, args, options = step
         letters = static_letters(compiled, kernel.arg_names[: len(args)]) if static_launch is not None else None
         if letters is None:
             run, rest = compiled[grid], [options[name] for name in kernel.arg_names[len(args) :]]
-            pick = self._picker([*args, *rest])
+            pick = self._picker([*args, *rest], constants)
             return lambda values, stream: run(*pick(values), stream=stream)
         hidden = [None] * (len(letters) - len(args))
-        pick = self._picker([x for x, letter in zip([*args, *hidden], letters, strict=True) if letter])
+        pick = self._picker([x for x, letter in zip([*args, *hidden], letters, strict=True) if letter], constants)
         launch: Any = static_launch
         function, types = compiled.function, ''.join(letters)
         head = function, *grid, compiled.metadata.num_warps, compiled.metadata.shared, types
@@ -230,13 +233,13 @@ class Launches:
         self.compiled.append(compiled)  # its function lives as long as it
         return static
 
-    def _picker(self, args: List[Any]) -> Callable[[List[Any]], Tuple[Any, ...]]:
-        """A function that picks these arguments, which are two at least, from all values."""
+    def _picker(self, args: List[Any], constants: List[Any]) -> Callable[[List[Any]], Tuple[Any, ...]]:
+        """A function that picks these arguments, which are two at least, from all values; adds to the constants."""
         places, tensors = [], self.count + (self.memory.size > 0)
         for x in args:
             if not isinstance(x, Pointer):
-                places.append(tensors + len(self.behind) + len(self.constants))
-                self.constants.append(x)
+                places.append(tensors + len(self.behind) + len(constants))
+                constants.append(x)
             elif x.offset or x.tensor < 0:
                 places.append(tensors + self.behind[x.tensor, x.offset])
             else:

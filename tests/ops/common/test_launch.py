@@ -1,5 +1,7 @@
 """How kernels are launched: found by Triton once for a case, then with addresses alone. No kernel runs here."""
 
+import threading
+import time
 import types
 
 import pytest
@@ -80,6 +82,33 @@ def test_addresses_of_another_alignment_are_another_kernel(log):
     run(x[1:], y)
     run(x[2:], y)
     assert [each[-1] for each in log[2:]] == [5, 5, 'Triton finds it']
+
+
+def test_threads_that_bind_together_pass_their_own_arguments(log):
+    run, (x, y), count = made(Kernel(log)), tensors(), 4
+    barrier = threading.Barrier(count)
+
+    def let_others_run(frame, event, arg):
+        time.sleep(0)
+        return let_others_run if frame.f_code.co_filename == launching.__file__ else None
+
+    def work(i):
+        barrier.wait()
+        run(x[i:], y)
+
+    threading.settrace(let_others_run)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        threading.settrace(None)
+    log.clear()
+    for i in range(count):
+        run(x[i:], y)
+    assert [each[7][3:] for each in log] == [(100, 0.5, None, None)] * count
 
 
 @pytest.mark.parametrize(
