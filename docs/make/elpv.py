@@ -19,9 +19,9 @@ ARMS = {  # (model, start) → the name in the table
 SCORES = ('top1', 'balanced_accuracy', 'macro_f1')
 
 
-def spread(values: List[float]) -> str:
+def spread(values: List[float], digits: int = 1) -> str:
     """Mean ± standard deviation of a sample."""
-    return f'{mean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '')
+    return f'{mean(values):.{digits}f}' + (f' ± {stdev(values):.{digits}f}' if len(values) > 1 else '')
 
 
 def says(rows: List[Row], *columns: str) -> str:

@@ -1,6 +1,8 @@
-"""What the programs of this folder share: rows of results/, tables in Markdown, pages with tables between markers."""
+"""What the programs of this folder share: rows of results/, tables in Markdown, pages with tables
+between markers, plots that know their data."""
 
 import csv
+import hashlib
 from pathlib import Path
 from typing import Dict, Iterable, List, Sequence
 
@@ -46,6 +48,16 @@ def line(cells: Iterable[object]) -> str:
 def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """A table in Markdown."""
     return '\n'.join([line(columns), '|' + '---|' * len(columns), *map(line, rows)])
+
+
+def digest(data: object) -> str:
+    """Of what a plot shows; it stands in the picture's metadata."""
+    return 'data ' + hashlib.sha256(repr(data).encode()).hexdigest()[:16]
+
+
+def plot_is_fresh(plot: Path, data: object) -> bool:
+    """Whether a plot was drawn from these data."""
+    return plot.exists() and digest(data) in plot.read_text(encoding='utf-8')
 
 
 def replace(text: str, marker: str, generated: str) -> str:

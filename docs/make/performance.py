@@ -1,6 +1,5 @@
 """What tables.py puts into docs/performance.md: what was to be reached and what was measured, tables, the plot."""
 
-import hashlib
 from typing import Dict, List, Optional, Tuple
 
 import pages
@@ -299,13 +298,8 @@ def plotted() -> List[Row]:
     return [{name: row[name] for name in columns} for bench in ('op', 'layer') for row in attention(gpu_rows(), bench)]
 
 
-def digest() -> str:
-    """Of what the plots show; it stands in the picture's metadata."""
-    return 'data ' + hashlib.sha256(repr(plotted()).encode()).hexdigest()[:16]
-
-
 def plot_is_fresh() -> bool:
-    return PLOT.exists() and digest() in PLOT.read_text(encoding='utf-8')
+    return pages.plot_is_fresh(PLOT, plotted())
 
 
 def draw() -> None:
@@ -380,7 +374,7 @@ def draw() -> None:
     axes[1, 1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     PLOT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOT, metadata={'Date': None, 'Description': digest()})
+    figure.savefig(PLOT, metadata={'Date': None, 'Description': pages.digest(plotted())})
     plt.close(figure)
 
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Write the tables and the plot of the documentation: python docs/make/tables.py [--check]
+"""Write the tables and the plots of the documentation: python docs/make/tables.py [--check]
 
 Parameters and multiply-adds are counted on the code (`zoo.py`), and the paper's numbers stand beside them. What was
-measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`, `gallery.py`).
-A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`. The plot carries a digest of what it
-shows. With --check nothing is written, and the exit code is 1 if a table or the plot is stale.
+measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`, `gallery.py`,
+`evidence.py`).
+A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`. The plots of
+performance.md and evidence.md carry a digest of what they show. With --check nothing is written, and the exit code is 1
+if a table or one of these plots is stale.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import attentions
 import converted
 import counts
 import elpv
+import evidence
 import exported
 import gallery
 import pages
@@ -129,6 +132,12 @@ TABLES = {  # of each page, by the name of its markers
         'precision': exported.precision_table,
     },
     'docs/transfer.md': {'elpv': elpv.table},
+    'docs/evidence.md': {
+        'claims': evidence.claims,
+        'eleven': evidence.eleven,
+        'verdict': evidence.verdict,
+        'missing': evidence.missing,
+    },
     'docs/gallery.md': {'shared': gallery.table},
     'docs/convert.md': {
         'speed': converted.speed,
@@ -147,15 +156,16 @@ def main() -> int:
     fresh = True
     for page, makers in TABLES.items():
         fresh &= pages.update(page, {marker: make() for marker, make in makers.items()}, check, REMEDY)
-    plot = performance.PLOT.relative_to(pages.ROOT)
-    if performance.plot_is_fresh():
-        print(f'{plot}: up to date')
-    elif check:
-        fresh = False
-        print(f'{plot}: stale; run {REMEDY}')
-    else:
-        performance.draw()
-        print(f'{plot}: drawn')
+    for plotter in (performance, evidence):
+        plot = plotter.PLOT.relative_to(pages.ROOT)
+        if plotter.plot_is_fresh():
+            print(f'{plot}: up to date')
+        elif check:
+            fresh = False
+            print(f'{plot}: stale; run {REMEDY}')
+        else:
+            plotter.draw()
+            print(f'{plot}: drawn')
     return int(not fresh)
 
 
