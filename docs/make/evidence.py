@@ -54,14 +54,14 @@ EXPERIMENTS = (
         'experiments/tiny_imagenet/run.py',
         (converted.ACCURACY, converted.TRAINED),
         runs=44,
-        factor=0.6,
+        factor=0.6,  # of those to come 14 have 20 epochs, the others 5 or 1
     ),
     Experiment(
         'How near is each to a trained softmax?',
         'experiments/tiny_imagenet/approximation.py',
         ('approximation_h200.csv',),
         runs=53,
-        time='minutes, nothing is trained; it needs the weights of `table2-softmax-s0`, which are not kept here',
+        time='minutes, nothing is trained; it needs the weights of `table2-softmax-s0`, a run of the first row',
     ),
     Experiment(
         'Long Range Arena, Image and Pathfinder',
@@ -235,7 +235,7 @@ def claims() -> str:
         ),
         (
             'It is faster on large images, in wide networks',
-            f'width 768, 1,022 px: {wide[0]:.2f}× in inference, {wide[1]:.2f}× in training',
+            f'width 768, 1,022 px: {wide[0]:.2f}× in inference, {wide[1]:.2f}× in training, eager',
             'holds',
             '[convert](convert.md#when-it-pays)',
         ),
