@@ -378,6 +378,23 @@ def draw() -> None:
     plt.close(figure)
 
 
+def eager() -> str:
+    """Whole models in eager mode, before and after launches were bound once."""
+    rows = load('eager_h200.csv')
+    commits = list(dict.fromkeys(row['commit'] for row in rows))
+    lines = []
+    for bench, case in dict.fromkeys((row['bench'], row['case']) for row in rows):
+        line = [f'`{case}`', {'train': 'training', 'infer': 'inference'}[bench]]
+        for commit in commits:
+            eva, softmax = (
+                pick(rows, bench=bench, case=case, commit=commit, attention=name)[0] for name in ('eva', 'softmax')
+            )
+            line.append(f'{float(eva["ms"]):.1f}, {float(softmax["ms"]) / float(eva["ms"]):.2f}×')
+        lines.append(line)
+    columns = ['model', 'what', *(f'commit {commit}: ms, over softmax' for commit in commits)]
+    return f'{pages.table(columns, lines)}\n\n{origins(rows)}'
+
+
 def fed() -> str:
     """The loader of --augment-device, alone and beside the training step."""
     rows, lines = pages.read_results('data_h200.csv'), []

@@ -123,6 +123,7 @@ TABLES = {  # of each page, by the name of its markers
         'op': performance.op,
         'layer': performance.layer,
         'cpu': performance.cpu_models,
+        'eager': performance.eager,
         'loaders': performance.loaders,
     },
     'docs/training.md': {'fed': performance.fed},
