@@ -167,7 +167,7 @@ def draw() -> None:
         axes.set_title(kind, fontsize=10)
         axes.spines[['top', 'right']].set_visible(False)
     panels[0].set_ylabel('speed over softmax')
-    panels[1].legend(frameon=False, fontsize=7, loc='upper left')
+    panels[1].legend(frameon=False, fontsize=6.5, labelspacing=0.25, loc='upper left')
     figure.tight_layout()
     figure.savefig(PICTURE, metadata={'Date': None})
 
