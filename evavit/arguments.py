@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, Optional, Sequence
 
 from evavit.errors import UserError
+from evavit.version import __version__
 
 if TYPE_CHECKING:  # --help does without it
     import torch
@@ -41,6 +42,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**{'allow_abbrev': False, **kwargs})
+        if self.add_help:
+            version = f'evavit {__version__}'
+            self.add_argument('--version', action='version', version=version, help='print the version and end')
 
     def error(self, message: str) -> Any:
         raise UserError(message)

@@ -324,12 +324,13 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         ValueError: one line: no config.json, or a damaged one.
     """
     try:
-        there = (folder / 'config.json').is_file()
+        there = 'no config.json' if folder.exists() else 'no such folder'
+        missing = None if (folder / 'config.json').is_file() else there
     except (OSError, ValueError):  # a name that no file system takes
-        there = False
-    if not there:
+        missing = 'no such folder'
+    if missing:
         raise ValueError(
-            f'{str(folder)[:500]}: no config.json, so no model; give a folder of evavit.hub.save_folder, or of a run '
+            f'{str(folder)[:500]}: {missing}, so no model; give a folder of evavit.hub.save_folder, or of a run '
             f'of train.py'
         )
     try:

@@ -14,13 +14,17 @@ import argparse
 import sys
 
 import torch
-from sklearn.metrics import balanced_accuracy_score, f1_score
-from sklearn.neighbors import KNeighborsClassifier
 
 from evavit.errors import UserError, run_script
 from evavit.training import build, checks, data, loop
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
+
+try:
+    from sklearn.metrics import balanced_accuracy_score, f1_score
+    from sklearn.neighbors import KNeighborsClassifier
+except ModuleNotFoundError:
+    raise SystemExit('error: scikit-learn is not installed: pip install scikit-learn') from None
 
 
 @torch.no_grad()

@@ -99,6 +99,8 @@ def test_what_is_no_folder_of_a_converted_model(tmp_path):
         load_converted(folder)
     with pytest.raises(ValueError, match=r'no config\.json'):
         load_converted(tmp_path)
+    with pytest.raises(ValueError, match=r'vit_tiny_patch16_224: no such folder, so no model; give a folder of'):
+        load_converted('vit_tiny_patch16_224')
 
 
 def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):

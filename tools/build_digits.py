@@ -10,11 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from evavit.arguments import Parser
-from evavit.errors import run_script
+from evavit.errors import UserError, run_script
 from evavit.files import new_folder
 
 SIDE = 32
@@ -24,6 +22,13 @@ COUNTS = {'train': 1437, 'validation': 360}
 def build(folder):
     if {split: len(list(folder.glob(f'{split}/*/*.png'))) for split in COUNTS} == COUNTS:
         return False
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError:
+        raise UserError(
+            'the Digits are part of scikit-learn, which is not installed: pip install scikit-learn'
+        ) from None
     digits = load_digits()
     indices = np.arange(len(digits.target))
     train, validation = train_test_split(

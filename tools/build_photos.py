@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from evavit.errors import UserError, run_script
 from evavit.files import new_folder
@@ -20,6 +19,12 @@ WIDTH, HEIGHT, CLASSES = 500, 375, 10
 
 
 def write(folder, count, seed):
+    try:
+        from sklearn.datasets import load_sample_images
+    except ModuleNotFoundError:
+        raise UserError(
+            'the photographs are part of scikit-learn, which is not installed: pip install scikit-learn'
+        ) from None
     photos = load_sample_images().images
     rng = np.random.default_rng(seed)
     for number in range(count):

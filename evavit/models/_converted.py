@@ -134,6 +134,8 @@ def _why_not_class(model: nn.Module) -> Optional[str]:
         return f'{kind} packs the patches of images of any shape into sequences with a mask, which form no grid'
     if hasattr(model, '_orig_mod') or isinstance(model, nn.parallel.DistributedDataParallel):
         return f'{kind} wraps the model; convert the model itself, then compile or distribute it'
+    if isinstance(model, str):
+        return f'{model[:100]!r} is a name; give the model, timm.create_model({model[:100]!r})'
     if not isinstance(model, (VisionTransformer, Eva)):
         return f"{kind} is none of timm's plain vision transformers (its classes VisionTransformer and Eva)"
     if type(model).forward_features not in _FEATURES or 'forward_features' in model.__dict__:

@@ -143,6 +143,12 @@ def test_a_tar_file_is_not_divided(refused, folder):
         )
 
 
+def test_a_picture_is_not_divided(refused, folder):
+    picture = next(folder.rglob('*.png'))
+    line = refused('--data-dir', picture, '--val-fraction', '0.2')
+    assert line == f'error: --val-fraction divides a folder of class folders, and {picture} is a file'
+
+
 def test_missing_split(refused, folder):
     shutil.rmtree(folder / 'val')
     assert 'validation' in refused()  # and not a silent validation on the training images

@@ -290,6 +290,11 @@ REFUSED = {
 }
 
 
+def test_a_name_is_no_model():
+    with pytest.raises(ValueError, match=r"'resnet18' is a name; give the model, timm\.create_model\('resnet18'\)"):
+        evavit.convert_vit('resnet18')
+
+
 @pytest.mark.parametrize('name', REFUSED)
 def test_models_that_cannot_be_converted(name):
     with torch.device('meta'):

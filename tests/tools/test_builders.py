@@ -1,5 +1,7 @@
 """Programs that write a folder of pictures make it, and touch none that holds anything."""
 
+import sys
+
 import pytest
 from programs import load_program
 
@@ -20,6 +22,14 @@ def test_digits_lie_in_a_folder_of_their_own(tmp_path, capsys):
             f'error: {folder} is there already; name a folder that is new, or an empty one that you are not in\n'
         )
     assert own.exists()
+
+
+@pytest.mark.parametrize('name', ['digits', 'photos'])
+def test_without_scikit_learn(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)  # as where it is not installed
+    main = load_program(f'tools/build_{name}.py').main
+    assert run_script(main, [str(tmp_path / 'new')]) == 2 and not (tmp_path / 'new').exists()
+    assert capsys.readouterr().err.endswith('which is not installed: pip install scikit-learn\n')
 
 
 def test_photographs_lie_in_a_folder_of_their_own(tmp_path, capsys):

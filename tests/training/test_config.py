@@ -9,6 +9,7 @@ import pytest
 import yaml
 from runs import ROOT
 
+import evavit
 from evavit.arguments import asks_for_help
 from evavit.errors import UserError
 from evavit.training.config import OPTIONS, options_of, parse_settings, recipes
@@ -149,6 +150,13 @@ def test_help_lists_every_flag(capsys):
     assert all(option.flag in text for option in options_of('train').values())
     groups = re.findall(r'^([a-z]+):$', text, re.M)
     assert groups == ['options', *dict.fromkeys(option.section for option in options_of('train').values())]
+
+
+@pytest.mark.parametrize('script', ['train', 'validate', 'inference', 'export'])
+def test_the_version(script, capsys):
+    with pytest.raises(SystemExit) as done:
+        parse_settings(script, ['--version'])
+    assert done.value.code == 0 and capsys.readouterr().out == f'evavit {evavit.__version__}\n'
 
 
 @pytest.mark.parametrize('script', ['train', 'validate', 'export'])

@@ -89,7 +89,8 @@ def find_undivided(root: Path, train_split: str, val_split: str) -> Path:
     folder = root / names[0] if names else root
     if not folder.is_dir():
         tar = folder if folder.is_file() else folder.with_name(f'{folder.name}.tar')
-        what = f'{tar} is a tar file; unpack it first' if tar.is_file() else f'{folder} is none'
+        kind = 'a tar file; unpack it first' if tar.suffix.lower() == '.tar' else 'a file'
+        what = f'{tar} is {kind}' if tar.is_file() else f'{folder} is none'
         raise UserError(f'--val-fraction divides a folder of class folders, and {what}')
     if not any(entry.is_dir() for entry in folder.iterdir()):
         _check_around(folder, [])
