@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from timm.utils import trim_summary, unwrap_model, update_summary
 
-from evavit.errors import LocalError, encodable, first_line, reason_of
+from evavit.errors import LocalError, encodable, first_line, printable, reason_of
 from evavit.layers import EvaAttention
 from evavit.layers.converted import given_tokens
 from evavit.training.checkpoint import NO_EFFECT, remedy, saving
@@ -268,7 +268,7 @@ class MetricsWriter:
     def _name(self, label: int) -> str:
         """A class's name: its number where there is none, as where --num-classes is more than --class-map names."""
         names = self.class_names or []
-        return encodable(names[label]) if label < len(names) else str(label)
+        return printable(encodable(names[label])) if label < len(names) else str(label)
 
     def _picture(self, samples: Samples) -> np.ndarray:
         """Images class by class, right ones before wrong ones: under each what was predicted, and the truth where that

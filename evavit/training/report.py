@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from timm.task import ClassificationEvaluator
 
-from evavit.errors import UserError, reason_of
+from evavit.errors import UserError, printable, reason_of
 from evavit.files import replacing
 from evavit.training.distributed import Process
 
@@ -189,13 +189,13 @@ def _write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
 def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
     """A confusion matrix as a picture: the darker a cell, the larger its share of the images with the row's label; with
     names and, where they fit, numbers. (matplotlib is no dependency of the package.)"""
-    classes = len(names)
+    classes, names = len(names), [printable(name)[:24] for name in names]
     cell = max(1, min(40, 960 // classes))
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     pixels = (255 * (1 - shares[..., None] * np.array([1, 0.75, 0.35]))).astype(np.uint8)
     grid = Image.fromarray(pixels).resize((cell * classes, cell * classes), Image.Resampling.NEAREST)
     named = classes <= NAMED
-    edge = 8 + (max(round(ImageDraw.Draw(grid).textlength(name[:24])) for name in names) if named else 0)
+    edge = 8 + (max(round(ImageDraw.Draw(grid).textlength(name)) for name in names) if named else 0)
     top = edge + 16
     picture = Image.new('RGB', (max(edge + grid.width + 8, 280), top + grid.height + 8), 'white')
     picture.paste(grid, (edge, top))
@@ -204,9 +204,9 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str]) -> Image.Image:
     draw.rectangle((edge - 1, top - 1, edge + grid.width, top + grid.height), outline='grey')
     for number, name in enumerate(names if named else ()):
         middle = number * cell + cell // 2
-        draw.text((edge - 4, top + middle), name[:24], fill='black', anchor='rm')
+        draw.text((edge - 4, top + middle), name, fill='black', anchor='rm')
         column = Image.new('RGB', (edge, 12), 'white')
-        ImageDraw.Draw(column).text((2, 6), name[:24], fill='black', anchor='lm')
+        ImageDraw.Draw(column).text((2, 6), name, fill='black', anchor='lm')
         column = column.rotate(90, expand=True)
         picture.paste(column, (edge + middle - 6, top - edge - 3))
     if cell >= 24:

@@ -106,6 +106,12 @@ def test_files(predictions, tmp_path):
         report.check_report('here', 21_841)
 
 
+def test_names_of_classes_are_drawn_on_one_line(predictions, tmp_path):
+    names = ['a\nb', '\x1b[31mred', *'cdefghijklm'][:CLASSES]
+    report.write_report(tmp_path, predictions, names)
+    assert (tmp_path / 'confusion.png').exists()
+
+
 @pytest.mark.parametrize('classes', [2, 60, 61, 1000])
 def test_the_picture_is_dark_where_the_images_are(classes):
     matrix = 3 * np.eye(classes, dtype=int)
