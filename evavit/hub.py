@@ -22,7 +22,7 @@ from timm.models._hub import (
     save_for_hf,
 )
 
-from evavit.arguments import too_many_blocks
+from evavit.arguments import shown, too_many_blocks
 from evavit.errors import first_line
 from evavit.files import DamagedError, is_stamped, replacing_in
 from evavit.layers import EvaAttention
@@ -33,6 +33,7 @@ from evavit.version import __version__
 __all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config']
 
 RUN_WEIGHTS = ('model_best.safetensors', 'last.safetensors')  # of a run's folder, the best first
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared
 
 _HUB = 'hf-hub:'
@@ -347,7 +348,37 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         raise ValueError(f'{folder}: config.json makes no model: {blocks}')
     if conversion is not None and not isinstance(conversion, dict):
         raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} holds no arguments); save the folder anew')
+    if wrong := _wrong_preparation(config, arguments):
+        raise ValueError(f'{folder}: config.json is damaged (pretrained_cfg: {wrong}); save the folder anew')
     return config, conversion
+
+
+def _wrong_preparation(config: Dict[str, Any], arguments: Dict[str, Any]) -> Optional[str]:
+    """A few words on what `config.json` says of images that no image can be prepared by, else None."""
+    about = config.get('pretrained_cfg', config)  # timm's older form has all in one place
+    if not isinstance(about, dict):
+        return 'holds no entries'
+
+    def numbers(value: Any, low: float, high: float) -> bool:
+        return isinstance(value, list) and all(
+            isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high for x in value
+        )
+
+    size = about.get('input_size')
+    if size is not None and not (numbers(size, 1, 10**6) and len(size) == 3 and all(isinstance(x, int) for x in size)):
+        return f'input_size {shown(size)} is not three whole numbers'
+    channels = (1, 3, arguments.get('in_chans'), size[0] if size else None)  # ImageNet's three do for any channels
+    for name, low in (('mean', 0.0), ('std', 0.0001)):
+        value = about.get(name)
+        if value is not None and not (numbers(value, low, 1) and len(value) in channels):
+            return f'{name} {shown(value)} is not a number of {low:g} to 1 for each channel'
+    crop_pct = about.get('crop_pct')
+    if crop_pct is not None and not numbers([crop_pct], 0.01, 2):  # timm has models of 1.15
+        return f'crop_pct {shown(crop_pct)} is no number of 0.01 to 2'
+    for name, choices in (('interpolation', _INTERPOLATIONS), ('crop_mode', ('center', 'squash', 'border'))):
+        if about.get(name) is not None and about[name] not in choices:
+            return f'{name} {shown(about[name])} is none of {", ".join(choices)}'
+    return None
 
 
 def load_converted(source: Union[str, Path]) -> torch.nn.Module:

@@ -1,6 +1,7 @@
 """Weights out: a folder for the Hugging Face Hub and back, exactly; its card; torch.hub."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -146,6 +147,17 @@ def small_vit(**kwargs):
     )
 
 
+# entries of pretrained_cfg that no image can be prepared by
+WRONG_PREPARATION = dict(
+    mean=['x', [0.5] * 7, [math.nan] * 3, [2, 2, 2]],
+    std=[0.5, [0, 0, 0], [True] * 3],
+    crop_pct=[-1, 0, 1e-9, 'x', [0.9], math.nan],
+    interpolation=['zzz', 5, ['bicubic']],
+    crop_mode=['zzz', 5],
+    input_size=['x', [3, 224], [3, 0, 224], [3, 224.5, 224]],
+)
+
+
 def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
     folder = save_folder(evavit.convert_vit(small_vit(), window_size=1), tmp_path / 'mine', data='x', licence='mit')
     config = json.loads((folder / 'config.json').read_text())
@@ -168,6 +180,15 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
             'depth asks for 10000000, more than 1,000',
         ),
         (json.dumps({**config, 'model_args': [1]}), 'config.json is damaged'),
+        (json.dumps({**config, 'pretrained_cfg': 5}), 'pretrained_cfg: holds no entries'),
+        *(
+            (
+                json.dumps({**config, 'pretrained_cfg': {**config['pretrained_cfg'], name: value}}),
+                f'cfg: {name} .* is n',
+            )
+            for name, values in WRONG_PREPARATION.items()
+            for value in values
+        ),
         ('[' * 100_000, f'{re.escape(str(folder))}: config.json is damaged'),
     ):
         (folder / 'config.json').write_text(text)
@@ -175,7 +196,7 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
             load_converted(folder)
         assert '\n' not in str(caught.value)
     for name in ('x' * 5000, 'a\0b'):
-        with pytest.raises(ValueError, match=r'no config\.json, so no model'):
+        with pytest.raises(ValueError, match='no such folder, so no model'):
             load_converted(name)
     with pytest.raises(ValueError, match=r"^hf-hub:: .*; give a folder, or 'hf-hub:owner/name'$") as caught:
         load_converted('hf-hub:')
