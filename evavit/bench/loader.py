@@ -17,7 +17,7 @@ from evavit.training.compilation import choose_compilation
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
-from .results import Row, origin, read_rows, write_rows
+from .results import Row, check_writable, origin, read_rows, write_rows
 
 __all__ = ['Repeated', 'main', 'measure', 'parse']
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
     """Print a row for each place of augmentation and number of workers, and add it to the results file."""
     own, settings = parse(argv)
     checks.check_settings(settings)
+    if own.results_file:  # before the timing
+        check_writable(Path(own.results_file))
     process = start_process(settings.machine.device)
     machine = settings.machine
     places, numbers = own.augment_devices or [machine.augment_device], own.workers_list or [machine.workers]

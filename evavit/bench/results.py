@@ -129,22 +129,26 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
     """The rows of a CSV file; none where there is no file. Those of an older file get the columns `ADDED`.
 
     Raises:
-        UserError: the file has other columns, or the same in another order.
+        UserError: the file has other columns, the same in another order, or a row with more cells.
     """
     if not path.exists():
         return []
     try:
         with open(path, newline='', encoding='utf-8') as stream:
             reader = csv.DictReader(stream)
-            found = tuple(reader.fieldnames or ())
-            if found == tuple(columns):
-                return list(reader)
-            if found and found == tuple(column for column in columns if column not in ADDED):
-                none = dict.fromkeys(ADDED, '')
-                return [{**(ADDED if row['bench'] in ('op', 'layer') else none), **row} for row in reader]
+            found, rows = tuple(reader.fieldnames or ()), list(reader)
     except (UnicodeDecodeError, csv.Error):  # no table at all
-        pass
-    raise UserError(f'{path} has other columns; name another file')
+        found, rows = (), []
+    older = tuple(column for column in columns if column not in ADDED)
+    if not found or found not in (tuple(columns), older):
+        raise UserError(f'{path} has other columns; name another file')
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise UserError(f'{path}: row {number} has more cells than columns; mend it, or name another file')
+    if found == tuple(columns):
+        return rows
+    none = dict.fromkeys(ADDED, '')
+    return [{**(ADDED if row['bench'] in ('op', 'layer') else none), **row} for row in rows]
 
 
 def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:

@@ -37,6 +37,16 @@ def test_a_file_of_other_columns_stays(tmp_path):
     assert read_rows(path, ('a', 'b')) == [{'a': '1', 'b': '2'}] and read_rows(tmp_path / 'none.csv') == []
 
 
+def test_a_row_of_more_cells_is_a_line(tmp_path):
+    path = tmp_path / 'rows.csv'
+    path.write_text('a,b\n1,2\n3\n4,5,6\n')
+    with pytest.raises(UserError, match=r'rows\.csv: row 3 has more cells than columns; mend it, or name'):
+        read_rows(path, ('a', 'b'))
+    path.write_text('a,b\n1,2\n3\n')
+    store_rows(path, [], ('a', 'b'), ('a',))
+    assert path.read_text() == 'a,b\n1,2\n3,\n'
+
+
 def test_a_file_of_before_the_sizes_is_read(tmp_path):
     """Attention was measured at one size then, and a comparison of it is still the same one."""
     path = tmp_path / 'rows.csv'
