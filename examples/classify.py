@@ -15,6 +15,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'JPEG2000')  # for some others Pillow starts a program
+
 
 def prepare(picture: Image.Image, about: dict) -> np.ndarray:
     """A picture as the model takes it, `(1, C, H, W)`: resized, its centre cropped, normalised, as in validation.
@@ -55,8 +57,9 @@ def classify(session: onnxruntime.InferenceSession, about: dict, pictures: list)
 def find(paths: list) -> list:
     """The files that these paths name, and all files in folders that end like a picture."""
     found = []
+    endings = {ending for ending, form in Image.registered_extensions().items() if form in FORMATS}
     for path in map(Path, paths):
-        inside = (file for file in sorted(path.rglob('*')) if file.suffix.lower() in Image.registered_extensions())
+        inside = (file for file in sorted(path.rglob('*')) if file.suffix.lower() in endings)
         found += inside if path.is_dir() else [path]
     return found
 
@@ -76,7 +79,9 @@ def main() -> None:
     done = 0
     for path in find(args.pictures):
         try:
-            with Image.open(path) as picture:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise OSError('not a regular file')
+            with Image.open(path, formats=FORMATS) as picture:
                 (row,) = classify(session, about, [picture])
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             print(f'{path} is left out: {error}', file=sys.stderr)

@@ -7,9 +7,9 @@ files in class folders: train/CLASS/NAME.png and test/CLASS/NAME.png.
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from evavit.errors import UserError
+from evavit.training.data.decode import BadImageError, read_file
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 SIDE = 32
@@ -59,8 +59,8 @@ def read_folders(folder):
             raise UserError(f'{folder / name}: no PNG file in it; CIFAR-10 has the classes {", ".join(CLASSES)}')
         for path in files:
             try:
-                picture = np.asarray(Image.open(path).convert('RGB'))
-            except OSError as error:
+                picture = np.asarray(read_file(path, 'RGB'))
+            except BadImageError as error:
                 raise UserError(f'{path}: cannot be read ({error})') from error
             if picture.shape != (SIDE, SIDE, 3):
                 raise UserError(f"{path}: {picture.shape[1]} × {picture.shape[0]} pixels, CIFAR-10's are 32 × 32")

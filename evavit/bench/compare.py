@@ -5,16 +5,17 @@ projections, not through trained ones (`image_qkv`). What an attention learns is
 """
 
 import inspect
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, cast
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
-from evavit.errors import UserError, first_line
+from evavit.errors import UserError
 from evavit.layers import ATTENTIONS, GridAttention, attention_layer
+from evavit.training.data.decode import BadImageError, read_file
 
 from .clocks import median_seconds, peak_bytes
 
@@ -40,7 +41,7 @@ def open_picture(path: Optional[str] = None) -> Image.Image:
     """A picture in RGB: the file, or scikit-learn's sample photograph of a temple.
 
     Raises:
-        UserError: no such file, none that PIL reads, or no scikit-learn.
+        UserError: no such file, none that the scripts read as an image, or no scikit-learn.
     """
     if path is None:
         try:
@@ -51,9 +52,9 @@ def open_picture(path: Optional[str] = None) -> Image.Image:
             ) from None
         return Image.fromarray(load_sample_image('china.jpg'))
     try:
-        return Image.open(path).convert('RGB')
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f'--image {path}: {first_line(error)}') from None
+        return cast(Image.Image, read_file(path, 'RGB'))
+    except BadImageError as error:
+        raise UserError(f'--image {path}: {error}') from None
 
 
 def image_qkv(picture: Image.Image, feat_size: Sequence[int], logit_std: float = 2.0, seed: int = 0) -> torch.Tensor:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from evavit.errors import UserError, run_script
 from evavit.files import new_folder
+from evavit.training.data.decode import BadImageError, read_file
 
 BLOCK, EVERY = 60, 5
 TASKS = ('type', 'defect')
@@ -69,10 +70,10 @@ def build(folder, source, side, images=None):
                     os.link(picture, target)  # the same file in the other task
                     continue
                 try:
-                    with Image.open(source / name) as image:
-                        image.convert('L').resize((side, side), Image.Resampling.BICUBIC).save(target, quality=QUALITY)
-                except OSError as error:
+                    image = read_file(source / name, 'L')
+                except BadImageError as error:
                     raise UserError(f'{source / name}: cannot be read ({error})') from error
+                image.resize((side, side), Image.Resampling.BICUBIC).save(target, quality=QUALITY)
                 picture = target
     return counts
 

@@ -31,7 +31,6 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from evavit.bench.results import read_rows
 from evavit.errors import UserError, run_script
@@ -39,6 +38,7 @@ from evavit.files import replacing
 from evavit.models import convert_vit, write_weights
 from evavit.training import build
 from evavit.training.config import parse_settings
+from evavit.training.data.decode import read_file
 from evavit.training.distributed import start_process
 
 HERE = Path(__file__).resolve().parent
@@ -222,7 +222,7 @@ def agreement(original, model, paths, settings, batch, device):
     networks = [network.to(device).eval() for network in (original, model)]
     sums, prefix = torch.zeros(2, dtype=torch.float64), original.num_prefix_tokens
     for start in range(0, len(paths), batch):
-        images = torch.stack([transform(Image.open(path).convert('RGB')) for path in paths[start : start + batch]])
+        images = torch.stack([transform(read_file(path, 'RGB')) for path in paths[start : start + batch]])
         found = F.cosine_similarity(*(network.forward_features(images.to(device)) for network in networks), dim=-1)
         sums += torch.stack([found[:, prefix:].mean(1).sum(), found[:, 0].sum()]).double().cpu()
     return (sums / len(paths)).tolist()

@@ -90,6 +90,7 @@ def test_half_precision_and_a_picture_of_ones_own(capsys, tmp_path):
         (['--device', 'cuda:99'], ['cuda:99', '--device cpu']),
         (['--image', 'nowhere.jpg'], ['--image', 'nowhere.jpg']),
         (['--image', __file__], ['--image', 'test_compare.py']),
+        (['--image', '/dev/zero'], ['--image /dev/zero', 'not a regular file']),
         (['--logit-std', '0'], ['0', 'above 0']),
         (['--logit-std', 'nan'], ['nan', 'above 0']),
         (['-b', '0'], ['0', 'at least 1']),

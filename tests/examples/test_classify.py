@@ -1,7 +1,10 @@
 """The example of inference prepares pictures as timm does in validation, without timm."""
 
+import os
+
 import numpy as np
 import pytest
+from faults import postscript
 from PIL import Image
 from programs import load_program
 from timm.data import create_transform
@@ -64,12 +67,19 @@ def test_folders_and_broken_pictures(example, tmp_path, monkeypatch, capsys):
         colour[number] = 255
         Image.new('RGB', (20, 10), tuple(colour)).save(tmp_path / name)
     (tmp_path / 'broken.png').write_text('no picture')
+    (tmp_path / 'drawing.png').write_bytes(postscript())
+    os.mkfifo(tmp_path / 'pipe.png')
     (tmp_path / 'notes.txt').write_text('no picture')
     monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path), str(tmp_path / 'deep' / 'b.webp')])
     example.main()
     out, err = capsys.readouterr()
     assert [line.split(': ')[1].split()[0] for line in out.splitlines()] == ['red', 'green', 'blue', 'green']
-    assert 'broken.png is left out' in err and 'notes' not in err and err.count('\n') == 1
+    assert [line.split(' ')[0][len(str(tmp_path)) + 1 :] for line in err.splitlines()] == [
+        'broken.png',
+        'drawing.png',
+        'pipe.png',
+    ]
+    assert 'drawing.png is left out: cannot identify' in err and 'pipe.png is left out: not a regular file' in err
     monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path / 'broken.png')])
     with pytest.raises(SystemExit) as stop:
         example.main()

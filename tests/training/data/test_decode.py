@@ -1,5 +1,6 @@
 """The decoder: odd images are read as what they show, broken and costly ones have a reason."""
 
+import ast
 import io
 import os
 import socket
@@ -10,6 +11,7 @@ import faults
 import numpy as np
 import pytest
 from PIL import Image
+from programs import ROOT
 from timm.data import create_transform
 
 from evavit.training.data.decode import BadImageError, decode, open_file
@@ -123,3 +125,14 @@ def test_a_pipe_that_takes_the_place_of_a_file_does_not_block(tmp_path, monkeypa
     monkeypatch.setattr(os, 'stat', lambda path: looked)
     with pytest.raises(BadImageError, match='not a regular file'):
         open_file(tmp_path / 'pipe.png')
+
+
+def test_whoever_opens_an_image_names_formats():
+    """Pillow starts Ghostscript for a PostScript file of any name, unless it is told which formats to try."""
+    calls = []
+    for folder in ('evavit', 'examples', 'experiments', 'tools', 'docs'):
+        for path in (ROOT / folder).rglob('*.py'):
+            for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == 'Image.open':
+                    calls.append((path.relative_to(ROOT).as_posix(), {word.arg for word in node.keywords}))
+    assert len(calls) == 3 and all('formats' in words for _, words in calls), calls

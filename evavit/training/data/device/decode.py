@@ -79,7 +79,7 @@ class Decoder:
 
 def _with_pillow(file: torch.Tensor) -> Any:
     try:
-        image = Image.open(io.BytesIO(file.numpy().tobytes()))
+        image = Image.open(io.BytesIO(file.numpy().tobytes()), formats=('JPEG',))
         return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1).contiguous()
     except Exception as error:  # as many kinds as a broken file has
         return error
