@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from evavit.arguments import Parser
-from evavit.errors import UserError, first_line, reason_of, run_script
+from evavit.errors import UserError, first_line, printable, reason_of, run_script
 from evavit.files import replacing, stamp
 from evavit.models import write_weights
 from evavit.training import build
@@ -50,7 +50,8 @@ def main(argv=None):
     weights = average(paths, use_ema=not args.no_use_ema)
     output = save(weights, output, args.hash)
     what = f'mean of {", ".join(path.name for path in paths)}' if len(paths) > 1 else f'weights of {paths[0].name}'
-    print(f'{output}: {what}, {sum(value.numel() for value in weights.values()) / 1e6:.2f} M numbers')
+    count = sum(value.numel() for value in weights.values())
+    print(printable(f'{output}: {what}, {count / 1e6:.2f} M numbers'))
 
 
 def average(paths, use_ema=True):

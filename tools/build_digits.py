@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from evavit.arguments import Parser
-from evavit.errors import UserError, run_script
+from evavit.errors import UserError, printable, run_script
 from evavit.files import new_folder
 
 SIDE = 32
@@ -49,7 +49,7 @@ def main(argv=None):
     parser.add_argument('folder', type=Path)
     folder = parser.parse_args(argv).folder
     done = 'built' if build(folder) else 'already there'
-    print(f'{folder}: {" + ".join(map(str, COUNTS.values()))} images, {done}')
+    print(printable(f'{folder}: {" + ".join(map(str, COUNTS.values()))} images, {done}'))
 
 
 if __name__ == '__main__':

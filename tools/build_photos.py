@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evavit.errors import UserError, run_script
+from evavit.errors import UserError, printable, run_script
 from evavit.files import new_folder
 
 WIDTH, HEIGHT, CLASSES = 500, 375, 10
@@ -48,7 +48,8 @@ def main(argv=None):
         for split, count in (('train', args.images), ('validation', max(CLASSES, args.images // 8))):
             write(folder / split, count, seed=len(split))
     sizes = [path.stat().st_size for path in args.folder.glob('train/*/*.jpg')]
-    print(f'{args.folder}: {len(sizes)} images to train on, {np.mean(sizes) / 1024:.0f} KiB on average')
+    line = f'{args.folder}: {len(sizes)} images to train on, {np.mean(sizes) / 1024:.0f} KiB on average'
+    print(printable(line))
 
 
 if __name__ == '__main__':

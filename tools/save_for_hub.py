@@ -9,12 +9,13 @@ loads with timm.create_model("local-dir:FOLDER", pretrained=True), a converted m
 
 import csv
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
 from evavit.arguments import Parser
-from evavit.errors import UserError, reason_of, run_script
+from evavit.errors import UserError, printable, reason_of, run_script
 from evavit.hub import PREPARATION, save_folder
 from evavit.training import build, contents
 from evavit.training.config import ModelConfig
@@ -72,7 +73,7 @@ def main(argv=None):
         raise UserError(f'{args.checkpoint}: not saved, {why}') from error
     except OSError as error:
         raise UserError(f'--output {args.output}: cannot be written ({reason_of(error)})') from error
-    print(f'{folder}: {", ".join(sorted(path.name for path in folder.iterdir()))}')
+    print(printable(f'{folder}: {", ".join(sorted(path.name for path in folder.iterdir()))}'))
 
 
 def read_metrics(path):
@@ -82,8 +83,13 @@ def read_metrics(path):
     try:
         with open(path, newline='') as file:
             row = json.load(file) if path.suffix == '.json' else next(csv.DictReader(file))
-        return {name: row[name] for name in METRICS} | {name: row[name] for name in row if MORE.fullmatch(name)}
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        metrics = {name: row[name] for name in METRICS} | {name: row[name] for name in row if MORE.fullmatch(name)}
+        if all(math.isfinite(float(value)) for value in metrics.values()):
+            return metrics
+        raise ValueError('not finite')
+    except OSError as error:
+        raise UserError(f'--results-file {path}: cannot be read ({reason_of(error)})') from error
+    except (ValueError, KeyError, TypeError, StopIteration, RecursionError, csv.Error) as error:
         raise UserError(f'--results-file {path}: not what validate.py writes') from error
 
 

@@ -13,7 +13,7 @@ import torch
 from programs import load_program
 from runs import CLASSES, MODEL, QUICK, load_script, rows, weights, write_images
 
-from evavit.errors import run_script
+from evavit.errors import UserError, run_script
 from evavit.files import is_stamped
 from evavit.models import write_weights
 
@@ -138,6 +138,31 @@ def test_folder_for_the_hub(run, tmp_path, capsys):
     bare = ['--checkpoint', tmp_path / 'bare.pth', '--output', tmp_path / 'no']
     assert save(*bare, '--data', 'x', '--licence', 'x') == 2
     assert 'holds no settings' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'name, text',
+    [
+        ('deep.json', '[' * 100_000),
+        ('big.csv', 'top1,top5,loss,images\n"' + '9' * 200_000 + '",1,1,1\n'),
+        ('nan.json', '{"top1": NaN, "top5": 1, "loss": 1, "images": 1}'),
+        ('list.json', '{"top1": 1, "top5": [1], "loss": 1, "images": 1}'),
+        ('text.json', '{"top1": 1, "top5": 1, "loss": 1, "images": "x\\n# evil"}'),
+    ],
+)
+def test_results_that_validate_does_not_write(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f'{name}: not what validate.py writes'):
+        load_program('tools/save_for_hub.py').read_metrics(tmp_path / name)
+
+
+def test_names_reach_the_terminal_without_control_characters(run, tmp_path, capsys):
+    output = tmp_path / '\x1b[31mred.pth'
+    assert tool('avg_checkpoints')('--input', run / 'last.pth.tar', '--output', output) == 0
+    flags = ['--checkpoint', run, '--output', tmp_path / '\x1b[31mhub', '--data', 'x', '--licence', 'mit']
+    assert tool('save_for_hub')(*flags) == 0
+    out = capsys.readouterr().out
+    assert '\x1b' not in out and '\\x1b[31mred.pth: weights of' in out and '\\x1b[31mhub: README.md' in out
 
 
 def test_outputs_that_cannot_be_written(run, tmp_path, capsys):
