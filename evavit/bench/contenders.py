@@ -130,6 +130,8 @@ class Setting:
         else:
             import fcntl  # not on every system
 
+            if self.lock.exists() and not self.lock.is_file():  # a pipe would be waited for
+                raise UserError(f'--lock {self.lock}: is no file')
             try:
                 stream = open(self.lock, 'a')  # noqa: SIM115, closed below
             except OSError as error:

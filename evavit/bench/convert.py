@@ -6,7 +6,9 @@ from typing import Any, Dict, List, Tuple
 import timm
 import torch
 
+from evavit.errors import UserError, first_line
 from evavit.models import convert_vit
+from evavit.models._converted import why_not_converted
 from evavit.training.compilation import AS_IS, Compilation
 
 from .clocks import Call
@@ -34,11 +36,22 @@ CONVERTED: Dict[str, Dict[str, Any]] = {
 
 
 def fit_side(text: str, side: int) -> Tuple[int, int]:
-    """The largest side up to `side` that a model's patches divide, and the images of a batch of it."""
+    """The largest side up to `side` that a model's patches divide, and the images of a batch of it.
+
+    Raises:
+        UserError: no such model, one that cannot be converted, or a side below that of a patch.
+    """
     name, kwargs = parse_model(text)
-    with torch.device('meta'):
-        model: Any = timm.create_model(name, **kwargs)
+    try:
+        with torch.device('meta'):
+            model: Any = timm.create_model(name, **kwargs)
+    except Exception as error:  # each model has its own errors for arguments that do not fit
+        raise UserError(f'--model {text}: {first_line(error)[:300]}') from error
+    if reason := why_not_converted(model):
+        raise UserError(f'--bench convert --model {text}: {reason}')
     patch = model.patch_embed.patch_size[0]
+    if side < patch:
+        raise UserError(f'--img-size {side}: {text} has patches of {patch} × {patch} pixels; give at least {patch}')
     return side // patch * patch, max(1, TOKENS // (side // patch) ** 2)
 
 

@@ -17,13 +17,29 @@ from evavit.training.compilation import choose_compilation
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
-from .results import Row, check_writable, origin, read_rows, write_rows
+from .results import ORIGIN, Row, check_writable, origin, read_rows, write_rows
 
 __all__ = ['Repeated', 'main', 'measure', 'parse']
 
 Step = Callable[[torch.Tensor, torch.Tensor], None]
 
 LEAST = 500_000  # images that a pass can draw: more than 16 processes read in half a minute
+
+COLUMNS = (
+    'bench',
+    'model',
+    'dataset',
+    'images',
+    'batch_size',
+    'workers',
+    'cpus',
+    'augment_device',
+    'aa',
+    'amp',
+    'img_per_s',
+    'cpu_ms_per_img',
+)
+STEP_COLUMNS = ('step_img_per_s', 'step_share', 'both_img_per_s', 'wait_share')  # without --loader-only
 
 
 def parse(argv: Sequence[str]) -> Tuple[argparse.Namespace, Any]:
@@ -45,8 +61,11 @@ def main(argv: Sequence[str]) -> None:
     """Print a row for each place of augmentation and number of workers, and add it to the results file."""
     own, settings = parse(argv)
     checks.check_settings(settings)
+    columns = [*COLUMNS, *(() if own.loader_only else STEP_COLUMNS), *ORIGIN]
     if own.results_file:  # before the timing
-        check_writable(Path(own.results_file))
+        path = Path(own.results_file)
+        check_writable(path)
+        read_rows(path, columns)
     process = start_process(settings.machine.device)
     machine = settings.machine
     places, numbers = own.augment_devices or [machine.augment_device], own.workers_list or [machine.workers]
@@ -55,8 +74,7 @@ def main(argv: Sequence[str]) -> None:
         row = measure(settings, process, own.seconds, own.repeats, own.loader_only) | origin(process.device)
         print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
         if own.results_file:
-            path = Path(own.results_file)
-            write_rows(path, [*read_rows(path, list(row)), row], list(row))
+            write_rows(path, [*read_rows(path, columns), row], columns)
     torch.distributed.destroy_process_group()
 
 

@@ -20,6 +20,7 @@ import argparse
 import fnmatch
 import itertools
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -35,20 +36,20 @@ from evavit.bench.contenders import GRIDS, Setting, Sizes, backend_names, bench_
 from evavit.bench.convert import SIDES, VITS, bench_convert, fit_side
 from evavit.bench.models import bench_model, input_size, parse_model
 from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
-from evavit.errors import UserError, reason_of, run_script
+from evavit.errors import UserError, first_line, reason_of, run_script
 from evavit.ops.eva import EVA
 from evavit.training.compilation import MODES, Compilation, choose_compilation
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, got {text!r}')
+    if not re.fullmatch('[0-9]{1,9}', text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 1, below 10⁹, got {text!r}')
     return int(text)
 
 
 def count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'must be a whole number of at least 0, got {text!r}')
+    if not re.fullmatch('[0-9]{1,9}', text):
+        raise argparse.ArgumentTypeError(f'must be a whole number of at least 0, below 10⁹, got {text!r}')
     return int(text)
 
 
@@ -275,7 +276,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if args.resume and is_done(args.results_file, key | where):
             print(f'{key["bench"]} {key["case"]}: in {args.results_file} already')
             continue
-        rows = [row | where for row in measure()]
+        try:
+            rows = [row | where for row in measure()]
+        except (MemoryError, RuntimeError) as error:  # of the tensors that all contenders share
+            raise UserError(f'{key["bench"]} {key["case"]}: {first_line(error)[:300]}; lower its sizes') from error
         for row in rows:
             report(row)
         if args.results_file:  # after every comparison, so that a run cut short leaves what it measured

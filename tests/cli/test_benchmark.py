@@ -182,6 +182,12 @@ BAD = {
     'no such bench': (['--bench', 'speed'], ['speed', 'infer']),
     'unknown flag': (['--batches', '3'], ['--batches']),
     'resume of nothing': (['--resume'], ['--results-file']),
+    'sides below a patch': (['--bench', 'convert', '--model', 'vit_tiny_patch16_224', '--img-size', '1'], ['16 × 16']),
+    'no ViT': (['--bench', 'convert', '--model', 'resnet18'], ['resnet18', "none of timm's plain vision"]),
+    'too many tokens': (['--bench', 'op', '--grid', '100000'], ['op 100000x100000', 'lower its sizes']),
+    'a lock that is a pipe': (['--bench', 'op', '--lock', 'PIPE'], ['--lock', 'is no file']),
+    'no ASCII': (['--repeats', '２'], ['--repeats', '２']),
+    'without end': (['--repeats', '9' * 30], ['--repeats', 'below 10⁹']),
 }
 
 
@@ -266,7 +272,7 @@ def test_models_on_a_gpu(call, tmp_path):
     assert all(float(row['peak_memory_mib']) > 0 and float(row['img_per_s']) > 0 for row in rows)
 
 
-def test_loader_and_step(call, images, tmp_path):
+def test_loader_and_step(call, images, tmp_path, monkeypatch):
     """--bench data: rates of the loader alone, of the step alone, of both; a row for each number of workers."""
     flags = [
         *TINY,
@@ -298,6 +304,7 @@ def test_loader_and_step(call, images, tmp_path):
         assert float(row['step_share']) == pytest.approx(100 * step / alone, rel=0.01)
     assert float(rows[0]['cpu_ms_per_img']) > 0 and not rows[1]['cpu_ms_per_img']
     (tmp_path / 'other.csv').write_text('a,b\n')
+    monkeypatch.setattr('evavit.bench.loader.measure', None)  # known before anything is measured
     code, _, err = call('benchmark', '--bench', 'data', *flags[:-1], tmp_path / 'other.csv', '--loader-only')
     assert code == 2 and 'other columns' in err and err.count('\n') == 1
 
