@@ -108,6 +108,7 @@ def open_dataset(
         if prefix == 'wds':
             check_shards(dataset.reader)
         _check_number(dataset)
+        _check_arrays(dataset)
     except Exception as error:  # each kind has its own errors for what is missing or damaged
         raise UserError(
             f'dataset {config.dataset}, {split}, in {config.data_dir}: {first_line(error)[:400]}'
@@ -123,6 +124,13 @@ def _check_number(dataset: Any) -> None:
     count = dataset.reader.num_samples or 0 if isinstance(dataset, IterableImageDataset) else 0
     if not isinstance(count, int) or not 0 <= count <= MOST_IMAGES:
         raise UserError(f'it is said to have {str(count)[:40]} images: give a whole number, at most {MOST_IMAGES:,}')
+
+
+def _check_arrays(dataset: Any) -> None:
+    """UserError where a data set of arrays, such as MNIST, has not a label for each image."""
+    images, labels = getattr(dataset, 'data', None), getattr(dataset, 'targets', None)
+    if images is not None and labels is not None and len(images) != len(labels):
+        raise UserError(f'{len(images)} images and {len(labels)} labels; the files are damaged, get them anew')
 
 
 def _checked(dataset: Any, mode: str, max_bad_images: float, seed: Optional[int]) -> Checked:
@@ -229,6 +237,9 @@ def check_name(dataset: str) -> str:
 
 def _unpack_raw_files(root: Optional[str]) -> None:
     """Unpack the .gz files of MNIST-like data sets where they lie: torchvision only unpacks what it downloads."""
+    for path in Path(root or '.').glob('*/raw/*-ubyte*'):
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f'{path}: not a regular file')
     for packed in sorted(Path(root or '.').glob('*/raw/*-ubyte.gz')):
         plain = packed.with_suffix('')
         if plain.exists():

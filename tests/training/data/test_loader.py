@@ -1,6 +1,7 @@
 """Data sets: Fashion-MNIST's files without a download, class order, splits, input settings."""
 
 import gzip
+import os
 import sys
 
 import numpy as np
@@ -51,6 +52,21 @@ def test_a_broken_packed_file_is_named(fashion):
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(UserError, match='t10k-images'):
         open_dataset(DataConfig(max_bad_images=0.0, dataset='torch/fashion_mnist', data_dir=str(fashion)), 'train')
+
+
+def test_files_of_arrays_that_do_not_fit_are_named(fashion):
+    settings = DataConfig(max_bad_images=0.0, dataset='torch/fashion_mnist', data_dir=str(fashion))
+    labels = fashion / 'FashionMNIST' / 'raw' / 'train-labels-idx1-ubyte.gz'
+    write_idx(labels, np.arange(15) % 10)
+    with pytest.raises(UserError, match='20 images and 15 labels; the files are damaged'):
+        open_dataset(settings, 'train')
+    for name in ('train-labels-idx1-ubyte.gz', 'train-labels-idx1-ubyte'):
+        (labels.parent / name).unlink()
+        os.mkfifo(labels.parent / name)
+        with pytest.raises(UserError, match=f'{name}: not a regular file'):
+            open_dataset(settings, 'train')
+        (labels.parent / name).unlink()
+        write_idx(labels, np.arange(15) % 10) if name.endswith('ubyte') else (labels.parent / name[:-3]).touch()
 
 
 def write_folder(root, *classes):
