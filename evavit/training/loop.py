@@ -16,7 +16,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from evavit.errors import Preempted, SharedError, UserError
+from evavit.errors import Preempted, SharedError, UserError, printable
 from evavit.training.compilation import AS_IS, Compilation, choose_compilation, report_skips
 from evavit.training.config import MachineConfig, OptimConfig, RunConfig
 from evavit.training.data.images import UNREADABLE, BadImages
@@ -344,9 +344,11 @@ def train_epoch(
             with tracker.waiting():
                 images, target = next(batches, (None, None))
             if images is None or target is None:
+                for name, why in run.bad.news():
+                    log.warning(printable(f'warning: {name} is not a readable image ({why})'))
                 raise UserError(
-                    f'the training data ended before update {update} of {run.updates_per_epoch}; '
-                    f'set --train-num-samples'
+                    f'the training data ended before update {update} of {run.updates_per_epoch}; set '
+                    f'--train-num-samples, and have as many shards as processes × --workers'
                 )
             process.seed(config.seed, Draw.STEP, epoch, update * steps + step)
             if run.machine.channels_last:

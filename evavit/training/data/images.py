@@ -33,6 +33,7 @@ from evavit.training.stalls import Reading
 
 log = logging.getLogger(__name__)
 
+SHARD_ENDINGS = ('jpeg', 'bmp')  # of images in shards, as in folders, beside those of timm's reader
 ATTEMPTS = 10  # as many as timm's ImageDataset makes
 UNREADABLE = -1  # target of an image of validation that could not be read
 
@@ -284,6 +285,8 @@ def _decode_item(item: Any, mode: str, keep_jpeg: bool) -> Union[Image.Image, Jp
     """The image of a record {bytes, path}, of which one may be missing. Raises BadImageError."""
     if not isinstance(item, dict) or not (item.get('bytes') or item.get('path')):
         raise BadImageError('no image in this record')
+    if item.get('missing'):
+        raise BadImageError(item['missing'])
     if item.get('bytes'):
         return decode(io.BytesIO(item['bytes']), mode, keep_jpeg)
     return read_file(item['path'], mode, keep_jpeg)
@@ -376,7 +379,8 @@ class CheckedStream(IterableImageDataset):
     def _record(self, sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """What timm's reader makes of a sample of a shard, but with the image's bytes, and the label as it is."""
         name = f'{sample.get("__url__")}: {sample.get("__key__")}'
-        content = next((sample[key] for key in self.reader.input_key.split(';') if key in sample), None)
+        endings = dict.fromkeys((*self.reader.input_key.split(';'), *SHARD_ENDINGS))
+        content = next((sample[key] for key in endings if key in sample), None)
         field = self.reader.split_info.alt_label
         try:
             label = json.loads(sample['json'])[field] if field else _number(sample['cls'])
@@ -384,7 +388,11 @@ class CheckedStream(IterableImageDataset):
             raise LocalError(f'{name}: no label, neither .cls nor a field of .json as _info.json names it') from error
         if field and isinstance(label, int) and label < 0:  # left out, as by timm
             return None
-        return dict(jpg=dict(bytes=content, path=name), target=label)
+        image: Dict[str, Any] = dict(bytes=content, path=name)
+        if content is None:
+            there = ', '.join(f'.{key}' for key in sample if not key.startswith('__'))
+            image['missing'] = f'none of {", ".join(f".{key}" for key in endings)}, only {there}'
+        return dict(jpg=image, target=label)
 
     def _broken_shard(self, error: BaseException) -> bool:
         if isinstance(error, (TypeError, LocalError)):

@@ -242,6 +242,28 @@ def test_a_label_that_is_no_class_stops_with_a_line(label, workers, shards, tmp_
     assert '.tar: pear_3: ' in err and (label[:40] or 'empty') in err and 'the 3 classes have the numbers 0 to 2' in err
 
 
+def _rename(path, old, new):
+    with tarfile.open(path) as archive:
+        members = [(member.name, archive.extractfile(member).read()) for member in archive]
+    with tarfile.open(path, 'w') as archive:
+        for name, content in members:
+            add(archive, name.replace(old, new), content)
+
+
+@pytest.mark.parametrize('ending', ['.jpeg', '.BMP', '.gif'])
+def test_endings_of_images_in_shards(ending, shards, tmp_path, capfd):
+    for shard in (tmp_path / 'shards').glob('*.tar'):
+        _rename(shard, '.png', ending)
+    place = [*map(str, shards), '--output', str(tmp_path), '--workers', '0', '--max-bad-images', '1']
+    code = run_script(load_script('train').main, [*MODEL, *QUICK, *place])
+    out, err = capfd.readouterr()
+    if ending != '.gif':
+        assert code == 0, err
+        return
+    assert re.search(r'\.tar: \w+ is not a readable image \(none of \.jpg, .*, \.bmp, only \.gif, \.cls\)', out), out
+    assert code == 2 and err.startswith('error: ') and 'as many shards as processes × --workers' in err
+
+
 @pytest.mark.parametrize('label', [7, -1, None])
 @pytest.mark.parametrize('kind', ['hfds', 'hfids'])
 def test_a_label_of_a_table_that_is_no_class(kind, label, images, tmp_path, monkeypatch, capfd):
