@@ -18,6 +18,7 @@ import torch
 from evavit.errors import UserError, run_script
 from evavit.training import build, checks, data, loop
 from evavit.training.config import parse_settings
+from evavit.training.data.images import UNREADABLE
 from evavit.training.distributed import start_process
 
 try:
@@ -26,31 +27,35 @@ try:
 except ModuleNotFoundError:
     raise SystemExit('error: scikit-learn is not installed: pip install scikit-learn') from None
 
+UNUSED = {'checkpoint', 'use_ema', 'results_file', 'report_dir', 'metrics_avg', 'latency'}  # of validate.py's flags
+
 
 @torch.no_grad()
-def features(model, loader, settings, device):
-    """Features `(n, C)` and labels `(n)` of a split, on the CPU."""
+def features(model, dataset, settings, config, process):
+    """Features `(n, C)` and labels `(n)` of a split's readable images, on the CPU."""
     found, labels = [], []
-    for images, target in loader:
-        with loop.autocast(settings.machine, device):
-            found.append(model(images).float().cpu())  # the model has no classifier
-        labels.append(target.cpu())
+    load = dict(batch_size=settings.batch.batch_size, machine=settings.machine, device=process.device)
+    for images, target in data.eval_loader(dataset, config, **load):
+        readable = target != UNREADABLE
+        with loop.autocast(settings.machine, process.device):
+            found.append(model(images)[readable].float().cpu())  # the model has no classifier
+        labels.append(target[readable].cpu())
+    dataset.bad.review(process)  # names them; too many, by --max-bad-images, are an error
     return torch.cat(found), torch.cat(labels)
 
 
 def judge(settings, k):
     """Top-1, balanced accuracy and macro F1 in percent, and the number of pictures looked up and judged."""
-    device = start_process(settings.machine.device).device
+    process = start_process(settings.machine.device)
     torch.manual_seed(0)  # the weights, where no file gives them
     read = dict(in_chans=checks.image_channels(settings.model), batch_size=settings.batch.batch_size)
     read['seed'] = settings.run.seed
     train_set, names = data.open_dataset(settings.data, 'train', **read)
     eval_set, _ = data.open_dataset(settings.data, settings.data.split, class_names=names, **read)
-    model = build.build_model(settings.model, 0).to(device).eval()
+    model = build.build_model(settings.model, 0).to(process.device).eval()
     config = data.resolve_input(settings.model, model)
-    load = dict(batch_size=settings.batch.batch_size, machine=settings.machine, device=device)
-    known, labels = features(model, data.eval_loader(train_set, config, **load), settings, device)
-    asked, truth = features(model, data.eval_loader(eval_set, config, **load), settings, device)
+    known, labels = features(model, train_set, settings, config, process)
+    asked, truth = features(model, eval_set, settings, config, process)
     if k > len(known):
         raise UserError(f'-k {k}: the training split has {len(known)} images')
     guess = KNeighborsClassifier(k, metric='cosine', weights='distance').fit(known, labels).predict(asked)
@@ -67,7 +72,9 @@ def main(argv=None):
     parser.add_argument('-k', type=int, default=20, help='neighbours (20)')
     parser.add_argument('--weights', metavar='FILE', help='weights of the model, its classifier is not used')
     args, flags = parser.parse_known_args(argv)
-    settings, _ = parse_settings('validate', flags, __doc__)
+    settings, given = parse_settings('validate', flags, __doc__)
+    if unused := sorted(given & UNUSED):
+        raise UserError(f'--{unused[0].replace("_", "-")}: knn.py does not take it; weights are given with --weights')
     if args.k < 1:
         raise UserError(f'-k {args.k}: must be at least 1')
     if not settings.model.model:

@@ -38,10 +38,18 @@ def test_neighbours_of_features(tmp_path, capsys):
     # The classes differ in colour, which features of random weights tell as well.
     found = re.search(r'3 nearest of 18 images, 18 judged: top-1 (\S+)  balanced accuracy (\S+)  macro F1 (\S+)', out)
     assert found and float(found[1]) > 80, out
+    assert run_script(example.main, [*flags, '--checkpoint', 'last.pth.tar']) == 2
+    assert '--checkpoint: knn.py does not take it; weights are given with --weights' in capsys.readouterr().err
     assert run_script(example.main, [*flags[:-1], '19']) == 2
     assert '18 images' in capsys.readouterr().err
     assert run_script(example.main, [*flags, '--weights', str(tmp_path)]) == 2
     assert f'{tmp_path}: is a folder; give a file' in capsys.readouterr().err
+    for split in ('train', 'validation'):
+        (tmp_path / split / CLASSES[0] / '0.png').write_text('x')
+    assert run_script(example.main, flags) == 2
+    assert 'is not a readable image' in capsys.readouterr().err
+    assert run_script(example.main, [*flags, '--max-bad-images', '0.1']) == 0
+    assert '3 nearest of 17 images, 17 judged' in capsys.readouterr().out
 
 
 def test_the_seed_divides_a_folder_without_splits(tmp_path, monkeypatch):
