@@ -292,13 +292,16 @@ def save_folder(
         **card: data, licence, recipe, metrics and description of `model_card`.
 
     Raises:
-        ValueError: one line on a folder with files that others wrote; on a model that could not be made again: of
-            features_only=True, pruned, or made without timm.create_model; or on a card without data or licence, or
-            names for another number of classes.
+        ValueError: one line on a folder of a run, or with files that others wrote; on a model that could not be made
+            again: of features_only=True, pruned, or made without timm.create_model; or on a card without data or
+            licence, or names for another number of classes.
     """
     _check_card(model, label_names, card)
     _check_remade(model)
     path = Path(folder)
+    for name in RUN_WEIGHTS:
+        if (path / name).is_file():  # one of the two would be taken for the other
+            raise ValueError(f'{folder}: the folder of a run, which wrote {name}; give another folder')
     if not overwrite:
         _check_own(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -481,7 +484,12 @@ def _settings_of_run(file: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any
         saved = json.loads(text)
         names, kwargs = saved.get('class_names'), saved.get('model_kwargs') or {}
         conversion = {**(saved.get('convert_kwargs') or {}), 'attention': saved.get('convert')}
-        own = sorted(_NOT_OF_A_MODEL & kwargs.keys())
+        own = sorted((_NOT_OF_A_MODEL | {'args', 'num_classes'}) & kwargs.keys())
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError('class_names are no list of names')
+        about = {name: saved[name] for name in PREPARATION if saved.get(name) is not None}
+        if wrong := _wrong_preparation({'pretrained_cfg': about}, {'in_chans': saved.get('in_chans')}):
+            raise ValueError(wrong)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'{file}: its settings are damaged ({first_line(error)[:200]})') from error
     if not isinstance(saved.get('model'), str):
@@ -495,7 +503,6 @@ def _settings_of_run(file: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any
         )
     if why := ', '.join(own) or too_many_blocks(kwargs):
         raise ValueError(f'{file}: its settings make no model: model_kwargs {why}')
-    about = {name: saved[name] for name in PREPARATION if saved.get(name) is not None}
     return dict(
         model_name=saved['model'],
         args={name: saved.get(name) for name in ('in_chans', 'img_size', 'input_size')},

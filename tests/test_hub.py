@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import evavit
 from evavit.hub import load_converted, model_card, publish, save_folder
+from evavit.training.config import parse_settings
+from evavit.training.contents import complete_from_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PLAIN = (
@@ -136,9 +139,29 @@ def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message) as caught:
             load_converted(source)
         assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match=r'mine: the folder of a run, which wrote model_best\.safetensors; give an'):
+        save_folder(model, run, data='x', licence='mit', overwrite=True)
+    with safetensors.safe_open(run / 'last.safetensors', 'pt') as file:
+        saved = json.loads(file.metadata()['args'])
+    for changed, message in (
+        ({'model_kwargs': {**saved['model_kwargs'], 'num_classes': 3}}, 'model_kwargs num_classes'),
+        ({'model_kwargs': {**saved['model_kwargs'], 'args': {}}}, 'model_kwargs args'),
+        ({'class_names': 5}, 'its settings are damaged .class_names are no list of names'),
+        ({'mean': 'x'}, "its settings are damaged .mean 'x'"),
+        ({'interpolation': 'zz'}, "its settings are damaged .interpolation 'zz'"),
+    ):
+        metadata = {'args': json.dumps({**saved, **changed})}
+        safetensors.torch.save_file(model.state_dict(), tmp_path / 'x.safetensors', metadata)
+        with pytest.raises(ValueError, match=message):
+            load_converted(tmp_path / 'x.safetensors')
     evavit.models.write_weights(model.state_dict(), run / 'last.safetensors')
     with pytest.raises(ValueError, match=r'holds no settings of train\.py'):
         load_converted(run / 'last.safetensors')
+    # A folder of an earlier version that holds both: the run's own weights are taken.
+    shutil.move(save_folder(model, tmp_path / 'hub', data='x', licence='mit') / 'config.json', run)
+    settings, given = parse_settings('validate', ['--checkpoint', str(run), '--data-dir', 'data'])
+    complete_from_checkpoint(settings, given)
+    assert settings.weights.checkpoint == str(run / 'model_best.safetensors')
 
 
 def small_vit(**kwargs):
