@@ -23,6 +23,7 @@ __all__ = [
     'replacing',
     'replacing_in',
     'stamp',
+    'stored_digest',
     'sync_folder',
     'why_no_file',
 ]
@@ -218,6 +219,16 @@ def is_stamped(path: Union[str, Path]) -> bool:
         if file.read(DIGITS) != digest:
             raise DamagedError('damaged: its SHA-256 is not the one that was written into it')
         return True
+
+
+def stored_digest(path: Union[str, Path]) -> str:
+    """The digest that a file holds, whether it is right or not; '' for a file without one."""
+    with open(path, 'rb') as file:
+        place = _digest_place(file)
+        if place is None:
+            return ''
+        file.seek(place)
+        return file.read(DIGITS).decode(errors='replace')
 
 
 def _digest(file: IO[bytes], place: int) -> bytes:

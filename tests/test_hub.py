@@ -97,6 +97,18 @@ def test_a_folder_gives_a_converted_model_back(tmp_path):
         assert torch.equal(scope['model'].eval()(x), model(x))
 
 
+def test_names_of_the_classes_decide_the_labels(tmp_path):
+    names = list(reversed(CLASSES))
+    model = timm.create_model(PLAIN[0], **{**PLAIN[1], 'num_classes': len(names)})
+    folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit', label_names=names)
+    for flags in (['--checkpoint', str(folder)], ['--model', f'local-dir:{folder}', '--pretrained']):
+        assert complete_from_checkpoint(*parse_settings('validate', flags)) == names
+    config = json.loads((folder / 'config.json').read_text())
+    for damaged in (names[:2], 5, [1, 2, 3], ['a', 'a', 'b']):
+        (folder / 'config.json').write_text(json.dumps({**config, 'label_names': damaged}))
+        assert complete_from_checkpoint(*parse_settings('validate', ['--checkpoint', str(folder)])) is None
+
+
 def test_what_is_no_folder_of_a_converted_model(tmp_path):
     folder = save_folder(timm.create_model(PLAIN[0], **PLAIN[1]), tmp_path / 'mine', data='Digits', licence='mit')
     with pytest.raises(ValueError, match=r"not a converted model; timm.create_model\('local-dir:"):

@@ -24,7 +24,7 @@ from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, unwrap_model
 
 from evavit.errors import LocalError, UserError, first_line, reason_of
-from evavit.files import open_own, replacing, stamp, sync_folder
+from evavit.files import open_own, replacing, stamp, stored_digest, sync_folder
 from evavit.models import write_weights
 from evavit.training.build import check_fit
 from evavit.training.contents import has_metadata, is_number, is_whole, read_checkpoint
@@ -286,7 +286,7 @@ def resume(
         ) from error
     if not weights_are_finite(task):
         raise UserError(f'{path}: not a checkpoint of train.py (its weights are not finite)')
-    _check_same(run, path, position)
+    _check_same(run, f'{path}, {stored_digest(path)[:8]}', position)
     log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
     _warn_of_changes(path, checkpoint, settings)
     if saver is not None:

@@ -368,7 +368,7 @@ def _enter_folder(config: Loaded, given: Set[str]) -> None:
     """Put the file that is meant in the place of a folder: a run's best weights, or those of `hub.save_folder`, with
     the model that its config.json makes."""
     folder = Path(config.weights.checkpoint or '')
-    if (folder / 'config.json').exists():
+    if (folder / 'config.json').exists() and not any((folder / name).is_file() for name in RUN_WEIGHTS):
         try:
             content, conversion = saved_config(folder)
         except ValueError as error:
@@ -447,7 +447,21 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
         _take_held_out(config, given, saved)
     if not saved or model.model == saved.get('model'):
         model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
+    if (model.model or '').startswith('local-dir:') and not isinstance(config, InferenceConfig):  # it has more names
+        return _label_names(Path((model.model or '').removeprefix('local-dir:')))
     return saved.get('class_names')
+
+
+def _label_names(folder: Path) -> Optional[List[str]]:
+    """The names of a folder's classes in its config.json, None where there are none, or not one for each class."""
+    try:
+        content, _ = saved_config(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    names = content.get('label_names')
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return names if len(names) == len(set(names)) == content.get('num_classes', len(names)) else None
 
 
 def _take_held_out(config: ValidateConfig, given: Set[str], saved: Dict[str, Any]) -> None:

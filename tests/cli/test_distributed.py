@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,23 @@ def test_processes_that_differ_stop_before_the_first_update(images, tmp_path, fl
     assert [job.returncode for job in jobs] == [2, 2], results
     assert results[0][1].startswith(f'error: the processes disagree: {told}') and results[0][1].count('\n') == 1
     assert results[1][1] == '' and not (tmp_path / 'run').exists()
+
+
+def test_checkpoints_of_one_name_that_differ(images, tmp_path, monkeypatch):
+    """Two machines, each with a disk and a run of its own: alike in name and place, but not in weights."""
+    jobs, flags = [], [*MODEL, *QUICK, '--data-dir', images, '--output', 'out', '--experiment', 'run']
+    for rank, variables in enumerate(ranks(2)):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.chdir(tmp_path / str(rank))
+        assert command('train', *flags, '--epochs', '1', '--seed', rank).returncode == 0
+        jobs.append(partial(start, 'train', *flags, '-b', '2', '--resume', 'auto', variables=variables))
+    for rank, job in enumerate(jobs):
+        monkeypatch.chdir(tmp_path / str(rank))
+        jobs[rank] = job()
+    results = [job.communicate(timeout=60 * PATIENCE) for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2], results
+    assert results[0][1].startswith('error: the processes would continue from different checkpoints (out/run/last')
+    assert results[0][1].count('\n') == 1 and results[1][1] == ''
 
 
 @pytest.mark.parametrize(
