@@ -438,7 +438,10 @@ def source_folder(name: str) -> Optional[Path]:
             raise ValueError(f'{name}: no such folder')
         run = _weights_of_run(Path(rest))
         if run is not None:
-            raise ValueError(f'{name}: the folder of a run, not one of save_folder; {run} is a checkpoint of it')
+            raise ValueError(
+                f'{name}: the folder of a run, not one of save_folder; give its file {run}, to train.py with '
+                f'--pretrained-path and the --model and --convert of that run, to other programs with --checkpoint'
+            )
         return Path(rest)
     if source != 'hf-hub':
         return None

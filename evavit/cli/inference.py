@@ -118,9 +118,12 @@ def choose_weights(config: InferenceConfig, given: Set[str]) -> Optional[List[st
 def picture_names(dataset: Any, results: ResultsConfig, formats: Sequence[str]) -> List[str]:
     """Names of the pictures for the results; UserError where they have to be different and are not."""
     names = [encodable(name) for name in dataset.dataset.filenames(basename=not results.fullname)]
-    if 'json' in formats and len(set(names)) < len(names):
+    if len(set(names)) < len(names):
         (twice, _), *_ = Counter(names).most_common(1)
-        raise UserError(f'--results-format json: there are several pictures {twice}; add --fullname')
+        several = f'there are several pictures {twice}; add --fullname'
+        if 'json' in formats:
+            raise UserError(f'--results-format json: {several}')
+        log.warning(f'warning: {printable(several)}')
     return names
 
 

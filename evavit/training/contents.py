@@ -27,7 +27,7 @@ from evavit.errors import UserError, first_line
 from evavit.files import is_stamped, why_no_file
 from evavit.hub import RUN_WEIGHTS, saved_config, source_folder
 from evavit.training.build import load_weights, read_weights, try_model
-from evavit.training.config import ExportConfig, InferenceConfig, ValidateConfig, WeightsConfig, options_of
+from evavit.training.config import ExportConfig, InferenceConfig, ModelConfig, ValidateConfig, WeightsConfig, options_of
 from evavit.training.data import resolve_input
 from evavit.training.loop import Position
 
@@ -318,6 +318,20 @@ def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
         if settings.get(name) not in (None, ''):  # timm's train.py stores '' for what was not given
             settings[name] = options[name].parse(settings[name], f'{path}, its settings')
     return settings
+
+
+def other_model(path: str, config: ModelConfig) -> Optional[str]:
+    """A line where a file of train.py holds weights of another model than the one that starts from it, else None."""
+    try:
+        saved = saved_settings(path) if path.endswith('.safetensors') else {}
+    except UserError:  # what is wrong with it is told where it is read
+        return None
+    model, convert = saved.get('model'), saved.get('convert')
+    if not model or (model == config.model and convert in (None, config.convert)):  # softmax may become EVA here
+        return None
+    flags = {'model': model, 'convert': convert, 'img-size': saved.get('img_size')}
+    told = ' '.join(f'--{name} {value}' for name, value in flags.items() if value)
+    return f'{path} holds weights of another model, which are fitted to this one; to go on with that one: {told}'
 
 
 def has_metadata(path: Path, entries: Dict[str, str]) -> bool:

@@ -23,7 +23,7 @@ from torch.utils.data import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.errors import UserError
-from evavit.training import build, checkpoint, checks, data, distillation
+from evavit.training import build, checkpoint, checks, contents, data, distillation
 from evavit.training.config import TrainConfig
 
 FEW_UPDATES = 10  # of an epoch, below which a warning says so
@@ -56,6 +56,9 @@ def check_run(config: TrainConfig, processes: int) -> CheckedRun:
     checks.check_settings(config)
     batch = checks.global_batch(config.batch, config.schedule, processes)
     checks.check_files(config)
+    file = starting_file(config)
+    if file and (note := contents.other_model(file, config.model)):
+        config.notes.append(note)
     classes = config.model.num_classes
     ready = classes is not None and not (config.run.dry_run and starting_file(config) is None)
     if ready:

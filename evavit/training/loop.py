@@ -30,6 +30,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
+SILENCE = 30.0  # seconds without a line, after which a step has one
 
 WriteScalar = Callable[[int, str, float], None]
 
@@ -159,19 +160,22 @@ class DelayedRead:
 
 
 class ProgressLine:
-    """One line that renews itself on a terminal, a line every `interval` steps elsewhere."""
+    """One line that renews itself on a terminal, elsewhere a line every `interval` steps, or `SILENCE` seconds."""
 
     def __init__(self, total: int, interval: int, shown: bool):
         self.total, self.interval, self.shown = total, interval, shown
         self.live = shown and sys.stdout.isatty()
         self.last = 0.0
+        self.told = time.monotonic()
 
     def show(self, done: int, label: str, text: str) -> None:
         line = f'{label} {done}/{self.total}  {text}'
         if self.live and (time.monotonic() - self.last > 0.1 or done == self.total):
             self.last = time.monotonic()
             print(f'\r\033[K{line}', end='\n' if done == self.total else '', flush=True)
-        if self.shown and (done % self.interval == 0 or done == self.total):
+        slow = not self.live and time.monotonic() - self.told > SILENCE
+        if self.shown and (done % self.interval == 0 or done == self.total or slow):
+            self.told = time.monotonic()
             log.log(logging.DEBUG if self.live else logging.INFO, line)  # the log file has the first kind too
 
 

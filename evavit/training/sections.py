@@ -420,7 +420,9 @@ class RunConfig:
         None, 'save within the epoch too: every so many updates (500) or minutes (10m)'
     )
     max_skipped: int = option(10, 'updates in a row without a finite loss and gradient, at which the run stops', low=1)
-    log_interval: int = option(50, 'updates between lines of the log', low=1, scripts=RUN)
+    log_interval: int = option(
+        50, 'updates between lines of the log, which come sooner where they take long', low=1, scripts=RUN
+    )
     log_wandb: bool = option(False, 'send the settings and the metrics of each epoch to Weights & Biases, too')
     wandb_project: Optional[str] = option(None, 'its project')
     wandb_tags: Optional[List[str]] = option(None, 'tags of the run there')

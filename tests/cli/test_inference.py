@@ -7,6 +7,7 @@ import lzma
 import os
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 import evavit
+from evavit.cli.inference import picture_names
 from evavit.hub import save_folder
+from evavit.training.sections import ResultsConfig
 
 
 @pytest.fixture(scope='module')
@@ -202,6 +205,12 @@ def test_a_grey_wide_model(infer, call, images, pictures, tmp_path):
     assert Image.open(tmp_path / rows[0]['attention']).size == (24, 16)
     code, out, err = call('validate', '--checkpoint', tmp_path / 'grey', '--data-dir', images, '--workers', '0')
     assert code == 0 and '(13 images)' in out, out + err
+
+
+def test_a_table_of_pictures_of_one_name_is_told(caplog):
+    names = SimpleNamespace(dataset=SimpleNamespace(filenames=lambda basename: ['a.png', 'b.png', 'a.png']))
+    assert picture_names(names, ResultsConfig(), ['csv']) == ['a.png', 'b.png', 'a.png']
+    assert caplog.messages == ['warning: there are several pictures a.png; add --fullname']
 
 
 def test_forms_of_the_results(call, hub, pictures, tmp_path):

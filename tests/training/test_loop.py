@@ -10,7 +10,7 @@ from evavit.training.build import build_optimizer, build_task, compile_and_distr
 from evavit.training.compilation import AS_IS
 from evavit.training.config import parse_settings
 from evavit.training.distributed import Process
-from evavit.training.loop import Run, Stepper, exchange, micro_step
+from evavit.training.loop import ProgressLine, Run, Stepper, exchange, micro_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,3 +152,15 @@ def compare_exchanges(rank, file):
 
 def test_gradients_of_graphs_are_exchanged_as_distributed_data_parallel_does(tmp_path):
     torch.multiprocessing.spawn(compare_exchanges, (tmp_path / 'meet',), nprocs=2)
+
+
+def test_slow_steps_have_a_line_before_the_interval(monkeypatch, caplog):
+    caplog.set_level('INFO', logger='evavit')
+    for silence, lines in ((30.0, ['epoch 0 4/9  x', 'epoch 0 8/9  x', 'epoch 0 9/9  x']), (-1.0, None)):
+        monkeypatch.setattr('evavit.training.loop.SILENCE', silence)
+        caplog.clear()
+        line = ProgressLine(9, 4, shown=True)
+        line.live = False
+        for done in range(1, 10):
+            line.show(done, 'epoch 0', 'x')
+        assert len(caplog.messages) == 9 if lines is None else caplog.messages == lines
