@@ -107,7 +107,10 @@ def _lost_worker(error: Exception) -> LocalError:
     if ('torch.utils.data.dataloader', '_get_iterator') in places:
         return LocalError(f'--workers: loading processes do not start ({text[:200]}); lower it, or give 0')
     if _in_a_group() and re.search('Connection (closed|reset) by peer|Broken pipe|Socket closed', text):
-        return LocalError(f'another process of this run has ended, and tells the reason itself ({text[-100:]})')
+        told = text.partition('. ')[0][-100:]  # gloo adds advice
+        return LocalError(
+            f'another process of this run has ended, and tells the reason itself unless it was killed ({told})'
+        )
     if isinstance(error, OSError) and error.errno in FULL:
         return LocalError(f'{error.filename or "a file"}: cannot be written ({reason_of(error)})')
     raise error

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import timm
 import torch
@@ -199,4 +199,22 @@ def store_rows(path: Path, rows: List[Row], columns: Sequence[str] = COLUMNS, ke
         UserError: the file has other columns.
     """
     new = {_key(row, key) for row in rows}
-    write_rows(path, [row for row in read_rows(path, columns) if _key(row, key) not in new] + rows, columns)
+    with _locked(path):
+        write_rows(path, [row for row in read_rows(path, columns) if _key(row, key) not in new] + rows, columns)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Programs that store rows in one file, such as those of one `--lock`, do so one after the other."""
+    try:
+        import fcntl
+    except ImportError:  # not on every system
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the file itself is replaced
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)

@@ -1,5 +1,7 @@
 """Results files: rows that replace one another, failures that are measured again, files of other columns."""
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -35,6 +37,21 @@ def test_a_file_of_other_columns_stays(tmp_path):
             refused()
     assert path.read_text() == 'a,b\n1,2\n'
     assert read_rows(path, ('a', 'b')) == [{'a': '1', 'b': '2'}] and read_rows(tmp_path / 'none.csv') == []
+
+
+def _store(path, name):
+    for number in range(20):
+        store_rows(path, [dict(bench='op', case=f'{name} {number}', status='ok')])
+
+
+def test_programs_side_by_side_lose_no_row(tmp_path):
+    path = tmp_path / 'rows.csv'
+    jobs = [multiprocessing.get_context('fork').Process(target=_store, args=(path, name)) for name in 'abc']
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0, 0] and len(read_rows(path)) == 60
 
 
 def test_a_row_of_more_cells_is_a_line(tmp_path):
