@@ -161,8 +161,10 @@ def test_the_folder_of_a_converted_run(tmp_path, monkeypatch, capsys):
         assert not told or note.endswith('--model vit_tiny_patch16_224 --convert eva --img-size 32'), note
     assert other_model('output/plain/last.safetensors', ModelConfig(model='eva_deit_tiny', convert='local')) is None
     load_script('train').main(
-        ['--data-dir', 'data', *MODEL, 'embed_dim=32', *QUICK, '--pretrained-path', str(run / 'last.safetensors')]
-        + ['--dry-run', '--num-classes', '3']
+        [
+            *('--data-dir', 'data', *MODEL, 'embed_dim=32', *QUICK, '--dry-run', '--num-classes', '3'),
+            *('--pretrained-path', str(run / 'last.safetensors')),
+        ]
     )
     assert 'last.safetensors holds weights of another model' in capsys.readouterr().out
     with pytest.raises(ValueError, match=r'give its file .*last\.safetensors|give its file .*model_best\.safetensors'):
