@@ -439,8 +439,8 @@ def source_folder(name: str) -> Optional[Path]:
         run = _weights_of_run(Path(rest))
         if run is not None:
             raise ValueError(
-                f'{name}: the folder of a run, not one of save_folder; give its file {run}, to train.py with '
-                f'--pretrained-path and the --model and --convert of that run, to other programs with --checkpoint'
+                f'{name}: the folder of a run, not one of save_folder; train.py goes on from it with --pretrained-path '
+                f"{run} and the run's --model and --convert, the other programs take it as --checkpoint {rest}"
             )
         return Path(rest)
     if source != 'hf-hub':

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import evavit
 from evavit.hub import load_converted, model_card, publish, save_folder, source_folder
-from evavit.training.config import ModelConfig, parse_settings
-from evavit.training.contents import complete_from_checkpoint, other_model
+from evavit.training.config import parse_settings
+from evavit.training.contents import complete_from_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PLAIN = (
@@ -119,7 +119,7 @@ def test_what_is_no_folder_of_a_converted_model(tmp_path):
         load_converted('vit_tiny_patch16_224')
 
 
-def test_the_folder_of_a_converted_run(tmp_path, monkeypatch, capsys):
+def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):
     """train.py --convert, then the network in Python: its weights, its size, how its images are prepared."""
     write_images(tmp_path / 'data/train', dict.fromkeys(CLASSES, 4))
     write_images(tmp_path / 'data/validation', dict.fromkeys(CLASSES, 2))
@@ -151,23 +151,7 @@ def test_the_folder_of_a_converted_run(tmp_path, monkeypatch, capsys):
         with pytest.raises(ValueError, match=message) as caught:
             load_converted(source)
         assert '\n' not in str(caught.value)
-    for about, told in (
-        (ModelConfig(model='eva_deit_tiny'), True),
-        (ModelConfig(model='vit_tiny_patch16_224'), True),
-        (ModelConfig(model='vit_tiny_patch16_224', convert='eva'), False),
-    ):
-        note = other_model(str(run / 'last.safetensors'), about)
-        assert bool(note) == told
-        assert not told or note.endswith('--model vit_tiny_patch16_224 --convert eva --img-size 32'), note
-    assert other_model('output/plain/last.safetensors', ModelConfig(model='eva_deit_tiny', convert='local')) is None
-    load_script('train').main(
-        [
-            *('--data-dir', 'data', *MODEL, 'embed_dim=32', *QUICK, '--dry-run', '--num-classes', '3'),
-            *('--pretrained-path', str(run / 'last.safetensors')),
-        ]
-    )
-    assert 'last.safetensors holds weights of another model' in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r'give its file .*last\.safetensors|give its file .*model_best\.safetensors'):
+    with pytest.raises(ValueError, match=r'--pretrained-path .*/model_best\.safetensors and .* as --checkpoint .*/mine$'):
         source_folder(f'local-dir:{run}')
     with pytest.raises(ValueError, match=r'mine: the folder of a run, which wrote model_best\.safetensors; give an'):
         save_folder(model, run, data='x', licence='mit', overwrite=True)

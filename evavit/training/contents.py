@@ -11,7 +11,9 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
+import shlex
 import sys
 import zipfile
 from pathlib import Path
@@ -27,7 +29,15 @@ from evavit.errors import UserError, first_line, printable
 from evavit.files import is_stamped, why_no_file
 from evavit.hub import RUN_WEIGHTS, saved_config, source_folder
 from evavit.training.build import load_weights, read_weights, try_model
-from evavit.training.config import ExportConfig, InferenceConfig, ModelConfig, ValidateConfig, WeightsConfig, options_of
+from evavit.training.config import (
+    ExportConfig,
+    InferenceConfig,
+    ModelConfig,
+    TrainConfig,
+    ValidateConfig,
+    WeightsConfig,
+    options_of,
+)
 from evavit.training.data import resolve_input
 from evavit.training.loop import Position
 
@@ -321,17 +331,45 @@ def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
 
 
 def other_model(path: str, config: ModelConfig) -> Optional[str]:
-    """A line where a file of train.py holds weights of another model than the one that starts from it, else None."""
+    """A line where a file of train.py holds weights of another model than the one that starts from it, or of one that
+    was converted in another way, else None. Weights from before a conversion are meant."""
     try:
-        saved = saved_settings(path) if path.endswith('.safetensors') else {}
+        saved = saved_settings(path)
     except UserError:  # what is wrong with it is told where it is read
         return None
     model, convert = saved.get('model'), saved.get('convert')
-    if not model or (model == config.model and convert in (None, config.convert)):  # softmax may become EVA here
+    same = model == config.model and convert in (None, config.convert)
+    if not model or (same and not (convert and (saved.get('convert_kwargs') or {}) != (config.convert_kwargs or {}))):
         return None
-    flags = {'model': model, 'convert': convert, 'img-size': saved.get('img_size')}
-    told = ' '.join(f'--{name} {value}' for name, value in flags.items() if value)
-    return f'{path} holds weights of another model, which are fitted to this one; to go on with that one: {told}'
+    return (
+        f'{path} holds weights of another model than this run makes, {config.model}, to which they are fitted; to go '
+        f'on with its own, give {shlex.join(_model_flags(saved))[:400]}'
+    )
+
+
+def _model_flags(saved: Dict[str, Any]) -> Iterator[str]:
+    """The flags of train.py that make the model of a checkpoint's settings, with its image size and channels."""
+    for name in ('model', 'model_kwargs', 'convert', 'convert_kwargs', 'img_size', 'input_size', 'in_chans'):
+        value = saved.get(name)
+        if value not in (None, '', {}):
+            yield f'--{name.replace("_", "-")}'
+            if isinstance(value, dict):
+                yield from (f'{key}={of_key}' for key, of_key in value.items())
+            else:
+                yield from map(str, value if isinstance(value, list) else [value])
+
+
+def enter_run_folders(config: TrainConfig) -> None:
+    """Put the best weights of a run's folder in its place, where a run starts from them or a teacher has them. Other
+    folders stay, to be refused."""
+    for section, name in (
+        (config.model, 'pretrained_path'),
+        (config.model, 'initial_checkpoint'),
+        (config.distil, 'kd_pretrained_path'),
+    ):
+        folder = getattr(section, name) or ''
+        if any(os.path.isfile(os.path.join(folder, weights)) for weights in BEST_FIRST) and os.path.isdir(folder):
+            setattr(section, name, str(best_weights(Path(folder))))
 
 
 def has_metadata(path: Path, entries: Dict[str, str]) -> bool:

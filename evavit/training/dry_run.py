@@ -53,12 +53,10 @@ def check_run(config: TrainConfig, processes: int) -> CheckedRun:
         config: The settings.
         processes: Number of processes of the run.
     """
+    contents.enter_run_folders(config)
     checks.check_settings(config)
     batch = checks.global_batch(config.batch, config.schedule, processes)
     checks.check_files(config)
-    file = starting_file(config)
-    if file and (note := contents.other_model(file, config.model)):
-        config.notes.append(note)
     classes = config.model.num_classes
     ready = classes is not None and not (config.run.dry_run and starting_file(config) is None)
     if ready:
@@ -166,6 +164,8 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         if file:
             build.read_weights(file)
         lines.append(('data', f'{missing}, counted as 2 classes'))
+    if file and (other := contents.other_model(file, config.model)):
+        lines.append(('warning', other))
     check_resume(config, folder, model if classes else None, checked.teacher, names)
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters())

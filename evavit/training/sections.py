@@ -174,7 +174,7 @@ class ModelConfig:
     )
     pretrained: bool = option(False, 'start from the weights that timm publishes for the model', scripts=ALL)
     pretrained_path: Optional[str] = option(
-        None, 'start from the weights in this file; a head with other classes is made anew'
+        None, "start from the weights in this file, or a run's best; a head with other classes is made anew"
     )
     initial_checkpoint: Optional[str] = option(None, 'start from the weights in this file, with as many classes')
     linear_probe: bool = option(False, 'train the classifier alone, on the features of the weights to start from')

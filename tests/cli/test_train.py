@@ -73,6 +73,33 @@ def test_the_log_tells_once_what_became_of_the_weights(call, images, tmp_path, c
     assert code == 0 and out.count('weights from a file:') == 1 and 'weights from a file' not in err, out + err
 
 
+VIT = ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'patch_size=4', 'embed_dim=16', 'depth=2', 'num_heads=2']
+
+
+def test_a_start_from_a_file_of_another_model_is_told(train, call, images, tmp_path):
+    own = [*VIT, *words('--convert eva --convert-kwargs window_size=2 partition_grid=2 --img-size 16')]
+    converted = train('converted', '--epochs', '1', model=own)
+    file = converted / 'model_best.safetensors'
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'next', '--epochs', '1']
+    for given in (file, converted, converted / 'last.pth.tar'):  # a folder stands for its best weights
+        code, out, err = call('train', *MODEL, *QUICK, *place, '--pretrained-path', given, '--dry-run')
+        assert code == 0 and 'holds weights of another model than this run makes, eva_deit_tiny' in out, out + err
+        assert f'to go on with its own, give {" ".join(own)}' in out
+    code, out, err = call('train', *MODEL, *QUICK, *place, '--pretrained-path', converted)
+    assert code == 0 and f'warning: {file} holds weights of another model' in out + err, out + err
+    for flags in (own, [*VIT, *words('--convert eva --convert-kwargs partition_grid=2 --img-size 16')]):
+        call_flags = [*flags, *QUICK, '--data-dir', images, '--pretrained-path', converted]
+        code, out, err = call('train', *call_flags, '--dry-run')
+        assert code == 0 and ('another model' in out) == (flags != own), out + err
+
+
+def test_a_conversion_of_a_runs_own_model_is_no_other_model(train, call, images, tmp_path):
+    before = train('before', '--epochs', '1', '--img-size', '16', model=VIT)
+    flags = words('--convert eva --convert-kwargs window_size=2 partition_grid=2 --img-size 16 --dry-run')
+    code, out, err = call('train', *VIT, *flags, *QUICK, '--data-dir', images, '--pretrained-path', before)
+    assert code == 0 and 'another model' not in out, out + err
+
+
 @pytest.mark.parametrize('model', [MODEL, ['--model', 'resnet10t']], ids=['eva', 'batch norm'])
 def test_a_linear_probe_trains_the_classifier_alone(train, tmp_path, model):
     kwargs = KWARGS if model is MODEL else {}
