@@ -6,7 +6,9 @@ attentions.
 """
 
 import copy
+import functools
 import inspect
+import logging
 import math
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union, cast
 
@@ -33,6 +35,8 @@ from ._foreign import Moments, near_identity, normed_moments, projection_moments
 from ._grid import GridModel, bias_tables, warn_of_cut
 
 __all__ = ['ConvertedModel', 'convert_vit', 'revert_vit', 'why_not_converted']
+
+_logger = logging.getLogger(__name__)
 
 CELL = 3  # tokens a side of a cell, unless partition_grid says otherwise
 MOST_CELLS = 16  # a side; 256 are what the fast kernels hold beside 16 prefix tokens
@@ -275,7 +279,23 @@ def convert_vit(
             block.__class__ = derive(CheckpointBlock, type(block))
     vit.conversion = {'attention': attention, **chosen}
     vit.__class__ = derive(ConvertedModel, type(vit))
+    if all(chosen.get(name, of_softmax) == of_softmax for name, of_softmax in _OF_SOFTMAX.items()):
+        _warn_of_window(window_size if attention in ('eva', 'local') else 0, tuple(vit.patch_embed.grid_size or ()))
     return model
+
+
+# Options with which nothing but the window counts where it covers the grid; there are no cells to count without them.
+_OF_SOFTMAX = {'count_cells': 'outside', 'rel_pos_bias': False}
+
+
+@functools.cache
+def _warn_of_window(window_size: int, grid: Tuple[int, ...]) -> None:
+    """A line in the log, once for each size, where a conversion changes nothing."""
+    if grid and window_size >= max(grid):
+        _logger.warning(
+            f'warning: one window of {window_size} × {window_size} covers all {grid[0]} × {grid[1]} tokens, so the '
+            f'converted model computes softmax attention, as before; give a smaller window_size, or larger images'
+        )
 
 
 def revert_vit(model: nn.Module, *, inplace: bool = False) -> nn.Module:

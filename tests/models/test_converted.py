@@ -13,6 +13,7 @@ from torch import nn
 import evavit
 from evavit.layers import EvaAttention
 from evavit.layers.converted import ConvertedAttention, GridSize
+from evavit.models._converted import _warn_of_window
 from evavit.models._grid import _warn_of_cut
 
 TINY = dict(depth=2, embed_dim=64, num_heads=2, num_classes=10)
@@ -394,3 +395,29 @@ def test_images_that_patches_do_not_divide_are_told_of(caplog):
         _warn_of_cut.cache_clear()
         evavit.attention_maps(vit, torch.zeros(1, 3, 230, 224), layer=0, query='class')
         assert 'VisionTransformer sees 224 × 224' in caplog.text
+
+
+@pytest.mark.parametrize(
+    'img_size, options, told',
+    [
+        (112, {}, True),
+        (112, dict(partition_grid=0), True),
+        (112, dict(attention='local'), True),
+        (112, dict(attention='softmax'), False),
+        (112, dict(count_cells='one'), False),
+        (112, dict(rel_pos_bias=True), False),
+        (112, dict(window_size=6), False),
+        (128, {}, False),
+    ],
+)
+def test_a_window_over_all_tokens_is_told_of(caplog, img_size, options, told):
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=img_size, depth=1, num_classes=3)
+    _warn_of_window.cache_clear()
+    for _ in range(2):  # once for each size
+        model = evavit.convert_vit(vit, **options).eval()
+    assert [record.getMessage()[:59] for record in caplog.records] == told * [
+        'warning: one window of 7 × 7 covers all 7 × 7 tokens, so th'
+    ]
+    images = torch.randn(2, 3, img_size, img_size)
+    same = torch.allclose(model(images), vit.eval()(images), atol=1e-5)
+    assert same or not told
