@@ -151,7 +151,7 @@ def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message) as caught:
             load_converted(source)
         assert '\n' not in str(caught.value)
-    with pytest.raises(ValueError, match=r'--pretrained-path .*/model_best\.safetensors and .* as --checkpoint .*/mine$'):
+    with pytest.raises(ValueError, match=r'--pretrained-path .*/model_best\.safetensors .* as --checkpoint .*/mine$'):
         source_folder(f'local-dir:{run}')
     with pytest.raises(ValueError, match=r'mine: the folder of a run, which wrote model_best\.safetensors; give an'):
         save_folder(model, run, data='x', licence='mit', overwrite=True)
