@@ -251,9 +251,7 @@ def test_labels_of_a_data_set_are_those_that_were_learnt(caplog):
     contents.check_labels(None, ['b', 'a'])
     contents.check_labels(['a'], None)
     assert not caplog.messages
-    with pytest.raises(
-        UserError, match='a is class 0 of this data, and class 1 of those that the'
-    ):
+    with pytest.raises(UserError, match='a is class 0 of this data, and class 1 of those that the'):
         contents.check_labels(['b', 'a', 'c'], ['a', 'b', 'c'])
     contents.check_labels(['n01440764', 'n01443537'], ['tench', 'goldfish'])
     (line,) = caplog.messages
