@@ -19,7 +19,7 @@ from evavit.errors import UserError, first_line, printable, reason_of, run_scrip
 from evavit.files import replacing, stamp
 from evavit.models import write_weights
 from evavit.training import build
-from evavit.training.contents import stored_metric
+from evavit.training.contents import saved_settings, stored_metric
 
 
 def main(argv=None):
@@ -46,7 +46,13 @@ def main(argv=None):
     if len(paths) > 1 and not args.no_sort:
         metrics = {path: stored_metric(path) for path in paths}
         if None not in metrics.values():
-            paths = sorted(paths, key=metrics.get, reverse=True)[: args.n]
+            names = {str(saved_settings(path).get('eval_metric', 'top1')) for path in paths}
+            if len(names) > 1:
+                raise UserError(
+                    f'--input {source}: its files were ranked by {" and ".join(sorted(names))}; name those of one with '
+                    f'--filter, or average all with --no-sort'
+                )
+            paths = sorted(paths, key=metrics.get, reverse=names != {'loss'})[: args.n]
     weights = average(paths, use_ema=not args.no_use_ema)
     output = save(weights, output, args.hash)
     what = f'mean of {", ".join(path.name for path in paths)}' if len(paths) > 1 else f'weights of {paths[0].name}'

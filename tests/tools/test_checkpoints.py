@@ -1,5 +1,6 @@
 """tools/avg_checkpoints.py and save_for_hub.py on a run of train.py."""
 
+import argparse
 import errno
 import hashlib
 import json
@@ -62,6 +63,21 @@ def test_average(run, tmp_path, capsys):
         assert tool('avg_checkpoints')(*flags) == 2
         line = capsys.readouterr().err.strip()
         assert word in line and '\n' not in line
+
+
+def test_the_best_by_loss_has_the_smallest(tmp_path, capsys):
+    for number, metric in enumerate((0.5, 0.2, 0.9)):
+        about = dict(args=argparse.Namespace(model='x', eval_metric='loss'), metric=metric, epoch=number)
+        torch.save(
+            {'state_dict': {'weight': torch.full((2,), metric)}, **about}, tmp_path / f'checkpoint-{number}.pth.tar'
+        )
+    out = tmp_path / 'best.pth'
+    assert tool('avg_checkpoints')('--input', tmp_path, '--output', out, '-n', '1') == 0, capsys.readouterr().err
+    assert torch.equal(torch.load(out)['weight'], torch.full((2,), 0.2))
+    about['args'].eval_metric = 'top1'
+    torch.save({'state_dict': {'weight': torch.zeros(2)}, **about}, tmp_path / 'checkpoint-3.pth.tar')
+    assert tool('avg_checkpoints')('--input', tmp_path, '--output', tmp_path / 'x.pth') == 2
+    assert 'its files were ranked by loss and top1; name those of one with --filter' in capsys.readouterr().err
 
 
 def test_clean(run, tmp_path, capsys):
