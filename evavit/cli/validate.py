@@ -50,7 +50,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         batch_size=config.batch.batch_size,
         seed=config.run.seed,
     )
-    contents.check_labels(learnt, class_names)
+    data.check_labels(learnt, class_names, 'the checkpoint')
     model: Any = build.build_model(config.model, config.model.num_classes)
     data.class_count(config.data, model.num_classes, class_names, dataset)
     report.check_report(config.run.report_dir, model.num_classes)

@@ -17,7 +17,7 @@ import shlex
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
 
 import safetensors
 import torch
@@ -25,7 +25,7 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
-from evavit.errors import UserError, first_line, printable
+from evavit.errors import UserError, first_line
 from evavit.files import is_stamped, why_no_file
 from evavit.hub import RUN_WEIGHTS, saved_config, source_folder
 from evavit.training.build import load_weights, read_weights, try_model
@@ -514,27 +514,6 @@ def _label_names(folder: Path) -> Optional[List[str]]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     return names if len(names) == len(set(names)) == content.get('num_classes', len(names)) else None
-
-
-def check_labels(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]]) -> None:
-    """UserError where a data set, which may have an order of its own, gives a class another label than the checkpoint.
-    Where classes are called otherwise altogether, a warning."""
-    labels = {name: label for label, name in enumerate(learnt or ())}
-    for label, name in enumerate(here or ()):
-        if labels.get(name, label) != label:
-            raise UserError(
-                f'{name} is class {label} of this data, and class {labels[name]} of those that the checkpoint has '
-                f'learnt; give the data as a folder of class folders, or with --class-map FILE'
-            )
-    for label, (old, new) in enumerate(zip(learnt or (), here or ())):  # noqa: B905, one may have fewer
-        if old != new:
-            log.warning(
-                printable(
-                    f'warning: class {label} of this data is called {new}, and {old} where the checkpoint learnt it; '
-                    f'labels are taken for the same'
-                )
-            )
-            return
 
 
 def _take_held_out(config: ValidateConfig, given: Set[str], saved: Dict[str, Any]) -> None:

@@ -244,15 +244,3 @@ def test_a_metric_that_is_none_is_named(tmp_path, metric):
 def test_a_metric_is_read(written):
     for name in ('last.pth.tar', 'last.safetensors'):
         assert contents.stored_metric(written / name) == 30
-
-
-def test_labels_of_a_data_set_are_those_that_were_learnt(caplog):
-    contents.check_labels(['b', 'a', 'c'], ['b', 'a'])
-    contents.check_labels(None, ['b', 'a'])
-    contents.check_labels(['a'], None)
-    assert not caplog.messages
-    with pytest.raises(UserError, match='a is class 0 of this data, and class 1 of those that the'):
-        contents.check_labels(['b', 'a', 'c'], ['a', 'b', 'c'])
-    contents.check_labels(['n01440764', 'n01443537'], ['tench', 'goldfish'])
-    (line,) = caplog.messages
-    assert line.startswith('warning: class 0 of this data is called tench, and n01440764 where the checkpoint learnt')

@@ -1,6 +1,14 @@
 """Data sets and loaders: what is read (`datasets`, `folders`, `images`, `pictures`), drawn (`augment`), batched."""
 
-from .datasets import check_division, check_name, class_count, open_dataset, open_training_sets, read_class_map
+from .datasets import (
+    check_division,
+    check_labels,
+    check_name,
+    class_count,
+    open_dataset,
+    open_training_sets,
+    read_class_map,
+)
 from .device import Draws, cache_size
 from .hub import may_download, without_download
 from .loader import (
@@ -21,6 +29,7 @@ __all__ = [
     'Draws',
     'cache_size',
     'check_division',
+    'check_labels',
     'check_name',
     'class_count',
     'epoch_batches',

@@ -10,13 +10,13 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers.class_map import load_class_map
 
 from evavit.arguments import nearest
-from evavit.errors import UserError, first_line
+from evavit.errors import UserError, first_line, printable
 from evavit.files import replacing
 from evavit.training.config import DataConfig
 from evavit.training.data.folders import (
@@ -83,6 +83,11 @@ def open_dataset(
     if not prefix:
         dataset, names = _open_folder(config, split, class_names, seed)
         return _checked(dataset, mode, config.max_bad_images, seed if is_training else None), names
+    if config.class_map and prefix == 'torch':  # timm would leave it out without a word
+        raise UserError(
+            f'--class-map {config.class_map}: {config.dataset} has an order of its own; leave the map out, or give a '
+            f'folder of class folders without --dataset'
+        )
     if config.class_map:
         read_class_map(config.class_map, config.data_dir)
     class_map: Any = config.class_map  # timm's annotation leaves out the path that it takes as well
@@ -263,10 +268,33 @@ def open_training_sets(
     train_set, names = open_dataset(
         config, config.train_split, is_training=True, num_samples=config.train_num_samples, **shared
     )
-    eval_set, _ = open_dataset(
+    eval_set, eval_names = open_dataset(
         config, config.val_split, class_names=names, num_samples=config.val_num_samples, **shared
     )
+    check_labels(names, eval_names, 'the training split')
     return train_set, eval_set, names
+
+
+def check_labels(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str) -> None:
+    """UserError where a data set, which may have an order of its own, gives a class another label than was learnt.
+    Where classes are called otherwise altogether, a warning. `whose` says where they were learnt."""
+    labels = {name: label for label, name in enumerate(learnt or ())}
+    for label, name in enumerate(here or ()):
+        same = label < len(learnt or ()) and name == (learnt or ())[label]  # two classes may have one name
+        if not same and labels.get(name, label) != label:
+            raise UserError(
+                f'{name} is class {label} of this data, and class {labels[name]} of {whose}; give '
+                f'the data as a folder of class folders, or with --class-map FILE'
+            )
+    for label, (old, new) in enumerate(zip(learnt or (), here or ())):  # noqa: B905, one may have fewer
+        if old != new:
+            log.warning(
+                printable(
+                    f'warning: class {label} of this data is called {new}, and {old} in {whose}; labels are '
+                    f'taken for the same'
+                )
+            )
+            return
 
 
 def class_count(

@@ -156,3 +156,24 @@ def test_a_worker_says_nothing_of_a_main_process_that_ends(capfd):
 
 def start_worker(_):
     _start_worker(torch.utils.data.get_worker_info())
+
+
+def test_labels_of_a_data_set_are_those_that_were_learnt(caplog):
+    data.check_labels(['b', 'a', 'c'], ['b', 'a'], 'the checkpoint')
+    data.check_labels(None, ['b', 'a'], 'the checkpoint')
+    data.check_labels(['a'], None, 'the checkpoint')
+    data.check_labels(['crane', 'owl', 'crane'], ['crane', 'owl', 'crane'], 'the checkpoint')
+    assert not caplog.messages
+    with pytest.raises(UserError, match='a is class 0 of this data, and class 1 of the checkpoint; give the data'):
+        data.check_labels(['b', 'a', 'c'], ['a', 'b', 'c'], 'the checkpoint')
+    data.check_labels(['n01440764', 'n01443537'], ['tench', 'goldfish'], 'the checkpoint')
+    (line,) = caplog.messages
+    assert line.startswith('warning: class 0 of this data is called tench, and n01440764 in the checkpoint')
+
+
+def test_a_split_that_lacks_a_class_shifts_no_label(tmp_path):
+    write_folder(tmp_path / 'train', 'a', 'b', 'c')
+    write_folder(tmp_path / 'validation', 'a', 'c')
+    config = DataConfig(max_bad_images=0.0, dataset='torch/image_folder', data_dir=str(tmp_path))
+    with pytest.raises(UserError, match='c is class 1 of this data, and class 2 of the training split; give'):
+        data.open_training_sets(config, in_chans=3, batch_size=2, seed=0)
