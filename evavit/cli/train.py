@@ -63,6 +63,8 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         model, data_config = dry_run.initial_model(config, classes)
     channels_last = config.machine.channels_last
     teacher = distillation.build_teacher(config, model, data_config)
+    if teacher is not None:
+        data.check_labels(teacher.class_names, class_names, 'the teacher')
     modules: Any = [model] if teacher is None else [model, teacher]
     for module in modules:
         module.to(process.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)

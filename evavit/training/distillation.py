@@ -27,7 +27,7 @@ from evavit.errors import UserError
 from evavit.training import build, data
 from evavit.training.checks import PARENT
 from evavit.training.config import DistilConfig, ModelConfig, TrainConfig, ValidateConfig
-from evavit.training.contents import complete_from_checkpoint
+from evavit.training.contents import complete_from_checkpoint, saved_settings
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Teacher(DistillationTeacher):
         super().__init__(model)
         self.requires_grad_(False)
         self.identity, self.tokens, self.logits = identity, tokens, logits
+        self.class_names: Optional[List[str]] = None  # of its logits, where they are known and compared
         (mean, std), (mean_given, std_given) = (
             [torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in pair] for pair in (own, given)
         )
@@ -219,7 +220,10 @@ def build_teacher(
     if source.convert:
         identity |= dict(convert=source.convert, convert_kwargs=source.convert_kwargs or {})
     own, given = ((found['mean'], found['std']) for found in (known, data_config))
-    return Teacher(model, identity, own, given, tokens=tokens, logits=kind == 'logit+feature')
+    teacher = Teacher(model, identity, own, given, tokens=tokens, logits=kind == 'logit+feature')
+    if path and kind != 'feature':
+        teacher.class_names = saved_settings(path).get('class_names')
+    return teacher
 
 
 def _source(config: TrainConfig) -> ModelConfig:

@@ -230,6 +230,16 @@ def test_a_teacher_of_other_classes(train, call, images, tmp_path, parent):
     assert code == 0, err
 
 
+def test_a_teacher_whose_labels_mean_other_classes(train, call, images, tmp_path):
+    (tmp_path / 'map.txt').write_text('\n'.join(reversed(CLASSES)))
+    teacher = train('teacher', '--epochs', '1', '--class-map', tmp_path / 'map.txt') / 'last.safetensors'
+    flags = ['--kd-model-name', 'eva_deit_tiny', '--kd-pretrained-path', teacher, '--epochs', '1']
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+    code, _, err = call('train', *MODEL, *QUICK, *place, *flags)
+    assert code == 2 and 'is class 0 of this data, and class 2 of the teacher' in err and err.count('\n') == 1
+    train('run', *flags, '--kd-distill-type', 'feature')  # which compares no logits
+
+
 def test_a_teacher_without_a_classifier(train, call, images, tmp_path, parent):
     """Of features it is one; the student's classifier is new, and without a loss on the labels it stays as it is."""
     body = {name: value for name, value in weights(parent).items() if not name.startswith('head.')}

@@ -177,7 +177,7 @@ def test_a_split_that_lacks_a_class_shifts_no_label(tmp_path):
     write_folder(tmp_path / 'validation', 'a', 'c')
     config = DataConfig(max_bad_images=0.0, dataset='torch/image_folder', data_dir=str(tmp_path))
     mapped = replace(config, class_map='map.txt')
-    with pytest.raises(UserError, match='--class-map map.txt: torch/image_folder has an order of its own; leave the'):
+    with pytest.raises(UserError, match=r'--class-map map\.txt: torch/image_folder has an order of its own; leave the'):
         data.open_training_sets(mapped, in_chans=3, batch_size=2, seed=0)
     with pytest.raises(UserError, match='c is class 1 of this data, and class 2 of the training split; give'):
         data.open_training_sets(config, in_chans=3, batch_size=2, seed=0)
