@@ -94,6 +94,8 @@ class Option:
         value = self.type(value)
         if self.type is str and (len(value) > LONGEST or BREAKS.search(value)):
             raise ValueError
+        if self.type is str:
+            os.fsencode(value)  # a ValueError where no file can be called so
         if self.type is float and not math.isfinite(value):
             raise ValueError
         if self.choices and value not in self.choices:

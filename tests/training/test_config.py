@@ -199,3 +199,13 @@ def test_every_config_is_valid_and_has_no_key_twice(name, request):
     assert settings['model'] and settings == settings_of('-c', name)
     keys = [line.split(':')[0] for line in path.read_text().splitlines() if line[:1].isalpha()]
     assert len(keys) == len(set(keys)) and set(keys) == set(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize('script', ['train', 'validate', 'inference'])
+def test_text_that_no_file_can_be_called(script, config):
+    path = config('results_file: "a\\ud800b.csv"\n' if script != 'train' else 'experiment: "a\\ud800b"\n')
+    with pytest.raises(UserError, match='does not fit'):
+        parse_settings(script, ['-c', path])
+    parse_settings(
+        script, ['--experiment' if script == 'train' else '--results-file', 'a\udcffb.csv']
+    )  # bytes of a name
