@@ -103,12 +103,14 @@ class Watchdog:
         self.rank, self.beat = 0, 0
         self.others: List[int] = []  # the ranks of the other processes
         self.store: Optional[dist.Store] = None
+        self.heard: List[Dict[str, Any]] = []  # what they told last
         self.last: Dict[int, Tuple[int, float]] = {}  # rank → the last beat that it told, and when that was new
 
     def __enter__(self) -> 'Watchdog':
         if self.limit:
             _, self.rank, _ = launched()
             threading.Thread(target=self._watch, daemon=True, name='stalls').start()
+            threading.Thread(target=self._exchange, daemon=True, name='stalls of others').start()
         return self
 
     def __exit__(
@@ -183,11 +185,9 @@ class Watchdog:
                 stage.since = now
             last = seen
             age = now - stage.since
-            if self.store is not None:
-                self._tell(self.store, stage)
             if not stage.waits or age <= self.limit / 2:
                 continue
-            others = self._heard()  # from half the limit on, to see who still tells something
+            others = self.heard
             if age > self.limit and not any(self._moves(other) for other in others):
                 known = [f'; rank {other["rank"]} {self._doing(other)}' for other in others]
                 end_now(
@@ -196,6 +196,15 @@ class Watchdog:
                     f'--stall-timeout {self.limit:g}',
                 )
                 return
+
+    def _exchange(self) -> None:
+        """In a thread of its own: where the machine that keeps the store is gone, a call does not come back."""
+        while not self.ended.wait(self.pause):
+            stage = self.stages[-1]
+            if self.store is not None:
+                self._tell(self.store, stage)
+                if stage.waits and time.monotonic() - stage.since > self.limit / 2:  # to see who still tells something
+                    self.heard = self._heard()
 
     def _tell(self, store: dist.Store, stage: Stage) -> None:
         self.beat += 1

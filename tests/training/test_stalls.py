@@ -123,6 +123,18 @@ def test_what_the_other_process_does_counts(ended):
     assert told['rank'] == 2 and told['doing'] == 'waits for all_reduce' and told['waits']
 
 
+def test_a_store_that_does_not_answer_holds_nobody_up(ended):
+    class Frozen:
+        def set(self, *_):
+            threading.Event().wait()
+
+    with Watchdog(LIMIT) as watchdog:
+        watchdog.others, watchdog.store = [1], Frozen()
+        with watchdog.waiting(lambda: 'all_reduce'):
+            assert wait_until(lambda: ended, seconds=5)
+    assert 'for all_reduce: stopped by --stall-timeout' in ended[0]
+
+
 def test_stages_end_in_any_order():
     watchdog = Watchdog()
     first, second = (Stage(lambda: 'x', True, 0.0) for _ in range(2))
