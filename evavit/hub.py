@@ -256,7 +256,7 @@ def _check_own(folder: Path) -> None:
     if not there or (there == [card.name] and card.is_file() and card.read_bytes().startswith(b'---')):
         return  # a card alone is what a new repository of the Hub has
     try:
-        own = is_stamped(folder / HF_SAFE_WEIGHTS_NAME)
+        own = (folder / HF_SAFE_WEIGHTS_NAME).is_file() and is_stamped(folder / HF_SAFE_WEIGHTS_NAME)
     except OSError:  # no file
         own = False
     except DamagedError:

@@ -26,6 +26,8 @@ def prepare(picture: Image.Image, about: dict) -> np.ndarray:
         about: input_size (C, H, W), crop_pct, interpolation, mean and std, as in the file's metadata.
     """
     channels, height, width = about['input_size']
+    if picture.mode.startswith('I'):  # 16 bits, which Pillow would cut at 255
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
     picture = picture.convert('L' if channels == 1 else 'RGB')
     tall, wide = (math.floor(side / about['crop_pct']) for side in (height, width))
     ratio = min(picture.height / tall, picture.width / wide)  # the picture then covers tall × wide

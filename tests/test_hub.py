@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -107,6 +108,13 @@ def test_names_of_the_classes_decide_the_labels(tmp_path):
     for damaged in (names[:2], 5, [1, 2, 3], ['a', 'a', 'b']):
         (folder / 'config.json').write_text(json.dumps({**config, 'label_names': damaged}))
         assert complete_from_checkpoint(*parse_settings('validate', ['--checkpoint', str(folder)])) is None
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
+    (tmp_path / 'mine').mkdir()
+    os.mkfifo(tmp_path / 'mine' / 'model.safetensors')
+    with pytest.raises(ValueError, match=r'mine: has a model\.safetensors that save_folder did not write'):
+        save_folder(timm.create_model(PLAIN[0], **PLAIN[1]), tmp_path / 'mine', data='x', licence='mit')
 
 
 def test_what_is_no_folder_of_a_converted_model(tmp_path):

@@ -41,6 +41,12 @@ def test_pictures_are_those_of_validation(example, about, picture_size):
     np.testing.assert_allclose(example.prepare(picture, about)[0], expected.numpy(), atol=1e-5)
 
 
+def test_16_bits_are_scaled(example):
+    about = dict(input_size=(1, 4, 4), crop_pct=1.0, interpolation='nearest', mean=(0,), std=(1,))
+    picture = Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))
+    np.testing.assert_allclose(example.prepare(picture, about), 100 / 255)
+
+
 class Session:
     """Stands for onnxruntime's: of three classes the one of the picture's brightest channel."""
 
