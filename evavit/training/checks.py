@@ -275,7 +275,8 @@ def global_batch(config: BatchConfig, schedule: ScheduleConfig, processes: int) 
     if wanted is not None and total != wanted:
         raise UserError(
             f'global_batch_size {wanted} is not {per_process} (-b) × {processes} (processes) × {accumulated} '
-            f'(--grad-accum-steps) = {total}; {_batch_advice(wanted, per_process, processes)}'
+            f'(--grad-accum-steps) = {total}; {_batch_advice(wanted, per_process, processes)}; on few pictures lower '
+            f'it, to --global-batch-size {total}, or take -c finetune_small'
         )
     lr, rule = schedule.lr, 'as given'
     if lr is None:

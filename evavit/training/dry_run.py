@@ -183,7 +183,7 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         if not updates:
             raise UserError(
                 f"the training split has {len(train_set)} images, less than one update's {batch.total}; lower -b "
-                f'or --grad-accum-steps'
+                f'or --grad-accum-steps, and --global-batch-size where a recipe sets it'
             )
         steps = f'{epochs} epochs of {updates:,} updates, {epochs * updates:,} in all'
         if config.run.val_interval > 1:

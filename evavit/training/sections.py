@@ -455,7 +455,7 @@ class RunConfig:
         scripts=('validate',),
     )
     latency: bool = option(
-        False, 'add the median milliseconds of a forward pass, of one image and of a batch', scripts=('validate',)
+        False, 'add the median milliseconds of a forward pass, of one image and of a batch (-b)', scripts=('validate',)
     )
 
 

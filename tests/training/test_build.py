@@ -90,8 +90,14 @@ def test_wrong_global_batch_comes_with_a_remedy_that_works(config):
     for processes, batch in ((1, 128), (2, 96), (4, 1000), (8, 256)):
         with pytest.raises(UserError, match='-b ') as error:
             global_batch(config('eva_deit_tiny', '-b', str(batch)), processes)
-        flags = str(error.value).split('; use ')[1].split(',')[0].split()
+        flags = str(error.value).split('; use ')[1].split(',')[0].split(';')[0].split()
         assert global_batch(config('eva_deit_tiny', *flags), processes).total == 1024
+    for few, rest in (('eva_deit_tiny', ['--global-batch-size', '16']), ('finetune_small', [])):
+        with pytest.raises(
+            UserError, match='on few pictures lower it, to --global-batch-size 16, or take -c finetune_'
+        ):
+            global_batch(config('eva_deit_tiny', '-b', '16'), 1)
+        assert global_batch(config(few, '-b', '16', *rest), 1).total == 16
     with pytest.raises(UserError, match='does not divide among 3 processes'):
         global_batch(config('eva_deit_tiny'), 3)
 

@@ -326,6 +326,6 @@ def updates_per_epoch(loader: Any, grad_accum_steps: int, images_per_update: int
     if updates == 0:
         raise UserError(
             f"the training split has {len(loader.dataset)} images, less than one update's {images_per_update}; "
-            f'lower -b or --grad-accum-steps'
+            f'lower -b or --grad-accum-steps, and --global-batch-size where a recipe sets it'
         )
     return updates
