@@ -8,6 +8,7 @@ what the classes are called stands in the file. With PyTorch at hand, inference.
 import argparse
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -96,4 +97,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as other programs do where the reader has ended: | head
     sys.exit(main())

@@ -1,12 +1,16 @@
 """The example of inference prepares pictures as timm does in validation, without timm."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from faults import postscript
 from PIL import Image
 from programs import load_program
+from runs import ROOT
 from timm.data import create_transform
 
 pytest.importorskip('onnxruntime', reason='needs evavit[export]')
@@ -99,3 +103,30 @@ def test_mistakes_are_one_clear_error(example, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             example.main()
         assert stop.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGPIPE'), reason='a signal of POSIX')
+def test_a_reader_that_has_ended_is_no_traceback(tmp_path):
+    onnx = pytest.importorskip('onnx', reason='needs evavit[export]')
+    image, logits = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (('input0', [1, 3, 8, 8]), ('output0', [1, 3]))
+    )
+    mean = (
+        onnx.helper.make_node('GlobalAveragePool', ['input0'], ['mean']),
+        onnx.helper.make_node('Flatten', ['mean'], ['output0']),
+    )
+    graph = onnx.helper.make_graph([*mean], 'mean', [image], [logits])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 18)], ir_version=8)
+    about = dict(input_size='[3, 8, 8]', crop_pct='1.0', interpolation='"bilinear"', class_names='null')
+    onnx.helper.set_model_props(model, {**about, 'mean': '[0.5, 0.5, 0.5]', 'std': '[0.1, 0.1, 0.1]'})
+    onnx.save(model, tmp_path / 'mean.onnx')
+    Image.new('RGB', (20, 10)).save(tmp_path / 'a.png')
+    command = [sys.executable, ROOT / 'examples/classify.py', tmp_path / 'mean.onnx', tmp_path / 'a.png']
+    whole = subprocess.run(command, capture_output=True, text=True)
+    assert whole.returncode == 0 and 'a.png: ' in whole.stdout, whole.stderr
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert ended.stderr == '' and ended.returncode == -signal.SIGPIPE
