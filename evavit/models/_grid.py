@@ -258,7 +258,7 @@ def warn_of_cut(model: Any) -> None:
 @functools.cache
 def _warn_of_cut(kind: str, size: Tuple[int, int], patch: Tuple[int, int]) -> None:
     seen = [side - side % p for side, p in zip(size, patch, strict=True)]
-    if seen != list(size):
+    if seen != list(size) and all(seen):  # a patch above the image is refused
         _logger.warning(
             f'warning: {kind} sees {seen[0]} × {seen[1]} pixels of images of {size[0]} × {size[1]}: patches of '
             f'{patch[0]} × {patch[1]} do not divide them, and the last rows or columns are left out; choose a multiple'
