@@ -7,6 +7,7 @@ be hashed and has a `name`. Its state is `done`, `to do`, `started`, or one line
 
 import argparse
 import contextlib
+import csv
 import functools
 import gc
 import hashlib
@@ -25,6 +26,7 @@ from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, writ
 from evavit.cli import train, validate
 from evavit.errors import Preempted, UserError
 from evavit.files import replacing
+from evavit.training.distributed import start_process
 
 ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns of every row, see `about`
 
@@ -73,8 +75,10 @@ def link_pictures(folder, paths):
     return folder
 
 
-def drive(args, jobs, columns, state, run, says):
-    """What --list asks for, or the runs. Arguments are those of `work`; UserError where a run failed."""
+def drive(args, jobs, columns, run, says, state=None):
+    """What --list asks for, or the runs. Arguments are those of `work`, and `state` is `state_of` unless some wait for
+    others; UserError where a run failed."""
+    state = state or (lambda job, rows: state_of(job, rows, args.output))
     if args.list:
         rows = read_rows(args.results_file, columns)
         for job in jobs:
@@ -167,6 +171,19 @@ def train_to_end(flags, folder, seconds_left):
         train.main(flags)
     seconds = time.monotonic() - began + read_number(folder / 'seconds_before')
     (folder / 'train_seconds').write_text(f'{seconds:.1f}')
+
+
+def of_training(job, args, settings, began):
+    """Of a run that has come to its end: the rows of its summary.csv, and columns of times with `ABOUT`."""
+    folder = args.output / job.name
+    with open(folder / 'summary.csv', newline='') as file:
+        epochs = list(csv.DictReader(file))
+    return epochs, dict(
+        train_seconds=read_number(folder / 'train_seconds'),
+        train_images_per_second=max(float(row['train_images_per_second']) for row in epochs),
+        seconds=round(time.monotonic() - began, 1),
+        **about(job, folder / 'args.yaml', args, start_process(settings.machine.device).device),
+    )
 
 
 def judge(weights, data_dir, settings, folder, extra=()):

@@ -48,7 +48,6 @@ from driver import (  # noqa: E402
     drive,
     finished,
     parser_of,
-    state_of,
     stopping_after,
 )
 
@@ -313,7 +312,6 @@ def main(argv=None):
         args,
         jobs,
         COLUMNS,
-        state=lambda job, rows: state_of(job, rows, args.output),
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'{row["test_bits"]} bits a dimension, {row["tokens_per_second"]} tokens a second',
     )

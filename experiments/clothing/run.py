@@ -11,7 +11,6 @@ same command goes on within the epoch. Several processes may share the runs (one
 that the driver does not know go to train.py.
 """
 
-import csv
 import sys
 import time
 from pathlib import Path
@@ -21,12 +20,11 @@ from typing import NamedTuple
 from evavit.bench.results import read_rows
 from evavit.errors import UserError, run_script
 from evavit.training.config import parse_settings
-from evavit.training.distributed import start_process
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from driver import ABOUT, about, chosen, drive, parser_of, read_number, state_of, train_to_end  # noqa: E402
+from driver import ABOUT, chosen, drive, of_training, parser_of, train_to_end  # noqa: E402
 
 COLUMNS = (
     'run',
@@ -61,8 +59,7 @@ def run(job, args, seconds_left):
     flags = list(map(str, flags))
     settings, _ = parse_settings('train', flags)
     train_to_end(flags, folder, seconds_left)
-    with open(folder / 'summary.csv', newline='') as file:
-        epochs = list(csv.DictReader(file))
+    epochs, measured = of_training(job, args, settings, began)
     return dict(
         run=job.name,
         augment_device=job.augment_device,
@@ -70,10 +67,7 @@ def run(job, args, seconds_left):
         epochs=len(epochs),
         top1=epochs[-1]['eval_top1'],
         top5=epochs[-1]['eval_top5'],
-        train_seconds=read_number(folder / 'train_seconds'),
-        train_images_per_second=max(float(row['train_images_per_second']) for row in epochs),
-        seconds=round(time.monotonic() - began, 1),
-        **about(job, folder / 'args.yaml', args, start_process(settings.machine.device).device),
+        **measured,
     )
 
 
@@ -99,7 +93,6 @@ def main(argv=None):
         args,
         jobs,
         COLUMNS,
-        state=lambda job, rows: state_of(job, rows, args.output),
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'top-1 {row["top1"]}, {row["seconds"]} s',
     )

@@ -20,7 +20,6 @@ may share the runs (one a GPU, by CUDA_VISIBLE_DEVICES). --only takes a task or 
 know go to train.py, as --epochs for a shorter budget, which all runs of a table must share.
 """
 
-import csv
 import sys
 import time
 from pathlib import Path
@@ -30,7 +29,6 @@ from typing import NamedTuple
 from evavit.bench.results import read_rows
 from evavit.errors import UserError, run_script
 from evavit.training.config import parse_settings
-from evavit.training.distributed import start_process
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
@@ -38,13 +36,11 @@ sys.path.append(str(HERE.parent))
 import lra.models  # noqa: E402, F401 (registers the model that reads a sequence)
 from driver import (  # noqa: E402
     ABOUT,
-    about,
     chosen,
     drive,
     judge,
+    of_training,
     parser_of,
-    read_number,
-    state_of,
     train_to_end,
 )
 
@@ -115,9 +111,8 @@ def run(job, args, seconds_left):
     began, folder, flags = time.monotonic(), args.output / job.name, flags_of(job, args)
     settings, _ = parse_settings('train', flags)
     train_to_end(flags, folder, seconds_left)
-    with open(folder / 'summary.csv', newline='') as file:
-        epochs = list(csv.DictReader(file))
     result = judge(folder / 'last.safetensors', args.data_dir / job.task, settings, folder)
+    epochs, measured = of_training(job, args, settings, began)
     return dict(
         run=job.name,
         task=job.task,
@@ -129,10 +124,7 @@ def run(job, args, seconds_left):
         top1=result['top1'],
         held_top1=epochs[-1]['eval_top1'],
         images=result['images'],
-        train_seconds=read_number(folder / 'train_seconds'),
-        train_images_per_second=max(float(row['train_images_per_second']) for row in epochs),
-        seconds=round(time.monotonic() - began, 1),
-        **about(job, folder / 'args.yaml', args, start_process(settings.machine.device).device),
+        **measured,
     )
 
 
@@ -175,7 +167,6 @@ def main(argv=None):
         args,
         jobs,
         COLUMNS,
-        state=lambda job, rows: state_of(job, rows, args.output),
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'top-1 {row["top1"]}, held {row["held_top1"]}, {row["seconds"]} s',
     )

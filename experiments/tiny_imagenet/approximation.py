@@ -38,7 +38,7 @@ from evavit.training.distributed import start_process
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from driver import check_data, chosen, drive, link_pictures, parser_of, state_of  # noqa: E402
+from driver import check_data, chosen, drive, link_pictures, parser_of  # noqa: E402
 from tiny_imagenet.attentions import SIDES, TABLE2  # noqa: E402
 
 EVA = {  # how a cell's summary is made, and how often it counts
@@ -258,7 +258,6 @@ def main(argv=None):
         args,
         jobs,
         COLUMNS,
-        state=lambda job, rows: state_of(job, rows, args.output),
         run=lambda job, rows, left: run(job, args, layers, feat_size),
         says=lambda row: f'error {row["error"]}, {row["seconds"]} s',
     )

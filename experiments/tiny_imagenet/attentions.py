@@ -18,7 +18,6 @@ Every run is one of train.py, judged by validate.py on the publisher's validatio
 takes a group or a name. Stops, several processes and other flags are as in run.py beside this file.
 """
 
-import csv
 import json
 import sys
 import time
@@ -29,22 +28,19 @@ from typing import NamedTuple
 from evavit.bench.results import read_rows
 from evavit.errors import run_script
 from evavit.training.config import parse_settings
-from evavit.training.distributed import start_process
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
 from driver import (  # noqa: E402
     ABOUT,
-    about,
     check_data,
     chosen,
     drive,
     judge,
     link_pictures,
+    of_training,
     parser_of,
-    read_number,
-    state_of,
     train_to_end,
 )
 
@@ -173,11 +169,10 @@ def run(job, args, seconds_left):
     began, folder, flags = time.monotonic(), args.output / job.name, flags_of(job, args)
     settings, _ = parse_settings('train', flags)
     train_to_end(flags, folder, seconds_left)
-    with open(folder / 'summary.csv', newline='') as file:
-        epochs = list(csv.DictReader(file))
     result = judge(folder / 'last.safetensors', args.data_dir, settings, folder)
     for path in folder.glob('*.pth.tar'):  # of 80 runs they are gigabytes
         path.unlink()
+    epochs, measured = of_training(job, args, settings, began)
     return dict(
         run=job.name,
         group=job.group,
@@ -191,10 +186,7 @@ def run(job, args, seconds_left):
         top5=result['top5'],
         held_top1=epochs[-1]['eval_top1'],
         images=result['images'],
-        train_seconds=read_number(folder / 'train_seconds'),
-        train_images_per_second=max(float(row['train_images_per_second']) for row in epochs),
-        seconds=round(time.monotonic() - began, 1),
-        **about(job, folder / 'args.yaml', args, start_process(settings.machine.device).device),
+        **measured,
     )
 
 
@@ -242,7 +234,6 @@ def main(argv=None):
         args,
         jobs,
         COLUMNS,
-        state=lambda job, rows: state_of(job, rows, args.output),
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'top-1 {row["top1"]}, held {row["held_top1"]}, {row["seconds"]} s',
     )

@@ -54,7 +54,6 @@ from driver import (  # noqa: E402
     link_pictures,
     parser_of,
     read_number,
-    state_of,
     train_to_end,
 )
 
@@ -266,7 +265,6 @@ def main(argv=None):
         args,
         jobs,
         COLUMNS,
-        state=lambda job, rows: state_of(job, rows, args.output),
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'patch tokens {row["patch_cosine"]}, class token {row["class_cosine"]}, {row["seconds"]} s',
     )
