@@ -28,7 +28,8 @@ __all__ = [
     'why_no_file',
 ]
 
-WEIGHTS = ('model_best.safetensors', 'last.safetensors', 'model.safetensors')  # as runs and save_folder call them
+RUN_WEIGHTS = ('model_best.safetensors', 'last.safetensors')  # of a run's folder, the best first
+WEIGHTS = (*RUN_WEIGHTS, 'model.safetensors')  # as runs and save_folder call them
 DAY = 24 * 60 * 60  # seconds
 
 

@@ -24,7 +24,7 @@ from timm.models._hub import (
 
 from evavit.arguments import shown, too_many_blocks
 from evavit.errors import first_line
-from evavit.files import DamagedError, is_stamped, replacing_in
+from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
 from evavit.layers import EvaAttention
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
 from evavit.models._weights import disk_errors
@@ -32,7 +32,6 @@ from evavit.version import __version__
 
 __all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config']
 
-RUN_WEIGHTS = ('model_best.safetensors', 'last.safetensors')  # of a run's folder, the best first
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared
 

@@ -26,8 +26,8 @@ from timm.utils import load_checkpoint_metadata
 from torch import nn
 
 from evavit.errors import UserError, first_line
-from evavit.files import is_stamped, why_no_file
-from evavit.hub import RUN_WEIGHTS, saved_config, source_folder
+from evavit.files import RUN_WEIGHTS, is_stamped, why_no_file
+from evavit.hub import saved_config, source_folder
 from evavit.training.build import load_weights, read_weights, try_model
 from evavit.training.config import (
     ExportConfig,
