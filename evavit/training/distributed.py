@@ -138,9 +138,6 @@ def start_process(device: Optional[str] = None, watchdog: Optional[Watchdog] = N
     """Choose the device, join the process group, and let only the first process log. A stall ends it where `watchdog`,
     a context that has been entered, has a limit."""
     name, watchdog = str(find_device(device)), watchdog or Watchdog()
-    # By default CUDA has 8 queues for all streams; nvJPEG alone has 14, and what shares a queue with the step's graph
-    # waits until that is over.
-    os.environ.setdefault('CUDA_DEVICE_MAX_CONNECTIONS', '32')
     place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
     _, rank, world_size = launched()
     try:
