@@ -87,9 +87,33 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, 'strerror', None) or first_line(error)[:200]
 
 
-def _lost_worker(error: Exception) -> LocalError:
-    """What PyTorch raises where a loading process is lost, or a disk that is full, as one line; another error is raised
-    again.
+NO_MEMORY = re.compile(  # the words of Python, PyTorch, CUDA's libraries, C++ and onnxruntime
+    "[^\n]*(out of memory|can't allocate memory|not enough memory|Unable to allocate|Cannot allocate memory|"
+    'Failed to allocate memory|ALLOC_FAILED|bad_alloc|bad allocation)[^\n]*'
+)
+
+
+def _no_memory(error: Exception) -> Optional[LocalError]:
+    """One line where memory was asked for, of the CPU or a GPU, and there is none; else None."""
+    found = NO_MEMORY.search(str(error))
+    if not (found or isinstance(error, MemoryError)):
+        return None
+    told = ' '.join(found[0].split()) if found else first_line(error)
+    return LocalError(f'no memory is left ({told[:200]}): lower the batch size (-b) or the image size (--img-size)')
+
+
+def _expected(error: Exception) -> Optional[LocalError]:
+    """One line on what is raised where a loading process is lost, or memory or a disk is full; None of other errors."""
+    lost = _lost_worker(error) if isinstance(error, (RuntimeError, OSError, EOFError)) else None
+    if lost or (lost := _no_memory(error)):
+        return lost
+    if isinstance(error, OSError) and error.errno in FULL:
+        return LocalError(f'{error.filename or "a file"}: cannot be written ({reason_of(error)})')
+    return None
+
+
+def _lost_worker(error: Exception) -> Optional[LocalError]:
+    """What PyTorch raises where a loading process, or another process of the run, is lost, as one line.
 
     A process that dies while it hands over a batch shows as a broken connection. The error of a worker that lives comes
     from there too, as a text that begins with 'Caught'.
@@ -111,9 +135,7 @@ def _lost_worker(error: Exception) -> LocalError:
         return LocalError(
             f'another process of this run has ended, and tells the reason itself unless it was killed ({told})'
         )
-    if isinstance(error, OSError) and error.errno in FULL:
-        return LocalError(f'{error.filename or "a file"}: cannot be written ({reason_of(error)})')
-    raise error
+    return None
 
 
 def launched() -> Tuple[int, int, int]:
@@ -185,10 +207,12 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
         code = PREEMPTED
         if rank == 0:
             print(one_line(stop), file=sys.stderr, flush=True)
-    except (UserError, RuntimeError, OSError, EOFError) as error:
+    except Exception as error:
         code = 2
         with _quiet_children():
-            fault = error if isinstance(error, UserError) else _lost_worker(error)
+            fault = error if isinstance(error, UserError) else _expected(error)
+            if fault is None:
+                raise
             if rank and not isinstance(fault, (LocalError, SharedError)):
                 time.sleep(ALONE if local_rank == 0 else 2 * ALONE)  # of a machine's processes one tells
                 print(f'error: rank {rank}: {one_line(fault)}', file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import io
 import os
 import traceback
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -82,6 +83,32 @@ def test_a_full_disk_is_a_line(tmp_path, capsys):
     number = errno.ENOENT
     with pytest.raises(FileNotFoundError):
         run_script(main)
+
+
+@pytest.mark.parametrize(
+    'fault, told',
+    [
+        (lambda: torch.empty(2**50), 'tried to allocate 4503599627370496 bytes'),
+        (lambda: np.zeros(2**55, np.uint8), 'Unable to allocate 32.0 PiB'),
+        (lambda: _raise(torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB.\nmore')), 'Tried 2 GiB.):'),
+        (lambda: _raise(RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling')), 'ALLOC_FAILED'),
+        (lambda: _raise(Exception('[ONNXRuntimeError] : 6 : Failed to allocate memory for requested')), 'requested):'),
+        (lambda: _raise(MemoryError()), '(MemoryError):'),
+    ],
+)
+def test_no_memory_is_a_line(fault, told, capsys):
+    """Of the CPU or a GPU, whoever asks for it; other errors of the same kinds are faults of the program."""
+    assert run_script(lambda argv: fault()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: no memory is left (') and told in err and err.count('\n') == 1, err
+    assert err.endswith(': lower the batch size (-b) or the image size (--img-size)\n')
+    for other in (RuntimeError('shapes differ'), ValueError('none'), Exception('none')):
+        with pytest.raises(type(other), match=str(other)):
+            run_script(lambda argv, other=other: _raise(other))
+
+
+def _raise(error):
+    raise error
 
 
 def test_a_terminal_without_a_character_is_shown_its_code(monkeypatch):

@@ -196,3 +196,9 @@ def test_outputs_that_are_not_finite_are_no_result(call, images, tmp_path):
     code, _, err = call('validate', *model, *flags, '--checkpoint', tmp_path / 'large.pth')
     assert code == 2 and 'loss ' in err and 'no result; the outputs of the model are not finite in float32' in err, err
     assert not (tmp_path / 'val.json').exists()
+
+
+def test_a_latency_that_needs_more_memory_than_there_is(train, call, images):
+    flags = ['--checkpoint', train('run'), '--data-dir', images, '--workers', '0', '--device', 'cpu']
+    code, _, err = call('validate', *flags, '--latency', '-b', 10**12)
+    assert code == 2 and 'no memory is left' in err and 'lower the batch size (-b)' in err and err.count('\n') == 1, err
