@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tiny_imagenet.build import missing  # beside this file, where whoever imports it looks
 
-from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
+from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, store_rows
 from evavit.cli import train, validate
 from evavit.errors import Preempted, UserError
 from evavit.files import replacing
@@ -128,8 +128,7 @@ def work(args, jobs, columns, state, run, says):
                     if row is None:
                         failed.append(job.name)
                         break
-                    with alone(args.output / 'rows.lock', wait=True):
-                        write_rows(args.results_file, [*read_rows(args.results_file, columns), row], columns)
+                    store_rows(args.results_file, [row], columns, key=['run'])
                     print(f'{job.name}: {says(row)}', flush=True)
                     break
         else:  # every one of them is another process's, or there is none

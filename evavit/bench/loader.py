@@ -17,7 +17,7 @@ from evavit.training.compilation import choose_compilation
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
-from .results import ORIGIN, Row, check_writable, origin, read_rows, write_rows
+from .results import ORIGIN, Row, check_writable, origin, read_rows, store_rows
 
 __all__ = ['Repeated', 'main', 'measure', 'parse']
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         row = measure(settings, process, own.seconds, own.repeats, own.loader_only) | origin(process.device)
         print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
         if own.results_file:
-            write_rows(path, [*read_rows(path, columns), row], columns)
+            store_rows(path, [row], columns, key=columns)  # no row but its own copy is replaced
     torch.distributed.destroy_process_group()
 
 
