@@ -250,7 +250,7 @@ def load(flags: List[str], window_size: int) -> Tuple[Demo, str]:
                 f'no model: give --checkpoint or --model NAME, or train a small one with make quickstart ({QUICKSTART})'
             )
         config.weights.checkpoint = str(QUICKSTART)
-    device = start_process(config.machine.device).device
+    device = start_process(config.machine.device, alone='demo.py').device
     class_names = choose_weights(config, given)
     checks.image_channels(config.model)
     model: Any = build.build_model(config.model, config.model.num_classes)

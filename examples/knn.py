@@ -46,7 +46,7 @@ def features(model, dataset, settings, config, process):
 
 def judge(settings, k):
     """Top-1, balanced accuracy and macro F1 in percent, and the number of pictures looked up and judged."""
-    process = start_process(settings.machine.device)
+    process = start_process(settings.machine.device, alone='knn.py')
     torch.manual_seed(0)  # the weights, where no file gives them
     read = dict(in_chans=checks.image_channels(settings.model), batch_size=settings.batch.batch_size)
     read['seed'] = settings.run.seed

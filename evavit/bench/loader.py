@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         path = Path(own.results_file)
         check_writable(path)
         read_rows(path, columns)
-    process = start_process(settings.machine.device)
+    process = start_process(settings.machine.device, alone='benchmark.py')
     machine = settings.machine
     places, numbers = own.augment_devices or [machine.augment_device], own.workers_list or [machine.workers]
     for place, workers in itertools.product(places, numbers):

@@ -36,7 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if output is None:
         raise UserError('no output: the first word is the file to write, MODEL.onnx or MODEL.pt2')
     check_settings(config, output)
-    process = start_process(config.machine.device if output.suffix == '.pt2' else 'cpu')
+    process = start_process(config.machine.device if output.suffix == '.pt2' else 'cpu', alone='export.py')
     class_names = contents.complete_from_checkpoint(config, given)
     contents.check_source(config)
 

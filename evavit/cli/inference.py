@@ -46,9 +46,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     """Classify the pictures that the settings name; `given` are those that flags or a YAML file gave."""
     check_compilation(config.machine.torchcompile, config.machine.torchcompile_mode)
     formats = check_formats(config)
-    process = start_process(config.machine.device, watchdog)
-    if process.distributed:
-        raise UserError(f'inference.py is one process, not {process.world_size}; start it without a launcher')
+    process = start_process(config.machine.device, watchdog, alone='inference.py')
     class_names = choose_weights(config, given)
     dataset = data.open_pictures(config.data.data_dir, checks.image_channels(config.model))
     names = picture_names(dataset, config.results, formats)

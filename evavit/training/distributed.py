@@ -134,12 +134,17 @@ def _rendezvous_url() -> str:
     return 'evavit-restarted://'
 
 
-def start_process(device: Optional[str] = None, watchdog: Optional[Watchdog] = None) -> Process:
+def start_process(
+    device: Optional[str] = None, watchdog: Optional[Watchdog] = None, *, alone: Optional[str] = None
+) -> Process:
     """Choose the device, join the process group, and let only the first process log. A stall ends it where `watchdog`,
-    a context that has been entered, has a limit."""
+    a context that has been entered, has a limit. `alone` names a program that several processes would run by halves, or
+    twice: one that a launcher has started so is a SharedError."""
     name, watchdog = str(find_device(device)), watchdog or Watchdog()
     place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
     _, rank, world_size = launched()
+    if alone and world_size > 1:
+        raise SharedError(f'{alone} is one process, and a launcher started {world_size}; start it without a launcher')
     try:
         with watchdog.waiting(lambda: f'all {world_size} processes to meet at {place}'):
             joined = init_distributed_device_so(name, dist_url=_rendezvous_url() if RESTARTS in os.environ else None)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import load_program
 from runs import (
     MODEL,
     PATIENCE,
@@ -262,3 +263,21 @@ def test_a_nan_in_one_process_stops_all(images, tmp_path, monkeypatch):
     assert done.stdout.count('skipped, ') == 2
     last = torch.load(tmp_path / 'nan' / 'last.pth.tar', weights_only=False)
     assert last['saver']['position']['update'] == 1 and all(v.isfinite().all() for v in last['state_dict'].values())
+
+
+@pytest.mark.parametrize(
+    'program, flags',
+    [
+        ('evavit/cli/inference.py', []),
+        ('evavit/cli/export.py', ['model.pt2']),
+        ('evavit/cli/benchmark.py', ['--bench', 'data', *MODEL, *QUICK, '--num-classes', '3', '--data-dir', 'none']),
+        ('examples/knn.py', MODEL),
+        ('examples/demo.py', MODEL),
+    ],
+)
+def test_a_program_of_one_process_says_so_to_a_launcher(program, flags):
+    """Each process would judge, time or write what the other does, or half of it."""
+    pytest.importorskip('sklearn')
+    done = together(load_program(program).main, *flags)
+    line = f'error: {Path(program).name} is one process, and a launcher started 2; start it without a launcher\n'
+    assert done.returncodes == [2, 2] and done.stderr == line, done
