@@ -1,5 +1,7 @@
 """Publish weights: a folder in the layout of the Hugging Face Hub, with a model card, or an upload to it."""
 
+import contextlib
+import hashlib
 import inspect
 import json
 import os
@@ -37,6 +39,7 @@ PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.
 
 _HUB = 'hf-hub:'
 _CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
+_HELD_OUT = 'evavit_held_out'  # the one with what a run held out of its images, see `held_out`
 
 _NOT_OF_A_MODEL = {'device', 'dtype', *inspect.signature(timm.create_model).parameters} - {'kwargs'}
 
@@ -196,10 +199,35 @@ def model_card(
     }
 
 
-def _config(model: torch.nn.Module, label_names: Optional[list], licence: str) -> Dict[str, Any]:
+def held_out(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """What a run of train.py held out of an undivided folder, by its settings or a `config.json`, {} for nothing.
+
+    The keys are val_fraction, seed, train_split, which of the images they were, and data_dir_sha256, of which folder: a
+    digest of where it lay, which others can compare and not read.
+    """
+    if _HELD_OUT in settings:
+        return settings[_HELD_OUT]
+    if settings.get('val_fraction') is None:
+        return {}
+    found = {name: settings.get(name) for name in ('val_fraction', 'seed', 'train_split')}
+    return {**found, 'data_dir_sha256': folder_digest(settings.get('data_dir') or '')}
+
+
+def folder_digest(path: str) -> str:
+    """SHA-256 of where a folder lies."""
+    with contextlib.suppress(ValueError):  # of a name that no file system takes
+        path = os.path.realpath(path)
+    return hashlib.sha256(path.encode(errors='surrogatepass')).hexdigest()
+
+
+def _config(
+    model: torch.nn.Module, label_names: Optional[list], licence: str, recipe: Optional[Dict[str, Any]] = None, **_: Any
+) -> Dict[str, Any]:
     config: Dict[str, Any] = {'pretrained_cfg': {'license': licence}}
     if isinstance(model, ConvertedModel):
         config[_CONVERSION] = model.conversion
+    if held := held_out(recipe or {}):
+        config[_HELD_OUT] = held
     return {**config, 'label_names': list(label_names)} if label_names else config
 
 
@@ -288,7 +316,8 @@ def save_folder(
         data_config: How images are prepared (mean, std, interpolation, crop_pct …); by default the model's own.
         label_names: Names of the classes, in their order.
         overwrite: Replace files that others wrote, too.
-        **card: data, licence, recipe, metrics and description of `model_card`.
+        **card: data, licence, recipe, metrics and description of `model_card`. Of a recipe with `val_fraction`,
+            `config.json` keeps what validate.py needs to find the images that the run held out.
 
     Raises:
         ValueError: one line on a folder of a run, or with files that others wrote; on a model that could not be made
@@ -308,7 +337,7 @@ def save_folder(
         save_for_hf(
             model,
             str(partial),
-            model_config=_config(model, label_names, card['licence']),
+            model_config=_config(model, label_names, **card),
             safe_serialization=True,
             data_config=data_config,
         )
@@ -350,6 +379,8 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         raise ValueError(f'{folder}: config.json makes no model: {blocks}')
     if conversion is not None and not isinstance(conversion, dict):
         raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} holds no arguments); save the folder anew')
+    if not isinstance(held_out(config), dict):
+        raise ValueError(f'{folder}: config.json is damaged ({_HELD_OUT} holds no entries); save the folder anew')
     if wrong := _wrong_preparation(config, arguments):
         raise ValueError(f'{folder}: config.json is damaged (pretrained_cfg: {wrong}); save the folder anew')
     return config, conversion

@@ -17,7 +17,7 @@ import shlex
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import safetensors
 import torch
@@ -27,7 +27,7 @@ from torch import nn
 
 from evavit.errors import UserError, first_line
 from evavit.files import RUN_WEIGHTS, is_stamped, why_no_file
-from evavit.hub import saved_config, source_folder
+from evavit.hub import folder_digest, held_out, saved_config, source_folder
 from evavit.training.build import load_weights, read_weights, try_model
 from evavit.training.config import (
     ExportConfig,
@@ -59,7 +59,7 @@ FROM_CHECKPOINT = (
     'convert',
     'convert_kwargs',
 )
-DIVISION = ('val_fraction', 'seed', 'data_dir', 'train_split')  # which images a run held out
+DIVISION = ('val_fraction', 'seed', 'train_split', 'data_dir')  # which images a run held out
 KEPT = re.compile(r'checkpoint-[0-9]{1,9}\.pth\.tar')  # the names of the best few checkpoints in a run's folder
 PLAN = {'images_per_update', 'updates_per_epoch', 'processes'}
 MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
@@ -322,12 +322,18 @@ def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
         raise UserError(f'{path}: not a checkpoint of train.py (its settings are not names with plain values)')
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UserError(f'{path}: not a checkpoint of train.py (its class_names are no list of names)')
+    _parse(settings, (*FROM_CHECKPOINT, 'model_kwargs'), path)
+    if settings.get('val_fraction') is not None:
+        _parse(settings, DIVISION, path)
+    return settings
+
+
+def _parse(settings: Dict[str, Any], names: Sequence[str], path: Union[str, Path]) -> None:
+    """Make of each of these settings what train.py makes of its flag; UserError of what it would refuse."""
     options = options_of('train')
-    divided = DIVISION if settings.get('val_fraction') is not None else ()
-    for name in (*FROM_CHECKPOINT, 'model_kwargs', *divided):
+    for name in names:
         if settings.get(name) not in (None, ''):  # timm's train.py stores '' for what was not given
             settings[name] = options[name].parse(settings[name], f'{path}, its settings')
-    return settings
 
 
 def other_model(path: str, config: ModelConfig) -> Optional[str]:
@@ -416,15 +422,12 @@ def check_source(config: Loaded) -> None:
 BEST_FIRST = (*RUN_WEIGHTS, 'model_best.pth.tar', 'last.pth.tar')
 
 
-def _enter_folder(config: Loaded, given: Set[str]) -> None:
+def _enter_folder(config: Loaded, given: Set[str]) -> Dict[str, Any]:
     """Put the file that is meant in the place of a folder: a run's best weights, or those of `hub.save_folder`, with
-    the model that its config.json makes."""
+    the model that its config.json makes. Returns what that holds, {} of a run."""
     folder = Path(config.weights.checkpoint or '')
     if (folder / 'config.json').exists() and not any((folder / name).is_file() for name in RUN_WEIGHTS):
-        try:
-            content, conversion = saved_config(folder)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        content, conversion = _config_of(folder)
         names: Tuple[str, ...] = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
         name = next((name for name in names if (folder / name).is_file()), None)
         if name is None:
@@ -438,8 +441,17 @@ def _enter_folder(config: Loaded, given: Set[str]) -> None:
             if conversion is not None:
                 config.model.convert = conversion.pop('attention', 'eva')
                 config.model.convert_kwargs = {**conversion, **(config.model.convert_kwargs or {})}
-        return
+        return content
     config.weights.checkpoint = str(best_weights(folder, config.weights.use_ema))
+    return {}
+
+
+def _config_of(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:
+    """`hub.saved_config`, with a UserError."""
+    try:
+        return saved_config(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def best_weights(folder: Path, use_ema: bool = False) -> Path:
@@ -479,9 +491,9 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     classes, if any."""
     if config.weights.checkpoint and config.model.pretrained:
         raise UserError('--pretrained and --checkpoint both name weights: give one of them')
-    given = _enter_converted(config, given)
+    given, content = _enter_converted(config, given), {}
     if config.weights.checkpoint and Path(config.weights.checkpoint).is_dir():
-        _enter_folder(config, given)
+        content = _enter_folder(config, given)
     model, path = config.model, config.weights.checkpoint
     saved = saved_settings(path) if path else {}
     if 'model' not in given and ':' in (saved.get('model') or ''):
@@ -495,48 +507,48 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     for name in FROM_CHECKPOINT:
         if name not in given and name in saved:
             setattr(model, name, saved[name])
-    if isinstance(config, ValidateConfig) and saved.get('val_fraction'):
-        _take_held_out(config, given, saved)
+    name = model.model or ''
+    local = name.startswith('local-dir:') and not isinstance(config, InferenceConfig)  # which has more names
+    if local and not content:
+        content, _ = _config_of(Path(name.removeprefix('local-dir:')))
+    if isinstance(config, ValidateConfig) and (held := held_out(saved or content)):
+        _parse(held, ('val_fraction', 'seed', 'train_split'), path or name)
+        _take_held_out(config, given, held)
     if not saved or model.model == saved.get('model'):
         model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
-    if (model.model or '').startswith('local-dir:') and not isinstance(config, InferenceConfig):  # it has more names
-        return _label_names(Path((model.model or '').removeprefix('local-dir:')))
-    return saved.get('class_names')
+    return _label_names(content) if local else saved.get('class_names')
 
 
-def _label_names(folder: Path) -> Optional[List[str]]:
-    """The names of a folder's classes in its config.json, None where there are none, or not one for each class."""
-    try:
-        content, _ = saved_config(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def _label_names(content: Dict[str, Any]) -> Optional[List[str]]:
+    """The names of the classes in a config.json, None where there are none, or not one for each class."""
     names = content.get('label_names')
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     return names if len(names) == len(set(names)) == content.get('num_classes', len(names)) else None
 
 
-def _take_held_out(config: ValidateConfig, given: Set[str], saved: Dict[str, Any]) -> None:
-    """Of the folder that a run divided, validate on what it held out: the rest are the images that it has seen."""
-    if 'dataset' in given:
+def _take_held_out(config: ValidateConfig, given: Set[str], held: Dict[str, Any]) -> None:
+    """Of the folder that a run divided, validate on what it held out (`hub.held_out`): the rest are the images that it
+    has seen."""
+    share, seed = held.get('val_fraction'), held.get('seed')
+    if 'dataset' in given or not share:
         return
-    trained, here, share = saved.get('data_dir'), config.data.data_dir, saved['val_fraction']
-    same = bool(trained and here and Path(trained).resolve() == Path(here).resolve())
+    same = bool(config.data.data_dir) and folder_digest(config.data.data_dir or '') == held.get('data_dir_sha256')
     if same and 'val_fraction' not in given:
         config.data.val_fraction = share
-        config.data.train_split = saved.get('train_split') or config.data.train_split
+        config.data.train_split = held.get('train_split') or config.data.train_split
     if config.data.val_fraction is None:
         if 'split' not in given:
             log.warning(
-                f'warning: the run held out {share:g} of {trained} for validation, and this is another folder, taken '
+                f'warning: the run held out {share:g} of its data for validation, and this is another folder, taken '
                 f'whole; if it is a copy, add --val-fraction {share:g}'
             )
         return
-    if 'seed' not in given and saved.get('seed') is not None:
-        config.run.seed = saved['seed']
-    if (config.data.val_fraction, config.run.seed) != (share, saved.get('seed')):
+    if 'seed' not in given and seed is not None:
+        config.run.seed = seed
+    if (config.data.val_fraction, config.run.seed) != (share, seed):
         log.warning(
-            f'warning: the run held out {share:g} with seed {saved.get("seed")}: of these images it has seen some in '
+            f'warning: the run held out {share:g} with seed {seed}: of these images it has seen some in '
             f'training; leave --val-fraction and --seed out'
         )
 

@@ -26,7 +26,7 @@ from evavit.arguments import shown
 from evavit.errors import UserError
 from evavit.training import build, data
 from evavit.training.checks import PARENT
-from evavit.training.config import DistilConfig, ModelConfig, TrainConfig, ValidateConfig
+from evavit.training.config import DistilConfig, ExportConfig, ModelConfig, TrainConfig
 from evavit.training.contents import complete_from_checkpoint, saved_settings
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def _source(config: TrainConfig) -> ModelConfig:
             grad_checkpointing=False,
             linear_probe=False,
         )
-    found = ValidateConfig()
+    found = ExportConfig()
     found.model.model, found.model.model_kwargs = settings.kd_model_name, settings.kd_model_kwargs
     found.weights.checkpoint = settings.kd_pretrained_path
     found.model.in_chans = config.model.in_chans

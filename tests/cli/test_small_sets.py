@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import load_program
 from runs import CLASSES, MODEL, assert_same_run, command, rows, signal_at, words, write_images
 from timm.data.readers.img_extensions import get_img_extensions
 
@@ -111,6 +112,44 @@ def test_validation_takes_what_the_run_held_out_whatever_it_is_called(run, call,
         assert json.loads((tmp_path / 'r.json').read_text())['loss'] == pytest.approx(expected, abs=1e-3)
     code, out, err = call('validate', *flags, '--val-fraction', '0.5')
     assert code == 0 and 'the run held out 0.25 with seed 5: of these images it has seen some' in out, err
+
+
+def test_a_folder_for_the_hub_knows_what_the_run_held_out(run, call, undivided, tmp_path):
+    """As the run's own folder does, and without the place of the data, which is nobody else's business."""
+    assert run('run', '--seed', '5')[0] == 0
+    folder, told = tmp_path / 'hub', ['--data', 'fruit', '--licence', 'mit']
+    save = load_program('tools/save_for_hub.py').main
+    save(['--checkpoint', str(tmp_path / 'run' / 'last.safetensors'), '--output', str(folder), *told])
+    assert str(tmp_path) not in (folder / 'config.json').read_text()
+    expected = float(rows(tmp_path / 'run')[-1]['eval_loss'])
+    link = tmp_path / 'link'
+    link.symlink_to(undivided)
+    for flags in (['--checkpoint', folder], ['--model', f'local-dir:{folder}', '--pretrained']):
+        flags += ['--workers', '0', '--results-file', tmp_path / 'r.json']
+        for data in (undivided, link):
+            code, out, err = call('validate', *flags, '--data-dir', data)
+            assert code == 0 and '(4 images)' in out and 'warning' not in out, out + err
+            assert json.loads((tmp_path / 'r.json').read_text())['loss'] == pytest.approx(expected, abs=1e-3)
+        code, out, err = call('validate', *flags, '--data-dir', undivided, '--val-fraction', '0.5')
+        assert code == 0 and 'the run held out 0.25 with seed 5: of these images it has seen some' in out, err
+    copy = shutil.copytree(undivided, tmp_path / 'copy')
+    code, out, err = call('validate', *flags, '--data-dir', copy)
+    assert '(17 images)' in out and 'if it is a copy, add --val-fraction 0.25\n' in out
+    code, out, err = call('validate', *flags, '--data-dir', copy, '--val-fraction', '0.25')
+    assert '(4 images)' in out and 'has seen' not in out
+    config = json.loads((folder / 'config.json').read_text())
+    for held, line in ((dict(val_fraction=2), '2 does not fit val_fraction'), ([], 'holds no entries); save')):
+        (folder / 'config.json').write_text(json.dumps({**config, 'evavit_held_out': held}))
+        code, _, err = call('validate', *flags, '--data-dir', undivided)
+        assert code == 2 and line in err and err.count('\n') == 1, err
+
+
+def test_a_teacher_that_held_out_images_is_no_other_folder(run, tmp_path):
+    """What it held out is asked for where it is validated."""
+    assert run('teacher', '--epochs', '1')[0] == 0
+    flags = ['--kd-model-name', MODEL[1], '--kd-pretrained-path', tmp_path / 'teacher' / 'last.safetensors']
+    code, out, err = run('run', '--epochs', '1', *flags)
+    assert code == 0 and 'teacher' in out and 'another folder' not in out, out + err
 
 
 def test_the_log_file_has_what_was_printed_with_its_time(run, tmp_path):
