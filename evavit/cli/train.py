@@ -14,7 +14,7 @@ import torch
 from timm.utils import unwrap_model, world_info_from_env
 
 from evavit.errors import Preempted, UserError, reason_of
-from evavit.training import build, checkpoint, checks, contents, data, distillation, dry_run, loop
+from evavit.training import build, checkpoint, checks, data, distillation, dry_run, loop
 from evavit.training.agreement import check_agreement, code_version
 from evavit.training.compilation import choose_compilation
 from evavit.training.config import TrainConfig, parse_settings
@@ -128,6 +128,8 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     if process.primary:
         held.enter_context(log_to(folder / 'train.log'))
         log.debug(f'{code_version()}; {shlex.join(sys.argv)}')
+    for line in dry_run.other_start(config, classes, class_names) if not checkpoints else ():
+        log.warning(f'warning: {line}')
     settings = {**config.flat(), 'kd_teacher': teacher.identity if teacher else None}
     saver = checkpoint.Saver(run, settings, class_names, folder) if process.primary else None
     position = checkpoint.resume(checkpoints, run, settings, saver, class_names)
@@ -143,9 +145,6 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     log.info(f'{batch}')
     for note in config.notes:
         log.info(note)
-    file = dry_run.starting_file(config)
-    if file and (other := contents.other_model(file, config.model)):
-        log.warning(f'warning: {other}')
     if few := dry_run.few_updates(updates_per_epoch, len(train_set), batch):
         log.warning(f'warning: {few}')
     if single := dry_run.one_class(classes, class_names):

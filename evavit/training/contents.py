@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import re
-import shlex
 import sys
 import zipfile
 from pathlib import Path
@@ -32,7 +31,6 @@ from evavit.training.build import load_weights, read_weights, try_model
 from evavit.training.config import (
     ExportConfig,
     InferenceConfig,
-    ModelConfig,
     TrainConfig,
     ValidateConfig,
     WeightsConfig,
@@ -334,35 +332,6 @@ def _parse(settings: Dict[str, Any], names: Sequence[str], path: Union[str, Path
     for name in names:
         if settings.get(name) not in (None, ''):  # timm's train.py stores '' for what was not given
             settings[name] = options[name].parse(settings[name], f'{path}, its settings')
-
-
-def other_model(path: str, config: ModelConfig) -> Optional[str]:
-    """A line where a file of train.py holds weights of another model than the one that starts from it, or of one that
-    was converted in another way, else None. Weights from before a conversion are meant."""
-    try:
-        saved = saved_settings(path)
-    except UserError:  # what is wrong with it is told where it is read
-        return None
-    model, convert = saved.get('model'), saved.get('convert')
-    same = model == config.model and convert in (None, config.convert)
-    if not model or (same and not (convert and (saved.get('convert_kwargs') or {}) != (config.convert_kwargs or {}))):
-        return None
-    return (
-        f'{path} holds weights of another model than this run makes, {config.model}, to which they are fitted; to go '
-        f'on with its own, give {shlex.join(_model_flags(saved))[:400]}'
-    )
-
-
-def _model_flags(saved: Dict[str, Any]) -> Iterator[str]:
-    """The flags of train.py that make the model of a checkpoint's settings, with its image size and channels."""
-    for name in ('model', 'model_kwargs', 'convert', 'convert_kwargs', 'img_size', 'input_size', 'in_chans'):
-        value = saved.get(name)
-        if value not in (None, '', {}):
-            yield f'--{name.replace("_", "-")}'
-            if isinstance(value, dict):
-                yield from (f'{key}={of_key}' for key, of_key in value.items())
-            else:
-                yield from map(str, value if isinstance(value, list) else [value])
 
 
 def enter_run_folders(config: TrainConfig) -> None:

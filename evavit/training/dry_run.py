@@ -4,12 +4,14 @@ Where the weights are not needed, the model is built on the meta device, where t
 data is read, no device is touched, no memory is filled.
 """
 
+import shlex
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.errors import UserError
 from evavit.training import build, checkpoint, checks, contents, data, distillation
-from evavit.training.config import TrainConfig
+from evavit.training.config import ModelConfig, TrainConfig
 
 FEW_UPDATES = 10  # of an epoch, below which a warning says so
 ROUND = 512  # bytes: PyTorch's CUDA allocator gives memory in multiples of it
@@ -164,9 +166,9 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         if file:
             build.read_weights(file)
         lines.append(('data', f'{missing}, counted as 2 classes'))
-    if file and (other := contents.other_model(file, config.model)):
-        lines.append(('warning', other))
-    check_resume(config, folder, model if classes else None, checked.teacher, names)
+    resumed = check_resume(config, folder, model if classes else None, checked.teacher, names)
+    if not resumed:
+        lines += [('warning', line) for line in other_start(config, classes, names)]
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters())
     lines += [
@@ -221,6 +223,66 @@ def one_class(classes: Optional[int], names: Optional[Sequence[str]]) -> Optiona
     return f'one class{f", {names[0]}" if names else ""}: there is nothing to tell apart; give a folder for each class'
 
 
+def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Optional[Sequence[str]]) -> List[str]:
+    """Lines, mostly none, on what is other in the file of train.py that a run starts from than in the run.
+
+    Args:
+        config: The run's settings.
+        num_classes: Of the run, where that is known.
+        class_names: Of the run by label, where they are known.
+
+    Raises:
+        UserError: The run keeps the classifier of the file, and has its classes in another order.
+    """
+    path, model = starting_file(config), config.model
+    if not path:
+        return []
+    try:
+        saved = contents.saved_settings(path)
+    except UserError:  # what is wrong with it is told where it is read
+        return []
+    lines = []
+    if _other_model(saved, model):
+        lines.append(
+            f'{path} holds weights of another model than this run makes, {model.model}, to which they are fitted; to '
+            f'go on with its own, give {shlex.join(_model_flags(saved))[:400]}'
+        )
+    learnt, here = saved.get('class_names') or [], [*(class_names or ())]
+    if not learnt or not here or learnt == here:
+        return lines
+    if model.initial_checkpoint or build.head_classes(model.model or '', build.read_weights(path)) == num_classes:
+        if sorted(learnt) == sorted(here):
+            data.check_labels(learnt, here, path)
+        label, old, new = next((n, *pair) for n, pair in enumerate(zip_longest(learnt, here)) if pair[0] != pair[1])
+        lines.append(
+            f'{path} has learnt other classes: class {label} was called {old}, and is {new} in this data; the run '
+            f'starts with its classifier'
+        )
+    return lines
+
+
+def _other_model(saved: Dict[str, Any], config: ModelConfig) -> bool:
+    """Whether settings are of another model, or of one converted in another way. Weights from before a conversion are
+    meant."""
+    model, convert = saved.get('model'), saved.get('convert')
+    same = model == config.model and convert in (None, config.convert)
+    return bool(model) and not (
+        same and not (convert and (saved.get('convert_kwargs') or {}) != (config.convert_kwargs or {}))
+    )
+
+
+def _model_flags(saved: Dict[str, Any]) -> Iterator[str]:
+    """The flags of train.py that make the model of a checkpoint's settings, with its image size and channels."""
+    for name in ('model', 'model_kwargs', 'convert', 'convert_kwargs', 'img_size', 'input_size', 'in_chans'):
+        value = saved.get(name)
+        if value not in (None, '', {}):
+            yield f'--{name.replace("_", "-")}'
+            if isinstance(value, dict):
+                yield from (f'{key}={of_key}' for key, of_key in value.items())
+            else:
+                yield from map(str, value if isinstance(value, list) else [value])
+
+
 def few_updates(updates: int, images: int, batch: checks.GlobalBatch) -> Optional[str]:
     """A line where an epoch has so few updates that a run of usual length hardly learns."""
     if updates >= FEW_UPDATES:
@@ -237,8 +299,9 @@ def check_resume(
     model: Any,
     teacher: Optional[distillation.Teacher] = None,
     class_names: Optional[Sequence[str]] = None,
-) -> None:
-    """What a run would find of itself in its folder, or in the file of --resume: UserError where it could not go on.
+) -> bool:
+    """Whether a run would find something of itself to go on from, in its folder or as the file of --resume. UserError
+    where it could not go on.
 
     The file is read, its weights are compared with the shapes of `model` unless that is None; classes, optimizer and
     teacher with the run's where it would go on with them.
@@ -258,7 +321,8 @@ def check_resume(
             if not config.run.no_resume_opt:
                 checkpoint.check_classes(path, content, class_names)
                 checkpoint.check_training(path, content, config.optim.opt, teacher.identity if teacher else None)
-            return
+            return True
+    return False
 
 
 def _batches(train_set: Any, aug_repeats: int, batch: checks.GlobalBatch) -> int:

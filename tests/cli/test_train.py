@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 import yaml
 from runs import (
+    CLASSES,
     DRAWN,
     KWARGS,
     MODEL,
@@ -98,6 +99,28 @@ def test_a_conversion_of_a_runs_own_model_is_no_other_model(train, call, images,
     flags = words('--convert eva --convert-kwargs window_size=2 partition_grid=2 --img-size 16 --dry-run')
     code, out, err = call('train', *VIT, *flags, *QUICK, '--data-dir', images, '--pretrained-path', before)
     assert code == 0 and 'another model' not in out, out + err
+
+
+def test_a_start_from_a_file_whose_labels_mean_other_classes(train, call, images, tmp_path):
+    """The same ones in another order are refused where the classifier is kept; others are told of."""
+    (tmp_path / 'map.txt').write_text('\n'.join(reversed(CLASSES)))
+    turned = train('turned', '--epochs', '1', '--class-map', tmp_path / 'map.txt')
+    write_images(tmp_path / 'other' / 'train', {'apple': 4, 'plum': 4, 'quince': 4})
+    write_images(tmp_path / 'other' / 'val', {'apple': 1, 'plum': 1, 'quince': 1})
+    write_images(tmp_path / 'more' / 'train', dict.fromkeys((*CLASSES, 'quince'), 4))
+    write_images(tmp_path / 'more' / 'val', dict.fromkeys((*CLASSES, 'quince'), 1))
+    file = turned / 'model_best.safetensors'
+    for more in (['--dry-run'], []):
+        for start in ('--initial-checkpoint', '--pretrained-path'):
+            flags = [*MODEL, *QUICK, '--output', tmp_path, '--epochs', '1', start, file, *more]
+            code, out, err = call('train', *flags, '--experiment', f'a{start}', '--data-dir', images)
+            assert code == 2 and f'apple is class 0 of this data, and class 2 of {file}; give' in err, err
+            assert err.count('\n') == 1 and 'warning' not in out
+            code, out, err = call('train', *flags, '--experiment', f'b{start}', '--data-dir', tmp_path / 'other')
+            line = f'{file} has learnt other classes: class 0 was called plum, and is apple in this data'
+            assert code == 0 and out.count(line) == 1, out + err
+        code, out, err = call('train', *flags, '--experiment', 'c', '--data-dir', tmp_path / 'more')
+        assert code == 0 and 'other classes' not in out, out + err  # the classifier is new
 
 
 @pytest.mark.parametrize('model', [MODEL, ['--model', 'resnet10t']], ids=['eva', 'batch norm'])
