@@ -90,6 +90,11 @@ def open_dataset(
         )
     if config.class_map:
         read_class_map(config.class_map, config.data_dir)
+    if num_samples and prefix == 'tfds':
+        raise UserError(
+            f'{num_samples} images: {config.dataset} says itself how many are in {split}; leave --train-num-samples, '
+            f'--val-num-samples and --num-samples out'
+        )
     class_map: Any = config.class_map  # timm's annotation leaves out the path that it takes as well
     if prefix == 'torch':
         _unpack_raw_files(config.data_dir)

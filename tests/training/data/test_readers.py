@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import EpsImagePlugin, ImageFile
 from runs import CLASSES, MODEL, QUICK, load_script, write_images
+from training.data import fake_tfds
 
 from evavit.errors import UserError, run_script
 from evavit.training import data
@@ -114,7 +115,13 @@ def hfids(parquet, tmp_path):
     ]
 
 
-@pytest.mark.parametrize('kind, workers', [('tars', 2), ('shards', 2), ('hfds', 2), ('hfids', 0)])
+@pytest.fixture
+def tfds(images, monkeypatch):
+    fake_tfds.install(monkeypatch)
+    return ['--dataset', 'tfds/fruit', '--data-dir', images]
+
+
+@pytest.mark.parametrize('kind, workers', [('tars', 2), ('shards', 2), ('hfds', 2), ('hfids', 0), ('tfds', 2)])
 def test_a_run(kind, workers, request, tmp_path, capfd, monkeypatch):
     """Two epochs end, the broken image is named and counted once, and each image of validation counts once."""
     place = list(map(str, request.getfixturevalue(kind)))
@@ -125,7 +132,8 @@ def test_a_run(kind, workers, request, tmp_path, capfd, monkeypatch):
     out, err = capfd.readouterr()
     assert code == 0, err
     warnings = [line for line in out.splitlines() if 'is not a readable image' in line]
-    assert len(warnings) == 1 and 'pear' in warnings[0] and '1 of 24' in warnings[0], out
+    name = 'an image without a name' if kind == 'tfds' else 'pear'
+    assert len(warnings) == 1 and name in warnings[0] and '1 of 24' in warnings[0], out
     header, *rows = (tmp_path / 'run' / 'summary.csv').read_text().splitlines()
     assert len(rows) == 2 and rows[-1].split(',')[header.split(',').index('train_bad_images')] == '1'
     split = [place[place.index('--val-split') + 1]] if '--val-split' in place else ['validation']
@@ -139,6 +147,18 @@ def test_a_run(kind, workers, request, tmp_path, capfd, monkeypatch):
     code = run_script(load_script('validate').main, judge)
     out, err = capfd.readouterr()
     assert code == 0 and '(12 images)' in out, err
+
+
+def test_what_a_tfds_set_says_of_itself(tfds):
+    """Names and numbers are its own; another number of images is a line."""
+    settings, _ = parse_settings('train', [*map(str, tfds), '--max-bad-images', '1'])
+    train_set, eval_set, names = data.open_training_sets(settings.data, in_chans=1, batch_size=4, seed=0)
+    assert names == list(CLASSES) and (len(train_set), len(eval_set)) == (24, 12)
+    found = [(image.mode, label) for image, label in eval_set]
+    assert found == [('L', label) for label in (0, 1, 2) for _ in range(4)]
+    settings.data.train_num_samples = 5
+    with pytest.raises(UserError, match='5 images: tfds/fruit says itself how many are in train; leave --train-num'):
+        data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
 
 
 def labels(dataset):
@@ -464,7 +484,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path, capfd):
         assert code == 2 and f'needs the package {package}' in err
 
 
-@pytest.mark.parametrize('kind', ['tars', 'shards', 'hfds', 'hfids'])
+@pytest.mark.parametrize('kind', ['tars', 'shards', 'hfds', 'hfids', 'tfds'])
 def test_the_device_path_reads_every_source(kind, images, request, tmp_path, monkeypatch):
     """JPEG files and others from each of them: the batches of the CPU path, and its count of bad images."""
     (tmp_path / 'cache').mkdir()
@@ -474,12 +494,12 @@ def test_the_device_path_reads_every_source(kind, images, request, tmp_path, mon
     place = list(map(str, request.getfixturevalue(kind)))
     settings = parse_settings('train', [*place, '--max-bad-images', '1', '--aa', 'rand-m9-inc1'])[0]
     settings.machine.workers, settings.batch.batch_size = 0, 4
-    process, both = Process(torch.device('cpu'), 0, 0, 1), []
+    process, both, count = Process(torch.device('cpu'), 0, 0, 1), [], None if kind == 'tfds' else 24
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     size = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.0)
     for settings.machine.augment_device in ('any', 'cpu'):
         dataset, _ = data.open_dataset(
-            settings.data, settings.data.train_split, batch_size=4, is_training=True, num_samples=24
+            settings.data, settings.data.train_split, batch_size=4, is_training=True, num_samples=count
         )
         loader = data.train_loader(
             dataset, settings.augment, size, batch_size=4, machine=settings.machine, seed=1, process=process
