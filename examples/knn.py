@@ -68,7 +68,8 @@ def judge(settings, k):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    about = dict(description=__doc__.splitlines()[0], epilog='Its other flags are those of validate.py.')
+    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
     parser.add_argument('-k', type=int, default=20, help='neighbours (20)')
     parser.add_argument('--weights', metavar='FILE', help='weights of the model, its classifier is not used')
     args, flags = parser.parse_known_args(argv)

@@ -26,9 +26,9 @@ MORE = re.compile(r'ece|(macro|micro|weighted)_(precision|recall|f1_score)')  # 
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument('--checkpoint', required=True)
-    parser.add_argument('--output', required=True, metavar='FOLDER')
+    parser = Parser(description=__doc__.partition('\n\n')[0])
+    parser.add_argument('--checkpoint', required=True, metavar='PATH', help="a run's folder, or a file of its weights")
+    parser.add_argument('--output', required=True, metavar='FOLDER', help='folder to write, for the Hub')
     parser.add_argument('--data', required=True, help='what the weights were trained on')
     parser.add_argument('--licence', required=True, help='of the weights, such as apache-2.0')
     parser.add_argument(

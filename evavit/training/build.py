@@ -157,7 +157,7 @@ def freeze_body(model: Any) -> None:
     for part in classifier if isinstance(classifier, tuple) else (classifier,):
         part.requires_grad_(True)
     if not any(p.requires_grad for p in model.parameters()):
-        raise UserError('linear_probe: the model has no classifier to train')
+        raise UserError('linear_probe: the model has no classifier to train; leave it out, or give another --model')
 
 
 @torch.no_grad()

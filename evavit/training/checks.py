@@ -138,10 +138,11 @@ def _check_schedule(config: ScheduleConfig) -> None:
     if config.sched == 'multistep':
         milestones = config.decay_milestones
         if any(a >= b for a, b in pairwise(milestones)):
-            raise UserError(f'decay_milestones {milestones} must rise')
+            raise UserError(f'decay_milestones {milestones}: each must be above the one before; give them in order')
         if milestones[-1] >= config.epochs:
             raise UserError(
-                f'decay_milestones {milestones}: the run ends after {config.epochs} epochs, before the last of them'
+                f'decay_milestones {milestones}: the run ends after {config.epochs} epochs, before the last of them; '
+                f'lower it, or raise --epochs'
             )
 
 
@@ -153,7 +154,7 @@ def _check_augmentation(config: AugmentConfig) -> None:
     for name in ('scale', 'ratio'):
         bounds = getattr(config, name)
         if bounds and bounds[0] > bounds[1]:
-            raise UserError(f'{name} {bounds}: the first number is the smaller one')
+            raise UserError(f'{name} {bounds}: give the smaller number first')
     _check_policy(config.aa or '')
     if config.no_aug and (config.aa or config.reprob):
         raise UserError(
@@ -240,7 +241,7 @@ def image_channels(config: ModelConfig) -> int:
     )
     for name, channels in given.items():
         if channels is not None and channels not in (1, 3):
-            raise UserError(f'{name}: {channels} image channels; images are loaded with 1 or 3')
+            raise UserError(f'{name}: {channels} image channels; images are loaded with 1 or 3, give one of these')
     return next((channels for channels in given.values() if channels is not None), 3)
 
 

@@ -268,7 +268,8 @@ def _heading(section: str) -> Tuple[str, str]:
 
 def _add_flag(parser: Any, option: Option) -> None:
     names = [option.short] * bool(option.short) + [option.flag]
-    default = '' if option.default in (None, '', False) else f' [{option.default}]'
+    value = ' '.join(map(str, option.default)) if isinstance(option.default, list) else option.default
+    default = '' if value in (None, '', False) else f' [{value}]'
     text = (option.help + default).replace('%', '%%')
     if option.type is bool:
         # --no-aug and --aug, --amp and --no-amp: either side of a YAML file's true or false can be said.

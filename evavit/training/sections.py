@@ -178,7 +178,9 @@ class ModelConfig:
     pretrained_path: Optional[str] = option(
         None, "start from the weights in this file, or a run's best; a head with other classes is made anew"
     )
-    initial_checkpoint: Optional[str] = option(None, 'start from the weights in this file, with as many classes')
+    initial_checkpoint: Optional[str] = option(
+        None, "start from the weights in this file, or a run's best, with its classifier: of as many classes"
+    )
     linear_probe: bool = option(False, 'train the classifier alone, on the features of the weights to start from')
     num_classes: Optional[int] = option(
         None, 'classes of the model; default: those of the data set', low=1, scripts=ALL

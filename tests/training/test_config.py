@@ -149,6 +149,7 @@ def test_help_lists_every_flag(capsys):
     text = capsys.readouterr().out
     assert all(option.flag in text for option in options_of('train').values())
     groups = re.findall(r'^([a-z]+):$', text, re.M)
+    assert '(multistep) [90 180 270]' in text
     assert groups == ['options', *dict.fromkeys(option.section for option in options_of('train').values())]
 
 

@@ -184,7 +184,10 @@ def _keep_part(reader: ClassFolders, fraction: float, seed: int, training: bool)
     """Leave a reader of an undivided folder with the images to train on, or with those that are held out."""
     held = hold_out(reader.samples, Path(reader.root), fraction, seed)
     if not held:
-        raise UserError(f'--val-fraction {fraction:g}: no class of {reader.root} has two images, to hold out one')
+        raise UserError(
+            f'--val-fraction {fraction:g}: no class of {reader.root} has two images, to hold out one; '
+            f'add images, or a validation split'
+        )
     if not training:
         log.info(
             f'{reader.root}: {len(held)} of its {len(reader.samples)} images are held out for validation '

@@ -170,7 +170,9 @@ def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]
     channels = given['input_size'][0] if given['input_size'] else given['in_chans'] or 3
     for key in ('mean', 'std'):
         if given[key] is not None and len(given[key]) not in (1, channels):
-            raise UserError(f'{key} {given[key]} has {len(given[key])} numbers for images of {channels} channels')
+            raise UserError(
+                f'{key} {given[key]} has {len(given[key])} numbers for images of {channels} channels; give one for each'
+            )
     resolved = resolve_data_config(given, model=model)
     height, width = resolved['input_size'][-2:]
     if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:

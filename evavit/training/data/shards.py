@@ -22,7 +22,9 @@ def shard_root(data_dir: str, split: str) -> str:
     """Where the shards of a split lie: a web address as it is, or an absolute path, which no name in it turns into a
     command. UserError where the split has too many of them, or their description cannot be read."""
     if len(split) > LONGEST_SPLIT or _count(split.split('|')[0]) > MOST_SHARDS:
-        raise UserError(f'{split[:200]}: names more than {MOST_SHARDS:,} shards, or takes too many words to do so')
+        raise UserError(
+            f'{split[:200]}: names more than {MOST_SHARDS:,} shards, or takes too many words to do so; give fewer'
+        )
     if re.match('https?://', data_dir):
         return data_dir
     root = Path(os.path.abspath(data_dir))

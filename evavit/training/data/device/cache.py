@@ -107,7 +107,7 @@ def cached(dataset: Any, device: torch.device, workers: int) -> Tuple[Cached, St
         UserError: It does not fit.
     """
     if not hasattr(dataset, 'fetch'):
-        raise UserError('--cache-device needs a data set with an index; one that is read as a stream has none')
+        raise UserError('--cache-device needs a data set with an index, which a stream has not; leave it out')
     loader: Any = torch.utils.data.DataLoader(
         _Reading(dataset), batch_size=READ, num_workers=workers, collate_fn=list, persistent_workers=False
     )
