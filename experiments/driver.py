@@ -185,15 +185,19 @@ def of_training(job, args, settings, began):
     )
 
 
-def judge(weights, data_dir, settings, folder, extra=()):
-    """What validate.py says of weights on the pictures in DIR/val, with the settings of their training."""
-    machine = settings.machine
-    flags = ['--checkpoint', weights, '--data-dir', data_dir, '--split', 'val', '--workers', machine.workers]
-    flags += ['-b', settings.batch.batch_size, '--results-file', folder / 'val.json']
-    flags += ['--device', machine.device] * bool(machine.device) + ['--amp' if machine.amp else '--no-amp']
-    flags += ['--augment-device', machine.augment_device, *extra]  # the same decoder as in training
-    validate.main(list(map(str, flags)))
+def judge(weights, data_dir, settings, folder, extra=(), split='val'):
+    """What validate.py says of weights on the pictures in DIR/SPLIT, with the settings of their training."""
+    flags = ['--checkpoint', weights, '--results-file', folder / 'val.json', *extra]
+    validate.main([*judging(data_dir, split, settings), *map(str, flags)])
     return json.loads((folder / 'val.json').read_text())
+
+
+def judging(data_dir, split, settings):
+    """Flags of validate.py: pictures, and the machine of a training, its decoder too."""
+    machine = settings.machine
+    flags = ['--data-dir', data_dir, '--split', split, '--workers', machine.workers, '-b', settings.batch.batch_size]
+    flags += ['--device', machine.device] * bool(machine.device) + ['--amp' if machine.amp else '--no-amp']
+    return list(map(str, [*flags, '--augment-device', machine.augment_device]))
 
 
 def finished(folder):
