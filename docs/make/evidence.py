@@ -16,6 +16,7 @@ import counts
 import elpv
 import pages
 import performance
+import transfer
 import zoo
 from pages import Row
 
@@ -44,6 +45,7 @@ class Experiment(NamedTuple):
 
 
 ATTENTIONS_PY = 'experiments/tiny_imagenet/attentions.py'
+TRANSFER_PY = 'experiments/transfer/run.py'
 EXPERIMENTS = (
     Experiment('Which of the eleven learns best?', f'{ATTENTIONS_PY} --only table2', (SCRATCH,), 'table2', 25, 1),
     Experiment('And at 1,024 tokens?', f'{ATTENTIONS_PY} --only long-', (SCRATCH,), 'long', 8, 2),
@@ -77,8 +79,23 @@ EXPERIMENTS = (
         runs=6,
         time='1 h a run, which is its budget',
     ),
+    Experiment(
+        'Weights of our own to transfer from',
+        f'{TRANSFER_PY} --only pretrain',
+        (transfer.FILE,),
+        'pretrain',
+        3,
+        100 / 30,
+    ),
+    Experiment(
+        'Transfer from weights of our own',
+        f'{TRANSFER_PY} --only finetune linear knn',
+        (transfer.FILE,),
+        'transfer',
+        100,
+        0.3,  # a minute of training, and as much for compiling, reading and judging; neighbours are quicker
+    ),
 )
-PRETRAINING = 10  # times the epochs of a run, for EVA and for softmax
 
 
 def one(name: str, **wanted) -> Row:
@@ -288,14 +305,13 @@ def missing() -> str:
         known += cost
         time = experiment.time or hours(cost, minutes)
         lines.append([experiment.question, f'`python {experiment.command}`', f'{done} of {experiment.runs}', time])
-    time = f'{hours(2 * PRETRAINING, minutes)} to pretrain EVA and softmax for 300 epochs, then the fine-tuning'
-    lines.append(['Transfer from weights of our own', 'not written', '–', time])
     columns = ['question', 'command', 'runs with figures', 'time of the others, one H200']
     return (
         f'{pages.table(columns, lines)}\n\n'
         f'Times are estimates. The {len(minutes)} stored runs of 30 epochs at 256 tokens took {min(minutes):.1f} to '
-        f'{max(minutes):.1f} minutes each, with compiling and judging. The experiments on '
-        f'Tiny-ImageNet are {hours(known, minutes)} together, and longer where an attention without kernels is slower.'
+        f'{max(minutes):.1f} minutes each, with compiling and judging. The experiments that '
+        f'are measured by them are {hours(known, minutes)} together, and longer where an attention without kernels is '
+        f'slower.'
     )
 
 

@@ -3,7 +3,7 @@
 
 Parameters and multiply-adds are counted on the code (`zoo.py`), and the paper's numbers stand beside them. What was
 measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`, `gallery.py`,
-`evidence.py`).
+`evidence.py`, `transfer.py`).
 A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`. The plots of
 performance.md and evidence.md carry a digest of what they show. With --check nothing is written, and the exit code is 1
 if a table or one of these plots is stale.
@@ -23,6 +23,7 @@ import pages
 import performance
 import timm
 import torch
+import transfer
 import zoo
 
 import evavit  # noqa: F401  (registers the models)
@@ -138,6 +139,7 @@ TABLES = {  # of each page, by the name of its markers
         'eleven': evidence.eleven,
         'verdict': evidence.verdict,
         'missing': evidence.missing,
+        'transfer': transfer.section,
     },
     'docs/gallery.md': {'shared': gallery.table},
     'docs/convert.md': {
@@ -157,7 +159,7 @@ def main() -> int:
     fresh = True
     for page, makers in TABLES.items():
         fresh &= pages.update(page, {marker: make() for marker, make in makers.items()}, check, REMEDY)
-    for plotter in (performance, evidence):
+    for plotter in (performance, evidence, transfer):
         plot = plotter.PLOT.relative_to(pages.ROOT)
         if plotter.plot_is_fresh():
             print(f'{plot}: up to date')
