@@ -7,24 +7,28 @@ import os
 import shutil
 import stat
 import time
+import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Iterator, Optional, Sequence, Union
+from typing import IO, Iterator, Optional, Sequence, TextIO, Union
 
 from evavit.errors import UserError, reason_of
 
 __all__ = [
     'BLANK',
     'DamagedError',
+    'append_to',
     'is_stamped',
     'new_folder',
     'open_own',
+    'open_regular',
     'replacing',
     'replacing_in',
     'stamp',
     'stored_digest',
     'sync_folder',
+    'unpack',
     'why_no_file',
 ]
 
@@ -95,6 +99,55 @@ def open_own(path: Union[str, Path]) -> int:
         os.close(descriptor)
         raise strange
     return descriptor
+
+
+def append_to(path: Union[str, Path]) -> TextIO:
+    """`open_own` as text that is added to the file: a log, or a lock. Raises OSError."""
+    return open(open_own(path), 'a', encoding='utf-8')
+
+
+def open_regular(path: Union[str, os.PathLike]) -> IO[bytes]:
+    """A regular file, open for reading. What is none is not opened, and a pipe that takes its place does not block.
+
+    Raises:
+        OSError: It cannot be opened, or is a pipe, a socket, a device or a folder.
+    """
+    strange = OSError(errno.EINVAL, 'not a regular file')
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise strange
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise strange
+    return open(descriptor, 'rb')
+
+
+def unpack(archive: zipfile.ZipFile, folder: Union[str, Path]) -> None:
+    """Add the members of a zip archive to a folder as files, each whole; one that is there with its content stays.
+
+    Members are stored, not compressed, and together no longer than the archive: a small one fills no disk.
+
+    Raises:
+        ValueError: They are not, one leads out of the folder, or something else has its name there.
+        OSError, zipfile.BadZipFile: It cannot be read or written, or is damaged.
+    """
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    size = os.fstat(archive.fp.fileno()).st_size if archive.fp else 0
+    if any(member.compress_type for member in members) or sum(member.file_size for member in members) > size:
+        raise ValueError('its members are compressed, or longer than the file')
+    root = Path(os.path.realpath(folder))
+    for member in members:
+        place = root / member.filename
+        if '..' in place.parts or root not in place.parents or Path(os.path.realpath(place.parent)) != place.parent:
+            raise ValueError(f'{member.filename} leads out of {folder}')
+        content = archive.read(member)
+        if os.path.lexists(place):
+            if place.is_symlink() or not place.is_file() or place.read_bytes() != content:
+                raise ValueError(f'{place} is there already, and is not its {member.filename}')
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place) as partial:
+            partial.write_bytes(content)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ def prepare(picture: Image.Image, about: dict) -> np.ndarray:
 
 def load(path: str) -> tuple:
     """The session, and what the file says of itself."""
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise OSError(f'{path} is not a regular file')
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     about = session.get_modelmeta().custom_metadata_map
     return session, {key: value if key == 'model' else json.loads(value) for key, value in about.items()}
@@ -55,6 +58,11 @@ def classify(session: onnxruntime.InferenceSession, about: dict, pictures: list)
     logits = session.run(None, {'input0': images.astype(np.float16 if half else np.float32)})[0].astype(np.float64)
     weights = np.exp(logits - logits.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True)
+
+
+def shown(text: object) -> str:
+    """Text of which a terminal only shows the characters, as of a file's name that may hold others."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape', 'surrogatepass').decode() for c in str(text))
 
 
 def find(paths: list) -> list:
@@ -75,10 +83,12 @@ def main() -> None:
     try:
         session, about = load(args.model)
         names, size = about['class_names'], about['input_size']
+        prepare(Image.new('RGB', (8, 8)), about)
     except KeyError as error:
-        parser.error(f'{args.model} does not say {error}: it is no file of export.py')
+        parser.error(shown(f'{args.model} does not say {error}: it is no file of export.py'))
     except Exception as error:  # onnxruntime has its own for files that it cannot read
-        parser.error(str(error))
+        parser.error(shown(f'{args.model}: {error}'))
+    warnings.simplefilter('error', Image.DecompressionBombWarning)  # Pillow's limit, not the double of it
     done = 0
     for path in find(args.pictures):
         try:
@@ -86,14 +96,24 @@ def main() -> None:
                 raise OSError('not a regular file')
             with Image.open(path, formats=FORMATS) as picture:
                 (row,) = classify(session, about, [picture])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            print(f'{path} is left out: {error}', file=sys.stderr)
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombWarning,
+            Image.DecompressionBombError,
+        ) as error:
+            print(shown(f'{path} is left out: {error}'), file=sys.stderr)
             continue
+        if not np.isfinite(row).all():
+            parser.error(shown(f'{args.model}: its outputs for {path} are not finite'))
+        if names and (not isinstance(names, list) or len(names) != len(row)):
+            parser.error(shown(f'{args.model}: {len(names)} names of {len(row)} classes; export the model anew'))
         done += 1
         best = np.argsort(-row)[:3]
-        print(f'{path}: ' + ', '.join(f'{names[i] if names else i} {100 * row[i]:.1f} %' for i in best))
+        print(shown(f'{path}: ' + ', '.join(f'{names[i] if names else i} {100 * row[i]:.1f} %' for i in best)))
     if not done:
-        parser.error(f'no picture of {" ".join(args.pictures)} can be read, for images of {size}')
+        parser.error(shown(f'no picture of {" ".join(args.pictures)} can be read, for images of {size}'))
 
 
 if __name__ == '__main__':

@@ -24,8 +24,8 @@ from tiny_imagenet.build import missing  # beside this file, where whoever impor
 
 from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, store_rows
 from evavit.cli import train, validate
-from evavit.errors import Preempted, UserError
-from evavit.files import replacing
+from evavit.errors import Preempted, UserError, reason_of
+from evavit.files import append_to, replacing
 from evavit.training.distributed import start_process
 
 ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns of every row, see `about`
@@ -146,10 +146,10 @@ def attempt(job, args, run):
     before = args.output / job.name / 'seconds_before'
     log = args.output / f'{job.name}.log'
     try:
-        with open(log, 'a') as file, contextlib.redirect_stdout(file):
+        with append_to(log) as file, contextlib.redirect_stdout(file):
             return run()
     except Preempted:
-        before.write_text(f'{read_number(before) + time.monotonic() - began:.1f}')
+        write_number(before, read_number(before) + time.monotonic() - began)
         raise
     except Exception as error:
         print(f'{job.name}: failed, {type(error).__name__}: {str(error)[:400]}; see {log}', flush=True)
@@ -169,7 +169,7 @@ def train_to_end(flags, folder, seconds_left):
     with stopping_after(seconds_left):
         train.main(flags)
     seconds = time.monotonic() - began + read_number(folder / 'seconds_before')
-    (folder / 'train_seconds').write_text(f'{seconds:.1f}')
+    write_number(folder / 'train_seconds', seconds)
 
 
 def of_training(job, args, settings, began):
@@ -209,6 +209,29 @@ def read_number(path):
     return float(path.read_text()) if path.exists() else 0.0
 
 
+def write_number(path, value, digits=1):
+    with replacing(path) as partial:
+        partial.write_text(f'{value:.{digits}f}')
+
+
+def make_output(args):
+    """UserError where --output cannot be made."""
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--output {args.output}: cannot be made ({reason_of(error)}); name another folder') from error
+
+
+def save_plot(figure, results_file):
+    """A figure of Matplotlib as SVG beside the results file."""
+    path = results_file.with_suffix('.svg')
+    try:
+        with replacing(path) as partial:
+            figure.savefig(partial, format='svg', metadata=dict(Date=None))
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({reason_of(error)})') from error
+
+
 @contextlib.contextmanager
 def stopping_after(seconds):
     """SIGTERM to this process when the time is over: train.py saves, and stops in good order."""
@@ -228,7 +251,11 @@ def alone(path, wait=False):
     """Whether no other process of this driver is where this one wants to be; it is let in when this one is out."""
     import fcntl  # not on every system
 
-    with open(path, 'a') as file:
+    try:
+        lock = append_to(path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be locked ({reason_of(error)})') from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -241,7 +268,8 @@ def about(job, file, args, device):
     """The columns `ABOUT`. The settings of the run, `file`, are kept beside the results file."""
     kept = Path(args.results_file).parent / 'settings' / f'{job.name}.yaml'
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_bytes(file.read_bytes())
+    with replacing(kept) as partial:
+        partial.write_bytes(file.read_bytes())
     return dict(
         settings=kept.name,
         settings_sha256=hashlib.sha256(kept.read_bytes()).hexdigest()[:16],

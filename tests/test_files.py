@@ -16,7 +16,7 @@ from timm.models import load_state_dict
 
 from evavit import files
 from evavit.errors import UserError
-from evavit.files import BLANK, is_stamped, new_folder, replacing, replacing_in, stamp
+from evavit.files import BLANK, is_stamped, new_folder, replacing, replacing_in, stamp, unpack
 from evavit.models import read_weights
 from evavit.training.checkpoint import locked_folder
 from evavit.training.distributed import log_to
@@ -265,3 +265,23 @@ def test_what_a_run_writes_in_place_is_a_file_of_its_own(kind, name, tmp_path):
         with pytest.raises(UserError, match=words), locked_folder(folder), log_to(folder / 'train.log'):
             pass
     assert (tmp_path / 'mine').read_text() == 'mine' and not (tmp_path / 'new').exists()
+
+
+def test_an_archive_adds_files_and_touches_no_other(tmp_path):
+    """Every fault but those of experiments/tiny_imagenet/build.py, which tests/experiments has."""
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as file:
+        file.writestr('a/', b'')
+        file.writestr('a/b.txt', b'content')
+    with zipfile.ZipFile(tmp_path / 'a.zip') as file:
+        for _ in range(2):  # what is there with this content stays
+            unpack(file, tmp_path / 'folder')
+            assert [path.read_bytes() for path in (tmp_path / 'folder').rglob('*.txt')] == [b'content']
+    for name in ('../b.txt', '/b.txt', 'a/../../b.txt', 'a'):
+        with zipfile.ZipFile(tmp_path / 'b.zip', 'w') as file:
+            file.writestr(name, b'other')
+        with (
+            zipfile.ZipFile(tmp_path / 'b.zip') as file,
+            pytest.raises(ValueError, match=r'leads out|is there already'),
+        ):
+            unpack(file, tmp_path / 'folder')
+    assert not (tmp_path / 'b.txt').exists() and len(list((tmp_path / 'folder').rglob('*'))) == 2

@@ -94,9 +94,11 @@ def save(weights, path, hashed=False):
                 with open(partial, 'wb') as file:
                     torch.save(weights, file)
                 stamp(partial)
-        if hashed:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+            digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:8] if hashed else ''
             named = path.with_name(f'{path.stem}-{digest}{path.suffix}')
+            if hashed and os.path.lexists(named):
+                raise UserError(f'--output {path}: {named.name} exists already; choose another name')
+        if hashed:
             os.replace(path, named)
             return named
     except (OSError, RuntimeError) as error:  # PyTorch's own for a write that fails

@@ -86,10 +86,9 @@ def fetch_timm(version: str) -> Path:
             check=True,
         )
         with tarfile.open(CACHE / f'timm-{version}.tar.gz') as archive:
-            if hasattr(tarfile, 'data_filter'):
-                archive.extractall(CACHE, filter='data')
-            else:
-                archive.extractall(CACHE)
+            if not hasattr(tarfile, 'data_filter'):
+                raise SystemExit('error: this Python unpacks no archive safely; take 3.10.12, 3.11.4 or a later one')
+            archive.extractall(CACHE, filter='data')
     return source
 
 

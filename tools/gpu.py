@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package may not be installed here
 
 from evavit.bench.results import read_rows, store_rows  # noqa: E402
+from evavit.files import append_to  # noqa: E402
 
 GATHERING = threading.Lock()
 MODELS = {  # the longest to compile first
@@ -62,7 +63,7 @@ WORK = work_folder()
 def start(name: str, command) -> bool:
     """Run a command with its output in a log; whether it ended well."""
     begin = time.monotonic()
-    with open(WORK / f'{name}.log', 'w') as log:
+    with append_to(WORK / f'{name}.log') as log:
         code = subprocess.run(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
         ).returncode
@@ -77,7 +78,7 @@ def once(name: str, command) -> bool:
     if done.exists():
         print(f'== {name}: done before', flush=True)
     elif start(name, command):
-        done.touch()
+        append_to(done).close()
     return done.exists()
 
 

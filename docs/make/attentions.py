@@ -25,6 +25,7 @@ from evavit.bench.compare import (
     open_picture,
     relative_rms,
 )
+from evavit.files import replacing
 from evavit.layers import ATTENTIONS, GridAttention, SoftmaxAttention, attention_layer
 
 PICTURES = pages.ROOT / 'docs' / 'images' / 'attentions'
@@ -209,7 +210,8 @@ def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     for name in ATTENTIONS:
         path = PICTURES / f'{name}.png'
-        picture(name).save(path, optimize=True)
+        with replacing(path) as partial:
+            picture(name).save(partial, format='PNG', optimize=True)
         print(f'{path.relative_to(pages.ROOT)}: {path.stat().st_size / 1024:.0f} KB')
 
 

@@ -170,7 +170,7 @@ def draw() -> None:
     panels[0].set_ylabel('speed over softmax')
     panels[1].legend(frameon=False, fontsize=6.5, labelspacing=0.25, loc='upper left')
     figure.tight_layout()
-    figure.savefig(PICTURE, metadata={'Date': None})
+    pages.save_plot(figure, PICTURE)
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def draw(rows: list) -> None:
     axes.legend(frameon=False)
     axes.spines[['top', 'right']].set_visible(False)
     figure.tight_layout()
-    figure.savefig(PICTURE, metadata={'Date': None})
+    pages.save_plot(figure, PICTURE)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ the same projection) on a smooth random input. Needs matplotlib, which `pip inst
 import argparse
 from pathlib import Path
 
+import pages
 import torch
 import torch.nn.functional as F
 
@@ -162,8 +163,7 @@ def draw(path):
         color=INK,
         linespacing=1.45,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches='tight', pad_inches=0.08, facecolor='white', metadata={'Software': None})
+    pages.save_plot(figure, path, bbox_inches='tight', pad_inches=0.08, facecolor='white')
     print(f'{path}: {path.stat().st_size / 1024:.0f} KB')
 
 

@@ -393,7 +393,7 @@ def draw() -> None:
     for axes in (speed, seen, near):
         axes.spines[['top', 'right']].set_visible(False)
     figure.tight_layout()
-    figure.savefig(PLOT, metadata={'Date': None, 'Description': pages.digest(data)})
+    pages.save_plot(figure, PLOT, data)
     plt.close(figure)
 
 

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 import evavit
 from evavit.bench.results import ORIGIN, origin, write_rows
 from evavit.errors import UserError, run_script
+from evavit.files import replacing
 from evavit.training.build import load_weights
 
 RESULTS = 'gallery_cpu.csv'
@@ -134,7 +135,8 @@ def make(
                 )
             print(f'{side} px: {name}', flush=True)
         path = images / f'gallery_{side}.jpg'
-        sheet(drawn).save(path, quality=85, optimize=True)
+        with replacing(path) as partial:
+            sheet(drawn).save(partial, format='JPEG', quality=85, optimize=True)
         print(f'{path}: {path.stat().st_size / 1000:.0f} KB', flush=True)
     write_rows(results, rows, COLUMNS)
 

@@ -4,7 +4,9 @@ between markers, plots that know their data."""
 import csv
 import hashlib
 from pathlib import Path
-from typing import Dict, Iterable, List, Sequence
+from typing import Any, Dict, Iterable, List, Sequence
+
+from evavit.files import replacing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +62,23 @@ def plot_is_fresh(plot: Path, data: object) -> bool:
     return plot.exists() and digest(data) in plot.read_text(encoding='utf-8')
 
 
+def save_plot(figure: Any, path: Path, data: object = None, **options: Any) -> None:
+    """A figure of Matplotlib as a file of the kind that its name ends with; with the digest of what it shows.
+
+    Args:
+        figure: Of Matplotlib.
+        path: The file, which is replaced whole.
+        data: What `plot_is_fresh` compares.
+        options: Of Matplotlib's `savefig`.
+    """
+    about = {'Software': None} if path.suffix == '.png' else {'Date': None}
+    if data is not None:
+        about['Description'] = digest(data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:] or 'png', metadata=about, **options)
+
+
 def replace(text: str, marker: str, generated: str) -> str:
     """The text with what stands between <!-- marker --> and <!-- /marker --> replaced."""
     begin, end = f'<!-- {marker} -->', f'<!-- /{marker} -->'
@@ -86,5 +105,6 @@ def update(page: str, tables: Dict[str, str], check: bool, remedy: str) -> bool:
     if stale and not check:
         for marker, generated in stale.items():
             text = replace(text, marker, generated)
-        path.write_text(text, encoding='utf-8')
+        with replacing(path) as partial:
+            partial.write_text(text, encoding='utf-8')
     return not stale or not check

@@ -373,8 +373,7 @@ def draw() -> None:
     axes[0, 0].legend(frameon=False, fontsize=8)
     axes[1, 1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOT, metadata={'Date': None, 'Description': pages.digest(plotted())})
+    pages.save_plot(figure, PLOT, plotted())
     plt.close(figure)
 
 

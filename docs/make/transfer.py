@@ -119,5 +119,5 @@ def draw() -> None:
     panels[0][0].set_ylabel('%')
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(PLOT, metadata={'Date': None, 'Description': pages.digest(found)})
+    pages.save_plot(figure, PLOT, found)
     plt.close(figure)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evavit.errors import UserError
+from evavit.files import append_to
 from evavit.layers import EvaAttention, SoftmaxAttention
 from evavit.ops import eva_attention, eva_attention_packed, eva_num_cells
 from evavit.ops.backends import use_backend
@@ -130,10 +131,8 @@ class Setting:
         else:
             import fcntl  # not on every system
 
-            if self.lock.exists() and not self.lock.is_file():  # a pipe would be waited for
-                raise UserError(f'--lock {self.lock}: is no file')
             try:
-                stream = open(self.lock, 'a')  # noqa: SIM115, closed below
+                stream = append_to(self.lock)
             except OSError as error:
                 raise UserError(f'--lock {self.lock}: cannot be opened ({error.strerror})') from error
             with stream:

@@ -4,17 +4,19 @@ import contextlib
 import csv
 import datetime
 import errno
+import io
 import os
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import timm
 import torch
 
-from evavit.errors import UserError
-from evavit.files import replacing
+from evavit.errors import UserError, reason_of
+from evavit.files import open_regular, replacing
 from evavit.version import __version__
 
 __all__ = [
@@ -129,16 +131,18 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
     """The rows of a CSV file; none where there is no file. Those of an older file get the columns `ADDED`.
 
     Raises:
-        UserError: the file has other columns, the same in another order, or a row with more cells.
+        UserError: the file cannot be read, or has other columns, the same in another order, or a row with more cells.
     """
     if not path.exists():
         return []
     try:
-        with open(path, newline='', encoding='utf-8') as stream:
-            reader = csv.DictReader(stream)
+        with open_regular(path) as file:
+            reader = csv.DictReader(io.TextIOWrapper(file, encoding='utf-8', newline=''))
             found, rows = tuple(reader.fieldnames or ()), list(reader)
     except (UnicodeDecodeError, csv.Error):  # no table at all
         found, rows = (), []
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({reason_of(error)}); name another file') from error
     older = tuple(column for column in columns if column not in ADDED)
     if not found or found not in (tuple(columns), older):
         raise UserError(f'{path} has other columns; name another file')
@@ -152,12 +156,15 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
 
 
 def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
-    """Write a CSV file of these columns anew, in a folder that is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, open(partial, 'w', newline='', encoding='utf-8') as stream:
-        writer = csv.DictWriter(stream, columns, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write a CSV file of these columns anew, in a folder that is made if missing. UserError where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial, open(partial, 'w', newline='', encoding='utf-8') as stream:
+            writer = csv.DictWriter(stream, columns, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({reason_of(error)})') from error
 
 
 def check_writable(path: Path) -> None:
@@ -170,12 +177,10 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError(errno.EINVAL, 'it is no file')
-        if path.exists():
-            with open(path, 'a'):
-                pass
-        else:
-            path.touch()
-            path.unlink()
+        if path.exists() and not os.access(path, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=path.parent):  # at `path` itself another program may store rows by now
+            pass
     except OSError as error:
         raise UserError(f'--results-file {path} cannot be written ({error.strerror}); name another file') from None
 

@@ -24,10 +24,10 @@ from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, unwrap_model
 
 from evavit.errors import LocalError, UserError, first_line, reason_of
-from evavit.files import open_own, replacing, stamp, stored_digest, sync_folder
+from evavit.files import RUN_WEIGHTS, open_own, replacing, stamp, stored_digest, sync_folder
 from evavit.models import write_weights
 from evavit.training.build import check_fit
-from evavit.training.contents import has_metadata, is_number, is_whole, read_checkpoint
+from evavit.training.contents import KEPT, has_metadata, is_number, is_whole, read_checkpoint
 from evavit.training.loop import Position, Run, weights_are_finite
 
 log = logging.getLogger(__name__)
@@ -207,6 +207,16 @@ def checkpoints_in(folder: Path) -> List[Path]:
     kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     last, *others = (folder / f'{name}.pth.tar' for name in ('last', 'previous', 'model_best'))
     return [path for path in (last, others[0], *kept, others[1]) if path.is_file()]
+
+
+def remove_checkpoints(folder: Path, weights: bool = False) -> None:
+    """Remove what a finished run's folder has to go on from, with `weights` its exported weights too: the files of the
+    names that `Saver` writes, and no others."""
+    names = {f'{name}.pth.tar' for name in ('last', 'previous', 'model_best')}
+    names |= set(RUN_WEIGHTS if weights else ())
+    for path in folder.iterdir():
+        if (path.name in names or KEPT.fullmatch(path.name)) and path.is_file():
+            path.unlink()
 
 
 def find_resume(resume: Optional[str], folder: Path) -> List[Path]:

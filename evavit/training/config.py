@@ -412,8 +412,8 @@ def _read_text(path: Path) -> str:
         raise UserError(f'-c {path}: cannot be read ({reason_of(error)})') from None
 
 
-def _read_yaml(name: str, table: Dict[str, Option]) -> Dict[str, Any]:
-    path = _find_config(name)
+def read_mapping(path: Path) -> Dict[str, Any]:
+    """The key: value lines of a YAML file. UserError, one line, where it is none."""
     text = _read_text(path)
     try:
         content = yaml.load(text, Loader=_Loader)
@@ -432,6 +432,12 @@ def _read_yaml(name: str, table: Dict[str, Option]) -> Dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f'-c {path}: holds {type(content).__name__}, not key: value lines')
+    return content
+
+
+def _read_yaml(name: str, table: Dict[str, Option]) -> Dict[str, Any]:
+    path = _find_config(name)
+    content = read_mapping(path)
     for key in content:
         if key not in table:
             raise UserError(f'{path}: unknown key {str(key)[:100]}{nearest(str(key), table)}')

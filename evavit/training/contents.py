@@ -78,19 +78,26 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
             f'--resume {path}: holds weights alone, no epoch or optimizer to continue from; start from '
             f'them with --initial-checkpoint'
         )
-    try:
-        if not is_stamped(path):
-            _check_parts(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # each format has its own errors for a broken file
-        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
+    checkpoint = read_archive(path)
     if not isinstance(checkpoint, dict) or not is_weights(checkpoint.get('state_dict')):
         raise UserError(f'{path}: not a checkpoint of train.py (it has no state_dict of tensors by name)')
     for name, value, right in _judged(checkpoint):
         if not right:
             raise UserError(f'{path}: not a checkpoint of this train.py (its {name} is {_shown(value)})')
     return checkpoint
+
+
+def read_archive(path: Path) -> Any:
+    """What `torch.save` wrote, tensors and plain values alone, on the CPU. UserError of `read_checkpoint`."""
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(why_no_file(path, what='checkpoint'))
+        if not is_stamped(path):
+            _check_parts(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # each format has its own errors for a broken file
+        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
 
 
 def _check_parts(path: Path) -> None:

@@ -18,7 +18,6 @@ a minute and log_updates updates. A name such as eva-3600s-s0 says: attention, b
 
 import csv
 import math
-import shutil
 import sys
 import time
 from functools import cache
@@ -30,8 +29,11 @@ import torch.nn.functional as F
 import yaml
 
 from evavit.bench.results import read_rows
-from evavit.errors import Preempted, UserError, run_script
-from evavit.files import replacing
+from evavit.errors import Preempted, UserError, first_line, run_script
+from evavit.files import replacing, stamp
+from evavit.training.build import check_finite
+from evavit.training.config import read_mapping
+from evavit.training.contents import is_number, is_plain, is_whole, read_archive
 from evavit.training.distributed import seed_at, start_process
 from evavit.training.signals import SignalHandler
 
@@ -47,8 +49,11 @@ from driver import (  # noqa: E402
     chosen,
     drive,
     finished,
+    make_output,
     parser_of,
+    save_plot,
     stopping_after,
+    write_number,
 )
 
 ATTENTIONS, SEEDS = ('eva', 'softmax'), 3
@@ -134,15 +139,22 @@ class Training:
         state |= dict(update=self.update, seconds=self.seconds, curve=self.curve)
         with replacing(path, durable=True) as partial:
             torch.save(state, partial)
+            stamp(partial)
 
     def load(self, path):
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state['settings'] != self.settings:
-            changed = [name for name in self.settings if state['settings'].get(name) != self.settings[name]]
-            raise UserError(f'{path}: was trained with another {", ".join(changed)}; name another --output')
-        self.model.load_state_dict(state['model'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.update, self.seconds, self.curve = state['update'], state['seconds'], state['curve']
+        state = read_archive(path)
+        try:
+            if state['settings'] != self.settings:
+                changed = [name for name in self.settings if state['settings'].get(name) != self.settings[name]]
+                raise UserError(f'{path}: was trained with another {", ".join(changed)}; name another --output')
+            check_finite(state['model'], path)
+            self.model.load_state_dict(state['model'])
+            self.optimizer.load_state_dict(state['optimizer'])
+            self.update, self.seconds, self.curve = state['update'], state['seconds'], state['curve']
+            if not (is_whole(self.update) and is_number(self.seconds) and is_plain(self.curve)):
+                raise ValueError('its position is none')
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f'{path}: not a checkpoint of this program ({first_line(error)[:200]})') from error
 
     def train(self, data, path):
         """Train until the budget is over. Raises Preempted where a signal asks to stop, after saving."""
@@ -199,13 +211,14 @@ def judge(training, data):
 
 def read_settings(path):
     """A YAML file with the keys of causal_cifar.yaml; UserError where it has others, or lacks one."""
-    try:
-        found, keys = yaml.safe_load(path.read_text()), yaml.safe_load(SETTINGS.read_text()).keys()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f'{path}: cannot be read ({" ".join(str(error).split())[:200]})') from error
-    if not isinstance(found, dict) or found.keys() != keys:
-        differs = ', '.join(map(str, sorted(keys ^ set(found)))) if isinstance(found, dict) else 'all of it'
+    found, own = read_mapping(path), read_mapping(SETTINGS)
+    if differs := ', '.join(sorted(map(str, own.keys() ^ found.keys()))):
         raise UserError(f'{path}: takes the keys of {SETTINGS.name}, no more and no less; see to {differs}')
+    for name, value in found.items():
+        values = value if name == 'betas' and isinstance(value, list) and len(value) == 2 else [value]
+        right = is_whole if isinstance(own[name], int) and name != 'budget' else is_number
+        if not all(map(right, values)) or len(values) != (2 if name == 'betas' else 1):
+            raise UserError(f'{path}: {name}: {str(value)[:100]} is no value as in {SETTINGS.name}')
     return found
 
 
@@ -222,15 +235,16 @@ def run(job, args, seconds_left):
         with stopping_after(seconds_left):
             training.train(data, path)
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == 'cuda' else 0
-        (folder / 'memory_gib').write_text(f'{memory:.2f}')
-        (folder / 'train_seconds').write_text(f'{training.seconds:.1f}')
+        write_number(folder / 'memory_gib', memory, digits=2)
+        write_number(folder / 'train_seconds', training.seconds)
     test = pictures(args.data_dir, 'test', device)
-    with replacing(folder / 'curve.csv') as partial, open(partial, 'w', newline='') as file:
-        csv.writer(file, lineterminator='\n').writerows([CURVE, *training.curve])
-    (folder / 'args.yaml').write_text(yaml.safe_dump(training.settings, sort_keys=False))
+    with replacing(folder / 'args.yaml') as partial:
+        partial.write_text(yaml.safe_dump(training.settings, sort_keys=False))
     curves = args.results_file.parent / 'curves'
     curves.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / 'curve.csv', curves / f'{job.name}.csv')
+    for place in (folder / 'curve.csv', curves / f'{job.name}.csv'):
+        with replacing(place) as partial, open(partial, 'w', newline='') as file:
+            csv.writer(file, lineterminator='\n').writerows([CURVE, *training.curve])
     last = [bits for *_, bits in training.curve[-max(1, len(training.curve) // 20) :]]  # of the last twentieth
     return dict(
         run=job.name,
@@ -281,7 +295,7 @@ def plot(rows, results):
             panel.set_xlabel(f'{name} of training')
     panels[0].set_ylabel('bits a dimension, training')
     panels[1].legend()
-    figure.savefig(results.with_suffix('.svg'), metadata=dict(Date=None))
+    save_plot(figure, results)
 
 
 def main(argv=None):
@@ -307,7 +321,7 @@ def main(argv=None):
     if not args.list:
         if args.data_dir is None:
             raise UserError('give --data-dir CIFAR10, CIFAR-10 in a form that experiments/cifar.py reads')
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_output(args)
     drive(
         args,
         jobs,

@@ -24,7 +24,7 @@ from evavit.training.config import parse_settings
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from driver import ABOUT, chosen, drive, of_training, parser_of, train_to_end  # noqa: E402
+from driver import ABOUT, chosen, drive, make_output, of_training, parser_of, train_to_end  # noqa: E402
 
 COLUMNS = (
     'run',
@@ -88,7 +88,7 @@ def main(argv=None):
     if not args.list:
         if args.data_dir is None or not (args.data_dir / 'train').is_dir():
             raise UserError(f'--data-dir {args.data_dir}: no folder train in it; name clothing-dataset-small')
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_output(args)
     drive(
         args,
         jobs,

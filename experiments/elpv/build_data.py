@@ -22,11 +22,12 @@ from pathlib import Path
 from PIL import Image
 
 from evavit.errors import UserError, run_script
-from evavit.files import new_folder
+from evavit.files import new_folder, open_regular
 from evavit.training.data.decode import BadImageError, read_file
 
 BLOCK, EVERY = 60, 5
 TASKS = ('type', 'defect')
+TYPES = ('mono', 'poly')
 QUALITY = 90
 
 
@@ -44,9 +45,13 @@ def find_package():
 def read_labels(source):
     """(file, {task: class}, split) of every picture, in the order of the files."""
     try:
-        lines = sorted(line.split() for line in Path(source, 'labels.csv').read_text().splitlines() if line.strip())
+        with open_regular(Path(source, 'labels.csv')) as file:
+            lines = sorted(line.split() for line in file.read().decode().splitlines() if line.strip())
         rows = [(name, dict(type=kind, defect=f'p{round(100 * float(chance)):03d}')) for name, chance, kind in lines]
-    except (OSError, ValueError) as error:
+        for _, labels in rows:
+            if labels['type'] not in TYPES or not 0 <= int(labels['defect'][1:]) <= 100:
+                raise ValueError(f'a class {labels["type"]} with {labels["defect"]}')
+    except (ArithmeticError, OSError, ValueError) as error:
         raise UserError(f"{source}: no labels.csv of lines 'file probability type' ({error})") from error
     return [
         (*row, 'validation' if number // BLOCK % EVERY == EVERY - 1 else 'train') for number, row in enumerate(rows)

@@ -16,7 +16,6 @@ rows that are missing. DIR/FashionMNIST/raw holds the four published files. Othe
 
 import argparse
 import contextlib
-import csv
 import multiprocessing
 import platform
 import sys
@@ -27,10 +26,12 @@ from statistics import mean, stdev
 
 import torch
 
-from evavit.bench.results import origin
+from evavit.bench.results import check_writable, origin, read_rows, store_rows
 from evavit.cli import train
-from evavit.errors import UserError, run_script
+from evavit.errors import UserError, reason_of, run_script
+from evavit.files import append_to
 from evavit.training import build, checks, data, loop
+from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
@@ -129,12 +130,11 @@ def run(job, args):
     flags = flags_of(job, args)
     settings, _ = parse_settings('train', flags)
     folder = Path(settings.run.output, settings.run.experiment)
-    with open(folder.with_suffix('.log'), 'w') as log, contextlib.redirect_stdout(log):
+    with append_to(folder.with_suffix('.log')) as log, contextlib.redirect_stdout(log):
         train.main(flags)
         row, device = judge(folder)
     if job != FIRST:  # the checkpoints of 40 runs are gigabytes
-        for path in (*folder.glob('*.pth.tar'), *folder.glob('*.safetensors')):
-            path.unlink()
+        remove_checkpoints(folder, weights=True)
     if device.type == 'cuda':
         torch.cuda.empty_cache()  # this process stays, and its next run may need less
     return dict(
@@ -183,26 +183,6 @@ def judge(folder):
         images=len(truth),
         **{name: round(100 * value, 3) for name, value in scores.items()},
     ), device
-
-
-def read_rows(path):
-    if not path.exists():
-        return []
-    with open(path, newline='') as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f'--results-file {path} has other columns; name another file')
-        return list(reader)
-
-
-def add_row(path, row):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    with open(path, 'a', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def summary(rows):
@@ -283,7 +263,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     commit = origin(torch.device('cpu'))['commit']
-    done = {tuple(row[name] for name in KEY) for row in read_rows(args.results_file)}
+    done = {tuple(row[name] for name in KEY) for row in read_rows(args.results_file, COLUMNS)}
 
     def missing(job):
         epochs = args.pretrain_epochs if job == FIRST else args.epochs
@@ -295,7 +275,11 @@ def main(argv=None):
     if missing(FIRST) or (later and not Path(args.output, name_of(FIRST), 'last.safetensors').exists()):
         todo = [FIRST, *todo]
     failed = 0
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_writable(args.results_file)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--output {args.output}: cannot be made ({reason_of(error)}); name another folder') from error
     for job, row in work(args, [job for job in todo if job not in later], later):
         name = ' '.join(map(str, job))
         if isinstance(row, BaseException):
@@ -303,13 +287,13 @@ def main(argv=None):
             print(f'{name}: failed, {type(row).__name__}: {row}', flush=True)
             continue
         if missing(job):
-            add_row(args.results_file, row)
+            store_rows(args.results_file, [row], COLUMNS, KEY)
         print(
             f'{name}: top-1 {row["top1"]}  balanced accuracy {row["balanced_accuracy"]}  macro F1 {row["macro_f1"]}  '
             f'{row["seconds"]} s',
             flush=True,
         )
-    print('\n'.join(summary(read_rows(args.results_file))))
+    print('\n'.join(summary(read_rows(args.results_file, COLUMNS))))
     if failed:
         raise UserError(f'{failed} runs failed; the same command makes them again')
 

@@ -8,7 +8,6 @@ precision.
 """
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
@@ -19,13 +18,16 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config
-from timm.models import get_model_input_config, load_checkpoint, resolve_model_input_args
+from timm.models import resolve_model_input_args
 
 from evavit import export as exporting
-from evavit.bench.results import origin
+from evavit.bench.results import check_writable, origin, read_rows, store_rows
+from evavit.errors import UserError, run_script
 from evavit.models import model_names, softmax_twin
-from evavit.training.contents import saved_settings
+from evavit.training import build, checks, contents, data
+from evavit.training.config import parse_settings
+from evavit.training.data.images import UNREADABLE
+from evavit.training.distributed import start_process
 
 COLUMNS = (
     'model',
@@ -56,6 +58,7 @@ OPERATOR_COLUMNS = (
     'commit',
     'date',
 )
+KEY = ('model', 'precision', 'img_size', 'form', 'device', 'torch', 'commit')  # as far as a file has them
 FORMS = {'pytorch': exporting.PRECISIONS, 'onnx': ('float32', 'float16'), 'aoti': exporting.PRECISIONS}
 
 
@@ -109,22 +112,24 @@ def measure(
 @torch.no_grad()
 def judge(checkpoint: str, data_dir: str) -> list:
     """Top-1 of a trained model on the validation split, in every precision."""
-    saved = saved_settings(checkpoint)
-    model = timm.create_model(
-        saved['model'],
-        num_classes=saved['num_classes'],
-        in_chans=saved['in_chans'] or 3,
-        **(saved['model_kwargs'] or {}),
-    ).eval()
-    load_checkpoint(model, checkpoint)
-    settings = {key: saved[key] for key in ('mean', 'std', 'interpolation', 'crop_pct')}
-    config = resolve_data_config({**settings, 'input_size': get_model_input_config(model)['input_size']}, model=model)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    dataset = create_dataset(
-        '', data_dir, split='validation', input_img_mode=mode, transform=create_transform(**config)
+    flags = ['--checkpoint', checkpoint, '--data-dir', data_dir, '--split', 'validation', '--workers', '0']
+    settings, given = parse_settings('validate', [*flags, '--device', 'cpu', '--no-amp'])
+    names = contents.complete_from_checkpoint(settings, given)
+    if not settings.model.model:
+        build.read_weights(checkpoint)  # says what is wrong with a file that cannot be read
+        raise UserError(f'--checkpoint {checkpoint}: holds no settings of train.py; name a file that it wrote')
+    device, batch = start_process(settings.machine.device).device, settings.batch.batch_size
+    in_chans = checks.image_channels(settings.model)
+    dataset, found = data.open_dataset(
+        settings.data, 'validation', class_names=names, in_chans=in_chans, batch_size=batch, seed=0
     )
-    images, labels = zip(*dataset, strict=True)
-    images, labels = torch.stack(images), torch.tensor(labels)
+    data.check_labels(names, found, 'the checkpoint')
+    model = build.build_model(settings.model, settings.model.num_classes)
+    config = contents.finish_model(model, settings)
+    model.eval()
+    loader = data.eval_loader(dataset, config, batch_size=batch, machine=settings.machine, device=device)
+    images, labels = map(torch.cat, zip(*loader, strict=True))
+    images, labels = images[labels != UNREADABLE], labels[labels != UNREADABLE]
     expected, rows = model(images), []
     for precision in exporting.PRECISIONS:
         logits = exporting.lower_precision(model, precision)(
@@ -132,7 +137,7 @@ def judge(checkpoint: str, data_dir: str) -> list:
         ).float()
         rows.append(
             dict(
-                model=f'{saved["model"]}, depth {len(model.blocks)}',
+                model=f'{settings.model.model}, depth {len(model.blocks)}',
                 form='pytorch',
                 precision=precision,
                 img_size=images.shape[-1],
@@ -144,7 +149,7 @@ def judge(checkpoint: str, data_dir: str) -> list:
     return rows
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', nargs='+', default=['eva_deit_tiny', 'eva_pvt_v2_b3'], choices=model_names())
     parser.add_argument('--form', nargs='+', default=list(FORMS), choices=list(FORMS))
@@ -153,24 +158,26 @@ def main() -> None:
     parser.add_argument('--data-dir', help='their data')
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--repeats', type=int, default=15)
-    parser.add_argument('--results-file', type=Path, required=True, help='CSV; rows are added')
-    parser.add_argument('--operators-file', type=Path, help='CSV for the operators of ONNX files; rows are added')
-    args = parser.parse_args()
+    parser.add_argument('--results-file', type=Path, required=True, help='CSV; replaces rows of the same measurement')
+    parser.add_argument('--operators-file', type=Path, help='CSV for the operators of ONNX files')
+    args = parser.parse_args(argv)
+    if args.checkpoint and not args.data_dir:
+        raise UserError('--checkpoint needs --data-dir DIR, with a split validation')
+    for path, columns in ((args.results_file, COLUMNS), (args.operators_file, OPERATOR_COLUMNS)):
+        if path:
+            check_writable(path)
+            read_rows(path, columns)
     torch.set_num_threads(1)
     where = origin(torch.device('cpu'))
 
-    def append(path, columns, row):
-        new = not path.exists()
-        with open(path, 'a', newline='') as stream:
-            writer = csv.DictWriter(stream, columns, lineterminator='\n', extrasaction='ignore')
-            if new:
-                writer.writeheader()
-            writer.writerow(row | where)
+    def put(path, columns, row):
+        told = row | where
+        store_rows(path, [{name: told.get(name, '') for name in columns}], columns, KEY)
 
     def store(row):
-        append(args.results_file, COLUMNS, row)
+        put(args.results_file, COLUMNS, row)
         if 'operators' in row and args.operators_file:
-            append(args.operators_file, OPERATOR_COLUMNS, row)
+            put(args.operators_file, OPERATOR_COLUMNS, row)
         print(row, flush=True)
 
     for checkpoint in args.checkpoint:
@@ -188,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from evavit.errors import UserError, run_script
-from evavit.files import replacing
+from evavit.files import new_folder
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -80,11 +80,8 @@ def main(argv=None):
     )
     for name, make in makers.items():
         place = args.folder / name
-        if make and place.exists():
-            raise UserError(f'{place} is there already; remove it to make it anew')
         if make:
-            args.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(place) as partial:
+            with new_folder(place) as partial:
                 make(partial)
             counts = {split: len(list((place / split).glob('*/*'))) for split in SPLITS}
             print(f'{place}: ' + ', '.join(f'{split} {count}' for split, count in counts.items()))

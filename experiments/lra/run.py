@@ -39,6 +39,7 @@ from driver import (  # noqa: E402
     chosen,
     drive,
     judge,
+    make_output,
     of_training,
     parser_of,
     train_to_end,
@@ -162,7 +163,7 @@ def main(argv=None):
                 raise UserError(
                     f'--data-dir {args.data_dir}: no folder {task} in it; make it with experiments/lra/build.py'
                 )
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_output(args)
     drive(
         args,
         jobs,

@@ -10,10 +10,10 @@ scikit-learn carries: errors alone. Needs scikit-learn.
 """
 
 import argparse
-import csv
 import logging
 import math
-import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import timm
@@ -22,8 +22,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evavit
+from evavit.bench.results import check_writable, read_rows, store_rows
+from evavit.errors import UserError, first_line, run_script
 from evavit.models import fit_checkpoint
+from evavit.training import build
 
+COLUMNS = ('weights', 'start', 'attention', 'output', 'top1', 'seed', 'torch', 'timm', 'evavit')
 DIGITS = dict(in_chans=1, img_size=32, patch_size=4, embed_dim=96, depth=3, num_heads=3, num_classes=10)
 WINDOW = dict(window_size=4, partition_grid=4)  # on 8 × 8 tokens: windows of a quarter, cells of 2 × 2
 PYRAMID = dict(
@@ -163,32 +167,39 @@ def errors(softmax: torch.nn.Module, eva: torch.nn.Module, images: torch.Tensor)
 
 def from_file(path: str) -> tuple:
     """The softmax network of a file at 14 × 14 tokens, its sizes, and photographs of that size."""
-    state = timm.models.load_state_dict(path)
-    patch = state['patch_embed.proj.weight'].shape[-1]
-    dim = state['pos_embed'].shape[-1]
-    sizes = dict(
-        img_size=14 * patch,
-        patch_size=patch,
-        embed_dim=dim,
-        num_heads=dim // 64,
-        num_classes=0,
-        depth=1 + max(int(re.search(r'\d+', name)[0]) for name in state if name.startswith('blocks.')),
-        init_values=1.0 if 'blocks.0.ls1.gamma' in state else None,
-    )
-    softmax = timm.create_model('softmax_deit_tiny', **sizes).eval()
-    softmax.load_state_dict(state)
+    state = build.read_weights(path)
+    build.check_finite(state, path)
+    try:
+        patch = state['patch_embed.proj.weight'].shape[-1]
+        dim = state['pos_embed'].shape[-1]
+        sizes = dict(
+            img_size=14 * patch,
+            patch_size=patch,
+            embed_dim=dim,
+            num_heads=dim // 64,
+            num_classes=0,
+            depth=len({name.split('.')[1] for name in state if name.startswith('blocks.')}),
+            init_values=1.0 if 'blocks.0.ls1.gamma' in state else None,
+        )
+        softmax = timm.create_model('softmax_deit_tiny', **sizes).eval()
+        softmax.load_state_dict(state)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+        raise UserError(f'--weights {path}: no softmax ViT ({first_line(error)[:200]})') from error
     return softmax, sizes, photographs(14 * patch)
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--epochs', type=int, default=20)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--pyramid', action='store_true', help='a small PVT instead of a ViT')
     parser.add_argument('--weights', metavar='FILE', help='a softmax ViT instead of training one on Digits')
     parser.add_argument('--label', help='what the rows are called')
-    parser.add_argument('--results-file', metavar='CSV', help='append the rows to this file')
-    args = parser.parse_args()
+    parser.add_argument('--results-file', type=Path, metavar='CSV', help='put the rows into this file')
+    args = parser.parse_args(argv)
+    if args.results_file:
+        check_writable(args.results_file)
+        read_rows(args.results_file, COLUMNS)
     logging.getLogger('evavit').setLevel(logging.ERROR)  # eleven conversions are eleven tables
     torch.manual_seed(args.seed)
     if args.weights:
@@ -220,17 +231,15 @@ def table(args, softmax, sizes, window, images, labels) -> list:
     for row in rows:
         print(f'{row["start"]:44} {row["attention"]:9.3f} {row["output"]:8.3f} {row["top1"]:7.2f}')
     if args.results_file:
-        with open(args.results_file, 'a', newline='') as file:
-            writer = csv.writer(file)
-            if not file.tell():
-                writer.writerow(['weights', *rows[0], 'seed', 'torch', 'timm', 'evavit'])
-            for row in rows:
-                cells = [f'{value:.4f}' if isinstance(value, float) else value for value in row.values()]
-                writer.writerow(
-                    [args.label, *cells, args.seed, torch.__version__, timm.__version__, evavit.__version__]
-                )
+        about = dict(torch=torch.__version__, timm=timm.__version__, evavit=evavit.__version__)
+        found = [
+            dict(weights=args.label, seed=args.seed, **about)
+            | {name: f'{value:.4f}' if isinstance(value, float) else value for name, value in row.items()}
+            for row in rows
+        ]
+        store_rows(args.results_file, found, COLUMNS, ('weights', 'start', 'seed'))
     return rows
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_script(main))

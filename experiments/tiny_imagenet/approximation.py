@@ -38,7 +38,7 @@ from evavit.training.distributed import start_process
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from driver import check_data, chosen, drive, link_pictures, parser_of  # noqa: E402
+from driver import check_data, chosen, drive, link_pictures, make_output, parser_of, save_plot  # noqa: E402
 from tiny_imagenet.attentions import SIDES, TABLE2  # noqa: E402
 
 EVA = {  # how a cell's summary is made, and how often it counts
@@ -204,7 +204,7 @@ def shown(error):
     return '–' if error is None else f'{error:.3f}'
 
 
-def plot(rows, path):
+def plot(rows, results):
     """The error by layer at the sizes of Table 2; and that of EVA over its windows, a line a number of cells."""
     import matplotlib
 
@@ -229,7 +229,7 @@ def plot(rows, path):
             panel.plot(list(points), list(points.values()), marker='o', label=f'C {cells**2}')
         panel.set(title=kind, xlabel='tokens in E')
         panel.legend()
-    figure.savefig(path, metadata=dict(Date=None))
+    save_plot(figure, results)
 
 
 def main(argv=None):
@@ -245,13 +245,13 @@ def main(argv=None):
     if args.report and not args.list:
         rows = read_rows(args.results_file, COLUMNS)
         print('\n'.join(table(rows)))
-        plot(rows, args.results_file.with_suffix('.svg'))
+        plot(rows, args.results_file)
         return
     layers = feat_size = None
     if not args.list:
         check_data(args)
         check_checkpoint(args)
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_output(args)
         pictures = args.output / f'pictures-{args.pictures}'
         layers, feat_size = trained_qkv(args, link_pictures(pictures, chosen_pictures(args.data_dir, args.pictures)))
     drive(

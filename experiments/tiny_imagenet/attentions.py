@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from evavit.bench.results import read_rows
 from evavit.errors import run_script
+from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.config import parse_settings
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +40,7 @@ from driver import (  # noqa: E402
     drive,
     judge,
     link_pictures,
+    make_output,
     of_training,
     parser_of,
     train_to_end,
@@ -170,8 +172,7 @@ def run(job, args, seconds_left):
     settings, _ = parse_settings('train', flags)
     train_to_end(flags, folder, seconds_left)
     result = judge(folder / 'last.safetensors', args.data_dir, settings, folder)
-    for path in folder.glob('*.pth.tar'):  # of 80 runs they are gigabytes
-        path.unlink()
+    remove_checkpoints(folder)  # of 80 runs they are gigabytes
     epochs, measured = of_training(job, args, settings, began)
     return dict(
         run=job.name,
@@ -229,7 +230,7 @@ def main(argv=None):
         return
     if not args.list:
         check_data(args)
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_output(args)
     drive(
         args,
         jobs,

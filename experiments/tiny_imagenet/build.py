@@ -19,8 +19,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-from evavit.errors import UserError, run_script
-from evavit.files import new_folder, replacing
+from evavit.errors import UserError, reason_of, run_script
+from evavit.files import append_to, new_folder, open_regular, replacing
+from evavit.files import unpack as add_members
 
 SPLITS = ('train', 'held', 'val')
 
@@ -40,8 +41,16 @@ def source_pictures(source, held, seed):
         kept = set(random.Random(f'{seed} {folder.name}').sample(found, round(held * len(found))))
         for path in found:
             yield 'held' if path in kept else 'train', folder.name, path
-    for line in labels.read_text().splitlines():
-        name, label = line.split('\t')[:2]
+    classes = {folder.name for folder in folders}
+    try:
+        with open_regular(labels) as file:
+            lines = file.read().decode().splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f'{labels}: cannot be read ({reason_of(error)})') from error
+    for number, line in enumerate(lines, 1):
+        name, label, *_ = [*line.split('\t'), '', '']
+        if label not in classes or Path(name).name != name:
+            raise UserError(f'{labels}: line {number} is no picture and a class of train/, {line[:100]!r}')
         yield 'val', label, Path(source, 'val', 'images', name)
 
 
@@ -51,9 +60,10 @@ def build(folder, source, held, seed):
             target = Path(partial, split, label, path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                shutil.copyfile(path, target)
+                with open_regular(path) as picture, open(target, 'wb') as copy:
+                    shutil.copyfileobj(picture, copy)
             except OSError as error:
-                raise UserError(f'{path}: cannot be copied ({error})') from error
+                raise UserError(f'{path}: cannot be copied ({reason_of(error)})') from error
 
 
 def pictures_of(folder):
@@ -70,9 +80,11 @@ def pack(folder, out, files):
         place = sizes.index(min(sizes))
         shares[place].append(path)
         sizes[place] += path.stat().st_size
+    names = [out / f'tiny-{number}.zip' for number in range(files)]
+    if there := next(filter(os.path.lexists, names), None):
+        raise UserError(f'{there} is there already; name another folder')
     out.mkdir(parents=True, exist_ok=True)
-    for number, share in enumerate(shares):
-        name = out / f'tiny-{number}.zip'
+    for number, (name, share) in enumerate(zip(names, shares, strict=True)):
         with replacing(name) as partial, zipfile.ZipFile(partial, 'w', zipfile.ZIP_STORED) as file:
             file.comment = json.dumps(dict(part=number, parts=files, pictures=len(pictures))).encode()
             for path in share:
@@ -82,22 +94,27 @@ def pack(folder, out, files):
 
 def unpack(folder, names):
     """Add the pictures of zip files of `pack` to a folder; `missing` tells whether all are there."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         try:
-            with zipfile.ZipFile(name) as file:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open_regular(name) as stream, zipfile.ZipFile(stream) as file:
                 about = json.loads(file.comment)
-                mark = folder / f'.part-{about["part"]}-of-{about["parts"]}'
+                number, count = about['part'], about['parts']
+                if type(number) is not int or type(count) is not int or not 0 <= number < count:
+                    raise ValueError(f'part {number} of {count}')
+                mark = folder / f'.part-{number}-of-{count}'
                 if mark.exists():
                     continue
                 for member in file.namelist():
                     parts = member.split('/')
                     if len(parts) != 3 or parts[0] not in SPLITS or '..' in parts:
                         raise UserError(f'{name}: holds {member}, which build.py --pack does not write')
-                file.extractall(folder)
-            mark.touch()
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f'{name}: cannot be unpacked ({error})') from error
+                add_members(file, folder)
+            append_to(mark).close()
+        except UserError:
+            raise
+        except Exception as error:  # hostile headers bring all kinds
+            raise UserError(f'{name}: cannot be unpacked ({reason_of(error)})') from error
     print(missing(folder) or f'{folder}: {len(pictures_of(folder))} pictures')
 
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from evavit.bench.results import read_rows
 from evavit.errors import run_script
+from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
@@ -41,8 +42,10 @@ from driver import (  # noqa: E402
     drive,
     finished,
     judge,
+    make_output,
     parser_of,
     read_number,
+    save_plot,
     state_of,
     train_to_end,
 )
@@ -189,8 +192,7 @@ def run(job, args, seconds_left):
     window, cells = CELLS.get(job.cells, ('', ''))
     file = HERE / job.file if job.epochs == 0 else folder / 'args.yaml'
     if job.name != PARENT.name:  # the checkpoints of 40 runs are gigabytes
-        for path in folder.glob('*.pth.tar'):
-            path.unlink()
+        remove_checkpoints(folder)
     return dict(
         run=job.name,
         model=settings.model.model,
@@ -231,7 +233,7 @@ def table(rows):
         )
 
 
-def plot(rows, path):
+def plot(rows, results):
     """Accuracy over epochs, a panel a size, a line a kind; the parent and the bare conversion as level lines."""
     import matplotlib
 
@@ -259,7 +261,7 @@ def plot(rows, path):
         panel.set_xlabel('epochs after the conversion')
     panels[0].set_ylabel('top-1, %')
     panels[0].legend()
-    figure.savefig(path, metadata=dict(Date=None))
+    save_plot(figure, results)
 
 
 def main(argv=None):
@@ -270,11 +272,11 @@ def main(argv=None):
     if args.report and not args.list:
         rows = read_rows(args.results_file, COLUMNS)
         print('\n'.join(table(rows)))
-        plot(rows, args.results_file.with_suffix('.svg'))
+        plot(rows, args.results_file)
         return
     if not args.list:
         check_data(args)
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_output(args)
     drive(
         args,
         chosen(all_jobs(), args),

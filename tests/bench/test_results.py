@@ -1,6 +1,8 @@
 """Results files: rows that replace one another, failures that are measured again, files of other columns."""
 
 import multiprocessing
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +103,26 @@ def test_origin_names_the_commit_of_the_environment(monkeypatch):
     found = origin(torch.device('cpu'))
     assert tuple(found) == ORIGIN and found['commit'] == 'abc' and found['torch'] == torch.__version__
     assert found['device'].endswith(' threads')
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_is_a_line(tmp_path):
+    os.mkfifo(tmp_path / 'rows.csv')
+    with pytest.raises(UserError, match=r'rows\.csv: cannot be read \(not a regular file\)'):
+        read_rows(tmp_path / 'rows.csv')
+
+
+def test_rows_of_another_program_stay(tmp_path, monkeypatch):
+    """While one looks whether it can write the file, another one stores its first rows in it."""
+    path, touch = tmp_path / 'rows.csv', Path.touch
+    monkeypatch.setattr(Path, 'touch', lambda self: touch(self) or self.write_text('rows'))
+    check_writable(path)
+    if not path.exists():
+        path.write_text('rows')  # it may come later, too
+    assert path.read_text() == 'rows' and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_is_a_line(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match=r'rows\.csv: cannot be written \('):
+        write_rows(tmp_path / 'file' / 'rows.csv', [])

@@ -185,7 +185,7 @@ BAD = {
     'sides below a patch': (['--bench', 'convert', '--model', 'vit_tiny_patch16_224', '--img-size', '1'], ['16 × 16']),
     'no ViT': (['--bench', 'convert', '--model', 'resnet18'], ['resnet18', "none of timm's plain vision"]),
     'too many tokens': (['--bench', 'op', '--grid', '100000'], ['op 100000x100000', 'lower its sizes']),
-    'a lock that is a pipe': (['--bench', 'op', '--lock', 'PIPE'], ['--lock', 'is no file']),
+    'a lock that is a pipe': (['--bench', 'op', '--lock', 'PIPE'], ['--lock', 'is a link or no file']),
     'no ASCII': (['--repeats', '２'], ['--repeats', '２']),
     'without end': (['--repeats', '9' * 30], ['--repeats', 'below 10⁹']),
 }

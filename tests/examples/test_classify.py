@@ -130,3 +130,45 @@ def test_a_reader_that_has_ended_is_no_traceback(tmp_path):
     ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert ended.stderr == '' and ended.returncode == -signal.SIGPIPE
+
+
+ABOUT = dict(
+    input_size=(3, 8, 8), crop_pct=1.0, interpolation='bilinear', mean=(0.5,) * 3, std=(0.1,) * 3, class_names=None
+)
+
+
+@pytest.mark.parametrize(
+    'about, words',
+    [
+        (dict(class_names=['red', 'green']), '2 names of 3 classes'),
+        (dict(mean=(0.5, float('nan'), 0.5)), 'not finite'),
+        (dict(crop_pct=0), 'm.onnx'),
+        (dict(interpolation='cubist'), 'CUBIST'),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_a_line(example, about, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(example, 'load', lambda path: (Session(), ABOUT | about))
+    Image.new('RGB', (20, 10)).save(tmp_path / 'a.png')
+    monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path / 'a.png')])
+    with pytest.raises(SystemExit) as stop:
+        example.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and words in err.splitlines()[-1] and not out
+
+
+@pytest.mark.timeout(30)
+def test_hostile_names_sizes_and_pipes(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 300)
+    os.mkfifo(tmp_path / 'pipe.onnx')
+    monkeypatch.setattr('sys.argv', ['classify.py', str(tmp_path / 'pipe.onnx'), 'p.png'])
+    with pytest.raises(SystemExit) as stop:
+        example.main()
+    assert stop.value.code == 2 and 'not a regular file' in capsys.readouterr().err
+    monkeypatch.setattr(example, 'load', lambda path: (Session(), ABOUT))
+    Image.new('RGB', (20, 10)).save(tmp_path / '\x1b]0;a.png')
+    Image.new('RGB', (20, 20)).save(tmp_path / 'large.png')
+    monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path)])
+    example.main()
+    out, err = capsys.readouterr()
+    assert '\\x1b]0;a.png: ' in out and '\x1b' not in out
+    assert 'large.png is left out' in err and 'exceeds limit of 300 pixels' in err

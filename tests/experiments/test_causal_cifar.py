@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import os
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from experiments.cifar_files import write_folders
 from programs import load_program
 from runs import signal_at
 
-from evavit.errors import run_script
+from evavit.errors import UserError, run_script
 
 SIZES = dict(dim=16, depth=1, num_heads=2, window_size=192, cell_size=24, drop=0.1)
 
@@ -110,3 +111,45 @@ def test_a_mistake_is_a_line(driver, tmp_path, capsys):
     assert 'no more and no less' in told and 'width' in told and 'dim,' not in told
     assert run_script(driver.main, []) == 2
     assert 'experiments/cifar.py' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'fault, words',
+    [
+        ('cut', 'not a readable checkpoint'),
+        ('flipped', 'not a readable checkpoint (damaged'),
+        ('nan', 'its weights are not finite'),
+        ('position', 'its position is none'),
+        ('other', 'not a checkpoint of this program'),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_a_line(driver, call, tmp_path, monkeypatch, fault, words):
+    with monkeypatch.context() as patch:
+        signal_at(patch, [1])
+        call('runs', '--only', 'eva-5s-s0')
+    path = tmp_path / 'runs' / 'eva-5s-s0' / 'last.pth.tar'
+    content, state = bytearray(path.read_bytes()), torch.load(path, weights_only=True)
+    if fault in ('cut', 'flipped'):
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content[:1000] if fault == 'cut' else content)
+    else:
+        if fault == 'nan':
+            next(iter(state['model'].values())).fill_(float('nan'))
+        state['update'] = -1 if fault == 'position' else state['update']
+        torch.save([] if fault == 'other' else state, path)
+    training = driver.Training(driver.Job('eva', 5.0, 0), state['settings'], torch.device('cpu'))
+    with pytest.raises(UserError) as told:
+        training.load(path)
+    assert words in str(told.value) and str(told.value).startswith(str(path))
+
+
+@pytest.mark.timeout(30)
+def test_settings_that_are_none_are_a_line(driver, tmp_path, capsys):
+    own = yaml.safe_load((driver.HERE / 'causal_cifar.yaml').read_text())
+    os.mkfifo(tmp_path / 'pipe.yaml')
+    for name, value in (('budget', 'long'), ('dim', 3.5), ('betas', 0.9), ('lr', float('nan'))):
+        (tmp_path / f'{name}.yaml').write_text(yaml.safe_dump(own | {name: value}))
+    for name in ('pipe', 'budget', 'dim', 'betas', 'lr'):
+        assert run_script(driver.main, ['-c', str(tmp_path / f'{name}.yaml')]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith('error: ') and err.count('\n') == 1 and f'{name}.yaml: ' in err

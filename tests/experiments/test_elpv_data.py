@@ -64,3 +64,17 @@ def test_a_source_that_is_none(source, tmp_path, capsys, fault, words):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith('error: ') and all(word in line for word in words), line
     assert not (tmp_path / 'elpv').exists()
+
+
+@pytest.mark.parametrize('line', ['images/cell0041.png 0.0 ../../../escaped', 'images/cell0041.png 7 mono'])
+def test_a_class_that_is_none_is_a_line(source, tmp_path, capsys, line):
+    """A class is a folder's name: one of another kind would lead out of the folder that is made."""
+    tool = load_program('experiments/elpv/build_data.py')
+    with open(source / 'labels.csv', 'a') as file:
+        file.write(line + '\n')
+    Image.new('L', (20, 20)).save(source / 'images' / 'cell0041.png')
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert run_script(tool.main, [str(tmp_path / 'new'), '--source', str(source), '--side', '16']) == 2
+    err = capsys.readouterr().err
+    assert 'file probability type' in err and err.count('\n') == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

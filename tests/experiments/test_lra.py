@@ -161,3 +161,17 @@ def test_no_data_is_a_line(load, tmp_path, capsys):
     driver = load('run')
     assert run_script(driver.main, ['--data-dir', str(tmp_path), '--only', 'pathfinder']) == 2
     assert 'experiments/lra/build.py' in capsys.readouterr().err
+
+
+def test_a_folder_of_pictures_takes_no_other_s_place(load, tmp_path, capsys):
+    """What a killed process left is no hindrance, and what is somebody's own stays."""
+    (tmp_path / 'pathfinder.partial' / 'train').mkdir(parents=True)
+    flags = [str(tmp_path), '--pathfinder', '20', '--jobs', '1']
+    assert run_script(load('build').main, flags) == 0, capsys.readouterr().err
+    assert len(list((tmp_path / 'pathfinder').glob('*/*/*.png'))) == 20
+    assert run_script(load('build').main, flags) == 2 and 'is there already' in capsys.readouterr().err
+    assert len(list((tmp_path / 'pathfinder').glob('*/*/*.png'))) == 20
+    (tmp_path / 'file').touch()
+    assert run_script(load('build').main, [str(tmp_path / 'file'), *flags[1:]]) == 2
+    err = capsys.readouterr().err
+    assert 'cannot be written' in err and err.count('\n') == 1

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import re
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -82,7 +84,7 @@ def test_pictures_are_sorted_packed_and_unpacked(build, source, tmp_path, capsys
     files = sorted((tmp_path / 'packed').iterdir())
     sizes = [path.stat().st_size for path in files]
     assert len(files) == 3 and max(sizes) < 1.3 * min(sizes)
-    capsys.readouterr()
+    assert call('tiny', '--pack', tmp_path / 'packed') == 2 and 'tiny-0.zip is there already' in capsys.readouterr().err
     assert call('moved', '--unpack', *files[:2]) == 0
     assert '2 of 3 packed files' in capsys.readouterr().out
     assert call('moved', '--unpack', *files) == 0
@@ -238,3 +240,43 @@ def test_kendall_s_tau():
     assert driver.kendall([1, 2, 3, 4], [10, 20, 30, 40]) == 1
     assert driver.kendall([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(2 / 3)
     assert driver.kendall([1, 2, 3], [3, 2, 1]) == -1
+
+
+def test_labels_of_the_publisher_that_are_no_class(build, source, tmp_path, capsys):
+    for line in ('n01_9.JPEG\t../../../escaped\t0', 'n01_9.JPEG\tn03\t0', '../n01_9.JPEG\tn01', 'n01_9.JPEG'):
+        (source / 'val' / 'val_annotations.txt').write_text(line + '\n')
+        assert run_script(build.main, [str(tmp_path / 'new'), '--source', str(source)]) == 2
+        err = capsys.readouterr().err
+        assert 'line 1 is no picture and a class of train/' in err and err.count('\n') == 1
+        assert not (tmp_path / 'new').exists() and not (tmp_path / 'escaped').exists()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize('fault', ['mark', 'bomb', 'climbs', 'link', 'own', 'pipe', 'text'])
+def test_hostile_files_to_unpack(build, fault, tmp_path, capsys):
+    """Nothing is written outside of the folder, over what is there, or beyond the size of the file."""
+    name, about = 'train/n01/a.JPEG', dict(part=0, parts=1)
+    if fault == 'mark':
+        about['part'] = '/../../escaped'
+    if fault == 'climbs':
+        name = '/train/../escaped'
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'outside' / 'n01').mkdir(parents=True)
+    if fault == 'link':
+        (tmp_path / 'data' / 'train').symlink_to(tmp_path / 'outside')
+    if fault == 'own':
+        (tmp_path / 'data' / 'train' / 'n01').mkdir(parents=True)
+        (tmp_path / 'data' / 'train' / 'n01' / 'a.JPEG').write_text('precious')
+    path = tmp_path / 'file.zip'
+    if fault in ('pipe', 'text'):
+        os.mkfifo(path) if fault == 'pipe' else path.write_text('text')
+    else:
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED if fault == 'bomb' else zipfile.ZIP_STORED) as file:
+            file.comment = json.dumps(about).encode()
+            file.writestr(name, bytes(10**6))
+    assert run_script(build.main, [str(tmp_path / 'data'), '--unpack', str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f'error: {path}: ') and err.count('\n') == 1
+    assert not list(tmp_path.rglob('*escaped*')) and not list((tmp_path / 'outside').glob('*/*'))
+    own = tmp_path / 'data' / 'train' / 'n01' / 'a.JPEG'
+    assert own.read_text() == 'precious' if fault == 'own' else not own.exists()

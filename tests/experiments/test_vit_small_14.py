@@ -1,6 +1,7 @@
 """experiments/vit_small_14 from end to end with a network of two blocks: an ONNX file, its weights, runs, a stop."""
 
 import csv
+import os
 import re
 import zipfile
 
@@ -200,3 +201,19 @@ def test_no_data_is_a_line(tmp_path, capsys):
     ):
         assert call(driver, *flags) == 2
         assert line in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('fault, words', [('pipe', 'not a regular file'), ('bomb', 'too long'), ('empty', 'no DINOv2')])
+def test_a_wheel_that_is_none_is_a_line(fault, words, tmp_path, capsys):
+    pytest.importorskip('onnx', reason='needs evavit[export]')
+    path = tmp_path / 'file.whl'
+    if fault == 'pipe':
+        os.mkfifo(path)
+    else:
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
+            file.writestr('model.onnx', bytes(10**6) if fault == 'bomb' else b'')
+    build = load_program('experiments/vit_small_14/build.py')
+    assert run_script(build.main, [str(tmp_path / 'out.safetensors'), '--onnx', str(path)]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count('\n') == 1 and list(tmp_path.iterdir()) == [path]

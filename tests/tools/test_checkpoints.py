@@ -291,3 +291,14 @@ def test_a_checkpoint_that_names_a_model_of_the_network_is_refused(tmp_path, mon
     assert tool('save_for_hub')(*given) == 2
     assert 'its model hf-hub:x/y would have to be fetched' in capsys.readouterr().err
     assert not (tmp_path / 'hub').exists()
+
+
+def test_a_hash_takes_no_other_s_place(run, tmp_path, capsys):
+    flags = ['--input', run / 'last.pth.tar', '--hash', '--output', tmp_path / 'w.pth']
+    assert tool('avg_checkpoints')(*flags) == 0
+    (own,) = tmp_path.iterdir()
+    own.write_text('precious')
+    capsys.readouterr()
+    assert tool('avg_checkpoints')(*flags) == 2
+    assert capsys.readouterr().err.endswith(f'{own.name} exists already; choose another name\n')
+    assert list(tmp_path.iterdir()) == [own] and own.read_text() == 'precious'

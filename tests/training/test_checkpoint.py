@@ -19,6 +19,7 @@ from training.small_run import resume, rewritten, run_of, saver_of, settings_of,
 
 from evavit.errors import LocalError, UserError
 from evavit.training import checkpoint, contents, dry_run, loop
+from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.loop import Position
 
 
@@ -458,3 +459,16 @@ def test_a_full_disk_is_called_so(saver, tmp_path, monkeypatch):
     monkeypatch.setattr('safetensors.torch.save_file', full_safetensors)
     with pytest.raises(LocalError, match=r'last\.safetensors: cannot be written \(the disk is full: '):
         saver.save_epoch(Position(2), 20.0)
+
+
+def test_what_a_run_did_not_write_is_not_removed(tmp_path):
+    own = ['mine.pth.tar', 'checkpoint-mine.pth.tar', 'teacher.safetensors', 'args.yaml']
+    written = ['last.pth.tar', 'previous.pth.tar', 'model_best.pth.tar', 'checkpoint-7.pth.tar']
+    exported = ['last.safetensors', 'model_best.safetensors']
+    for name in (*own, *written, *exported):
+        (tmp_path / name).touch()
+    (tmp_path / 'checkpoint-8.pth.tar').mkdir()
+    remove_checkpoints(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*own, *exported, 'checkpoint-8.pth.tar'}
+    remove_checkpoints(tmp_path, weights=True)
+    assert {path.name for path in tmp_path.iterdir()} == {*own, 'checkpoint-8.pth.tar'}

@@ -8,7 +8,6 @@ import io
 import math
 import os
 import re
-import stat
 import warnings
 from dataclasses import dataclass
 from typing import IO, Any, Tuple, Union
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from evavit.errors import first_line
+from evavit.files import open_regular
 
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'JPEG2000')
 LONGEST = 100  # sides beyond 100:1: validation resizes by the shorter one, the other would then fill the memory
@@ -57,26 +57,10 @@ class _Content(io.BytesIO):
         return super().read(size)
 
 
-def open_file(path: Union[str, os.PathLike]) -> IO[bytes]:
-    """A regular file, open for reading. What is none is not opened, and a pipe that takes its place does not block.
-
-    Raises:
-        OSError: It cannot be opened.
-        BadImageError: It is a pipe, a socket, a device or a folder.
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise BadImageError('not a regular file')
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise BadImageError('not a regular file')
-    return open(descriptor, 'rb')
-
-
 def read_file(path: Union[str, os.PathLike], mode: str, keep_jpeg: bool = False) -> Union[Image.Image, Jpeg]:
     """`decode` of a file. Raises BadImageError."""
     try:
-        return decode(open_file(path), mode, keep_jpeg)
+        return decode(open_regular(path), mode, keep_jpeg)
     except OSError as error:
         raise BadImageError(reason(error)) from None
 

@@ -17,7 +17,7 @@ from timm.utils.misc import natural_key
 
 from evavit.arguments import nearest
 from evavit.errors import UserError
-from evavit.training.data.decode import open_file
+from evavit.files import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class ClassFolders(ReaderImageFolder):
 
     def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
         path, target = self.samples[index]
-        return open_file(path), target
+        return open_regular(path), target
 
 
 def _walk(root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:

@@ -10,7 +10,7 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 from evavit.errors import UserError, first_line
-from evavit.training.data.decode import open_file
+from evavit.files import open_regular
 from evavit.training.data.folders import OTHER_IMAGES, image_endings, is_hidden, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
 from evavit.training.data.tars import entries
@@ -67,7 +67,7 @@ class Pictures(Reader):
 
     def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
         if self.members is None:
-            return open_file(self.root / self.names[index]), 0
+            return open_regular(self.root / self.names[index]), 0
         if os.getpid() not in self.tars:
             self.tars[os.getpid()] = tarfile.open(self.root)  # noqa: SIM115  it stays open
         stream = self.tars[os.getpid()].extractfile(self.members[self.names[index]])

@@ -10,8 +10,9 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any, Dict, Iterator, List, Set, Tuple
 
-from evavit.errors import LocalError, UserError, first_line
-from evavit.training.data.decode import BadImageError, open_file
+from evavit.errors import LocalError, UserError, reason_of
+from evavit.files import open_regular
+from evavit.training.data.decode import BadImageError
 from evavit.training.data.folders import ClassFolders, check_format, check_place, is_hidden, warn_of_strange
 
 
@@ -26,13 +27,13 @@ class ClassTar(ClassFolders):
     def walk(self, root: Path) -> Tuple[List[Tuple[str, str]], List[str]]:
         content = _Content()
         try:
-            with open_file(root) as file:
+            with open_regular(root) as file:
                 self.version = _version(file)
                 content.add(file, str(root))
         except UserError:
             raise
         except Exception as error:  # hostile headers bring all kinds
-            raise UserError(f'{root}: not a readable tar file of CLASS/IMAGE files ({first_line(error)})') from error
+            raise UserError(f'{root}: not a readable tar file of CLASS/IMAGE files ({reason_of(error)})') from error
         warn_of_strange(content.strange)
         self.places = content.places
         images: Dict[str, List[str]] = {folder: [] for folder in content.folders}
@@ -49,7 +50,7 @@ class ClassTar(ClassFolders):
     def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
         path, target = self.samples[index]
         first, size = self.places[path]
-        with open_file(self.root) as file:
+        with open_regular(self.root) as file:
             if _version(file) != self.version:
                 raise LocalError(f'{self.root}: the file was changed after this run began to read it; start again')
             file.seek(first)

@@ -16,8 +16,8 @@ def tables(tmp_path, monkeypatch):
 
 def store(folder, rows):
     example = load_program('experiments/elpv/run.py')
-    for row in rows:
-        example.add_row(folder / 'results' / 'elpv_h100.csv', dict.fromkeys(example.COLUMNS, '') | row)
+    whole = [dict.fromkeys(example.COLUMNS, '') | row for row in rows]
+    example.store_rows(folder / 'results' / 'elpv_h100.csv', whole, example.COLUMNS, example.KEY)
 
 
 def row(task, model, start, seed, score, **more):

@@ -14,7 +14,8 @@ from PIL import Image
 from programs import ROOT
 from timm.data import create_transform
 
-from evavit.training.data.decode import BadImageError, decode, open_file
+from evavit.files import open_regular
+from evavit.training.data.decode import BadImageError, decode
 
 GOOD, BAD, BOMBS = faults.good_files(), faults.bad_files(), faults.bombs()
 
@@ -112,8 +113,8 @@ def test_only_regular_files_are_opened(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / 'socket.png'))
         for name in ('pipe.png', 'link.png', 'device.png', 'socket.png', '.'):
-            with pytest.raises(BadImageError, match='not a regular file'):
-                open_file(tmp_path / name)
+            with pytest.raises(OSError, match='not a regular file'):
+                open_regular(tmp_path / name)
 
 
 @pytest.mark.timeout(30)
@@ -123,8 +124,8 @@ def test_a_pipe_that_takes_the_place_of_a_file_does_not_block(tmp_path, monkeypa
     os.mkfifo(tmp_path / 'pipe.png')
     looked = os.stat(tmp_path / 'file.png')
     monkeypatch.setattr(os, 'stat', lambda path: looked)
-    with pytest.raises(BadImageError, match='not a regular file'):
-        open_file(tmp_path / 'pipe.png')
+    with pytest.raises(OSError, match='not a regular file'):
+        open_regular(tmp_path / 'pipe.png')
 
 
 def test_whoever_opens_an_image_names_formats():

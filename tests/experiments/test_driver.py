@@ -1,0 +1,93 @@
+"""experiments/driver.py: what drivers write and remove is their runs' own, whatever lies in its place."""
+
+import json
+import os
+from argparse import Namespace
+from typing import NamedTuple
+
+import pytest
+from programs import load_program
+
+from evavit.errors import UserError, run_script
+
+
+class Job(NamedTuple):
+    name: str
+
+
+@pytest.fixture
+def driver(monkeypatch, request):
+    monkeypatch.syspath_prepend(request.config.rootpath / 'experiments')
+    return load_program('experiments/driver.py')
+
+
+@pytest.fixture
+def args(tmp_path):
+    (tmp_path / 'runs').mkdir()
+    return Namespace(output=tmp_path / 'runs', results_file=tmp_path / 'rows.csv', seconds=None, least=1, list=False)
+
+
+def drive(driver, args, run):
+    driver.drive(args, [Job('a')], ('run', 'top1'), run, says=lambda row: row['top1'])
+
+
+def test_a_log_is_written_behind_no_link(driver, args, tmp_path, capsys):
+    (tmp_path / 'letter.txt').write_text('precious')
+    (args.output / 'a.log').symlink_to(tmp_path / 'letter.txt')
+    with pytest.raises(UserError, match='1 runs failed'):
+        drive(driver, args, lambda job, rows, left: print('told') or dict(run=job.name, top1='1'))
+    assert 'a.log is a link or no file; take it away' in capsys.readouterr().out
+    assert (tmp_path / 'letter.txt').read_text() == 'precious'
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize('kind', ['pipe', 'link', 'folder'])
+def test_a_lock_that_is_no_file_is_a_line(driver, args, tmp_path, kind):
+    lock = args.output / 'a.lock'
+    dict(pipe=os.mkfifo, link=lambda path: path.symlink_to(tmp_path / 'new'), folder=os.mkdir)[kind](lock)
+    with pytest.raises(UserError, match=r'a\.lock: cannot be locked'):
+        drive(driver, args, lambda job, rows, left: pytest.fail('it ran'))
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.timeout(30)
+def test_rows_in_a_pipe_are_a_line(driver, args):
+    os.mkfifo(args.results_file)
+    args.list = True
+    with pytest.raises(UserError, match=r'rows\.csv: cannot be read \(not a regular file\)'):
+        drive(driver, args, None)
+
+
+def test_settings_are_kept_behind_no_link(driver, args, tmp_path, device='cpu'):
+    (tmp_path / 'letter.txt').write_text('precious')
+    (tmp_path / 'args.yaml').write_text('epochs: 1')
+    (tmp_path / 'settings').mkdir()
+    (tmp_path / 'settings' / 'a.yaml').symlink_to(tmp_path / 'letter.txt')
+    driver.about(Job('a'), tmp_path / 'args.yaml', args, driver.torch.device(device))
+    assert (tmp_path / 'settings' / 'a.yaml').read_text() == 'epochs: 1'
+    assert (tmp_path / 'letter.txt').read_text() == 'precious'
+
+
+def test_a_number_that_is_not_written_leaves_the_one_before(driver, tmp_path, monkeypatch):
+    driver.write_number(tmp_path / 'train_seconds', 2.5)
+
+    def fail(*_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr('pathlib.Path.write_text', fail)
+    with pytest.raises(OSError, match='No space'):
+        driver.write_number(tmp_path / 'train_seconds', 7)
+    assert driver.read_number(tmp_path / 'train_seconds') == 2.5
+
+
+@pytest.mark.parametrize('name', ['tiny_imagenet/attentions', 'lra/run', 'clothing/run'])
+def test_an_output_that_is_a_file_is_a_line(name, monkeypatch, request, tmp_path, capsys):
+    monkeypatch.syspath_prepend(request.config.rootpath / 'experiments')
+    program = load_program(f'experiments/{name}.py')
+    for split in ('train', 'held', 'val', 'image', 'pathfinder'):
+        (tmp_path / 'data' / split).mkdir(parents=True)
+    (tmp_path / 'file').write_text(json.dumps('precious'))
+    flags = ['--data-dir', str(tmp_path / 'data'), '--output', str(tmp_path / 'file')]
+    assert run_script(program.main, flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f'error: --output {tmp_path}/file: cannot be made (') and err.count('\n') == 1
