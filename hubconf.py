@@ -9,11 +9,19 @@ dependencies = ['timm', 'torch']
 import timm as _timm  # noqa: E402
 
 from evavit.models import model_names as _model_names  # noqa: E402
+from evavit.models import read_weights as _read_weights  # noqa: E402
+
+
+def _create(name, pretrained, kwargs):
+    path = str(kwargs.get('checkpoint_path') or '')
+    if path and not path.endswith(('.npy', '.npz')):  # which timm has a reader of its own for
+        _read_weights(path)  # says what is wrong with a file; timm looks at no digest
+    return _timm.create_model(name, pretrained=pretrained, **kwargs)
 
 
 def _entry_point(name):
     def entry_point(pretrained=False, **kwargs):
-        return _timm.create_model(name, pretrained=pretrained, **kwargs)
+        return _create(name, pretrained, kwargs)
 
     entry_point.__name__ = name
     entry_point.__doc__ = _timm.models.model_entrypoint(name).__doc__
@@ -26,4 +34,4 @@ for _name in _model_names():
 
 def timm_model(name, pretrained=False, **kwargs):
     """A model by any name that `timm.create_model` takes, with the models of this package registered."""
-    return _timm.create_model(name, pretrained=pretrained, **kwargs)
+    return _create(name, pretrained, kwargs)

@@ -103,7 +103,7 @@ def open_own(path: Union[str, Path]) -> int:
 
 def append_to(path: Union[str, Path]) -> TextIO:
     """`open_own` as text that is added to the file: a log, or a lock. Raises OSError."""
-    return open(open_own(path), 'a', encoding='utf-8')
+    return open(path, 'a', encoding='utf-8', opener=lambda *_: open_own(path))
 
 
 def open_regular(path: Union[str, os.PathLike]) -> IO[bytes]:

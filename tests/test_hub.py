@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import evavit
 from evavit.hub import load_converted, model_card, publish, save_folder, source_folder
+from evavit.models import write_weights
 from evavit.training.config import parse_settings
 from evavit.training.contents import complete_from_checkpoint
 
@@ -392,6 +393,19 @@ def test_torch_hub(tmp_path):
     words = [ROOT / 'tests' / 'torch_hub.py', ROOT, tmp_path / 'mine.pth', tmp_path / 'folder', json.dumps(kwargs)]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('fault, words', [('flipped', 'damaged'), ('text', 'nor written by torch.save')])
+def test_torch_hub_names_a_file_that_is_none(fault, words, tmp_path):
+    name, kwargs = PLAIN
+    path = tmp_path / 'mine.safetensors' if fault == 'flipped' else tmp_path / 'mine.pth'
+    write_weights(timm.create_model(name, **kwargs).state_dict(), path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content if fault == 'flipped' else b'text')
+    with pytest.raises(RuntimeError, match=words) as told:
+        torch.hub.load(str(ROOT), name, source='local', checkpoint_path=str(path), **kwargs)
+    assert str(path) in str(told.value) and '\n' not in str(told.value)
 
 
 def test_torch_hub_lists_every_model():

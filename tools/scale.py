@@ -324,6 +324,8 @@ def train(args, flags, process, store):
     if not args.data_dir.exists():
         builder = [sys.executable, 'tools/build_photos.py', str(args.data_dir.resolve()), '--images', str(args.images)]
         subprocess.run(builder, cwd=ROOT, env=outside_torchrun(), check=True)
+    if not (args.data_dir / 'train').is_dir():
+        raise UserError(f'--data-dir {args.data_dir}: no folder train in it; name a new folder, or one of photographs')
     classes = sum(folder.is_dir() for folder in (args.data_dir / 'train').iterdir())
     started = time.monotonic()
     for mode, model, k in itertools.product(args.modes, args.models, args.gpus or [process.world_size]):

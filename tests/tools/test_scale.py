@@ -67,3 +67,8 @@ def test_faults_are_a_line(flags, words):
     with pytest.raises(UserError) as fault:
         load_program('tools/scale.py').main([*SMALL, *flags])
     assert all(word in str(fault.value) for word in words)
+
+
+def test_a_folder_without_pictures_is_a_line(tmp_path):
+    with pytest.raises(UserError, match='no folder train in it'):
+        load_program('tools/scale.py').main([*SMALL, '--bench', 'train', '--data-dir', str(tmp_path)])

@@ -76,8 +76,8 @@ def test_rows_are_read_back(tmp_path):
     example = load_program('experiments/elpv/run.py')
     store(tmp_path, [row('type', 'resnet18', 'scratch', seed, 50 + seed) for seed in range(2)])
     path = tmp_path / 'results' / 'elpv_h100.csv'
-    assert [line['top1'] for line in example.read_rows(path)] == ['50', '51']
-    (line,) = example.summary(example.read_rows(path))
+    assert [line['top1'] for line in example.read_rows(path, example.COLUMNS)] == ['50', '51']
+    (line,) = example.summary(example.read_rows(path, example.COLUMNS))
     assert 'top1 50.5 ± 0.7' in line and '2 seeds' in line
     with open(path, newline='') as file:
         assert tuple(next(csv.reader(file))) == example.COLUMNS
