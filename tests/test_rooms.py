@@ -18,7 +18,7 @@ GIVE_A_PLACE = {'new_folder', 'replacing', 'replacing_in', 'saving', 'TemporaryD
 READS = {
     *('PIL.Image.open', 'numpy.load', 'pickle.load', 'pickle.loads', 'torch.load', 'torch.jit.load'),
     *('safetensors.safe_open', 'safetensors.torch.load_file', 'shutil.unpack_archive'),
-    *('timm.models.load_checkpoint', 'timm.models.load_state_dict'),
+    *('timm.models.load_checkpoint', 'timm.models.load_state_dict', 'yaml.load', 'yaml.safe_load'),
 }
 CHANGES = {
     *('os.link', 'os.open', 'os.remove', 'os.rename', 'os.replace', 'os.rmdir', 'os.unlink', 'torch.save'),
@@ -47,9 +47,11 @@ ALLOWED = {  # (file, call): why it is there
     ('evavit/models/_weights.py', 'unlink'): GIVEN,
     ('evavit/training/checkpoint.py', 'os.replace'): "timm's saver, of a file that it has just written",
     ('evavit/training/checkpoint.py', 'unlink'): 'what the saver wrote, by its names',
+    ('evavit/training/config.py', 'yaml.load'): 'the room of settings, with a safe loader',
     ('evavit/training/contents.py', 'safetensors.safe_open'): 'the room of checkpoints',
     ('evavit/training/contents.py', 'torch.load'): 'the room of checkpoints',
     ('evavit/training/data/decode.py', 'PIL.Image.open'): 'the room of images',
+    ('evavit/training/data/hub.py', 'yaml.safe_load'): 'the description of a data set in its folder',
     ('evavit/training/data/device/decode.py', 'PIL.Image.open'): 'of bytes that the room of images passed on',
     ('evavit/training/metrics.py', 'open'): GIVEN,
     ('evavit/training/metrics.py', 'os.replace'): 'a damaged summary.csv, to a name that is free',
@@ -133,6 +135,7 @@ def calls(source):
         "open(path, mode='ab')",
         "Path(path).open('x')",
         'path.unlink()',
+        'yaml.safe_load(text)',
         'shutil.rmtree(folder)',
         'torch.load(path, weights_only=True)',
         "zipfile.ZipFile(path).extractall('data')",

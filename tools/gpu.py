@@ -24,7 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package may not be installed here
 
-from evavit.bench.results import read_rows, store_rows  # noqa: E402
+from evavit.bench.results import check_writable, read_rows, store_rows  # noqa: E402
+from evavit.errors import UserError  # noqa: E402
 from evavit.files import append_to  # noqa: E402
 
 GATHERING = threading.Lock()
@@ -117,6 +118,12 @@ def main() -> int:
         print('error: no CUDA device here; --steps page needs none, make cpu-bench measures a CPU', file=sys.stderr)
         return 2
 
+    try:
+        check_writable(args.results_file)
+        read_rows(args.results_file)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
     good = True
     for step in (step for step in STEPS if step in args.steps):
         if step == 'test':

@@ -39,7 +39,7 @@ from evavit.models import convert_vit, write_weights
 from evavit.training import build
 from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.config import parse_settings
-from evavit.training.data.decode import read_file
+from evavit.training.data.decode import BadImageError, read_file
 from evavit.training.distributed import start_process
 
 HERE = Path(__file__).resolve().parent
@@ -122,6 +122,7 @@ def join(args):
     weights = {}
     for path in args.weights:
         part = build.read_weights(path)
+        build.check_finite(part, path)
         if both := weights.keys() & part.keys():
             raise UserError(f'--weights {path}: {min(both)} is in an earlier file too; name each file once')
         weights |= part
@@ -209,6 +210,13 @@ def run(job, args, seconds_left):
     )
 
 
+def read_picture(path):
+    try:
+        return read_file(path, 'RGB')
+    except BadImageError as error:
+        raise UserError(f'{path}: cannot be read ({error})') from error
+
+
 @torch.no_grad()
 def agreement(original, model, paths, settings, batch, device):
     """Mean cosine of the features of two networks over patch tokens and over class tokens, in float32."""
@@ -222,7 +230,7 @@ def agreement(original, model, paths, settings, batch, device):
     networks = [network.to(device).eval() for network in (original, model)]
     sums, prefix = torch.zeros(2, dtype=torch.float64), original.num_prefix_tokens
     for start in range(0, len(paths), batch):
-        images = torch.stack([transform(read_file(path, 'RGB')) for path in paths[start : start + batch]])
+        images = torch.stack([transform(read_picture(path)) for path in paths[start : start + batch]])
         found = F.cosine_similarity(*(network.forward_features(images.to(device)) for network in networks), dim=-1)
         sums += torch.stack([found[:, prefix:].mean(1).sum(), found[:, 0].sum()]).double().cpu()
     return (sums / len(paths)).tolist()

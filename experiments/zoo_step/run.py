@@ -22,10 +22,11 @@ import evavit  # noqa: F401  registers the models
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from evavit.bench.results import read_rows, store_rows  # noqa: E402
+from evavit.bench.results import check_writable, read_rows, store_rows  # noqa: E402
+from evavit.errors import UserError, run_script  # noqa: E402
 
 
-def main() -> int:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='*_deit_tiny_784', help='wildcard (default: *_deit_tiny_784)')
     parser.add_argument('-b', '--batch-size', default='128')
@@ -41,11 +42,12 @@ def main() -> int:
         'measure on the same device (default: one of its own)',
     )
     parser.add_argument('--results-file', type=Path, default=ROOT / 'results' / 'zoo_h100.csv')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    check_writable(args.results_file)
+    read_rows(args.results_file)
     models = fnmatch.filter(timm.list_models(), args.model)
     if not models:
-        print(f'error: no model is called {args.model}', file=sys.stderr)
-        return 2
+        raise UserError(f'no model is called {args.model}')
     base = [
         sys.executable,
         str(ROOT / 'benchmark.py'),
@@ -73,7 +75,7 @@ def main() -> int:
             != 0
         )
         if args.eager_only:
-            return int(failed)
+            raise SystemExit(int(failed))
         storing = threading.Lock()
 
         def compiled(model):
@@ -92,8 +94,8 @@ def main() -> int:
 
         with ThreadPoolExecutor(args.jobs) as pool:
             failed |= any(list(pool.map(compiled, models)))
-    return int(failed)
+    raise SystemExit(int(failed))
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -1,6 +1,7 @@
 """The steps of `make gpu`, and tools/sanitize.py where there is no GPU."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from programs import load_program
 
 from evavit.bench.results import store_rows
 from evavit.cli import benchmark
+from evavit.errors import run_script
 
 
 @pytest.fixture
@@ -94,3 +96,19 @@ def test_without_a_gpu_they_say_so(name, flags, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [name, *flags])
     assert load_program(f'tools/{name}').main() == 2
     assert capsys.readouterr().err == f'{line}\n'
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize('program', ['tools/gpu.py', 'experiments/zoo_step/run.py'])
+def test_results_that_cannot_be_are_a_line(gpu, program, tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / 'pipe.csv')
+    (tmp_path / 'mine.csv').write_text('name,age\nA,3\n')
+    for name, words in (('pipe.csv', 'it is no file'), ('mine.csv', 'has other columns')):
+        if program == 'tools/gpu.py':
+            monkeypatch.setattr(sys, 'argv', ['gpu.py', '--results-file', str(tmp_path / name)])
+            assert gpu.main() == 2 and not gpu.commands
+        else:
+            assert run_script(load_program(program).main, ['--results-file', str(tmp_path / name)]) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.startswith('error: ') and err.count('\n') == 1
+    assert (tmp_path / 'mine.csv').read_text() == 'name,age\nA,3\n'
