@@ -20,6 +20,7 @@ READS = {
     *('safetensors.safe_open', 'safetensors.torch.load_file', 'shutil.unpack_archive'),
     *('timm.models.load_checkpoint', 'timm.models.load_state_dict', 'yaml.load', 'yaml.safe_load'),
 }
+SHELLS = {'os.popen', 'os.system', 'subprocess.getoutput', 'subprocess.getstatusoutput'}  # a name may hold a command
 CHANGES = {
     *('os.link', 'os.open', 'os.remove', 'os.rename', 'os.replace', 'os.rmdir', 'os.unlink', 'torch.save'),
     *(f'shutil.{name}' for name in ('copy', 'copy2', 'copyfile', 'copytree', 'move', 'rmtree')),
@@ -106,9 +107,11 @@ class _Calls(ast.NodeVisitor):
         self.generic_visit(node)
         first, *rest = ast.unparse(node.func).split('.')
         name, method = '.'.join([self.imported.get(first, first), *rest]), getattr(node.func, 'attr', '')
-        if name in READS:
+        shell = any(word.arg == 'shell' and ast.unparse(word.value) != 'False' for word in node.keywords)
+        moves = method == 'replace' and len(node.args) == 1 and not node.keywords  # a path's, of which a text's has two
+        if name in READS or name in SHELLS or shell:
             self.found.append((node.lineno, name))
-        elif name in CHANGES or method in METHODS or self._opens_to_write(node, name, method):
+        elif name in CHANGES or method in METHODS or moves or self._opens_to_write(node, name, method):
             place = [*node.args, *(word.value for word in node.keywords), *([node.func.value] if method else [])]
             if not any(map(self._in_a_place, place)):
                 self.found.append((node.lineno, name if name in CHANGES else method or name))
@@ -141,6 +144,8 @@ def calls(source):
         "zipfile.ZipFile(path).extractall('data')",
         'path.write_text(text)',
         'os.replace(path, other)',
+        'path.replace(other)',
+        'subprocess.run(command, shell=True)',
     ],
 )
 def test_a_direct_call_is_found(line):

@@ -7,7 +7,7 @@ labels without a word: here each is a UserError (`folders`). An image that canno
 import gzip
 import logging
 import os
-import shutil
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -34,6 +34,7 @@ from evavit.training.data.tars import ClassTar
 
 log = logging.getLogger(__name__)
 
+LARGEST_RAW = 2**30  # bytes of an unpacked file of MNIST and its like; EMNIST's pictures are half of it
 KINDS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 TORCH_DATASETS = (
     'cifar10',
@@ -263,8 +264,11 @@ def _unpack_raw_files(root: Optional[str]) -> None:
                 gzip.open(packed, 'rb') as source,
                 open(partial, 'wb') as file,
             ):
-                shutil.copyfileobj(source, file)
-        except (OSError, EOFError) as error:
+                while block := source.read(2**20):
+                    if file.tell() + len(block) > LARGEST_RAW:
+                        raise OSError(f'more than {LARGEST_RAW:,} bytes, so no file of MNIST and its like')
+                    file.write(block)
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f'{packed}: cannot be unpacked ({first_line(error)})') from error
 
 

@@ -55,6 +55,19 @@ def test_a_broken_packed_file_is_named(fashion):
         open_dataset(DataConfig(max_bad_images=0.0, dataset='torch/fashion_mnist', data_dir=str(fashion)), 'train')
 
 
+@pytest.mark.parametrize('fault, words', [('bomb', 'more than 20,000 bytes'), ('damaged', 'cannot be unpacked')])
+def test_a_hostile_packed_file_is_named(fault, words, fashion, monkeypatch):
+    monkeypatch.setattr('evavit.training.data.datasets.LARGEST_RAW', 20_000)
+    packed = fashion / 'FashionMNIST' / 'raw' / 't10k-images-idx3-ubyte.gz'
+    content = bytearray(gzip.compress(bytes(10**6)))
+    content[10] |= 6 if fault == 'damaged' else 0  # the kind of the first block, which is none then
+    packed.write_bytes(content)
+    with pytest.raises(UserError, match=words) as told:
+        open_dataset(DataConfig(max_bad_images=0.0, dataset='torch/fashion_mnist', data_dir=str(fashion)), 'train')
+    assert str(packed) in str(told.value) and not packed.with_suffix('').exists()
+    assert not list(fashion.rglob('*.partial'))
+
+
 def test_files_of_arrays_that_do_not_fit_are_named(fashion):
     settings = DataConfig(max_bad_images=0.0, dataset='torch/fashion_mnist', data_dir=str(fashion))
     labels = fashion / 'FashionMNIST' / 'raw' / 'train-labels-idx1-ubyte.gz'
