@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from evavit.errors import run_script
@@ -156,6 +157,8 @@ def together(main, *flags, processes=2):
 
     They are forks, which need not import torch again; runs with torchrun are in cli/test_distributed.py.
     """
+    if dist.is_initialized():  # a script that another test called left it, and forks would take it for theirs
+        dist.destroy_process_group()
     fork = multiprocessing.get_context('fork')
     with tempfile.TemporaryDirectory() as folder:
         jobs = [fork.Process(target=_rank, args=(main, flags, variables, folder)) for variables in ranks(processes)]

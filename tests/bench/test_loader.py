@@ -1,6 +1,9 @@
 """What `benchmark.py --bench data` stores; tests/cli/test_benchmark.py has its rates."""
 
 import multiprocessing
+from types import SimpleNamespace
+
+import torch
 
 from evavit.bench import loader
 from evavit.bench.results import ORIGIN, read_rows
@@ -13,6 +16,8 @@ def _store(path, model):
         return dict.fromkeys(loader.COLUMNS, '') | dict(model=model, workers=settings.machine.workers)
 
     loader.measure = measured
+    loader.start_process = lambda *_, **__: SimpleNamespace(device=torch.device('cpu'))  # a fork makes no group
+    torch.distributed.destroy_process_group = lambda: None
     flags = ['--model', model, '--num-classes', '3', '--data-dir', 'none', '--device', 'cpu', '--loader-only']
     loader.main([*flags, '--workers-list', *map(str, range(30)), '--results-file', str(path)])
 
