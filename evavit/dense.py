@@ -67,12 +67,17 @@ class DetectionBackbone(nn.Module):
         out_channels: Channels of each map.
 
     Raises:
-        ValueError: a pyramid of other than four maps.
+        ValueError: a model made without `features_only=True`, or a pyramid of other than four maps.
     """
 
     def __init__(self, features: nn.Module, out_channels: int = 256) -> None:
         super().__init__()
-        info: FeatureInfo = features.feature_info  # type: ignore[assignment]  # as `features_only=True` makes it
+        info = getattr(features, 'feature_info', None)
+        if not isinstance(info, FeatureInfo):
+            raise ValueError(
+                f'{type(features).__name__} gives no maps: make it with features_only=True, which timm.create_model '
+                f'and evavit.load_converted take'
+            )
         strides, channels = info.reduction(), info.channels()
         self.features = features
         self.out_channels = out_channels

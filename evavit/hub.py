@@ -23,6 +23,7 @@ from timm.models._hub import (
     save_config_for_hf,
     save_for_hf,
 )
+from timm.models._input import update_model_input_size
 
 from evavit.arguments import shown, too_many_blocks
 from evavit.errors import first_line
@@ -414,17 +415,30 @@ def _wrong_preparation(config: Dict[str, Any], arguments: Dict[str, Any]) -> Opt
     return None
 
 
-def load_converted(source: Union[str, Path]) -> torch.nn.Module:
+def load_converted(
+    source: Union[str, Path],
+    *,
+    img_size: Union[int, Tuple[int, int], None] = None,
+    features_only: bool = False,
+    **kwargs: Any,
+) -> torch.nn.Module:
     """A model that was converted, by `evavit.convert_vit` or `train.py --convert`, with its weights.
 
-    `timm.data.resolve_data_config(model=model)` says how its images are prepared, as for any model of timm's.
+    `timm.data.resolve_data_config(model=model)` says how its images are prepared, as for any model of timm's. The
+    keywords are those of `timm.create_model`.
 
     Args:
         source: A folder of `save_folder`, 'hf-hub:owner/name', the folder of a run of train.py, of which the best
             weights are taken (the average where it kept one), or one of the run's `.safetensors` files.
+        img_size: Side, or height and width, of the images in pixels; by default as trained. Position embeddings are
+            resampled by the model's `set_input_size`; the number of cells stays, so larger images have larger ones.
+        features_only: A backbone that gives a list of maps `(B, C, height, width)`; `out_indices` says of which blocks.
+        **kwargs: Arguments of the model that leave its weights their shapes, such as dynamic_img_size=True,
+            dynamic_img_pad=True or drop_path_rate=0.1.
 
     Raises:
-        ValueError: one line: no such folder or repository, damaged settings, or no converted model in it.
+        ValueError: one line: no such folder or repository, damaged settings, no converted model in it, or arguments
+            that do not fit.
         RuntimeError: one line on weights that cannot be read, or that are not of the model.
     """
     name = str(source).removeprefix('local-dir:')
@@ -438,19 +452,32 @@ def load_converted(source: Union[str, Path]) -> torch.nn.Module:
     else:
         settings = 'its settings'
         arguments, conversion = _settings_of_run(file)
-        instead = f"timm.create_model({arguments['model_name']!r}, checkpoint_path='{file}', …)"
+        maps = f"features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file='{file}')"
+        how = maps if features_only else f"checkpoint_path='{file}'"  # which has the names of timm's wrapper
+        instead = f'timm.create_model({arguments["model_name"]!r}, {how}, …)'
     if conversion is None:
         raise ValueError(f'{name}: not a converted model; {instead} loads it')
+    if own := ', '.join(sorted(_NOT_OF_A_MODEL & kwargs.keys())):
+        raise ValueError(f'load_converted takes no {own}: model and weights are those of {name}; leave it out')
+    if kwargs := {**kwargs, **({'features_only': True} if features_only else {})}:
+        settings += ' with ' + ', '.join(f'{key}={shown(value)}' for key, value in kwargs.items())
     try:
-        model = convert_vit(timm.create_model(**resolve_model_input_args(**arguments)), inplace=True, **conversion)
+        made = timm.create_model(**{**resolve_model_input_args(**arguments), **kwargs})
+        model = convert_vit(made, inplace=True, **conversion)
     except Exception as error:  # each model has its own errors for arguments that do not fit
         raise ValueError(f'{name}: {settings} makes no model: {first_line(error)[:400]}') from error
-    model.pretrained_cfg['input_size'] = get_model_input_config(model)['input_size']  # type: ignore[index, operator]
-    weights = read_weights(file)
+    vit: Any = model.model if features_only else model
+    weights, there = read_weights(file), vit.state_dict()
+    if features_only:  # the blocks behind the last map and the classifier are not
+        weights = {key: value for key, value in weights.items() if key in there}
     try:
-        model.load_state_dict(weights)
+        vit.load_state_dict(weights)
     except RuntimeError as error:
         raise RuntimeError(f'{file}: not the weights of {settings}: {first_line(error)[:400]}') from error
+    if img_size is not None:
+        vit.set_input_size(img_size)
+        update_model_input_size(model, vit.patch_embed.img_size)  # of features_only=True too, which has its own record
+    model.pretrained_cfg['input_size'] = get_model_input_config(model)['input_size']  # type: ignore[index, operator]
     return model
 
 

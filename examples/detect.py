@@ -2,12 +2,13 @@
 """Detection with torchvision: python examples/detect.py
 
 A pyramid through a feature pyramid network, or a plain model through a simple feature pyramid, is the backbone of
-Faster R-CNN or RetinaNet, trained for some steps on crops of a photograph of coins. pip install '.[dense]'
-brings what it needs.
+Faster R-CNN or RetinaNet, trained for some steps on crops of a photograph of coins, from random weights or those of
+--pretrained-path. pip install '.[dense]' brings what it needs.
 """
 
 import argparse
 import time
+from typing import Optional
 
 import timm
 import torch
@@ -15,17 +16,34 @@ from scipy import ndimage
 from segment import coins, crops
 from torchvision.models.detection import FasterRCNN, RetinaNet
 
+import evavit
 from evavit.dense import DetectionBackbone
 from evavit.models import GridVisionTransformer, families
 
 DETECTORS = {'faster_rcnn': FasterRCNN, 'retinanet': RetinaNet}
 
 
-def build(model: str, detector: str, side: int, out_channels: int = 256, **kwargs) -> torch.nn.Module:
-    """A detector of one class beside the background, for images of about `side` pixels."""
+def build(
+    model: Optional[str], detector: str, side: int, out_channels: int = 256, weights: Optional[str] = None, **kwargs
+) -> torch.nn.Module:
+    """A detector of one class beside the background, for images of about `side` pixels.
+
+    `weights` is the file of a run of `model`; without `model` a run of a converted ViT, which knows its own.
+    """
+    if not model:
+        free = dict(dynamic_img_size=True, dynamic_img_pad=True)
+        features = evavit.load_converted(weights, features_only=True, out_indices=1, **free)
+        return head(features, detector, side, out_channels)
     if any(model in family.models for family in families().values() if issubclass(family.model, GridVisionTransformer)):
         kwargs = dict(dynamic_img_size=True, out_indices=1, **kwargs)  # one map, the last block's
-    backbone = DetectionBackbone(timm.create_model(model, features_only=True, **kwargs), out_channels)
+    if weights:
+        kwargs = dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights), **kwargs)
+    return head(timm.create_model(model, features_only=True, **kwargs), detector, side, out_channels)
+
+
+def head(features: torch.nn.Module, detector: str, side: int, out_channels: int) -> torch.nn.Module:
+    """The detector behind a backbone's maps."""
+    backbone = DetectionBackbone(features, out_channels)
     return DETECTORS[detector](backbone, num_classes=2, min_size=side, max_size=2 * side)
 
 
@@ -70,24 +88,33 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', default='eva_pvt_v2_b3', help='or eva_deit_tiny, any of the plain models')
+    parser.add_argument('--model', help='eva_pvt_v2_b3 by default, or eva_deit_tiny, any of the plain models')
     parser.add_argument('--detector', default='faster_rcnn', choices=list(DETECTORS))
+    parser.add_argument(
+        '--pretrained-path',
+        metavar='PATH',
+        help='weights of a run: the file of one of --model, or a converted one, without --model',
+    )
     parser.add_argument('--steps', type=int, default=20)
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f'--steps {args.steps}: at least 1')
+    if not args.pretrained_path:
+        args.model = args.model or 'eva_pvt_v2_b3'
     torch.manual_seed(0)
     image, mask = coins()
+    given = {'--model': args.model, '--pretrained-path': args.pretrained_path}
+    asked = ' '.join(f'{flag} {value}' for flag, value in given.items() if value)
     try:
-        model = build(args.model, args.detector, side=192)
+        model = build(args.model, args.detector, side=192, weights=args.pretrained_path)
     except (RuntimeError, ValueError) as error:
-        parser.error(f'--model {args.model}: {error}')
+        parser.error(f'{asked}: {error}')
     begin = time.time()
     losses = train(model, image, mask, args.steps)
     with torch.no_grad():
         found = model.eval()([image])[0]
     print(
-        f'{args.detector} on {args.model}, {args.steps} steps in {time.time() - begin:.0f} s: loss {losses[0]:.2f} '
+        f'{args.detector} on {asked}, {args.steps} steps in {time.time() - begin:.0f} s: loss {losses[0]:.2f} '
         f'to {sum(losses[-5:]) / len(losses[-5:]):.2f}; {len(found["boxes"])} boxes on the whole photograph'
     )
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Segmentation with segmentation_models.pytorch: python examples/segment.py
 
-`tu-eva_pvt_v2_b3` is the encoder of a U-Net or an FPN, trained from random weights on crops of the left half of a
-photograph of coins and judged on the right half. pip install '.[dense]' brings what it needs.
+`tu-eva_pvt_v2_b3` is the encoder of a U-Net or an FPN, trained on crops of the left half of a photograph of coins and
+judged on the right half, from random weights or those of --pretrained-path. pip install '.[dense]' brings what it
+needs.
 """
 
 import argparse
 import time
+from typing import Optional
 
 import numpy as np
 import torch
@@ -73,6 +75,11 @@ def train(
     return losses
 
 
+def weights(path: Optional[str]) -> dict:
+    """smp's arguments for random weights, or for a file, which it reads with `encoder_weights=True` alone."""
+    return dict(encoder_weights=True, pretrained_cfg_overlay=dict(file=path)) if path else dict(encoder_weights=None)
+
+
 @torch.no_grad()
 def overlap(model: torch.nn.Module, image: torch.Tensor, mask: torch.Tensor) -> float:
     """Intersection over union of the coins on the right half, in one piece: no crop's size."""
@@ -86,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--encoder', default='tu-eva_pvt_v2_b3')
     parser.add_argument('--decoder', default='Unet', choices=('Unet', 'FPN'))
+    parser.add_argument('--pretrained-path', metavar='FILE', help='weights of a run of the encoder, .safetensors')
     parser.add_argument('--steps', type=int, default=30)
     args = parser.parse_args()
     if args.steps < 1:
@@ -93,8 +101,10 @@ def main() -> None:
     torch.manual_seed(0)
     image, mask = coins()
     try:
-        model = smp.create_model(args.decoder, args.encoder, encoder_weights=None, classes=1)
+        model = smp.create_model(args.decoder, args.encoder, classes=1, **weights(args.pretrained_path))
     except (KeyError, RuntimeError, ValueError) as error:
+        if args.pretrained_path:
+            parser.error(f'--encoder {args.encoder} --pretrained-path {args.pretrained_path}: {error}')
         parser.error(f'--encoder {args.encoder}: {error}; a pyramid is needed, such as tu-eva_pvt_v2_b3')
     begin = time.time()
     losses = train(model, image, mask, args.steps)

@@ -41,6 +41,12 @@ def test_a_pyramid_without_its_first_map_is_refused():
         DetectionBackbone(features)
 
 
+def test_a_model_that_gives_no_maps_is_refused():
+    for model in (timm.create_model('eva_deit_tiny', depth=1), timm.create_model('resnet18')):
+        with pytest.raises(ValueError, match=r'gives no maps: make it with features_only=True, .*load_converted'):
+            DetectionBackbone(model)
+
+
 @pytest.mark.parametrize('height, width', [(33, 65), (97, 51), (224, 100), (64, 448)])
 def test_pyramid_features_at_any_size(height, width):
     """Odd sizes too; the whole model's intermediates are the feature backbone's maps."""

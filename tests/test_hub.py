@@ -99,6 +99,47 @@ def test_a_folder_gives_a_converted_model_back(tmp_path):
         assert torch.equal(scope['model'].eval()(x), model(x))
 
 
+def test_a_converted_folder_gives_maps(tmp_path):
+    """As `timm.create_model(..., features_only=True)` and a conversion would, with the folder's weights."""
+    model = evavit.convert_vit(small_vit(patch_size=8, depth=3), window_size=2, partition_grid=2).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = save_folder(model, tmp_path / 'mine', data='Digits', licence='cc0-1.0')
+    images = torch.randn(2, 3, 32, 32)
+    net = load_converted(folder, features_only=True, out_indices=[0, 1]).eval()
+    assert len(net.model.blocks) == 2 and net.feature_info.reduction() == [8, 8]
+    with torch.no_grad():
+        wanted = model.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+        assert all(torch.equal(mine, other) for mine, other in zip(net(images), wanted, strict=True))
+    larger = torch.randn(2, 3, 48, 64)
+    sized = load_converted(folder, img_size=(48, 64), features_only=True, out_indices=1).eval()
+    free = load_converted(folder, dynamic_img_size=True, drop_path_rate=0.1).eval()
+    model.set_input_size((48, 64))
+    with torch.no_grad():
+        (last,) = model.forward_intermediates(larger, indices=1, intermediates_only=True)
+        torch.testing.assert_close(sized(larger)[0], last)
+        torch.testing.assert_close(free(larger), model(larger))
+    assert timm.data.resolve_data_config(model=sized)['input_size'] == (3, 48, 64)
+    assert sized.pretrained_cfg['input_size'] == (3, 48, 64)
+
+
+def test_arguments_that_do_not_fit_a_converted_folder(tmp_path):
+    folder = save_folder(evavit.convert_vit(small_vit(), window_size=1), tmp_path / 'mine', data='x', licence='mit')
+    for kwargs, message in (
+        (dict(pretrained=True), 'load_converted takes no pretrained: model and weights are those of'),
+        (dict(num_classes=5), 'not the weights of config.json with num_classes=5: .*head'),
+        (dict(windw_size=5), 'config.json with windw_size=5 makes no model: .*windw_size'),
+        (
+            dict(features_only=True, out_indices=[9]),
+            r'config.json with out_indices=\[9\], features_only=True makes no m',
+        ),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+            load_converted(folder, **kwargs)
+        assert '\n' not in str(caught.value)
+
+
 def test_names_of_the_classes_decide_the_labels(tmp_path):
     names = list(reversed(CLASSES))
     model = timm.create_model(PLAIN[0], **{**PLAIN[1], 'num_classes': len(names)})
@@ -160,6 +201,8 @@ def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message) as caught:
             load_converted(source)
         assert '\n' not in str(caught.value)
+    with pytest.raises(ValueError, match=r"features_only=True, pretrained=True, pretrained_cfg_overlay=dict\(file='"):
+        load_converted(tmp_path / 'output' / 'plain', features_only=True)
     with pytest.raises(ValueError, match=r'--pretrained-path .*/model_best\.safetensors .* as --checkpoint .*/mine$'):
         source_folder(f'local-dir:{run}')
     with pytest.raises(ValueError, match=r'mine: the folder of a run, which wrote model_best\.safetensors; give an'):

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -14,9 +15,10 @@ import timm
 import torch
 from programs import load_program
 
-import evavit  # noqa: F401
+import evavit
 from evavit.bench import loader
 from evavit.cli import benchmark
+from evavit.models import write_weights
 from evavit.training.checks import check_settings, global_batch
 from evavit.training.compilation import check_compilation
 from evavit.training.config import parse_settings
@@ -93,6 +95,20 @@ def published(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """output/tiny and output/mine as train.py leaves them: eva_deit_tiny, and a converted ViT."""
+    output = tmp_path_factory.mktemp('runs') / 'output'
+    vit = timm.create_model('vit_tiny_patch16_224', num_classes=3)
+    for name, model, args in (
+        ('tiny', timm.create_model('eva_deit_tiny', num_classes=3), dict(model='eva_deit_tiny')),
+        ('mine', evavit.convert_vit(vit), dict(model='vit_tiny_patch16_224', convert='eva', num_classes=3)),
+    ):
+        (output / name).mkdir(parents=True)
+        write_weights(model.state_dict(), output / name / 'model_best.safetensors', dict(args=json.dumps(args)))
+    return output
+
+
 @pytest.mark.parametrize(
     'page, line, code',
     [
@@ -101,9 +117,10 @@ def published(tmp_path_factory):
         for line, code in blocks(page, 'python')
     ],
 )
-def test_python_runs(page, line, code, published, tmp_path, monkeypatch):
+def test_python_runs(page, line, code, published, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'published.pth').symlink_to(published)
+    (tmp_path / 'output').symlink_to(runs)
     program = compile('\n' * line + code, str(ROOT / page), 'exec')
     try:
         exec(program, {'__name__': 'docs'})

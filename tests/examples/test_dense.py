@@ -1,8 +1,14 @@
 """The examples of dense prediction learn, at small size, with both families and each head."""
 
+import json
+
 import pytest
+import timm
 import torch
 from programs import load_program
+
+import evavit
+from evavit.models import write_weights
 
 pytest.importorskip('segmentation_models_pytorch', reason='needs evavit[dense]')
 pytest.importorskip('skimage', reason='needs evavit[dense]')
@@ -49,13 +55,39 @@ def test_detection_learns_coins(model, kwargs, detector, steps):
     assert found['boxes'].shape[1] == 4 and torch.isfinite(found['boxes']).all()
 
 
+def test_weights_of_a_run(tmp_path):
+    """Of the encoder's own model, and of a converted ViT, which names itself."""
+    import segmentation_models_pytorch as smp
+
+    for name, kwargs in (('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', PLAIN)):
+        trained = timm.create_model(name, num_classes=3, **kwargs).state_dict()
+        write_weights(trained, tmp_path / 'own.safetensors')
+        file, key = str(tmp_path / 'own.safetensors'), 'patch_embed.proj.weight'
+        backbone = detect.build(name, 'retinanet', side=96, weights=file, **kwargs).backbone
+        state = backbone.features.state_dict()
+        assert torch.equal(state.get(f'model.{key}', state.get(key)), trained[key])
+        if name == 'eva_pvt_v2_b3':
+            unet = smp.create_model('Unet', f'tu-{name}', **segment.weights(file), **kwargs)
+            assert torch.equal(unet.encoder.model.state_dict()[key], trained[key])
+    kwargs = dict(embed_dim=48, depth=2, num_heads=3)
+    vit = evavit.convert_vit(timm.create_model('vit_tiny_patch16_224', num_classes=3, **kwargs))
+    args = json.dumps(dict(model='vit_tiny_patch16_224', convert='eva', num_classes=3, model_kwargs=kwargs))
+    write_weights(vit.state_dict(), tmp_path / 'model_best.safetensors', dict(args=args))
+    model = detect.build(None, 'retinanet', side=96, weights=str(tmp_path)).eval()
+    assert torch.equal(model.backbone.features.model.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
+    with torch.no_grad():
+        assert model([torch.rand(3, 100, 140)])[0]['boxes'].shape[1] == 4
+
+
 @pytest.mark.parametrize(
     'name, flags, words',
     [
         ('segment', ['--encoder', 'tu-eva_deit_tiny'], ['tu-eva_deit_tiny', 'a pyramid is needed']),
         ('segment', ['--encoder', 'tu-eva_pvt_v2_b9'], ['eva_pvt_v2_b9']),
         ('segment', ['--steps', '0'], ['--steps 0']),
+        ('segment', ['--pretrained-path', 'x.safetensors'], ['--pretrained-path x.safetensors', 'no such checkpoint']),
         ('detect', ['--model', 'eva_deit_tin'], ['eva_deit_tin']),
+        ('detect', ['--pretrained-path', 'no/run'], ['--pretrained-path no/run', 'no such folder']),
         ('detect', ['--model', 'linformer_deit_tiny'], ['linformer', 'one size']),
     ],
 )
