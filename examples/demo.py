@@ -34,7 +34,7 @@ from evavit.layers.softmax import SoftmaxAttention
 from evavit.models import ConvertedModel
 from evavit.training import build, checks, contents, data
 from evavit.training.config import options_of, parse_settings
-from evavit.training.data.decode import BadImageError, read_file
+from evavit.training.data.decode import BadImageError, is_turned, read_file
 from evavit.training.distributed import start_process
 
 QUICKSTART = Path(__file__).resolve().parents[1] / 'output' / 'quickstart'
@@ -50,6 +50,7 @@ PATCH, CLASS, MEAN = 'the patch you click', 'class token', 'mean of all patches'
 class Picture(NamedTuple):
     images: torch.Tensor  # `(1, C, height, width)`, as the model takes it
     seen: Image.Image  # the same to look at, enlarged
+    note: str = ''  # what the page says beside the prediction
 
 
 class Cost(NamedTuple):
@@ -126,7 +127,8 @@ class Demo:
         seen = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy()).convert('RGB')
         larger = max(1, -(-SHOWN // min(seen.size)))
         seen = seen.resize((seen.width * larger, seen.height * larger), Image.Resampling.NEAREST)
-        return Picture(image.unsqueeze(0), seen)
+        note = 'Its EXIF orientation is not applied: the model sees it as it is stored. Rotate the file first.'
+        return Picture(image.unsqueeze(0), seen, note if is_turned(picture) else '')
 
     @torch.no_grad()
     def predict(self, picture: Picture) -> List[Dict[str, float]]:
@@ -314,7 +316,7 @@ def build_page(demo: Demo, line: str) -> Any:
         try:
             if picture is None:
                 raise UserError('Give a picture.')
-            return demo.look(picture, int(layer), int(head), query, place), said()
+            return demo.look(picture, int(layer), int(head), query, place), said(picture.note)
         except UserError as error:
             return [None] * count, said(str(error))
 

@@ -72,7 +72,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     line = loop.ProgressLine(len(loader), config.run.log_interval, process.primary)
     line.live = line.live and config.results.no_console_results
     rows: List[Row] = []
-    seen = 0
+    seen = turned = 0
     batches = loop.predictions(model, loader, machine, process, compilation)
     for step, (images, output, target) in enumerate(batches, 1):
         for name, why in dataset.bad.news():
@@ -80,6 +80,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
         readable = target != UNREADABLE
         numbers = [seen + i for i in readable.nonzero().flatten().tolist()]
         seen += len(target)
+        turned += int(target[readable].sum())
         found = best_classes(output[readable].float(), [names[n] for n in numbers], config.results, name_class)
         if pictures is not None and found:
             drawn = pictures.draw(images[readable], [f'{n:06d}_{Path(names[n]).name[-50:]}' for n in numbers])
@@ -89,6 +90,11 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
                 print(printable(shown(row, config.results)), flush=True)
         rows += found
         line.show(step, 'pictures', f'{len(rows)} classified')
+    if turned:
+        log.warning(
+            f'warning: {turned} of {len(dataset)} pictures have an EXIF orientation, which is not applied, as in '
+            f'training: the model sees them as they are stored; rotate the files first (mogrify -auto-orient FILES)'
+        )
     if not rows:
         raise UserError(f'none of the {len(dataset)} pictures in {config.data.data_dir} can be read')
     files = [write_results(rows, base, form, config.results) for form in formats]

@@ -449,6 +449,21 @@ def test_a_name_that_is_no_unicode_and_an_output_that_is_no_number(infer, call, 
     assert code == 2 and '.png: the output of the model is not finite' in err and err.count('\n') == 1
 
 
+def test_an_orientation_that_is_not_applied_is_told_once(infer, hub, model, tmp_path):
+    folder, exif = tmp_path / 'phone', Image.Exif()
+    folder.mkdir()
+    exif[0x0112] = 6
+    for number in range(3):
+        picture = Image.effect_noise((40 + number, 30), 90).convert('RGB')
+        picture.save(folder / f'{number}.png', **(dict(exif=exif) if number else {}))
+    rows, lines = infer('--data-dir', folder, '--checkpoint', hub, '-b', '1', '--workers', '2', '--topk', '3')
+    (told,) = [line for line in lines if 'EXIF' in line]
+    assert told.startswith('warning: 2 of 3 pictures have an EXIF orientation, which is not applied')
+    assert 'mogrify -auto-orient' in told
+    pictures = {path.name: Image.open(path).convert('RGB') for path in sorted(folder.iterdir())}
+    assert_rows(rows, expected(model, pictures))
+
+
 def test_folders_are_walked_as_in_training(infer, hub, tmp_path):
     """A link to another folder is followed, one in a circle is left; names with a dot in front are no pictures, in a
     tar file either."""

@@ -109,6 +109,15 @@ def test_predictions_are_those_of_inference(example, tmp_path, picture):
     assert list(ours) == found['label'] and list(ours.values()) == pytest.approx(found['prob'], abs=1e-5)
 
 
+def test_an_orientation_that_is_not_applied_is_told(example, tmp_path, picture):
+    demo, exif = opened(example, tmp_path, 'own'), Image.Exif()
+    exif[0x0112] = 3
+    Image.open(picture).save(tmp_path / 'turned.png', exif=exif)
+    straight, turned = demo.read(picture), demo.read(str(tmp_path / 'turned.png'))
+    assert torch.equal(straight.images, turned.images) and not straight.note
+    assert turned.note.startswith('Its EXIF orientation is not applied')
+
+
 def test_attention_is_that_of_the_place(example, tmp_path, picture):
     demo = opened(example, tmp_path / 'saved', 'vit')
     shown = demo.read(picture)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Tuple, Union
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from evavit.errors import first_line
 from evavit.files import open_regular
@@ -155,6 +155,19 @@ def _check_cost(image: Image.Image, scans: int, pieces: _Content) -> None:
         if width * height > SLOW_PIXELS:
             raise BadImageError(f'{width} × {height} pixels, which take too long in this form of {image.format}')
         pieces.left += 4 * width * height
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image of `decode` has an EXIF orientation by which a viewer would turn or mirror it.
+
+    It is not applied, in training and inference alike, as in timm; a TIFF's is, by Pillow as it reads it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except Exception:  # damaged metadata of a readable image, of many kinds
+        return False
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

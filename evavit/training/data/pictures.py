@@ -11,6 +11,7 @@ from timm.utils.misc import natural_key
 
 from evavit.errors import UserError, first_line
 from evavit.files import open_regular
+from evavit.training.data.decode import Jpeg, is_turned
 from evavit.training.data.folders import OTHER_IMAGES, image_endings, is_hidden, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
 from evavit.training.data.tars import entries
@@ -81,6 +82,14 @@ class Pictures(Reader):
         return f'{self.root / name if self.members is None else f"{self.root}: {name}"}' if absolute else name
 
 
+class UnlabelledImages(CheckedImages):
+    """Pictures whose label, 0 from the reader, is 1 where an EXIF orientation is not applied (see `is_turned`)."""
+
+    def load(self, index: int) -> Tuple[Any, int]:
+        image, _ = super().load(index)
+        return image, int(not isinstance(image, Jpeg) and is_turned(image))
+
+
 def _endings() -> List[str]:
     return [*image_endings(), *OTHER_IMAGES]
 
@@ -89,8 +98,8 @@ def _is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in _endings() and not is_hidden(name)
 
 
-def open_pictures(data_dir: Optional[str], in_chans: int = 3) -> CheckedImages:
-    """The pictures of a folder, a tar file or one file, without labels; every one may turn out unreadable.
+def open_pictures(data_dir: Optional[str], in_chans: int = 3) -> UnlabelledImages:
+    """The pictures of a folder, a tar file or one file; every one may turn out unreadable.
 
     Args:
         data_dir: Where they are.
@@ -102,4 +111,4 @@ def open_pictures(data_dir: Optional[str], in_chans: int = 3) -> CheckedImages:
     if not data_dir:
         raise UserError('no pictures: give --data-dir, a folder of pictures, a tar file or one picture')
     reader: Any = Pictures(Path(data_dir))
-    return CheckedImages(ImageDataset(data_dir, reader=reader), 'RGB' if in_chans == 3 else 'L', share=1.0)
+    return UnlabelledImages(ImageDataset(data_dir, reader=reader), 'RGB' if in_chans == 3 else 'L', share=1.0)

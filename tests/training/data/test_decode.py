@@ -15,7 +15,7 @@ from programs import ROOT
 from timm.data import create_transform
 
 from evavit.files import open_regular
-from evavit.training.data.decode import BadImageError, decode
+from evavit.training.data.decode import BadImageError, decode, is_turned, read_file
 
 GOOD, BAD, BOMBS = faults.good_files(), faults.bad_files(), faults.bombs()
 
@@ -137,3 +137,18 @@ def test_whoever_opens_an_image_names_formats():
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == 'Image.open':
                     calls.append((path.relative_to(ROOT).as_posix(), {word.arg for word in node.keywords}))
     assert len(calls) == 3 and all('formats' in words for _, words in calls), calls
+
+
+def test_an_orientation_is_seen_and_not_applied(tmp_path):
+    """Pillow applies that of a TIFF; damaged metadata says nothing."""
+    exif = Image.Exif()
+    for orientation in (1, 6, 9):
+        exif[0x0112] = orientation
+        for form in ('JPEG', 'PNG', 'WEBP', 'TIFF'):
+            Image.new('RGB', (40, 30)).save(tmp_path / form, format=form, exif=exif)
+            image = read_file(tmp_path / form, 'RGB')
+            assert image.size == ((30, 40) if form == 'TIFF' and orientation == 6 else (40, 30))
+            assert is_turned(image) == (orientation == 6 and form != 'TIFF'), (form, orientation)
+    image = Image.new('RGB', (4, 4))
+    image.info['exif'] = b'Exif\0\0II*\0' + b'\xff' * 9
+    assert not is_turned(image) and not is_turned(Image.new('L', (4, 4)))
