@@ -511,12 +511,12 @@ def source_folder(name: str) -> Optional[Path]:
         raise ValueError(f"{name}: {why_not_fetched(error)}; give a folder, or 'hf-hub:owner/name'") from error
 
 
-def why_not_fetched(error: Exception) -> str:
-    """What the Hub's client, or timm with it, could not do, in a few words."""
+def why_not_fetched(error: Exception, how: str = '') -> str:
+    """What the Hub's client, or timm with it, could not do, in a few words; `how` a program takes a file instead."""
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return (
             'the Hugging Face Hub cannot be reached, and the cache of this machine does not have it: connect once, or '
-            'give a file that was fetched elsewhere'
+            f'give a file that was fetched elsewhere{how and ", "}{how}'
         )
     if isinstance(error, RepositoryNotFoundError):
         return 'no such repository on the Hugging Face Hub, or one that asks for a login'

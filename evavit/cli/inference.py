@@ -140,8 +140,8 @@ def check_formats(config: InferenceConfig) -> List[str]:
         if not formats:
             raise UserError(f'--results-file {name}: the name must end in .csv, .json or .parquet')
     formats = list(dict.fromkeys(formats))
-    if len({ENDINGS[form] for form in formats}) < len(formats):
-        raise UserError(f'--results-format {" ".join(formats)}: these go into one file; give one of its forms')
+    if len(clash := [form for form in formats if ENDINGS[form] == '.json']) > 1:
+        raise UserError(f'--results-format {" ".join(formats)}: {", ".join(clash)} go into one file; give one of them')
     if 'parquet' in formats and importlib.util.find_spec('pyarrow') is None:
         raise UserError('--results-format parquet needs pyarrow: pip install pyarrow')
     return formats

@@ -212,7 +212,7 @@ def train_epoch(
     eval_metrics = {}
     if run.validates(position.epoch):
         eval_metrics = evaluate(run, eval_loader, writer.samples() if writer else None)
-    loop.check_finite(run.task, eval_metrics, process, position.epoch, position.lr)
+    loop.check_finite(run, eval_metrics, position)
     following = position.next_epoch()
     if run.schedule is not None:
         run.schedule.step(following.epoch)

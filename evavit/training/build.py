@@ -92,7 +92,7 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
         model: Any = timm.create_model(**arguments)
         if not hasattr(model, 'num_classes'):
             raise UserError(
-                f'model {name} {_shown(kwargs)}: it has no classes; leave features_only out of --model-kwargs'
+                f'model {name}{_shown(kwargs)}: it has no classes; leave features_only out of --model-kwargs'
             )
         warn_of_cut(model)
         if config.grad_checkpointing:
@@ -103,7 +103,8 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
         raise
     except Exception as error:  # each model has its own errors for arguments that do not fit
         file = f', weights {config.pretrained_path}' if config.pretrained_path and not device else ''
-        raise UserError(f'model {name} {_shown(kwargs)}{file}: {why_not_fetched(error)}') from error
+        why = why_not_fetched(error, 'by --pretrained-path FILE in train.py, --checkpoint FILE in the other programs')
+        raise UserError(f'model {name}{_shown(kwargs)}{file}: {why}') from error
     if config.initial_checkpoint and not device:
         load_weights(model, config.initial_checkpoint)
     elif config.pretrained_path and not device and _is_converted(config.pretrained_path, name):
@@ -170,7 +171,7 @@ def try_model(model: Any, input_size: Sequence[int], config: ModelConfig, classi
         return
     training = model.training
     model.eval()
-    about = f'model {config.model} {_shown(config.model_kwargs or {})}, images {"×".join(map(str, input_size))}'
+    about = f'model {config.model}{_shown(config.model_kwargs or {})}, images {"×".join(map(str, input_size))}'
     try:
         with torch.random.fork_rng(devices=[]):
             logits = model(torch.zeros(2, *input_size, device=next(model.parameters()).device))
@@ -186,7 +187,7 @@ def try_model(model: Any, input_size: Sequence[int], config: ModelConfig, classi
 
 
 def _shown(kwargs: Dict[str, Any]) -> str:
-    return 'with ' + ' '.join(f'{key}={shown(value)}' for key, value in kwargs.items())[:400] if kwargs else 'as it is'
+    return ' with ' + ' '.join(f'{key}={shown(value)}' for key, value in kwargs.items())[:400] if kwargs else ''
 
 
 def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:

@@ -27,6 +27,7 @@ from torch import nn
 from evavit.errors import UserError, first_line
 from evavit.files import RUN_WEIGHTS, is_stamped, why_no_file
 from evavit.hub import folder_digest, held_out, saved_config, source_folder
+from evavit.models import model_names
 from evavit.training.build import load_weights, read_weights, try_model
 from evavit.training.config import (
     ExportConfig,
@@ -480,6 +481,10 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     if given & {'img_size', 'input_size'}:  # either says the size, of which the run may have told the model itself
         given = given | {'img_size', 'input_size'}
         kwargs.pop('img_size', None)
+    if saved.get('convert') and saved.get('model') and 'convert' not in given and model.model in model_names():
+        raise UserError(
+            f'--model {model.model}: {path} is a converted {saved["model"]}; leave --model out, the checkpoint names it'
+        )
     for name in FROM_CHECKPOINT:
         if name not in given and name in saved:
             setattr(model, name, saved[name])

@@ -68,6 +68,11 @@ class Stepper(NativeScaler):
         self.clip_grad, self.clip_mode = optim.clip_grad, optim.clip_mode
         self._scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if self.scaling else 1.0)
 
+    def remedy(self) -> str:
+        """What to try where losses or weights are not finite."""
+        clip = f'a --clip-grad below {self.clip_grad:g}' if self.clip_grad else '--clip-grad 1'
+        return f'try a lower --lr, {clip}' + ', or --amp-dtype bfloat16' * self.scaling
+
     def backward(self, loss: torch.Tensor) -> None:
         self._scaler.scale(loss).backward()
 
@@ -259,8 +264,8 @@ class EpochTracker:
             log.warning(f'{where}: skipped, {position.streak} in a row')
             return
         raise SharedError(
-            f'{where}, {position.streak} in a row: stopped, and what was saved before is kept; try a lower --lr, '
-            f'--clip-grad, or --amp-dtype bfloat16'
+            f'{where}, {position.streak} in a row: stopped, and what was saved before is kept; '
+            f'{self.run.stepper.remedy()}'
         )
 
     def metrics(self) -> Dict[str, float]:
@@ -399,18 +404,18 @@ def weights_are_finite(task: TrainingTask) -> torch.Tensor:
     ).all()
 
 
-def check_finite(task: TrainingTask, metrics: Dict[str, float], process: Process, epoch: int, lr: float) -> None:
+def check_finite(run: Run, metrics: Dict[str, float], position: Position) -> None:
     """After an epoch, before it is saved: metrics or weights that are not finite are a UserError in all processes.
 
     The update that breaks the weights shows in the next one's loss; the last of an epoch has no next one.
     """
     bad = [f'validation {name} {value:g}' for name, value in metrics.items() if not math.isfinite(value)]
-    if process.mean(weights_are_finite(task).float()) < 1:
+    if run.process.mean(weights_are_finite(run.task).float()) < 1:
         bad.append('weights that are not finite')
     if bad:
         raise SharedError(
-            f'{", ".join(bad)} after epoch {epoch} (lr {lr:g}): stopped, and what was saved before is kept; try '
-            f'a lower --lr, --clip-grad, or --amp-dtype bfloat16'
+            f'{", ".join(bad)} after epoch {position.epoch} (lr {position.lr:g}): stopped, and what was saved before '
+            f'is kept; {run.stepper.remedy()}'
         )
 
 

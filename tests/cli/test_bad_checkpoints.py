@@ -48,6 +48,18 @@ def test_settings_that_no_run_has(call, images, tmp_path, offline, settings, wor
     assert not (tmp_path / 'model.pt2').exists()
 
 
+def test_a_converted_checkpoint_under_the_name_of_a_model_of_ours(call, images, tmp_path):
+    path = tmp_path / 'file.safetensors'
+    args = dict(model='vit_tiny_patch16_224', convert='eva', num_classes=3)
+    safetensors.torch.save_file({'weight': torch.ones(2)}, path, dict(args=json.dumps(args)))
+    for script, flags in loaders(path, images, tmp_path).items():
+        code, _, err = call(script, *flags, '--model', 'eva_deit_tiny')
+        assert code == 2 and err == (
+            f'error: --model eva_deit_tiny: {path} is a converted vit_tiny_patch16_224; leave --model out, the '
+            f'checkpoint names it\n'
+        )
+
+
 @pytest.mark.parametrize('dtype', [torch.complex64, torch.int8])
 def test_weights_of_another_kind_of_number(train, call, images, tmp_path, dtype):
     """PyTorch would take the real part, or the whole numbers, without a word."""

@@ -366,8 +366,8 @@ FAULTS = {
         ['x.xls', '.csv, .json or .parquet'],
     ),
     'one file for two forms': (
-        ['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--results-format', 'json', 'json-split'],
-        ['json json-split', 'one file'],
+        ['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--results-format', 'csv', 'json', 'json-split'],
+        ['csv json json-split: json, json-split go into one file; give one of them'],
     ),
     'a form that is none': (
         ['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--results-format', 'xml'],

@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.data import create_dataset
 from timm.models import save_for_hf
 from torch import nn
@@ -341,3 +342,16 @@ def test_a_folder_asks_for_no_more_blocks_than_can_be_built(tmp_path):
     save_for_hf(timm.create_model('resnet18', num_classes=3), str(tmp_path / 'model'), model_args=arguments)
     with pytest.raises(UserError, match='makes no model: layers asks for 100000000, more than'):
         build.build_model(ModelConfig(model=f'local-dir:{tmp_path / "model"}'), 3)
+
+
+def test_a_hub_that_is_away_names_the_flags_that_take_a_file(monkeypatch):
+    def away(*_, **__):
+        raise LocalEntryNotFoundError('no connection')
+
+    monkeypatch.setattr('timm.create_model', away)
+    for flags, about in (([], ''), (['--model-kwargs', 'depth=2'], ' with depth=2')):
+        settings, _ = parse_settings('train', ['--model', 'vit_tiny_patch16_224', '--pretrained', *flags])
+        with pytest.raises(UserError) as error:
+            build.build_model(settings.model, 3)
+        assert str(error.value).startswith(f'model vit_tiny_patch16_224{about}: the Hugging Face Hub cannot be reached')
+        assert '--pretrained-path FILE in train.py, --checkpoint FILE in the other programs' in str(error.value)

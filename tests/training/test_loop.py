@@ -94,6 +94,19 @@ def adversarial():
     return module
 
 
+@pytest.mark.parametrize(
+    'flags, remedy',
+    [
+        ('', 'try a lower --lr, --clip-grad 1'),
+        ('--amp --clip-grad 5', 'try a lower --lr, a --clip-grad below 5'),
+        ('--amp --amp-dtype float16', 'try a lower --lr, --clip-grad 1, or --amp-dtype bfloat16'),
+    ],
+)
+def test_the_remedy_is_one_that_was_not_taken(flags, remedy):
+    settings, _ = parse_settings('train', flags.split())
+    assert Stepper(settings.machine, settings.optim, torch.device('cpu')).remedy() == remedy
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('name', ['eva_deit_tiny', 'eva_pvt_v2_b3'])
 def test_adversarial_images_in_half_precision(adversarial, name, dtype):

@@ -130,11 +130,12 @@ class BadImages:
                 )
             )
         if count > self.limit:
+            enough = math.ceil(100 * count / max(self.images, count)) / 100
             name, _, why = next((line for line in reversed(self.found.values()) if line), '').rpartition('\n')
             raise (LocalError if alone else SharedError)(
                 f'{name or "an image"} is not a readable image ({why or "no name kept"}); {count} of {self.images} in '
                 f'this epoch are not, --max-bad-images {self.share:g} allows {self.limit}; repair them, take '
-                f'them away, or allow more'
+                f'them away, or allow more (--max-bad-images {enough:g})'
             )
         return count
 
