@@ -16,6 +16,8 @@ FOREIGN = 'vit_small_14_h200.csv'
 PICTURE = pages.ROOT / 'docs' / 'images' / 'converted.svg'
 COLOURS = {192: '#edae49', 384: '#00798c', 768: '#d1495b', 1024: '#30638e'}
 CELLS = {'49 cells': 'o', 'cells of 3': 's'}
+LINES = {'o': '-', 's': '--'}
+LEGEND = {'49 cells': '49 summaries an image', 'cells of 3': 'a summary for each 3 × 3 patches,\nat most 256'}
 DEFAULT = 'cells of 3'  # what convert_vit makes unless it is told otherwise
 COLUMNS = {'forward_ms': 'inference', 'ms': 'training'}
 SIZES = {
@@ -103,7 +105,7 @@ def trained() -> str:
             top1 = {int(row['epochs']): row['top1'] for row in runs}
             after = [f'{top1[count]} %' if count in top1 else '–' for count in epochs]
             lines.append([SIZES[size], text, f'{first["top1"]} %', *after])
-    columns = ['a query attends to', 'compared with', 'as converted', *(f'{count} epochs' for count in epochs)]
+    columns = ['a query attends to', 'compared with', 'before training', *(f'{count} epochs' for count in epochs)]
     return f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n{pages.origins(rows)} One seed.'
 
 
@@ -118,7 +120,7 @@ def foreign() -> str:
         after = ' / '.join(cosines[1]) if then else 'not measured'
         lines.append([first['img_size'], first['tokens'], cells, ' / '.join(cosines[0]), after])
     lines.sort(key=lambda line: (int(line[0]), line[2]))
-    columns = ['side, px', 'tokens', 'cells', 'as converted: patches / class token', 'after 2,000 updates']
+    columns = ['side, px', 'tokens', 'cells', 'before training: patches / class token', 'after 2,000 updates']
     return pages.table(columns, lines) + f'\n\n{pages.origins(rows)}'
 
 
@@ -136,10 +138,10 @@ def evidence() -> str:
     return (
         f'* **Speed**: at {size} a converted ViT of width {width} answers {forward:.2f} times as fast\n'
         f'  as with softmax, and its training step is {training:.2f} times as fast ([convert]({where}#when-it-pays)).\n'
-        f'* **Accuracy**: a DeiT-Tiny with {parent} % top-1 on Tiny-ImageNet has {half} % right after its conversion,\n'
-        f'  before any training, where a query attends to 64 tokens and 64 summaries in place of 256 tokens. Another\n'
-        f'  of {before} %, with 16 and 16, has {trained["top1"]} % after {trained["epochs"]} epochs of distillation\n'
-        f'  ([convert]({where}#how-near-it-is)).'
+        f'* **Accuracy**: a DeiT-Tiny with {parent} % top-1 on Tiny-ImageNet has {half} % right after its conversion, '
+        f'untrained.\n  Each patch then looks at 64 patches and 64 summaries, not at all 256 patches. Another of '
+        f'{before} %, with 16\n  patches and 16 summaries, has {trained["top1"]} % after {trained["epochs"]} '
+        f'epochs of distillation ([convert]({where}#how-near-it-is)).'
     )
 
 
@@ -151,13 +153,13 @@ def draw() -> None:
     import matplotlib.pyplot as plt
 
     rows = measured()
+    widths = sorted({int(row['width']) for row in rows})
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axes, (column, kind) in zip(panels, COLUMNS.items(), strict=True):
-        for width in sorted({int(row['width']) for row in rows}):
+        for width in widths:
             for cells, marker in CELLS.items():
                 points = ratios(rows, width, cells, column)
-                style = dict(color=COLOURS[width], marker=marker, linestyle='-' if marker == 'o' else '--')
-                axes.plot(*zip(*points, strict=True), **style, label=f'width {width}, {cells}')
+                axes.plot(*zip(*points, strict=True), color=COLOURS[width], marker=marker, linestyle=LINES[marker])
         axes.axhline(1, color='#9aa5b1', linewidth=1)
         axes.set_xscale('log', base=2)
         axes.set_yscale('log', base=2)
@@ -168,7 +170,12 @@ def draw() -> None:
         axes.set_title(kind, fontsize=10)
         axes.spines[['top', 'right']].set_visible(False)
     panels[0].set_ylabel('speed over softmax')
-    panels[1].legend(frameon=False, fontsize=6.5, labelspacing=0.25, loc='upper left')
+    handles = [plt.Line2D([], [], color=COLOURS[width], label=f'width {width}') for width in widths]
+    handles += [
+        plt.Line2D([], [], color='#52606d', marker=marker, linestyle=LINES[marker], label=LEGEND[cells])
+        for cells, marker in CELLS.items()
+    ]
+    panels[1].legend(handles=handles, frameon=False, fontsize=7.5, labelspacing=0.25, loc='upper left')
     figure.tight_layout()
     pages.save_plot(figure, PICTURE)
 
