@@ -188,6 +188,9 @@ def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):
     config = timm.data.resolve_data_config(model=model)
     assert [*config['mean']] == [0.1, 0.2, 0.3] and config['crop_pct'] == 1 and config['input_size'] == (3, 32, 32)
     assert model.pretrained_cfg['label_names'] == list(CLASSES)
+    net = load_converted(run, features_only=True, out_indices=1, img_size=48)
+    assert torch.equal(net.model.blocks[1].attn.qkv.weight, best['blocks.1.attn.qkv.weight'])
+    assert net(torch.randn(1, 3, 48, 48))[0].shape == (1, 32, 6, 6)
     last = load_converted(str(run / 'last.safetensors'))
     assert torch.equal(last.head.weight, evavit.models.read_weights(run / 'last.safetensors')['head.weight'])
     for source, message in (

@@ -418,9 +418,19 @@ def _enter_folder(config: Loaded, given: Set[str]) -> Dict[str, Any]:
             if conversion is not None:
                 config.model.convert = conversion.pop('attention', 'eva')
                 config.model.convert_kwargs = {**conversion, **(config.model.convert_kwargs or {})}
+        elif conversion is not None:
+            _check_convertible(config.model.model, folder, content.get('architecture'))
         return content
     config.weights.checkpoint = str(best_weights(folder, config.weights.use_ema))
     return {}
+
+
+def _check_convertible(name: Optional[str], source: Union[str, Path, None], architecture: Optional[str]) -> None:
+    """UserError where --model names a model of this package for what holds a converted model of timm's."""
+    if name in model_names():
+        raise UserError(
+            f'--model {name}: {source} is a converted {architecture}; leave --model out, the checkpoint names it'
+        )
 
 
 def _config_of(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:
@@ -481,10 +491,8 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     if given & {'img_size', 'input_size'}:  # either says the size, of which the run may have told the model itself
         given = given | {'img_size', 'input_size'}
         kwargs.pop('img_size', None)
-    if saved.get('convert') and saved.get('model') and 'convert' not in given and model.model in model_names():
-        raise UserError(
-            f'--model {model.model}: {path} is a converted {saved["model"]}; leave --model out, the checkpoint names it'
-        )
+    if saved.get('convert') and 'convert' not in given:
+        _check_convertible(model.model, path, saved.get('model'))
     for name in FROM_CHECKPOINT:
         if name not in given and name in saved:
             setattr(model, name, saved[name])
