@@ -114,8 +114,8 @@ def main() -> None:
     with torch.no_grad():
         found = model.eval()([image])[0]
     print(
-        f'{args.detector} on {asked}, {args.steps} steps in {time.time() - begin:.0f} s: loss {losses[0]:.2f} '
-        f'to {sum(losses[-5:]) / len(losses[-5:]):.2f}; {len(found["boxes"])} boxes on the whole photograph'
+        f'{args.detector} on {args.model or args.pretrained_path}, {args.steps} steps in '
+        f'{time.time() - begin:.0f} s: loss {losses[0]:.2f} to {sum(losses[-5:]) / len(losses[-5:]):.2f}; {len(found["boxes"])} boxes on the whole photograph'
     )
 
 
