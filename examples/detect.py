@@ -115,7 +115,8 @@ def main() -> None:
         found = model.eval()([image])[0]
     print(
         f'{args.detector} on {args.model or args.pretrained_path}, {args.steps} steps in '
-        f'{time.time() - begin:.0f} s: loss {losses[0]:.2f} to {sum(losses[-5:]) / len(losses[-5:]):.2f}; {len(found["boxes"])} boxes on the whole photograph'
+        f'{time.time() - begin:.0f} s: loss {losses[0]:.2f} to {sum(losses[-5:]) / len(losses[-5:]):.2f}; '
+        f'{len(found["boxes"])} boxes on the whole photograph'
     )
 
 
