@@ -31,12 +31,13 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 def repair_posterize(transform: Any) -> None:
     """Let the operations of a transform of timm's posterize with the function above."""
-    for operation in _operations(transform):
+    for operation in operations(transform):
         if operation.name.startswith('Posterize'):
             operation.aug_fn = posterize
 
 
-def _operations(transform: Any) -> Iterator[auto_augment.AugmentOp]:
+def operations(transform: Any) -> Iterator[auto_augment.AugmentOp]:
+    """The operations of the policies in a transform of timm's."""
     for part in getattr(transform, 'transforms', ()):
         yield from getattr(part, 'ops', ())  # RandAugment, AugMix
         yield from chain.from_iterable(getattr(part, 'policy', ()))  # AutoAugment

@@ -19,6 +19,7 @@ from evavit.errors import LocalError, UserError, first_line
 from evavit.training.config import AugmentConfig, BatchConfig, MachineConfig, ModelConfig
 from evavit.training.data.augment import SeededErasing, repair_posterize
 from evavit.training.data.device import DeviceLoader, Draws, Maker, Sample, cached, collate
+from evavit.training.data.transforms import speed_up
 from evavit.training.distributed import Draw, Process, seed_at, seed_sample
 from evavit.training.signals import SIGNALS
 
@@ -247,6 +248,7 @@ def train_loader(
         loader = _on_device(loader, read, store, opened, data_config, device, **rest)
     else:
         repair_posterize(dataset.transform)
+        speed_up(dataset.transform)
     if not isinstance(dataset, IterableImageDataset):
         loader.batch_sampler.sampler = SeededSampler(loader.sampler, seed, process.rank, process.world_size)
     if loader.random_erasing is not None and not on_device:
