@@ -71,6 +71,21 @@ def test_any_place_any_workers_any_processes(photos):
     assert torch.cat(boxes).any(), 'nothing was erased'
 
 
+def test_the_cpu_path_where_pytorch_resizes(photos):
+    """Images large enough for it: the same batches from any place with any workers, and the device path's within what
+    rounds in another way."""
+    settings = dict(size=(3, 112, 112), **RECIPE)
+    whole, device = (epoch(loader(photos, where, **settings)) for where in ('cpu', 'any'))
+    for workers, first in ((2, 1), (1, 0), (0, 2)):
+        rest = epoch(loader(photos, 'cpu', workers=workers, **settings), first=first)
+        for (images, target), (expected, labels) in zip(rest, whole[first:], strict=True):
+            assert torch.equal(images, expected) and torch.equal(target, labels)
+    apart = torch.cat(
+        [levels(one, other).flatten(1).mean(1) for (one, _), (other, _) in zip(whole, device, strict=True)]
+    )
+    assert apart.mean() < 0.05 and apart.max() < 0.3
+
+
 def test_erased_boxes_have_timm_s_distribution(photos):
     """Share of images, share of pixels: 0.25 and, of those, 2 % to a third of the image."""
     batches = epoch(loader(photos, 'any', reprob=0.5, remode='const', color_jitter=0.0, scale=[1.0, 1.0]), epoch=1)
