@@ -10,10 +10,13 @@ import os
 import re
 import warnings
 from dataclasses import dataclass
-from typing import IO, Any, Tuple, Union
+from typing import IO, Any, Literal, Tuple, Union
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.functional import pil_to_tensor
 
 from evavit.errors import first_line
 from evavit.files import open_regular
@@ -43,6 +46,10 @@ class Jpeg:
     size: Tuple[int, int]  # width, height
 
 
+Decoded = Union[Image.Image, Jpeg, torch.Tensor]
+JpegAs = Literal['image', 'file', 'tensor']
+
+
 class _Content(io.BytesIO):
     """A file's bytes, which are given out in a bounded number of pieces: a small file can hold millions of chunks."""
 
@@ -57,18 +64,19 @@ class _Content(io.BytesIO):
         return super().read(size)
 
 
-def read_file(path: Union[str, os.PathLike], mode: str, keep_jpeg: bool = False) -> Union[Image.Image, Jpeg]:
+def read_file(path: Union[str, os.PathLike], mode: str, jpeg_as: JpegAs = 'image') -> Decoded:
     """`decode` of a file. Raises BadImageError."""
     try:
-        return decode(open_regular(path), mode, keep_jpeg)
+        return decode(open_regular(path), mode, jpeg_as)
     except OSError as error:
         raise BadImageError(reason(error)) from None
 
 
-def decode(stream: IO[bytes], mode: str, keep_jpeg: bool = False) -> Union[Image.Image, Jpeg]:
+def decode(stream: IO[bytes], mode: str, jpeg_as: JpegAs = 'image') -> Decoded:
     """An image of `mode` (RGB or L) from an open file, closed afterwards. Raises BadImageError.
 
-    With `keep_jpeg` a file that nvJPEG takes is a `Jpeg` instead: colour, one scan, with its end, in a usual form.
+    What nvJPEG takes (a JPEG in colour, of one scan, with its end, in a usual form) is a `Jpeg` instead with `jpeg_as`
+    'file', and with 'tensor' the same pixels as (3, H, W) of uint8, for which torchvision needs less memory.
     """
     try:
         with stream, warnings.catch_warnings():
@@ -79,14 +87,21 @@ def decode(stream: IO[bytes], mode: str, keep_jpeg: bool = False) -> Union[Image
             image = Image.open(pieces, formats=FORMATS)
             check_size(image)
             _check_cost(image, scans, pieces)
-            if keep_jpeg and whole and scans == 1 and mode == 'RGB' and _is_usual(image):
-                return Jpeg(content, image.size)
+            if jpeg_as != 'image' and whole and scans == 1 and mode == 'RGB' and _is_usual(image):
+                return Jpeg(content, image.size) if jpeg_as == 'file' else _to_tensor(content, image)
             image.load()
             return to_mode(image, mode)
     except BadImageError:
         raise
     except Exception as error:  # each format has its own errors for broken content
         raise BadImageError(reason(error)) from None
+
+
+def _to_tensor(content: bytes, image: Image.Image) -> torch.Tensor:
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError:  # the file is damaged, and Pillow says how; or this torchvision was built without libjpeg
+        return pil_to_tensor(image)
 
 
 def _read(stream: IO[bytes]) -> bytes:

@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple
 
 import torch
 from PIL import Image
@@ -27,7 +27,7 @@ from timm.data import ImageDataset, IterableImageDataset
 from timm.data.readers.class_map import remap_target
 
 from evavit.errors import LocalError, SharedError, UserError, first_line, printable
-from evavit.training.data.decode import BadImageError, Jpeg, decode, read_file, reason, to_mode
+from evavit.training.data.decode import BadImageError, Decoded, Jpeg, JpegAs, decode, read_file, reason, to_mode
 from evavit.training.distributed import Process
 from evavit.training.stalls import Reading
 
@@ -206,7 +206,7 @@ class CheckedImages(torch.utils.data.Dataset):
     def __init__(self, dataset: Any, mode: str, share: float, seed: Optional[int] = None):
         self.dataset, self.mode, self.seed, self.transform = dataset, mode, seed, None
         self.bad, self.labels = BadImages(len(dataset), share), Labels(getattr(dataset, 'reader', None))
-        self.keep_jpeg = False  # see `decode`; what is done to an image then has to take a Jpeg
+        self.jpeg_as: JpegAs = 'image'  # see `decode`; what is done to an image has to take that
         if hasattr(dataset, 'loader'):
             dataset.loader = self._read_file
 
@@ -241,32 +241,32 @@ class CheckedImages(torch.utils.data.Dataset):
             f'its place; check the data set'
         )
 
-    def _read_file(self, path: str) -> Union[Image.Image, Jpeg]:
-        return read_file(path, self.mode, self.keep_jpeg)
+    def _read_file(self, path: str) -> Decoded:
+        return read_file(path, self.mode, self.jpeg_as)
 
     def replace(self, content: bytes, index: int, label: int) -> Tuple[Image.Image, int]:
         """In place of a file that a GPU's decoder refuses: what the CPU path reads."""
         return self.fetch(index % len(self), whole=True)
 
-    def load(self, index: int) -> Tuple[Union[Image.Image, Jpeg], Any]:
+    def load(self, index: int) -> Tuple[Decoded, Any]:
         """(image, label). Raises BadImageError."""
         if not isinstance(self.dataset, ImageDataset):
             try:
                 image, target = self.dataset[index]
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise BadImageError(reason(error)) from None
-            return image if isinstance(image, Jpeg) else to_mode(image, self.mode), target
+            return to_mode(image, self.mode) if isinstance(image, Image.Image) else image, target
         reader: Any = self.dataset.reader
         try:
             if hasattr(reader, 'image_key'):  # hfds, which would open a file by itself
                 item = reader.dataset[index]
-                return _decode_item(item[reader.image_key], self.mode, self.keep_jpeg), reader._get_target(item)
+                return _decode_item(item[reader.image_key], self.mode, self.jpeg_as), reader._get_target(item)
             stream, target, *_ = reader[index]
         except (OSError, tarfile.TarError, zlib.error) as error:
             raise BadImageError(reason(error)) from None
         except KeyError as error:
             raise LocalError(f'the data set has no column {error}') from error
-        return decode(stream, self.mode, self.keep_jpeg), target
+        return decode(stream, self.mode, self.jpeg_as), target
 
     def name(self, index: int) -> str:
         if isinstance(self.dataset, ImageDataset) and not hasattr(self.dataset.reader, 'image_key'):
@@ -282,15 +282,15 @@ class CheckedImages(torch.utils.data.Dataset):
         return f'image {index}' if hasattr(getattr(self.dataset, 'reader', None), 'image_key') else self.name(index)
 
 
-def _decode_item(item: Any, mode: str, keep_jpeg: bool) -> Union[Image.Image, Jpeg]:
+def _decode_item(item: Any, mode: str, jpeg_as: JpegAs) -> Decoded:
     """The image of a record {bytes, path}, of which one may be missing. Raises BadImageError."""
     if not isinstance(item, dict) or not (item.get('bytes') or item.get('path')):
         raise BadImageError('no image in this record')
     if item.get('missing'):
         raise BadImageError(item['missing'])
     if item.get('bytes'):
-        return decode(io.BytesIO(item['bytes']), mode, keep_jpeg)
-    return read_file(item['path'], mode, keep_jpeg)
+        return decode(io.BytesIO(item['bytes']), mode, jpeg_as)
+    return read_file(item['path'], mode, jpeg_as)
 
 
 class CheckedStream(IterableImageDataset):
@@ -306,7 +306,8 @@ class CheckedStream(IterableImageDataset):
 
     def __init__(self, reader: Any, mode: str, share: float):
         super().__init__(None, reader=reader)
-        self.mode, self.labels, self.keep_jpeg = mode, Labels(reader), False
+        self.mode, self.labels = mode, Labels(reader)
+        self.jpeg_as: JpegAs = 'image'  # as in CheckedImages
         self.bad = BadImages(reader.num_samples or 0, share, indexed=False)
         reader.input_img_mode = ''  # what the reader hands over is no image yet
         if hasattr(reader, '_input_decoders'):
@@ -325,7 +326,7 @@ class CheckedStream(IterableImageDataset):
             name = record.get('path') or 'an image without a name'
             label = self.labels.check(label, name)
             try:
-                image = _decode_item(record, self.mode, self.keep_jpeg)
+                image = _decode_item(record, self.mode, self.jpeg_as)
             except BadImageError as error:
                 self.bad.mark(None, name, str(error))
                 if self.reader.is_training:

@@ -141,12 +141,19 @@ def _read_for(dataset: Any, machine: MachineConfig, device: torch.device) -> Tup
     """What is loaded for the device path, with files as they are or from a cache on the device, and that cache."""
     if machine.augment_device == 'cuda' != device.type:  # tests have the same operators work on CPU tensors
         raise UserError(f'--augment-device cuda needs a GPU, and this run is on {device}; leave it out')
-    if not hasattr(dataset, 'keep_jpeg'):  # it goes through another one again and again
+    if not hasattr(dataset, 'jpeg_as'):  # it goes through another one again and again
         outer = copy.copy(dataset)
         outer.dataset, store = _read_for(dataset.dataset, machine, device)
         return outer, store
-    dataset.keep_jpeg = True
+    dataset.jpeg_as = 'file'
     return cached(dataset, device, machine.workers) if machine.cache_device else (dataset, None)
+
+
+def _innermost(dataset: Any) -> Any:
+    """The data set that reads, of one that may be around it."""
+    while isinstance(dataset, Around):
+        dataset = dataset.dataset
+    return dataset
 
 
 def _on_device(
@@ -154,11 +161,9 @@ def _on_device(
 ) -> DeviceLoader:
     """The loader of the device path, made of timm's: only what is done to an image changes."""
     loaded, erasing = loader.loader, rest.pop('erasing', {})
-    while not hasattr(read, 'replace'):
-        read = read.dataset
     draws = Draws(loaded.dataset.transform, data_config['input_size'], erasing)
     loaded.dataset.transform = draws
-    maker = Maker(draws, data_config, device, erasing.get('mode', 'const'), read.replace, store)
+    maker = Maker(draws, data_config, device, erasing.get('mode', 'const'), _innermost(read).replace, store)
     return DeviceLoader(loaded, opened, maker, **rest)
 
 
@@ -248,7 +253,7 @@ def train_loader(
         loader = _on_device(loader, read, store, opened, data_config, device, **rest)
     else:
         repair_posterize(dataset.transform)
-        speed_up(dataset.transform)
+        _innermost(dataset).jpeg_as = 'tensor' if speed_up(dataset.transform) else 'image'
     if not isinstance(dataset, IterableImageDataset):
         loader.batch_sampler.sampler = SeededSampler(loader.sampler, seed, process.rank, process.world_size)
     if loader.random_erasing is not None and not on_device:

@@ -1,12 +1,12 @@
 """timm's training transform with its slow parts replaced, for the CPU path.
 
-timm's classes and functions still draw, and in their order. PyTorch resizes the random crop, and rounds in another way
-than Pillow does; all else gives Pillow's bytes.
+timm's classes and functions still draw, and in their order. PyTorch resizes the random crop, of an image or of a tensor
+that torchvision has decoded, and rounds in another way than Pillow does; all else gives Pillow's bytes.
 """
 
 import random
 from functools import partial
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Sequence, Union
 
 import numpy as np
 import torch
@@ -31,8 +31,9 @@ SHIFTS = (
 )
 
 
-def speed_up(transform: Any) -> None:
-    """Replace the slow parts of a training transform of timm's."""
+def speed_up(transform: Any) -> bool:
+    """Replace the slow parts of a training transform of timm's. Returns whether it then takes RGB images as tensors
+    (3, H, W) of uint8, too."""
     for place, part in enumerate(transform.transforms):
         if isinstance(part, RandomResizedCropAndInterpolation):
             transform.transforms[place] = FastCrop(part)
@@ -41,6 +42,7 @@ def speed_up(transform: Any) -> None:
     for operation in operations(transform):
         if operation.aug_fn in SHIFTS:
             operation.aug_fn = partial(_with_shift, operation.aug_fn)  # type: ignore[assignment]
+    return isinstance(transform.transforms[0], FastCrop) and transform.transforms[0].here
 
 
 class FastCrop:
@@ -51,13 +53,16 @@ class FastCrop:
         self.crop = crop
         self.here = VECTORS and crop.interpolation in RESIZED and crop.size[0] * crop.size[1] > SMALL
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if not self.here or image.mode != 'RGB':
+    def __call__(self, image: Union[Image.Image, torch.Tensor]) -> Image.Image:
+        if isinstance(image, Image.Image) and not (self.here and image.mode == 'RGB'):
             return self.crop(image)
         top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         choice = self.crop.interpolation
         filter = random.choice(choice) if isinstance(choice, tuple) else choice
-        pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
+        if isinstance(image, torch.Tensor):
+            pixels = image[:, top : top + height, left : left + width].permute(1, 2, 0)
+        else:
+            pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
         channels_last = pixels[None].permute(0, 3, 1, 2)
         resized = torch.nn.functional.interpolate(channels_last, self.crop.size, mode=filter.value, antialias=True)
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())

@@ -10,6 +10,7 @@ import warnings
 import faults
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from programs import ROOT
 from timm.data import create_transform
@@ -39,11 +40,31 @@ def test_odd_images_are_read(name, mode):
         assert transform(image).shape[1:] == (32, 32)
 
 
+@pytest.mark.parametrize('built_without_libjpeg', [False, True])
+def test_jpegs_as_tensors_have_the_same_pixels(monkeypatch, built_without_libjpeg):
+    """Those of usual forms; what else there is stays an image. A file that torchvision refuses is Pillow's."""
+    if built_without_libjpeg:
+        monkeypatch.setattr('evavit.training.data.decode.decode_jpeg', lambda *_, **__: refuse())
+    picture = faults.picture(side=61)
+    for options in (dict(subsampling=0), dict(subsampling=1), dict(subsampling=2), dict(quality=30, comment=b'\xff')):
+        content = faults.encode(picture, 'JPEG', **options)
+        made = decode(io.BytesIO(content), 'RGB', 'tensor')
+        assert made.dtype == torch.uint8 and np.array_equal(made.permute(1, 2, 0).numpy(), read(content))
+    for content in (GOOD['plain.png'], GOOD['cmyk.jpg'], faults.encode(picture, 'JPEG', progressive=True)):
+        assert np.array_equal(np.asarray(decode(io.BytesIO(content), 'RGB', 'tensor')), read(content))
+    assert isinstance(decode(io.BytesIO(faults.encode(picture, 'JPEG')), 'L', 'tensor'), Image.Image)
+
+
+def refuse():
+    raise RuntimeError('decode_jpeg: torchvision not compiled with libjpeg support')
+
+
+@pytest.mark.parametrize('jpeg_as', ['image', 'tensor'])
 @pytest.mark.parametrize('name', BAD)
-def test_broken_images_have_a_reason(name):
+def test_broken_images_have_a_reason(name, jpeg_as):
     content, words = BAD[name]
     with pytest.raises(BadImageError) as error:
-        decode(io.BytesIO(content), 'RGB')
+        decode(io.BytesIO(content), 'RGB', jpeg_as)
     assert words in str(error.value) and '\n' not in str(error.value) and '0x' not in str(error.value)
 
 
@@ -69,19 +90,29 @@ def test_other_forms_of_sixteen_bits(mode, dtype):
     assert np.asarray(decode(io.BytesIO(faults.encode(image, 'TIFF')), 'L')).tolist() == [[0, 1, 128, 255]]
 
 
+def outcome(content, jpeg_as):
+    """What a file shows, (H, W, 3), or why it is not read."""
+    try:
+        image = decode(io.BytesIO(content), 'RGB', jpeg_as)
+    except BadImageError as error:
+        return str(error)
+    assert image.dtype == torch.uint8 if isinstance(image, torch.Tensor) else image.mode == 'RGB'
+    pixels = np.asarray(image.permute(1, 2, 0) if isinstance(image, torch.Tensor) else image)
+    assert pixels.ndim == 3
+    return pixels
+
+
 @pytest.mark.timeout(60)
 def test_mutated_files_are_read_or_refused():
-    """500 files: an image of the mode or BadImageError, nothing else."""
+    """500 files: an image of the mode or BadImageError, nothing else, with either decoder of JPEGs."""
     rng = np.random.default_rng(1)
     contents = list(GOOD.values())
     readable = 0
     for number in range(500):
-        try:
-            image = decode(io.BytesIO(faults.mutate(contents[number % len(contents)], rng)), 'RGB')
-        except BadImageError:
-            continue
-        assert image.mode == 'RGB' and np.asarray(image).ndim == 3
-        readable += 1
+        content = faults.mutate(contents[number % len(contents)], rng)
+        image, tensor = (outcome(content, jpeg_as) for jpeg_as in ('image', 'tensor'))
+        assert np.array_equal(image, tensor)  # pixels, or the reason
+        readable += isinstance(image, np.ndarray)
     assert 50 < readable < 450  # the damage is neither harmless nor total
 
 

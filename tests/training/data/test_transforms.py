@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
-from training.data.device.pictures import MEAN, STD, photographs
+from training.data.device.pictures import MEAN, STD, photographs, tensor
 
 from evavit.training.data.augment import operations, repair_posterize
 from evavit.training.data.transforms import SHIFTS, VECTORS, FastCrop, shift, speed_up
@@ -57,6 +57,17 @@ def test_a_crop_differs_by_rounding_alone(images, interpolation):
         assert difference.max() <= 2
         means.append(difference.mean())
     assert 0 < np.mean(means) < 0.01 and max(means) < 0.05
+
+
+@pytest.mark.skipif(not VECTORS, reason='there Pillow resizes')
+def test_a_crop_of_a_tensor_is_that_of_the_image(images):
+    for interpolation in ('bicubic', 'random'):
+        _, ours = both(interpolation=interpolation)
+        for seed, image in enumerate(images):
+            (expected, draws), (made, same) = (
+                seeded(ours.transforms[0], given, seed) for given in (image, tensor([image])[0])
+            )
+            assert draws == same and not apart(made, expected).any()
 
 
 @pytest.mark.parametrize('policy', POLICIES)

@@ -68,7 +68,7 @@ class Cached(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Any, sizes: List[Tuple[int, int]], labels: List[int], bad: Dict[int, List[Any]]):
         self.dataset, self.sizes, self.labels, self.lost, self.transform = dataset, sizes, labels, bad, None
-        self.keep_jpeg = False  # nothing is read any more
+        self.jpeg_as = 'image'  # nothing is read any more
 
     def __len__(self) -> int:
         return len(self.sizes)

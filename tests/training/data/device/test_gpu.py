@@ -50,7 +50,7 @@ def test_nvjpeg_beside_pillow():
     decoder = Decoder(torch.device('cuda'))
     for subsampling, bound in ((0, 1), (1, 4), (2, 4)):
         files = [jpeg(image, subsampling=subsampling) for image in photographs(500, 375, 8)]
-        assert all(isinstance(decode(io.BytesIO(file), 'RGB', keep_jpeg=True), Jpeg) for file in files)
+        assert all(isinstance(decode(io.BytesIO(file), 'RGB', jpeg_as='file'), Jpeg) for file in files)
         made = decoder([torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files])
         for file, image in zip(files, made, strict=True):
             expected = np.array(Image.open(io.BytesIO(file)).convert('RGB')).astype(int)

@@ -106,7 +106,7 @@ def test_what_goes_to_the_decoder():
     image = photographs(48, 40)[0]
 
     def kept(content):
-        return isinstance(decode(io.BytesIO(content), 'RGB', keep_jpeg=True), Jpeg)
+        return isinstance(decode(io.BytesIO(content), 'RGB', jpeg_as='file'), Jpeg)
 
     for subsampling in (0, 1, 2):
         assert kept(jpeg(image, subsampling=subsampling))
@@ -117,8 +117,8 @@ def test_what_goes_to_the_decoder():
     image.save(png, 'PNG')
     assert not kept(png.getvalue())
     with pytest.raises(Exception, match='truncated'):
-        decode(io.BytesIO(jpeg(image)[:-200]), 'RGB', keep_jpeg=True)
-    assert isinstance(decode(io.BytesIO(jpeg(image)), 'L', keep_jpeg=True), Image.Image)
+        decode(io.BytesIO(jpeg(image)[:-200]), 'RGB', jpeg_as='file')
+    assert isinstance(decode(io.BytesIO(jpeg(image)), 'L', jpeg_as='file'), Image.Image)
 
 
 def test_other_formats_and_bad_images_join_the_batch(tmp_path):
@@ -162,7 +162,7 @@ def test_a_file_that_nobody_decodes_is_counted_and_replaced(device, tmp_path):
     table = broken.index(b'\xff\xc4')
     broken[table + 5 : table + 21] = bytes([255] * 16)  # no table has so many codes
     (root / 'train' / '0' / '100.jpg').write_bytes(broken)
-    assert isinstance(decode(io.BytesIO(broken), 'RGB', keep_jpeg=True), Jpeg)
+    assert isinstance(decode(io.BytesIO(broken), 'RGB', jpeg_as='file'), Jpeg)
     loading = loader(root, 'any', device=device, workers=1, batch_size=7, **RECIPE)
     batches = epoch(loading, device=device, batch_size=7)
     assert len(batches) == 1 and batches[0][0].isfinite().all()
