@@ -5,13 +5,14 @@ import tarfile
 from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Tuple
 
+from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 from evavit.errors import UserError, first_line
 from evavit.files import open_regular
-from evavit.training.data.decode import Jpeg, is_turned
+from evavit.training.data.decode import is_turned
 from evavit.training.data.folders import OTHER_IMAGES, image_endings, is_hidden, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
 from evavit.training.data.tars import entries
@@ -87,7 +88,7 @@ class UnlabelledImages(CheckedImages):
 
     def load(self, index: int) -> Tuple[Any, int]:
         image, _ = super().load(index)
-        return image, int(not isinstance(image, Jpeg) and is_turned(image))
+        return image, int(isinstance(image, Image.Image) and is_turned(image))
 
 
 def _endings() -> List[str]:
