@@ -24,6 +24,7 @@ from .checks import (
     check_tokens,
     softmax_scale,
 )
+from .cpu import eva_cpu, takes_eva_cpu
 from .plain import eva_plain, split_packed
 from .triton import GLUON, TRITON
 
@@ -38,6 +39,8 @@ __all__ = [
 
 
 def _run_plain(tokens: Tuple[torch.Tensor, ...], options: EvaOptions) -> torch.Tensor:
+    if takes_eva_cpu(tokens, options):
+        return eva_cpu(tokens[0], options)
     q, k, v = tokens if len(tokens) == 3 else split_packed(tokens[0])
     return eva_plain(q, k, v, options)
 
