@@ -4,8 +4,8 @@ A query attends exactly to the tokens of its own window, the set E, and to one s
 a key k̃_c in place of the cell's keys and a control variate β_c in place of its values. Equation numbers are the
 paper's; docs/math.md goes from the control variate to these lines.
 
-Here are the arguments and the choice of a backend: `plain.py`, or kernels in `triton/` and `gluon.py`. The public
-functions are written for TorchScript as well, which takes the plain path.
+Here are the arguments and the choice of a backend: `plain.py`, with `cpu.py` for a CPU without gradients, or kernels
+in `triton/` and `gluon.py`. The public functions are written for TorchScript as well, which takes the plain path.
 """
 
 from typing import List, Optional, Tuple
