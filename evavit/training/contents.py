@@ -555,7 +555,15 @@ def load_checkpoint(model: nn.Module, config: WeightsConfig) -> None:
 
 
 def finish_model(model: nn.Module, config: Loaded) -> Dict[str, Any]:
-    """Load the weights into a model that was built, and try it. Returns timm's data settings of its images."""
+    """Load the weights into a model that was built, and try it. Returns timm's data settings of its images.
+    UserError also where timm has put a random classifier in the place of the one of the published weights."""
+    cfg: Dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
+    published, classes = cfg.get('num_classes'), getattr(model, 'num_classes', None)
+    if config.model.pretrained and published is not None and published != classes:
+        raise UserError(
+            f'--num-classes {classes}: the weights of {config.model.model} have {published} classes, and a classifier '
+            f'of {classes} would be random; leave --num-classes out, or train one first with train.py --pretrained'
+        )
     load_checkpoint(model, config.weights)
     data_config = resolve_input(config.model, model)
     try_model(model, data_config['input_size'], config.model)

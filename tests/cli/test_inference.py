@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, words
+from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, words, write_images
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
@@ -424,6 +424,22 @@ def test_mistakes_are_one_line(call, places, hub, pictures, monkeypatch, flags, 
     code, _, err = call('inference', '--workers', '0', *(stand.get(flag, flag) for flag in flags))
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
     assert all(text in err for text in said), err
+
+
+@pytest.mark.parametrize('script', ['inference', 'validate', 'export'])
+def test_a_random_classifier_is_not_used(call, model, pictures, monkeypatch, tmp_path_factory, tmp_path, script):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path_factory.mktemp('five')
+    write_images(place / 'val', dict.fromkeys('abcde', 1))
+    folder = save_folder(model, place / 'hub', data='x', licence='mit')
+    flags = {
+        'inference': ['--data-dir', pictures[0]],
+        'validate': ['--data-dir', place, '--pretrained'],
+        'export': ['m.pt2', '--pretrained'],
+    }[script]
+    code, _, err = call(script, *flags, '--model', f'local-dir:{folder}', '--num-classes', '5')
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and not os.listdir(tmp_path), err
+    assert all(text in err for text in ('--num-classes 5', 'have 3 classes', 'leave --num-classes out')), err
 
 
 def test_the_default_name_and_place_are_timms(call, hub, pictures, monkeypatch, tmp_path):
