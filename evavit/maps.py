@@ -5,6 +5,7 @@ it out among the tokens of the cell; see `evavit.ops.rows`. The maps hold what e
 """
 
 import math
+import threading
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -27,6 +28,8 @@ __all__ = ['AttentionMap', 'attention_maps', 'attention_rollout', 'overlay_atten
 
 Layer = Union[int, str]
 Query = Union[str, int, Sequence[int], Tuple[int, int]]
+
+_ONE_CALL = threading.RLock()  # hooks and modes are of modules, which models and threads may share
 
 # timm's softmax attentions, which hand their weights `(B, h, T, T)` to `attn_drop` where they are not fused.
 _SOFTMAX = (Attention, AttentionRope, BeitAttention, RelPosAttention, TimmEvaAttention)
@@ -71,7 +74,8 @@ def attention_maps(
 
     Takes the models of this package, those of `evavit.convert_vit`, and timm's ViTs with softmax attention (classes
     VisionTransformer, Eva, Beit and VisionTransformerRelPos). One pass of the images, and a backward pass through each
-    attention for as many rows as its heads have channels.
+    attention for as many rows as its heads have channels. Calls from several threads wait for one another, and
+    other threads may call the model meanwhile, but find it in evaluation mode.
 
     Args:
         model: The model, also compiled or in DistributedDataParallel; its mode and its gradients stay as they are.
@@ -108,29 +112,35 @@ def attention_maps(
         )
     warn_of_cut(inner)
     found: Dict[str, AttentionMap] = {}
-    modules = list(model.modules())
-    modes, fused = [m.training for m in modules], {}
-    hooks = []
-    try:
-        for name in names:
-            module: Any = layers[name]
-            if isinstance(module, GridAttention):
-                look = _look_at_grid(name, images, query, found)
-                hooks.append(module.register_forward_pre_hook(look, with_kwargs=True))
-            else:
-                fused[module], module.fused_attn = module.fused_attn, False
-                look = _look_at_softmax(name, inner, images, query, found)
-                hooks.append(module.attn_drop.register_forward_hook(look))
-        model.eval()
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, was in fused.items():
-            module.fused_attn = was
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+    caller = threading.get_ident()
+
+    def of_this_call(look: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: look(*args) if threading.get_ident() == caller else None
+
+    with _ONE_CALL:
+        modules = list(model.modules())
+        modes, fused = [m.training for m in modules], {}
+        hooks = []
+        try:
+            for name in names:
+                module: Any = layers[name]
+                if isinstance(module, GridAttention):
+                    look = _look_at_grid(name, images, query, found)
+                    hooks.append(module.register_forward_pre_hook(of_this_call(look), with_kwargs=True))
+                else:
+                    fused[module], module.fused_attn = module.fused_attn, False
+                    look = _look_at_softmax(name, inner, images, query, found)
+                    hooks.append(module.attn_drop.register_forward_hook(of_this_call(look)))
+            model.eval()
+            with torch.no_grad():
+                model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, was in fused.items():
+                module.fused_attn = was
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f'{missing[0]} was not called for these images; leave it out of layer')
@@ -155,9 +165,11 @@ def _find_layers(model: nn.Module) -> Dict[str, nn.Module]:
 def _choose(names: List[str], layer: Union[Layer, Sequence[Layer], None]) -> List[str]:
     if layer is None:
         return names
+    if not isinstance(layer, (int, str)) and not layer:
+        raise ValueError('layer [] names no layer; leave it out for all')
     chosen = set()
     for one in [layer] if isinstance(layer, (int, str)) else layer:
-        if isinstance(one, int) and -len(names) <= one < len(names):
+        if type(one) is int and -len(names) <= one < len(names):
             chosen.add(names[one])
         elif one in names:
             chosen.add(str(one))
@@ -192,7 +204,7 @@ def _numbers(
             raise ValueError(f'query {query!r}: a tuple is a pixel (y, x) of images of {height} × {width}')
         return [P + int(query[0] * H / height) * W + int(query[1] * W / width)]
     numbers = [query] if isinstance(query, int) else query
-    if isinstance(numbers, str) or not all(isinstance(n, int) and 0 <= n < P + H * W for n in numbers) or not numbers:
+    if isinstance(numbers, str) or not all(type(n) is int and 0 <= n < P + H * W for n in numbers) or not numbers:
         raise ValueError(
             f"query {query!r}: takes 'class', 'mean', a pixel (y, x), or numbers of tokens, here 0 to {P + H * W - 1}"
         )
@@ -288,7 +300,7 @@ def overlay_attention(
     """A picture under the weights of its parts, bright where they are large.
 
     Args:
-        picture: What the model saw, of any mode and size: the part that its transform leaves.
+        picture: What the model saw, of any size and any mode of 8 bits: the part that its transform leaves.
         weights: `(H, W)`, at least 0, such as `attention_maps(...)[-1].grid[0, :, 0].mean(0)`. The largest is the
             brightest.
         opacity: Of the colours, 0 to 1.
@@ -298,15 +310,22 @@ def overlay_attention(
         An RGB picture of the same size.
 
     Raises:
-        ValueError: weights of another shape, below 0 or not finite; an opacity outside 0 to 1; a mark that is no pixel.
+        ValueError: weights of another shape, below 0 or not finite; an opacity outside 0 to 1; a mark that is no pixel
+            of the picture; a picture of 16 or 32 bits, or without pixels.
         TypeError: no picture of Pillow's, or weights that are no tensor.
     """
     check_type(picture, Image.Image, "picture must be one of Pillow's, such as Image.open(FILE)")
     check_type(weights, torch.Tensor, 'weights must be a tensor (H, W), such as maps[-1].grid[0, :, 0].mean(0)')
     check_type(opacity, (int, float), 'opacity must be a number')
-    if mark is not None and not _is_pixel(mark):
-        raise ValueError(f'mark {shown(mark)}: must be a pixel (y, x)')
-    if weights.dim() != 2:
+    width, height = picture.size
+    if not width * height or picture.mode[0] in 'IF':
+        raise ValueError(
+            f'picture of mode {picture.mode}, {height} × {width}: must have pixels of 8 bits; of 16 bits give '
+            f"Image.fromarray((np.asarray(picture) >> 8).astype('uint8'))"
+        )
+    if mark is not None and not (_is_pixel(mark) and 0 <= mark[0] < height and 0 <= mark[1] < width):
+        raise ValueError(f'mark {shown(mark)}: must be a pixel (y, x) of the picture, which is {height} × {width}')
+    if weights.dim() != 2 or not weights.numel():
         raise ValueError(f'weights must be one map (H, W), got shape {list(weights.shape)}; choose an image and a head')
     if not 0 <= opacity <= 1:
         raise ValueError(f'opacity must be 0 to 1, got {opacity}')

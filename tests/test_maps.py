@@ -1,7 +1,10 @@
 """Attention maps of whole models: their rows are the attention, whoever made the model; mistakes are one line."""
 
 import logging
+import math
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -204,6 +207,27 @@ def test_the_model_is_left_as_it_was():
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize('name', ['eva_deit_tiny', 'vit_tiny_patch16_224'])
+def test_threads_on_one_model_get_their_own_maps(name):
+    """Those that call the model itself, too; and its mode stays."""
+    model = make(name).train()
+    batches = [torch.randn(2, 3, 40, 40) for _ in range(4)]
+    alone = [attention_maps(model, x) for x in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool, torch.no_grad():
+            others = [pool.submit(model, batches[0]) for _ in range(24)]
+            found = list(pool.map(lambda x: attention_maps(model, x), batches * 6))
+            [other.result() for other in others]
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    for maps, expected in zip(found, alone * 6, strict=True):
+        assert all(torch.equal(one.rows, other.rows) for one, other in zip(maps, expected, strict=True))
+
+
 def test_a_picture_takes_less_than_a_second():
     """Of one core, for all layers, heads and queries of a model at its own size; a first call warms up."""
     model, x = timm.create_model('eva_deit_tiny').eval(), torch.randn(1, 3, 224, 224)
@@ -233,6 +257,10 @@ def test_features_only_and_wrapped_models():
         (dict(layer=3), 'layer 3: the model has 3 layers'),
         (dict(layer='blocks.9.attn'), "layer 'blocks.9.attn'"),
         (dict(query='class'), 'has no class token'),
+        (dict(layer=[]), r'layer \[\] names no layer'),
+        (dict(layer=True), 'layer True'),
+        (dict(query=True), 'query True'),
+        (dict(query=[0, True]), r'query \[0, True\]'),
         (dict(query=100), 'query 100: .* 0 to 99'),
         (dict(query=[]), 'query'),
         (dict(query='cls'), "query 'cls': takes 'class'"),
@@ -282,11 +310,17 @@ def test_overlay_is_bright_where_the_weight_is():
     marked = np.asarray(overlay_attention(picture, weights, mark=(30, 45)))
     assert (marked[27, 45] == 255).all() and (marked != np.asarray(drawn)).any(-1).sum() < 60
     overlay_attention(picture, torch.zeros(2, 3))
-    for wrong in (torch.zeros(1, 2, 3), torch.full((2, 3), -1.0), torch.full((2, 3), torch.nan)):
+    for wrong in (torch.zeros(1, 2, 3), torch.full((2, 3), -1.0), torch.full((2, 3), torch.nan), torch.zeros(0, 2)):
         with pytest.raises(ValueError, match='weights must be'):
             overlay_attention(picture, wrong)
     with pytest.raises(ValueError, match='opacity'):
         overlay_attention(picture, weights, opacity=2)
+    for mark in ((60, 0), (0, -1), (math.nan, 0), (math.inf, 0), (10**30, 0)):
+        with pytest.raises(ValueError, match=r'mark .* of the picture, which is 60 × 90$'):
+            overlay_attention(picture, weights, mark=mark)
+    for wrong in (Image.new('I;16', (9, 6)), Image.new('F', (9, 6)), Image.new('L', (0, 6))):
+        with pytest.raises(ValueError, match='must have pixels of 8 bits'):
+            overlay_attention(wrong, weights)
 
 
 @pytest.mark.parametrize('name', ['eva', 'softmax', 'local', 'converted'])
@@ -321,7 +355,7 @@ def test_arguments_of_another_type_are_one_line():
         (lambda: overlay_attention('a.png', weights), r"^picture must be one of Pillow's, .*, got str$"),
         (lambda: overlay_attention(picture, weights.numpy()), r'^weights must be a tensor .*, got ndarray$'),
         (lambda: overlay_attention(picture, last), r'^weights must be a tensor .*, got AttentionMap$'),
-        (lambda: overlay_attention(picture, weights, mark=3), r'^mark 3: must be a pixel \(y, x\)$'),
+        (lambda: overlay_attention(picture, weights, mark=3), r'^mark 3: must be a pixel'),
         (lambda: overlay_attention(picture, weights, opacity='a'), r'^opacity must be a number, got str$'),
     ):
         with pytest.raises((TypeError, ValueError), match=message) as error:
