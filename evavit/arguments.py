@@ -24,10 +24,12 @@ __all__ = [
     'program',
     'shown',
     'too_many_blocks',
+    'wrong_preparation',
 ]
 
 LISTED = ('train', 'validate', 'export')  # programs whose flags are the table of `evavit.training.sections`
 MOST_BLOCKS = 1000  # of a model: more only take a day to build
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _BLOCKS = re.compile(
     '(?:^|_)(?:block|branch|depth|expert|layer|level|rep|scale|sec|stage)'
 )  # what timm calls their number
@@ -123,6 +125,33 @@ def too_many_blocks(kwargs: Mapping[str, Any]) -> Optional[str]:
     for name, value in kwargs.items():
         if _BLOCKS.search(str(name)) and (most := max(_numbers(value), default=0)) > MOST_BLOCKS:
             return f'{name} asks for {shown(most)}, more than {MOST_BLOCKS:,}'
+    return None
+
+
+def wrong_preparation(about: Any, in_chans: Optional[int] = None) -> Optional[str]:
+    """A few words on settings of images, as read from JSON, by which no image can be prepared, else None."""
+    if not isinstance(about, dict):
+        return 'holds no entries'
+
+    def numbers(value: Any, low: float, high: float) -> bool:
+        return isinstance(value, list) and all(
+            isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high for x in value
+        )
+
+    size = about.get('input_size')
+    if size is not None and not (numbers(size, 1, 10**6) and len(size) == 3 and all(isinstance(x, int) for x in size)):
+        return f'input_size {shown(size)} is not three whole numbers'
+    channels = (1, 3, in_chans, size[0] if size else None)  # ImageNet's three do for any channels
+    for name, low in (('mean', 0.0), ('std', 0.0001)):
+        value = about.get(name)
+        if value is not None and not (numbers(value, low, 1) and len(value) in channels):
+            return f'{name} {shown(value)} is not a number of {low:g} to 1 for each channel'
+    crop_pct = about.get('crop_pct')
+    if crop_pct is not None and not numbers([crop_pct], 0.01, 2):  # timm has models of 1.15
+        return f'crop_pct {shown(crop_pct)} is no number of 0.01 to 2'
+    for name, choices in (('interpolation', INTERPOLATIONS), ('crop_mode', ('center', 'squash', 'border'))):
+        if about.get(name) is not None and about[name] not in choices:
+            return f'{name} {shown(about[name])} is none of {", ".join(choices)}'
     return None
 
 

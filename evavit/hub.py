@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import inspect
 import json
+import logging
 import os
+import re
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import safetensors
 import timm
@@ -21,11 +23,11 @@ from timm.models._hub import (
     download_from_hf,
     generate_readme,
     save_config_for_hf,
-    save_for_hf,
 )
 from timm.models._input import update_model_input_size
+from timm.utils import unwrap_model
 
-from evavit.arguments import shown, too_many_blocks
+from evavit.arguments import shown, too_many_blocks, wrong_preparation
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
 from evavit.layers import EvaAttention
@@ -35,11 +37,13 @@ from evavit.version import __version__
 
 __all__ = ['load_converted', 'model_card', 'publish', 'save_folder', 'saved_config']
 
-_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+log = logging.getLogger(__name__)
+
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared
 
 _HUB = 'hf-hub:'
 _CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
+_CARD = 'evavit_card_sha256'  # the one with the digest of the README.md that was written with it
 _HELD_OUT = 'evavit_held_out'  # the one with what a run held out of its images, see `held_out`
 
 _NOT_OF_A_MODEL = {'device', 'dtype', *inspect.signature(timm.create_model).parameters} - {'kwargs'}
@@ -222,9 +226,14 @@ def folder_digest(path: str) -> str:
 
 
 def _config(
-    model: torch.nn.Module, label_names: Optional[list], licence: str, recipe: Optional[Dict[str, Any]] = None, **_: Any
+    model: torch.nn.Module,
+    label_names: Optional[Sequence[str]],
+    readme: bytes,
+    licence: str,
+    recipe: Optional[Dict[str, Any]] = None,
+    **_: Any,
 ) -> Dict[str, Any]:
-    config: Dict[str, Any] = {'pretrained_cfg': {'license': licence}}
+    config: Dict[str, Any] = {'pretrained_cfg': {'license': licence}, _CARD: hashlib.sha256(readme).hexdigest()}
     if isinstance(model, ConvertedModel):
         config[_CONVERSION] = model.conversion
     if held := held_out(recipe or {}):
@@ -240,15 +249,39 @@ def _without_num_classes(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
-def _check_card(model: torch.nn.Module, label_names: Optional[list], card: Dict[str, Any]) -> None:
-    """ValueError, one line, where the card lacks what it must say, or the names are not those of the classes."""
-    for name, example in (('data', 'ImageNet-1k'), ('licence', 'apache-2.0')):
+def _check_card(
+    model: torch.nn.Module,
+    label_names: Optional[Sequence[str]],
+    data_config: Optional[Dict[str, Any]],
+    card: Dict[str, Any],
+) -> None:
+    """ValueError, one line, where the card lacks what it must say, the names are not those of the classes, images
+    cannot be prepared so, or weights are not finite."""
+    for name, example, form in (
+        ('data', 'ImageNet-1k', r'[^\r\n]*\S[^\r\n]*'),
+        ('licence', 'apache-2.0', r'\w[\w.+() -]*'),
+    ):
         if name not in card:
             wrong = 'license' if name == 'licence' and 'license' in card else ''
             raise ValueError(f'{wrong or name}: the model card needs {name}={example!r}' + ', spelt so' * bool(wrong))
+        if not isinstance(card[name], str) or not re.fullmatch(form, card[name]):
+            raise ValueError(f'{name} {shown(card[name])}: must be a line of text, such as {name}={example!r}')
+    if label_names is not None:
+        named = isinstance(label_names, (list, tuple)) and all(isinstance(name, str) for name in label_names)
+        if not named or len(set(label_names)) < len(label_names):
+            raise ValueError(f'label_names {shown(label_names)}: must be a list of names that differ, one a class')
     classes = getattr(model, 'num_classes', None)
     if label_names and classes and len(label_names) != classes:
         raise ValueError(f'label_names has {len(label_names)} names, the model {classes} classes')
+    try:
+        about = json.loads(json.dumps(data_config or {}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'data_config: must hold plain numbers and names ({first_line(error)[:200]})') from error
+    if wrong := wrong_preparation(about, getattr(model, 'in_chans', None)):
+        raise ValueError(f'data_config: {wrong}')
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f'the weights are not finite ({name} has NaN or infinite values); save others')
 
 
 def _check_remade(model: torch.nn.Module) -> None:
@@ -276,23 +309,25 @@ def _check_remade(model: torch.nn.Module) -> None:
         )
 
 
-def _check_own(folder: Path) -> None:
-    """ValueError, one line, where a folder has files that `save_folder` writes, and not from it: its weights have a
-    digest."""
-    there = [name for name in (HF_SAFE_WEIGHTS_NAME, 'config.json', 'README.md') if (folder / name).exists()]
-    card = folder / 'README.md'
-    if not there or (there == [card.name] and card.is_file() and card.read_bytes().startswith(b'---')):
-        return  # a card alone is what a new repository of the Hub has
+def _has_own_card(folder: Path) -> bool:
+    """Whether a folder's README.md is somebody's own: it has changed since `save_folder` wrote it, or is there alone,
+    as in a new repository of the Hub. ValueError, one line, where a file that `save_folder` writes is of others."""
+    weights, config, card = (folder / name for name in (HF_SAFE_WEIGHTS_NAME, 'config.json', 'README.md'))
+    there = [path.name for path in (weights, config, card) if os.path.lexists(path)]
+    found = card.read_bytes() if card.is_file() else None
+    written = None
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        written = json.loads(config.read_bytes()).get(_CARD) if config.is_file() else None
     try:
-        own = (folder / HF_SAFE_WEIGHTS_NAME).is_file() and is_stamped(folder / HF_SAFE_WEIGHTS_NAME)
-    except OSError:  # no file
-        own = False
+        own = not os.path.lexists(weights) or (weights.is_file() and is_stamped(weights))
     except DamagedError:
         own = True
-    if not own:
+    alone = there == [card.name] and found is not None and found.startswith(b'---')
+    if there and not alone and not (own and written and (found is not None or card.name not in there)):
         raise ValueError(
             f'{folder}: has a {there[0]} that save_folder did not write; give another folder, or overwrite=True'
         )
+    return found is not None and hashlib.sha256(found).hexdigest() != written
 
 
 def save_folder(
@@ -300,7 +335,7 @@ def save_folder(
     folder: Union[str, Path],
     *,
     data_config: Optional[Dict[str, Any]] = None,
-    label_names: Optional[list] = None,
+    label_names: Optional[Sequence[str]] = None,
     overwrite: bool = False,
     **card: Any,
 ) -> Path:
@@ -313,39 +348,41 @@ def save_folder(
     Args:
         model: A model from `timm.create_model`, or what `evavit.convert_vit` made of one.
         folder: Folder to write to; made if it is missing. One that this function wrote is written anew, as
-            transformers' `save_pretrained` does; files of the same names that others wrote are not replaced.
+            transformers' `save_pretrained` does, but for a card that was edited since: it stays, and a warning says so.
+            Files of the same names that others wrote are not replaced.
         data_config: How images are prepared (mean, std, interpolation, crop_pct …); by default the model's own.
         label_names: Names of the classes, in their order.
-        overwrite: Replace files that others wrote, too.
+        overwrite: Replace files that others wrote, and an edited card, too.
         **card: data, licence, recipe, metrics and description of `model_card`. Of a recipe with `val_fraction`,
             `config.json` keeps what validate.py needs to find the images that the run held out.
 
     Raises:
         ValueError: one line on a folder of a run, or with files that others wrote; on a model that could not be made
-            again: of features_only=True, pruned, or made without timm.create_model; or on a card without data or
-            licence, or names for another number of classes.
+            again: of features_only=True, pruned, or made without timm.create_model; on weights that are not finite; on
+            a card without a line of data or licence, on names that are not those of the classes, or on a data_config
+            that prepares no images.
     """
-    _check_card(model, label_names, card)
+    model = unwrap_model(model)
+    _check_card(model, label_names, data_config, card)
     _check_remade(model)
     path = Path(folder)
     for name in RUN_WEIGHTS:
         if (path / name).is_file():  # one of the two would be taken for the other
             raise ValueError(f'{folder}: the folder of a run, which wrote {name}; give another folder')
-    if not overwrite:
-        _check_own(path)
+    keep_card = not overwrite and _has_own_card(path)
     path.mkdir(parents=True, exist_ok=True)
     with replacing_in(path) as partial, disk_errors():
-        save_for_hf(
-            model,
-            str(partial),
-            model_config=_config(model, label_names, **card),
-            safe_serialization=True,
-            data_config=data_config,
-        )
+        readme = generate_readme(model_card(model, **{'source': f'local-dir:{path}', **card}), path.name).encode()
+        config = _config(model, label_names, readme, **card)
+        save_config_for_hf(model, str(partial / 'config.json'), config, data_config=data_config)
         _without_num_classes(partial / 'config.json')
         write_weights(model.state_dict(), partial / HF_SAFE_WEIGHTS_NAME)
-        readme = generate_readme(model_card(model, **{'source': f'local-dir:{path}', **card}), path.name)
-        (partial / 'README.md').write_text(readme, encoding='utf-8')
+        if not keep_card:
+            (partial / 'README.md').write_bytes(readme)
+    if keep_card:
+        log.warning(
+            f'{path}/README.md is not what save_folder wrote there, and stays; overwrite=True writes a new card'
+        )
     return path
 
 
@@ -382,37 +419,10 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} holds no arguments); save the folder anew')
     if not isinstance(held_out(config), dict):
         raise ValueError(f'{folder}: config.json is damaged ({_HELD_OUT} holds no entries); save the folder anew')
-    if wrong := _wrong_preparation(config, arguments):
+    about = config.get('pretrained_cfg', config)  # timm's older form has all in one place
+    if wrong := wrong_preparation(about, arguments.get('in_chans')):
         raise ValueError(f'{folder}: config.json is damaged (pretrained_cfg: {wrong}); save the folder anew')
     return config, conversion
-
-
-def _wrong_preparation(config: Dict[str, Any], arguments: Dict[str, Any]) -> Optional[str]:
-    """A few words on what `config.json` says of images that no image can be prepared by, else None."""
-    about = config.get('pretrained_cfg', config)  # timm's older form has all in one place
-    if not isinstance(about, dict):
-        return 'holds no entries'
-
-    def numbers(value: Any, low: float, high: float) -> bool:
-        return isinstance(value, list) and all(
-            isinstance(x, (int, float)) and not isinstance(x, bool) and low <= x <= high for x in value
-        )
-
-    size = about.get('input_size')
-    if size is not None and not (numbers(size, 1, 10**6) and len(size) == 3 and all(isinstance(x, int) for x in size)):
-        return f'input_size {shown(size)} is not three whole numbers'
-    channels = (1, 3, arguments.get('in_chans'), size[0] if size else None)  # ImageNet's three do for any channels
-    for name, low in (('mean', 0.0), ('std', 0.0001)):
-        value = about.get(name)
-        if value is not None and not (numbers(value, low, 1) and len(value) in channels):
-            return f'{name} {shown(value)} is not a number of {low:g} to 1 for each channel'
-    crop_pct = about.get('crop_pct')
-    if crop_pct is not None and not numbers([crop_pct], 0.01, 2):  # timm has models of 1.15
-        return f'crop_pct {shown(crop_pct)} is no number of 0.01 to 2'
-    for name, choices in (('interpolation', _INTERPOLATIONS), ('crop_mode', ('center', 'squash', 'border'))):
-        if about.get(name) is not None and about[name] not in choices:
-            return f'{name} {shown(about[name])} is none of {", ".join(choices)}'
-    return None
 
 
 def load_converted(
@@ -548,7 +558,7 @@ def _settings_of_run(file: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError('class_names are no list of names')
         about = {name: saved[name] for name in PREPARATION if saved.get(name) is not None}
-        if wrong := _wrong_preparation({'pretrained_cfg': about}, {'in_chans': saved.get('in_chans')}):
+        if wrong := wrong_preparation(about, saved.get('in_chans')):
             raise ValueError(wrong)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'{file}: its settings are damaged ({first_line(error)[:200]})') from error
@@ -577,7 +587,7 @@ def publish(
     repo_id: str,
     *,
     data_config: Optional[Dict[str, Any]] = None,
-    label_names: Optional[list] = None,
+    label_names: Optional[Sequence[str]] = None,
     private: bool = False,
     **card: Any,
 ) -> Any:
@@ -586,7 +596,8 @@ def publish(
     A token of the Hub's own login is used. An existing model card is left as it is. Returns
     what `huggingface_hub.HfApi.upload_folder` does.
     """
-    _check_card(model, label_names, card)
+    model = unwrap_model(model)
+    _check_card(model, label_names, data_config, card)
     _check_remade(model)
     api = HfApi(library_name='evavit', library_version=__version__)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -414,6 +414,47 @@ def test_upload_is_the_same_folder(tmp_path, monkeypatch):
     assert json.loads((uploaded / 'config.json').read_text())['architecture'] == 'eva_deit_tiny'
 
 
+def test_a_card_that_was_edited_stays(tmp_path, caplog):
+    model, card = small_vit(), dict(data='x', licence='mit')
+    folder = save_folder(model, tmp_path / 'mine', metrics=dict(top1=1.5), **card)
+    save_folder(model, folder, metrics=dict(top1=2.5), **card)
+    assert 'top1: 2.5' in (folder / 'README.md').read_text() and not caplog.records
+    (folder / 'README.md').write_text('---\nlicense: mit\n---\nmy own words')
+    for _ in range(2):
+        with torch.no_grad():
+            model.head.weight.add_(1)
+        save_folder(model, folder, **card)
+        assert torch.equal(evavit.models.read_weights(folder / 'model.safetensors')['head.weight'], model.head.weight)
+        assert (folder / 'README.md').read_text().endswith('my own words')
+        assert f'{folder}/README.md is not what save_folder wrote there, and stays' in caplog.records.pop().message
+    (folder / 'README.md').unlink()
+    save_folder(model, folder, **card)
+    (folder / 'README.md').write_text('my own words')
+    save_folder(model, folder, overwrite=True, **card)
+    assert 'evavit' in (folder / 'README.md').read_text() and not caplog.records
+
+
+def test_averaged_weights_beside_files_of_others_are_not_a_folder_of_ours(tmp_path):
+    model = small_vit()
+    write_weights(model.state_dict(), tmp_path / 'model.safetensors')
+    (tmp_path / 'README.md').write_text('---\nlicense: mit\n---\nmy own words')
+    (tmp_path / 'config.json').write_text('{"architecture": "mine"}')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match='did not write; give another folder, or overwrite=True'):
+        save_folder(model, tmp_path, data='x', licence='mit')
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save_folder(model, tmp_path, data='x', licence='mit', overwrite=True)
+    assert json.loads((tmp_path / 'config.json').read_text())['architecture'] == 'vit_tiny_patch16_224'
+
+
+def test_compiled_models_and_tied_weights_are_saved(tmp_path):
+    model = small_vit()
+    model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight
+    folder = save_folder(torch.compile(model, backend='eager'), tmp_path / 'mine', data='x', licence='mit')
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_files_of_others_are_not_replaced(tmp_path):
     """A folder that save_folder wrote is written anew; one with other people's files only if the user says so."""
     model, card = small_vit(), dict(data='x', licence='mit')
@@ -468,10 +509,24 @@ def test_a_card_that_lacks_something_is_one_line(tmp_path):
         (dict(data='x'), 'licence: the model card needs licence='),
         (dict(data='x', license='mit'), "license: the model card needs licence='apache-2.0', spelt so"),
         (dict(data='x', licence='mit', label_names=['one']), 'label_names has 1 names, the model 3 classes'),
+        (dict(data='x', licence='mit', label_names='abc'), "label_names 'abc': must be a list of names that differ"),
+        (dict(data='x', licence='mit', label_names=['a', 'b', 'b']), 'must be a list of names that differ'),
+        (dict(data=None, licence='mit'), "data None: must be a line of text, such as data='ImageNet-1k'"),
+        (dict(data=' ', licence='mit'), "data ' ': must be a line"),
+        (dict(data='x', licence=3), 'licence 3: must be a line'),
+        (dict(data='x', licence=''), "licence '': must be a line"),
+        (dict(data='x', licence='mit\ntags: []'), 'licence .* must be a line'),
+        (dict(data='x', licence='mit', data_config={'mean': 'x'}), "data_config: mean 'x' is not a number of 0 to 1"),
+        (dict(data='x', licence='mit', data_config={'crop_pct': math.nan}), 'data_config: crop_pct nan'),
+        (dict(data='x', licence='mit', data_config={'mean': torch.ones(3)}), 'data_config: must hold plain numbers'),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             save_folder(model, str(tmp_path / 'folder'), **given)
         assert '\n' not in str(caught.value)
+    with torch.no_grad():
+        model.head.bias.fill_(math.nan)
+    with pytest.raises(ValueError, match=r'^the weights are not finite \(head.bias has'):
+        save_folder(model, tmp_path / 'folder', data='x', licence='mit')
     assert not (tmp_path / 'folder').exists()
 
 
@@ -487,3 +542,4 @@ def test_a_folder_of_other_files_is_left(tmp_path, name):
     (tmp_path / 'README.md').write_text('---\nlicense: mit\n---\n')
     for _ in range(2):
         save_folder(model, tmp_path, data='x', licence='mit')
+    assert (tmp_path / 'README.md').read_text() == '---\nlicense: mit\n---\n'

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union, cast
 
@@ -91,6 +92,10 @@ def write_weights(weights: Weights, path: Union[str, Path], metadata: Optional[D
     path.touch()
     mode = path.stat().st_mode
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    places = Counter(value.untyped_storage().data_ptr() for value in tensors.values())
+    for name, value in tensors.items():  # tied weights are written under each of their names
+        if places[value.untyped_storage().data_ptr()] > 1:
+            tensors[name] = value.clone()
     with disk_errors():
         safetensors.torch.save_file(tensors, str(path), {'format': 'pt', 'digest': BLANK, **(metadata or {})})
     path.chmod(mode)  # that of any new file: safetensors makes one that only its owner can read
