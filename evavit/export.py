@@ -3,10 +3,12 @@
 `export.py` is the command for this; docs/deploy.md says what each form is good for.
 """
 
+import contextlib
 import copy
+import zipfile
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from timm.utils.onnx import onnx_export
 from torch import nn
 
 from evavit.arguments import check_type, shown
-from evavit.files import replacing_in
+from evavit.files import open_regular, replacing_in
 from evavit.layers.attention import GridAttention
 
 __all__ = [
@@ -137,14 +139,26 @@ def fixed_image_size(model: nn.Module) -> bool:
     return any(isinstance(module, GridAttention) for module in model.modules())
 
 
-def _check(model: nn.Module, path: Path, input_size: Sequence[int]) -> None:
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode; each of its modules is in its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check(model: nn.Module, input_size: Sequence[int], path: Optional[Path] = None) -> None:
     check_type(model, nn.Module, 'model must be a torch.nn.Module, such as timm.create_model makes')
     sizes = list(input_size) if isinstance(input_size, (list, tuple)) else []
     if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
         raise ValueError(
             f'input_size must be channels, height and width, such as (3, 224, 224), got {shown(input_size)}'
         )
-    if not Path(path).parent.is_dir():
+    if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f'{path}: there is no folder {Path(path).parent}; make it first')
 
 
@@ -164,10 +178,10 @@ def to_onnx(
     metadata: Optional[Dict[str, str]] = None,
     verbose: bool = False,
 ) -> None:
-    """Write a model in evaluation mode as ONNX: images `input0`, logits `output0`, any batch.
+    """Write a model, as in evaluation, as ONNX: images `input0`, logits `output0`, any batch.
 
     Args:
-        model: In float32 or float16.
+        model: In float32 or float16. Its mode stays as it is.
         path: File to write.
         input_size: Channels, height and width of the images.
         opset: Version of ONNX's operators; the exporter's own if None.
@@ -181,13 +195,13 @@ def to_onnx(
         TypeError: a model that is no module.
         FileNotFoundError: the file's folder is not there.
     """
-    _check(model, path, input_size)
+    _check(model, input_size, path)
     import onnx
 
     if dynamic_size and fixed_image_size(model):
         raise ValueError('an exported graph of this model holds for one image size: windows and cells are cut for it')
     # The exporter takes the logarithm of 0 for cells that a query has inside its window: they are to count nothing.
-    with replacing_in(Path(path).parent) as folder, np.errstate(divide='ignore'):
+    with replacing_in(Path(path).parent) as folder, np.errstate(divide='ignore'), _evaluating(model):
         partial = folder / Path(path).name
         onnx_export(
             model,
@@ -207,11 +221,30 @@ def to_onnx(
         onnx.checker.check_model(str(partial), full_check=True)
 
 
-def onnx_operators(path: Path) -> Counter:
-    """How often each operator stands in an ONNX file; those of other domains than ONNX's as 'domain::name'."""
+def _read_onnx(path: Path) -> Any:
+    """An ONNX file without weights of other files. ValueError, one line, where it is none; OSError of the system's."""
     import onnx
+    from google.protobuf.message import DecodeError
 
-    file = onnx.load(str(path), load_external_data=False)
+    with open_regular(path) as opened:
+        content = opened.read()
+    try:
+        file = onnx.load_model_from_string(content)
+    except DecodeError:
+        file = None
+    if file is None or not file.ir_version or not file.graph.node:
+        raise ValueError(f'{path}: no ONNX file; give one that to_onnx or another exporter wrote')
+    return file
+
+
+def onnx_operators(path: Path) -> Counter:
+    """How often each operator stands in an ONNX file; those of other domains than ONNX's as 'domain::name'.
+
+    Raises:
+        ValueError: one line on a file that is no ONNX.
+        OSError: it is missing, or cannot be read.
+    """
+    file = _read_onnx(path)
     nodes = [*file.graph.node, *(node for function in file.functions for node in function.node)]
     return Counter(
         f'{node.domain}::{node.op_type}' if node.domain not in ('', 'ai.onnx') else node.op_type for node in nodes
@@ -221,11 +254,12 @@ def onnx_operators(path: Path) -> Counter:
 def tensorrt_objections(path: Path) -> List[str]:
     """What TensorRT's parser may not read in an ONNX file, by its published table: nothing if the list is empty.
 
-    Operators that are not in `TENSORRT_OPERATORS` or break what it asks of them, and types of numbers.
+    Operators that are not in `TENSORRT_OPERATORS` or break what it asks of them, and types of numbers. Raises as
+    `onnx_operators` does.
     """
     import onnx
 
-    file = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False))
+    file = onnx.shape_inference.infer_shapes(_read_onnx(path))
     constants = {tensor.name for tensor in file.graph.initializer}
     constants |= {node.output[0] for node in file.graph.node if node.op_type == 'Constant'}
     found = set(onnx_operators(path)) - set(TENSORRT_OPERATORS)
@@ -247,10 +281,14 @@ def tensorrt_objections(path: Path) -> List[str]:
 
 
 def to_program(model: nn.Module, input_size: Sequence[int]) -> torch.export.ExportedProgram:
-    """A model in evaluation mode as a program of PyTorch's operators for one image size, with a batch of 1 to 1,024."""
+    """A model, as in evaluation, as a program of PyTorch's operators for one image size, with a batch of 1 to 1,024.
+
+    The model's own mode stays. Raises ValueError and TypeError as `to_onnx` does.
+    """
+    _check(model, input_size)
     batch = torch.export.Dim('batch', min=1, max=MAX_BATCH)
-    with torch.no_grad():
-        return torch.export.export(model.eval(), (_example(model, input_size),), dynamic_shapes=({0: batch},))
+    with torch.no_grad(), _evaluating(model):
+        return torch.export.export(model, (_example(model, input_size),), dynamic_shapes=({0: batch},))
 
 
 def to_package(model: nn.Module, path: Path, input_size: Sequence[int]) -> None:
@@ -258,7 +296,7 @@ def to_package(model: nn.Module, path: Path, input_size: Sequence[int]) -> None:
 
     Loading it needs PyTorch, but neither this package, nor timm, nor a compiler. Raises as `to_onnx` does.
     """
-    _check(model, path, input_size)
+    _check(model, input_size, path)
     program = to_program(model, input_size)
     with replacing_in(Path(path).parent) as folder:
         torch._inductor.aoti_compile_and_package(program, package_path=str(folder / Path(path).name))
@@ -268,20 +306,33 @@ def load_exported(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function in an ONNX file (by onnxruntime, on the CPU) or a package of `to_package`: images to logits.
 
     onnxruntime takes as many threads as PyTorch has.
+
+    Raises:
+        ValueError: one line on a file that is neither.
+        OSError: it is missing, or cannot be read.
     """
     if Path(path).suffix == '.onnx':
         import onnxruntime
 
+        _read_onnx(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
         return lambda images: torch.from_numpy(session.run(None, {'input0': images.numpy()})[0])
+    with open_regular(path) as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f'{path}: no package; give a file of to_package, or one of ONNX that ends in .onnx')
     package = torch._inductor.aoti_load_package(str(path))
     return lambda images: package(images.contiguous())  # it reads memory as it was exported, and checks no strides
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest expected value where that is not zero; NaN where one of them is."""
+    """Largest difference, relative to the largest expected value where that is not zero; NaN where one of them is.
+
+    Raises ValueError, one line, where the shapes differ or are empty.
+    """
+    if got.shape != expected.shape or not got.numel():
+        raise ValueError(f'got {list(got.shape)}, expected {list(expected.shape)}: must be of one shape, and not empty')
     expected = expected.double()
     difference, scale = (got.double() - expected).abs().max().item(), expected.abs().max().item()
     return difference / scale if scale else difference

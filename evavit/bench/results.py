@@ -5,12 +5,13 @@ import csv
 import datetime
 import errno
 import io
+import json
 import os
 import platform
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import IO, Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import timm
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     'KEY',
     'ORIGIN',
     'Row',
+    'check_replaced',
     'check_writable',
     'is_done',
     'origin',
@@ -183,6 +185,49 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f'--results-file {path} cannot be written ({error.strerror}); name another file') from None
+
+
+def check_replaced(path: Path, is_own: Callable[[List[str]], bool]) -> None:
+    """Find out before anything is computed whether a table may take the place of the file that has its name.
+
+    Args:
+        path: A .csv, .json or .parquet file. Of JSON each row is an object, one a line or one a key, or there is a list
+            `columns`.
+        is_own: Whether a table of these columns is an earlier output of the program.
+
+    Raises:
+        UserError: there is a file, not an empty one, that is no such table.
+    """
+    try:
+        if not path.exists():
+            return
+        with open_regular(path) as file:
+            own = not os.fstat(file.fileno()).st_size or is_own(_columns_of(file, path.suffix))
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({reason_of(error)}); name another file') from error
+    except (ValueError, TypeError, AttributeError, RecursionError, csv.Error):  # no table at all
+        own = False
+    if not own:
+        raise UserError(f'{path} is there, with other content than is written to it; name another file')
+
+
+def _columns_of(file: IO[bytes], suffix: str) -> List[str]:
+    """The names of a table's columns. ValueError and its like where it is none."""
+    if suffix == '.parquet':
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_schema(file).names)
+    if suffix == '.csv':
+        return list(next(csv.reader(io.TextIOWrapper(file, encoding='utf-8', newline='')), ()))
+    try:
+        content = json.load(file)
+    except json.JSONDecodeError:
+        file.seek(0)
+        content = json.loads(file.readline())
+    if isinstance(content.get('columns'), list):
+        return content['columns']
+    rows = list(content.values())
+    return list(rows[0] if rows and all(isinstance(row, dict) for row in rows) else content)
 
 
 def is_done(path: Path, key: Row) -> bool:

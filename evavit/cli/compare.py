@@ -24,12 +24,13 @@ import torch
 
 from evavit.arguments import Parser, find_device
 from evavit.bench.compare import compare_all, open_picture
-from evavit.bench.results import ORIGIN, check_writable, origin, write_rows
+from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
 from evavit.cli.benchmark import positive
 from evavit.errors import UserError
 from evavit.layers import ATTENTIONS
 
 COLUMNS = {'tokens': 7, 'attention': 14, 'error': 8, 'forward_ms': 12, 'forward_backward_ms': 20, 'memory_mib': 11}
+SHARED = ('image', 'logit_std', 'batch_size', 'dtype', 'seed')  # of all rows
 
 
 def grid(text: str) -> List[int]:
@@ -98,6 +99,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, tor
         if args.results_file.suffix != '.csv' or args.results_file.is_dir():
             raise UserError(f'--results-file {args.results_file}: must be a .csv file')
         check_writable(args.results_file)  # now, and not after an hour of measuring
+        read_rows(args.results_file, [*COLUMNS, *SHARED, *ORIGIN])
     return args, device
 
 
@@ -125,12 +127,5 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(''.join(f'{row[name]:>{width}}' for name, width in COLUMNS.items()), flush=True)
         rows.append(row)
     if args.results_file:
-        shared = dict(
-            image=args.image or 'china.jpg',
-            logit_std=args.logit_std,
-            batch_size=args.batch_size,
-            dtype=args.dtype,
-            seed=args.seed,
-        )
-        where = origin(device)
-        write_rows(args.results_file, [row | shared | where for row in rows], [*COLUMNS, *shared, *ORIGIN])
+        shared = {name: getattr(args, name) for name in SHARED} | dict(image=args.image or 'china.jpg') | origin(device)
+        write_rows(args.results_file, [row | shared for row in rows], [*COLUMNS, *SHARED, *ORIGIN])

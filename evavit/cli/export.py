@@ -8,7 +8,9 @@ it; flags win. Flags are those of timm's onnx_export.py.
 import importlib.util
 import json
 import logging
+import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -19,6 +21,7 @@ from torch import nn
 
 from evavit import export as exporting
 from evavit.errors import UserError, reason_of
+from evavit.files import open_regular
 from evavit.training import build, checks, contents
 from evavit.training.config import ExportConfig, parse_settings
 from evavit.training.distributed import start_process
@@ -84,6 +87,27 @@ def check_settings(config: ExportConfig, output: Path) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'{" and ".join(missing)} not installed: pip install {" ".join(missing)}')
+    check_output(output)
+
+
+def check_output(output: Path) -> None:
+    """UserError where a file is there, not an empty one, that is none of its name's form."""
+    try:
+        if not output.exists():
+            return
+        with open_regular(output) as file:
+            if not os.fstat(file.fileno()).st_size:
+                return
+            own = output.suffix != '.pt2' or zipfile.is_zipfile(file)
+    except OSError as error:
+        raise UserError(f'{output}: cannot be written ({reason_of(error)}); name another file') from error
+    if output.suffix == '.onnx':
+        try:
+            exporting.onnx_operators(output)
+        except ValueError:
+            own = False
+    if not own:
+        raise UserError(f'{output} is there, and is no {output.suffix} file; name another one')
 
 
 def write(

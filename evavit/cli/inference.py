@@ -9,6 +9,7 @@ import csv
 import importlib.util
 import json
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from timm.data import CustomDatasetInfo, DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subset
 
+from evavit.bench.results import check_replaced
 from evavit.errors import UserError, encodable, first_line, printable, reason_of
 from evavit.files import replacing
 from evavit.maps import attention_maps, attention_rollout, overlay_attention
@@ -59,6 +61,8 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     name_class = class_namer(config, model, class_names)
     check_columns(config.results, formats, name_class is not None, model.num_classes)
     base = results_base(config, model, data_config)
+    for form in formats:
+        check_replaced(Path(f'{base}{ENDINGS[form]}'), lambda names: _are_own(names, config.results))
     pictures = None
     if config.results.include_attention:
         pictures = AttentionPictures(model, config.results.include_attention, base.parent / 'attention', data_config)
@@ -178,6 +182,15 @@ def results_base(config: InferenceConfig, model: Any, data_config: Dict[str, Any
     except OSError as error:
         raise UserError(f'--results-dir {base.parent}: cannot be made ({reason_of(error)})') from error
     return base
+
+
+def _are_own(names: List[str], results: ResultsConfig) -> bool:
+    """Whether columns are those of results, of other flags too."""
+    outputs = {results.output_col or results.output_type, 'prob', 'logit'}
+    known = {results.filename_col, results.index_col, results.label_col, 'attention'} | outputs
+    bare = {re.sub(r'_\d+$', '', name) for name in names} - known.intersection(names)
+    bare |= known.intersection(names)
+    return bare <= known and (results.exclude_output or bool(bare & outputs))
 
 
 def class_namer(

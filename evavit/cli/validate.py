@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 import torch
 
 from evavit.bench.clocks import median_seconds
+from evavit.bench.results import check_replaced
 from evavit.errors import SharedError, UserError, encodable, reason_of
 from evavit.files import replacing
 from evavit.training import build, checks, contents, data, loop, report
@@ -153,6 +154,8 @@ def check_settings(config: ValidateConfig) -> None:
         raise UserError('no weights to judge: give --checkpoint FILE, or --pretrained for those that timm publishes')
     if results and Path(results).suffix not in ('.csv', '.json'):
         raise UserError(f'--results-file {results}: the name must end in .csv or .json')
+    if results:
+        check_replaced(Path(results), lambda names: names[:3] == ['model', 'top1', 'top1_err'])
 
 
 def result_row(

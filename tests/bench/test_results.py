@@ -11,6 +11,7 @@ from evavit.bench.results import (
     ADDED,
     COLUMNS,
     ORIGIN,
+    check_replaced,
     check_writable,
     is_done,
     origin,
@@ -124,3 +125,25 @@ def test_a_write_that_fails_is_a_line(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match=r'rows\.csv: cannot be written \('):
         write_rows(tmp_path / 'file' / 'rows.csv', [])
+
+
+@pytest.mark.parametrize(
+    'name, own, others',
+    [
+        ('a.csv', 'x,y\n1,2\n', ['a,y\n1,2\n', 'notes', '\x00', 'x\n']),
+        ('a.json', '{"x": 1, "y": 2}', ['{"a": 1}', 'notes', '[1]', '3', '[' * 10**5]),
+        ('a.json', '{"one": {"x": 1, "y": 2}}', ['{"one": {"a": 1}}', '{"one": {"x": 1, "y": 2}, "b": 3}']),
+        ('a.json', '{"columns": ["x", "y"], "data": []}', ['{"columns": ["a"], "data": []}']),
+        ('a.json', '{"x": 1, "y": 2}\n{"x": 3, "y": 4}\n', ['{"a": 1}\n{"a": 2}\n']),
+    ],
+)
+def test_what_a_table_may_replace(tmp_path, name, own, others):
+    path = tmp_path / name
+    check_replaced(path, lambda names: names == ['x', 'y'])
+    for content in ('', own):
+        path.write_text(content)
+        check_replaced(path, lambda names: names == ['x', 'y'])
+    for content in others:
+        path.write_text(content)
+        with pytest.raises(UserError, match='is there, with other content than is written to it; name another file'):
+            check_replaced(path, lambda names: names == ['x', 'y'])

@@ -52,6 +52,8 @@ def test_a_table_and_a_file(capsys, tmp_path):
         if row['attention'] != 'mean':
             assert float(row['forward_backward_ms']) > 0 and float(row['memory_mib']) > 0
     assert all(f'{row["attention"]:>14}{row["error"]:>8}' in out for row in rows)
+    again = ['--tokens', 4, '--attentions', 'softmax', '--repeats', 1, '--device', 'cpu', '--results-file', path]
+    assert call(capsys, *again)[0] == 0 and path.read_text().count('\n') == 3
 
 
 def test_half_precision_and_a_picture_of_ones_own(capsys, tmp_path):
@@ -107,3 +109,10 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, flags, words):
     lines = err.splitlines()
     assert code == 2 and len(lines) == 1 and lines[0].startswith('error: ') and all(word in err for word in words), err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_of_others_is_not_replaced(capsys, tmp_path):
+    (tmp_path / 'own.csv').write_text('name,size\na,1\n')
+    code, _, err = call(capsys, '--tokens', 4, '--attentions', 'softmax', '--results-file', tmp_path / 'own.csv')
+    assert code == 2 and 'own.csv has other columns; name another file' in err and err.count('\n') == 1
+    assert (tmp_path / 'own.csv').read_text() == 'name,size\na,1\n'

@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,9 @@ def test_outputs_that_differ_are_no_agreement(got, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='its output differs from PyTorch'):
         check_forward(model, tmp_path / 'model.onnx', (2,), settings)
     zero = torch.zeros(2, 3)
+    for other in (zero[:1], zero[0], zero[:0]):
+        with pytest.raises(ValueError, match=r'must be of one shape, and not empty$'):
+            exporting.relative_error(other, zero if len(other) else other)
     assert exporting.relative_error(zero, zero) == 0 and exporting.relative_error(zero + 1, zero) == 1
 
 
@@ -389,7 +393,8 @@ def test_a_failed_export_leaves_the_model_that_was_there(call, tmp_path, monkeyp
     content = helper.make_model(graph).SerializeToString()
     monkeypatch.setattr(exporting, 'onnx_export', lambda _, file, *args, **kwargs: Path(file).write_bytes(content))
     path = tmp_path / 'model.onnx'
-    path.write_text('the model before')
+    before = helper.make_model(graph, producer_name='before').SerializeToString()
+    path.write_bytes(before)
 
     def fail(file, *args, **kwargs):
         for target in (file, *args):
@@ -404,7 +409,7 @@ def test_a_failed_export_leaves_the_model_that_was_there(call, tmp_path, monkeyp
     code, _, err = call('export', path, *MODEL, '--num-classes', '3')
     assert code == 2 and len(err.splitlines()) == 1, err
     assert err.startswith(f'error: {path}: ') and f'(the disk is full: {os.strerror(errno.ENOSPC)})' in err
-    assert path.read_text() == 'the model before' and [file.name for file in tmp_path.iterdir()] == ['model.onnx']
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ['model.onnx']
 
 
 def test_a_failed_package_leaves_the_one_that_was_there(tmp_path, monkeypatch):
@@ -424,13 +429,50 @@ def test_a_failed_package_leaves_the_one_that_was_there(tmp_path, monkeypatch):
 
 def test_arguments_of_another_type_are_one_line(tmp_path):
     model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).eval()
-    for write in (exporting.to_onnx, exporting.to_package):
+    for write in (exporting.to_onnx, exporting.to_package, lambda model, path, size: exporting.to_program(model, size)):
         for given, message in (
             (('eva_deit_tiny', tmp_path / 'x', (3, 16, 16)), r'^model must be a torch\.nn\.Module, .*, got str$'),
             ((model, tmp_path / 'x', 16), r'^input_size must be channels, height and width, .* got 16$'),
             ((model, tmp_path / 'x', (1, 3, 16, 16)), r'^input_size must be .* got \(1, 3, 16, 16\)$'),
             ((model, tmp_path / 'no' / 'x', (3, 16, 16)), r'x: there is no folder .*no; make it first$'),
         ):
+            if 'no folder' in message and write not in (exporting.to_onnx, exporting.to_package):
+                continue
             with pytest.raises((TypeError, ValueError, OSError), match=message) as error:
                 write(*given)
             assert '\n' not in str(error.value)
+
+
+def test_a_program_leaves_the_mode_of_its_model():
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    program = exporting.to_program(model, (3, 16, 16))
+    assert [module.training for module in model.modules()] == modes and model.training
+    x = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(program.module()(x), model.eval()(x))
+
+
+@needs_onnx
+@pytest.mark.parametrize('content', [None, b'', b'my notes', b'\0' * 64])
+def test_files_that_are_no_export_are_a_line(tmp_path, content):
+    for read, name in (
+        (exporting.onnx_operators, 'a.onnx'),
+        (exporting.tensorrt_objections, 'a.onnx'),
+        (exporting.load_exported, 'a.onnx'),
+        (exporting.load_exported, 'a.pt2'),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(FileNotFoundError if content is None else ValueError, match=re.escape(name)) as error:
+            read(tmp_path / name)
+        assert '\n' not in str(error.value)
+
+
+@needs_onnx
+@pytest.mark.parametrize('name', ['notes.onnx', 'notes.pt2'])
+def test_a_file_of_another_kind_is_not_replaced(call, tmp_path, name):
+    (tmp_path / name).write_text('my notes')
+    code, _, err = call('export', tmp_path / name, *MODEL, '--num-classes', '3')
+    assert code == 2 and f'{name} is there, and is no .' in err and err.count('\n') == 1, err
+    assert (tmp_path / name).read_text() == 'my notes'

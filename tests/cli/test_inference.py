@@ -251,6 +251,7 @@ def test_forms_of_the_results(call, hub, pictures, tmp_path):
 
 def test_columns_and_labels(call, hub, pictures, tmp_path):
     def columns(*flags):
+        (tmp_path / 'one.json').unlink(missing_ok=True)  # of other names
         place = ['--data-dir', pictures[0] / 'a9.png', '--workers', '0', '--results-file', tmp_path / 'one.json']
         code, out, err = call('inference', *place, *flags)
         assert code == 0, out + err
@@ -424,6 +425,22 @@ def test_mistakes_are_one_line(call, places, hub, pictures, monkeypatch, flags, 
     code, _, err = call('inference', '--workers', '0', *(stand.get(flag, flag) for flag in flags))
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
     assert all(text in err for text in said), err
+
+
+@pytest.mark.parametrize('form', ['csv', 'json', 'json-records', 'json-split'])
+def test_results_take_the_place_of_results_alone(call, hub, pictures, tmp_path, form):
+    path = tmp_path / f'own.{form[:4].rstrip("-")}'
+    flags = ['--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0', '--results-file', path]
+    for more in ([], ['--topk', '3', '--include-index'], ['--output-type', 'logit'], ['--exclude-output']):
+        assert call('inference', *flags, '--results-format', form, *more)[0] == 0
+    if form != 'csv':
+        path.write_text('{"mine": {"size": 1}}')
+    else:
+        path.write_text('filename,label\na.png,apple\n')
+    content = path.read_text()
+    code, _, err = call('inference', *flags)
+    assert code == 2 and f'{path} is there, with other content than is written to it' in err and err.count('\n') == 1
+    assert path.read_text() == content
 
 
 @pytest.mark.parametrize('script', ['inference', 'validate', 'export'])

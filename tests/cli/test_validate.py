@@ -202,3 +202,15 @@ def test_a_latency_that_needs_more_memory_than_there_is(train, call, images):
     flags = ['--checkpoint', train('run'), '--data-dir', images, '--workers', '0', '--device', 'cpu']
     code, _, err = call('validate', *flags, '--latency', '-b', 10**12)
     assert code == 2 and 'no memory is left' in err and 'lower the batch size (-b)' in err and err.count('\n') == 1, err
+
+
+@pytest.mark.parametrize('name, content', [('val.csv', 'model,accuracy\nx,1\n'), ('val.json', '{"mine": 1}')])
+def test_a_results_file_of_others_is_not_replaced(train, call, images, tmp_path, name, content):
+    path = tmp_path / name
+    flags = ['--checkpoint', train('run'), '--data-dir', images, '--workers', '0', '--results-file', path]
+    for _ in range(2):
+        assert call('validate', *flags)[0] == 0
+    path.write_text(content)
+    code, _, err = call('validate', *flags)
+    assert code == 2 and f'{path} is there, with other content' in err and err.count('\n') == 1, err
+    assert path.read_text() == content
