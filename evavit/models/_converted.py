@@ -12,6 +12,7 @@ import logging
 import math
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union, cast
 
+import numpy as np
 import torch
 from timm.layers import Attention, AttentionRope, DiffAttention
 from timm.models import checkpoint
@@ -24,6 +25,7 @@ from timm.models.vision_transformer import Block, ParallelThingsBlock, ResPostBl
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from evavit.arguments import nearest
 from evavit.layers import ATTENTIONS, pop_attention_kwargs
@@ -147,6 +149,9 @@ def _why_not_class(model: nn.Module) -> Optional[str]:
     return None
 
 
+_COMPUTED = 'computes its weights anew in each pass (pruning, weight norm); make them permanent first'
+
+
 def why_not_converted(model: nn.Module) -> Optional[str]:
     """One line on why `convert_vit` cannot convert a model, None where it can."""
     if isinstance(model, FeatureGetterNet):
@@ -157,16 +162,27 @@ def why_not_converted(model: nn.Module) -> Optional[str]:
     rate = getattr(getattr(model, 'patch_drop', None), 'prob', 0.0)
     if rate > 0:
         return f'patch_drop_rate {rate:g} takes tokens out of the grid in training; make the model without it'
-    for block in cast(Any, model).blocks:
+    for name, part in model.named_modules():
+        if isinstance(vars(part).get('weight', vars(part).get('bias')), torch.Tensor):  # and no parameter of the module
+            return f'{name} {_COMPUTED}, with prune.remove or remove_weight_norm'
+    seen: Set[int] = set()
+    for number, block in enumerate(cast(Any, model).blocks):
         kind = type(block).__name__
         if type(block).forward not in _PLACES or 'forward' in block.__dict__:
             return f'its blocks ({kind}) have a forward of their own, in which no attention can be exchanged'
         for holder, _ in _PLACES[type(block).forward](block):
             attn: Any = holder.attn
+            if id(attn) in seen:
+                return (
+                    f'block {number} has the attention of an earlier one; give each block its own, with copy.deepcopy'
+                )
+            seen.add(id(attn))
             if isinstance(attn, DiffAttention):
                 return f'{type(attn).__name__} is a difference of two softmaxes, which EVA does not approximate'
             if type(attn).forward not in _ATTENTIONS or 'forward' in attn.__dict__:
                 return f'{type(attn).__name__} is no softmax attention that this package knows'
+            if any(is_parametrized(part) for part in attn.modules()):
+                return f'its attention {_COMPUTED}, with parametrize.remove_parametrizations'
             if any(callable(getattr(part, 'weight', None)) for part in attn.modules()):
                 return 'its attention is quantised, and has no weights to start from; convert first, then quantise'
     return None
@@ -268,7 +284,9 @@ def convert_vit(
     vit: Any = model.model if isinstance(model, FeatureGetterNet) else model
     warn_of_cut(vit)
     given = dict(window_size=window_size, partition_grid=partition_grid, rel_pos_bias=rel_pos_bias)
-    chosen = _options(attention, vit, {**given, 'count_cells': count_cells, **options})
+    given |= dict(count_cells=count_cells, **options)
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+    chosen = _options(attention, vit, plain)
     front = derive(ConvertedAttention, ATTENTIONS[attention])
     made = [(place, front(cast(Any, place.holder.attn), vit.num_prefix_tokens, **chosen)) for place in _places(vit)]
     for place, attn in made:
@@ -280,7 +298,9 @@ def convert_vit(
     vit.conversion = {'attention': attention, **chosen}
     vit.__class__ = derive(ConvertedModel, type(vit))
     if all(chosen.get(name, of_softmax) == of_softmax for name, of_softmax in _OF_SOFTMAX.items()):
-        _warn_of_window(window_size if attention in ('eva', 'local') else 0, tuple(vit.patch_embed.grid_size or ()))
+        _warn_of_window(
+            plain['window_size'] if attention in ('eva', 'local') else 0, tuple(vit.patch_embed.grid_size or ())
+        )
     return model
 
 

@@ -4,13 +4,16 @@ import copy
 import logging
 import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
 from timm.models.eva import Eva
 from torch import nn
+from torch.nn.utils import prune
 
 import evavit
+from evavit.hub import save_folder
 from evavit.layers import EvaAttention
 from evavit.layers.converted import ConvertedAttention, GridSize
 from evavit.models._converted import _warn_of_window
@@ -366,6 +369,48 @@ def test_misuse():
         evavit.convert_vit(quantised)
     with pytest.raises(ValueError, match='Sequential is none of'):
         evavit.convert_vit(nn.Sequential(model))
+
+
+def _shares(model):
+    model.blocks[1] = model.blocks[0]
+
+
+def _shares_attention(model):
+    model.blocks[1].attn = model.blocks[0].attn
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (_shares, 'block 1 has the attention of an earlier one'),
+        (_shares_attention, 'block 1 has the attention of an earlier one'),
+        (lambda m: prune.l1_unstructured(m.blocks[0].attn.qkv, 'weight', 0.5), r'blocks\.0\.attn\.qkv computes its'),
+        (lambda m: prune.l1_unstructured(m.head, 'bias', 0.5), 'head computes its weights anew .* with prune.remove'),
+        (lambda m: nn.utils.weight_norm(m.blocks[0].mlp.fc1), 'mlp.fc1 computes its weights anew'),
+        (lambda m: nn.utils.parametrizations.weight_norm(m.blocks[0].attn.qkv), 'with parametrize.remove_param'),
+    ],
+)
+def test_shared_and_computed_weights_are_one_line(change, message):
+    model = original('vit_tiny_patch16_224')
+    change(model)
+    for inplace in (False, True):
+        with pytest.raises(ValueError, match=message) as error:
+            evavit.convert_vit(model, inplace=inplace)
+        assert '\n' not in str(error.value)
+
+
+def test_numbers_of_numpy_and_tied_weights(tmp_path):
+    """They are what Python's are, on the disk too."""
+    model = original('vit_tiny_patch16_224')
+    model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight
+    options = dict(window_size=np.int64(3), noise_std=np.float32(0.5), rel_pos_bias=np.bool_(True))
+    converted = evavit.convert_vit(model, **options).eval()
+    assert type(converted.conversion['window_size']) is int
+    folder = save_folder(converted, tmp_path / 'mine', data='x', licence='mit')
+    x = images(model)
+    with torch.no_grad():
+        assert torch.equal(evavit.load_converted(folder).eval()(x), converted(x))
 
 
 def test_tables_and_one_dimensional_parameters_do_not_decay():
