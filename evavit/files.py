@@ -1,9 +1,11 @@
 """Files that a crash or a full disk leaves as they were, and that tell whether a bit of them has changed since."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -47,24 +49,20 @@ def why_no_file(path: Union[str, Path], names: Sequence[str] = WEIGHTS, what: st
 
 
 @contextmanager
-def replacing(
-    path: Union[str, Path], durable: bool = False, shared: bool = False, folder: bool = False
-) -> Iterator[Path]:
+def replacing(path: Union[str, Path], durable: bool = False) -> Iterator[Path]:
     """Yields the name of a file or folder to make, which then takes the place of `path`, whole or not at all.
 
     Args:
-        path: Where it belongs. The new one is made beside it, with `.partial` at the end of its name.
+        path: Where it belongs. The new one is made beside it under a name that nobody has, `.evavit-*.partial`. What a
+            killed process left under such a name goes a day later: until then it may be another one's work.
         durable: A file is on the disk before this returns, so that a loss of power does not take it either.
-        shared: Several processes may make it at once: each works under a name of its own, the last one's stays.
-        folder: A folder is made. One that a killed process left beside it goes, which else is somebody's own.
 
     Raises:
         Whatever the body or the system raises. The partial file is then gone, and `path` is as it was.
     """
-    partial = Path(f'{path}.{os.getpid()}.partial' if shared else f'{path}.partial')
-    if partial.is_dir() and not (folder or partial.is_symlink()):
-        raise IsADirectoryError(errno.EISDIR, f'{partial.name} beside it is a folder; take it away')
-    _remove(partial)  # what a killed process left
+    folder = Path(path).parent
+    _remove_left_overs(os.path.realpath(folder))
+    partial = folder / f'.evavit-{os.getpid()}-{secrets.token_hex(8)}.partial'
     try:
         yield partial
         if durable and not partial.is_dir():
@@ -73,11 +71,19 @@ def replacing(
         os.replace(partial, path)  # a folder only in the place of none, or of an empty one
         partial.unlink(missing_ok=True)  # still there where both were names of one file
         if durable:
-            sync_folder(partial.parent)
+            sync_folder(folder)
     except BaseException:
         with suppress(OSError):
             _remove(partial)
         raise
+
+
+@functools.lru_cache(1024)  # once a process: a folder of many files takes long to list
+def _remove_left_overs(folder: str) -> None:
+    for left in Path(folder).glob('.evavit-*.partial'):
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > DAY:
+                _remove(left)
 
 
 def open_own(path: Union[str, Path]) -> int:
@@ -164,7 +170,7 @@ def new_folder(path: Union[str, Path]) -> Iterator[Path]:
         if place.exists() and not place.is_dir():
             raise UserError(f'{path} is a file; name a folder')
         place.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(place, folder=True) as partial:
+        with replacing(place) as partial:
             yield partial
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({reason_of(error)})') from error
@@ -179,10 +185,7 @@ def replacing_in(folder: Union[str, Path]) -> Iterator[Path]:
     place, `folder` is as it was; a kill between two of them leaves new ones beside old ones.
     What a killed process left goes a day later: until then it may be another one's work.
     """
-    for left in Path(folder).glob('.evavit-*.partial'):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > DAY:
-                _remove(left)
+    _remove_left_overs(os.path.realpath(folder))
     with TemporaryDirectory(prefix='.evavit-', suffix='.partial', dir=folder) as name:
         yield Path(name)
         files, old, done = sorted(Path(name).iterdir(), reverse=True), Path(name, '.old'), []

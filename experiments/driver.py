@@ -67,7 +67,7 @@ def link_pictures(folder, paths):
     """A folder of links to pictures DIR/SPLIT/CLASS/NAME, made where it is not there."""
     with alone(folder.with_name(f'{folder.name}.lock'), wait=True):
         if not folder.is_dir():
-            with replacing(folder, folder=True) as partial:
+            with replacing(folder) as partial:
                 for path in paths:
                     link = partial / path.parent.parent.name / path.parent.name / path.name
                     link.parent.mkdir(parents=True, exist_ok=True)

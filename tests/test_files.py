@@ -7,7 +7,6 @@ import re
 import resource
 import socket
 import zipfile
-from contextlib import nullcontext
 
 import pytest
 import safetensors.torch
@@ -22,7 +21,7 @@ from evavit.training.checkpoint import locked_folder
 from evavit.training.distributed import log_to
 
 
-@pytest.mark.parametrize('options', [{}, dict(durable=True), dict(shared=True)], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(durable=True)], ids=str)
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, options):
     path = tmp_path / 'file'
     path.write_text('before')
@@ -36,20 +35,28 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, options):
     assert [file.name for file in tmp_path.iterdir()] == ['file'] and path.read_text() == 'after'
 
 
-def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
-    for folder in (True, False):
-        (tmp_path / 'folder.partial' / 'deep').mkdir(parents=True)
-        with (
-            pytest.raises(OSError) if not folder else nullcontext(),
-            replacing(tmp_path / 'folder', folder=folder) as it,
-        ):
-            it.mkdir()
-        assert (tmp_path / 'folder.partial').exists() != folder
-    (tmp_path / 'file.partial').write_text('half of a long text')
-    with replacing(tmp_path / 'file') as partial:
-        assert not partial.exists()
-        partial.write_text('new')
-    assert (tmp_path / 'file').read_text() == 'new'
+def test_files_of_others_beside_one_that_is_written_stay(tmp_path):
+    """Whatever they are called; what a killed process left goes a day later."""
+    names = (
+        'file.partial',
+        f'file.{os.getpid()}.partial',
+        'folder.partial',
+        '.evavit-1-a.partial',
+        '.evavit-2-b.partial',
+    )
+    for name in names:
+        (tmp_path / name).write_text('mine')
+    os.utime(tmp_path / names[-1], (0, 0))
+    for path in (tmp_path / 'file', tmp_path / 'other'):
+        with replacing(path) as partial, replacing(path) as another:
+            assert partial != another and not partial.exists()
+            partial.write_text('new')
+            another.write_text('older')
+        assert path.read_text() == 'new'
+    with replacing(tmp_path / 'folder') as partial:
+        partial.mkdir()
+    left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name in names}
+    assert left == dict.fromkeys(names[:-1], 'mine') and len(list(tmp_path.iterdir())) == len(left) + 3
 
 
 @pytest.mark.parametrize('name', ['file', 'folder', 'link'])

@@ -260,7 +260,7 @@ def _unpack_raw_files(root: Optional[str]) -> None:
             continue
         try:
             with (
-                replacing(plain, shared=True) as partial,
+                replacing(plain) as partial,
                 gzip.open(packed, 'rb') as source,
                 open(partial, 'wb') as file,
             ):
