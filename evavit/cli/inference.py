@@ -200,11 +200,21 @@ def class_namer(
     if config.results.label_type == 'none':
         return None
     published: Dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
-    names: Any = class_names or published.get('label_names')
+    names: Any = published.get('label_names')
+    source = f'{config.model.model}: label_names in its config.json'
+    if class_names:  # of a run, whose model may have more classes
+        source = str(config.weights.checkpoint)
+        names = [*class_names, *map(str, range(len(class_names), model.num_classes))]
     if config.data.class_map:
+        source = f'--class-map {config.data.class_map}'
         labels = data.read_class_map(config.data.class_map, config.data.data_dir)
         names = sorted(labels, key=labels.__getitem__)
     try:
+        if isinstance(names, (list, tuple)) and not (len(set(names)) == len(names) == model.num_classes):
+            raise UserError(
+                f'{source}: {len(set(names))} different names for {model.num_classes} classes; give --class-map FILE '
+                f'with a name for each, or --label-type none'
+            )
         if names:
             words = published.get('label_descriptions') if names is published.get('label_names') else None
             info: Any = CustomDatasetInfo(names, words)

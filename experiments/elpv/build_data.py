@@ -53,6 +53,14 @@ def read_labels(source):
                 raise ValueError(f'a class {labels["type"]} with {labels["defect"]}')
     except (ArithmeticError, OSError, ValueError) as error:
         raise UserError(f"{source}: no labels.csv of lines 'file probability type' ({error})") from error
+    if len(rows) <= BLOCK * (EVERY - 1):
+        raise UserError(
+            f'{source}: labels.csv has {len(rows)} pictures, and validation begins after {BLOCK * (EVERY - 1)}; take '
+            f'the whole data set'
+        )
+    twice, times = Counter(Path(name).stem for name, _ in rows).most_common(1)[0]
+    if times > 1:
+        raise UserError(f'{source}: labels.csv has {times} pictures called {twice}; rename all but one')
     return [
         (*row, 'validation' if number // BLOCK % EVERY == EVERY - 1 else 'train') for number, row in enumerate(rows)
     ]

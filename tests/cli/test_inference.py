@@ -427,6 +427,23 @@ def test_mistakes_are_one_line(call, places, hub, pictures, monkeypatch, flags, 
     assert all(text in err for text in said), err
 
 
+@pytest.mark.parametrize('names', ['map', ['a', 'b'], ['a', 'b', 'b'], ['a', 'b', 'c', 'd']], ids=str)
+def test_names_for_another_number_of_classes_are_a_line(call, hub, pictures, tmp_path, names):
+    folder = shutil.copytree(hub, tmp_path / 'hub')
+    flags = ['--data-dir', pictures[0], '--checkpoint', folder, '--workers', '0', '--results-dir', tmp_path / 'new']
+    if names == 'map':
+        (tmp_path / 'map.txt').write_text('a\nb\n')
+        flags += ['--class-map', tmp_path / 'map.txt']
+    else:
+        config = json.loads((folder / 'config.json').read_text())
+        (folder / 'config.json').write_text(json.dumps({**config, 'label_names': names}))
+    code, _, err = call('inference', *flags)
+    said = f'{2 if names == "map" else len(set(names))} different names for 3 classes; give --class-map FILE'
+    assert code == 2 and said in err and err.count('\n') == 1, err
+    assert not (tmp_path / 'new').exists()
+    assert call('inference', *flags, '--label-type', 'none')[0] == 0
+
+
 @pytest.mark.parametrize('form', ['csv', 'json', 'json-records', 'json-split'])
 def test_results_take_the_place_of_results_alone(call, hub, pictures, tmp_path, form):
     path = tmp_path / f'own.{form[:4].rstrip("-")}'

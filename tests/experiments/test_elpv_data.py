@@ -47,18 +47,25 @@ def test_blocks_stay_together(source, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     'fault, words',
     [
+        ('few', ['labels.csv has 40 pictures', 'begins after 240']),
+        ('twice', ['labels.csv has 2 pictures called cell0001']),
         ('none', ['labels.csv']),
         ('broken', ['labels.csv', 'file probability type']),
         ('picture', ['cell0003.png', 'cannot be read']),
     ],
 )
-def test_a_source_that_is_none(source, tmp_path, capsys, fault, words):
+def test_a_source_that_is_none(source, tmp_path, monkeypatch, capsys, fault, words):
     tool = load_program('experiments/elpv/build_data.py')
-    if fault == 'none':
+    if fault != 'few':
+        monkeypatch.setattr(tool, 'BLOCK', 4)
+    if fault == 'twice':
+        with open(source / 'labels.csv', 'a') as file:
+            file.write('images/cell0001.jpg 0.0 mono\n')
+    elif fault == 'none':
         (source / 'labels.csv').unlink()
     elif fault == 'broken':
         (source / 'labels.csv').write_text('cell0001.png;1\n')
-    else:
+    elif fault == 'picture':
         (source / 'images' / 'cell0003.png').write_bytes(b'no picture')
     assert run_script(tool.main, [str(tmp_path / 'elpv'), '--source', str(source)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -66,12 +73,12 @@ def test_a_source_that_is_none(source, tmp_path, capsys, fault, words):
     assert not (tmp_path / 'elpv').exists()
 
 
-@pytest.mark.parametrize('line', ['images/cell0041.png 0.0 ../../../escaped', 'images/cell0041.png 7 mono'])
-def test_a_class_that_is_none_is_a_line(source, tmp_path, capsys, line):
+@pytest.mark.parametrize('about', ['0.0 ../../../escaped', '7 mono', 'inf mono'])
+def test_a_class_that_is_none_is_a_line(source, tmp_path, capsys, about):
     """A class is a folder's name: one of another kind would lead out of the folder that is made."""
     tool = load_program('experiments/elpv/build_data.py')
     with open(source / 'labels.csv', 'a') as file:
-        file.write(line + '\n')
+        file.write(f'images/cell0041.png {about}\n')
     Image.new('L', (20, 20)).save(source / 'images' / 'cell0041.png')
     before = sorted(path.name for path in tmp_path.iterdir())
     assert run_script(tool.main, [str(tmp_path / 'new'), '--source', str(source), '--side', '16']) == 2
