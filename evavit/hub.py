@@ -530,6 +530,10 @@ def why_not_fetched(error: Exception, how: str = '') -> str:
         )
     if isinstance(error, RepositoryNotFoundError):
         return 'no such repository on the Hugging Face Hub, or one that asks for a login'
+    if 'weights_only' in str(error):  # PyTorch's, with the advice to load it all the same
+        return (
+            'its weights carry more than tensors, which may be code, so none of it is loaded; ask for model.safetensors'
+        )
     return first_line(error)[:400]
 
 

@@ -75,6 +75,14 @@ def link_pictures(folder, paths):
     return folder
 
 
+def rows_to_report(args, columns):
+    """The rows of --results-file, of which --report makes its tables; UserError where there are none."""
+    rows = read_rows(args.results_file, columns)
+    if not rows:
+        raise UserError(f'--results-file {args.results_file}: no rows to report; give a file that has some')
+    return rows
+
+
 def drive(args, jobs, columns, run, says, state=None):
     """What --list asks for, or the runs. Arguments are those of `work`, and `state` is `state_of` unless some wait for
     others; UserError where a run failed."""

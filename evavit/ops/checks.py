@@ -13,6 +13,7 @@ __all__ = [
     'check_grid',
     'check_int',
     'check_number',
+    'check_tensor',
     'check_tokens',
     'check_whole',
     'shape_of',
@@ -36,6 +37,9 @@ def check_tokens(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feat_size: List[int], num_prefix_tokens: int = 0
 ) -> None:
     """q, k, v are `(B, h, P + N, d)` of one shape and dtype, floating point, and N = H·W."""
+    check_tensor('q', q)
+    check_tensor('k', k)
+    check_tensor('v', v)
     if q.dim() != 4:
         raise ValueError(f'q must be (batch, heads, tokens, head_dim), got shape {shape_of(q)}')
     if k.shape != q.shape or v.shape != q.shape:
@@ -45,6 +49,13 @@ def check_tokens(
     if not q.is_floating_point():
         raise ValueError(f'q, k and v must be floating point, got {q.dtype}')
     check_count_of_tokens('q', q.shape[2], feat_size, num_prefix_tokens)
+
+
+def check_tensor(name: str, value: torch.Tensor) -> None:
+    """TypeError of one line unless it is a tensor."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f'{name} must be a tensor, got {type(value).__name__}')
 
 
 def check_count_of_tokens(name: str, tokens: int, feat_size: List[int], num_prefix_tokens: int) -> None:

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from evavit.bench.results import read_rows
 from evavit.errors import Preempted, UserError, first_line, run_script
 from evavit.files import replacing, stamp
 from evavit.training.build import check_finite
@@ -51,6 +50,7 @@ from driver import (  # noqa: E402
     finished,
     make_output,
     parser_of,
+    rows_to_report,
     save_plot,
     stopping_after,
     write_number,
@@ -307,7 +307,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.results_file = args.results_file or args.output / 'runs.csv'
     if args.report and not args.list:
-        rows = read_rows(args.results_file, COLUMNS)
+        rows = rows_to_report(args, COLUMNS)
         print('\n'.join(table(rows)))
         plot(rows, args.results_file)
         return

@@ -26,7 +26,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from evavit.bench.results import read_rows
 from evavit.errors import UserError, run_script
 from evavit.training.config import parse_settings
 
@@ -42,6 +41,7 @@ from driver import (  # noqa: E402
     make_output,
     of_training,
     parser_of,
+    rows_to_report,
     train_to_end,
 )
 
@@ -155,7 +155,7 @@ def main(argv=None):
     args.results_file = args.results_file or args.output / 'runs.csv'
     jobs = chosen(all_jobs(), args)
     if args.report and not args.list:
-        print('\n'.join(table(read_rows(args.results_file, COLUMNS))))
+        print('\n'.join(table(rows_to_report(args, COLUMNS))))
         return
     if not args.list:
         for task in dict.fromkeys(job.task for job in jobs):

@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from evavit.bench.results import read_rows
 from evavit.errors import run_script
 from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.config import parse_settings
@@ -45,6 +44,7 @@ from driver import (  # noqa: E402
     make_output,
     parser_of,
     read_number,
+    rows_to_report,
     save_plot,
     state_of,
     train_to_end,
@@ -270,7 +270,7 @@ def main(argv=None):
     args, args.flags = parser.parse_known_args(argv)
     args.results_file = args.results_file or args.output / 'runs.csv'
     if args.report and not args.list:
-        rows = read_rows(args.results_file, COLUMNS)
+        rows = rows_to_report(args, COLUMNS)
         print('\n'.join(table(rows)))
         plot(rows, args.results_file)
         return

@@ -59,6 +59,7 @@ from driver import (  # noqa: E402
     make_output,
     of_training,
     parser_of,
+    rows_to_report,
     state_of,
     train_to_end,
 )
@@ -302,7 +303,7 @@ def main(argv=None):
     args.results_file = args.results_file or args.output / 'runs.csv'
     jobs = chosen(all_jobs(), args)
     if args.report and not args.list:
-        print('\n'.join(table(read_rows(args.results_file, COLUMNS))))
+        print('\n'.join(table(rows_to_report(args, COLUMNS))))
         return
     if not args.list:
         check(jobs, args)

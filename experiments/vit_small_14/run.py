@@ -32,7 +32,6 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from evavit.bench.results import read_rows
 from evavit.errors import UserError, run_script
 from evavit.files import replacing
 from evavit.models import convert_vit, write_weights
@@ -56,6 +55,7 @@ from driver import (  # noqa: E402
     make_output,
     parser_of,
     read_number,
+    rows_to_report,
     train_to_end,
 )
 
@@ -260,7 +260,7 @@ def main(argv=None):
         raise UserError('--updates and --pictures must be at least 1')
     jobs = chosen(all_jobs(args.updates), args)
     if args.report and not args.list:
-        print('\n'.join(table(read_rows(args.results_file, COLUMNS))))
+        print('\n'.join(table(rows_to_report(args, COLUMNS))))
         return
     if not args.list:
         if args.data_dir is None or args.weights is None:

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, words, write_images
+from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, Code, load_script, words, write_images
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
@@ -385,6 +385,10 @@ FAULTS = {
     'no classes at all': (['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--topk', '0'], ['topk', '≥ 1']),
     'too small a size': (['--data-dir', 'PICTURES', '--checkpoint', 'HUB', '--img-size', '3'], ['model.safetensors']),
     'a body alone': (['--data-dir', 'PICTURES', '--checkpoint', 'body'], ['local-dir:body has no classifier']),
+    'weights that carry code': (
+        ['--data-dir', 'PICTURES', '--model', 'local-dir:code'],
+        ['local-dir:code', 'none of it is loaded; ask for model.safetensors'],
+    ),
     'maps that there are not': (
         ['--data-dir', 'PICTURES', '--checkpoint', 'ls.pth', '--include-attention', *LONG_SHORT],
         ['--include-attention', 'dual_ln'],
@@ -398,6 +402,9 @@ def places(tmp_path_factory, hub, pictures):
     for name in ('empty', 'broken', 'half', 'twice/a', 'twice/b'):
         (root / name).mkdir(parents=True)
     (root / 'broken' / 'config.json').write_text('{"architecture":')
+    (root / 'code').mkdir()
+    shutil.copy(hub / 'config.json', root / 'code')
+    torch.save({'weight': Code()}, root / 'code' / 'pytorch_model.bin')
     (root / 'half' / 'config.json').write_text((hub / 'config.json').read_text())
     (root / 'no.tar').write_text('no archive')
     with tarfile.open(root / 'whole.tar.gz', 'w:gz') as tar:

@@ -91,3 +91,23 @@ def test_an_output_that_is_a_file_is_a_line(name, monkeypatch, request, tmp_path
     assert run_script(program.main, flags) == 2
     err = capsys.readouterr().err
     assert err.startswith(f'error: --output {tmp_path}/file: cannot be made (') and err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'causal_cifar/run',
+        'lra/run',
+        'tiny_imagenet/approximation',
+        'tiny_imagenet/attentions',
+        'tiny_imagenet/run',
+        'transfer/run',
+        'vit_small_14/run',
+    ],
+)
+def test_a_report_of_no_rows_is_a_line(driver, name, tmp_path, capsys):
+    program = load_program(f'experiments/{name}.py')
+    assert run_script(program.main, ['--report', '--results-file', str(tmp_path / 'missing.csv')]) == 2
+    err = capsys.readouterr().err
+    assert 'missing.csv: no rows to report; give a file that has some' in err and err.count('\n') == 1
+    assert not os.listdir(tmp_path)

@@ -127,6 +127,7 @@ def eva_attention(
 
     Raises:
         ValueError: arguments that do not fit each other; the message names the value.
+        TypeError: q, k or v is no tensor.
     """
     feat_size = static_size(feat_size)
     check_partition(window_size, partition_grid)
@@ -138,7 +139,7 @@ def eva_attention(
         rel_pos_bias,
         window_size,
         partition_grid,
-        softmax_scale(scale, q.shape[-1]),
+        softmax_scale(scale, q),
         proposal_scale,
         noise,
         dropout_p,
@@ -184,7 +185,7 @@ def eva_attention_packed(
         rel_pos_bias,
         window_size,
         partition_grid,
-        softmax_scale(scale, qkv.shape[-1]),
+        softmax_scale(scale, qkv),
         proposal_scale,
         noise,
         dropout_p,

@@ -10,6 +10,7 @@ from evavit.ops.checks import (
     check_dropout,
     check_int,
     check_number,
+    check_tensor,
     check_tokens,
     shape_of,
 )
@@ -30,8 +31,12 @@ __all__ = [
 ]
 
 
-def softmax_scale(scale: Optional[float], head_dim: int) -> float:
-    """The scale s of an argument that may be None: head_dim^(-½) then."""
+def softmax_scale(scale: Optional[float], q: torch.Tensor) -> float:
+    """The scale s of an argument that may be None: d^(-½) then, of queries `(…, d)`."""
+    check_tensor('q', q)
+    head_dim = q.shape[-1]
+    if head_dim < 1:
+        raise ValueError(f'head_dim must be at least 1, got {head_dim}')
     if scale is None:
         return head_dim**-0.5
     check_number('scale', scale, above_zero=True)
@@ -58,6 +63,7 @@ def check_partition(window_size: int, partition_grid: int) -> None:
 
 def check_packed_tokens(qkv: torch.Tensor, feat_size: List[int], num_prefix_tokens: int = 0) -> None:
     """qkv is `(3, B, h, P + N, d)`, floating point, and N = H·W."""
+    check_tensor('qkv', qkv)
     if qkv.dim() != 5 or qkv.shape[0] != 3:
         raise ValueError(f'qkv must be (3, batch, heads, tokens, head_dim), got shape {shape_of(qkv)}')
     if not qkv.is_floating_point():

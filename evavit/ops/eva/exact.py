@@ -72,7 +72,7 @@ def control_variate_coefficients(
     Arguments as in `eva_estimator`. Returns `(B, h, N, C, d)`; zeros for a P_c without tokens.
     """
     _check(q, k, cells)
-    return _coefficients(q, k, v, cells, omega, log_ratio, softmax_scale(scale, q.shape[-1]))[2]
+    return _coefficients(q, k, v, cells, omega, log_ratio, softmax_scale(scale, q))[2]
 
 
 def eva_estimator(
@@ -110,7 +110,7 @@ def eva_estimator(
         ValueError: cells of another shape, not whole numbers, or below -1.
     """
     _check(q, k, cells)
-    scale = softmax_scale(scale, q.shape[-1])
+    scale = softmax_scale(scale, q)
     logits, log_sums, beta = _coefficients(q, k, v, cells, omega, log_ratio, scale)
     logits = logits.masked_fill((cells != -1).view(-1, k.shape[2]), float('-inf'))
     attn = torch.cat([logits, log_sums], -1).softmax(-1)

@@ -66,7 +66,7 @@ def eva_attention_mass(
     dtype = accumulation_dtype(q)
     prefix = k[:, :, :num_prefix_tokens].to(dtype)
     q, k = q[:, :, num_prefix_tokens:].to(dtype), k[:, :, num_prefix_tokens:].to(dtype)
-    scale = softmax_scale(scale, q.shape[-1])
+    scale = softmax_scale(scale, q)
     window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
     queries = scale * to_windows(q, feat_size, window)
     exact = torch.full(queries.shape[:4], float('-inf'), dtype=dtype, device=q.device)

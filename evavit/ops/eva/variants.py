@@ -419,7 +419,7 @@ def eva_attention_variant(
         proposal,
         proposal_mean,
         halo_size(window_size) if overlap else 0,
-        softmax_scale(scale, q.shape[-1]),
+        softmax_scale(scale, q),
         proposal_scale,
         noise,
         noise_std,

@@ -7,7 +7,7 @@ from helpers import grid_cells, grid_windows
 from ops.eva.references import eva_loop
 from timm.layers import RelPosBias
 
-from evavit.ops import eva_attention, eva_attention_packed, eva_num_cells
+from evavit.ops import eva_attention, eva_attention_1d, eva_attention_packed, eva_attention_variant, eva_num_cells
 from evavit.ops.eva.counts import log_counts
 
 GRIDS = [(14, 14), (28, 28), (13, 13), (24, 24), (7, 50), (50, 7), (1, 1), (5, 3)]
@@ -477,6 +477,13 @@ def test_bad_packed_tokens(qkv, message, fused):
         eva_attention_packed(qkv, [4, 4], partition_grid=0, fused=fused)
 
 
+@pytest.mark.parametrize('of', [eva_attention_packed, eva_attention_1d, eva_attention_variant])
+def test_no_tensor_at_all_is_a_line(of):
+    rest = ([4, 4],) if of is eva_attention_packed else (None, None, *([[4, 4]] if of is eva_attention_variant else []))
+    with pytest.raises(TypeError, match=r'^(q|qkv) must be a tensor, got NoneType$'):
+        of(None, *rest)
+
+
 @pytest.mark.parametrize(
     'change, message',
     [
@@ -497,6 +504,9 @@ def test_bad_packed_tokens(qkv, message, fused):
         (dict(dropout_p=1.0), 'dropout_p must be'),
         (dict(k=torch.zeros(1, 2, 15, 8)), 'must have one shape'),
         (dict(v=torch.zeros(1, 2, 16, 8).double()), 'must have one dtype'),
+        (dict(q=None), '^q must be a tensor, got NoneType$'),
+        (dict(k=np.zeros((1, 2, 16, 8))), '^k must be a tensor, got ndarray$'),
+        (dict.fromkeys('qkv', torch.zeros(1, 2, 16, 0)), 'head_dim must be at least 1, got 0'),
         (dict(q=torch.zeros(2, 16, 8)), r'q must be \(batch, heads, tokens, head_dim\)'),
         (dict(window_size=3.0), 'window_size must be a whole number, got 3.0'),
         (dict(window_size=True), 'window_size must be a whole number, got True'),
@@ -534,7 +544,7 @@ def test_bad_arguments_name_the_value(change, message):
         partition_grid=4,
     )
     for fused in (False, True):
-        with pytest.raises(ValueError, match=message) as caught:
+        with pytest.raises((TypeError, ValueError), match=message) as caught:
             eva_attention(**(args | change), fused=fused)
         assert '\n' not in str(caught.value)
 
