@@ -224,13 +224,12 @@ def to_onnx(
 def _read_onnx(path: Path) -> Any:
     """An ONNX file without weights of other files. ValueError, one line, where it is none; OSError of the system's."""
     import onnx
-    from google.protobuf.message import DecodeError
 
     with open_regular(path) as opened:
         content = opened.read()
     try:
         file = onnx.load_model_from_string(content)
-    except DecodeError:
+    except Exception:  # protobuf's own
         file = None
     if file is None or not file.ir_version or not file.graph.node:
         raise ValueError(f'{path}: no ONNX file; give one that to_onnx or another exporter wrote')

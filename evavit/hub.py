@@ -277,8 +277,8 @@ def _check_card(
         about = json.loads(json.dumps(data_config or {}))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'data_config: must hold plain numbers and names ({first_line(error)[:200]})') from error
-    if wrong := wrong_preparation(about, getattr(model, 'in_chans', None)):
-        raise ValueError(f'data_config: {wrong}')
+    if unfit := wrong_preparation(about, getattr(model, 'in_chans', None)):
+        raise ValueError(f'data_config: {unfit}')
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f'the weights are not finite ({name} has NaN or infinite values); save others')

@@ -283,7 +283,7 @@ def convert_vit(
     model = model if inplace else copy.deepcopy(model)
     vit: Any = model.model if isinstance(model, FeatureGetterNet) else model
     warn_of_cut(vit)
-    given = dict(window_size=window_size, partition_grid=partition_grid, rel_pos_bias=rel_pos_bias)
+    given: Dict[str, Any] = dict(window_size=window_size, partition_grid=partition_grid, rel_pos_bias=rel_pos_bias)
     given |= dict(count_cells=count_cells, **options)
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
     chosen = _options(attention, vit, plain)
