@@ -73,7 +73,9 @@ def build(name: str, kwargs: Dict[str, Any], img_size: Optional[int], device: st
             return timm.create_model(**resolve_model_input_args(name, args=dict(img_size=img_size), **kwargs))
     except Exception as error:  # each model has its own errors for arguments that do not fit
         images = f', images of {img_size}' if img_size else ''
-        raise UserError(f'{describe(name, kwargs)}{images}: {first_line(error)[:300]}') from error
+        texts = [key for key, value in kwargs.items() if isinstance(value, str)] if isinstance(error, TypeError) else []
+        hint = f' ({", ".join(texts)} is text; give a number, or what else the model takes)' if texts else ''
+        raise UserError(f'{describe(name, kwargs)}{images}: {first_line(error)[:300]}{hint}') from error
 
 
 @functools.lru_cache

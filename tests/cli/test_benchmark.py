@@ -161,6 +161,7 @@ def test_resume_and_replace(bench, monkeypatch):
 
 BAD = {
     'unknown model': (['--model', 'eva_deit_tin'], ['eva_deit_tin', 'eva_deit_tiny']),
+    'argument of another type': (['--model', 'eva_deit_tiny:depth=x', '--bench', 'infer'], ['(depth is text; give']),
     'argument without a value': (['--model', 'eva_deit_tiny:depth'], ['depth', 'key=value']),
     'unknown argument of the model': (['--model', 'eva_deit_tiny:windows=3'], ['windows']),
     'images smaller than a patch': (['--model', 'eva_deit_tiny', '--img-size', '8'], ['eva_deit_tiny']),
