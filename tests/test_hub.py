@@ -18,7 +18,8 @@ from runs import CLASSES, MODEL, QUICK, load_script, words, write_images
 from timm.models.vision_transformer import VisionTransformer
 
 import evavit
-from evavit.hub import load_converted, model_card, publish, save_folder, source_folder
+from evavit.card import model_card
+from evavit.hub import load_converted, publish, save_folder, source_folder
 from evavit.models import write_weights
 from evavit.training.config import parse_settings
 from evavit.training.contents import complete_from_checkpoint

@@ -18,6 +18,7 @@ FLOORS = (
     ('ops',),
     ('layers',),
     ('models',),
+    ('card',),
     ('convert', 'dense', 'export', 'hub', 'maps'),
     ('exporting',),  # the former name of export
     ('training',),
