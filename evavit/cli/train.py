@@ -63,8 +63,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         model, data_config = dry_run.initial_model(config, classes)
     channels_last = config.machine.channels_last
     teacher = distillation.build_teacher(config, model, data_config)
-    if teacher is not None:
-        data.check_labels(teacher.class_names, class_names, 'the teacher')
+    distillation.check_classes(teacher, class_names)
     modules: Any = [model] if teacher is None else [model, teacher]
     for module in modules:
         module.to(process.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
@@ -130,7 +129,11 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         log.debug(f'{code_version()}; {shlex.join(sys.argv)}')
     for line in dry_run.other_start(config, classes, class_names) if not checkpoints else ():
         log.warning(f'warning: {line}')
-    settings = {**config.flat(), 'kd_teacher': teacher.identity if teacher else None}
+    settings = {
+        **config.flat(),
+        **data.held_out(train_set),
+        'kd_teacher': teacher.identity if teacher else None,
+    }
     saver = checkpoint.Saver(run, settings, class_names, folder) if process.primary else None
     position = checkpoint.resume(checkpoints, run, settings, saver, class_names)
     build.compile_and_distribute(task, compilation, process)

@@ -37,8 +37,6 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     """Evaluate what the settings name; `given` are those that flags or a YAML file gave."""
     process = start_process(config.machine.device, watchdog)
     class_names = contents.complete_from_checkpoint(config, given)
-    if config.data.class_map:
-        class_names = None
     check_settings(config)
 
     learnt = class_names
@@ -52,6 +50,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         seed=config.run.seed,
     )
     data.check_labels(learnt, class_names, 'the checkpoint')
+    contents.warn_of_held_out(config, data.held_out(dataset))
     model: Any = build.build_model(config.model, config.model.num_classes)
     data.class_count(config.data, model.num_classes, class_names, dataset)
     report.check_report(config.run.report_dir, model.num_classes)

@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import socket
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -26,6 +25,7 @@ from timm.utils import CheckpointSaver, unwrap_model
 from evavit.errors import LocalError, UserError, first_line, reason_of
 from evavit.files import RUN_WEIGHTS, open_own, replacing, stamp, stored_digest, sync_folder
 from evavit.models import write_weights
+from evavit.training import data
 from evavit.training.build import check_fit
 from evavit.training.contents import KEPT, has_metadata, is_number, is_whole, read_checkpoint
 from evavit.training.loop import Position, Run, weights_are_finite
@@ -278,8 +278,7 @@ def resume(
         check_fit(unwrap_model(task.get_eval_model()), state, path)
     position = _position(path, checkpoint, run)
     check_division(path, checkpoint, settings)
-    if full:
-        check_classes(path, checkpoint, class_names)
+    other = check_classes(path, checkpoint, class_names, weights_alone=not full)
     if saver is not None:
         check_ranking(path, checkpoint, run.config.eval_metric, Path(saver.checkpoint_dir))
     try:
@@ -299,9 +298,11 @@ def resume(
     _check_same(run, f'{path}, {stored_digest(path)[:8]}', position)
     log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
     _warn_of_changes(path, checkpoint, settings)
+    if other:
+        log.warning(f'warning: {other}')
     if saver is not None:
         _set_aside(damaged)
-    if saver is not None and _is_of(path, saver.checkpoint_dir) and checkpoint.get('saver'):
+    if saver is not None and not other and _is_of(path, saver.checkpoint_dir) and checkpoint.get('saver'):
         saver.load_state_dict(checkpoint['saver'])
         if position.epoch and not position.update and checkpoint.get('metric') is not None:
             saver.finish_epoch(path, checkpoint)
@@ -374,21 +375,29 @@ def check_division(path: Path, checkpoint: Dict[str, Any], settings: Dict[str, A
             f'{path} held out val_fraction {held[0]} with seed {held[1]}, and this run would hold out {now[0]} with '
             f'seed {now[1]}, images that it has seen; give both as they were, or start a new run'
         )
-
-
-def check_classes(path: Path, checkpoint: Dict[str, Any], class_names: Optional[Sequence[str]]) -> None:
-    """UserError where labels mean other classes than those that the checkpoint has learnt."""
-    before = _args(checkpoint).get('class_names')
-    if before and class_names and list(before) != list(class_names):
-        label, (old, new) = next(
-            (label, pair)
-            for label, pair in enumerate(zip_longest(before, class_names, fillvalue='nothing'))
-            if pair[0] != pair[1]
-        )
+    digests = [about['held_out_sha256'] for about in (before, settings) if 'held_out_sha256' in about]
+    if len(set(digests)) > 1:
         raise UserError(
-            f'{path} has learnt other classes: class {label} was called {old}, and is {new} in this data; continue '
-            f'with the data that it was written with, or take the weights alone with --no-resume-opt'
+            f'{path} held out a part of {before.get("held_out_of")} images, and the folder has '
+            f'{settings.get("held_out_of")} now: this run would hold out others, which it may have seen; give the '
+            f'images as they were, or start a new run'
         )
+
+
+def check_classes(
+    path: Path, checkpoint: Dict[str, Any], class_names: Optional[Sequence[str]], weights_alone: bool = False
+) -> Optional[str]:
+    """A line, mostly None, on labels that mean other classes than those that the checkpoint has learnt. UserError
+    where they are the same ones in another order, or where the run would go on with more than the weights."""
+    other = data.other_classes(_args(checkpoint).get('class_names'), class_names, str(path))
+    if not other:
+        return None
+    line = f'{path} has learnt other classes: {other}'
+    if not weights_alone:
+        raise UserError(
+            f'{line}; continue with the data that it was written with, or take the weights alone with --no-resume-opt'
+        )
+    return f'{line}; the run goes on with its classifier, and ranks its epochs anew'
 
 
 def _set_aside(damaged: List[Path]) -> None:

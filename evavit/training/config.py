@@ -134,7 +134,7 @@ class TrainConfig(Config):
 
 @dataclass
 class ValidateConfig(Config):
-    """The settings of validate.py."""
+    """The settings of validate.py, and `held_out`: what the run of the weights held out (`evavit.hub.held_out`)."""
 
     script = 'validate'
     data: DataConfig = field(default_factory=DataConfig)
@@ -143,6 +143,7 @@ class ValidateConfig(Config):
     machine: MachineConfig = field(default_factory=MachineConfig)
     run: RunConfig = field(default_factory=RunConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
+    held_out: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -32,6 +32,7 @@ from evavit.training.build import load_weights, read_weights, try_model
 from evavit.training.config import (
     ExportConfig,
     InferenceConfig,
+    ModelConfig,
     TrainConfig,
     ValidateConfig,
     WeightsConfig,
@@ -500,16 +501,45 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     local = name.startswith('local-dir:') and not isinstance(config, InferenceConfig)  # which has more names
     if local and not content:
         content, _ = _config_of(Path(name.removeprefix('local-dir:')))
+    elif path and not saved and not content:
+        content = origin(path)
     if isinstance(config, ValidateConfig) and (held := held_out(saved or content)):
         _parse(held, ('val_fraction', 'seed', 'train_split'), path or name)
+        config.held_out = held
         _take_held_out(config, given, held)
     if not saved or model.model == saved.get('model'):
         model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
-    return _label_names(content) if local else saved.get('class_names')
+    if name.startswith('local-dir:') and not local:
+        content = {}
+    return _class_names(content if local else saved or content)
 
 
-def _label_names(content: Dict[str, Any]) -> Optional[List[str]]:
-    """The names of the classes in a config.json, None where there are none, or not one for each class."""
+def origin(path: Optional[str], model: Optional[str] = None) -> Dict[str, Any]:
+    """What tells where weights come from: the settings of the run that wrote the file, or the `config.json` beside a
+    file of `hub.save_folder`; without a file that of the folder that 'local-dir:FOLDER' or 'hf-hub:owner/name' is. {}
+    of others. UserError of what is damaged."""
+    if path:
+        saved, folder = saved_settings(path), Path(path).parent
+        of_hub = Path(path).name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME) and (folder / 'config.json').is_file()
+        return saved or (_config_of(folder)[0] if of_hub else {})
+    try:
+        place = source_folder(model or '')
+    except ValueError as error:
+        raise UserError(f'model {error}') from error
+    return _config_of(place)[0] if place else {}
+
+
+def learnt_classes(config: ModelConfig) -> Optional[List[str]]:
+    """The names by label of the classes that the weights which a model starts from have learnt, None where nothing
+    says. UserError of `origin`."""
+    path = config.pretrained_path or config.initial_checkpoint
+    return _class_names(origin(path, config.model if config.pretrained else None))
+
+
+def _class_names(content: Dict[str, Any]) -> Optional[List[str]]:
+    """The names of the classes in what `origin` gives, None where there are none, or not one for each class."""
+    if 'class_names' in content:
+        return content['class_names']
     names = content.get('label_names')
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
@@ -539,6 +569,17 @@ def _take_held_out(config: ValidateConfig, given: Set[str], held: Dict[str, Any]
         log.warning(
             f'warning: the run held out {share:g} with seed {seed}: of these images it has seen some in '
             f'training; leave --val-fraction and --seed out'
+        )
+
+
+def warn_of_held_out(config: ValidateConfig, here: Dict[str, Any]) -> None:
+    """A warning where a folder is divided as the run did it, and has other images since: `here` is `data.held_out`."""
+    before, digest = config.held_out, 'held_out_sha256'
+    same = (config.data.val_fraction, config.run.seed) == (before.get('val_fraction'), before.get('seed'))
+    if same and digest in before and digest in here and before[digest] != here[digest]:
+        log.warning(
+            f'warning: the run held out a part of {before.get("held_out_of")} images, and the folder has '
+            f'{here["held_out_of"]} now: of those that are held out here it may have seen some in training'
         )
 
 

@@ -27,7 +27,7 @@ from evavit.errors import UserError
 from evavit.training import build, data
 from evavit.training.checks import PARENT
 from evavit.training.config import DistilConfig, ExportConfig, ModelConfig, TrainConfig
-from evavit.training.contents import complete_from_checkpoint, saved_settings
+from evavit.training.contents import complete_from_checkpoint, learnt_classes
 
 log = logging.getLogger(__name__)
 
@@ -221,9 +221,19 @@ def build_teacher(
         identity |= dict(convert=source.convert, convert_kwargs=source.convert_kwargs or {})
     own, given = ((found['mean'], found['std']) for found in (known, data_config))
     teacher = Teacher(model, identity, own, given, tokens=tokens, logits=kind == 'logit+feature')
-    if path and kind != 'feature':
-        teacher.class_names = saved_settings(path).get('class_names')
+    if kind != 'feature':
+        teacher.class_names = learnt_classes(source)
     return teacher
+
+
+def check_classes(teacher: Optional[Teacher], class_names: Optional[Sequence[str]]) -> None:
+    """UserError where the labels of the run's data mean other classes than the logits of its teacher."""
+    learnt = teacher.class_names if teacher else None
+    if other := data.other_classes(learnt, class_names, 'the teacher'):
+        raise UserError(
+            f'the teacher has learnt other classes: {other}; give another --kd-pretrained-path, or compare features '
+            f'alone with --kd-distill-type feature'
+        )
 
 
 def _source(config: TrainConfig) -> ModelConfig:

@@ -9,7 +9,6 @@ import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -166,7 +165,9 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         if file:
             build.read_weights(file)
         lines.append(('data', f'{missing}, counted as 2 classes'))
-    resumed = check_resume(config, folder, model if classes else None, checked.teacher, names)
+    distillation.check_classes(checked.teacher, names)
+    held = {} if train_set is None else data.held_out(train_set)
+    resumed = check_resume(config, folder, model if classes else None, checked.teacher, names, held)
     if not resumed:
         lines += [('warning', line) for line in other_start(config, classes, names)]
     schedule = config.schedule
@@ -224,7 +225,7 @@ def one_class(classes: Optional[int], names: Optional[Sequence[str]]) -> Optiona
 
 
 def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Optional[Sequence[str]]) -> List[str]:
-    """Lines, mostly none, on what is other in the file of train.py that a run starts from than in the run.
+    """Lines, mostly none, on what is other in the weights that a run starts from than in the run.
 
     Args:
         config: The run's settings.
@@ -235,10 +236,11 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
         UserError: The run keeps the classifier of the file, and has its classes in another order.
     """
     path, model = starting_file(config), config.model
-    if not path:
+    if not path and not model.pretrained:
         return []
     try:
-        saved = contents.saved_settings(path)
+        saved = contents.saved_settings(path) if path else {}
+        learnt = contents.learnt_classes(model)
     except UserError:  # what is wrong with it is told where it is read
         return []
     lines = []
@@ -247,17 +249,12 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
             f'{path} holds weights of another model than this run makes, {model.model}, to which they are fitted; to '
             f'go on with its own, give {shlex.join(_model_flags(saved))[:400]}'
         )
-    learnt, here = saved.get('class_names') or [], [*(class_names or ())]
-    if not learnt or not here or learnt == here:
-        return lines
-    if model.initial_checkpoint or build.head_classes(model.model or '', build.read_weights(path)) == num_classes:
-        if sorted(learnt) == sorted(here):
-            data.check_labels(learnt, here, path)
-        label, old, new = next((n, *pair) for n, pair in enumerate(zip_longest(learnt, here)) if pair[0] != pair[1])
-        lines.append(
-            f'{path} has learnt other classes: class {label} was called {old}, and is {new} in this data; the run '
-            f'starts with its classifier'
-        )
+    if path and not model.initial_checkpoint:
+        kept = build.head_classes(model.model or '', build.read_weights(path)) == num_classes
+    else:
+        kept = bool(path) or len(learnt or ()) == num_classes
+    if kept and (other := data.other_classes(learnt, class_names, str(path or model.model))):
+        lines.append(f'{path or model.model} has learnt other classes: {other}; the run starts with its classifier')
     return lines
 
 
@@ -299,12 +296,14 @@ def check_resume(
     model: Any,
     teacher: Optional[distillation.Teacher] = None,
     class_names: Optional[Sequence[str]] = None,
+    held_out: Optional[Dict[str, Any]] = None,
 ) -> bool:
     """Whether a run would find something of itself to go on from, in its folder or as the file of --resume. UserError
     where it could not go on.
 
-    The file is read, its weights are compared with the shapes of `model` unless that is None; classes, optimizer and
-    teacher with the run's where it would go on with them.
+    The file is read, its weights are compared with the shapes of `model` unless that is None; the images that are held
+    out (`data.held_out`) where the data is there; classes, optimizer and teacher with the run's where it would go on
+    with them.
     """
     candidates = checkpoint.find_resume(config.run.resume, folder)
     for path in candidates:
@@ -314,12 +313,12 @@ def check_resume(
             if path == candidates[-1]:
                 raise
         else:
-            checkpoint.check_division(path, content, config.flat())
+            checkpoint.check_division(path, content, {**config.flat(), **(held_out or {})})
             if model is not None:
                 build.check_fit(model, clean_state_dict(content['state_dict']), path)
             checkpoint.check_ranking(path, content, config.run.eval_metric, folder)
+            checkpoint.check_classes(path, content, class_names, weights_alone=config.run.no_resume_opt)
             if not config.run.no_resume_opt:
-                checkpoint.check_classes(path, content, class_names)
                 checkpoint.check_training(path, content, config.optim.opt, teacher.identity if teacher else None)
             return True
     return False

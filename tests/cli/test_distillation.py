@@ -24,6 +24,7 @@ from runs import (
 )
 
 from evavit.errors import PREEMPTED, UserError
+from evavit.hub import save_folder
 from evavit.models import write_weights
 
 PARENT = ['--model', 'deit_tiny_patch16_224', '--model-kwargs', *(f'{key}={value}' for key, value in SOFTMAX.items())]
@@ -37,12 +38,12 @@ def parent(tmp_path_factory):
     return write_parent(tmp_path_factory.mktemp('parent') / 'parent.safetensors')
 
 
-def write_parent(path, seed=0):
+def write_parent(path, seed=0, classes=CLASSES):
     torch.manual_seed(seed)
     model = timm.create_model(PARENT[1], num_classes=3, **SOFTMAX)
     for parameter in model.parameters():  # as if trained: attentions and answers are not near uniform
         torch.nn.init.normal_(parameter, std=0.3)
-    settings = dict(model=PARENT[1], model_kwargs=SOFTMAX, num_classes=3, class_names=CLASSES)
+    settings = dict(model=PARENT[1], model_kwargs=SOFTMAX, num_classes=3, class_names=classes)
     write_weights(model.state_dict(), path, dict(epoch='0', metric='0', args=json.dumps(settings)))
     return path
 
@@ -238,6 +239,22 @@ def test_a_teacher_whose_labels_mean_other_classes(train, call, images, tmp_path
     code, _, err = call('train', *MODEL, *QUICK, *place, *flags)
     assert code == 2 and 'is class 0 of this data, and class 2 of the teacher' in err and err.count('\n') == 1
     train('run', *flags, '--kd-distill-type', 'feature')  # which compares no logits
+
+
+def test_a_teacher_of_a_folder_for_the_hub_or_a_run_with_other_classes(train, call, images, tmp_path):
+    """Both say which classes they have learnt, and a run stops where they are others, a dry one too."""
+    model, folder = timm.create_model(PARENT[1], num_classes=3, **SOFTMAX), tmp_path / 'hub'
+    run = write_parent(tmp_path / 'run.safetensors', classes=['apple', 'pear', 'x'])
+    place = [*MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--epochs', '1']
+    for names, line in (([*reversed(CLASSES)], 'and class 2 of the teacher'), (['x', *CLASSES[1:]], 'was called x')):
+        save_folder(model, folder, label_names=names, data='fruit', licence='mit')
+        for more in ([], ['--dry-run']):
+            code, _, err = call('train', *place, '--kd-model-name', f'local-dir:{folder}', *more)
+            assert code == 2 and line in err and err.count('\n') == 1, err
+    code, _, err = call('train', *place, '--kd-model-name', PARENT[1], '--kd-pretrained-path', run)
+    assert code == 2 and 'the teacher has learnt other classes: class 2 was called x' in err, err
+    save_folder(model, folder, label_names=CLASSES, data='fruit', licence='mit')
+    train('run', '--epochs', '1', '--kd-model-name', f'local-dir:{folder}')
 
 
 def test_a_teacher_without_a_classifier(train, call, images, tmp_path, parent):

@@ -265,7 +265,15 @@ def test_labels_that_mean_other_classes(train, call, images, tmp_path):
         code, _, err = call('train', *MODEL, *QUICK, *place, *dry)
         line = f'error: {folder / "last.pth.tar"} has learnt other classes: class 0 was called apple, and is pear in'
         assert code == 2 and err.startswith(line) and err.count('\n') == 1
-    assert call('train', *MODEL, *QUICK, *place, '--no-resume-opt')[0] == 0
+    code, out, err = call('train', *MODEL, *QUICK, *place, '--no-resume-opt')
+    assert code == 0 and 'has learnt other classes: class 0 was called apple' in out and 'epoch 2 is the best' in out, (
+        err
+    )
+    turned = tmp_path / 'map.txt'
+    turned.write_text('\n'.join(('quince', 'plum', 'pear')))
+    for dry in ([], ['--dry-run']):
+        code, _, err = call('train', *MODEL, *QUICK, *place, '--no-resume-opt', '--class-map', turned, *dry)
+        assert code == 2 and 'quince is class 0 of this data, and class 2 of ' in err and err.count('\n') == 1, err
 
 
 @pytest.mark.timeout(60)

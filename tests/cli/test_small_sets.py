@@ -196,6 +196,25 @@ def test_a_resume_holds_out_the_same_or_not_at_all(run, tmp_path, undivided):
     assert code == 0 and '4 of its 17 images are held out' in out, err
 
 
+def test_a_folder_that_has_grown_holds_out_others(run, call, undivided, tmp_path):
+    """A resume stops, validation warns, of the run's files and of a folder for the Hub."""
+    assert run('run')[0] == 0
+    files, told = [tmp_path / 'run', tmp_path / 'hub'], ['--data', 'fruit', '--licence', 'mit']
+    load_program('tools/save_for_hub.py').main(['--checkpoint', str(files[0]), '--output', str(files[1]), *told])
+    line = 'the run held out a part of 17 images, and the folder has 37 now: of those'
+    for file in files:
+        flags = ['--checkpoint', file, '--workers', '0', '--data-dir', undivided]
+        assert line not in call('validate', *flags)[1]
+    for number in range(20):
+        shutil.copy(next((undivided / 'plum').iterdir()), undivided / 'pear' / f'new{number}.png')
+    for file in files:
+        code, out, err = call('validate', '--checkpoint', file, '--workers', '0', '--data-dir', undivided)
+        assert code == 0 and out.count(line) == 1, out + err
+    for dry in ([], ['--dry-run']):
+        code, _, err = run('run', '--resume', 'auto', '--epochs', '3', *dry)
+        assert code == 2 and 'held out a part of 17 images, and the folder has 37 now' in err, err
+
+
 def test_a_tar_file_of_webp_and_bmp(undivided, tmp_path):
     before = get_img_extensions()
     for split in ('train', 'validation'):

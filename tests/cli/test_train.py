@@ -123,6 +123,24 @@ def test_a_start_from_a_file_whose_labels_mean_other_classes(train, call, images
         assert code == 0 and 'other classes' not in out, out + err  # the classifier is new
 
 
+def test_a_start_from_a_folder_for_the_hub_whose_labels_mean_other_classes(call, images, tmp_path):
+    """Its config.json tells the classes, of the folder and of the file in it."""
+    folder, flags = tmp_path / 'hub', ['--output', tmp_path, '--data-dir', images, '--epochs', '1']
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS)
+    from_folder = ['--model', f'local-dir:{folder}', '--pretrained']
+    starts = [
+        from_folder,
+        *([*MODEL, start, folder / 'model.safetensors'] for start in ('--initial-checkpoint', '--pretrained-path')),
+    ]
+    for number, start in enumerate([*starts, [*from_folder, '--dry-run']]):
+        save_folder(model, folder, label_names=[*reversed(CLASSES)], data='fruit', licence='mit')
+        code, out, err = call('train', *QUICK, *flags, *start, '--experiment', f'a{number}')
+        assert code == 2 and 'apple is class 0 of this data, and class 2 of ' in err and err.count('\n') == 1, out + err
+        save_folder(model, folder, label_names=['x', *CLASSES[1:]], data='fruit', licence='mit')
+        code, out, err = call('train', *QUICK, *flags, *start, '--experiment', f'b{number}')
+        assert code == 0 and out.count('learnt other classes: class 0 was called x, and is apple in') == 1, out + err
+
+
 @pytest.mark.parametrize('model', [MODEL, ['--model', 'resnet10t']], ids=['eva', 'batch norm'])
 def test_a_linear_probe_trains_the_classifier_alone(train, tmp_path, model):
     kwargs = KWARGS if model is MODEL else {}

@@ -5,10 +5,14 @@ import json
 import shutil
 
 import pytest
+import timm
 import torch
-from runs import CLASSES, MODEL, QUICK, SOFTMAX, load_script, together, words
+from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, together, words
+
+from evavit.hub import save_folder
 
 COLUMNS = ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']
+HUB = dict(label_names=[*CLASSES], data='fruit', licence='mit')
 
 
 @pytest.fixture
@@ -81,6 +85,22 @@ def test_a_folder_of_some_classes_keeps_their_indices(train, images, judged, tmp
     whole = judged('--checkpoint', folder / 'last.pth.tar')
     total = sum(part['loss'] * part['images'] for part in parts)
     assert total / 13 == pytest.approx(whole['loss'], abs=1e-5)
+
+
+def test_a_class_map_is_compared_with_the_classes_of_the_checkpoint(train, images, judged, call, tmp_path):
+    folder, turned = train('run'), tmp_path / 'map.txt'
+    turned.write_text('\n'.join(reversed(CLASSES)))
+    save_folder(timm.create_model(MODEL[1], num_classes=3, **KWARGS), tmp_path / 'hub', **HUB)
+    file = ['--checkpoint', tmp_path / 'hub' / 'model.safetensors', *MODEL, '--num-classes', '3']
+    for flags in (['--checkpoint', folder], ['--checkpoint', tmp_path / 'hub'], file):
+        code, _, err = call('validate', '--data-dir', images, '--workers', '0', *flags, '--class-map', turned)
+        assert (
+            code == 2
+            and 'plum is class 0 of this data, and class 2 of the checkpoint; give' in err
+            and err.count('\n') == 1
+        ), err
+    turned.write_text('\n'.join(CLASSES))
+    assert judged('--checkpoint', folder, '--class-map', turned) == judged('--checkpoint', folder)
 
 
 def _only(images, tmp_path, name):

@@ -5,8 +5,10 @@ from .datasets import (
     check_labels,
     check_name,
     class_count,
+    held_out,
     open_dataset,
     open_training_sets,
+    other_classes,
     read_class_map,
 )
 from .device import Draws, cache_size
@@ -34,10 +36,12 @@ __all__ = [
     'class_count',
     'epoch_batches',
     'eval_loader',
+    'held_out',
     'may_download',
     'open_dataset',
     'open_pictures',
     'open_training_sets',
+    'other_classes',
     'read_class_map',
     'resolve_input',
     'train_loader',

@@ -5,10 +5,12 @@ labels without a word: here each is a UserError (`folders`). An image that canno
 """
 
 import gzip
+import hashlib
 import logging
 import os
 import zlib
 from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -194,7 +196,16 @@ def _keep_part(reader: ClassFolders, fraction: float, seed: int, training: bool)
             f'{reader.root}: {len(held)} of its {len(reader.samples)} images are held out for validation '
             f'(--val-fraction {fraction:g}, by class, seed {seed})'
         )
+    names = sorted(Path(reader.samples[number][0]).relative_to(reader.root).as_posix() for number in held)
+    digest = hashlib.sha256('\n'.join(names).encode(errors='surrogateescape')).hexdigest()
+    reader.held_out = dict(held_out_of=len(reader.samples), held_out_sha256=digest)
     reader.samples = [sample for number, sample in enumerate(reader.samples) if (number in held) != training]
+
+
+def held_out(dataset: Checked) -> Dict[str, Any]:
+    """Of a folder that `val_fraction` divided: the number of its images, and a digest of the names of those that are
+    held out, which follow from all of them. {} of other data sets."""
+    return getattr(getattr(getattr(dataset, 'dataset', None), 'reader', None), 'held_out', {})
 
 
 def check_division(config: DataConfig) -> None:
@@ -295,8 +306,8 @@ def check_labels(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]],
         same = label < len(learnt or ()) and name == (learnt or ())[label]  # two classes may have one name
         if not same and labels.get(name, label) != label:
             raise UserError(
-                f'{name} is class {label} of this data, and class {labels[name]} of {whose}; give '
-                f'the data as a folder of class folders, or with --class-map FILE'
+                f'{name} is class {label} of this data, and class {labels[name]} of {whose}; give the data as a '
+                f'folder of class folders, with no --class-map or one in the order of {whose}'
             )
     for label, (old, new) in enumerate(zip(learnt or (), here or ())):  # noqa: B905, one may have fewer
         if old != new:
@@ -307,6 +318,18 @@ def check_labels(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]],
                 )
             )
             return
+
+
+def other_classes(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str) -> Optional[str]:
+    """A few words on the first class of a data set that was learnt as another one, None where all are the same or not
+    known. UserError of `check_labels` where they are the same ones in another order."""
+    if not learnt or not here or list(learnt) == list(here):
+        return None
+    if sorted(learnt) == sorted(here):
+        check_labels(learnt, here, whose)
+    pairs = enumerate(zip_longest(learnt, here, fillvalue='nothing'))
+    label, (old, new) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+    return f'class {label} was called {old}, and is {new} in this data'
 
 
 def class_count(

@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 from pathlib import Path
-from typing import IO, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -134,8 +134,10 @@ class ClassFolders(ReaderImageFolder):
             an image, where that would change the labels.
     """
 
+    held_out: Dict[str, Any]  # see `datasets.held_out`
+
     def __init__(self, root: Path, class_to_idx: Optional[Dict[str, int]] = None):
-        self.root = str(root)
+        self.root, self.held_out = str(root), {}
         found, empty = self.walk(Path(root))
         if empty and class_to_idx is None:
             raise UserError(
