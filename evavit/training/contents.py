@@ -40,6 +40,7 @@ from evavit.training.config import (
 )
 from evavit.training.data import resolve_input
 from evavit.training.loop import Position
+from evavit.training.sections import is_plain, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,6 @@ FROM_CHECKPOINT = (
 DIVISION = ('val_fraction', 'seed', 'train_split', 'data_dir')  # which images a run held out
 KEPT = re.compile(r'checkpoint-[0-9]{1,9}\.pth\.tar')  # the names of the best few checkpoints in a run's folder
 PLAN = {'images_per_update', 'updates_per_epoch', 'processes'}
-MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
 MOST_EPOCHS = 1_000_000  # where the settings of the run do not say
 
 
@@ -178,12 +178,16 @@ def _is_ranking(files: Any) -> bool:
     )
 
 
+def _is_kept(value: Any) -> bool:
+    return is_tensor(value) or isinstance(value, torch.dtype)
+
+
 def _is_optimizer(state: Any) -> bool:
     """The form of `Optimizer.state_dict`: parameters are numbered through the groups, and have a state by number."""
     if not isinstance(state, dict) or not isinstance(state.get('state'), dict):
         return False
     groups = state.get('param_groups')
-    if not isinstance(groups, (list, tuple)) or not groups or not is_plain(groups, tensors=True):
+    if not isinstance(groups, (list, tuple)) or not groups or not is_plain(groups, _is_kept):
         return False
     if not all(isinstance(group, dict) and isinstance(group.get('params'), (list, tuple)) for group in groups):
         return False
@@ -191,7 +195,7 @@ def _is_optimizer(state: Any) -> bool:
     return (
         numbers == list(range(len(numbers)))
         and all(is_whole(number, 0, len(numbers) - 1) for number in state['state'])
-        and all(isinstance(entry, dict) and is_plain(entry, tensors=True) for entry in state['state'].values())
+        and all(isinstance(entry, dict) and is_plain(entry, _is_kept) for entry in state['state'].values())
     )
 
 
@@ -223,10 +227,6 @@ def _is_computed(name: str, value: Any) -> bool:
         return False
 
 
-def is_whole(value: Any, low: int = 0, high: int = 2**63 - 1) -> bool:
-    return type(value) is int and low <= value <= high
-
-
 def is_number(value: Any) -> bool:
     """A finite number."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
@@ -248,31 +248,6 @@ def is_tensor(value: Any) -> bool:
         and value.device.type == 'cpu'
         and not value.is_quantized
     )
-
-
-def is_plain(value: Any, tensors: bool = False) -> bool:
-    """Nothing, truth values, numbers, texts, and lists and dictionaries of these, as JSON has them; and few enough."""
-    rest, left = [value], MOST_VALUES
-    while rest:
-        item = rest.pop()
-        left -= 1
-        if isinstance(item, dict) and all(isinstance(key, str) for key in item):
-            parts = [*item.values()]
-        elif isinstance(item, (list, tuple)):
-            parts = [*item]
-        elif (
-            item is None
-            or type(item) in (bool, float, str)
-            or is_whole(item, -(2**63))
-            or (tensors and (is_tensor(item) or isinstance(item, torch.dtype)))
-        ):
-            continue
-        else:
-            return False
-        if len(parts) + len(rest) > left:
-            return False
-        rest += parts
-    return True
 
 
 def _shown(value: Any) -> str:

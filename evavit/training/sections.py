@@ -9,7 +9,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 from evavit.arguments import shown
 from evavit.errors import UserError
@@ -21,12 +21,38 @@ NUMBER = {  # how a number is written: Python's int and float also take 2_4, ２
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')  # of torch.compile's Inductor
 BREAKS = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')  # what would break a line in two, or not be seen
 LONGEST = 4096  # characters of a text: Linux takes no longer path
+MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
 MOST_WORKERS = max(32, 8 * (os.cpu_count() or 1))
 
 BOTH = ('train', 'validate')
 RUN = ('train', 'validate', 'inference')  # a model on images
 ALL = ('train', 'validate', 'export', 'inference')
 LOADED = ('validate', 'export', 'inference')
+
+
+def is_whole(value: Any, low: int = 0, high: int = 2**63 - 1) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def is_plain(value: Any, other: Callable[[Any], bool] = lambda item: False) -> bool:
+    """Nothing, truth values, numbers, texts, and lists and dictionaries of these, as JSON has them, or of what `other`
+    says; and few enough."""
+    rest, left = [value], MOST_VALUES
+    while rest:
+        item = rest.pop()
+        left -= 1
+        if isinstance(item, dict) and all(isinstance(key, str) for key in item):
+            parts = [*item.values()]
+        elif isinstance(item, (list, tuple)):
+            parts = [*item]
+        elif item is None or type(item) in (bool, float, str) or is_whole(item, -(2**63)) or other(item):
+            continue
+        else:
+            return False
+        if len(parts) + len(rest) > left:
+            return False
+        rest += parts
+    return True
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,12 @@ class Option:
         if self.type is dict:
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
                 raise ValueError
+            for key, item in value.items():
+                if not is_plain(item):
+                    raise UserError(
+                        f'{self.name}: {key}={shown(item)} is nothing that a checkpoint keeps; give true, false, null, '
+                        f'a number below 2^63, a text, or a list or dictionary of these'
+                    )
             return dict(value)
         if self.type is bool:
             if not isinstance(value, bool):

@@ -82,6 +82,26 @@ def test_300_bad_settings(start):
     assert check(start, mutations.mutations(300)) == 300
 
 
+@pytest.mark.parametrize('name', ['model_kwargs', 'convert_kwargs', 'kd_model_kwargs'])
+def test_arguments_that_no_checkpoint_keeps(start, name):
+    for value in (
+        '99999999999999999999',
+        '[1, 9223372036854775808]',
+        '{1}',
+        "b'x'",
+        '1j',
+        '...',
+        '{1: 2}',
+        '{"a": {1}}',
+    ):
+        code, lines = start(None, [f'--{name.replace("_", "-")}', f'qkv_bias={value}'])
+        assert code == 2 and len(lines) == 1, lines
+        assert lines[0].startswith(f'error: {name}: qkv_bias=') and 'is nothing that a checkpoint keeps' in lines[0]
+    for value in ('2026-11-30', '[2026-11-30 10:00:00]', '!!binary aGk=', '!!set {a}'):
+        code, lines = start(f'{name}:\n  qkv_bias: {value}\n', [])
+        assert code == 2 and len(lines) == 1 and f'{name}: qkv_bias=' in lines[0], lines
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_1000_bad_settings(start, record_property):

@@ -8,12 +8,11 @@ from typing import IO, Any, Dict, List, Optional, Tuple
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
-from timm.utils.misc import natural_key
 
 from evavit.errors import UserError, first_line
 from evavit.files import open_regular
 from evavit.training.data.decode import is_turned
-from evavit.training.data.folders import OTHER_IMAGES, image_endings, is_hidden, tree, warn_of_circles
+from evavit.training.data.folders import OTHER_IMAGES, image_endings, is_hidden, natural_key, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
 from evavit.training.data.tars import entries
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import random
 import sys
 from dataclasses import replace
 
@@ -10,11 +11,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.utils.misc import natural_key as timm_key
 
 from evavit.errors import UserError
 from evavit.training import data
 from evavit.training.config import DataConfig, ModelConfig
+from evavit.training.data.folders import ClassFolders, natural_key
 from evavit.training.data.loader import _start_worker
+from evavit.training.data.pictures import Pictures
 
 
 def open_dataset(config, split, **rest):
@@ -194,3 +198,17 @@ def test_a_split_that_lacks_a_class_shifts_no_label(tmp_path):
         data.open_training_sets(mapped, in_chans=3, batch_size=2, seed=0)
     with pytest.raises(UserError, match='c is class 1 of this data, and class 2 of the training split; give'):
         data.open_training_sets(config, in_chans=3, batch_size=2, seed=0)
+
+
+def test_the_order_of_names_follows_from_them_alone(tmp_path):
+    """As timm's, where that has one. Names that it takes for equal, or cannot read, have a place too."""
+    names = ['2', '10', 'a1b', 'a2', 'b', 'img-9', 'img-10', 'Z', '0', '7x12', '7x3', 'é1', 'x1.5']
+    assert sorted(names, key=natural_key) == sorted(names, key=timm_key)
+    odd = ['a', 'A', '1', '01', '²', '1²3', '0' * 5000 + '1', '9' * 5000]
+    for _ in range(10):
+        random.shuffle(odd)
+        assert sorted(odd, key=natural_key) == ['0' * 5000 + '1', '01', '1', '1²3', '9' * 5000, 'A', 'a', '²']
+    write_folder(tmp_path, '1', '01', 'a', 'A', '²')
+    assert ClassFolders(tmp_path).class_to_idx == {'01': 0, '1': 1, 'A': 2, 'a': 3, '²': 4}
+    (tmp_path / '1' / '1²3.png').write_bytes(next((tmp_path / '1').iterdir()).read_bytes())
+    assert len(Pictures(tmp_path).names) == len(ClassFolders(tmp_path).samples)
