@@ -3,7 +3,10 @@
 
 import sys
 
-from evavit.cli.scripts import export
+try:
+    from evavit.cli.scripts import export
+except KeyboardInterrupt:  # Ctrl-C while the libraries load
+    sys.exit(130)
 
 if __name__ == '__main__':
     sys.exit(export())

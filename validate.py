@@ -3,7 +3,10 @@
 
 import sys
 
-from evavit.cli.scripts import validate
+try:
+    from evavit.cli.scripts import validate
+except KeyboardInterrupt:  # Ctrl-C while the libraries load
+    sys.exit(130)
 
 if __name__ == '__main__':
     sys.exit(validate())

@@ -121,6 +121,9 @@ def _lost_worker(error: Exception) -> Optional[LocalError]:
     text, remedy = first_line(error), 'where the system ran out of memory, lower --workers or -b'
     if 'Bus error' in text:
         remedy = 'its shared memory is full; enlarge /dev/shm (docker run --shm-size=8g), or give --workers 0'
+    if 'Too many open files' in text:
+        remedy = 'raise the number of open files (ulimit -n 65536), or lower --workers'
+        text = text.partition('Too many open files')[0] + 'Too many open files'  # without the advice of PyTorch
     if text.startswith(('DataLoader worker', 'Pin memory thread')):
         return LocalError(f'{text.split(" It is possible")[0].rstrip(". ")}: {remedy}')
     places = {
@@ -189,9 +192,29 @@ def _tell_thread(args: 'threading.ExceptHookArgs') -> None:
 
 
 def print_anything() -> None:
-    """Standard output takes what its encoding has no character for, as that of standard error."""
+    """Standard output takes what its encoding has no character for, as that of standard error. One that is closed leads
+    nowhere, or the next file that is opened would take its number."""
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115  it stays open
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')
+
+
+def give_up_stdout(error: BaseException) -> None:
+    """Of a standard output that takes no more, as a full disk or a pipe that nobody reads: a line, and what else goes
+    there is lost."""
+    print(f'warning: standard output is not written any more ({reason_of(error)})', file=sys.stderr, flush=True)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        give_up_stdout(error)
 
 
 def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
@@ -221,7 +244,7 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
             if world_size > 1:
                 # The other processes may wait for this one in a collective: leave without waiting for them,
                 # torchrun then ends them.
-                sys.stdout.flush()
+                _flush()
                 os._exit(code)
             # End the loading processes that are left, whose own end is no error. The garbage collector would first
             # close the queues by which they are told to end, and then wait 5 seconds for each.
@@ -232,6 +255,7 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
             print('error: interrupted', file=sys.stderr, flush=True)
         if world_size > 1:
             os._exit(code)
+    _flush()
     if _in_a_group():
         sys.modules['torch.distributed'].destroy_process_group()
     return code

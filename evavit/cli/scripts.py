@@ -35,11 +35,11 @@ def export() -> int:
 def _run(name: Any) -> int:
     if asks_for_help():
         return _list_flags(name)
-    from evavit.ops.backends import check_environment
-
-    main = import_module(f'evavit.cli.{name}').main
 
     def checked(argv: Optional[Sequence[str]] = None) -> None:
+        from evavit.ops.backends import check_environment
+
+        main = import_module(f'evavit.cli.{name}').main  # here: Ctrl-C while it loads is a line
         try:
             check_environment()
         except ValueError as error:

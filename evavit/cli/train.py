@@ -57,6 +57,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     classes = config.model.num_classes = data.class_count(
         config.data, config.model.num_classes, class_names, train_set, eval_set
     )
+    dry_run.check_metric(config, classes)
     if checked.ready:
         model, data_config = checked.model, checked.data_config
     else:

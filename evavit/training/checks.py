@@ -47,7 +47,7 @@ PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tenso
 
 def check_settings(config: TrainConfig) -> None:
     """Settings of train.py that contradict each other or do nothing, each a UserError. No file is looked at."""
-    _check_model(config.model)
+    _check_model(config.model, config.run.dry_run)
     _check_optimizer(config.optim, config.model)
     _check_schedule(config.schedule)
     _check_augmentation(config.augment)
@@ -74,7 +74,7 @@ def check_settings(config: TrainConfig) -> None:
     check_device(config.machine.device)
 
 
-def _check_model(config: ModelConfig) -> None:
+def _check_model(config: ModelConfig, dry_run: bool) -> None:
     if not config.model:
         raise UserError('no model: give --model NAME or a config file with -c')
     starts = [name for name in ('pretrained', 'pretrained_path', 'initial_checkpoint') if getattr(config, name)]
@@ -82,7 +82,7 @@ def _check_model(config: ModelConfig) -> None:
         raise UserError(f'{" and ".join(starts)} both name the weights to start from: give one of them')
     if config.linear_probe and not starts:
         raise UserError('linear_probe trains the classifier alone: say with --pretrained-path what gives the features')
-    check_source(config)
+    check_source(config, dry_run)
     check_conversion(config)
     image_channels(config)
 
@@ -94,11 +94,18 @@ def check_conversion(config: ModelConfig) -> None:
             raise UserError(f'convert_kwargs: leave {name} out, {instead}')
 
 
-def check_source(config: ModelConfig) -> None:
-    """A model of the Hub, whose settings come over the network too, only where the user lets it."""
+def check_source(config: ModelConfig, dry_run: bool = False) -> None:
+    """A model of the Hub, whose settings come over the network too, only where the user lets it: not in a dry run."""
     name = config.model or ''
-    if name.lower().replace('_', '-').startswith('hf-hub:') and not config.pretrained:
+    if not name.lower().replace('_', '-').startswith('hf-hub:'):
+        return
+    if not config.pretrained:
         raise UserError(f'model {name} lies on the Hugging Face Hub: allow the download with --pretrained')
+    if dry_run:
+        raise UserError(
+            f'model {name} lies on the Hugging Face Hub, and a dry run fetches nothing; name the architecture with '
+            f'--model, or a folder as local-dir:FOLDER'
+        )
 
 
 def _check_optimizer(config: OptimConfig, model: ModelConfig) -> None:

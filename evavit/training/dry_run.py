@@ -142,6 +142,7 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     if opened is not None:
         train_set, eval_set, names = opened
         classes = data.class_count(config.data, config.model.num_classes, names)
+        check_metric(config, classes)
         if file and not checked.ready:
             initial_model(config, classes)
         if classes != model.num_classes:
@@ -215,6 +216,12 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         ),
     ]
     return [f'{name:<14} {text}' for name, text in lines]
+
+
+def check_metric(config: TrainConfig, classes: Optional[int]) -> None:
+    """UserError where the metric that epochs are ranked by is the same for all."""
+    if config.run.eval_metric == 'top5' and classes is not None and classes <= 5:
+        raise UserError(f'--eval-metric top5 says nothing of {classes} classes: it is always 100; give top1 or loss')
 
 
 def one_class(classes: Optional[int], names: Optional[Sequence[str]]) -> Optional[str]:

@@ -178,8 +178,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         last: Tuple[Optional[Stage], Any] = (None, None)
+        looked = time.monotonic()
         while not self.ended.wait(self.pause):
             stage, now = self.stages[-1], time.monotonic()
+            stage.since += max(0.0, now - looked - self.pause)  # in which this process was itself stopped (SIGSTOP)
+            looked = now
             seen = stage, stage.moves()
             if last[0] is stage and seen != last:
                 stage.since = now

@@ -11,6 +11,7 @@ import timm
 import torch
 from runs import MODEL, QUICK, ROOT, load_script, words, write_bad_weights, write_images
 
+from evavit import hub
 from evavit.errors import run_script
 from evavit.training import data, dry_run
 from evavit.training.config import parse_settings
@@ -225,6 +226,14 @@ def test_the_dry_run_refuses_what_the_run_refuses(both, train, tmp_path):
     assert 'written with opt adamw' in both('--resume', run / 'last.pth.tar', '--opt', 'sgd', *other)
     (tmp_path / 'half.pth.tar').write_bytes((run / 'last.pth.tar').read_bytes()[:5000])
     assert 'half.pth.tar' in both('--resume', tmp_path / 'half.pth.tar', *other)
+
+
+def test_a_metric_that_tells_nothing_apart_and_a_model_of_the_hub(both, call, images, monkeypatch):
+    assert '--eval-metric top5 says nothing of 3 classes: it is always 100; give top1' in both('--eval-metric', 'top5')
+    asked = []
+    monkeypatch.setattr(hub, 'download_from_hf', lambda *name: asked.append(name))
+    code, _, err = call('train', '--model', 'hf-hub:x/y', '--pretrained', '--data-dir', images, '--dry-run')
+    assert code == 2 and 'hf-hub:x/y lies on the Hugging Face Hub, and a dry run fetches nothing' in err and not asked
 
 
 def test_the_dry_run_takes_what_the_run_takes(train, call, images, tmp_path):

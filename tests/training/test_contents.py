@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -10,6 +11,7 @@ import torch
 from training.small_run import run_of, saver_of, settings_of
 
 from evavit.errors import UserError, one_line
+from evavit.files import is_stamped, stamp
 from evavit.training import checkpoint, contents
 from evavit.training.config import parse_settings
 from evavit.training.loop import Position
@@ -125,6 +127,19 @@ def test_what_no_run_writes_is_named(written, change):
     assert change.words in str(error.value) and len(one_line(error.value)) < 400
     found = checkpoint.resume(checkpoint.find_resume('auto', written), run_of(), settings_of().flat(), None)
     assert found.epoch == 1  # of the checkpoint before
+
+
+def test_a_compressed_archive_is_not_unpacked(written, tmp_path, monkeypatch):
+    """A right digest is easily made."""
+    last, packed = written / 'last.pth.tar', tmp_path / 'packed.pth.tar'
+    with zipfile.ZipFile(last) as source, zipfile.ZipFile(packed, 'w', zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    stamp(packed)
+    assert is_stamped(packed)
+    monkeypatch.setattr(torch, 'load', None)
+    with pytest.raises(UserError, match=r'packed\.pth\.tar: not a readable checkpoint \(the entry of its part'):
+        contents.read_checkpoint(packed)
 
 
 def test_a_ranking_names_only_files_that_the_saver_writes(written, tmp_path):

@@ -63,6 +63,17 @@ def test_a_wait_that_moves_goes_on(ended):
     assert 'this process reads image 77' in ended[0]
 
 
+def test_a_process_that_was_itself_stopped_has_not_waited(ended, monkeypatch):
+    """As by SIGSTOP, or a machine that sleeps: the clock goes on."""
+    clock = time.monotonic
+    with Watchdog(10 * LIMIT) as watchdog, watchdog.waiting(lambda: 'a batch'):
+        time.sleep(LIMIT)
+        monkeypatch.setattr(stalls.time, 'monotonic', lambda: clock() + 1000)
+        time.sleep(4 * LIMIT)
+        assert not ended
+        assert wait_until(lambda: ended)
+
+
 def test_who_reads_what():
     reading = Reading()
     assert reading.tell(str) == 'no worker reads one'

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from itertools import islice
 from types import TracebackType
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type
@@ -23,6 +24,7 @@ from evavit.training.data.transforms import speed_up
 from evavit.training.distributed import Draw, Process, seed_at, seed_sample
 from evavit.training.signals import SIGNALS
 
+FILES, FILES_PER_WORKER = 32, 4  # that a process has open at least, and for each loading process: pipes and batches
 Batches = Iterator[Tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -124,7 +126,17 @@ def _no_shared_memory(why: str) -> str:
     )
 
 
-def _check_shared_memory(dataset: Any, workers: int) -> None:
+def _check_workers(dataset: Any, workers: int) -> None:
+    """LocalError where as many loading processes cannot hand over what they read."""
+    with suppress(ImportError):  # of a system without such limits
+        import resource
+
+        needed, (limit, _) = FILES + FILES_PER_WORKER * workers, resource.getrlimit(resource.RLIMIT_NOFILE)
+        if workers and limit != resource.RLIM_INFINITY and limit < needed:
+            raise LocalError(
+                f'--workers {workers} needs at least {needed} open files, and the system allows {limit}; raise that '
+                f'(ulimit -n {max(1024, 2 * needed)}), or give --workers 0'
+            )
     bad = getattr(dataset, 'bad', None)  # only a data set of `open_dataset` shares a count between processes
     if workers and bad is not None and bad.unshared:
         raise LocalError(_no_shared_memory(bad.unshared))
@@ -214,7 +226,7 @@ def train_loader(
         process: This process.
     """
     device = process.device
-    _check_shared_memory(dataset, machine.workers)
+    _check_workers(dataset, machine.workers)
     opened, store, on_device = dataset, None, _on_gpu(machine)
     if on_device:
         dataset, store = _read_for(dataset, machine, device)
@@ -281,7 +293,7 @@ def eval_loader(
     dataset: Any, data_config: Dict[str, Any], *, batch_size: int, machine: MachineConfig, device: torch.device
 ) -> Any:
     """Batches of images on the device, in order; the sampler knows which of them only make the processes even."""
-    _check_shared_memory(dataset, machine.workers)
+    _check_workers(dataset, machine.workers)
     on_device = _on_gpu(machine)
     read, store = _read_for(dataset, machine, device) if on_device else (dataset, None)
     given: Any = Numbered(read) if on_device and not isinstance(read, IterableImageDataset) else read

@@ -1,0 +1,59 @@
+"""Standard output that is closed, full or broken, too few open files, and Ctrl-C while the libraries load."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from runs import MODEL, PATIENCE, QUICK, command_line, rows, start
+
+resource = pytest.importorskip('resource')
+
+
+def run(flags, **about):
+    words, environment = command_line('train', *MODEL, *QUICK, '--epochs', '1', *flags)
+    return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, **about)
+
+
+@pytest.mark.parametrize('kind', ['closed', 'full', 'broken'])
+def test_a_run_goes_on_without_standard_output(kind, images, tmp_path):
+    """With one line, where it is full or nobody reads it any more."""
+    flags, reader = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run'], None
+    if kind == 'closed':
+        process = run(flags, preexec_fn=lambda: os.close(1))
+    elif kind == 'full':
+        with open('/dev/full', 'w') as full:
+            process = run(flags, stdout=full)
+    else:
+        reader, writer = os.pipe()
+        process = run(flags, stdout=writer)
+        os.close(writer)
+        os.close(reader)
+    _, err = process.communicate(timeout=240 * PATIENCE)
+    assert process.returncode == 0 and [row['epoch'] for row in rows(tmp_path / 'run')] == ['0'], err
+    if kind == 'closed':
+        assert not err
+    else:
+        assert err.startswith('warning: standard output is not written any more (') and err.count('\n') == 1
+
+
+def test_too_few_open_files_are_a_line(images, tmp_path):
+    flags = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--workers', '4']
+    process = run(
+        flags, stdout=subprocess.DEVNULL, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    )
+    _, err = process.communicate(timeout=240 * PATIENCE)
+    assert process.returncode == 2 and err.count('\n') == 1, err
+    assert err.startswith(
+        'error: --workers 4 needs at least 48 open files, and the system allows 40; raise that (ulimit'
+    )
+
+
+@pytest.mark.parametrize('script', ['train', 'validate', 'inference', 'benchmark', 'export'])
+def test_an_interrupt_while_the_libraries_load_is_quiet(script):
+    process = start(script)
+    time.sleep(0.5 * PATIENCE)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60 * PATIENCE)
+    assert (process.returncode, out) == (130, '') and err in ('', 'error: interrupted\n')
