@@ -84,6 +84,8 @@ def reason_of(error: BaseException) -> str:
         fault = fault.__cause__ or fault.__context__
     if full := FULL & numbers:
         return f'the disk is full: {os.strerror(full.pop())}'
+    if errno.EFBIG in numbers:
+        return os.strerror(errno.EFBIG)
     return getattr(error, 'strerror', None) or first_line(error)[:200]
 
 

@@ -175,7 +175,10 @@ def test_the_reason_of_a_failed_write():
     except RuntimeError as error:
         covered = error
     over_quota = SafetensorError(f'Error while serializing: I/O error: ... (os error {errno.EDQUOT})')
+    large = RuntimeError('[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0')
+    large.__context__ = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     for error, reason in (
+        (large, os.strerror(errno.EFBIG)),
         (full, f'the disk is full: {text}'),
         (covered, f'the disk is full: {text}'),
         (over_quota, f'the disk is full: {os.strerror(errno.EDQUOT)}'),

@@ -131,6 +131,38 @@ class TrainConfig(Config):
             )
             schedule.warmup_epochs = schedule.epochs // 5
 
+    def note_unused(self, flags: Container[str]) -> None:
+        """Add a note on each flag that does nothing beside the other settings. In a file it may be part of a recipe."""
+        optim, schedule, augment, loss = self.optim, self.schedule, self.augment, self.loss
+        mixed, plain, sched = bool(loss.mixup or loss.cutmix), augment.no_aug, schedule.sched
+        rules = (  # the flags, whether they are used, what else they need
+            (('amp_dtype',), self.machine.amp, '--amp'),
+            (('model_ema_decay',), self.ema.model_ema, '--model-ema'),
+            (('clip_mode',), optim.clip_grad, '--clip-grad'),
+            (('mixup_prob', 'mixup_switch_prob', 'mixup_mode'), mixed, '--mixup or --cutmix'),
+            (('remode', 'recount'), augment.reprob, '--reprob'),
+            (('scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'train_interpolation'), not plain, 'augmentation'),
+            (('lr_base', 'lr_base_size', 'lr_base_scale'), schedule.lr is None, '--lr left out'),
+            (('decay_epochs',), sched in ('step', 'wsd'), '--sched step or wsd'),
+            (('decay_milestones',), sched == 'multistep', '--sched multistep'),
+            (('decay_rate',), sched in ('step', 'multistep', 'poly'), '--sched step, multistep or poly'),
+            (('train_num_samples', 'val_num_samples', 'dataset_download'), self.data.dataset, '--dataset'),
+        )
+        values, table = self.flat(), self.options()
+        for names, used, needed in rules:
+            idle = [table[name].flag for name in names if name in flags and values[name] and not used]
+            if idle:
+                self.notes.append(
+                    f'{", ".join(idle)}: without effect, {"needs" if len(idle) == 1 else "need"} {needed}'
+                )
+        if schedule.lr == 0:
+            self.notes.append('warning: lr 0 trains nothing')
+        if self.data.train_split == self.data.val_split:
+            self.notes.append(
+                f'warning: train_split and val_split are both {self.data.val_split}: the run is judged by images that '
+                f'it learns from'
+            )
+
 
 @dataclass
 class ValidateConfig(Config):
@@ -232,6 +264,7 @@ def parse_settings(
     config.update(given)
     if isinstance(config, TrainConfig):
         config.fit_warmup(given_in_file, flags)
+        config.note_unused(flags)
     return config, set(given)
 
 

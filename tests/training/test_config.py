@@ -210,3 +210,32 @@ def test_text_that_no_file_can_be_called(script, config):
     parse_settings(
         script, ['--experiment' if script == 'train' else '--results-file', 'a\udcffb.csv']
     )  # bytes of a name
+
+
+@pytest.mark.parametrize(
+    'flags, line',
+    [
+        ('--amp-dtype float16', '--amp-dtype: without effect, needs --amp'),
+        ('--amp-dtype float16 --amp', None),
+        ('--model-ema-decay 0.9', '--model-ema-decay: without effect, needs --model-ema'),
+        ('--clip-mode agc', '--clip-mode: without effect, needs --clip-grad'),
+        ('--mixup-prob 0.5 --mixup-mode elem', '--mixup-prob, --mixup-mode: without effect, need --mixup or --cutmix'),
+        ('--mixup-prob 0.5 --cutmix 1', None),
+        ('--recount 2', '--recount: without effect, needs --reprob'),
+        ('--no-aug --scale 0.5 1', '--scale: without effect, needs augmentation'),
+        ('--no-aug --hflip 0', None),
+        ('--lr 1 --lr-base 1', '--lr-base: without effect, needs --lr left out'),
+        ('--decay-epochs 3 --decay-rate 0.5', '--decay-epochs: without effect, needs --sched step or wsd'),
+        ('--sched step --decay-epochs 3 --decay-rate 0.5', None),
+        ('--train-num-samples 3 --dataset-download', '--train-num-samples, --dataset-download: without effect, need'),
+        ('--lr 0', 'warning: lr 0 trains nothing'),
+        ('--train-split a --val-split a', 'warning: train_split and val_split are both a'),
+    ],
+)
+def test_a_flag_without_effect_is_told(flags, line, tmp_path):
+    """Of a file it may be a part of a recipe."""
+    config, _ = parse_settings('train', flags.split())
+    assert any(note.startswith(line) for note in config.notes) if line else not config.notes, config.notes
+    config.save(tmp_path / 'args.yaml')
+    config, _ = parse_settings('train', ['-c', str(tmp_path / 'args.yaml')])
+    assert not any('effect' in note for note in config.notes)
