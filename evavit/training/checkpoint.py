@@ -227,6 +227,12 @@ def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
     """
     found = checkpoints_in(folder)
     left = [*found, *(path for name in ('last', 'model_best') if (path := folder / f'{name}.safetensors').is_file())]
+    own = next((name for name in ('args.yaml', 'tmp.pth.tar') if (folder / name).exists()), None)
+    if not left and own and not (folder / 'train.log').exists():  # which a run begins before it writes either
+        raise UserError(
+            f'{folder} holds {own}, which no run has left there, and this run would write over it: choose another '
+            f'--experiment, or move {own}'
+        )
     if resume and resume != 'auto':
         chosen = Path(resume)
         if not chosen.is_file():
@@ -240,12 +246,6 @@ def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
         )
     if found and resume != 'auto':
         raise UserError(f'{folder} already holds a run: continue it with --resume auto, or choose another --experiment')
-    own = next((name for name in ('args.yaml', 'tmp.pth.tar') if (folder / name).exists()), None)
-    if not left and own and not (folder / 'train.log').exists():  # which a run begins before it writes either
-        raise UserError(
-            f'{folder} holds {own}, which no run has left there, and this run would write over it: choose another '
-            f'--experiment, or move {own}'
-        )
     if not found and resume == 'auto':
         log.info(f'no checkpoint in {folder} yet: starting fresh')
     return found

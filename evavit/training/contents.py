@@ -514,11 +514,12 @@ def learnt_classes(config: ModelConfig) -> Optional[List[str]]:
 
 def _class_names(content: Dict[str, Any]) -> Optional[List[str]]:
     """The names of the classes in what `origin` gives, None where there are none, or not one for each class."""
-    if 'class_names' in content:
-        return content['class_names']
-    names = content.get('label_names')
+    of_run = content.get('class_names')
+    names = of_run or content.get('label_names')
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
+    if of_run:
+        return names
     return names if len(names) == len(set(names)) == content.get('num_classes', len(names)) else None
 
 

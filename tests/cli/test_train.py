@@ -238,6 +238,8 @@ def test_a_file_of_the_users_is_not_written_over(train, call, images, tmp_path, 
         assert code == 2 and f'holds {name}, which no run has left there' in err and err.count('\n') == 1, err
     assert (tmp_path / 'mine' / name).read_text() == '# my remarks\nseed: 3\n'
     folder = train('run', '--epochs', '1')
+    code, _, err = call('train', *flags, '--resume', folder / 'last.pth.tar')
+    assert code == 2 and f'holds {name}, which no run has left there' in err, err
     for path in folder.glob('*.pth.tar'):
         path.unlink()
     for path in folder.glob('*.safetensors'):
