@@ -167,7 +167,8 @@ class Demo:
             if place is None:
                 raise UserError('Click on a patch of the picture.')
             asked = min(int(place[0] * height), height - 1), min(int(place[1] * width), width - 1)
-            mark = int(place[0] * picture.seen.height), int(place[1] * picture.seen.width)
+            width, height = picture.seen.size
+            mark = min(int(place[0] * height), height - 1), min(int(place[1] * width), width - 1)
         drawn = []
         try:
             for model in self.models.values():

@@ -162,6 +162,7 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
 
     def play(folder, killed_at):
         folder.mkdir()
+        (folder / 'train.log').touch()  # with which a run begins
         run = run_of()
         saver, calls = saver_of(run, folder), 0
         replace = checkpoint.os.replace
