@@ -277,6 +277,7 @@ def load_converted(
     *,
     img_size: Union[int, Tuple[int, int], None] = None,
     features_only: bool = False,
+    partition_grid: Optional[int] = None,
     **kwargs: Any,
 ) -> torch.nn.Module:
     """A model that was converted, by `evavit.convert_vit` or `train.py --convert`, with its weights.
@@ -290,6 +291,8 @@ def load_converted(
         img_size: Side, or height and width, of the images in pixels; by default as trained. Position embeddings are
             resampled by the model's `set_input_size`; the number of cells stays, so larger images have larger ones.
         features_only: A backbone that gives a list of maps `(B, C, height, width)`; `out_indices` says of which blocks.
+        partition_grid: Cells asked for along each axis, by default as trained. No weight depends on their number, so
+            larger images can have more of them: cells of 3 tokens where it is a third of the tokens along a side.
         **kwargs: Arguments of the model that leave its weights their shapes, such as dynamic_img_size=True,
             dynamic_img_pad=True or drop_path_rate=0.1.
 
@@ -316,11 +319,13 @@ def load_converted(
         raise ValueError(f'{name}: not a converted model; {instead} loads it')
     if own := ', '.join(sorted(_NOT_OF_A_MODEL & kwargs.keys())):
         raise ValueError(f'load_converted takes no {own}: model and weights are those of {name}; leave it out')
-    if kwargs := {**kwargs, **({'features_only': True} if features_only else {})}:
-        settings += ' with ' + ', '.join(f'{key}={shown(value)}' for key, value in kwargs.items())
+    kwargs = {**kwargs, **({'features_only': True} if features_only else {})}
+    cells = {} if partition_grid is None else dict(partition_grid=partition_grid)
+    if given := {**kwargs, **cells}:
+        settings += ' with ' + ', '.join(f'{key}={shown(value)}' for key, value in given.items())
     try:
         made = timm.create_model(**{**resolve_model_input_args(**arguments), **kwargs})
-        model = convert_vit(made, inplace=True, **conversion)
+        model = convert_vit(made, inplace=True, **{**conversion, **cells})
     except Exception as error:  # each model has its own errors for arguments that do not fit
         raise ValueError(f'{name}: {settings} makes no model: {first_line(error)[:400]}') from error
     vit: Any = model.model if features_only else model

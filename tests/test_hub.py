@@ -125,11 +125,33 @@ def test_a_converted_folder_gives_maps(tmp_path):
     assert sized.pretrained_cfg['input_size'] == (3, 48, 64)
 
 
+@pytest.mark.parametrize('bias', [False, True])
+def test_a_converted_folder_with_more_cells(tmp_path, bias):
+    """Larger images can have more cells: the weights are those of any number."""
+    options = dict(window_size=2, rel_pos_bias=bias)
+    model = evavit.convert_vit(small_vit(patch_size=4), partition_grid=2, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = save_folder(model, tmp_path / 'mine', data='Digits', licence='cc0-1.0')
+    more = evavit.convert_vit(evavit.revert_vit(model), partition_grid=4, **options)
+    more.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    again = load_converted(folder, partition_grid=4).eval()
+    assert again.conversion['partition_grid'] == again.blocks[0].attn.partition_grid == 4
+    with torch.no_grad():
+        assert torch.equal(again(images), more.eval()(images)) and not torch.equal(again(images), model(images))
+    maps = load_converted(folder, partition_grid=3, features_only=True, out_indices=1)
+    assert maps.model.conversion['partition_grid'] == 3
+
+
 def test_arguments_that_do_not_fit_a_converted_folder(tmp_path):
     folder = save_folder(evavit.convert_vit(small_vit(), window_size=1), tmp_path / 'mine', data='x', licence='mit')
     for kwargs, message in (
         (dict(pretrained=True), 'load_converted takes no pretrained: model and weights are those of'),
         (dict(num_classes=5), 'not the weights of config.json with num_classes=5: .*head'),
+        (dict(partition_grid=0), 'not the weights of config.json with partition_grid=0: .*summary'),
+        (dict(partition_grid=-1), 'config.json with partition_grid=-1 makes no model: .*partition_grid'),
         (dict(windw_size=5), 'config.json with windw_size=5 makes no model: .*windw_size'),
         (
             dict(features_only=True, out_indices=[9]),
