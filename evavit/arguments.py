@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # --help does without it
     import torch
 
 __all__ = [
+    'PREPARATION',
     'Parser',
     'asks_for_help',
     'check_device',
@@ -126,6 +127,9 @@ def too_many_blocks(kwargs: Mapping[str, Any]) -> Optional[str]:
         if _BLOCKS.search(str(name)) and (most := max(_numbers(value), default=0)) > MOST_BLOCKS:
             return f'{name} asks for {shown(most)}, more than {MOST_BLOCKS:,}'
     return None
+
+
+PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared
 
 
 def wrong_preparation(about: Any, in_chans: Optional[int] = None) -> Optional[str]:

@@ -61,6 +61,9 @@ class SimpleFeaturePyramid(nn.Module):
 class DetectionBackbone(nn.Module):
     """A timm model as a backbone of torchvision's detectors: maps '0' to '3' and 'pool', each of `out_channels`.
 
+    A detector normalises images itself, by ImageNet's mean and deviation unless it is told those of the weights:
+    `data = timm.data.resolve_data_config(model=features)`, then `image_mean=data['mean'], image_std=data['std']`.
+
     Args:
         features: A model made with `features_only=True`. The four maps of a pyramid go through a feature pyramid
             network; the last map of a plain model (made with `dynamic_img_size=True`) through a `SimpleFeaturePyramid`.

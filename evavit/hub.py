@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
-import safetensors
 import timm
 import torch
 from huggingface_hub import HfApi
@@ -32,14 +31,12 @@ from evavit.card import model_card
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
-from evavit.models._weights import disk_errors
+from evavit.models._weights import disk_errors, saved_args, saved_preparation
 from evavit.version import __version__
 
 __all__ = ['load_converted', 'publish', 'save_folder', 'saved_config']
 
 log = logging.getLogger(__name__)
-
-PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared
 
 _HUB = 'hf-hub:'
 _CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
@@ -404,18 +401,14 @@ def _settings_of_run(file: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any
     """What makes the model that train.py trained: arguments of timm's `resolve_model_input_args`, and those of
     `convert_vit`, None where it was not converted."""
     read_weights(file)  # says what is wrong with a file that cannot be read
-    with safetensors.safe_open(str(file), framework='pt') as opened:
-        text = (opened.metadata() or {}).get('args', '{}')
     try:
-        saved = json.loads(text)
+        saved = saved_args(file)
         names, kwargs = saved.get('class_names'), saved.get('model_kwargs') or {}
         conversion = {**(saved.get('convert_kwargs') or {}), 'attention': saved.get('convert')}
         own = sorted((_NOT_OF_A_MODEL | {'args', 'num_classes'}) & kwargs.keys())
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError('class_names are no list of names')
-        about = {name: saved[name] for name in PREPARATION if saved.get(name) is not None}
-        if wrong := wrong_preparation(about, saved.get('in_chans')):
-            raise ValueError(wrong)
+        about = saved_preparation(saved)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'{file}: its settings are damaged ({first_line(error)[:200]})') from error
     if not isinstance(saved.get('model'), str):

@@ -13,12 +13,14 @@ from typing import Optional
 import timm
 import torch
 from scipy import ndimage
-from segment import coins, crops
+from segment import coins, crops, is_converted
+from timm.data import resolve_data_config
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torchvision.models.detection import FasterRCNN, RetinaNet
 
 import evavit
 from evavit.dense import DetectionBackbone
-from evavit.models import GridVisionTransformer, families
 
 DETECTORS = {'faster_rcnn': FasterRCNN, 'retinanet': RetinaNet}
 
@@ -34,17 +36,29 @@ def build(
         free = dict(dynamic_img_size=True, dynamic_img_pad=True)
         features = evavit.load_converted(weights, features_only=True, out_indices=1, **free)
         return head(features, detector, side, out_channels)
-    if any(model in family.models for family in families().values() if issubclass(family.model, GridVisionTransformer)):
-        kwargs = dict(dynamic_img_size=True, out_indices=1, **kwargs)  # one map, the last block's
+    if weights:
+        if is_converted(weights):
+            raise ValueError('a converted run knows its model; leave --model out')
+        evavit.models.read_weights(weights)  # which says what is wrong with it
+    if is_plain(model):
+        kwargs = dict(dynamic_img_size=True, dynamic_img_pad=True, out_indices=1, **kwargs)  # the last block's map
     if weights:
         kwargs = dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights), **kwargs)
     return head(timm.create_model(model, features_only=True, **kwargs), detector, side, out_channels)
 
 
+def is_plain(model: str) -> bool:
+    """Whether a model is a ViT, of this package or timm's, that takes images of any size where it is told to."""
+    with torch.device('meta'):
+        made = timm.create_model(model)
+    return isinstance(made, (VisionTransformer, Eva))
+
+
 def head(features: torch.nn.Module, detector: str, side: int, out_channels: int) -> torch.nn.Module:
-    """The detector behind a backbone's maps."""
-    backbone = DetectionBackbone(features, out_channels)
-    return DETECTORS[detector](backbone, num_classes=2, min_size=side, max_size=2 * side)
+    """The detector behind a backbone's maps, which normalises images as the backbone's weights know them."""
+    backbone, data = DetectionBackbone(features, out_channels), resolve_data_config(model=features)
+    normal = dict(image_mean=data['mean'], image_std=data['std'])
+    return DETECTORS[detector](backbone, num_classes=2, min_size=side, max_size=2 * side, **normal)
 
 
 def targets(masks: torch.Tensor) -> list:
@@ -88,7 +102,7 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', help='eva_pvt_v2_b3 by default, or eva_deit_tiny, any of the plain models')
+    parser.add_argument('--model', help='eva_pvt_v2_b3 by default; another pyramid, or a plain ViT: eva_deit_tiny')
     parser.add_argument('--detector', default='faster_rcnn', choices=list(DETECTORS))
     parser.add_argument(
         '--pretrained-path',
@@ -107,7 +121,9 @@ def main() -> None:
     asked = ' '.join(f'{flag} {value}' for flag, value in given.items() if value)
     try:
         model = build(args.model, args.detector, side=192, weights=args.pretrained_path)
-    except (RuntimeError, ValueError) as error:
+        with torch.no_grad():
+            model.eval().backbone(torch.zeros(1, 3, 192, 256))
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # timm's models have one each
         parser.error(f'{asked}: {error}')
     begin = time.time()
     losses = train(model, image, mask, args.steps)

@@ -13,8 +13,9 @@ from typing import Optional
 import numpy as np
 import torch
 from scipy import ndimage
+from timm.data import resolve_data_config
 
-import evavit  # noqa: F401  (registers the models)
+import evavit
 
 try:
     import segmentation_models_pytorch as smp
@@ -51,6 +52,13 @@ def crops(image: torch.Tensor, mask: torch.Tensor, count: int, side: int = SIDE)
     return torch.stack(images), torch.stack(masks)
 
 
+def normalized(images: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """Images from 0 to 1 with the mean and deviation that the encoder's weights know; ImageNet's by default."""
+    data = resolve_data_config(model=getattr(model.encoder, 'model', model.encoder))
+    mean, std = (torch.tensor(data[name], device=images.device)[:, None, None] for name in ('mean', 'std'))
+    return (images - mean) / std
+
+
 def train(
     model: torch.nn.Module,
     image: torch.Tensor,
@@ -66,7 +74,7 @@ def train(
     model.train()
     for _ in range(steps):
         images, masks = crops(image, mask, batch, side)
-        logits = model(2 * images - 1)
+        logits = model(normalized(images, model))
         loss = entropy(logits, masks[:, None]) + dice(logits, masks[:, None])
         optimizer.zero_grad()
         loss.backward()
@@ -80,11 +88,20 @@ def weights(path: Optional[str]) -> dict:
     return dict(encoder_weights=True, pretrained_cfg_overlay=dict(file=path)) if path else dict(encoder_weights=None)
 
 
+def is_converted(path: str) -> bool:
+    """Whether these are weights of a converted ViT."""
+    try:
+        evavit.load_converted(path)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
 @torch.no_grad()
 def overlap(model: torch.nn.Module, image: torch.Tensor, mask: torch.Tensor) -> float:
     """Intersection over union of the coins on the right half, in one piece: no crop's size."""
     half = image.shape[2] // 2
-    logits = model.eval()(2 * image[None, :, :, half:] - 1)[0, 0]
+    logits = model.eval()(normalized(image[None, :, :, half:], model))[0, 0]
     found, coin = logits > 0, mask[:, half:] > 0
     return ((found & coin).sum() / (found | coin).sum()).item()
 
@@ -100,12 +117,18 @@ def main() -> None:
         parser.error(f'--steps {args.steps}: at least 1')
     torch.manual_seed(0)
     image, mask = coins()
+    path = args.pretrained_path
+    asked = f'--encoder {args.encoder}' + (f' --pretrained-path {path}' if path else '')
+    if path and is_converted(path):
+        parser.error(
+            f'{asked}: a converted ViT, which is no pyramid; put evavit.load_converted in the encoder of smp.DPT, as '
+            f'docs/dense.md shows'
+        )
     try:
-        model = smp.create_model(args.decoder, args.encoder, classes=1, **weights(args.pretrained_path))
-    except (KeyError, RuntimeError, ValueError) as error:
-        if args.pretrained_path:
-            parser.error(f'--encoder {args.encoder} --pretrained-path {args.pretrained_path}: {error}')
-        parser.error(f'--encoder {args.encoder}: {error}; a pyramid is needed, such as tu-eva_pvt_v2_b3')
+        model = smp.create_model(args.decoder, args.encoder, classes=1, **weights(path))
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        hint = '' if path and 'pvt' in args.encoder else '; a pyramid is needed, such as tu-eva_pvt_v2_b3'
+        parser.error(f'{asked}: {error}{hint}')
     begin = time.time()
     losses = train(model, image, mask, args.steps)
     print(

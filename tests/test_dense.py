@@ -1,11 +1,14 @@
 """Backbones for detection: maps of the right sizes, at sizes of every kind, and features that follow the image."""
 
+import json
+
 import pytest
 import timm
 import torch
 
 import evavit  # noqa: F401
 from evavit.dense import DetectionBackbone, SimpleFeaturePyramid
+from evavit.models import write_weights
 
 PYRAMID = dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4))
 PLAIN = dict(depth=2, embed_dim=48, num_heads=3)
@@ -45,6 +48,28 @@ def test_a_model_that_gives_no_maps_is_refused():
     for model in (timm.create_model('eva_deit_tiny', depth=1), timm.create_model('resnet18')):
         with pytest.raises(ValueError, match=r'gives no maps: make it with features_only=True, .*load_converted'):
             DetectionBackbone(model)
+
+
+@pytest.mark.parametrize('name, kwargs', [('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', PLAIN)])
+def test_a_run_says_how_images_of_its_maps_are_prepared(tmp_path, name, kwargs):
+    """What a detector or decoder normalises by: the run's own, unless the overlay says otherwise."""
+
+    def made(**overlay):
+        overlay = dict(file=str(tmp_path / 'last.safetensors'), **overlay)
+        return timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **maps)
+
+    maps, weights = dict(kwargs, out_indices=(0, 1)), timm.create_model(name, **kwargs).state_dict()
+    args = dict(model=name, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], crop_pct=None)
+    write_weights(weights, tmp_path / 'last.safetensors', dict(args=json.dumps(args)))
+    data = timm.data.resolve_data_config(model=made())
+    assert data['mean'] == [0.1, 0.2, 0.3] and data['std'] == [0.5, 0.6, 0.7]
+    data = timm.data.resolve_data_config(model=made(mean=(0.4, 0.4, 0.4)))
+    assert data['mean'] == (0.4, 0.4, 0.4) and data['std'] == [0.5, 0.6, 0.7]
+    write_weights(weights, tmp_path / 'last.safetensors', dict(args=json.dumps({**args, 'mean': 'x'})))
+    with pytest.raises(ValueError, match=r"last.safetensors: its settings are damaged .mean 'x'"):
+        made()
+    write_weights(weights, tmp_path / 'last.safetensors')
+    assert timm.data.resolve_data_config(model=made())['mean'] == timm.data.IMAGENET_DEFAULT_MEAN
 
 
 @pytest.mark.parametrize('height, width', [(33, 65), (97, 51), (224, 100), (64, 448)])

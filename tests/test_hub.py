@@ -106,7 +106,8 @@ def test_a_converted_folder_gives_maps(tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    folder = save_folder(model, tmp_path / 'mine', data='Digits', licence='cc0-1.0')
+    given = dict(data='Digits', licence='cc0-1.0', data_config=dict(mean=[0.1, 0.2, 0.3]))
+    folder = save_folder(model, tmp_path / 'mine', **given)
     images = torch.randn(2, 3, 32, 32)
     net = load_converted(folder, features_only=True, out_indices=[0, 1]).eval()
     assert len(net.model.blocks) == 2 and net.feature_info.reduction() == [8, 8]
@@ -122,7 +123,7 @@ def test_a_converted_folder_gives_maps(tmp_path):
         torch.testing.assert_close(sized(larger)[0], last)
         torch.testing.assert_close(free(larger), model(larger))
     assert timm.data.resolve_data_config(model=sized)['input_size'] == (3, 48, 64)
-    assert sized.pretrained_cfg['input_size'] == (3, 48, 64)
+    assert sized.pretrained_cfg['input_size'] == (3, 48, 64) and sized.pretrained_cfg['mean'] == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize('bias', [False, True])
@@ -212,6 +213,7 @@ def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):
     assert [*config['mean']] == [0.1, 0.2, 0.3] and config['crop_pct'] == 1 and config['input_size'] == (3, 32, 32)
     assert model.pretrained_cfg['label_names'] == list(CLASSES)
     net = load_converted(run, features_only=True, out_indices=1, img_size=48)
+    assert [*timm.data.resolve_data_config(model=net)['mean']] == [0.1, 0.2, 0.3]
     assert torch.equal(net.model.blocks[1].attn.qkv.weight, best['blocks.1.attn.qkv.weight'])
     assert net(torch.randn(1, 3, 48, 48))[0].shape == (1, 32, 6, 6)
     last = load_converted(str(run / 'last.safetensors'))

@@ -14,9 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-from evavit.arguments import Parser
+from evavit.arguments import PREPARATION, Parser
 from evavit.errors import UserError, printable, reason_of, run_script
-from evavit.hub import PREPARATION, save_folder
+from evavit.hub import save_folder
 from evavit.training import build, contents
 from evavit.training.config import ModelConfig
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from evavit.layers import ATTENTIONS
 
-from ._weights import fit_strictly, pretrained_filter, readable
+from ._weights import as_trained, fit_strictly, pretrained_filter, readable
 
 __all__ = [
     'Family',
@@ -238,10 +238,14 @@ def build_grid_model(model: Type[nn.Module], name: str, pretrained: bool, **kwar
     Args:
         model: The class.
         name: Of the model, a key of the family's `default_cfgs`.
-        pretrained: Load the file of `pretrained_cfg_overlay=dict(file=…)`.
+        pretrained: Load the file of `pretrained_cfg_overlay=dict(file=…)`. With features_only=True `pretrained_cfg`
+            then has mean and std of the run that wrote it, for the detector or decoder behind the maps.
         **kwargs: `feature_cfg` and arguments of the class.
     """
-    with readable(kwargs.get('pretrained_cfg_overlay')):
+    overlay = kwargs.get('pretrained_cfg_overlay')
+    with readable(overlay):
+        if pretrained and overlay and kwargs.get('features_only'):
+            kwargs['pretrained_cfg_overlay'] = as_trained(overlay)
         made = build_model_with_cfg(model, name, pretrained, pretrained_filter_fn=pretrained_filter, **kwargs)
         warn_of_cut(made)
         return made

@@ -1,6 +1,7 @@
 """Files of weights, fitted to a model of any family, with a report of what was done to each tensor."""
 
 import contextlib
+import json
 import logging
 import math
 import re
@@ -14,7 +15,8 @@ from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 from torch import nn
 
-from evavit.errors import reason_of
+from evavit.arguments import PREPARATION, wrong_preparation
+from evavit.errors import first_line, reason_of
 from evavit.files import BLANK, DamagedError, is_stamped, stamp, why_no_file
 from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
@@ -70,6 +72,31 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
         return weights
     except Exception as error:  # each format has its own errors, which name neither the file nor, often, the fault
         raise RuntimeError(f'{path}: {_fault(Path(path), error)}') from error
+
+
+def saved_args(file: Union[str, Path]) -> Any:
+    """The settings that train.py wrote beside the tensors of a `.safetensors` file, {} where there are none."""
+    with safetensors.safe_open(str(file), framework='pt') as opened:
+        return json.loads((opened.metadata() or {}).get('args', '{}'))
+
+
+def saved_preparation(args: Any) -> Dict[str, Any]:
+    """How the images were prepared by such settings, as entries of a `pretrained_cfg`; ValueError where none can be."""
+    about = {name: args[name] for name in PREPARATION if args.get(name) is not None}
+    if wrong := wrong_preparation(about, args.get('in_chans')):
+        raise ValueError(wrong)
+    return about
+
+
+def as_trained(overlay: Mapping[str, Any]) -> Dict[str, Any]:
+    """A `pretrained_cfg_overlay` with how images were prepared by the run that wrote its file, if it does not say."""
+    file = overlay.get('file')
+    if not str(file).endswith('.safetensors') or not Path(str(file)).is_file():
+        return dict(overlay)
+    try:
+        return {**saved_preparation(saved_args(str(file))), **overlay}
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'{file}: its settings are damaged ({first_line(error)[:200]})') from error
 
 
 @contextlib.contextmanager

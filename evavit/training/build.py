@@ -18,9 +18,9 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from evavit import models
-from evavit.arguments import nearest, shown, too_many_blocks
+from evavit.arguments import PREPARATION, nearest, shown, too_many_blocks
 from evavit.errors import UserError, first_line
-from evavit.hub import PREPARATION, saved_config, source_folder, why_not_fetched
+from evavit.hub import saved_config, source_folder, why_not_fetched
 from evavit.models import (
     ConvertedModel,
     GridPyramidVisionTransformerV2,

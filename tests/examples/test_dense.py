@@ -14,6 +14,7 @@ pytest.importorskip('segmentation_models_pytorch', reason='needs evavit[dense]')
 pytest.importorskip('skimage', reason='needs evavit[dense]')
 PYRAMID = dict(depths=(1, 1, 1, 1), embed_dims=(16, 32, 48, 64), num_heads=(1, 2, 3, 4))
 PLAIN = dict(depth=2, embed_dim=48, num_heads=3)
+NORMAL = dict(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
 
 
 segment, detect = load_program('examples/segment.py'), load_program('examples/detect.py')
@@ -42,7 +43,9 @@ def test_every_coin_has_its_box():
     assert sides.min() > 30 and sides.max() < 70
 
 
-@pytest.mark.parametrize('model, kwargs', [('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', PLAIN)])
+@pytest.mark.parametrize(
+    'model, kwargs', [('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', PLAIN), ('vit_tiny_patch16_224', PLAIN)]
+)
 @pytest.mark.parametrize('detector, steps', [('retinanet', 15), ('faster_rcnn', 6)])
 def test_detection_learns_coins(model, kwargs, detector, steps):
     image, mask = segment.coins()
@@ -55,25 +58,38 @@ def test_detection_learns_coins(model, kwargs, detector, steps):
     assert found['boxes'].shape[1] == 4 and torch.isfinite(found['boxes']).all()
 
 
-def test_weights_of_a_run(tmp_path):
+def test_weights_of_a_run(tmp_path, monkeypatch, capsys):
     """Of the encoder's own model, and of a converted ViT, which names itself."""
     import segmentation_models_pytorch as smp
 
     for name, kwargs in (('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', PLAIN)):
         trained = timm.create_model(name, num_classes=3, **kwargs).state_dict()
-        write_weights(trained, tmp_path / 'own.safetensors')
+        write_weights(trained, tmp_path / 'own.safetensors', dict(args=json.dumps(dict(model=name, **NORMAL))))
         file, key = str(tmp_path / 'own.safetensors'), 'patch_embed.proj.weight'
-        backbone = detect.build(name, 'retinanet', side=96, weights=file, **kwargs).backbone
-        state = backbone.features.state_dict()
+        detector = detect.build(name, 'retinanet', side=96, weights=file, **kwargs)
+        assert detector.transform.image_mean == NORMAL['mean'] and detector.transform.image_std == NORMAL['std']
+        state = detector.backbone.features.state_dict()
         assert torch.equal(state.get(f'model.{key}', state.get(key)), trained[key])
         if name == 'eva_pvt_v2_b3':
             unet = smp.create_model('Unet', f'tu-{name}', **segment.weights(file), **kwargs)
             assert torch.equal(unet.encoder.model.state_dict()[key], trained[key])
+            images = torch.rand(1, 3, 4, 4)
+            mean, std = (torch.tensor(NORMAL[x]).view(3, 1, 1) for x in ('mean', 'std'))
+            torch.testing.assert_close(segment.normalized(images, unet), (images - mean) / std)
     kwargs = dict(embed_dim=48, depth=2, num_heads=3)
     vit = evavit.convert_vit(timm.create_model('vit_tiny_patch16_224', num_classes=3, **kwargs))
-    args = json.dumps(dict(model='vit_tiny_patch16_224', convert='eva', num_classes=3, model_kwargs=kwargs))
-    write_weights(vit.state_dict(), tmp_path / 'model_best.safetensors', dict(args=args))
+    args = dict(model='vit_tiny_patch16_224', convert='eva', num_classes=3, model_kwargs=kwargs, **NORMAL)
+    write_weights(vit.state_dict(), tmp_path / 'model_best.safetensors', dict(args=json.dumps(args)))
     model = detect.build(None, 'retinanet', side=96, weights=str(tmp_path)).eval()
+    assert model.transform.image_mean == NORMAL['mean'] and model.transform.image_std == NORMAL['std']
+    for path in (tmp_path, tmp_path / 'model_best.safetensors'):
+        with pytest.raises(ValueError, match='a converted run knows its model; leave --model out'):
+            detect.build('vit_tiny_patch16_224', 'retinanet', side=96, weights=str(path))
+        flags = ['--pretrained-path', str(path)]
+        monkeypatch.setattr('sys.argv', ['segment.py', *flags])
+        with pytest.raises(SystemExit):
+            segment.main()
+        assert 'a converted ViT, which is no pyramid; put evavit.load_converted in' in capsys.readouterr().err
     assert torch.equal(model.backbone.features.model.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
     with torch.no_grad():
         assert model([torch.rand(3, 100, 140)])[0]['boxes'].shape[1] == 4
@@ -89,6 +105,17 @@ def test_weights_of_a_run(tmp_path):
         ('detect', ['--model', 'eva_deit_tin'], ['eva_deit_tin']),
         ('detect', ['--pretrained-path', 'no/run'], ['--pretrained-path no/run', 'no such folder']),
         ('detect', ['--model', 'linformer_deit_tiny'], ['linformer', 'one size']),
+        ('detect', ['--model', 'beit_base_patch16_224'], ['beit_base', 'Input height (192)']),
+        (
+            'detect',
+            ['--model', 'vit_tiny_patch16_224', '--pretrained-path', 'no/run'],
+            ['no/run', 'no such checkpoint'],
+        ),
+        (
+            'segment',
+            ['--encoder', 'tu-eva_deit_tiny', '--pretrained-path', 'no/run'],
+            ['tu-eva_deit_tiny', 'no/run', 'a pyramid is needed'],
+        ),
     ],
 )
 def test_mistakes(monkeypatch, capsys, name, flags, words):
