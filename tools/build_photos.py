@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write photographs of ImageNet's usual size as an image folder: python tools/build_photos.py DIR [--images 256]
 
-JPEGs of 500 × 375 pixels, about 100 KB each: crops, mirrored and tinted, of the two photographs that scikit-learn
+JPEGs of 500 × 375 pixels, about 62 KiB each: crops, mirrored and tinted, of the two photographs that scikit-learn
 carries. DIR/train and DIR/validation, ten classes without meaning. They are for timing the loader, not for learning.
 """
 
