@@ -297,7 +297,8 @@ def convert_vit(
             block.__class__ = derive(CheckpointBlock, type(block))
     vit.conversion = {'attention': attention, **chosen}
     vit.__class__ = derive(ConvertedModel, type(vit))
-    if all(chosen.get(name, of_softmax) == of_softmax for name, of_softmax in _OF_SOFTMAX.items()):
+    of_window = all(chosen.get(name, of_softmax) == of_softmax for name, of_softmax in _OF_SOFTMAX.items())
+    if of_window and not vit.dynamic_img_size:  # whose images are not known yet
         _warn_of_window(
             plain['window_size'] if attention in ('eva', 'local') else 0, tuple(vit.patch_embed.grid_size or ())
         )

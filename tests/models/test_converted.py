@@ -463,6 +463,11 @@ def test_a_window_over_all_tokens_is_told_of(caplog, img_size, options, told):
     assert [record.getMessage()[:59] for record in caplog.records] == told * [
         'warning: one window of 7 × 7 covers all 7 × 7 tokens, so th'
     ]
+    caplog.clear()
+    _warn_of_window.cache_clear()
+    free = timm.create_model('vit_tiny_patch16_224', img_size=img_size, depth=1, dynamic_img_size=True)
+    evavit.convert_vit(free, **options)  # of images of any size, which may be larger
+    assert not caplog.records
     images = torch.randn(2, 3, img_size, img_size)
     same = torch.allclose(model(images), vit.eval()(images), atol=1e-5)
     assert same or not told
