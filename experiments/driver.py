@@ -32,7 +32,7 @@ ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns o
 
 
 def parser_of(text, output, data='what experiments/tiny_imagenet/build.py wrote'):
-    """A parser with the flags of every driver. What it does not know is for train.py: use `parse_known_args`."""
+    """A parser with the flags of every driver. What it does not know is for train.py: see `parse`."""
     parser = argparse.ArgumentParser(description=text.splitlines()[0], allow_abbrev=False)
     parser.add_argument('--data-dir', type=Path, help=data)
     parser.add_argument('--output', type=Path, default=Path(output), help=f'folder of the runs ({output})')
@@ -44,6 +44,13 @@ def parser_of(text, output, data='what experiments/tiny_imagenet/build.py wrote'
     )
     parser.add_argument('--list', action='store_true', help='show every run and its state')
     return parser
+
+
+def parse(parser, argv):
+    """The flags of a parser of `parser_of`, with the default of --results-file; `flags` are those for train.py."""
+    args, args.flags = parser.parse_known_args(argv)
+    args.results_file = args.results_file or args.output / 'runs.csv'
+    return args
 
 
 def chosen(jobs, args):

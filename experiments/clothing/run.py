@@ -24,7 +24,7 @@ from evavit.training.config import parse_settings
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from driver import ABOUT, chosen, drive, make_output, of_training, parser_of, train_to_end  # noqa: E402
+from driver import ABOUT, chosen, drive, make_output, of_training, parse, parser_of, train_to_end  # noqa: E402
 
 COLUMNS = (
     'run',
@@ -82,8 +82,7 @@ def main(argv=None):
     parser = parser_of(__doc__, 'output/clothing', data='clothing-dataset-small')
     parser.add_argument('--augment-devices', nargs='+', default=['cpu', 'cuda'], choices=('cpu', 'cuda'))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    args, args.flags = parser.parse_known_args(argv)
-    args.results_file = args.results_file or args.output / 'runs.csv'
+    args = parse(parser, argv)
     jobs = chosen((Job(device, seed) for device in args.augment_devices for seed in args.seeds), args)
     if not args.list:
         if args.data_dir is None or not (args.data_dir / 'train').is_dir():

@@ -38,7 +38,7 @@ from evavit.training.distributed import start_process
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from driver import check_data, chosen, drive, link_pictures, make_output, parser_of, rows_to_report, save_plot  # noqa: E402
+from driver import check_data, chosen, drive, link_pictures, make_output, parse, parser_of, rows_to_report, save_plot  # noqa: E402
 from tiny_imagenet.attentions import SIDES, TABLE2  # noqa: E402
 
 EVA = {  # how a cell's summary is made, and how often it counts
@@ -239,8 +239,7 @@ def main(argv=None):
     parser.add_argument(
         '--report', action='store_true', help='print the tables and draw the plot beside --results-file'
     )
-    args, args.flags = parser.parse_known_args(argv)
-    args.results_file = args.results_file or args.output / 'runs.csv'
+    args = parse(parser, argv)
     jobs = chosen(all_jobs(), args)
     if args.report and not args.list:
         rows = rows_to_report(args, COLUMNS)

@@ -41,6 +41,7 @@ from driver import (  # noqa: E402
     link_pictures,
     make_output,
     of_training,
+    parse,
     parser_of,
     rows_to_report,
     train_to_end,
@@ -222,8 +223,7 @@ def kendall(a, b):
 def main(argv=None):
     parser = parser_of(__doc__, 'output/tiny_imagenet_attentions')
     parser.add_argument('--report', action='store_true', help='print the tables of --results-file')
-    args, args.flags = parser.parse_known_args(argv)
-    args.results_file = args.results_file or args.output / 'runs.csv'
+    args = parse(parser, argv)
     jobs = chosen(all_jobs(), args)
     if args.report and not args.list:
         print('\n'.join(table(rows_to_report(args, COLUMNS))))

@@ -42,6 +42,7 @@ from driver import (  # noqa: E402
     finished,
     judge,
     make_output,
+    parse,
     parser_of,
     read_number,
     rows_to_report,
@@ -267,8 +268,7 @@ def plot(rows, results):
 def main(argv=None):
     parser = parser_of(__doc__, 'output/tiny_imagenet')
     parser.add_argument('--report', action='store_true', help='print the table and draw the plot beside --results-file')
-    args, args.flags = parser.parse_known_args(argv)
-    args.results_file = args.results_file or args.output / 'runs.csv'
+    args = parse(parser, argv)
     if args.report and not args.list:
         rows = rows_to_report(args, COLUMNS)
         print('\n'.join(table(rows)))

@@ -58,6 +58,7 @@ from driver import (  # noqa: E402
     judging,
     make_output,
     of_training,
+    parse,
     parser_of,
     rows_to_report,
     state_of,
@@ -299,8 +300,7 @@ def main(argv=None):
         parser.add_argument(f'--{task}', type=Path, metavar='DIR', help=what)
     parser.add_argument('--pretrain-epochs', type=int, default=100, help='of each pretraining (100)')
     parser.add_argument('--report', action='store_true', help='print the table of --results-file')
-    args, args.flags = parser.parse_known_args(argv)
-    args.results_file = args.results_file or args.output / 'runs.csv'
+    args = parse(parser, argv)
     jobs = chosen(all_jobs(), args)
     if args.report and not args.list:
         print('\n'.join(table(rows_to_report(args, COLUMNS))))

@@ -53,6 +53,7 @@ from driver import (  # noqa: E402
     drive,
     link_pictures,
     make_output,
+    parse,
     parser_of,
     read_number,
     rows_to_report,
@@ -254,8 +255,7 @@ def main(argv=None):
     parser.add_argument('--updates', type=int, default=2000, help='of each training (2000)')
     parser.add_argument('--pictures', type=int, default=512, help='held-out pictures that are compared (512)')
     parser.add_argument('--report', action='store_true', help='print the table of --results-file')
-    args, args.flags = parser.parse_known_args(argv)
-    args.results_file = args.results_file or args.output / 'runs.csv'
+    args = parse(parser, argv)
     if args.updates < 1 or args.pictures < 1:
         raise UserError('--updates and --pictures must be at least 1')
     jobs = chosen(all_jobs(args.updates), args)
