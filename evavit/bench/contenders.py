@@ -198,6 +198,8 @@ def measure(setting: Setting, contenders: List[Contender], bound: Callable[[Row]
                 if not error <= limit:  # NaN too
                     raise WrongResult(f'{error:.1e} from float64, more than {limit:.0e}')
                 contender.calls = contender.prepare()
+                for call in contender.calls.values():  # what fails is this contender's
+                    call()
                 if setting.cuda:
                     # A graph allocates when it is made, not when it is replayed.
                     call = contender.calls.get('eager_ms', contender.calls['ms'])

@@ -96,6 +96,7 @@ SMALL_CASES = [
     small('prefix tokens, two tiles of cells', (9, 7), 3, 7, P=5, count_cells='outside'),
     small('prefix tokens that need a second tile', (8, 8), 4, 4, P=16, d=32),
     small('parts of the keys of prefix queries', (20, 15), 7, 3, P=2, h=1, programs=8),
+    small('prefix tokens, no bias, many tokens and one cell', (20, 15), 7, 1, P=2, h=1, bias=False),
 ]
 # Of the same kinds as SHAPES, and where cells drop out: in pairs of windows and cells, and all of them.
 COUNTED_SHAPES = [
@@ -125,6 +126,7 @@ PREFIX_SHAPES = [
     ((13, 9), 0, 7, 5),
     ((16, 31), 7, 0, 1),
     ((64, 64), 7, 16, 5),
+    ((73, 73), 7, 7, 5),
 ]
 
 
@@ -169,7 +171,8 @@ def _options(feat_size, d, *, summary_q, summary_k, fused, count_cells='one', **
 
 
 def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layout='packed', **kwargs):
-    """The output and the gradients of qkv, the parameters and the bias, in the order of NAMES."""
+    """The output and the gradients of qkv, the parameters and the bias, in the order of NAMES. Fused, the output is the
+    same to the bit in inference."""
     qkv, summary, rel_pos_bias, noise, grad = case
 
     def leaf(x):
@@ -188,18 +191,24 @@ def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layo
         **kwargs,
     )
     views = qkv.permute(2, 0, 3, 1, 4)
-    if layout == 'packed':
-        out = eva_attention_packed(views, list(feat_size), **options)
-    elif layout == 'projection':  # as a layer calls; always fused
-        out = eva_attention_projected(qkv.flatten(2), qkv.shape[3], _options(feat_size, qkv.shape[-1], **options))
-        out = out.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
-    else:
+
+    def forward():
+        if layout == 'packed':
+            return eva_attention_packed(views, list(feat_size), **options)
+        if layout == 'projection':  # as a layer calls; always fused
+            out = eva_attention_projected(qkv.flatten(2), qkv.shape[3], _options(feat_size, qkv.shape[-1], **options))
+            return out.unflatten(-1, qkv.shape[3:]).transpose(1, 2)
         change = {
             'views': lambda x: x,
             'contiguous': torch.Tensor.contiguous,
             'transposed': lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
         }[layout]
-        out = eva_attention(*(change(x) for x in views.unbind(0)), list(feat_size), **options)
+        return eva_attention(*(change(x) for x in views.unbind(0)), list(feat_size), **options)
+
+    out = forward()
+    if fused:  # without a gradient the kernels keep nothing
+        with torch.no_grad():
+            assert torch.equal(forward(), out), 'the output differs in inference'
     leaves = [qkv, *summary, *([rel_pos_bias] if rel_pos_bias is not None else [])]
     grads = torch.autograd.grad(out, leaves, grad.to(out.dtype))
     names = [name for name in NAMES if partition_grid or '.' not in name]

@@ -196,7 +196,7 @@ def _forward_prefix(
     run.launch(
         combine_prefix,
         (pairs, 1, 1),
-        *(acc_parts, stat_parts, out, sob, lse.at(pairs * plan.N), plan.heads, pairs, splits),
+        *(acc_parts, stat_parts, out, sob, lse.at(pairs * plan.N) if save else lse, plan.heads, pairs, splits),
         **plan.prefix,
         SAVE=save,
     )
