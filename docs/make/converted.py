@@ -2,16 +2,18 @@
 """When a converted ViT pays, and how near it is to its parent: python docs/make/converted.py
 
 Draws docs/images/converted.svg from results/convert_h200.csv, which `benchmark.py --bench convert` wrote. `tables.py`
-writes the tables, those of accuracies and of features from results/tiny_imagenet*_h200.csv and vit_small_14_h200.csv
+writes the tables, those of accuracies and of features from results/tiny_imagenet_h200.csv and vit_small_14_h200.csv
 (experiments/). Needs matplotlib.
 """
 
 import argparse
+from statistics import mean
 
+import elpv
 import pages
 
 SPEED, ALONE = 'convert_h200.csv', 'op_converted_h200.csv'
-ACCURACY, TRAINED = 'tiny_imagenet_h200.csv', 'tiny_imagenet_trained_h200.csv'
+ACCURACY, PARENTS = 'tiny_imagenet_h200.csv', 'tiny_imagenet_parents_h200.csv'  # of the second the parents alone
 FOREIGN = 'vit_small_14_h200.csv'
 PICTURE = pages.ROOT / 'docs' / 'images' / 'converted.svg'
 COLOURS = {192: '#edae49', 384: '#00798c', 768: '#d1495b', 1024: '#30638e'}
@@ -36,13 +38,22 @@ def ratios(rows: list, width: int, cells: str, column: str) -> list:
     return sorted(found)
 
 
-def measured() -> list:
-    return pages.pick(pages.read_results(SPEED), status='ok', torchcompile='no')
+def measured(mode: str = 'no') -> list:
+    return pages.pick(pages.read_results(SPEED), status='ok', torchcompile=mode)
 
 
 def speed() -> str:
-    """Speed over softmax: a row for each width and side."""
-    rows, lines = measured(), []
+    """Speed over softmax, eager: a row for each width and side."""
+    return _speed(measured())
+
+
+def compiled() -> str:
+    """The same in CUDA graphs, as torch.compile makes them."""
+    return _speed(measured('reduce-overhead'))
+
+
+def _speed(rows: list) -> str:
+    lines = []
     for width in sorted({int(row['width']) for row in rows}):
         found = {(cells, column): dict(ratios(rows, width, cells, column)) for cells in CELLS for column in COLUMNS}
         for side in sorted({side for of in found.values() for side in of}):
@@ -69,10 +80,14 @@ def alone() -> str:
     return pages.table(columns, lines) + f'\n\n{pages.origins(rows)}'
 
 
+def _parent(rows: list) -> list:
+    return pages.pick(rows, run='parent-s0')
+
+
 def accuracy() -> str:
     """Top-1 before any training: a row for each size of windows and cells."""
     rows, lines = pages.read_results(ACCURACY), []
-    parent = pages.pick(rows, run='parent-s0')[0]
+    parent, of_run = _parent(rows)[0], [row for row in rows if row['run'] != 'scratch-s0']
     for sizes, text in SIZES.items():
         window_size, partition_grid = sizes.split(', ')
         of_size = pages.pick(rows, window_size=window_size, partition_grid=partition_grid, epochs='0')
@@ -81,9 +96,10 @@ def accuracy() -> str:
     columns = ['a query attends to', "`count_cells='outside'`", "`'all'`", "`'one'`"]
     scratch = pages.pick(rows, run='scratch-s0')[0]
     return (
-        f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n{pages.origins(rows)} One run of the '
-        f'parent: {parent["epochs"]} epochs, {float(parent["train_seconds"]) / 60:.0f} minutes. EVA trained from '
-        f'scratch as long, with windows of 4 × 4 and 4 × 4 cells, but without a class token, has {scratch["top1"]} %.'
+        f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n{pages.origins(of_run)} One run of '
+        f'the parent: {parent["epochs"]} epochs, {float(parent["train_seconds"]) / 60:.0f} minutes. EVA trained from '
+        f'scratch as long, with windows of 4 × 4 and 4 × 4 cells, but without a class token, has {scratch["top1"]} % '
+        f'(commit {scratch["commit"]}).'
     )
 
 
@@ -92,21 +108,37 @@ KINDS = {'ce': 'the labels alone', 'logit': "labels and the parent's logits", 'b
 
 def trained() -> str:
     """Top-1 after training on: a row for each size and kind, a column for each number of epochs."""
-    rows, lines = pages.read_results(TRAINED), []
-    parent, start = pages.pick(rows, run='parent-s0')[0], pages.pick(rows, epochs='0', count_cells='outside')
-    sizes = {f'{row["window_size"]}, {row["partition_grid"]}': row for row in start}
-    epochs = sorted({int(row['epochs']) for row in rows if row['kind']})
-    for size, first in sizes.items():
+    rows, lines = pages.read_results(ACCURACY), []
+    parent, start = _parent(rows)[0], pages.pick(rows, epochs='0', count_cells='outside')
+    epochs, several = sorted({int(row['epochs']) for row in rows if row['kind']}), set()
+    for first in start:
         keys = {key: first[key] for key in ('window_size', 'partition_grid')}
         for kind, text in KINDS.items():
-            runs = pages.pick(rows, kind=kind, **keys)
-            if not runs:
-                continue
-            top1 = {int(row['epochs']): row['top1'] for row in runs}
-            after = [f'{top1[count]} %' if count in top1 else '–' for count in epochs]
-            lines.append([SIZES[size], text, f'{first["top1"]} %', *after])
-    columns = ['a query attends to', 'compared with', 'before training', *(f'{count} epochs' for count in epochs)]
-    return f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n{pages.origins(rows)} One seed.'
+            runs = {count: pages.pick(rows, kind=kind, epochs=str(count), **keys) for count in epochs}
+            if any(runs.values()):
+                several |= {len(of) for of in runs.values()} - {0, 1}
+                after = [f'{elpv.spread(tops(of), 2)} %' if of else '–' for of in runs.values()]
+                lines.append([SIZES[', '.join(keys.values())], text, f'{first["top1"]} %', *after])
+    after = [f'{count} epoch{"s" * (count > 1)}' for count in epochs]
+    columns = ['a query attends to', 'compared with', 'before training', *after]
+    seeds = ''.join(f', with ± {count}, and their standard deviation' for count in sorted(several))
+    return (
+        f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n'
+        f'{pages.origins([row for row in rows if row["run"] != "scratch-s0"])} One seed{seeds}.'
+    )
+
+
+def tops(rows: list) -> list:
+    return [float(row['top1']) for row in rows]
+
+
+def longest() -> list:
+    """The runs with the fewest tokens and cells that were trained on for longest, a seed each."""
+    return [
+        row
+        for row in pages.read_results(ACCURACY)
+        if row['window_size'] == '4' == row['partition_grid'] and row['epochs'] == '20'
+    ]
 
 
 def foreign() -> str:
@@ -128,20 +160,17 @@ def evidence() -> str:
     """The README's two figures: speed at the largest side of the widest network, accuracy right after conversion."""
     width, side, rows = 768, 1022, measured()
     forward, training = (dict(ratios(rows, width, DEFAULT, column))[side] for column in COLUMNS)
-    rows = pages.read_results(ACCURACY)
-    parent = pages.pick(rows, run='parent-s0')[0]['top1']
+    rows, runs = pages.read_results(ACCURACY), longest()
+    parent = _parent(rows)[0]['top1']
     half = pages.pick(rows, window_size=8, partition_grid=8, epochs='0', count_cells='outside')[0]['top1']
-    rows = pages.read_results(TRAINED)
-    before = pages.pick(rows, run='parent-s0')[0]['top1']
-    trained = pages.pick(rows, run='E16-C16-outside-both-20-s0')[0]
     where, size = 'docs/convert.md', f'{side:,} × {side:,} pixels'
     return (
         f'* **Speed**: at {size} a converted ViT of width {width} answers {forward:.2f} times as fast\n'
         f'  as with softmax, and its training step is {training:.2f} times as fast ([convert]({where}#when-it-pays)).\n'
         f'* **Accuracy**: a DeiT-Tiny with {parent} % top-1 on Tiny-ImageNet has {half} % right after its conversion, '
-        f'untrained.\n  Each patch then looks at 64 patches and 64 summaries, not at all 256 patches. Another of '
-        f'{before} %, with 16\n  patches and 16 summaries, has {trained["top1"]} % after {trained["epochs"]} '
-        f'epochs of distillation ([convert]({where}#how-near-it-is)).'
+        f'untrained.\n  Each patch then looks at 64 patches and 64 summaries, not at all 256 patches. With 16 patches '
+        f'and 16 summaries\n  it has {mean(tops(runs)):.1f} % after {runs[0]["epochs"]} epochs of distillation '
+        f'({len(runs)} seeds; [convert]({where}#how-near-it-is)).'
     )
 
 

@@ -10,6 +10,7 @@ import math
 from statistics import mean
 from typing import Dict, List, NamedTuple
 
+import approximation
 import attentions
 import converted
 import counts
@@ -54,14 +55,14 @@ EXPERIMENTS = (
     Experiment(
         'More seeds and sizes of converted networks',
         'experiments/tiny_imagenet/run.py',
-        (converted.ACCURACY, converted.TRAINED),
+        (converted.ACCURACY,),
         runs=44,
         factor=0.6,  # of those to come 14 have 20 epochs, the others 5 or 1
     ),
     Experiment(
         'How near is each to a trained softmax?',
         'experiments/tiny_imagenet/approximation.py',
-        ('approximation_h200.csv',),
+        (approximation.FILE,),
         runs=53,
         time='minutes, nothing is trained; it needs the weights of `table2-softmax-s0`, a run of the first row',
     ),
@@ -114,11 +115,7 @@ def from_scratch() -> Dict[str, List[Row]]:
 
 def parents() -> List[Row]:
     """The runs of the softmax network with a class token, same seed."""
-    return [one(name, run='parent-s0') for name in (converted.ACCURACY, converted.TRAINED)]
-
-
-def tops(rows: List[Row]) -> List[float]:
-    return [float(row['top1']) for row in rows]
+    return [one(converted.ACCURACY, run='parent-s0'), *pages.read_results(converted.PARENTS)]
 
 
 def rate(row: Row) -> float:
@@ -141,7 +138,7 @@ def eleven() -> str:
     """Every attention, in the order of the paper's accuracies: accuracies, nearness, and what it can be used for."""
     found, errors, lines = from_scratch(), nearness(), []
     for name in sorted(ATTENTIONS, key=lambda name: -PAPER.get(name, 0)):
-        here = f'{elpv.spread(tops(found[name]), 2)} %, seeds: {len(found[name])}' if name in found else '–'
+        here = f'{elpv.spread(converted.tops(found[name]), 2)} %, seeds: {len(found[name])}' if name in found else '–'
         paper = f'{PAPER[name]:.2f} %' if name in PAPER else '–'
         prefix = 'yes' if ATTENTIONS[name].takes_prefix_tokens else 'no'
         lines.append([f'`{name}`', paper, here, f'{errors[name]:.2f}', prefix, attentions.facts(name)[2]])
@@ -169,16 +166,16 @@ def verdict() -> str:
     """How far apart softmax and EVA from scratch are, and how far apart chance brings two networks."""
     found, same = from_scratch(), parents()
     softmax, eva = (found[name][0] for name in ('softmax', 'eva'))
-    apart = mean(tops(found['softmax'])) - mean(tops(found['eva']))
+    apart = mean(converted.tops(found['softmax'])) - mean(converted.tops(found['eva']))
     error = math.hypot(standard_error(softmax), standard_error(eva))
-    reading = mean(tops(found['softmax'])) - mean(tops(same))
+    reading = mean(converted.tops(found['softmax'])) - mean(converted.tops(same))
     return (
         f'* The difference is {apart:.1f} points. Seeds: {len(found["softmax"])} and {len(found["eva"])}.\n'
         f'* {int(eva["images"]):,} pictures decide. They alone give a figure a standard error of '
         f'{standard_error(eva):.1f} points, and the difference\n  of two networks one of up to {error:.1f}: it is '
         f'{apart / error:.1f} of those.\n'
-        f'* The softmax network with a class token came to {" and ".join(row["top1"] for row in same)} % in two runs '
-        f'with the same seed and settings; a third,\n  of which no row was kept, to 40.45 %.\n'
+        f'* The softmax network with a class token came to {", ".join(row["top1"] for row in same)} % in '
+        f'{len(same)} runs with the same seed and settings; another,\n  of which no row was kept, to 40.45 %.\n'
         f'* Those are {reading:.1f} points less than softmax without a class token. How the tokens are read weighs '
         f'more here than\n  which of the two attentions mixes them.\n'
         f'* EVA was not faster: {rate(eva):,.0f} images a second in training (commit {eva["commit"]}), softmax '
@@ -189,15 +186,16 @@ def verdict() -> str:
 
 def claims() -> str:
     """What a reader may want to hear of EVA, what was found, and whether it holds."""
-    found, errors, (parent, again) = from_scratch(), nearness(), tops(parents())
+    found, errors, parent = from_scratch(), nearness(), converted.tops(parents())[0]
     good = sorted(PAPER, key=lambda name: -PAPER[name])
     nearest = min((name for name in ATTENTIONS if name != 'softmax'), key=errors.__getitem__)
+    of_trained = approximation.errors(16)
     untrained = dict(epochs=0, count_cells='outside')
     eighth, half = (
         parent - float(one(converted.ACCURACY, window_size=side, partition_grid=side, **untrained)['top1'])
         for side in (4, 8)
     )
-    trained = one(converted.TRAINED, run='E16-C16-outside-both-20-s0')
+    trained = converted.longest()
     wide, narrow = (
         [dict(converted.ratios(converted.measured(), width, '49 cells', column))[side] for column in converted.COLUMNS]
         for width, side in ((768, 1022), (192, 224))
@@ -210,7 +208,9 @@ def claims() -> str:
         for count, size in (('one', 0), ('one', 49), ('outside', 49))
     )
     grades = [
-        elpv.spread(tops(pages.pick(pages.read_results(elpv.FILE), task='defect', start='scratch', model=model)))
+        elpv.spread(
+            converted.tops(pages.pick(pages.read_results(elpv.FILE), task='defect', start='scratch', model=model))
+        )
         for model in ('eva_deit_tiny', 'deit_tiny_patch16_224', 'resnet18')
     ]
     convert = '[convert](convert.md#how-near-it-is)'
@@ -224,8 +224,9 @@ def claims() -> str:
         ),
         (
             'From scratch it learns as well as softmax',
-            f'Tiny-ImageNet: {elpv.spread(tops(found["eva"]), 2)} % against '
-            f'{elpv.spread(tops(found["softmax"]), 2)} %; seeds: {len(found["eva"])} and {len(found["softmax"])}',
+            f'Tiny-ImageNet: {elpv.spread(converted.tops(found["eva"]), 2)} % against '
+            f'{elpv.spread(converted.tops(found["softmax"]), 2)} %; '
+            f'seeds: {len(found["eva"])} and {len(found["softmax"])}',
             '**open**',
             '[below](#one-seed-is-no-verdict)',
         ),
@@ -238,9 +239,9 @@ def claims() -> str:
         ),
         (
             'Training gives back what a conversion loses',
-            f'{trained["top1"]} % after {trained["epochs"]} epochs, with an eighth of the tokens; its parent, without '
-            f'these epochs, has {again:.2f} %',
-            'holds, one seed',
+            f'{elpv.spread(converted.tops(trained), 2)} % after {trained[0]["epochs"]} epochs, with an eighth of the '
+            f'tokens, seeds: {len(trained)}; its parent, without these epochs, has {parent:.2f} %',
+            'holds, one network',
             convert,
         ),
         (
@@ -268,6 +269,13 @@ def claims() -> str:
             f'error {errors["eva"]:.2f} at {TOKENS} tokens, `{nearest}` {errors[nearest]:.2f}',
             '**does not hold**',
             '[attentions](attentions.md#how-near-they-come-to-softmax-attention)',
+        ),
+        (
+            'It comes nearest to a trained softmax',
+            f'256 tokens, 16 of them and 16 cells: error {of_trained["eva"]:.2f}, as `convert_vit` starts '
+            f'{of_trained["eva_converted"]:.2f}, `{nearest}` {of_trained[nearest]:.2f}',
+            '**does not hold**',
+            '[below](#against-a-trained-softmax)',
         ),
         (
             'A larger window brings it nearer, untrained',
@@ -303,7 +311,7 @@ def missing() -> str:
         done = len({row['run'] for row in rows if row.get('group', '').startswith(experiment.group)})
         cost = (experiment.runs - done) * experiment.factor
         known += cost
-        time = experiment.time or hours(cost, minutes)
+        time = '–' if done == experiment.runs else experiment.time or hours(cost, minutes)
         lines.append([experiment.question, f'`python {experiment.command}`', f'{done} of {experiment.runs}', time])
     columns = ['question', 'command', 'runs with figures', 'time of the others, one H200']
     return (
@@ -322,8 +330,9 @@ def hours(runs: float, minutes: List[float]) -> str:
 def plotted() -> dict:
     """The data of the three panels."""
     trained = {**from_scratch(), 'softmax, class token': parents()}
-    untrained = pages.pick(pages.read_results(converted.ACCURACY), epochs=0)
-    tuned = pages.pick(pages.read_results(converted.TRAINED), kind='both')
+    rows = pages.read_results(converted.ACCURACY)
+    untrained = pages.pick(rows, epochs=0)
+    tuned = [row for row in rows if row['kind'] == 'logit' and row['seed'] == '0']
     errors = nearness()
     return dict(
         speed={
@@ -335,7 +344,7 @@ def plotted() -> dict:
             for count in counts.COUNTS
         },
         tuned=[(tokens_seen(row), float(row['top1']), f'{row["epochs"]} epochs') for row in tuned],
-        parent=tops(parents())[0],
+        parent=converted.tops(parents())[0],
         near=[(name, errors[name], top1) for name, top1 in PAPER.items()],
     )
 

@@ -12,6 +12,7 @@ if a table or one of these plots is stale.
 import argparse
 import sys
 
+import approximation
 import attentions
 import converted
 import counts
@@ -138,12 +139,14 @@ TABLES = {  # of each page, by the name of its markers
         'claims': evidence.claims,
         'eleven': evidence.eleven,
         'verdict': evidence.verdict,
+        'approximation': approximation.table,
         'missing': evidence.missing,
         'transfer': transfer.section,
     },
     'docs/gallery.md': {'shared': gallery.table},
     'docs/convert.md': {
         'speed': converted.speed,
+        'compiled': converted.compiled,
         'alone': converted.alone,
         'accuracy': converted.accuracy,
         'trained': converted.trained,
