@@ -211,17 +211,25 @@ def plot(rows, results):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 1 + len(EVA), figsize=(13, 4), sharey=True, layout='constrained')
+    figure, panels = plt.subplots(
+        1, 1 + len(EVA), figsize=(14, 4), sharey=True, layout='constrained', width_ratios=[1.6, 1, 1]
+    )
     by_name = {row['run']: row for row in rows}
     panels[0].set_prop_cycle(color=plt.colormaps['tab20'].colors)
     panels[0].xaxis.get_major_locator().set_params(integer=True)
     for name in (*(f'{kind}-E16-C16' for kind in EVA), *(f'{name}-E16' for name in TABLE2), 'mean'):
         if name in by_name:
-            style = dict(color='black', linestyle=':') if name == 'mean' else {}
+            style = (
+                dict(color='black', linestyle=':')
+                if name == 'mean'
+                else dict(linewidth=2.5 if name[:3] == 'eva' else 1)
+            )
             found = json.loads(by_name[name]['layers'])
-            panels[0].plot(range(1, len(found) + 1), found, marker='.', label=name.replace('-E16-C16', ''), **style)
+            panels[0].plot(range(1, len(found) + 1), found, marker='.', label=name.split('-')[0], **style)
     panels[0].set(title='16 tokens in E, 16 cells or landmarks', xlabel='layer', ylabel='relative error', yscale='log')
-    panels[0].legend(fontsize=7)
+    panels[0].set_yticks([0.2, 0.3, 0.5, 1, 1.5], ['0.2', '0.3', '0.5', '1', '1.5'])
+    panels[0].minorticks_off()
+    panels[0].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
     for panel, kind in zip(panels[1:], EVA, strict=True):
         for cells in SIDES[1:]:
             names = {window**2: f'{kind}-E{window**2}-C{cells**2}' for window in SIDES}
