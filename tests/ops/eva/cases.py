@@ -170,10 +170,9 @@ def _options(feat_size, d, *, summary_q, summary_k, fused, count_cells='one', **
     return EvaOptions(list(feat_size), *summaries, **defaults, **options)
 
 
-def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layout='packed', **kwargs):
-    """The output and the gradients of qkv, the parameters and the bias, in the order of NAMES. Fused, the output is the
-    same to the bit in inference."""
-    qkv, summary, rel_pos_bias, noise, grad = case
+def prepared(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layout='packed', **kwargs):
+    """A function of no arguments that computes the output, and what it has gradients of: qkv, parameters and bias."""
+    qkv, summary, rel_pos_bias, noise, _ = case
 
     def leaf(x):
         return None if x is None else x.detach().to(dtype or x.dtype).requires_grad_()
@@ -205,14 +204,22 @@ def run(case, feat_size, window_size, partition_grid, *, fused, dtype=None, layo
         }[layout]
         return eva_attention(*(change(x) for x in views.unbind(0)), list(feat_size), **options)
 
+    return forward, [qkv, *summary, *([rel_pos_bias] if rel_pos_bias is not None else [])]
+
+
+def run(case, feat_size, window_size, partition_grid, **kwargs):
+    """The output and the gradients of qkv, the parameters and the bias, in the order of NAMES."""
+    forward, leaves = prepared(case, feat_size, window_size, partition_grid, **kwargs)
     out = forward()
-    if fused:  # without a gradient the kernels keep nothing
-        with torch.no_grad():
-            assert torch.equal(forward(), out), 'the output differs in inference'
-    leaves = [qkv, *summary, *([rel_pos_bias] if rel_pos_bias is not None else [])]
-    grads = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    grads = torch.autograd.grad(out, leaves, case[-1].to(out.dtype))
     names = [name for name in NAMES if partition_grid or '.' not in name]
     return dict(zip(names, [out.detach(), *grads[0].unbind(2), *grads[1:]], strict=False))
+
+
+@torch.no_grad()
+def infer(*args, **kwargs):
+    """The output alone, of what `run` takes: without a gradient the kernels keep nothing for a backward."""
+    return prepared(*args, **kwargs)[0]()
 
 
 def check(case, shape, dtype, layout='packed', **kwargs):
@@ -224,6 +231,7 @@ def check(case, shape, dtype, layout='packed', **kwargs):
             plain = run(case, *shape, fused=False, **kwargs)
     fused = run(case, *shape, fused=True, layout=layout, **kwargs)
     again = run(case, *shape, fused=True, layout=layout, **kwargs)
+    assert torch.equal(infer(case, *shape, fused=True, layout=layout, **kwargs), fused['out'])
     for name, value in fused.items():
         assert torch.equal(value, again[name]), f'{name} differs between two runs'
         # A gradient that is zero but for rounding, as of a constant added to all logits, is measured against its terms.
@@ -251,6 +259,7 @@ def check_small(shape, options, device, monkeypatch):
     reference = run(case, *shape, fused=False, dtype=torch.float64, count_cells=count_cells)
     with EVA.forced('triton'):
         fused = run(case, *shape, fused=True, layout=layout, count_cells=count_cells)
+        assert torch.equal(infer(case, *shape, fused=True, layout=layout, count_cells=count_cells), fused['out'])
     if programs:
         launches.forget()
     for name, value in fused.items():

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from ops.eva.cases import COUNTS, check, make_case, run
+from ops.eva.cases import COUNTS, check, infer, make_case, run
 from ops.eva.gluon_emulator import Emulator
 from ops.kernels import interpreter, relative_rms
 
@@ -21,6 +21,7 @@ eva_gluon = pytest.importorskip('evavit.ops.eva.gluon', exc_type=ImportError)  #
 launching = pytest.importorskip('evavit.ops.common.launch')
 
 KERNELS = ['forward_windows_gluon', 'backward_shared_gluon', 'backward_tokens_gluon']
+CHECKED = KERNELS * 2 + KERNELS[:1]  # by `check`: two training steps, then inference
 # feat_size, window_size, partition_grid: 49, 64, 4 and 1 cells; windows of 6, 7 and 8, one cut to 5 × 7; edges.
 SHAPES = [
     ((14, 14), 7, 7),
@@ -270,7 +271,8 @@ class TestArithmetic:
         reference = run(case, *shape, fused=False, dtype=torch.float64, count_cells=count_cells)
         with EVA.forced('gluon'):
             fused = run(case, *shape, fused=True, layout=layout, count_cells=count_cells)
-        assert launched == KERNELS
+            output = infer(case, *shape, fused=True, layout=layout, count_cells=count_cells)
+        assert launched == KERNELS + KERNELS[:1] and torch.equal(output, fused['out'])
         for name, value in fused.items():
             if not reference[name].count_nonzero():
                 assert not value.count_nonzero(), name
@@ -298,14 +300,14 @@ class TestKernels:
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
     def test_shapes(self, shape, dtype, launches):
         check(make_case(*shape, dtype, d=64), shape, dtype)
-        assert chosen(launches) == KERNELS * 2
+        assert chosen(launches) == CHECKED
 
     @pytest.mark.parametrize('count_cells', COUNTS)
     @pytest.mark.parametrize('shape', SHAPES, ids=str)
     @pytest.mark.parametrize(('dtype', 'd', 'bias'), [(torch.bfloat16, 64, True), (torch.float16, 32, False)], ids=str)
     def test_counted_cells(self, shape, dtype, d, bias, count_cells, launches):
         check(make_case(*shape, dtype, d=d, bias=bias), shape, dtype, count_cells=count_cells)
-        assert chosen(launches) == KERNELS * 2
+        assert chosen(launches) == CHECKED
 
     @pytest.mark.parametrize('P', [1, 5, 15])
     @pytest.mark.parametrize('shape', SHAPES, ids=str)
@@ -316,31 +318,31 @@ class TestKernels:
         if eva_num_cells(list(shape[0]), shape[2]) + P > 64:
             pytest.skip('more keys than one tile holds')
         check(make_case(*shape, dtype, d=d, P=P), shape, dtype, count_cells=count_cells)
-        assert chosen(launches) == KERNELS * 2
+        assert chosen(launches) == CHECKED
 
     @pytest.mark.parametrize('shape', SHAPES, ids=str)
     @pytest.mark.parametrize(('dtype', 'bias'), [(torch.bfloat16, True), (torch.float16, False)], ids=str)
     def test_heads_of_32_channels(self, shape, dtype, bias, launches):
         check(make_case(*shape, dtype, d=32, bias=bias), shape, dtype)
-        assert chosen(launches) == KERNELS * 2
+        assert chosen(launches) == CHECKED
 
     @pytest.mark.parametrize(('side', 'heads', 'images'), [(56, 2, 24), (28, 4, 32), (14, 10, 64)])
     def test_the_pyramid_s_sizes(self, side, heads, images, launches):
         shape = (side, side), 7, 7
         check(make_case(*shape, torch.bfloat16, B=images, h=heads, d=32), shape, torch.bfloat16)
-        assert chosen(launches) == KERNELS * 2
+        assert chosen(launches) == CHECKED
 
     @pytest.mark.parametrize('layout', ['views', 'contiguous', 'transposed'])
     @pytest.mark.parametrize(('bias', 'noise'), [(True, False), (False, True)])
     @pytest.mark.parametrize('shape', [((14, 14), 7, 7), ((13, 15), 8, 3)], ids=str)
     def test_layouts(self, layout, bias, noise, shape, launches):
         check(make_case(*shape, torch.bfloat16, bias=bias, noise=noise, d=64), shape, torch.bfloat16, layout)
-        assert chosen(launches) == ([] if layout == 'transposed' else KERNELS * 2)
+        assert chosen(launches) == ([] if layout == 'transposed' else CHECKED)
 
     @pytest.mark.parametrize('shape', [((28, 28), 7, 7), ((30, 30), 7, 7)], ids=str)
     def test_large_batches(self, shape, launches):
         check(make_case(*shape, torch.bfloat16, B=48, h=4, d=64), shape, torch.bfloat16)
-        assert chosen(launches) == KERNELS * 2
+        assert chosen(launches) == CHECKED
         assert max(options.get('PER_PROGRAM', 0) for *_, options in launches) >= 4
 
     @pytest.mark.parametrize('shape', [((28, 28), 7, 7), ((13, 15), 7, 7)], ids=str)
