@@ -1,9 +1,11 @@
 """Backbones for detection: maps at strides 4 to 64 in torchvision's form, from a pyramid or from a plain model."""
 
+import math
 from collections import OrderedDict
 from typing import Dict, List, Tuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from timm.models import FeatureInfo
 from torch import nn
@@ -58,8 +60,25 @@ class SimpleFeaturePyramid(nn.Module):
         return [scale(x) for scale in self.scales]
 
 
+def _at_power_of_two(x: torch.Tensor, stride: float, size: Tuple[int, int]) -> torch.Tensor:
+    """A map `(B, C, H, W)` of images of `size` at the power of two that is nearest to its stride in pixels.
+
+    torchvision takes the stride of a map for a power of two, or for a whole number of pixels. The result has
+    its places where a map of that stride has them. What the model has padded is cut off, an edge that pooling dropped
+    is repeated.
+    """
+    target = 2 ** round(math.log2(stride))
+    if target == stride:
+        return x
+    x = F.pad(x, (0, 1, 0, 1), mode='replicate')
+    x = F.interpolate(x, scale_factor=stride / target, mode='bilinear', align_corners=False)
+    return x[..., : -(-size[0] // target), : -(-size[1] // target)]
+
+
 class DetectionBackbone(nn.Module):
     """A timm model as a backbone of torchvision's detectors: maps '0' to '3' and 'pool', each of `out_channels`.
+
+    Maps whose strides are no powers of two, as those of patches of 14, are resized to the nearest: 4, 8, 16, 32.
 
     A detector normalises images itself, by ImageNet's mean and deviation unless it is told those of the weights:
     `data = timm.data.resolve_data_config(model=features)`, then `image_mean=data['mean'], image_std=data['std']`.
@@ -89,6 +108,7 @@ class DetectionBackbone(nn.Module):
             raise ValueError(f'maps at strides {strides}: a pyramid of four is needed, out_indices=(0, 1, 2, 3)')
         self.simple = SimpleFeaturePyramid(channels[-1], out_channels) if plain else None
         self.fpn = None if plain else FeaturePyramidNetwork(channels, out_channels)
+        self.strides = [strides[-1] / 4 * 2**i for i in range(4)] if plain else strides
         self.pool = LastLevelMaxPool()
 
     def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -98,5 +118,7 @@ class DetectionBackbone(nn.Module):
             maps = self.simple(maps[-1])
         elif self.fpn is not None:
             maps = list(self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps))).values())
+        size = images.shape[-2], images.shape[-1]
+        maps = [_at_power_of_two(x, stride, size) for x, stride in zip(maps, self.strides, strict=True)]
         maps, names = self.pool(maps, maps, [str(i) for i in range(len(maps))])
         return OrderedDict(zip(names, maps, strict=True))

@@ -5,8 +5,10 @@ import json
 import pytest
 import timm
 import torch
+import torchvision
 
 import evavit  # noqa: F401
+from evavit import dense
 from evavit.dense import DetectionBackbone, SimpleFeaturePyramid
 from evavit.models import write_weights
 
@@ -26,6 +28,56 @@ def test_maps_of_detection(name, kwargs, height, width):
     assert list(maps) == ['0', '1', '2', '3', 'pool']
     for stride, x in zip((4, 8, 16, 32, 64), maps.values(), strict=True):
         assert x.shape == (1, 24, -(-height // stride), -(-width // stride)) and torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize('patch_size', [8, 12, 14])
+@pytest.mark.parametrize('height, width', [(96, 160), (224, 448), (640, 32)])
+def test_maps_of_patches_that_are_no_power_of_two(patch_size, height, width):
+    """torchvision infers strides from the maps' sizes, and rounds them."""
+    free = dict(dynamic_img_size=True, dynamic_img_pad=True, features_only=True, out_indices=1)
+    plain = timm.create_model('eva_deit_tiny', patch_size=patch_size, img_size=10 * patch_size, **free, **PLAIN)
+    backbone = DetectionBackbone(plain, 8).eval()
+    with torch.no_grad():
+        maps = list(backbone(torch.randn(1, 3, height, width)).values())
+    first = 4 if patch_size > 8 else 2
+    for i, x in enumerate(maps[:4]):
+        assert x.shape[-2:] == (height // first // 2**i, width // first // 2**i)
+
+
+@pytest.mark.parametrize('stride, target', [(3.5, 4), (7, 8), (28, 32), (24, 32)])
+def test_a_resized_map_is_centred_where_it_was(stride, target):
+    length = 3200
+    places = (torch.arange(-(-length // stride)) + 0.5) * stride  # pixels
+    x = places.expand(1, 1, len(places), -1)
+    made = dense._at_power_of_two(x, stride, (length, length))
+    assert made.shape[-2:] == (length // target, length // target)
+    expected = (torch.arange(length // target) + 0.5) * target
+    assert (made[0, 0, 0] - expected)[1:-1].abs().max() < 1e-2
+    y = dense._at_power_of_two(x.transpose(2, 3), stride, (length, length))
+    assert torch.equal(y, made.transpose(2, 3))
+
+
+def test_a_box_is_pooled_from_its_own_pixels():
+    """Of patches of 14, through torchvision's own choice of map and scale."""
+    model = timm.create_model('eva_deit_tiny', patch_size=14, features_only=True, out_indices=1, **PLAIN)
+    pool = torchvision.ops.MultiScaleRoIAlign(['0', '1', '2', '3'], 3, 2)
+
+    class Places(torch.nn.Module):  # each token says where it is
+        feature_info = model.feature_info
+
+        def forward(self, images):
+            rows, columns = (-(-side // 14) for side in images.shape[-2:])
+            return [((torch.arange(rows) + 0.5) * 14).view(1, 1, -1, 1).expand(1, 48, -1, columns)]
+
+    backbone = DetectionBackbone(Places(), 4)
+    # Without weights: only what brings a map to four strides.
+    resized = [torch.nn.Upsample(scale_factor=factor, mode='bilinear') for factor in (4, 2, 1, 0.5)]
+    backbone.simple.scales = torch.nn.ModuleList(resized)
+    for top, bottom in ((570, 630), (100, 300), (10, 600)):
+        boxes = torch.tensor([[50.0, top, 500.0, bottom]])
+        (found,) = pool(backbone(torch.zeros(1, 3, 640, 640)), [boxes], [(640, 640)])
+        thirds = top + (torch.arange(3) + 0.5) * (bottom - top) / 3
+        assert (found[0, :, 1] - thirds).abs().max() < 8
 
 
 def test_every_scale_of_the_simple_pyramid_learns():
