@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Set, Tuple
 
 INTERRUPTED = 130  # as a shell has it for Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -70,10 +70,13 @@ def first_line(error: BaseException) -> str:
 
 
 FULL = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT') if hasattr(errno, name)}  # Windows lacks EDQUOT
+MANY_FILES = {errno.EMFILE, errno.ENFILE}
+MANY_WORDS = 'Too many open files'
+MORE_FILES = 'raise the number of open files (ulimit -n 65536)'
 
 
-def reason_of(error: BaseException) -> str:
-    """Why a file could not be read or written: the system's words, or the first 200 characters of the library's."""
+def _numbers(error: BaseException) -> Set[int]:
+    """The system's numbers of an error and of those that it came from."""
     told = re.search(r'os error (\d+)', str(error))  # safetensors tells the system's number as text
     numbers = {int(told[1])} if told else set()
     fault: Optional[BaseException] = error
@@ -82,11 +85,23 @@ def reason_of(error: BaseException) -> str:
         numbers.add(getattr(fault, 'errno', None) or 0)  # PyTorch puts an error of its own over the system's
         seen.add(id(fault))
         fault = fault.__cause__ or fault.__context__
+    return numbers
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be read or written: the system's words, or the first 200 characters of the library's."""
+    numbers = _numbers(error)
     if full := FULL & numbers:
         return f'the disk is full: {os.strerror(full.pop())}'
     if errno.EFBIG in numbers:
         return os.strerror(errno.EFBIG)
     return getattr(error, 'strerror', None) or first_line(error)[:200]
+
+
+def mend_of(error: BaseException) -> str:
+    """What to do so that a file can be written the next time."""
+    numbers = _numbers(error)
+    return 'make room' if numbers & {*FULL, errno.EFBIG} else MORE_FILES if numbers & MANY_FILES else 'mend that'
 
 
 NO_MEMORY = re.compile(  # the words of Python, PyTorch, CUDA's libraries, C++ and onnxruntime
@@ -105,12 +120,15 @@ def _no_memory(error: Exception) -> Optional[LocalError]:
 
 
 def _expected(error: Exception) -> Optional[LocalError]:
-    """One line on what is raised where a loading process is lost, or memory or a disk is full; None of other errors."""
+    """One line on what is raised where a loading process is lost, memory or a disk is full, or no more files can be
+    opened; None of other errors."""
     lost = _lost_worker(error) if isinstance(error, (RuntimeError, OSError, EOFError)) else None
     if lost or (lost := _no_memory(error)):
         return lost
     if isinstance(error, OSError) and error.errno in FULL:
         return LocalError(f'{error.filename or "a file"}: cannot be written ({reason_of(error)})')
+    if isinstance(error, (RuntimeError, OSError)) and (_numbers(error) & MANY_FILES or MANY_WORDS in str(error)):
+        return LocalError(f'{MANY_WORDS}: {MORE_FILES}, or lower --workers')
     return None
 
 
@@ -123,9 +141,9 @@ def _lost_worker(error: Exception) -> Optional[LocalError]:
     text, remedy = first_line(error), 'where the system ran out of memory, lower --workers or -b'
     if 'Bus error' in text:
         remedy = 'its shared memory is full; enlarge /dev/shm (docker run --shm-size=8g), or give --workers 0'
-    if 'Too many open files' in text:
-        remedy = 'raise the number of open files (ulimit -n 65536), or lower --workers'
-        text = text.partition('Too many open files')[0] + 'Too many open files'  # without the advice of PyTorch
+    if MANY_WORDS in text:
+        remedy = f'{MORE_FILES}, or lower --workers'
+        text = text.partition(MANY_WORDS)[0] + MANY_WORDS  # without the advice of PyTorch
     if text.startswith(('DataLoader worker', 'Pin memory thread')):
         return LocalError(f'{text.split(" It is possible")[0].rstrip(". ")}: {remedy}')
     places = {

@@ -3,6 +3,7 @@
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -27,6 +28,7 @@ __all__ = [
     'open_regular',
     'replacing',
     'replacing_in',
+    'set_aside',
     'stamp',
     'stored_digest',
     'sync_folder',
@@ -213,6 +215,14 @@ def _second_name(path: Path, other: Path) -> Optional[Path]:
     except (NotImplementedError, OSError):  # a file system without hard links
         shutil.copy2(path, other, follow_symlinks=False)
     return other
+
+
+def set_aside(path: Union[str, Path]) -> Path:
+    """Rename what another file is going to replace to `.damaged`, `.damaged1`, …: the first name that nobody has."""
+    names = (Path(f'{path}.damaged{number or ""}') for number in itertools.count())
+    kept = next(name for name in names if not os.path.lexists(name))
+    os.replace(path, kept)
+    return kept
 
 
 def sync_folder(folder: Union[str, Path]) -> None:

@@ -17,8 +17,8 @@ from evavit import files
 from evavit.errors import UserError
 from evavit.files import BLANK, is_stamped, new_folder, replacing, replacing_in, stamp, unpack
 from evavit.models import read_weights
-from evavit.training.checkpoint import locked_folder
 from evavit.training.distributed import log_to
+from evavit.training.run_folder import locked_folder
 
 
 @pytest.mark.parametrize('options', [{}, dict(durable=True)], ids=str)

@@ -57,7 +57,6 @@ ALLOWED = {  # (file, call): why it is there
     ('evavit/training/data/hub.py', 'yaml.safe_load'): 'the description of a data set in its folder',
     ('evavit/training/data/device/decode.py', 'PIL.Image.open'): 'of bytes that the room of images passed on',
     ('evavit/training/metrics.py', 'open'): GIVEN,
-    ('evavit/training/metrics.py', 'os.replace'): 'a damaged summary.csv, to a name that is free',
     ('docs/make/transfer.py', 'unlink'): 'a plot of this repository, without rows',
     ('examples/classify.py', 'PIL.Image.open'): 'an example that does without this package',
     ('experiments/export/run.py', 'torch.save'): 'in a temporary folder, for its size',

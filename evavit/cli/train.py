@@ -14,7 +14,7 @@ import torch
 from timm.utils import unwrap_model, world_info_from_env
 
 from evavit.errors import Preempted, UserError, reason_of
-from evavit.training import build, checkpoint, checks, data, distillation, dry_run, loop
+from evavit.training import build, checkpoint, checks, data, distillation, dry_run, loop, run_folder
 from evavit.training.agreement import check_agreement, code_version
 from evavit.training.compilation import choose_compilation
 from evavit.training.config import TrainConfig, parse_settings
@@ -31,6 +31,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     _, rank, processes = world_info_from_env()
     if not config.run.dry_run:
         start_log(rank == 0, for_file=True)  # the first process alone tells what becomes of the weights to start from
+        log.debug(f'{code_version()}; {shlex.join(sys.argv)}')  # the first line of train.log, by which a run knows it
     checked = dry_run.check_run(config, processes)
     if config.run.dry_run:
         if rank == 0:
@@ -123,11 +124,10 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
 
     folder = dry_run.output_folder(config, data_config)
     if process.primary:
-        held.enter_context(checkpoint.locked_folder(folder))
-    checkpoints = checkpoint.find_resume(config.run.resume, folder)
+        held.enter_context(run_folder.locked_folder(folder))
+    checkpoints = run_folder.find_resume(config.run.resume, folder)
     if process.primary:
         held.enter_context(log_to(folder / 'train.log'))
-        log.debug(f'{code_version()}; {shlex.join(sys.argv)}')
     for line in dry_run.other_start(config, classes, class_names) if not checkpoints else ():
         log.warning(f'warning: {line}')
     settings = {

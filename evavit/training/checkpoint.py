@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import socket
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -23,12 +22,13 @@ from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, unwrap_model
 
 from evavit.errors import LocalError, UserError, first_line, reason_of
-from evavit.files import RUN_WEIGHTS, open_own, replacing, stamp, stored_digest, sync_folder
+from evavit.files import RUN_WEIGHTS, replacing, set_aside, stamp, stored_digest, sync_folder
 from evavit.models import write_weights
 from evavit.training import data
 from evavit.training.build import check_fit
 from evavit.training.contents import KEPT, has_metadata, is_number, is_whole, read_checkpoint
 from evavit.training.loop import Position, Run, weights_are_finite
+from evavit.training.run_folder import is_of, remedy
 
 log = logging.getLogger(__name__)
 
@@ -40,49 +40,8 @@ def saving(path: Union[str, Path]) -> Iterator[Path]:
         with replacing(path, durable=True) as partial:
             yield partial
     except (OSError, RuntimeError) as error:  # PyTorch's own for a write that fails
-        raise LocalError(f'{path}: cannot be written ({reason_of(error)}); {remedy(Path(path).parent)}') from error
-
-
-def remedy(folder: Path) -> str:
-    """What to do after a write that failed in a run's folder."""
-    if checkpoints_in(folder):
-        return 'what was saved before is whole: make room and go on with --resume auto'
-    return 'nothing was saved before: make room and start again'
-
-
-@contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """While the context lasts, or until this process ends in whatever way, no other run can lock the folder.
-
-    The loading processes that it starts do not hold the lock.
-
-    Raises:
-        UserError: The folder cannot be made.
-        LocalError: Another run is writing there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open_own(folder / '.lock')
-    except OSError as error:
-        raise UserError(f'--output {folder}: cannot be written ({reason_of(error)})') from error
-    with open(lock, 'rb+', buffering=0) as file:  # nothing is left to write when it closes
-        try:
-            import fcntl  # not on every system
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            other = (file.read(200) or b'').decode(errors='replace')
-            raise LocalError(
-                f'{folder}: another run is writing there ({other}); let it end, or give another --experiment'
-            ) from None
-        except (ImportError, OSError):  # a system, or a file system, without locks
-            log.debug(f'{folder} cannot be locked')
-        try:
-            file.truncate(0)
-            file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
-        except OSError as error:
-            raise LocalError(f'{folder}: cannot be written ({reason_of(error)}); {remedy(folder)}') from error
-        yield
+        told = f'{path}: cannot be written ({reason_of(error)})'
+        raise LocalError(f'{told}; {remedy(Path(path).parent, error)}') from error
 
 
 class Saver(CheckpointSaver):
@@ -189,7 +148,7 @@ class Saver(CheckpointSaver):
         if os.path.exists(dst) and os.path.samefile(src, dst):
             return
         with saving(dst) as partial:
-            super()._duplicate(src, partial)
+            super()._duplicate(os.path.realpath(src), partial)  # of a link what it leads to
 
 
 def batches_of(run: Run) -> Dict[str, int]:
@@ -201,14 +160,6 @@ def batches_of(run: Run) -> Dict[str, int]:
     )
 
 
-def checkpoints_in(folder: Path) -> List[Path]:
-    """A run's checkpoints, the newest first, and the best."""
-    kept = [path for path in folder.glob('checkpoint-*.pth.tar') if path.is_file()]
-    kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    last, *others = (folder / f'{name}.pth.tar' for name in ('last', 'previous', 'model_best'))
-    return [path for path in (last, others[0], *kept, others[1]) if path.is_file()]
-
-
 def remove_checkpoints(folder: Path, weights: bool = False) -> None:
     """Remove what a finished run's folder has to go on from, with `weights` its exported weights too: the files of the
     names that `Saver` writes, and no others."""
@@ -217,38 +168,6 @@ def remove_checkpoints(folder: Path, weights: bool = False) -> None:
     for path in folder.iterdir():
         if (path.name in names or KEPT.fullmatch(path.name)) and path.is_file():
             path.unlink()
-
-
-def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
-    """The checkpoints to continue from, in the order to try them; none for a fresh start.
-
-    A folder that holds a run, or what is left of one, is not overwritten, unless the run goes on from one of its own
-    checkpoints.
-    """
-    found = checkpoints_in(folder)
-    left = [*found, *(path for name in ('last', 'model_best') if (path := folder / f'{name}.safetensors').is_file())]
-    own = next((name for name in ('args.yaml', 'tmp.pth.tar') if (folder / name).exists()), None)
-    if not left and own and not (folder / 'train.log').exists():  # which a run begins before it writes either
-        raise UserError(
-            f'{folder} holds {own}, which no run has left there, and this run would write over it: choose another '
-            f'--experiment, or move {own}'
-        )
-    if resume and resume != 'auto':
-        chosen = Path(resume)
-        if not chosen.is_file():
-            raise UserError(f'--resume {chosen}: no such checkpoint')
-        if left and not _is_of(chosen, folder):
-            raise UserError(f'{folder} holds another run than --resume {chosen}: choose another --experiment')
-        return [chosen]
-    if left and not found:
-        raise UserError(
-            f'{folder} holds {left[0].name} of a run, and no checkpoint to continue from: choose another --experiment'
-        )
-    if found and resume != 'auto':
-        raise UserError(f'{folder} already holds a run: continue it with --resume auto, or choose another --experiment')
-    if not found and resume == 'auto':
-        log.info(f'no checkpoint in {folder} yet: starting fresh')
-    return found
 
 
 def resume(
@@ -306,9 +225,9 @@ def resume(
     _warn_of_changes(path, checkpoint, settings)
     if other:
         log.warning(f'warning: {other}')
-    if saver is not None:
-        _set_aside(damaged)
-    if saver is not None and not other and _is_of(path, saver.checkpoint_dir) and checkpoint.get('saver'):
+    for before in damaged if saver is not None else ():
+        set_aside(before)  # the next save would put it in the place of the whole one before it
+    if saver is not None and not other and is_of(path, saver.checkpoint_dir) and checkpoint.get('saver'):
         saver.load_state_dict(checkpoint['saver'])
         if position.epoch and not position.update and checkpoint.get('metric') is not None:
             saver.finish_epoch(path, checkpoint)
@@ -406,12 +325,6 @@ def check_classes(
     return f'{line}; the run goes on with its classifier, and ranks its epochs anew'
 
 
-def _set_aside(damaged: List[Path]) -> None:
-    """Rename a damaged last checkpoint: the next save would put it in the place of the whole one before it."""
-    for path in damaged:
-        os.replace(path, f'{path}.damaged')
-
-
 def _first_whole(candidates: List[Path]) -> Tuple[Path, Dict[str, Any], List[Path]]:
     """The path and content of the first whole checkpoint, and the paths before it."""
     for number, path in enumerate(candidates):
@@ -424,15 +337,11 @@ def _first_whole(candidates: List[Path]) -> Tuple[Path, Dict[str, Any], List[Pat
     raise ValueError('no candidates')
 
 
-def _is_of(path: Path, folder: Union[str, Path]) -> bool:
-    return path.resolve().parent == Path(folder).resolve()
-
-
 def check_ranking(path: Path, checkpoint: Dict[str, Any], eval_metric: str, folder: Path) -> None:
     """UserError where a run would compare its epochs with some that another metric has judged."""
     before = _args(checkpoint).get('eval_metric', eval_metric)
     judged = (checkpoint.get('metric'), (checkpoint.get('saver') or {}).get('best_metric'))
-    if _is_of(path, folder) and before != eval_metric and judged != (None, None):
+    if is_of(path, folder) and before != eval_metric and judged != (None, None):
         raise UserError(
             f'{path}: its epochs were judged by {before}, this run has --eval-metric {eval_metric}; continue with '
             f'--eval-metric {before}, or elsewhere with --resume {path} and another --experiment'

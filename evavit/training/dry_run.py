@@ -24,7 +24,7 @@ from torch.utils.data import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.errors import UserError
-from evavit.training import build, checkpoint, checks, contents, data, distillation
+from evavit.training import build, checkpoint, checks, contents, data, distillation, run_folder
 from evavit.training.config import ModelConfig, TrainConfig
 
 FEW_UPDATES = 10  # of an epoch, below which a warning says so
@@ -312,7 +312,8 @@ def check_resume(
     out (`data.held_out`) where the data is there; classes, optimizer and teacher with the run's where it would go on
     with them.
     """
-    candidates = checkpoint.find_resume(config.run.resume, folder)
+    run_folder.check_lock(folder)
+    candidates = run_folder.find_resume(config.run.resume, folder)
     for path in candidates:
         try:
             content = checkpoint.read_checkpoint(path)

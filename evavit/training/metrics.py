@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import importlib.util
-import itertools
 import logging
 import os
 import shutil
@@ -16,10 +15,12 @@ from PIL import Image, ImageDraw
 from timm.utils import trim_summary, unwrap_model, update_summary
 
 from evavit.errors import LocalError, encodable, first_line, printable, reason_of
+from evavit.files import set_aside
 from evavit.layers import EvaAttention
 from evavit.layers.converted import given_tokens
-from evavit.training.checkpoint import NO_EFFECT, remedy, saving
+from evavit.training.checkpoint import NO_EFFECT, saving
 from evavit.training.loop import Position, Run, autocast
+from evavit.training.run_folder import remedy
 
 log = logging.getLogger(__name__)
 
@@ -165,10 +166,8 @@ class MetricsWriter:
             self._check_summary(epoch)
             self._rewrite_summary(lambda name: trim_summary(name, epoch))
         except (OSError, ValueError, csv.Error) as error:
-            names = (f'{self.summary}.damaged{number or ""}' for number in itertools.count())
-            kept = next(name for name in names if not os.path.lexists(name))
+            kept = set_aside(self.summary)
             log.warning(f'warning: {self.summary} is no summary of this run ({str(error)[:80]}): kept as {kept}')
-            os.replace(self.summary, kept)
 
     def _check_summary(self, epoch: int) -> None:
         """ValueError or csv.Error where the file is not one of this run, which has come to `epoch`."""
@@ -205,7 +204,7 @@ class MetricsWriter:
         except OSError as error:
             folder = self.summary.parent
             raise LocalError(
-                f'{folder}: the curves cannot be written ({reason_of(error)}); {remedy(folder)}'
+                f'{folder}: the curves cannot be written ({reason_of(error)}); {remedy(folder, error)}'
             ) from error
 
     def _rewrite_summary(self, change: Callable[[str], None]) -> None:

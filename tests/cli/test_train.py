@@ -227,16 +227,20 @@ def test_a_finished_run_is_not_overwritten(train, call, images, tmp_path):
     assert (folder / 'last.pth.tar').read_bytes() == before
 
 
-@pytest.mark.parametrize('name', ['args.yaml', 'tmp.pth.tar'])
-def test_a_file_of_the_users_is_not_written_over(train, call, images, tmp_path, name):
+@pytest.mark.parametrize(
+    'name, others', [('args.yaml', []), ('tmp.pth.tar', []), ('train.log', ['args.yaml', 'tmp.pth.tar']), ('.lock', [])]
+)
+def test_a_file_of_the_users_is_not_written_over(train, call, images, tmp_path, name, others):
     """But what a run leaves that was stopped before its first checkpoint is."""
     (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine' / name).write_text('# my remarks\nseed: 3\n')
+    for file in (name, *others):
+        (tmp_path / 'mine' / file).write_text('# my remarks\nseed: 3\n')
     flags = [*MODEL, '--data-dir', images, *QUICK, '--output', tmp_path, '--experiment', 'mine']
     for more in ([], ['--resume', 'auto'], ['--dry-run'], ['-c', tmp_path / 'mine' / name] * name.endswith('yaml')):
         code, _, err = call('train', *flags, *more)
         assert code == 2 and f'holds {name}, which no run has left there' in err and err.count('\n') == 1, err
-    assert (tmp_path / 'mine' / name).read_text() == '# my remarks\nseed: 3\n'
+    for file in (name, *others):
+        assert (tmp_path / 'mine' / file).read_text() == '# my remarks\nseed: 3\n'
     folder = train('run', '--epochs', '1')
     code, _, err = call('train', *flags, '--resume', folder / 'last.pth.tar')
     assert code == 2 and f'holds {name}, which no run has left there' in err, err

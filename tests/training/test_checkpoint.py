@@ -18,7 +18,8 @@ from timm.task import ClassificationTask
 from training.small_run import resume, rewritten, run_of, saver_of, settings_of, state
 
 from evavit.errors import LocalError, UserError
-from evavit.training import checkpoint, contents, dry_run, loop
+from evavit.training import checkpoint, contents, dry_run, loop, run_folder
+from evavit.training.agreement import code_version
 from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.loop import Position
 
@@ -138,9 +139,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saver, tmp_path,
     with pytest.raises(UserError, match=r'last\.pth\.tar: not a'):
         checkpoint.read_checkpoint(last)
     with pytest.raises(UserError, match=r'last\.pth\.tar: not a'):  # a file that was asked for by name has no stand-in
-        resume(checkpoint.find_resume(str(last), tmp_path), run_of(), None)
+        resume(run_folder.find_resume(str(last), tmp_path), run_of(), None)
 
-    candidates = checkpoint.find_resume('auto', tmp_path)
+    candidates = run_folder.find_resume('auto', tmp_path)
     run = run_of()
     with caplog.at_level('WARNING', 'evavit'):
         position = resume(candidates, run, None)
@@ -162,7 +163,7 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
 
     def play(folder, killed_at):
         folder.mkdir()
-        (folder / 'train.log').touch()  # with which a run begins
+        (folder / 'train.log').write_text(f'2026-11-30 12:00:00,000 {code_version()}; train.py\n')  # as a run begins
         run = run_of()
         saver, calls = saver_of(run, folder), 0
         replace = checkpoint.os.replace
@@ -183,7 +184,7 @@ def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch
             except Killed:
                 run = run_of()
                 saver = saver_of(run, folder)
-                candidates = checkpoint.find_resume('auto', folder)
+                candidates = run_folder.find_resume('auto', folder)
                 done = resume(candidates, run, saver).epoch if candidates else 0
                 if done == epoch:  # the epoch was not yet saved: it comes again
                     with torch.no_grad():
@@ -262,7 +263,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_pa
         change(tmp_path / 'last.pth.tar', 'half')
         run = run_of()
         resumed = saver_of(run, tmp_path)
-        assert resume(checkpoint.find_resume('auto', tmp_path), run, resumed).update == 3
+        assert resume(run_folder.find_resume('auto', tmp_path), run, resumed).update == 3
         replace, calls = checkpoint.os.replace, []
 
         def killed(src, dst, moment=moment, calls=calls, replace=replace):
@@ -275,8 +276,69 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_pa
             patch.setattr(checkpoint.os, 'replace', killed)
             with contextlib.suppress(Killed):
                 resumed.save_position(Position(0, 9))
-        assert resume(checkpoint.find_resume('auto', tmp_path), run_of(), None).update in (3, 9), moment
-    assert (tmp_path / 'last.pth.tar.damaged').is_file()
+        assert resume(run_folder.find_resume('auto', tmp_path), run_of(), None).update in (3, 9), moment
+    kept = [tmp_path / f'last.pth.tar.damaged{number}' for number in ('', 1, 2, 3)]
+    assert [path.is_file() for path in kept] == [True] * 4  # none in another's place
+
+
+def test_a_checkpoint_of_another_name_is_left(saver, tmp_path):
+    """Also where it is newer than the run's own, and not one that can be read."""
+    mine = tmp_path / 'checkpoint-mine.pth.tar'
+    mine.write_text('mine')
+    assert run_folder.find_resume('auto', tmp_path) == []
+    for update in (3, 6):
+        saver.save_position(Position(0, update))
+    change(tmp_path / 'last.pth.tar', 'half')
+    change(tmp_path / 'previous.pth.tar', 'half')
+    run = run_of()
+    with pytest.raises(UserError, match=r'previous\.pth\.tar: not a'):
+        resume(run_folder.find_resume('auto', tmp_path), run, saver_of(run, tmp_path))
+    assert mine.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('linked', ['last', 'all', 'the folder'])
+def test_a_link_is_a_checkpoint_of_the_folder_that_it_lies_in(saver, tmp_path, linked):
+    """To another disk, say: the ranking goes on, and a worse epoch does not become the best one."""
+    folder, disk = tmp_path / 'run', tmp_path / 'disk'
+    folder.mkdir()
+    disk.mkdir()
+    saver = saver_of(run_of(), folder)
+    for epoch, metric in enumerate((10.0, 30.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+    if linked == 'the folder':
+        folder = tmp_path / 'link'
+        folder.symlink_to(tmp_path / 'run')
+    for path in [] if linked == 'the folder' else list(folder.iterdir()):
+        if linked == 'all' or path.name == 'last.pth.tar':
+            path.rename(disk / path.name)
+            path.symlink_to(disk / path.name)
+    before = contents_of(disk)
+    run = run_of()
+    again = saver_of(run, folder)
+    assert resume(run_folder.find_resume('auto', folder), run, again).epoch == 2
+    assert (again.best_epoch, again.best_metric) == (1, 30.0) and len(again.checkpoint_files) == 2
+    again.save_epoch(Position(3), 5.0)
+    for name, epoch in dict(last=2, previous=1, model_best=1).items():
+        assert checkpoint.read_checkpoint(folder / f'{name}.pth.tar')['epoch'] == epoch
+    assert contents_of(disk) == before
+    assert contents.stored_metric(folder / 'model_best.safetensors') == 30
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_told(saver, tmp_path, caplog):
+    """No run starts from nothing in its place."""
+    saver.save_position(Position(0, 3))
+    last = tmp_path / 'last.pth.tar'
+    last.rename(tmp_path / 'elsewhere')
+    last.symlink_to(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='already holds a run'):
+        run_folder.find_resume(None, tmp_path)
+    with pytest.raises(UserError, match='no such checkpoint'):
+        resume(run_folder.find_resume('auto', tmp_path), run_of())
+    (tmp_path / 'elsewhere').rename(tmp_path / 'previous.pth.tar')
+    run = run_of()
+    with caplog.at_level('WARNING', 'evavit'):
+        assert resume(run_folder.find_resume('auto', tmp_path), run, saver_of(run, tmp_path)).update == 3
+    assert 'last.pth.tar: not a readable checkpoint (no such checkpoint): going back to previous' in caplog.text
 
 
 def test_the_flags_of_a_resumed_run_hold(saver, tmp_path, caplog):
@@ -306,7 +368,7 @@ def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
     saver.save_epoch(Position(1), 0.5)
     for name in ('last.pth.tar', 'previous.pth.tar', 'checkpoint-0.pth.tar', 'model_best.pth.tar', 'last.safetensors'):
         with pytest.raises(UserError, match='holds another run than --resume'):
-            checkpoint.find_resume(str(elsewhere), tmp_path)
+            run_folder.find_resume(str(elsewhere), tmp_path)
         (tmp_path / name).unlink()
 
 
@@ -317,9 +379,9 @@ def test_what_is_left_of_a_run_is_not_overwritten(saver, tmp_path):
         (tmp_path / f'{name}.pth.tar').unlink(missing_ok=True)
     (tmp_path / 'checkpoint-1.pth.tar').symlink_to('nowhere')
     best = tmp_path / 'model_best.pth.tar'
-    assert checkpoint.find_resume('auto', tmp_path) == checkpoint.find_resume(str(best), tmp_path) == [best]
+    assert run_folder.find_resume('auto', tmp_path) == run_folder.find_resume(str(best), tmp_path) == [best]
     with pytest.raises(UserError, match='already holds a run: continue it with --resume auto'):
-        checkpoint.find_resume(None, tmp_path)
+        run_folder.find_resume(None, tmp_path)
     assert resume([best], run := run_of(), other := saver_of(run, tmp_path)).epoch == 1
     assert other.best_metric == 0.5 and (tmp_path / 'last.pth.tar').is_file()
     for path in tmp_path.glob('*.pth.tar'):
@@ -327,16 +389,16 @@ def test_what_is_left_of_a_run_is_not_overwritten(saver, tmp_path):
     for name in ('last.safetensors', 'model_best.safetensors'):
         for resumed in (None, 'auto'):
             with pytest.raises(UserError, match=f'holds {name} of a run, and no checkpoint to continue from: choose'):
-                checkpoint.find_resume(resumed, tmp_path)
+                run_folder.find_resume(resumed, tmp_path)
         (tmp_path / name).unlink()
-    assert checkpoint.find_resume('auto', tmp_path) == []
+    assert run_folder.find_resume('auto', tmp_path) == []
 
 
 def test_a_disk_without_room_for_the_lock(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        with pytest.raises(LocalError) as error, checkpoint.locked_folder(tmp_path):
+        with pytest.raises(LocalError) as error, run_folder.locked_folder(tmp_path):
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -365,7 +427,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
 
     def second(expected):
         try:
-            with checkpoint.locked_folder(tmp_path):
+            with run_folder.locked_folder(tmp_path):
                 os._exit(0)
         except LocalError as error:
             os._exit(1 if f'another run is writing there (process {expected} on' in str(error) else 2)
@@ -376,10 +438,10 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
         child.join()
         return child.exitcode
 
-    with checkpoint.locked_folder(tmp_path):
+    with run_folder.locked_folder(tmp_path):
         assert outcome() == 1
     assert outcome() == 0
-    with checkpoint.locked_folder(tmp_path):
+    with run_folder.locked_folder(tmp_path):
         assert outcome() == 1
 
 
@@ -406,7 +468,7 @@ def test_a_resume_at_an_epoch_s_start_changes_no_file(tmp_path):
         for flags in ((), ('--epochs', '400', '--lr', '3')):
             run = run_of(*flags)
             again = checkpoint.Saver(run, settings_of(*flags).flat(), None, tmp_path)
-            resume(checkpoint.find_resume('auto', tmp_path), run, again, flags)
+            resume(run_folder.find_resume('auto', tmp_path), run, again, flags)
             assert contents_of(tmp_path) == before
             assert again.checkpoint_files == saver.checkpoint_files
             assert (again.best_epoch, again.best_metric) == (saver.best_epoch, saver.best_metric)
@@ -427,7 +489,7 @@ def test_a_resume_from_an_earlier_checkpoint_of_the_folder(tmp_path):
     saver.save_epoch(Position(2), 30.0)
     change(tmp_path / 'last.pth.tar', 'half')
     run = run_of()
-    resume(checkpoint.find_resume('auto', tmp_path), run, saver_of(run, tmp_path))
+    resume(run_folder.find_resume('auto', tmp_path), run, saver_of(run, tmp_path))
     assert (tmp_path / 'last.pth.tar').read_bytes() == first and (tmp_path / 'last.pth.tar.damaged').is_file()
 
 
@@ -460,6 +522,35 @@ def test_a_full_disk_is_called_so(saver, tmp_path, monkeypatch):
     monkeypatch.setattr('safetensors.torch.save_file', full_safetensors)
     with pytest.raises(LocalError, match=r'last\.safetensors: cannot be written \(the disk is full: '):
         saver.save_epoch(Position(2), 20.0)
+
+
+def test_a_folder_that_is_gone_is_called_so(saver, tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    saver = saver_of(run_of(), folder)
+    saver.save_epoch(Position(1), 10.0)
+    folder.rename(tmp_path / 'renamed')
+    with pytest.raises(LocalError, match='; the folder is gone: bring it back with what was saved in it'):
+        saver.save_epoch(Position(2), 20.0)
+    assert not folder.exists() and checkpoint.read_checkpoint(tmp_path / 'renamed' / 'last.pth.tar')['epoch'] == 0
+
+
+def test_too_many_open_files_while_a_run_saves(saver, tmp_path):
+    """A process that can open no more, not even the folder to look what was saved."""
+
+    def save():
+        saver.save_epoch(Position(1), 10.0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        with pytest.raises(LocalError) as error:
+            saver.save_epoch(Position(2), 20.0)
+        line = 'Too many open files); what was saved before is whole: raise the number of open files (ulimit -n 65536)'
+        os._exit(line not in str(error.value))
+
+    child = multiprocessing.get_context('fork').Process(target=save)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert checkpoint.read_checkpoint(tmp_path / 'last.pth.tar')['epoch'] == 0
 
 
 def test_what_a_run_did_not_write_is_not_removed(tmp_path):

@@ -1,0 +1,151 @@
+"""The folder of a run: whose it is, the lock on it, and the checkpoints in it to go on from."""
+
+import contextlib
+import logging
+import os
+import re
+import socket
+from pathlib import Path
+from typing import IO, Iterator, List, Optional, Union
+
+from evavit.errors import LocalError, UserError, mend_of, reason_of
+from evavit.files import open_own, open_regular
+from evavit.training.contents import KEPT
+
+log = logging.getLogger(__name__)
+
+# What a run's own files hold: the lock, and the line of `agreement.code_version` in train.log with its time.
+LOCK = re.compile(rb'(process [0-9]+ on [^\n]+)?')
+LOG = re.compile(rb'^[-0-9]{10} [:,0-9]{12} evavit [^ ]+ \([0-9a-f]{12}\), torch ', re.MULTILINE)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """While the context lasts, or until this process ends in whatever way, no other run can lock the folder.
+
+    The loading processes that it starts do not hold the lock.
+
+    Raises:
+        UserError: The folder cannot be made.
+        LocalError: Another run is writing there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open_own(folder / '.lock')
+    except OSError as error:
+        raise UserError(f'--output {folder}: cannot be written ({reason_of(error)})') from error
+    with open(lock, 'rb+', buffering=0) as file:  # nothing is left to write when it closes
+        try:
+            import fcntl  # not on every system
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            other = (file.read(200) or b'').decode(errors='replace')
+            raise LocalError(
+                f'{folder}: another run is writing there ({other}); let it end, or give another --experiment'
+            ) from None
+        except (ImportError, OSError):  # a system, or a file system, without locks
+            log.debug(f'{folder} cannot be locked')
+        check_lock(folder, file)
+        try:
+            file.truncate(0)
+            file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        except OSError as error:
+            raise LocalError(f'{folder}: cannot be written ({reason_of(error)}); {remedy(folder, error)}') from error
+        yield
+
+
+def check_lock(folder: Path, file: Optional[IO[bytes]] = None) -> None:
+    """UserError where the `.lock` of a folder, open as `file` or not, is none of a run's, which one would write over.
+    Not without `file` where this process has locked the folder: to close another one unlocks it."""
+    lock = folder / '.lock'
+    if file is None and not lock.is_file():
+        return
+    try:
+        with contextlib.nullcontext(file) if file else open_regular(lock) as opened:
+            content = opened.read(400)
+    except OSError as error:
+        raise UserError(f'{lock}: cannot be read ({reason_of(error)})') from error
+    if not LOCK.fullmatch(content):
+        raise UserError(_others(folder, lock.name, 'write over'))
+
+
+def _check_others(folder: Path) -> None:
+    """UserError where a folder without checkpoints holds what this run would change, and no run has left there."""
+    begun = b''
+    try:
+        if (folder / 'train.log').is_file():  # which a run begins before it writes anything else
+            with open_regular(folder / 'train.log') as file:
+                begun = file.read(2**16)
+    except OSError as error:
+        raise UserError(f'{folder / "train.log"}: cannot be read ({reason_of(error)})') from error
+    if LOG.search(begun):
+        return
+    if begun:
+        raise UserError(_others(folder, 'train.log', 'add to'))
+    for name in ('args.yaml', 'tmp.pth.tar'):
+        if os.path.lexists(folder / name):
+            raise UserError(_others(folder, name, 'write over'))
+
+
+def _others(folder: Path, name: str, change: str) -> str:
+    return (
+        f'{folder} holds {name}, which no run has left there, and this run would {change} it: choose another '
+        f'--experiment, or move {name}'
+    )
+
+
+def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
+    """The checkpoints to continue from, in the order to try them; none for a fresh start.
+
+    A folder that holds a run, or what is left of one, is not overwritten, unless the run goes on from one of its own
+    checkpoints.
+    """
+    found = checkpoints_in(folder)
+    left = [*found, *(path for name in ('last', 'model_best') if (path := folder / f'{name}.safetensors').is_file())]
+    if not left:
+        _check_others(folder)
+    if resume and resume != 'auto':
+        chosen = Path(resume)
+        if not chosen.is_file():
+            raise UserError(f'--resume {chosen}: no such checkpoint')
+        if left and not is_of(chosen, folder):
+            raise UserError(f'{folder} holds another run than --resume {chosen}: choose another --experiment')
+        return [chosen]
+    if left and not found:
+        raise UserError(
+            f'{folder} holds {left[0].name} of a run, and no checkpoint to continue from: choose another --experiment'
+        )
+    if found and resume != 'auto':
+        raise UserError(f'{folder} already holds a run: continue it with --resume auto, or choose another --experiment')
+    if not found and resume == 'auto':
+        log.info(f'no checkpoint in {folder} yet: starting fresh')
+    return found
+
+
+def is_of(path: Path, folder: Union[str, Path]) -> bool:
+    """Whether a checkpoint is one of the folder's: there it may be a link to another disk, elsewhere one that leads
+    there."""
+    return Path(folder).resolve() in (path.parent.resolve(), path.resolve().parent)
+
+
+def checkpoints_in(folder: Path) -> List[Path]:
+    """A run's checkpoints, the newest first, and the best."""
+    kept = [path for path in folder.glob('checkpoint-*.pth.tar') if KEPT.fullmatch(path.name) and path.is_file()]
+    kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    last, *others = (folder / f'{name}.pth.tar' for name in ('last', 'previous', 'model_best'))
+    found = (last, others[0], *kept, others[1])
+    return [path for path in found if path.is_file() or path.is_symlink()]  # also one to a disk that is not there
+
+
+def remedy(folder: Path, error: BaseException) -> str:
+    """What to do after a write that failed in a run's folder."""
+    if not folder.is_dir():
+        return 'the folder is gone: bring it back with what was saved in it, and go on with --resume auto'
+    try:
+        saved = bool(checkpoints_in(folder))
+    except OSError:  # such as too many open files; --resume auto finds what there is
+        saved = True
+    if saved:
+        return f'what was saved before is whole: {mend_of(error)} and go on with --resume auto'
+    return f'nothing was saved before: {mend_of(error)} and start again'
