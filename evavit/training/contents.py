@@ -117,6 +117,7 @@ def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
     """(name, value, whether a run can have written it) of what is in a checkpoint beside the weights."""
     args, epoch, metric = (checkpoint.get(name) for name in ('args', 'epoch', 'metric'))
     yield 'args', args, args is None or (type(args) is argparse.Namespace and is_plain(vars(args)))
+    yield from _judged_settings(vars(args) if args else {})
     yield 'epoch', epoch, epoch is None or is_whole(epoch, -1, _most_epochs(args) - 1)
     yield 'metric', metric, metric is None or is_number(metric)
     average, scaler, optimizer = (checkpoint.get(name) for name in ('state_dict_ema', 'amp_scaler', 'optimizer'))
@@ -161,6 +162,16 @@ def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
         bad,
         isinstance(bad, dict) and all(is_whole(index) and isinstance(line, str) for index, line in bad.items()),
     )
+
+
+def _judged_settings(settings: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
+    """As `_judged`, the settings that no flag gives: the names of the classes, and what the run held out."""
+    names, total, digest = (settings.get(name) for name in ('class_names', 'held_out_of', 'held_out_sha256'))
+    right = names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
+    yield 'class_names', names, right
+    yield 'held_out_of', total, total is None or is_whole(total)
+    yield 'held_out_sha256', digest, digest is None or isinstance(digest, str)
+    yield 'evavit_held_out', (of_hub := settings.get('evavit_held_out')), of_hub is None  # of a folder for the Hub
 
 
 def _most_epochs(args: Any) -> int:
@@ -300,11 +311,11 @@ def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
     else:
         args = _archive(path).get('args')
         settings = vars(args) if isinstance(args, argparse.Namespace) else {}
-    names = settings.get('class_names') if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not is_plain(settings):
         raise UserError(f'{path}: not a checkpoint of train.py (its settings are not names with plain values)')
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(f'{path}: not a checkpoint of train.py (its class_names are no list of names)')
+    for name, value, right in _judged_settings(settings):
+        if not right:
+            raise UserError(f'{path}: not a checkpoint of train.py (its {name} is {_shown(value)})')
     _parse(settings, (*FROM_CHECKPOINT, 'model_kwargs'), path)
     if settings.get('val_fraction') is not None:
         _parse(settings, DIVISION, path)

@@ -12,7 +12,7 @@ from training.small_run import run_of, saver_of, settings_of
 
 from evavit.errors import UserError, one_line
 from evavit.files import is_stamped, stamp
-from evavit.training import checkpoint, contents
+from evavit.training import checkpoint, contents, run_folder
 from evavit.training.config import parse_settings
 from evavit.training.loop import Position
 
@@ -60,11 +60,11 @@ def of_position(name, *values):
     return [at('saver', 'position', name, value=value) for value in values]
 
 
-def setting(name, value):
+def setting(name, value, words='its args is'):
     def change(content):
         setattr(content['args'], name, value)
 
-    change.words = 'its args is'
+    change.words = words
     return change
 
 
@@ -115,6 +115,9 @@ CHANGES = [
     setting('model_ema', torch.ones(2)),
     setting('model_kwargs', NESTED),
     setting('epochs', 10**400),
+    *(setting('class_names', value, 'its class_names is') for value in (5, 3.5, True, ['a', 1, None], 'ab', {'a': 1})),
+    *(setting('held_out_sha256', value, 'its held_out_sha256 is') for value in ([1], {}, 5)),
+    setting('held_out_of', [1], 'its held_out_of is'),
 ]
 
 
@@ -125,7 +128,7 @@ def test_what_no_run_writes_is_named(written, change):
     with pytest.raises(UserError, match=r'last\.pth\.tar: not a checkpoint of') as error:
         contents.read_checkpoint(last)
     assert change.words in str(error.value) and len(one_line(error.value)) < 400
-    found = checkpoint.resume(checkpoint.find_resume('auto', written), run_of(), settings_of().flat(), None)
+    found = checkpoint.resume(run_folder.find_resume('auto', written), run_of(), settings_of().flat(), None)
     assert found.epoch == 1  # of the checkpoint before
 
 
@@ -158,7 +161,7 @@ def test_a_ranking_names_only_files_that_the_saver_writes(written, tmp_path):
         run = run_of()
         saver = saver_of(run, written)
         with pytest.raises(UserError, match=r'its saver\.checkpoint_files is'):
-            checkpoint.resume(checkpoint.find_resume('auto', written), run, settings_of().flat(), saver)
+            checkpoint.resume(run_folder.find_resume('auto', written), run, settings_of().flat(), saver)
         assert {path.name for path in written.iterdir()} == before and victim.read_text() == 'mine', ranking
 
 
@@ -188,7 +191,7 @@ def test_one_flipped_bit_of_a_checkpoint_is_noticed(written):
         last.write_bytes(changed)
         with pytest.raises(UserError, match=r'last\.pth\.tar: not a readable checkpoint'):
             contents.read_checkpoint(last)
-    assert checkpoint.resume(checkpoint.find_resume('auto', written), run_of(), settings_of().flat(), None).epoch == 1
+    assert checkpoint.resume(run_folder.find_resume('auto', written), run_of(), settings_of().flat(), None).epoch == 1
 
 
 @pytest.mark.parametrize('name', ['last.pth.tar', 'last.safetensors'])
@@ -213,8 +216,10 @@ def with_settings(path, settings):
         ('null', 'its settings are not names'),
         ('{', 'its settings are no JSON'),
         ('[' * 100_000, 'its settings are no JSON'),
-        (json.dumps(dict(model='tiny', class_names=5)), 'its class_names are no list of names'),
-        (json.dumps(dict(model='tiny', class_names=['a', 5])), 'its class_names are no list of names'),
+        (json.dumps(dict(model='tiny', class_names=5)), 'its class_names is 5'),
+        (json.dumps(dict(model='tiny', class_names=['a', 5])), 'its class_names is of the kind list'),
+        (json.dumps(dict(model='tiny', evavit_held_out=5)), 'its evavit_held_out is 5'),
+        (json.dumps(dict(model='tiny', held_out_sha256=[1])), 'its held_out_sha256 is of the kind list'),
         (json.dumps(dict(model=['a'])), 'does not fit model'),
         (json.dumps(dict(model='tiny', num_classes=-1)), 'does not fit num_classes'),
         (json.dumps(dict(model='tiny', num_classes='x')), 'does not fit num_classes'),
