@@ -29,6 +29,7 @@ from runs import (
 
 from evavit.errors import INTERRUPTED, PREEMPTED
 from evavit.training import checkpoint
+from evavit.training.data import folders as folders_module
 from evavit.training.data import images as images_module
 
 ALLOW = ['--max-bad-images', '0.2']
@@ -161,6 +162,17 @@ def test_a_file_that_vanishes(train, folder, monkeypatch):
     monkeypatch.setattr(images_module.BadImages, 'begin', vanish)
     code, out, _ = train('run', *ALLOW, '--workers', '2')
     assert code == 0 and f'{victim} is not a readable image (No such file or directory); left out, ' in out
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_too_many_open_files_make_no_image_a_bad_one(train, monkeypatch, workers):
+    def full(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(folders_module, 'open_regular', full)
+    code, out, err = train('run', *ALLOW, '--workers', workers)
+    assert code == 2 and err.count('\n') == 1 and 'readable image' not in out + err, err
+    assert err.startswith('error: Too many open files: raise the number of open files (ulimit -n 65536)')
 
 
 def test_a_file_that_becomes_a_pipe(train, folder, monkeypatch):

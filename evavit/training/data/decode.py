@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
-from evavit.errors import first_line
+from evavit.errors import MANY_FILES, first_line
 from evavit.files import open_regular
 
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'JPEG2000')
@@ -69,7 +69,7 @@ def read_file(path: Union[str, os.PathLike], mode: str, jpeg_as: JpegAs = 'image
     try:
         return decode(open_regular(path), mode, jpeg_as)
     except OSError as error:
-        raise BadImageError(reason(error)) from None
+        raise bad_image(error) from None
 
 
 def decode(stream: IO[bytes], mode: str, jpeg_as: JpegAs = 'image') -> Decoded:
@@ -94,7 +94,7 @@ def decode(stream: IO[bytes], mode: str, jpeg_as: JpegAs = 'image') -> Decoded:
     except BadImageError:
         raise
     except Exception as error:  # each format has its own errors for broken content
-        raise BadImageError(reason(error)) from None
+        raise bad_image(error) from None
 
 
 def _to_tensor(content: bytes, image: Image.Image) -> torch.Tensor:
@@ -195,6 +195,11 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     if 'transparency' in image.info and image.mode != 'RGBA':
         image = image.convert('RGBA')  # else Pillow warns, or turns a colour to transparent black
     return image.convert(mode)
+
+
+def bad_image(error: BaseException) -> BaseException:
+    """What to raise for a failed reading: too many open files say nothing of the image, and stay what they are."""
+    return error if getattr(error, 'errno', None) in MANY_FILES else BadImageError(reason(error))
 
 
 def reason(error: BaseException) -> str:

@@ -27,7 +27,17 @@ from timm.data import ImageDataset, IterableImageDataset
 from timm.data.readers.class_map import remap_target
 
 from evavit.errors import LocalError, SharedError, UserError, first_line, printable
-from evavit.training.data.decode import BadImageError, Decoded, Jpeg, JpegAs, decode, read_file, reason, to_mode
+from evavit.training.data.decode import (
+    BadImageError,
+    Decoded,
+    Jpeg,
+    JpegAs,
+    bad_image,
+    decode,
+    read_file,
+    reason,
+    to_mode,
+)
 from evavit.training.distributed import Process
 from evavit.training.stalls import Reading
 
@@ -254,7 +264,7 @@ class CheckedImages(torch.utils.data.Dataset):
             try:
                 image, target = self.dataset[index]
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise BadImageError(reason(error)) from None
+                raise bad_image(error) from None
             return to_mode(image, self.mode) if isinstance(image, Image.Image) else image, target
         reader: Any = self.dataset.reader
         try:
@@ -263,7 +273,7 @@ class CheckedImages(torch.utils.data.Dataset):
                 return _decode_item(item[reader.image_key], self.mode, self.jpeg_as), reader._get_target(item)
             stream, target, *_ = reader[index]
         except (OSError, tarfile.TarError, zlib.error) as error:
-            raise BadImageError(reason(error)) from None
+            raise bad_image(error) from None
         except KeyError as error:
             raise LocalError(f'the data set has no column {error}') from error
         return decode(stream, self.mode, self.jpeg_as), target
