@@ -29,6 +29,7 @@ from evavit.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from evavit.training.data.decode import LONGEST
 from evavit.training.signals import parse_interval
 
 HUBS = ('hfds', 'hfids', 'tfds')  # kinds of data sets that are found by their name alone
@@ -154,8 +155,8 @@ def _check_schedule(config: ScheduleConfig) -> None:
 
 
 def _check_augmentation(config: AugmentConfig) -> None:
-    if config.ratio and config.ratio[0] == 0:
-        raise UserError(f'ratio {config.ratio}: an aspect ratio must be above 0')
+    if config.ratio and not 1 / LONGEST <= min(config.ratio) <= max(config.ratio) <= LONGEST:
+        raise UserError(f'ratio {config.ratio}: a crop has an aspect ratio of {1 / LONGEST:g} to {LONGEST}')
     if config.scale and config.scale[1] == 0:
         raise UserError(f"scale {config.scale}: the crop's area must be above 0")
     for name in ('scale', 'ratio'):
@@ -395,5 +396,7 @@ def check_transform(config: AugmentConfig, data_config: Dict[str, Any], machine:
         )
     except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f'augmentation (aa {config.aa}): timm does not take it, {first_line(error)}') from error
+    for operation in data.operations(transform):
+        data.check_filter(operation)
     if machine.augment_device != 'cpu':
         data.Draws(transform, data_config['input_size'])

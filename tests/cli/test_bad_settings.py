@@ -228,6 +228,16 @@ def test_the_dry_run_refuses_what_the_run_refuses(both, train, tmp_path):
     assert 'half.pth.tar' in both('--resume', tmp_path / 'half.pth.tar', *other)
 
 
+@pytest.mark.parametrize('flag', ['--train-interpolation', '--interpolation'])
+def test_a_policy_that_pillow_cannot_carry_out(both, train, flag):
+    for aa, operation in (('rand-m9-mstd0.5-inc1', 'Rotate'), ('original', 'Rotate'), ('augmix-m5', 'Rotate')):
+        line = both(flag, 'lanczos', '--aa', aa)
+        assert f'aa: Pillow has no {operation} with lanczos; give --train-interpolation bicubic' in line
+    train('plain', flag, 'lanczos', '--epochs', '1')
+    train('colours', flag, 'lanczos', '--epochs', '1', '--aa', '3a')
+    train('other', '--interpolation', 'lanczos', '--train-interpolation', 'bicubic', '--epochs', '1', '--aa', 'rand-m9')
+
+
 def test_a_metric_that_tells_nothing_apart_and_a_model_of_the_hub(both, call, images, monkeypatch):
     assert '--eval-metric top5 says nothing of 3 classes: it is always 100; give top1' in both('--eval-metric', 'top5')
     asked = []

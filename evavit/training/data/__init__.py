@@ -1,5 +1,6 @@
 """Data sets and loaders: what is read (`datasets`, `folders`, `images`, `pictures`), drawn (`augment`), batched."""
 
+from .augment import check_filter, operations
 from .datasets import (
     check_division,
     check_labels,
@@ -31,6 +32,7 @@ __all__ = [
     'Draws',
     'cache_size',
     'check_division',
+    'check_filter',
     'check_labels',
     'check_name',
     'class_count',
@@ -41,6 +43,7 @@ __all__ = [
     'open_dataset',
     'open_pictures',
     'open_training_sets',
+    'operations',
     'other_classes',
     'read_class_map',
     'resolve_input',

@@ -1,12 +1,15 @@
 """Augmentation as timm draws it, with seeds that follow from the place in the run."""
 
 from itertools import chain
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence, Tuple, Union
 
 import torch
 from PIL import Image
 from timm.data import auto_augment
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms.functional import get_dimensions
 
+from evavit.errors import UserError
 from evavit.training.distributed import Draw, Process
 
 
@@ -23,6 +26,16 @@ class SeededErasing:
         return self.erasing(images)
 
 
+def crop_params(
+    image: Union[Image.Image, torch.Tensor], scale: Sequence[float], ratio: Sequence[float]
+) -> Tuple[int, int, int, int]:
+    """(top, left, height, width) of timm's random crop, of one pixel where it would have none: of an image of one pixel
+    it asks for 0.08 of that."""
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
+    _, most, widest = get_dimensions(image)
+    return min(top, most - 1), min(left, widest - 1), max(1, height), max(1, width)
+
+
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     """timm's posterize, and black for no bits at all: RandAugment asks for that now and then, and Pillow refuses it
     since version 13."""
@@ -34,6 +47,18 @@ def repair_posterize(transform: Any) -> None:
     for operation in operations(transform):
         if operation.name.startswith('Posterize'):
             operation.aug_fn = posterize
+
+
+def check_filter(operation: auto_augment.AugmentOp) -> None:
+    """UserError where a policy would turn, shear or shift images by a filter that Pillow has for resizing alone."""
+    filter: Any = operation.kwargs.get('resample')
+    known = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+    moves = operation.name.startswith(('Rotate', 'Shear', 'Translate')) and not isinstance(filter, tuple)
+    if moves and filter not in known:
+        raise UserError(
+            f'aa: Pillow has no {operation.name} with {Image.Resampling(filter).name.lower()}; give '
+            f'--train-interpolation bicubic, bilinear, nearest or random'
+        )
 
 
 def operations(transform: Any) -> Iterator[auto_augment.AugmentOp]:

@@ -14,8 +14,9 @@ from PIL import Image
 from timm.data import auto_augment
 from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resized_crop
 
-from evavit.training.data.augment import operations
+from evavit.training.data.augment import crop_params, operations
 
 _BOTH = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 RESIZED = (*_BOTH, _BOTH)  # interpolations that PyTorch has for bytes; of a tuple, timm draws one
@@ -54,11 +55,11 @@ class FastCrop:
         self.here = VECTORS and crop.interpolation in RESIZED and crop.size[0] * crop.size[1] > SMALL
 
     def __call__(self, image: Union[Image.Image, torch.Tensor]) -> Image.Image:
-        if isinstance(image, Image.Image) and not (self.here and image.mode == 'RGB'):
-            return self.crop(image)
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        top, left, height, width = crop_params(image, self.crop.scale, self.crop.ratio)
         choice = self.crop.interpolation
         filter = random.choice(choice) if isinstance(choice, tuple) else choice
+        if isinstance(image, Image.Image) and not (self.here and image.mode == 'RGB'):
+            return resized_crop(image, top, left, height, width, self.crop.size, filter)
         if isinstance(image, torch.Tensor):
             pixels = image[:, top : top + height, left : left + width].permute(1, 2, 0)
         else:

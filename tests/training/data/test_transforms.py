@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from training.data.device.pictures import MEAN, STD, photographs, tensor
 
-from evavit.training.data.augment import operations, repair_posterize
+from evavit.training.data.augment import crop_params, operations, repair_posterize
 from evavit.training.data.transforms import SHIFTS, VECTORS, FastCrop, shift, speed_up
 from evavit.training.distributed import seed_sample
 
@@ -100,6 +101,20 @@ def test_what_else_is_timm_s_to_the_bit(images, settings, mode):
                 operation.kwargs['fillcolor'] = (124,)
         (expected, draws), (made, same) = seeded(theirs, image, seed), seeded(ours, image, seed)
         assert torch.equal(made, expected) and draws == same
+
+
+@pytest.mark.parametrize('side', [8, 224])
+@pytest.mark.parametrize('size', [(1, 1), (1, 60), (40, 40)])
+def test_a_crop_has_a_pixel(size, side):
+    """timm's asks for none of a small image, or by a small scale."""
+    image = Image.new('RGB', size, (200, 100, 0))
+    scale = (1e-9, 1e-8) if size == (40, 40) else (0.08, 1.0)
+    crop = FastCrop(RandomResizedCropAndInterpolation((side, side), scale, interpolation='bicubic'))
+    for seed in range(60):
+        seed_sample(seed)
+        assert crop(image).getpixel((0, 0)) == (200, 100, 0)
+        top, left, height, width = crop_params(image, scale, (0.01, 0.02))
+        assert 0 <= left < left + width <= size[0] and 0 <= top < top + height <= size[1]
 
 
 @pytest.mark.parametrize('mode, fill', [('RGB', (124, 116, 104)), ('L', (120,))])

@@ -17,6 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as torchvision_transforms
 
 from evavit.errors import UserError
+from evavit.training.data.augment import check_filter, crop_params
 from evavit.training.data.decode import Jpeg
 
 FILTERS = {'nearest': 0, 'bilinear': 1, 'bicubic': 2, 'lanczos': 3}  # as the windows below name them
@@ -189,10 +190,9 @@ class Draws:
             operations = [op for group in policy.policy for op in group]
         for operation in operations:
             record = _record_of(operation.name)
-            resample = operation.kwargs['resample']
-            if record is None or resample == Image.Resampling.LANCZOS:
-                what = operation.name if record is None else 'train_interpolation lanczos beside a policy'
-                raise UserError(f'--augment-device cuda does not have {what}; give --augment-device cpu')
+            if record is None:
+                raise UserError(f'--augment-device cuda does not have {operation.name}; give --augment-device cpu')
+            check_filter(operation)
             operation.aug_fn = record
             self.fill = tuple(operation.kwargs['fillcolor'])
 
@@ -215,7 +215,7 @@ class Draws:
         plan = _Plan((self.width, self.height))
         for part in self.parts:
             if isinstance(part, transforms.RandomResizedCropAndInterpolation):
-                top, left, height, width = part.get_params(_shape(size), part.scale, part.ratio)
+                top, left, height, width = crop_params(_shape(size), part.scale, part.ratio)
                 box, full = (left, top, width, height), (part.size[1], part.size[0])
                 filter = _filter(part.interpolation)
             elif isinstance(part, transforms.ResizeKeepRatio):
