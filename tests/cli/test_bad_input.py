@@ -20,6 +20,8 @@ from runs import (
     write_images,
 )
 
+from evavit.training.data import read_class_map
+
 # flags beside --data-dir, and what the line must say
 TRAIN = {
     'unknown flag': (['--epoch', '3'], ['--epoch', 'did you mean --epochs']),
@@ -70,7 +72,9 @@ TRAIN = {
     'one beta': (['--opt-betas', '0.9'], ['opt_betas [0.9]', '2 numbers']),
     'three betas': (['--opt-betas', '0.9', '0.99', '0.999'], ['opt_betas', '2 numbers']),
     'second-order optimizer': (['--opt', 'adahessian'], ['adahessian', '--opt']),
-    'ratio of nothing': (['--ratio', '0', '1'], ['ratio', 'above 0']),
+    'ratio of nothing': (['--ratio', '0', '1'], ['ratio [0.0, 1.0]', '0.01 to 100']),
+    'ratio of a line': (['--ratio', '1e-9', '1e-8'], ['ratio [1e-09, 1e-08]', '0.01 to 100']),
+    'ratio of a row': (['--ratio', '1', '1e9'], ['ratio', '0.01 to 100']),
     'steps that fall': (['--sched', 'multistep', '--decay-milestones', '2', '1'], ['[2, 1]', 'give them in order']),
     'steps after the end': (['--sched', 'multistep', '--decay-milestones', '5'], ['[5]', '2 epochs', 'lower it']),
     'scale that falls': (['--scale', '1', '0.5'], ['scale [1.0, 0.5]', 'give the smaller number first']),
@@ -372,6 +376,15 @@ def test_class_map_that_is_ambiguous(refused, tmp_path, text, words):
     (tmp_path / 'classes.txt').write_text(text)
     line = refused('--class-map', tmp_path / 'classes.txt')
     assert all(word in line for word in ['classes.txt', *words]), line
+
+
+def test_class_map_with_a_mark_of_byte_order(train, tmp_path):
+    """Programs of Windows begin a text with one. Of the streams timm would read the file by itself."""
+    (tmp_path / 'classes.txt').write_text('plum\napple\npear\n', encoding='utf-8-sig')
+    run = train('run', '--epochs', '1', '--class-map', tmp_path / 'classes.txt')
+    saved = torch.load(run / 'last.pth.tar', weights_only=False)['args']
+    assert saved.class_names == ['plum', 'apple', 'pear']
+    assert read_class_map(str(tmp_path / 'classes.txt'), None) == dict(plum=0, apple=1, pear=2)
 
 
 def test_resume_wants_all_of_its_own_run(train, refused):

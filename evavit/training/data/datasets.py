@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
-from timm.data.readers.class_map import load_class_map
 
 from evavit.arguments import nearest
 from evavit.errors import UserError, first_line, printable
@@ -91,14 +90,13 @@ def open_dataset(
             f'--class-map {config.class_map}: {config.dataset} has an order of its own; leave the map out, or give a '
             f'folder of class folders without --dataset'
         )
-    if config.class_map:
-        read_class_map(config.class_map, config.data_dir)
+    # timm's annotation leaves out that it takes a file as well, in which it would not leave out the mark of Windows
+    class_map: Any = read_class_map(config.class_map, config.data_dir) if config.class_map else None
     if num_samples and prefix == 'tfds':
         raise UserError(
             f'{num_samples} images: {config.dataset} says itself how many are in {split}; leave --train-num-samples, '
             f'--val-num-samples and --num-samples out'
         )
-    class_map: Any = config.class_map  # timm's annotation leaves out the path that it takes as well
     if prefix == 'torch':
         _unpack_raw_files(config.data_dir)
         if config.dataset.partition('/')[2].lower() in FOLDERS and os.path.isdir(config.data_dir or ''):
@@ -225,7 +223,8 @@ def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:
         file = Path(path) if Path(path).exists() else Path(root or '', path)
         if file.exists() and not file.is_file():  # to read a pipe would wait for ever
             raise UserError(f'--class-map {path}: not a regular file')
-        lines = [line.strip() for line in file.read_text(encoding='utf-8').splitlines()]
+        with open(file, encoding='utf-8-sig') as opened:  # programs of Windows begin a text with a mark
+            lines = [line.strip() for line in opened]
         seen = {''}
         for number, name in enumerate(lines, 1):
             if name in seen:
@@ -234,8 +233,8 @@ def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:
                     f'should hold each class name once, one a line'
                 )
             seen.add(name)
-        return load_class_map(path, str(root or ''))
-    except (AssertionError, OSError, ValueError) as error:
+        return {name: label for label, name in enumerate(lines)}
+    except (OSError, ValueError) as error:
         raise UserError(f'--class-map {path}: {first_line(error)}') from error
 
 
