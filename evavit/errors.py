@@ -95,6 +95,8 @@ def reason_of(error: BaseException) -> str:
         return f'the disk is full: {os.strerror(full.pop())}'
     if errno.EFBIG in numbers:
         return os.strerror(errno.EFBIG)
+    if numbers & MANY_FILES:
+        return f'{MANY_WORDS}, see ulimit -n'
     return getattr(error, 'strerror', None) or first_line(error)[:200]
 
 

@@ -37,7 +37,7 @@ def loaders(path, images, folder):
         (dict(model='hf-hub:x/y', num_classes=3), 'its model hf-hub:x/y would have to be fetched'),
         (dict(model='eva_deit_tiny', num_classes=-3), 'does not fit num_classes'),
         (dict(model='eva_deit_tiny', num_classes=3, model_kwargs=dict(features_only=True)), 'it has no classes'),
-        (dict(model='eva_deit_tiny', class_names={'a': 1}), 'its class_names are no list'),
+        (dict(model='eva_deit_tiny', class_names={'a': 1}), 'its class_names is'),
     ],
 )
 def test_settings_that_no_run_has(call, images, tmp_path, offline, settings, words):

@@ -543,7 +543,7 @@ def test_too_many_open_files_while_a_run_saves(saver, tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
         with pytest.raises(LocalError) as error:
             saver.save_epoch(Position(2), 20.0)
-        line = 'Too many open files); what was saved before is whole: raise the number of open files (ulimit -n 65536)'
+        line = 'Too many open files, see ulimit -n); what was saved before is whole: raise the number of open files'
         os._exit(line not in str(error.value))
 
     child = multiprocessing.get_context('fork').Process(target=save)
