@@ -77,7 +77,8 @@ def test_a_box_is_pooled_from_its_own_pixels():
         boxes = torch.tensor([[50.0, top, 500.0, bottom]])
         (found,) = pool(backbone(torch.zeros(1, 3, 640, 640)), [boxes], [(640, 640)])
         thirds = top + (torch.arange(3) + 0.5) * (bottom - top) / 3
-        assert (found[0, :, 1] - thirds).abs().max() < 8
+        # By torchvision's convention half of the stride of the chosen map, 8 or 16 pixels, off.
+        assert (found[0, :, 1] - thirds).abs().max() < 16.5
 
 
 def test_every_scale_of_the_simple_pyramid_learns():
