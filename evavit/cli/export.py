@@ -44,7 +44,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     contents.check_source(config)
 
     torch.manual_seed(0)
-    model = build.build_model(config.model, config.model.num_classes)
+    model = build.build_model(config.model, config.model.num_classes, new_head=False)
     data_config = contents.finish_model(model, config)
     if not config.weights.checkpoint and not config.model.pretrained:
         log.warning('no --checkpoint: the weights are random, good for timing only')

@@ -52,7 +52,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     class_names = choose_weights(config, given)
     dataset = data.open_pictures(config.data.data_dir, checks.image_channels(config.model))
     names = picture_names(dataset, config.results, formats)
-    model: Any = build.build_model(config.model, config.model.num_classes)
+    model: Any = build.build_model(config.model, config.model.num_classes, new_head=False)
     if not model.num_classes:
         raise UserError(
             f'{config.model.model} has no classifier; train one (configs/linear_probe.yaml), or give another'

@@ -51,7 +51,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     )
     data.check_labels(learnt, class_names, 'the checkpoint')
     contents.warn_of_held_out(config, data.held_out(dataset))
-    model: Any = build.build_model(config.model, config.model.num_classes)
+    model: Any = build.build_model(config.model, config.model.num_classes, new_head=False)
     data.class_count(config.data, model.num_classes, class_names, dataset)
     report.check_report(config.run.report_dir, model.num_classes)
     data_config = contents.finish_model(model, config)
