@@ -118,9 +118,8 @@ def write(
         if output.suffix == '.pt2':
             exporting.to_package(model, output, input_size)
         else:
-            about = {
-                key: json.dumps(data_config[key]) for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
-            }
+            keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+            about = {key: json.dumps(data_config[key]) for key in keys}
             about |= dict(model=str(config.model.model), class_names=json.dumps(class_names))
             exporting.to_onnx(
                 model,
