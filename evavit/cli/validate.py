@@ -155,6 +155,21 @@ def check_settings(config: ValidateConfig) -> None:
         raise UserError(f'--results-file {results}: the name must end in .csv or .json')
     if results:
         check_replaced(Path(results), lambda names: names[:3] == ['model', 'top1', 'top1_err'])
+    if config.run.report_dir:
+        check_report_dir(Path(config.run.report_dir))
+
+
+def check_report_dir(folder: Path) -> None:
+    """UserError where a file of the report's names is there that no report wrote."""
+    for name, first in report.TABLES.items():
+        check_replaced(folder / name, lambda names, first=first: names[: len(first)] == first)  # type: ignore[misc]
+    picture = folder / report.PICTURE
+    try:
+        own = not picture.exists() or report.is_own_picture(picture)
+    except OSError as error:
+        raise UserError(f'{picture}: cannot be read ({reason_of(error)}); name another folder') from error
+    if not own:
+        raise UserError(f'{picture} is there, and is no picture of a report; name another folder')
 
 
 def result_row(
