@@ -75,7 +75,7 @@ def check_settings(config: ExportConfig, output: Path) -> None:
         )
     if not output.parent.is_dir():
         raise UserError(f'{output}: there is no folder {output.parent}; make it first')
-    checks.image_channels(config.model)
+    checks.given_channels(config.model)
     precision = config.export.precision
     if output.suffix != '.onnx':
         for name in ('opset', 'keep_init', 'dynamic_size'):

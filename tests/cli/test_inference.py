@@ -490,7 +490,7 @@ SOURCES = {
     'inference': ['--data-dir', 'PICTURES'],
     'validate': ['--data-dir', 'PLACE', '--pretrained'],
     'export': ['m.pt2', '--pretrained'],
-    'knn': ['--data-dir', 'PLACE', '--pretrained'],
+    'knn': ['--data-dir', 'PLACE', '--pretrained', '-k', '2', '--split', 'val'],
     'train': ['--data-dir', 'PLACE', '--pretrained', *QUICK],
     'teacher': ['--data-dir', 'PLACE', *MODEL, *QUICK],
 }
@@ -512,6 +512,26 @@ def call_with(call, capfd, pictures, images):
         return code, capfd.readouterr()[1]
 
     return call_with
+
+
+@pytest.mark.parametrize('program', ['inference', 'validate', 'knn', 'train', 'dry run'])
+@pytest.mark.parametrize('channels', [1, 4])
+def test_the_channels_that_a_folder_asks_for(call_with, monkeypatch, tmp_path, images, call, program, channels):
+    """Grey images are loaded as such, others than grey and coloured ones are refused."""
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model(MODEL[1], num_classes=3, in_chans=channels, **KWARGS)
+    folder = save_folder(model, tmp_path / 'hub', data='x', licence='mit', label_names=CLASSES)
+    if program == 'dry run':
+        place = ['--data-dir', images, '--pretrained', '--dry-run', *QUICK]
+        code, _, err = call('train', '--model', f'local-dir:{folder}', *place)
+    else:
+        code, err = call_with(program, f'local-dir:{folder}')
+    if channels == 1:
+        assert code == 0, err
+    else:
+        lines = [line for line in err.splitlines() if line.startswith('error: ')]
+        assert code == 2 and len(lines) == 1 and 'Traceback' not in err, err
+        assert '4 channels' in lines[0] and 'hub' in lines[0]
 
 
 @pytest.mark.parametrize('source', ['local-dir:', 'hf-hub:'])
