@@ -11,7 +11,6 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 from timm.task import ClassificationEvaluator
 
 from evavit.errors import UserError, printable, reason_of
@@ -170,6 +169,8 @@ def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -
     Raises:
         UserError: It cannot be written.
     """
+    from PIL.PngImagePlugin import PngInfo  # whose import registers a format with Pillow
+
     metrics, matrix = class_metrics(predictions, len(names)), confusion_matrix(predictions, len(names))
     shares = [
         [_percent(value) for value in column]
