@@ -16,7 +16,7 @@ import torch
 from evavit.bench.clocks import median_seconds
 from evavit.bench.results import check_replaced
 from evavit.errors import SharedError, UserError, encodable, reason_of
-from evavit.files import replacing
+from evavit.files import replacing, stored_digest
 from evavit.training import build, checks, contents, data, loop, report
 from evavit.training.agreement import check_agreement
 from evavit.training.compilation import Compilation, check_compilation
@@ -190,6 +190,7 @@ def result_row(
         loss=round(metrics['loss'], 6),
         images=images,
         checkpoint=config.weights.checkpoint or '',
+        checkpoint_sha256=stored_digest(config.weights.checkpoint)[:16] if config.weights.checkpoint else '',
     )
 
 

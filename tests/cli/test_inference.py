@@ -390,7 +390,7 @@ FAULTS = {
     'a body alone': (['--data-dir', 'PICTURES', '--checkpoint', 'body'], ['local-dir:body has no classifier']),
     'weights that carry code': (
         ['--data-dir', 'PICTURES', '--model', 'local-dir:code'],
-        ['local-dir:code', 'none of it is loaded; ask for model.safetensors'],
+        ['code/pytorch_model.bin', 'none of it is loaded; ask for the weights as .safetensors'],
     ),
     'maps that there are not': (
         ['--data-dir', 'PICTURES', '--checkpoint', 'ls.pth', '--include-attention', *LONG_SHORT],
@@ -484,6 +484,20 @@ def test_a_random_classifier_is_not_used(call, model, pictures, monkeypatch, tmp
     code, _, err = call(script, *flags, '--model', f'local-dir:{folder}', '--num-classes', '5')
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and not os.listdir(tmp_path), err
     assert all(text in err for text in ('--num-classes 5', 'have 3 classes', 'leave --num-classes out')), err
+
+
+@pytest.mark.parametrize('flag', ['--checkpoint', '--model'])
+def test_a_class_map_in_another_order_is_a_line(call, hub, pictures, tmp_path, flag):
+    """One of other names is taken."""
+    (tmp_path / 'map.txt').write_text('\n'.join([*reversed(CLASSES)]))
+    (tmp_path / 'other.txt').write_text('pomme\npoire\nprune\n')
+    flags = ['--data-dir', pictures[0], flag, hub if flag == '--checkpoint' else f'local-dir:{hub}', '--workers', '0']
+    flags += ['--results-dir', tmp_path / 'results']
+    code, _, err = call('inference', *flags, '--class-map', tmp_path / 'map.txt')
+    assert code == 2 and 'apple is class 2 of it, and class 0 of ' in err and err.count('\n') == 1, err
+    assert not (tmp_path / 'results' / 'eva_deit_tiny-16.csv').exists()
+    code, out, err = call('inference', *flags, '--class-map', tmp_path / 'other.txt')
+    assert code == 0 and 'pomme' in out, err
 
 
 SOURCES = {
