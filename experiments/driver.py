@@ -5,7 +5,6 @@ the runs (one a GPU, by CUDA_VISIBLE_DEVICES): each takes the next that no other
 be hashed and has a `name`. Its state is `done`, `to do`, `started`, or one line on what it waits for.
 """
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from tiny_imagenet.build import missing  # beside this file, where whoever imports it looks
 
+from evavit.arguments import Parser
 from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, store_rows
 from evavit.cli import train, validate
 from evavit.errors import Preempted, UserError, reason_of
@@ -33,7 +33,7 @@ ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns o
 
 def parser_of(text, output, data='what experiments/tiny_imagenet/build.py wrote'):
     """A parser with the flags of every driver. What it does not know is for train.py: see `parse`."""
-    parser = argparse.ArgumentParser(description=text.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=text.splitlines()[0])
     parser.add_argument('--data-dir', type=Path, help=data)
     parser.add_argument('--output', type=Path, default=Path(output), help=f'folder of the runs ({output})')
     parser.add_argument('--results-file', type=Path, metavar='CSV', help='(runs.csv in --output)')

@@ -16,7 +16,6 @@ with positions resampled as in the file, which has to agree, and with its own, w
 Needs onnx and onnxruntime.
 """
 
-import argparse
 import hashlib
 import io
 import os
@@ -29,6 +28,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from evavit.arguments import Parser
 from evavit.errors import UserError, first_line, reason_of, run_script
 from evavit.files import open_regular, replacing
 from evavit.models import write_weights
@@ -181,7 +181,7 @@ def shares(state, files):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path, metavar='OUT.safetensors')
     parser.add_argument('--onnx', type=Path, required=True, metavar='FILE', help='the ONNX file, or the wheel with it')
     parser.add_argument('--files', type=int, default=1, help='split the tensors evenly over so many files (1)')
