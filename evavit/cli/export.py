@@ -11,8 +11,8 @@ import logging
 import os
 import sys
 import zipfile
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def check_output(output: Path) -> None:
         with open_regular(output) as file:
             if not os.fstat(file.fileno()).st_size:
                 return
-            own = output.suffix != '.pt2' or zipfile.is_zipfile(file)
+            own = output.suffix != '.pt2' or is_package(file)
     except OSError as error:
         raise UserError(f'{output}: cannot be written ({reason_of(error)}); name another file') from error
     if output.suffix == '.onnx':
@@ -108,6 +108,15 @@ def check_output(output: Path) -> None:
             own = False
     if not own:
         raise UserError(f'{output} is there, and is no {output.suffix} file; name another one')
+
+
+def is_package(file: IO[bytes]) -> bool:
+    """Whether a file is a zip archive that says that it is one of PyTorch's packages."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(PurePosixPath(name).name == 'archive_format' for name in archive.namelist())
+    except (ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False
 
 
 def write(

@@ -112,9 +112,9 @@ def build_model(
     except UserError:
         raise
     except Exception as error:  # each model has its own errors for arguments that do not fit
-        file = f', weights {config.pretrained_path}' if config.pretrained_path and not device else ''
+        given = f', weights {config.pretrained_path}' if config.pretrained_path and not device else ''
         why = why_not_fetched(error, 'by --pretrained-path FILE in train.py, --checkpoint FILE in the other programs')
-        raise UserError(f'model {name}{_shown(kwargs)}{file}: {why}') from error
+        raise UserError(f'model {name}{_shown(kwargs)}{given}: {why}') from error
     if strict and file is not None:
         load_weights(model, file)
     elif config.initial_checkpoint and not device:

@@ -183,7 +183,7 @@ def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        of_names = ([], names, [])
+        of_names: Sequence[Sequence[str]] = ([], names, [])
         rows = (by_class, zip(names, *matrix.T, strict=True), bins)
         for (name, header), more, lines in zip(TABLES.items(), of_names, rows, strict=True):
             _write_csv(folder / name, [[*header, *more], *lines])

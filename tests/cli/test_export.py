@@ -1,10 +1,12 @@
 """export.py: files with the answers of the model that they came from; one line on a mistake."""
 
+import contextlib
 import errno
 import importlib.util
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from runs import KWARGS, MODEL, load_script
 from timm.data import create_transform, resolve_data_config
 
 from evavit import export as exporting
-from evavit.cli.export import check_forward
+from evavit.cli.export import check_forward, check_output
 from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
 from evavit.training import config, contents
@@ -487,6 +489,15 @@ def test_files_that_are_no_export_are_a_line(tmp_path, content):
         with pytest.raises(FileNotFoundError if content is None else ValueError, match=re.escape(name)) as error:
             read(tmp_path / name)
         assert '\n' not in str(error.value)
+
+
+def test_an_archive_of_another_program_is_no_package(tmp_path):
+    for member, own in (('thesis.txt', False), ('model/archive_format', True)):
+        path = tmp_path / 'm.pt2'
+        with zipfile.ZipFile(path, 'w') as file:
+            file.writestr(member, 'pt2')
+        with contextlib.nullcontext() if own else pytest.raises(UserError, match=r'm\.pt2 is there, and is no \.pt2'):
+            check_output(path)
 
 
 @needs_onnx
