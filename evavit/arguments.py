@@ -51,7 +51,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
 def to_number(kind: Any, text: str) -> Any:
     """A finite number, int or float, as `NUMBER` has it; ValueError of another text."""
     if not NUMBER[kind].fullmatch(text) or not math.isfinite(value := kind(text)):
-        raise ValueError
+        raise ValueError(f'{shown(text)} is no number')
     return value
 
 

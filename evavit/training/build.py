@@ -122,7 +122,7 @@ def build_model(
     elif config.pretrained_path and not device and _is_converted(config.pretrained_path, name):
         load_weights(model, config.pretrained_path, new_head=True)
     elif (config.pretrained or config.pretrained_path) and not device:
-        check_finite(model.state_dict(), config.pretrained_path or f'the published weights of {name}')
+        check_finite(model.state_dict(), config.pretrained_path or file or f'the published weights of {name}')
     if config.linear_probe:
         freeze_body(model)
     return model
