@@ -8,14 +8,17 @@ dependencies = ['timm', 'torch']
 
 import timm as _timm  # noqa: E402
 
+from evavit.hub import source_weights as _source_weights  # noqa: E402
 from evavit.models import model_names as _model_names  # noqa: E402
 from evavit.models import read_weights as _read_weights  # noqa: E402
 
 
 def _create(name, pretrained, kwargs):
-    path = str(kwargs.get('checkpoint_path') or '')
-    if path and not path.endswith(('.npy', '.npz')):  # which timm has a reader of its own for
-        _read_weights(path)  # says what is wrong with a file; timm looks at no digest
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    files = [kwargs.get('checkpoint_path'), *([overlay.get('file'), _source_weights(name)] if pretrained else [])]
+    for path in map(str, filter(None, files)):
+        if not path.endswith(('.npy', '.npz')):  # which timm has a reader of its own for
+            _read_weights(path)  # says what is wrong with a file; timm looks at no digest
     return _timm.create_model(name, pretrained=pretrained, **kwargs)
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import functools
+import math
 import re
 import reprlib
 import sys
@@ -15,6 +17,7 @@ if TYPE_CHECKING:  # --help does without it
     import torch
 
 __all__ = [
+    'NUMBER',
     'PREPARATION',
     'Parser',
     'asks_for_help',
@@ -24,6 +27,7 @@ __all__ = [
     'nearest',
     'program',
     'shown',
+    'to_number',
     'too_many_blocks',
     'wrong_preparation',
 ]
@@ -35,16 +39,30 @@ _BLOCKS = re.compile(
     '(?:^|_)(?:block|branch|depth|expert|layer|level|rep|scale|sec|stage)'
 )  # what timm calls their number
 
+NUMBER = {  # how a number is written: Python's int and float also take 2_4, ２４ and spaces around
+    int: re.compile(r'[+-]?[0-9]{1,20}'),
+    float: re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?'),
+}
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100
 
 
+def to_number(kind: Any, text: str) -> Any:
+    """A finite number, int or float, as `NUMBER` has it; ValueError of another text."""
+    if not NUMBER[kind].fullmatch(text) or not math.isfinite(value := kind(text)):
+        raise ValueError(f'{shown(text)} is no number')
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, with other manners: a fault is a `UserError` of one line, an unknown flag comes with the nearest
-    known one, and no flag can be shortened."""
+    known one, no flag can be shortened, and numbers are those of `NUMBER`, finite."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**{'allow_abbrev': False, **kwargs})
+        for kind in NUMBER:
+            self.register('type', kind, functools.partial(to_number, kind))
         if self.add_help:
             version = f'evavit {__version__}'
             self.add_argument('--version', action='version', version=version, help='print the version and end')

@@ -99,7 +99,12 @@ def _used_settings(recipe: Dict[str, Any]) -> Dict[str, Any]:
     if recipe.get('sched') == 'none':
         off |= {'sched', 'warmup_epochs', 'min_lr'}
     used = {key: recipe[key] for key in _RECIPE if key not in off and recipe.get(key) not in (None, False, '')}
-    return {key: Path(value).name if key in _FILES else value for key, value in used.items()}
+    return _lines({key: Path(value).name if key in _FILES else value for key, value in used.items()})
+
+
+def _lines(entries: Dict[str, Any]) -> Dict[str, Any]:
+    """Entries that are a line of the card each: a text with a break could begin a heading."""
+    return {' '.join(key.split()): ' '.join(it.split()) if isinstance(it, str) else it for key, it in entries.items()}
 
 
 def model_card(
@@ -157,7 +162,7 @@ def model_card(
         usage += _CONVERTED.format(name=name, source=source, arguments=arguments)
         summary = f'`{name}` of timm, converted to {model.conversion["attention"]} attention by evavit.'
     details['Recipe'] = _used_settings(recipe or {}) or 'not given'
-    details['Metrics'] = dict(metrics) if metrics else 'not given'
+    details['Metrics'] = _lines(dict(metrics)) if metrics else 'not given'
     return {
         'license': licence,
         'tags': ['image-classification', 'timm', 'evavit'],

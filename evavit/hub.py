@@ -14,11 +14,17 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 import timm
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from timm.models import get_model_input_config, resolve_model_input_args
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import (
     HF_SAFE_WEIGHTS_NAME,
+    HF_WEIGHTS_NAME,
     download_from_hf,
     generate_readme,
     save_config_for_hf,
@@ -31,7 +37,7 @@ from evavit.card import model_card
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
-from evavit.models._weights import disk_errors, saved_args, saved_preparation
+from evavit.models._weights import disk_errors, folder_weights, saved_args, saved_preparation
 from evavit.version import __version__
 
 __all__ = ['load_converted', 'publish', 'save_folder', 'saved_config']
@@ -368,6 +374,25 @@ def source_folder(name: str) -> Optional[Path]:
         return folder
     except Exception as error:  # the Hub's client has many
         raise ValueError(f"{name}: {why_not_fetched(error)}; give a folder, or 'hf-hub:owner/name'") from error
+
+
+def source_weights(name: str) -> Optional[Path]:
+    """The file from which timm takes the weights of what `source_folder` names, downloaded where it is not there; None
+    for a name of timm's list, and where only timm finds it. Whoever lets timm read it reads it with `read_weights`
+    before: timm looks at no digest.
+
+    Raises:
+        ValueError: that of `source_folder`.
+    """
+    folder = source_folder(name)
+    if folder is None or name.lower().startswith('local'):
+        return folder and folder_weights(folder)
+    content = saved_config(folder)[0]
+    own = content.get('pretrained_cfg', content).get('hf_hub_filename')
+    for file in (own,) if own else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
+        with contextlib.suppress(EntryNotFoundError):
+            return Path(download_from_hf(name.partition(':')[2], file))
+    return None
 
 
 def why_not_fetched(error: Exception, how: str = '') -> str:

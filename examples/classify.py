@@ -25,19 +25,31 @@ def prepare(picture: Image.Image, about: dict) -> np.ndarray:
 
     Args:
         picture: Any size and mode.
-        about: input_size (C, H, W), crop_pct, interpolation, mean and std, as in the file's metadata.
+        about: input_size (C, H, W), crop_pct, interpolation, mean, std and, if not center, crop_mode, as in the file's
+            metadata.
     """
     channels, height, width = about['input_size']
     if picture.mode.startswith('I'):  # 16 bits, which Pillow would cut at 255
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
     picture = picture.convert('L' if channels == 1 else 'RGB')
     tall, wide = (math.floor(side / about['crop_pct']) for side in (height, width))
-    ratio = min(picture.height / tall, picture.width / wide)  # the picture then covers tall × wide
-    rounded = int if tall == wide else round
-    size = [tall if side == min(picture.size) and tall == wide else rounded(side / ratio) for side in picture.size]
+    ratios, fill, mode = (picture.height / tall, picture.width / wide), 0, about.get('crop_mode', 'center')
+    if mode == 'center':  # the picture then covers tall × wide
+        ratio, rounded = min(ratios), int if tall == wide else round
+        size = [tall if side == min(picture.size) and tall == wide else rounded(side / ratio) for side in picture.size]
+    elif mode == 'squash':
+        size = [wide, tall]
+    elif mode == 'border':
+        size = [round(side / max(ratios)) for side in picture.size]
+        fill = tuple(round(255 * value) for value in about['mean'])[:channels]
+    else:
+        raise ValueError(f'crop_mode {mode!r} is none of center, squash, border')
     picture = picture.resize(size, Image.Resampling[about['interpolation'].upper()])
-    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
-    pixels = np.asarray(picture.crop((left, top, left + width, top + height)), dtype=np.float32) / 255
+    spare = (picture.width - width, picture.height - height)
+    place = tuple((-side) // 2 if side < 0 else -round(side / 2) for side in spare)
+    framed = Image.new(picture.mode, (width, height), fill)
+    framed.paste(picture, place)
+    pixels = np.asarray(framed, dtype=np.float32) / 255
     mean, std = (np.float32(about[name]) for name in ('mean', 'std'))
     return np.atleast_3d((pixels.reshape(height, width, channels) - mean) / std).transpose(2, 0, 1)[None]
 
@@ -48,7 +60,24 @@ def load(path: str) -> tuple:
         raise OSError(f'{path} is not a regular file')
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     about = session.get_modelmeta().custom_metadata_map
-    return session, {key: value if key == 'model' else json.loads(value) for key, value in about.items()}
+    about = {key: value if key == 'model' else json.loads(value) for key, value in about.items()}
+    check(about, session.get_inputs()[0].shape[1:])
+    return session, about
+
+
+def check(about: dict, shape: list) -> None:
+    """ValueError where what a file says of itself is not what its graph takes, or of no use."""
+    size, names, crop_pct = about['input_size'], about['class_names'], about['crop_pct']
+    if not isinstance(size, list) or [type(side) for side in size] != [int] * 3 or min(size) < 1:
+        raise ValueError(f'input_size {str(size)[:100]} is not three whole numbers')
+    if any(isinstance(own, int) and own != side for own, side in zip(shape, size, strict=True)):
+        raise ValueError(f'input_size {size} is not that of its graph, {shape}')
+    if not isinstance(crop_pct, (int, float)) or not 0.01 <= crop_pct <= 2:
+        raise ValueError(f'crop_pct {str(crop_pct)[:100]} is no number of 0.01 to 2')
+    if math.prod(size[1:]) > Image.MAX_IMAGE_PIXELS * min(1, crop_pct) ** 2:
+        raise ValueError(f'input_size {size} with crop_pct {crop_pct} are larger pictures than are read')
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f'class_names {str(names)[:100]} are no list of names')
 
 
 def classify(session: onnxruntime.InferenceSession, about: dict, pictures: list) -> np.ndarray:
@@ -83,7 +112,9 @@ def main() -> None:
     try:
         session, about = load(args.model)
         names, size = about['class_names'], about['input_size']
-        prepare(Image.new('RGB', (8, 8)), about)
+        (row,) = classify(session, about, [Image.new('RGB', (8, 8))])
+        if names and len(names) != len(row):
+            raise ValueError(f'{len(names)} names of {len(row)} classes; export the model anew')
     except KeyError as error:
         parser.error(shown(f'{args.model} does not say {error}: it is no file of export.py'))
     except Exception as error:  # onnxruntime has its own for files that it cannot read
@@ -107,8 +138,6 @@ def main() -> None:
             continue
         if not np.isfinite(row).all():
             parser.error(shown(f'{args.model}: its outputs for {path} are not finite'))
-        if names and (not isinstance(names, list) or len(names) != len(row)):
-            parser.error(shown(f'{args.model}: {len(names)} names of {len(row)} classes; export the model anew'))
         done += 1
         best = np.argsort(-row)[:3]
         print(shown(f'{path}: ' + ', '.join(f'{names[i] if names else i} {100 * row[i]:.1f} %' for i in best)))

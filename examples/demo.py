@@ -256,7 +256,7 @@ def load(flags: List[str], window_size: int) -> Tuple[Demo, str]:
     device = start_process(config.machine.device, alone='demo.py').device
     class_names = choose_weights(config, given)
     checks.image_channels(config.model)
-    model: Any = build.build_model(config.model, config.model.num_classes)
+    model: Any = build.build_model(config.model, config.model.num_classes, new_head=False)
     contents.load_checkpoint(model, config.weights)
     data_config = data.resolve_input(config.model, model)
     build.try_model(model, data_config['input_size'], config.model, classifier=bool(model.num_classes))

@@ -13,7 +13,7 @@ from typing import Optional
 import timm
 import torch
 from scipy import ndimage
-from segment import coins, crops, is_converted
+from segment import check, coins, crops, is_converted
 from timm.data import resolve_data_config
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +21,7 @@ from torchvision.models.detection import FasterRCNN, RetinaNet
 
 import evavit
 from evavit.dense import DetectionBackbone
+from evavit.errors import UserError, first_line
 
 DETECTORS = {'faster_rcnn': FasterRCNN, 'retinanet': RetinaNet}
 
@@ -120,11 +121,12 @@ def main() -> None:
     given = {'--model': args.model, '--pretrained-path': args.pretrained_path}
     asked = ' '.join(f'{flag} {value}' for flag, value in given.items() if value)
     try:
+        check(args.model or '', args.pretrained_path)
         model = build(args.model, args.detector, side=192, weights=args.pretrained_path)
         with torch.no_grad():
             model.eval().backbone(torch.zeros(1, 3, 192, 256))
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:  # timm's models have one each
-        parser.error(f'{asked}: {error}')
+    except (AssertionError, OSError, RuntimeError, TypeError, UserError, ValueError) as error:  # timm's have one each
+        parser.error(f'{asked}: {first_line(error)}')
     begin = time.time()
     losses = train(model, image, mask, args.steps)
     with torch.no_grad():

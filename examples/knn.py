@@ -10,11 +10,11 @@ comparison. Other flags are those of validate.py (--model-kwargs, --img-size, --
 --val-fraction and --seed for a folder without splits). Needs scikit-learn.
 """
 
-import argparse
 import sys
 
 import torch
 
+from evavit.arguments import Parser
 from evavit.errors import UserError, run_script
 from evavit.training import build, checks, data, loop
 from evavit.training.config import parse_settings
@@ -69,7 +69,7 @@ def judge(settings, k):
 
 def main(argv=None):
     about = dict(description=__doc__.splitlines()[0], epilog='Its other flags are those of validate.py.')
-    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
+    parser = Parser(**about)
     parser.add_argument('-k', type=int, default=20, help='neighbours (20)')
     parser.add_argument('--weights', metavar='FILE', help='weights of the model, its classifier is not used')
     args, flags = parser.parse_known_args(argv)

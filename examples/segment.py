@@ -8,6 +8,7 @@ needs.
 
 import argparse
 import time
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -16,6 +17,8 @@ from scipy import ndimage
 from timm.data import resolve_data_config
 
 import evavit
+from evavit.errors import UserError, first_line
+from evavit.training.build import check_finite
 
 try:
     import segmentation_models_pytorch as smp
@@ -88,6 +91,15 @@ def weights(path: Optional[str]) -> dict:
     return dict(encoder_weights=True, pretrained_cfg_overlay=dict(file=path)) if path else dict(encoder_weights=None)
 
 
+def check(name: str, path: Optional[str]) -> None:
+    """UserError or RuntimeError, of one line, on weights that cannot be read or are not finite, and on a model that
+    would be fetched."""
+    if name.lower().replace('_', '-').startswith('hf-hub:'):
+        raise UserError('lies on the Hugging Face Hub, and nothing is fetched here; give a name of timm or local-dir:')
+    if path and Path(path).is_file():
+        check_finite(evavit.models.read_weights(path), path)
+
+
 def is_converted(path: str) -> bool:
     """Whether these are weights of a converted ViT."""
     try:
@@ -125,10 +137,13 @@ def main() -> None:
             f'docs/dense.md shows'
         )
     try:
+        check(args.encoder.removeprefix('tu-'), path)
         model = smp.create_model(args.decoder, args.encoder, classes=1, **weights(path))
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
+    except UserError as error:
+        parser.error(f'{asked}: {error}')
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         hint = '' if path and 'pvt' in args.encoder else '; a pyramid is needed, such as tu-eva_pvt_v2_b3'
-        parser.error(f'{asked}: {error}{hint}')
+        parser.error(f'{asked}: {first_line(error)}{hint}')
     begin = time.time()
     losses = train(model, image, mask, args.steps)
     print(

@@ -5,7 +5,6 @@ the runs (one a GPU, by CUDA_VISIBLE_DEVICES): each takes the next that no other
 be hashed and has a `name`. Its state is `done`, `to do`, `started`, or one line on what it waits for.
 """
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -22,10 +21,11 @@ from pathlib import Path
 import torch
 from tiny_imagenet.build import missing  # beside this file, where whoever imports it looks
 
+from evavit.arguments import Parser
 from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, store_rows
 from evavit.cli import train, validate
 from evavit.errors import Preempted, UserError, reason_of
-from evavit.files import append_to, replacing
+from evavit.files import append_to, open_regular, replacing
 from evavit.training.distributed import start_process
 
 ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns of every row, see `about`
@@ -33,7 +33,7 @@ ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns o
 
 def parser_of(text, output, data='what experiments/tiny_imagenet/build.py wrote'):
     """A parser with the flags of every driver. What it does not know is for train.py: see `parse`."""
-    parser = argparse.ArgumentParser(description=text.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=text.splitlines()[0])
     parser.add_argument('--data-dir', type=Path, help=data)
     parser.add_argument('--output', type=Path, default=Path(output), help=f'folder of the runs ({output})')
     parser.add_argument('--results-file', type=Path, metavar='CSV', help='(runs.csv in --output)')
@@ -121,6 +121,7 @@ def work(args, jobs, columns, state, run, says):
         says: From a row to what is printed of it.
     """
     check_writable(args.results_file)
+    beside(args, 'settings')
     end = time.monotonic() + args.seconds if args.seconds else None
     failed = []
     while True:
@@ -237,10 +238,22 @@ def make_output(args):
         raise UserError(f'--output {args.output}: cannot be made ({reason_of(error)}); name another folder') from error
 
 
+def beside(args, name):
+    """The folder of this name beside the results file; UserError where it is a link or a file."""
+    folder = Path(args.results_file).parent / name
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f'{folder}: is a link or no folder; take it away, or name another --results-file')
+    return folder
+
+
 def save_plot(figure, results_file):
     """A figure of Matplotlib as SVG beside the results file."""
     path = results_file.with_suffix('.svg')
     try:
+        if os.path.lexists(path):
+            with open_regular(path) as file:
+                if b'Matplotlib v' not in file.read(2000):  # as it says itself
+                    raise UserError(f'{path} is there, and is no plot of Matplotlib; move it, or the results file')
         with replacing(path) as partial:
             figure.savefig(partial, format='svg', metadata=dict(Date=None))
     except OSError as error:
@@ -281,7 +294,7 @@ def alone(path, wait=False):
 
 def about(job, file, args, device):
     """The columns `ABOUT`. The settings of the run, `file`, are kept beside the results file."""
-    kept = Path(args.results_file).parent / 'settings' / f'{job.name}.yaml'
+    kept = beside(args, 'settings') / f'{job.name}.yaml'
     kept.parent.mkdir(parents=True, exist_ok=True)
     with replacing(kept) as partial:
         partial.write_bytes(file.read_bytes())

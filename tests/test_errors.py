@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from evavit.arguments import Parser
 from evavit.errors import (
     ALONE,
     INTERRUPTED,
@@ -196,3 +197,14 @@ def test_an_error_that_is_its_own_cause():
     error.__cause__ = UserError('in other words')
     error.__cause__.__context__ = error
     assert reason_of(error.__cause__) == f'the disk is full: {os.strerror(errno.ENOSPC)}'
+
+
+@pytest.mark.parametrize(
+    'kind, text', [(int, '２'), (int, '2_0'), (int, ' 2'), (float, '０.５'), (float, 'nan'), (float, '1e999')]
+)
+def test_numbers_of_flags_are_finite_and_of_plain_digits(kind, text):
+    parser = Parser()
+    parser.add_argument('--n', type=kind)
+    assert parser.parse_args(['--n', '20']).n == 20
+    with pytest.raises(UserError, match=f'argument --n: invalid {kind.__name__} value'):
+        parser.parse_args(['--n', text])

@@ -40,6 +40,7 @@ PLAIN = (
         proposal_scale=0.5,
     ),
 )
+SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3)
 PYRAMID = (
     'eva_pvt_v2_b3',
     dict(
@@ -518,6 +519,24 @@ def test_torch_hub_names_a_file_that_is_none(fault, words, tmp_path):
     with pytest.raises(RuntimeError, match=words) as told:
         torch.hub.load(str(ROOT), name, source='local', checkpoint_path=str(path), **kwargs)
     assert str(path) in str(told.value) and '\n' not in str(told.value)
+
+
+@pytest.mark.parametrize('name', ['eva_deit_tiny', 'vit_tiny_patch16_224'])
+def test_torch_hub_and_timm_name_a_damaged_folder(name, tmp_path):
+    """timm alone finds it where the model is of this package."""
+    folder = save_folder(timm.create_model(name, **SMALL), tmp_path / 'mine', data='x', licence='mit')
+    path = folder / 'model.safetensors'
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    calls = [lambda: torch.hub.load(str(ROOT), 'timm_model', f'local-dir:{folder}', source='local', pretrained=True)]
+    file = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    calls += [lambda: torch.hub.load(str(ROOT), 'timm_model', name, source='local', **file, **SMALL)]
+    calls += [lambda: timm.create_model(f'local-dir:{folder}', pretrained=True)] if name.startswith('eva') else []
+    for call in calls:
+        with pytest.raises(RuntimeError, match='damaged: its SHA-256') as told:
+            call()
+        assert str(path) in str(told.value) and '\n' not in str(told.value)
 
 
 def test_torch_hub_lists_every_model():

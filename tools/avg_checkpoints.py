@@ -10,11 +10,12 @@ settings and position go, and the average stays where there is one. The flags ar
 import hashlib
 import os
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
-from evavit.arguments import Parser
+from evavit.arguments import Parser, shown
 from evavit.errors import UserError, first_line, printable, reason_of, run_script
 from evavit.files import replacing, stamp
 from evavit.models import write_weights
@@ -53,11 +54,26 @@ def main(argv=None):
                     f'--filter, or average all with --no-sort'
                 )
             paths = sorted(paths, key=metrics.get, reverse=names != {'loss'})[: args.n]
+    check_classes(paths)
     weights = average(paths, use_ema=not args.no_use_ema)
     output = save(weights, output, args.hash)
     what = f'mean of {", ".join(path.name for path in paths)}' if len(paths) > 1 else f'weights of {paths[0].name}'
     count = sum(value.numel() for value in weights.values())
     print(printable(f'{output}: {what}, {count / 1e6:.2f} M numbers'))
+
+
+def check_classes(paths):
+    """UserError where files say that their labels mean other classes."""
+    known = [(path, names) for path in paths if (names := saved_settings(path).get('class_names'))]
+    for path, names in known[1:]:
+        first, expected = known[0]
+        if names != expected:
+            label = next(i for i, pair in enumerate(zip_longest(names, expected)) if pair[0] != pair[1])
+            here, there = (shown((them[label : label + 1] or ['nothing'])[0]) for them in (names, expected))
+            raise UserError(
+                f'{path}: class {label} is {here}, and {there} in {first}: their mean is no model; name those of one '
+                f'with --filter'
+            )
 
 
 def average(paths, use_ema=True):

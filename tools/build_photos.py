@@ -5,13 +5,13 @@ JPEGs of 500 × 375 pixels, about 62 KiB each: crops, mirrored and tinted, of th
 carries. DIR/train and DIR/validation, ten classes without meaning. They are for timing the loader, not for learning.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from evavit.arguments import Parser
 from evavit.errors import UserError, printable, run_script
 from evavit.files import new_folder
 
@@ -38,7 +38,7 @@ def write(folder, count, seed):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path)
     parser.add_argument('--images', type=int, default=256, help='images to train on; an eighth as many to validate on')
     args = parser.parse_args(argv)

@@ -14,8 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-from evavit.arguments import PREPARATION, Parser
+from evavit.arguments import PREPARATION, Parser, shown
 from evavit.errors import UserError, printable, reason_of, run_script
+from evavit.files import stored_digest
 from evavit.hub import save_folder
 from evavit.training import build, contents
 from evavit.training.config import ModelConfig
@@ -52,10 +53,12 @@ def main(argv=None):
     model = build.build_model(config, classes)
     build.load_weights(model, args.checkpoint)
     if args.results_file:
-        metrics = read_metrics(args.results_file)
+        metrics = read_metrics(args.results_file, args.checkpoint)
     else:
-        measured = contents.stored_metric(args.checkpoint)
-        metrics = None if measured is None else {saved.get('eval_metric', 'top1'): round(measured, 4)}
+        measured, metric = contents.stored_metric(args.checkpoint), saved.get('eval_metric', 'top1')
+        if not isinstance(metric, str):
+            raise UserError(f'{args.checkpoint}: not a checkpoint of train.py (its eval_metric is {shown(metric)})')
+        metrics = None if measured is None else {metric: round(measured, 4)}
     try:
         folder = save_folder(
             model.eval(),
@@ -76,7 +79,8 @@ def main(argv=None):
     print(printable(f'{folder}: {", ".join(sorted(path.name for path in folder.iterdir()))}'))
 
 
-def read_metrics(path):
+def read_metrics(path, checkpoint):
+    """The metrics in a file of validate.py; UserError where it judged other weights than the checkpoint's."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f'--results-file {path}: no such file')
@@ -84,13 +88,19 @@ def read_metrics(path):
         with open(path, newline='') as file:
             row = json.load(file) if path.suffix == '.json' else next(csv.DictReader(file))
         metrics = {name: row[name] for name in METRICS} | {name: row[name] for name in row if MORE.fullmatch(name)}
-        if all(math.isfinite(float(value)) for value in metrics.values()):
-            return metrics
-        raise ValueError('not finite')
+        if not all(math.isfinite(float(value)) for value in metrics.values()):
+            raise ValueError('not finite')
     except OSError as error:
         raise UserError(f'--results-file {path}: cannot be read ({reason_of(error)})') from error
     except (ValueError, KeyError, TypeError, StopIteration, RecursionError, csv.Error) as error:
         raise UserError(f'--results-file {path}: not what validate.py writes') from error
+    judged, own = row.get('checkpoint_sha256'), stored_digest(checkpoint)[:16]
+    if row.get('checkpoint') == '' or (judged and own and judged != own):
+        of = row.get('checkpoint') or f'the published weights of {row.get("model")}'
+        raise UserError(
+            f'--results-file {path}: of other weights ({shown(of)}) than {checkpoint}; let validate.py judge these'
+        )
+    return metrics
 
 
 if __name__ == '__main__':

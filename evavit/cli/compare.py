@@ -17,26 +17,29 @@ queries: it does not approximate softmax attention with other keys.
 import argparse
 import math
 import os
+import re
 from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
 import torch
 
-from evavit.arguments import Parser, find_device
+from evavit.arguments import NUMBER, Parser, find_device
 from evavit.bench.compare import compare_all, open_picture
 from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
 from evavit.cli.benchmark import positive
 from evavit.errors import UserError
 from evavit.layers import ATTENTIONS
+from evavit.training.distributed import check_backend
 
 COLUMNS = {'tokens': 7, 'attention': 14, 'error': 8, 'forward_ms': 12, 'forward_backward_ms': 20, 'memory_mib': 11}
+MOST_STD = 1000  # of logits: softmax then takes one key alone
 SHARED = ('image', 'logit_std', 'batch_size', 'dtype', 'seed')  # of all rows
 
 
 def grid(text: str) -> List[int]:
     """'784' or '28x28' to [28, 28]."""
     sides = text.lower().split('x')
-    if len(sides) in (1, 2) and all(side.isdecimal() and int(side) > 0 for side in sides):
+    if len(sides) in (1, 2) and all(re.fullmatch('[0-9]{1,9}', side) and int(side) > 0 for side in sides):
         if len(sides) == 2:
             return [int(side) for side in sides]
         side = math.isqrt(int(text))
@@ -47,17 +50,13 @@ def grid(text: str) -> List[int]:
 
 
 def above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'must be a number above 0, got {text!r}')
-    return value
+    if not NUMBER[float].fullmatch(text) or not 0 < float(text) <= MOST_STD:
+        raise argparse.ArgumentTypeError(f'must be a number above 0, at most {MOST_STD}, got {text!r}')
+    return float(text)
 
 
 def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
+    if not re.fullmatch('[0-9]{1,19}', text) or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f'must be a whole number from 0 on, below 2⁶³, got {text!r}')
     return int(text)
 
@@ -95,6 +94,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, tor
     add('--results-file', type=Path, metavar='FILE', help='CSV to write the rows to, with device, versions and commit')
     args = parser.parse_args(argv)
     device = find_device(args.device)
+    check_backend()
     if args.results_file:
         if args.results_file.suffix != '.csv' or args.results_file.is_dir():
             raise UserError(f'--results-file {args.results_file}: must be a .csv file')

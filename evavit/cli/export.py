@@ -11,8 +11,8 @@ import logging
 import os
 import sys
 import zipfile
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     contents.check_source(config)
 
     torch.manual_seed(0)
-    model = build.build_model(config.model, config.model.num_classes)
+    model = build.build_model(config.model, config.model.num_classes, new_head=False)
     data_config = contents.finish_model(model, config)
     if not config.weights.checkpoint and not config.model.pretrained:
         log.warning('no --checkpoint: the weights are random, good for timing only')
@@ -75,7 +75,7 @@ def check_settings(config: ExportConfig, output: Path) -> None:
         )
     if not output.parent.is_dir():
         raise UserError(f'{output}: there is no folder {output.parent}; make it first')
-    checks.image_channels(config.model)
+    checks.given_channels(config.model)
     precision = config.export.precision
     if output.suffix != '.onnx':
         for name in ('opset', 'keep_init', 'dynamic_size'):
@@ -98,7 +98,7 @@ def check_output(output: Path) -> None:
         with open_regular(output) as file:
             if not os.fstat(file.fileno()).st_size:
                 return
-            own = output.suffix != '.pt2' or zipfile.is_zipfile(file)
+            own = output.suffix != '.pt2' or is_package(file)
     except OSError as error:
         raise UserError(f'{output}: cannot be written ({reason_of(error)}); name another file') from error
     if output.suffix == '.onnx':
@@ -110,6 +110,15 @@ def check_output(output: Path) -> None:
         raise UserError(f'{output} is there, and is no {output.suffix} file; name another one')
 
 
+def is_package(file: IO[bytes]) -> bool:
+    """Whether a file is a zip archive that says that it is one of PyTorch's packages."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(PurePosixPath(name).name == 'archive_format' for name in archive.namelist())
+    except (ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False
+
+
 def write(
     model: nn.Module, output: Path, data_config: Dict[str, Any], class_names: Optional[List[str]], config: ExportConfig
 ) -> None:
@@ -118,9 +127,8 @@ def write(
         if output.suffix == '.pt2':
             exporting.to_package(model, output, input_size)
         else:
-            about = {
-                key: json.dumps(data_config[key]) for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
-            }
+            keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+            about = {key: json.dumps(data_config[key]) for key in keys}
             about |= dict(model=str(config.model.model), class_names=json.dumps(class_names))
             exporting.to_onnx(
                 model,

@@ -52,7 +52,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     class_names = choose_weights(config, given)
     dataset = data.open_pictures(config.data.data_dir, checks.image_channels(config.model))
     names = picture_names(dataset, config.results, formats)
-    model: Any = build.build_model(config.model, config.model.num_classes)
+    model: Any = build.build_model(config.model, config.model.num_classes, new_head=False)
     if not model.num_classes:
         raise UserError(
             f'{config.model.model} has no classifier; train one (configs/linear_probe.yaml), or give another'
@@ -206,9 +206,16 @@ def class_namer(
         source = str(config.weights.checkpoint)
         names = [*class_names, *map(str, range(len(class_names), model.num_classes))]
     if config.data.class_map:
+        learnt, whose = names, source
         source = f'--class-map {config.data.class_map}'
         labels = data.read_class_map(config.data.class_map, config.data.data_dir)
         names = sorted(labels, key=labels.__getitem__)
+        for label, name in enumerate(learnt if isinstance(learnt, list) else ()):
+            if isinstance(name, str) and labels.get(name, label) != label:
+                raise UserError(
+                    f'{source}: {name} is class {labels[name]} of it, and class {label} of {whose}; leave the map out, '
+                    f'or put its names in that order'
+                )
     try:
         if isinstance(names, (list, tuple)) and not (len(set(names)) == len(names) == model.num_classes):
             raise UserError(

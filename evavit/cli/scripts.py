@@ -42,13 +42,10 @@ def _run(name: Any) -> int:
 
     def checked(argv: Optional[Sequence[str]] = None) -> None:
         with _quiet_interrupt():
-            from evavit.ops.backends import check_environment
+            from evavit.training.distributed import check_backend
 
             main = import_module(f'evavit.cli.{name}').main
-        try:
-            check_environment()
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_backend()
         main(argv)
 
     return run_script(checked)

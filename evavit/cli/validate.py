@@ -16,7 +16,7 @@ import torch
 from evavit.bench.clocks import median_seconds
 from evavit.bench.results import check_replaced
 from evavit.errors import SharedError, UserError, encodable, reason_of
-from evavit.files import replacing
+from evavit.files import replacing, stored_digest
 from evavit.training import build, checks, contents, data, loop, report
 from evavit.training.agreement import check_agreement
 from evavit.training.compilation import Compilation, check_compilation
@@ -51,7 +51,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     )
     data.check_labels(learnt, class_names, 'the checkpoint')
     contents.warn_of_held_out(config, data.held_out(dataset))
-    model: Any = build.build_model(config.model, config.model.num_classes)
+    model: Any = build.build_model(config.model, config.model.num_classes, new_head=False)
     data.class_count(config.data, model.num_classes, class_names, dataset)
     report.check_report(config.run.report_dir, model.num_classes)
     data_config = contents.finish_model(model, config)
@@ -155,6 +155,21 @@ def check_settings(config: ValidateConfig) -> None:
         raise UserError(f'--results-file {results}: the name must end in .csv or .json')
     if results:
         check_replaced(Path(results), lambda names: names[:3] == ['model', 'top1', 'top1_err'])
+    if config.run.report_dir:
+        check_report_dir(Path(config.run.report_dir))
+
+
+def check_report_dir(folder: Path) -> None:
+    """UserError where a file of the report's names is there that no report wrote."""
+    for name, first in report.TABLES.items():
+        check_replaced(folder / name, lambda names, first=first: names[: len(first)] == first)  # type: ignore[misc]
+    picture = folder / report.PICTURE
+    try:
+        own = not picture.exists() or report.is_own_picture(picture)
+    except OSError as error:
+        raise UserError(f'{picture}: cannot be read ({reason_of(error)}); name another folder') from error
+    if not own:
+        raise UserError(f'{picture} is there, and is no picture of a report; name another folder')
 
 
 def result_row(
@@ -175,6 +190,7 @@ def result_row(
         loss=round(metrics['loss'], 6),
         images=images,
         checkpoint=config.weights.checkpoint or '',
+        checkpoint_sha256=stored_digest(config.weights.checkpoint)[:16] if config.weights.checkpoint else '',
     )
 
 

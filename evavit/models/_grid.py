@@ -243,7 +243,7 @@ def build_grid_model(model: Type[nn.Module], name: str, pretrained: bool, **kwar
         **kwargs: `feature_cfg` and arguments of the class.
     """
     overlay = kwargs.get('pretrained_cfg_overlay')
-    with readable(overlay):
+    with readable(overlay, kwargs.get('pretrained_cfg') if pretrained else None):
         if pretrained and overlay and kwargs.get('features_only'):
             kwargs['pretrained_cfg_overlay'] = as_trained(overlay)
         made = build_model_with_cfg(model, name, pretrained, pretrained_filter_fn=pretrained_filter, **kwargs)

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
+from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES
 from torch import nn
 
 from evavit.arguments import PREPARATION, wrong_preparation
@@ -72,6 +73,13 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
         return weights
     except Exception as error:  # each format has its own errors, which name neither the file nor, often, the fault
         raise RuntimeError(f'{path}: {_fault(Path(path), error)}') from error
+
+
+def folder_weights(folder: Union[str, Path]) -> Optional[Path]:
+    """The file from which timm takes the weights of 'local-dir:FOLDER'; None where there is none."""
+    found = [path for name in _PREFERRED_FILES if (path := Path(folder, name)).exists()]
+    found += [path for ending in _EXT_PRIORITY for path in sorted(Path(folder).glob(f'*{ending}'))]
+    return next(iter(found), None)
 
 
 def saved_args(file: Union[str, Path]) -> Any:
@@ -157,10 +165,12 @@ def _fault(path: Path, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def readable(overlay: Optional[Mapping[str, Any]]) -> Iterator[None]:
-    """Raise the errors of `read_weights` where timm fails to read the file of a `pretrained_cfg_overlay`, or its digest
-    is that of another content."""
+def readable(overlay: Optional[Mapping[str, Any]], cfg: Any = None) -> Iterator[None]:
+    """Raise the errors of `read_weights` where timm fails to read the file of a `pretrained_cfg_overlay`, or of a
+    folder that is the source of a `pretrained_cfg`, or its digest is that of another content."""
     file = overlay and overlay.get('file')
+    if not file and isinstance(cfg, dict) and cfg.get('source') == 'local-dir':
+        file = folder_weights(cfg['file'])
     try:
         if file and Path(file).is_file():
             is_stamped(file)

@@ -20,7 +20,7 @@ from torch import nn
 from evavit import models
 from evavit.arguments import PREPARATION, nearest, shown, too_many_blocks
 from evavit.errors import UserError, first_line
-from evavit.hub import saved_config, source_folder, why_not_fetched
+from evavit.hub import saved_config, source_folder, source_weights, why_not_fetched
 from evavit.models import (
     ConvertedModel,
     GridPyramidVisionTransformerV2,
@@ -54,12 +54,15 @@ LARGE = 200e6  # parameters above which no trial pass is made on the CPU
 LARGE_IMAGE = 3 * 2048**2  # values of an image above which none is made either
 
 
-def build_model(config: ModelConfig, num_classes: Optional[int], device: Optional[str] = None) -> nn.Module:
+def build_model(
+    config: ModelConfig, num_classes: Optional[int], device: Optional[str] = None, new_head: bool = True
+) -> nn.Module:
     """The model by its name, with the weights it starts from and converted where `config` says so; whatever timm or
     the model refuses is a UserError.
 
     With a device, such as meta, it is built there without those weights: to look at, not to train. Where `config.model`
-    is a folder or repository with a converted network, `config` then names its parts, see `name_converted`.
+    is a folder or repository with a converted network, `config` then names its parts, see `name_converted`. Without
+    `new_head`, for a model that is not to be trained, the weights of such a place must have a classifier.
     """
     check_source(config)
     name_converted(config)
@@ -89,6 +92,13 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
             **(dict(device=device) if device else _pretrained_file(config)),
             **kwargs,
         )
+        file = source_weights(name) if config.pretrained and not device else None
+        same = num_classes in (None, arguments['pretrained_cfg'].get('num_classes'))
+        strict = file is not None and same and not new_head and arguments['model_name'] in models.model_names()
+        if strict:  # in these models timm's reader makes a classifier that the file lacks
+            arguments['pretrained'] = False
+        elif file is not None:
+            read_weights(file)
         model: Any = timm.create_model(**arguments)
         if not hasattr(model, 'num_classes'):
             raise UserError(
@@ -102,15 +112,17 @@ def build_model(config: ModelConfig, num_classes: Optional[int], device: Optiona
     except UserError:
         raise
     except Exception as error:  # each model has its own errors for arguments that do not fit
-        file = f', weights {config.pretrained_path}' if config.pretrained_path and not device else ''
+        given = f', weights {config.pretrained_path}' if config.pretrained_path and not device else ''
         why = why_not_fetched(error, 'by --pretrained-path FILE in train.py, --checkpoint FILE in the other programs')
-        raise UserError(f'model {name}{_shown(kwargs)}{file}: {why}') from error
-    if config.initial_checkpoint and not device:
+        raise UserError(f'model {name}{_shown(kwargs)}{given}: {why}') from error
+    if strict and file is not None:
+        load_weights(model, file)
+    elif config.initial_checkpoint and not device:
         load_weights(model, config.initial_checkpoint)
     elif config.pretrained_path and not device and _is_converted(config.pretrained_path, name):
         load_weights(model, config.pretrained_path, new_head=True)
     elif (config.pretrained or config.pretrained_path) and not device:
-        check_finite(model.state_dict(), config.pretrained_path or f'the published weights of {name}')
+        check_finite(model.state_dict(), config.pretrained_path or file or f'the published weights of {name}')
     if config.linear_probe:
         freeze_body(model)
     return model

@@ -14,6 +14,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 from evavit.arguments import check_device, nearest, shown
 from evavit.errors import UserError, first_line
 from evavit.files import WEIGHTS, why_no_file
+from evavit.hub import saved_config, source_folder
 from evavit.training import data
 from evavit.training.compilation import check_compilation
 from evavit.training.config import (
@@ -85,7 +86,7 @@ def _check_model(config: ModelConfig, dry_run: bool) -> None:
         raise UserError('linear_probe trains the classifier alone: say with --pretrained-path what gives the features')
     check_source(config, dry_run)
     check_conversion(config)
-    image_channels(config)
+    given_channels(config)
 
 
 def check_conversion(config: ModelConfig) -> None:
@@ -241,7 +242,26 @@ def mixes(config: LossConfig) -> bool:
 
 
 def image_channels(config: ModelConfig) -> int:
-    """Channels that images are loaded with: 1 for grey, 3 for colour. Another number is a UserError."""
+    """Channels that images are loaded with: 1 for grey, 3 for colour, as the settings say, or the `config.json` of a
+    folder or repository that is the model. Another number is a UserError."""
+    name, channels = config.model or '', given_channels(config)
+    if channels is None and (name.startswith('local-dir:') or (':' in name and config.pretrained)):
+        try:
+            folder = source_folder(name)
+            arguments = (saved_config(folder)[0] if folder else {}).get('model_args') or {}
+        except ValueError as error:
+            raise UserError(f'model {error}') from error
+        channels = arguments.get('in_chans')
+        if channels is not None and channels not in (1, 3):
+            raise UserError(
+                f'model {name}: its config.json asks for images of {shown(channels)} channels; they are loaded with 1 '
+                f'or 3, give another model'
+            )
+    return 3 if channels is None else channels
+
+
+def given_channels(config: ModelConfig) -> Optional[int]:
+    """What the settings alone say of `image_channels`, None where they do not."""
     given = dict(
         input_size=config.input_size[0] if config.input_size else None,
         in_chans=config.in_chans,
@@ -250,7 +270,7 @@ def image_channels(config: ModelConfig) -> int:
     for name, channels in given.items():
         if channels is not None and channels not in (1, 3):
             raise UserError(f'{name}: {channels} image channels; images are loaded with 1 or 3, give one of these')
-    return next((channels for channels in given.values() if channels is not None), 3)
+    return next((channels for channels in given.values() if channels is not None), None)
 
 
 @dataclass(frozen=True)

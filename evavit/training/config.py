@@ -31,12 +31,11 @@ from typing import (
 
 import yaml
 
-from evavit.arguments import Parser, nearest, program, shown
+from evavit.arguments import NUMBER, Parser, nearest, program, shown
 from evavit.errors import UserError, reason_of
 from evavit.files import replacing, why_no_file
 from evavit.training.sections import (
     LONGEST,
-    NUMBER,
     AugmentConfig,
     BatchConfig,
     DataConfig,

@@ -202,7 +202,7 @@ def build_teacher(
     classes = build.head_classes(source.model or '', build.read_weights(path)) if path else None
     if path and classes is None and kind != 'feature':
         raise UserError(f'{path}: weights without a classifier, so no logits to compare; use --kd-distill-type feature')
-    model: Any = build.build_model(source, classes, device)
+    model: Any = build.build_model(source, classes, device, new_head=kind == 'feature')
     if kind != 'feature' and config.model.num_classes and model.num_classes != student.num_classes:
         raise UserError(
             f'kd_model_name {name} has {model.num_classes} classes, the run {student.num_classes}: their logits cannot '

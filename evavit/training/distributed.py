@@ -27,6 +27,7 @@ from timm.utils.distributed import init_distributed_device_so
 from evavit.arguments import find_device
 from evavit.errors import LocalError, SharedError, UserError, give_up_stdout, launched, one_line, printable, reason_of
 from evavit.files import open_own
+from evavit.ops.backends import check_environment
 from evavit.training.stalls import Watchdog
 
 log = logging.getLogger(__name__)
@@ -134,12 +135,21 @@ def _rendezvous_url() -> str:
     return 'evavit-restarted://'
 
 
+def check_backend() -> None:
+    """UserError for an EVAVIT_BACKEND that no operator has."""
+    try:
+        check_environment()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def start_process(
     device: Optional[str] = None, watchdog: Optional[Watchdog] = None, *, alone: Optional[str] = None
 ) -> Process:
     """Choose the device, join the process group, and let only the first process log. A stall ends it where `watchdog`,
     a context that has been entered, has a limit. `alone` names a program that several processes would run by halves, or
     twice: one that a launcher has started so is a SharedError."""
+    check_backend()
     name, watchdog = str(find_device(device)), watchdog or Watchdog()
     place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
     _, rank, world_size = launched()

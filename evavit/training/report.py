@@ -14,12 +14,19 @@ from PIL import Image, ImageDraw
 from timm.task import ClassificationEvaluator
 
 from evavit.errors import UserError, printable, reason_of
-from evavit.files import replacing
+from evavit.files import open_regular, replacing
 from evavit.training.distributed import Process
 
 BINS = 15  # of the probability in the calibration error, as in Guo et al., 2017 (arXiv:1706.04599)
 MOST_CLASSES = 5000  # of a confusion matrix: beyond, its file would be larger than the data set's
 NAMED = 60  # most classes whose names fit beside the picture
+TABLES = {  # files of a report and how their first rows begin
+    'classes.csv': ['label', 'class', 'images', 'predicted', 'top1', 'top5', 'precision', 'recall', 'f1_score'],
+    'confusion.csv': ['label \\ predicted'],
+    'calibration.csv': ['above', 'up_to', 'images', 'probability', 'accuracy'],
+}
+PICTURE = 'confusion.png'
+MARK = ('Software', 'evavit')  # in the picture's text
 
 
 class Predictions(NamedTuple):
@@ -144,6 +151,13 @@ def check_report(folder: Optional[str], classes: int) -> None:
         )
 
 
+def is_own_picture(path: Path) -> bool:
+    """Whether a file is empty or a picture that `write_report` wrote. OSError where it cannot be read."""
+    with open_regular(path) as file:
+        head = file.read(200)
+    return not head or '\0'.join(MARK).encode() in head
+
+
 def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -> None:
     """Write classes.csv, confusion.csv, confusion.png and calibration.csv; shares are in percent, undefined ones empty.
 
@@ -155,12 +169,13 @@ def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -
     Raises:
         UserError: It cannot be written.
     """
+    from PIL.PngImagePlugin import PngInfo  # whose import registers a format with Pillow
+
     metrics, matrix = class_metrics(predictions, len(names)), confusion_matrix(predictions, len(names))
     shares = [
         [_percent(value) for value in column]
         for column in (metrics.recall, metrics.top5, metrics.precision, metrics.recall, metrics.f1_score)
     ]
-    header = ['label', 'class', 'images', 'predicted', 'top1', 'top5', 'precision', 'recall', 'f1_score']
     by_class = zip(range(len(names)), names, metrics.images, metrics.predicted, *shares, strict=True)
     bins = [
         (_percent(it.low), _percent(it.high), int(it.images), _percent(it.chance), _percent(it.accuracy))
@@ -168,11 +183,14 @@ def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_csv(folder / 'classes.csv', [header, *by_class])
-        _write_csv(folder / 'confusion.csv', [['label \\ predicted', *names], *zip(names, *matrix.T, strict=True)])
-        _write_csv(folder / 'calibration.csv', [['above', 'up_to', 'images', 'probability', 'accuracy'], *bins])
-        with replacing(folder / 'confusion.png') as partial:
-            draw_confusion(matrix, names).save(partial, format='PNG')
+        of_names: Sequence[Sequence[str]] = ([], names, [])
+        rows = (by_class, zip(names, *matrix.T, strict=True), bins)
+        for (name, header), more, lines in zip(TABLES.items(), of_names, rows, strict=True):
+            _write_csv(folder / name, [[*header, *more], *lines])
+        about = PngInfo()
+        about.add_text(*MARK)
+        with replacing(folder / PICTURE) as partial:
+            draw_confusion(matrix, names).save(partial, format='PNG', pnginfo=about)
     except OSError as error:
         raise UserError(f'--report-dir {folder}: cannot be written ({reason_of(error)})') from error
 

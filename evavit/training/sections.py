@@ -11,13 +11,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
-from evavit.arguments import shown
+from evavit.arguments import NUMBER, shown
 from evavit.errors import UserError
 
-NUMBER = {  # how a number is written: Python's int and float also take 2_4, ２４ and spaces around
-    int: re.compile(r'[+-]?[0-9]{1,20}'),
-    float: re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?'),
-}
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')  # of torch.compile's Inductor
 BREAKS = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')  # what would break a line in two, or not be seen
 LONGEST = 4096  # characters of a text: Linux takes no longer path

@@ -45,6 +45,7 @@ from cifar import read_cifar10  # noqa: E402
 from driver import (  # noqa: E402
     ABOUT,
     about,
+    beside,
     chosen,
     drive,
     finished,
@@ -240,7 +241,7 @@ def run(job, args, seconds_left):
     test = pictures(args.data_dir, 'test', device)
     with replacing(folder / 'args.yaml') as partial:
         partial.write_text(yaml.safe_dump(training.settings, sort_keys=False))
-    curves = args.results_file.parent / 'curves'
+    curves = beside(args, 'curves')
     curves.mkdir(parents=True, exist_ok=True)
     for place in (folder / 'curve.csv', curves / f'{job.name}.csv'):
         with replacing(place) as partial, open(partial, 'w', newline='') as file:
@@ -322,6 +323,7 @@ def main(argv=None):
         if args.data_dir is None:
             raise UserError('give --data-dir CIFAR10, CIFAR-10 in a form that experiments/cifar.py reads')
         make_output(args)
+        beside(args, 'curves')
     drive(
         args,
         jobs,

@@ -12,7 +12,6 @@ pictures; a module that lies across the edge of a block is still on both sides.
 The pictures are CC BY-NC-SA 4.0: use them, do not pass them on. They are scaled to 224 pixels once, as JPEG, 19 MiB.
 """
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from evavit.arguments import Parser, to_number
 from evavit.errors import UserError, run_script
 from evavit.files import new_folder, open_regular
 from evavit.training.data.decode import BadImageError, read_file
@@ -47,7 +47,10 @@ def read_labels(source):
     try:
         with open_regular(Path(source, 'labels.csv')) as file:
             lines = sorted(line.split() for line in file.read().decode().splitlines() if line.strip())
-        rows = [(name, dict(type=kind, defect=f'p{round(100 * float(chance)):03d}')) for name, chance, kind in lines]
+        rows = [
+            (name, dict(type=kind, defect=f'p{round(100 * to_number(float, chance)):03d}'))
+            for name, chance, kind in lines
+        ]
         for _, labels in rows:
             if labels['type'] not in TYPES or not 0 <= int(labels['defect'][1:]) <= 100:
                 raise ValueError(f'a class {labels["type"]} with {labels["defect"]}')
@@ -92,7 +95,7 @@ def build(folder, source, side, images=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path, metavar='DIR')
     parser.add_argument('--source', type=Path, help="folder of labels.csv and images/ (the installed package's)")
     parser.add_argument('--side', type=int, default=224, help='pixels (224; the photographs have 300)')

@@ -14,7 +14,6 @@ Every run is one of train.py; its scores are a row of --results-file as soon as 
 rows that are missing. DIR/FashionMNIST/raw holds the four published files. Other flags go to train.py.
 """
 
-import argparse
 import contextlib
 import multiprocessing
 import platform
@@ -26,6 +25,7 @@ from statistics import mean, stdev
 
 import torch
 
+from evavit.arguments import Parser
 from evavit.bench.results import check_writable, origin, read_rows, store_rows
 from evavit.cli import train
 from evavit.errors import UserError, reason_of, run_script
@@ -235,7 +235,7 @@ def work(args, first, later):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--data-dir', type=Path, required=True, help='what experiments/elpv/build_data.py wrote')
     parser.add_argument('--fashion-mnist', type=Path, required=True, metavar='DIR', help='holds FashionMNIST/raw')
     parser.add_argument('--output', type=Path, default=Path('output/elpv'), help='folder of the runs (output/elpv)')

@@ -10,7 +10,6 @@ pictures are drawn (pathfinder.py), by number from --seed: eight tenths are `tra
 take some minutes on 16 cores.
 """
 
-import argparse
 import functools
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from evavit.arguments import Parser
 from evavit.errors import UserError, run_script
 from evavit.files import new_folder
 
@@ -62,7 +62,7 @@ def draw_one(folder, count, seed, number):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path, metavar='DIR')
     parser.add_argument('--image', type=Path, metavar='CIFAR10', help='make DIR/image of these pictures')
     parser.add_argument('--pathfinder', type=int, metavar='COUNT', help='make DIR/pathfinder of so many pictures')

@@ -10,7 +10,7 @@ the publisher's labelled validation pictures, to be read once a run, at its end.
 terms are ImageNet's: research, and no passing on.
 """
 
-import argparse
+import hashlib
 import json
 import os
 import random
@@ -19,11 +19,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+from evavit.arguments import Parser
 from evavit.errors import UserError, reason_of, run_script
 from evavit.files import append_to, new_folder, open_regular, replacing
 from evavit.files import unpack as add_members
 
 SPLITS = ('train', 'held', 'val')
+MOST_FILES = 1000  # of a pack
 
 
 def source_pictures(source, held, seed):
@@ -47,6 +49,8 @@ def source_pictures(source, held, seed):
             lines = file.read().decode().splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f'{labels}: cannot be read ({reason_of(error)})') from error
+    if not lines:
+        raise UserError(f'{labels}: is empty, so there are no pictures to judge by; take the whole data set')
     for number, line in enumerate(lines, 1):
         name, label, *_ = [*line.split('\t'), '', '']
         if label not in classes or Path(name).name != name:
@@ -56,7 +60,7 @@ def source_pictures(source, held, seed):
 
 def build(folder, source, held, seed):
     with new_folder(folder) as partial:
-        for split, label, path in source_pictures(source, held, seed):
+        for split, label, path in [*source_pictures(source, held, seed)]:  # all of them, before one is copied
             target = Path(partial, split, label, path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -80,13 +84,17 @@ def pack(folder, out, files):
         place = sizes.index(min(sizes))
         shares[place].append(path)
         sizes[place] += path.stat().st_size
+    if files > len(pictures):
+        raise UserError(f'--files {files}: {folder} has {len(pictures)} pictures; give fewer')
     names = [out / f'tiny-{number}.zip' for number in range(files)]
     if there := next(filter(os.path.lexists, names), None):
         raise UserError(f'{there} is there already; name another folder')
     out.mkdir(parents=True, exist_ok=True)
+    listed = [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in pictures]
+    own = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
     for number, (name, share) in enumerate(zip(names, shares, strict=True)):
         with replacing(name) as partial, zipfile.ZipFile(partial, 'w', zipfile.ZIP_STORED) as file:
-            file.comment = json.dumps(dict(part=number, parts=files, pictures=len(pictures))).encode()
+            file.comment = json.dumps(dict(part=number, parts=files, pictures=len(pictures), pack=own)).encode()
             for path in share:
                 file.write(path, path.relative_to(folder).as_posix())
         print(f'{name}: {len(share)} pictures, {name.stat().st_size / 2**20:.1f} MiB')
@@ -99,9 +107,12 @@ def unpack(folder, names):
             folder.mkdir(parents=True, exist_ok=True)
             with open_regular(name) as stream, zipfile.ZipFile(stream) as file:
                 about = json.loads(file.comment)
-                number, count = about['part'], about['parts']
+                number, count, own = about['part'], about['parts'], str(about.get('pack', ''))
                 if type(number) is not int or type(count) is not int or not 0 <= number < count:
                     raise ValueError(f'part {number} of {count}')
+                for path in folder.glob('.part-*-of-*'):
+                    if not path.name.endswith(f'-of-{count}') or read_mark(path) != own:
+                        raise UserError(f'{name}: is of another pack than {path.name[1:]} of {folder}; name a new one')
                 mark = folder / f'.part-{number}-of-{count}'
                 if mark.exists():
                     continue
@@ -110,12 +121,19 @@ def unpack(folder, names):
                     if len(parts) != 3 or parts[0] not in SPLITS or '..' in parts:
                         raise UserError(f'{name}: holds {member}, which build.py --pack does not write')
                 add_members(file, folder)
-            append_to(mark).close()
+            with append_to(mark) as kept:
+                kept.write(own)
         except UserError:
             raise
         except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{name}: cannot be unpacked ({reason_of(error)})') from error
     print(missing(folder) or f'{folder}: {len(pictures_of(folder))} pictures')
+
+
+def read_mark(path):
+    """Of which pack a part was that is in the folder."""
+    with open_regular(path) as file:
+        return file.read(100).decode(errors='replace')
 
 
 def missing(folder):
@@ -130,7 +148,7 @@ def missing(folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path, metavar='DIR')
     parser.add_argument('--source', type=Path, metavar='FOLDER', help="the publisher's tiny-imagenet-200")
     parser.add_argument('--held', type=float, default=0.1, help='share of the training pictures held for choices (0.1)')
@@ -141,8 +159,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if [args.source, args.pack, args.unpack].count(None) != 2:
         raise UserError('give one of --source, --pack and --unpack')
-    if not 0 < args.held < 1 or args.files < 1:
-        raise UserError('--held must be between 0 and 1, --files at least 1')
+    if not 0 < args.held < 1 or not 1 <= args.files <= MOST_FILES:
+        raise UserError(f'--held must be between 0 and 1, --files 1 to {MOST_FILES}')
     if args.source:
         build(args.folder, args.source, args.held, args.seed)
         for split in SPLITS:

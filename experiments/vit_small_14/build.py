@@ -16,9 +16,9 @@ with positions resampled as in the file, which has to agree, and with its own, w
 Needs onnx and onnxruntime.
 """
 
-import argparse
 import hashlib
 import io
+import os
 import re
 import sys
 import zipfile
@@ -28,11 +28,13 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from evavit.arguments import Parser
 from evavit.errors import UserError, first_line, reason_of, run_script
 from evavit.files import open_regular, replacing
 from evavit.models import write_weights
 
 MODEL = dict(model_name='vit_small_patch14_dinov2')
+MOST_FILES = 100
 BOUND = 1e-4  # relative RMS of float32 features after twelve blocks
 NAMES = (  # of the file → of timm
     (r'embeddings\.cls_token', 'cls_token'),
@@ -179,13 +181,17 @@ def shares(state, files):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('out', type=Path, metavar='OUT.safetensors')
     parser.add_argument('--onnx', type=Path, required=True, metavar='FILE', help='the ONNX file, or the wheel with it')
     parser.add_argument('--files', type=int, default=1, help='split the tensors evenly over so many files (1)')
     args = parser.parse_args(argv)
-    if args.files < 1 or args.out.suffix != '.safetensors':
-        raise UserError('OUT must end in .safetensors, --files be at least 1')
+    if not 1 <= args.files <= MOST_FILES or args.out.suffix != '.safetensors':
+        raise UserError(f'OUT must end in .safetensors, --files be 1 to {MOST_FILES}')
+    marks = [f'-{number}-of-{args.files}' if args.files > 1 else '' for number in range(1, args.files + 1)]
+    paths = [args.out.with_name(args.out.stem + mark + args.out.suffix) for mark in marks]
+    if there := next(filter(os.path.lexists, paths), None):
+        raise UserError(f'{there} is there already; name another file')
     onnx_model, content = read_onnx(args.onnx)
     try:
         state, features = state_of(onnx_model)
@@ -200,9 +206,7 @@ def main(argv=None):
         raise UserError(f'{args.onnx}: does not load into {MODEL["model_name"]}: {str(error)[:300]}') from error
     about = dict(onnx_sha256=hashlib.sha256(content).hexdigest())
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for number, part in enumerate(shares(state, args.files), 1):
-        mark = f'-{number}-of-{args.files}' if args.files > 1 else ''
-        path = args.out.with_name(args.out.stem + mark + args.out.suffix)
+    for path, part in zip(paths, shares(state, args.files), strict=True):
         with replacing(path) as partial:
             write_weights(part, partial, about)
         print(f'{path}: {len(part)} tensors, {path.stat().st_size / 2**20:.1f} MiB')

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from evavit.cli import compare
-from evavit.errors import run_script
+from evavit.errors import UserError, run_script
+from evavit.training.distributed import start_process
 
 
 def call(capsys, *flags):
@@ -88,6 +89,9 @@ def test_half_precision_and_a_picture_of_ones_own(capsys, tmp_path):
         (['--tokens', '0'], ['0', 'number of tokens or a grid']),
         (['--attentions', 'evo'], ['evo', 'eva']),
         (['--dtype', 'float8'], ['float8', 'bfloat16']),
+        (['--tokens', '４９'], ['４９', 'number of tokens or a grid']),
+        (['--logit-std', '1e300'], ['1e300', 'at most 1000']),
+        (['--seed', '２'], ['２', 'a whole number']),
         (['--device', 'gpu'], ['gpu', 'cuda']),
         (['--device', 'cuda:99'], ['cuda:99', '--device cpu']),
         (['--image', 'nowhere.jpg'], ['--image', 'nowhere.jpg']),
@@ -116,3 +120,11 @@ def test_a_table_of_others_is_not_replaced(capsys, tmp_path):
     code, _, err = call(capsys, '--tokens', 4, '--attentions', 'softmax', '--results-file', tmp_path / 'own.csv')
     assert code == 2 and 'own.csv has other columns; name another file' in err and err.count('\n') == 1
     assert (tmp_path / 'own.csv').read_text() == 'name,size\na,1\n'
+
+
+def test_a_backend_that_no_operator_has_is_a_line(capsys, monkeypatch):
+    monkeypatch.setattr('evavit.ops.backends._preferred', 'cudnn')
+    code, _, err = call(capsys, '--tokens', 4)
+    assert code == 2 and err == "error: EVAVIT_BACKEND is 'cudnn'; choose from gluon, plain, triton\n"
+    with pytest.raises(UserError, match="EVAVIT_BACKEND is 'cudnn'"):  # as the examples do
+        start_process('cpu')

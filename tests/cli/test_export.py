@@ -1,10 +1,12 @@
 """export.py: files with the answers of the model that they came from; one line on a mistake."""
 
+import contextlib
 import errno
 import importlib.util
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from runs import KWARGS, MODEL, load_script
 from timm.data import create_transform, resolve_data_config
 
 from evavit import export as exporting
-from evavit.cli.export import check_forward
+from evavit.cli.export import check_forward, check_output
 from evavit.errors import UserError, run_script
+from evavit.hub import save_folder
 from evavit.training import config, contents
 
 
@@ -101,6 +104,25 @@ def test_checkpoint_to_onnx(train, call, tmp_path):
         config = resolve_data_config(dict(input_size=(3, 16, 16)), model=model)
         expected = model(create_transform(**config)(picture)[None]).softmax(1)
     assert about['class_names'] == ['apple', 'pear', 'plum']
+    got = torch.from_numpy(classify.classify(session, about, [picture])).float()
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_onnx
+@pytest.mark.parametrize('mode', ['squash', 'border'])
+def test_an_onnx_file_says_how_images_are_cropped(call, tmp_path, mode):
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).eval()
+    torch.nn.init.normal_(model.head.weight)
+    folder = save_folder(model, tmp_path / 'hub', data='x', licence='mit', data_config=dict(crop_mode=mode))
+    code, out, err = call('export', tmp_path / 'm.onnx', '--checkpoint', folder)
+    assert code == 0, out + err
+    picture = Image.fromarray(torch.randint(256, (40, 90, 3), dtype=torch.uint8).numpy())
+    classify = load_program('examples/classify.py')
+    session, about = classify.load(str(tmp_path / 'm.onnx'))
+    config = resolve_data_config(model=timm.create_model(f'local-dir:{folder}'))
+    assert about['crop_mode'] == config['crop_mode'] == mode
+    with torch.no_grad():
+        expected = model(create_transform(**config)(picture)[None]).softmax(1)
     got = torch.from_numpy(classify.classify(session, about, [picture])).float()
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
@@ -467,6 +489,15 @@ def test_files_that_are_no_export_are_a_line(tmp_path, content):
         with pytest.raises(FileNotFoundError if content is None else ValueError, match=re.escape(name)) as error:
             read(tmp_path / name)
         assert '\n' not in str(error.value)
+
+
+def test_an_archive_of_another_program_is_no_package(tmp_path):
+    for member, own in (('thesis.txt', False), ('model/archive_format', True)):
+        path = tmp_path / 'm.pt2'
+        with zipfile.ZipFile(path, 'w') as file:
+            file.writestr(member, 'pt2')
+        with contextlib.nullcontext() if own else pytest.raises(UserError, match=r'm\.pt2 is there, and is no \.pt2'):
+            check_output(path)
 
 
 @needs_onnx

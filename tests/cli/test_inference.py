@@ -14,13 +14,16 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from programs import load_program
 from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, Code, load_script, words, write_images
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 import evavit
 from evavit.cli.inference import picture_names
+from evavit.errors import run_script
 from evavit.hub import save_folder
+from evavit.models import read_weights, write_weights
 from evavit.training.sections import ResultsConfig
 
 
@@ -387,7 +390,7 @@ FAULTS = {
     'a body alone': (['--data-dir', 'PICTURES', '--checkpoint', 'body'], ['local-dir:body has no classifier']),
     'weights that carry code': (
         ['--data-dir', 'PICTURES', '--model', 'local-dir:code'],
-        ['local-dir:code', 'none of it is loaded; ask for model.safetensors'],
+        ['code/pytorch_model.bin', 'none of it is loaded; ask for the weights as .safetensors'],
     ),
     'maps that there are not': (
         ['--data-dir', 'PICTURES', '--checkpoint', 'ls.pth', '--include-attention', *LONG_SHORT],
@@ -481,6 +484,98 @@ def test_a_random_classifier_is_not_used(call, model, pictures, monkeypatch, tmp
     code, _, err = call(script, *flags, '--model', f'local-dir:{folder}', '--num-classes', '5')
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1 and not os.listdir(tmp_path), err
     assert all(text in err for text in ('--num-classes 5', 'have 3 classes', 'leave --num-classes out')), err
+
+
+@pytest.mark.parametrize('flag', ['--checkpoint', '--model'])
+def test_a_class_map_in_another_order_is_a_line(call, hub, pictures, tmp_path, flag):
+    """One of other names is taken."""
+    (tmp_path / 'map.txt').write_text('\n'.join([*reversed(CLASSES)]))
+    (tmp_path / 'other.txt').write_text('pomme\npoire\nprune\n')
+    flags = ['--data-dir', pictures[0], flag, hub if flag == '--checkpoint' else f'local-dir:{hub}', '--workers', '0']
+    flags += ['--results-dir', tmp_path / 'results']
+    code, _, err = call('inference', *flags, '--class-map', tmp_path / 'map.txt')
+    assert code == 2 and 'apple is class 2 of it, and class 0 of ' in err and err.count('\n') == 1, err
+    assert not (tmp_path / 'results' / 'eva_deit_tiny-16.csv').exists()
+    code, out, err = call('inference', *flags, '--class-map', tmp_path / 'other.txt')
+    assert code == 0 and 'pomme' in out, err
+
+
+SOURCES = {
+    'inference': ['--data-dir', 'PICTURES'],
+    'validate': ['--data-dir', 'PLACE', '--pretrained'],
+    'export': ['m.pt2', '--pretrained'],
+    'knn': ['--data-dir', 'PLACE', '--pretrained', '-k', '2', '--split', 'val'],
+    'train': ['--data-dir', 'PLACE', '--pretrained', *QUICK],
+    'teacher': ['--data-dir', 'PLACE', *MODEL, *QUICK],
+}
+
+
+@pytest.fixture
+def call_with(call, capfd, pictures, images):
+    """call_with(program, source) → (exit code, error lines) of a program with weights of a folder or repository."""
+
+    def call_with(program, source):
+        places = {'PICTURES': pictures[0], 'PLACE': images}
+        flags = [places.get(word, word) for word in SOURCES[program]]
+        flags += ['--kd-model-name' if program == 'teacher' else '--model', source]
+        if program != 'knn':
+            code, _, err = call('train' if program == 'teacher' else program, *flags)
+            return code, err
+        capfd.readouterr()
+        code = run_script(load_program('examples/knn.py').main, [str(flag) for flag in flags])
+        return code, capfd.readouterr()[1]
+
+    return call_with
+
+
+@pytest.mark.parametrize('program', ['inference', 'validate', 'knn', 'train', 'dry run'])
+@pytest.mark.parametrize('channels', [1, 4])
+def test_the_channels_that_a_folder_asks_for(call_with, monkeypatch, tmp_path, images, call, program, channels):
+    """Grey images are loaded as such, others than grey and coloured ones are refused."""
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model(MODEL[1], num_classes=3, in_chans=channels, **KWARGS)
+    folder = save_folder(model, tmp_path / 'hub', data='x', licence='mit', label_names=CLASSES)
+    if program == 'dry run':
+        place = ['--data-dir', images, '--pretrained', '--dry-run', *QUICK]
+        code, _, err = call('train', '--model', f'local-dir:{folder}', *place)
+    else:
+        code, err = call_with(program, f'local-dir:{folder}')
+    if channels == 1:
+        assert code == 0, err
+    else:
+        lines = [line for line in err.splitlines() if line.startswith('error: ')]
+        assert code == 2 and len(lines) == 1 and 'Traceback' not in err, err
+        assert '4 channels' in lines[0] and 'hub' in lines[0]
+
+
+@pytest.mark.parametrize('source', ['local-dir:', 'hf-hub:'])
+@pytest.mark.parametrize('kind', ['eva_deit_tiny', 'vit_tiny_patch16_224'])
+@pytest.mark.parametrize('program', SOURCES)
+def test_a_flipped_bit_in_a_folder_is_found(call_with, monkeypatch, tmp_path, program, kind, source):
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model(kind, num_classes=3, **SOFTMAX)
+    folder = save_folder(model, tmp_path / 'hub', data='x', licence='mit', label_names=CLASSES)
+    content = bytearray((folder / 'model.safetensors').read_bytes())
+    content[-100] ^= 0x40
+    (folder / 'model.safetensors').write_bytes(content)
+    monkeypatch.setattr('evavit.hub.download_from_hf', lambda name, file: str(folder / file))
+    monkeypatch.setattr('timm.models._hub.download_from_hf', lambda name, file, **_: str(folder / file))
+    code, err = call_with(program, f'local-dir:{folder}' if source == 'local-dir:' else 'hf-hub:me/mine')
+    lines = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert code == 2 and len(lines) == 1 and 'Traceback' not in err, err
+    assert 'model.safetensors: not a readable checkpoint: damaged: its SHA-256' in lines[0]
+
+
+@pytest.mark.parametrize('program', ['inference', 'validate', 'export', 'teacher'])
+def test_a_classifier_that_a_folder_lacks_is_not_random(call_with, hub, monkeypatch, tmp_path, program):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(hub, tmp_path / 'hub')
+    body = {name: value for name, value in read_weights(folder / 'model.safetensors').items() if 'head' not in name}
+    write_weights(body, folder / 'model.safetensors')
+    code, err = call_with(program, f'local-dir:{folder}')
+    lines = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert code == 2 and len(lines) == 1 and 'Traceback' not in err, err
+    assert 'model.safetensors: the file does not fit' in lines[0] and 'lacks head.weight' in lines[0]
 
 
 def test_the_default_name_and_place_are_timms(call, hub, pictures, monkeypatch, tmp_path):

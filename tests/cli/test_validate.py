@@ -7,6 +7,7 @@ import shutil
 import pytest
 import timm
 import torch
+from PIL import Image
 from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, together, words
 
 from evavit.hub import save_folder
@@ -179,6 +180,24 @@ def test_metrics_of_classes_calibration_and_latency(train, images, judged, call,
     assert 'top-1' in done.stdout and 'top-5' not in done.stdout  # of three classes
     assert json.loads((tmp_path / 'two.json').read_text())['weighted_f1_score'] == row['weighted_f1_score']
     assert (tmp_path / 'two' / 'confusion.csv').read_text() == (tmp_path / 'report' / 'confusion.csv').read_text()
+
+
+@pytest.mark.parametrize('name', ['classes.csv', 'confusion.csv', 'confusion.png', 'calibration.csv'])
+def test_a_report_takes_no_other_file_s_place(call, images, tmp_path, name):
+    """An earlier report's it takes."""
+    model = timm.create_model(MODEL[1], num_classes=3, **KWARGS)
+    folder = save_folder(model, tmp_path / 'hub', **HUB)
+    flags = ['--checkpoint', folder, '--data-dir', images, '--workers', '0', '--report-dir', tmp_path / 'report']
+    assert [call('validate', *flags)[0] for _ in range(2)] == [0, 0]
+    path = tmp_path / 'report' / name
+    if name.endswith('.png'):
+        Image.new('RGB', (4, 4)).save(path)
+    else:
+        path.write_text('label,mine\n0,1\n')
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    code, _, err = call('validate', *flags)
+    assert code == 2 and err.startswith(f'error: {path} is there') and err.count('\n') == 1, err
+    assert before == {file.name: file.read_bytes() for file in path.parent.iterdir()}
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])

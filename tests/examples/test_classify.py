@@ -34,10 +34,13 @@ def example():
         ),
         dict(input_size=(3, 160, 256), crop_pct=0.9, interpolation='bilinear', mean=(0.5,) * 3, std=(0.5,) * 3),
         dict(input_size=(1, 28, 28), crop_pct=1.0, interpolation='nearest', mean=(0.3,), std=(0.2,)),
+        dict(input_size=(3, 31, 31), crop_pct=1.15, interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3),
     ],
-    ids=['square', 'wide', 'grey'],
+    ids=['square', 'wide', 'grey', 'padded'],
 )
-def test_pictures_are_those_of_validation(example, about, picture_size):
+@pytest.mark.parametrize('mode', [{}, *(dict(crop_mode=mode) for mode in ('center', 'squash', 'border'))])
+def test_pictures_are_those_of_validation(example, about, mode, picture_size):
+    about = about | mode
     from sklearn.datasets import load_sample_image
 
     picture = Image.fromarray(load_sample_image('china.jpg')).resize(picture_size)
@@ -154,6 +157,36 @@ def test_a_file_that_contradicts_itself_is_a_line(example, about, words, tmp_pat
         example.main()
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and words in err.splitlines()[-1] and not out
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    'about, words',
+    [
+        (dict(class_names='5'), 'class_names 5 are no list'),
+        (dict(class_names='["a", 5, "c"]'), 'are no list of names'),
+        (dict(input_size='[3, 8, 9]'), 'not that of its graph, [3, 8, '),
+        (dict(input_size='[3, 8, 100000000000]'), 'not that of its graph'),
+        (dict(input_size='[3, "8", 8]'), 'not three whole numbers'),
+        (dict(crop_pct='1e-9'), 'crop_pct 1e-09'),
+        (dict(crop_mode='"zoom"'), "crop_mode 'zoom'"),
+        (dict(mean='"red"'), 'm.onnx: '),
+    ],
+)
+def test_a_file_whose_metadata_does_not_fit_is_a_line(example, about, words, tmp_path, monkeypatch, capsys):
+    onnx = pytest.importorskip('onnx', reason='needs evavit[export]')
+    shape, kind = [None, 3, 8, 8], onnx.TensorProto.FLOAT
+    values = [onnx.helper.make_tensor_value_info(name, kind, shape) for name in ('input0', 'output0')]
+    node = onnx.helper.make_node('Relu', ['input0'], ['output0'])
+    graph = onnx.helper.make_graph([node], 'relu', values[:1], values[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 18)], ir_version=8)
+    own = dict(input_size='[3, 8, 8]', crop_pct='1.0', interpolation='"bilinear"', class_names='null')
+    onnx.helper.set_model_props(model, {**own, 'mean': '[0.5, 0.5, 0.5]', 'std': '[0.1, 0.1, 0.1]', **about})
+    onnx.save(model, tmp_path / 'm.onnx')
+    monkeypatch.setattr('sys.argv', ['classify.py', str(tmp_path / 'm.onnx'), str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        example.main()
+    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.timeout(30)

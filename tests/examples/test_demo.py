@@ -209,7 +209,7 @@ def test_a_timm_name_takes_the_published_weights(example, monkeypatch):
     """Without the network: the settings that the model would be built with."""
     asked = []
 
-    def build_model(config, num_classes):
+    def build_model(config, num_classes, new_head):
         asked.append((config.model, config.pretrained))
         raise UserError('far enough')
 

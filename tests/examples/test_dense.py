@@ -8,6 +8,7 @@ import torch
 from programs import load_program
 
 import evavit
+from evavit.hub import save_folder
 from evavit.models import write_weights
 
 pytest.importorskip('segmentation_models_pytorch', reason='needs evavit[dense]')
@@ -125,3 +126,30 @@ def test_mistakes(monkeypatch, capsys, name, flags, words):
         module.main()
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize('name', ['segment', 'detect'])
+def test_weights_that_are_not_finite_are_a_line(monkeypatch, capsys, tmp_path, name):
+    state = timm.create_model('eva_pvt_v2_b3', num_classes=0).state_dict()
+    next(iter(state.values())).view(-1)[0] = float('nan')
+    write_weights(state, tmp_path / 'nan.safetensors')
+    model = [] if name == 'segment' else ['--model', 'eva_pvt_v2_b3']
+    test_mistakes(
+        monkeypatch, capsys, name, [*model, '--pretrained-path', str(tmp_path / 'nan.safetensors')], ['are not finite']
+    )
+
+
+@pytest.mark.parametrize('source', ['hf-hub:x/y', 'hf_hub:x/y', 'HF-HUB:x/y'])
+@pytest.mark.parametrize('name, flag', [('segment', '--encoder=tu-'), ('detect', '--model=')])
+def test_nothing_is_fetched(monkeypatch, capsys, name, flag, source):
+    def fetch(*_, **__):
+        pytest.fail('it asked the network')
+
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', fetch)
+    test_mistakes(monkeypatch, capsys, name, [flag + source], [source, 'nothing is fetched'])
+
+
+def test_a_folder_that_is_no_pyramid_is_a_line(monkeypatch, capsys, tmp_path):
+    model = timm.create_model('vit_tiny_patch16_224', **PLAIN)
+    folder = save_folder(model, tmp_path / 'vit', data='x', licence='mit')
+    test_mistakes(monkeypatch, capsys, 'segment', ['--encoder', f'tu-local-dir:{folder}'], ['a pyramid is needed'])

@@ -68,6 +68,27 @@ def test_settings_are_kept_behind_no_link(driver, args, tmp_path, device='cpu'):
     assert (tmp_path / 'letter.txt').read_text() == 'precious'
 
 
+@pytest.mark.parametrize('kind', ['link', 'file'])
+def test_a_folder_of_settings_that_is_none_is_a_line(driver, args, tmp_path, kind):
+    (tmp_path / 'home').mkdir()
+    settings = tmp_path / 'settings'
+    settings.symlink_to(tmp_path / 'home') if kind == 'link' else settings.write_text('precious')
+    with pytest.raises(UserError, match='settings: is a link or no folder'):
+        drive(driver, args, lambda job, rows, left: pytest.fail('it ran'))
+    assert not os.listdir(tmp_path / 'home')
+
+
+def test_a_plot_takes_no_drawing_s_place(driver, args):
+    plots = pytest.importorskip('matplotlib.figure', reason='needs matplotlib')
+    path = args.results_file.with_suffix('.svg')
+    for _ in range(2):
+        driver.save_plot(plots.Figure(), args.results_file)
+    path.write_text('<svg>precious</svg>')
+    with pytest.raises(UserError, match=r'rows\.svg is there, and is no plot'):
+        driver.save_plot(plots.Figure(), args.results_file)
+    assert path.read_text() == '<svg>precious</svg>'
+
+
 def test_a_number_that_is_not_written_leaves_the_one_before(driver, tmp_path, monkeypatch):
     driver.write_number(tmp_path / 'train_seconds', 2.5)
 

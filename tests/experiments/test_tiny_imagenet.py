@@ -251,6 +251,36 @@ def test_labels_of_the_publisher_that_are_no_class(build, source, tmp_path, caps
         assert not (tmp_path / 'new').exists() and not (tmp_path / 'escaped').exists()
 
 
+def test_labels_of_no_picture_are_a_line(build, source, tmp_path, capsys):
+    (source / 'val' / 'val_annotations.txt').write_text('')
+    assert run_script(build.main, [str(tmp_path / 'new'), '--source', str(source)]) == 2
+    err = capsys.readouterr().err
+    assert 'val_annotations.txt: is empty' in err and err.count('\n') == 1 and not (tmp_path / 'new').exists()
+
+
+def test_parts_of_two_packs_are_a_line(build, source, tmp_path, capsys):
+    """Of other numbers of files, or of other pictures."""
+
+    def call(folder, *flags):
+        return run_script(build.main, [str(tmp_path / folder), *map(str, flags)])
+
+    assert call('tiny', '--source', source) == call('more', '--source', source) == 0
+    (tmp_path / 'more' / 'train' / 'n01' / 'new.JPEG').write_bytes(b'x')
+    assert call('tiny', '--pack', tmp_path / 'two', '--files', 2) == 0
+    assert call('tiny', '--pack', tmp_path / 'three', '--files', 3) == 0
+    assert call('more', '--pack', tmp_path / 'other', '--files', 2) == 0
+    assert call('a', '--unpack', tmp_path / 'two' / 'tiny-0.zip', tmp_path / 'three' / 'tiny-0.zip') == 2
+    err = capsys.readouterr().err
+    assert 'three/tiny-0.zip: is of another pack than part-0-of-2' in err and err.count('\n') == 1
+    assert call('b', '--unpack', tmp_path / 'two' / 'tiny-0.zip', tmp_path / 'other' / 'tiny-1.zip') == 2
+    err = capsys.readouterr().err
+    assert 'other/tiny-1.zip: is of another pack than part-0-of-2' in err and err.count('\n') == 1
+    for files in ('0', '1001', '21', '２'):
+        assert call('tiny', '--pack', tmp_path / 'many', '--files', files) == 2
+        err = capsys.readouterr().err
+        assert '--files' in err and err.count('\n') == 1 and not (tmp_path / 'many').exists()
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize('fault', ['mark', 'bomb', 'climbs', 'link', 'own', 'pipe', 'text'])
 def test_hostile_files_to_unpack(build, fault, tmp_path, capsys):

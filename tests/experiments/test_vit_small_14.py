@@ -116,6 +116,14 @@ def test_weights_of_an_onnx_file(build, wheel, tmp_path, capsys):
     model.load_state_dict({name: value for part in parts for name, value in part.items()})
 
 
+@pytest.mark.parametrize('files, name', [(1, 'w.safetensors'), (2, 'w-2-of-2.safetensors')])
+def test_a_file_that_is_there_stays(build, tmp_path, capsys, files, name):
+    (tmp_path / name).write_text('precious')
+    assert call(build, tmp_path / 'w.safetensors', '--onnx', 'none.onnx', '--files', files) == 2
+    assert f'{name} is there already; name another file' in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == 'precious' and os.listdir(tmp_path) == [name]
+
+
 def test_what_is_no_such_file_is_a_line(build, wheel, tmp_path, capsys, monkeypatch):
     (tmp_path / 'text.onnx').write_text('no graph')
     other = tmp_path / 'other.onnx'

@@ -169,7 +169,54 @@ def test_folder_for_the_hub(run, tmp_path, capsys):
 def test_results_that_validate_does_not_write(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=f'{name}: not what validate.py writes'):
-        load_program('tools/save_for_hub.py').read_metrics(tmp_path / name)
+        load_program('tools/save_for_hub.py').read_metrics(tmp_path / name, tmp_path / 'x.safetensors')
+
+
+def changed(run, path, **settings):
+    """A file of the run's weights with other settings."""
+    with safetensors.safe_open(run / 'last.safetensors', 'pt') as file:
+        about = file.metadata()
+    about['args'] = json.dumps({**json.loads(about['args']), **settings})
+    write_weights(weights(run / 'last.safetensors'), path, about)
+    return path
+
+
+def test_metrics_of_other_weights_are_not_taken(run, tmp_path, capsys):
+    other = changed(run, tmp_path / 'other.safetensors', seed=4)
+    flags = ['--data-dir', run.parent / 'images', '--workers', '0', '--device', 'cpu']
+    validate = load_script('validate').main
+    for name, source in (('own', run / 'last.safetensors'), ('other', other)):
+        words = ['--checkpoint', source, *flags, '--results-file', tmp_path / f'{name}.csv']
+        assert run_script(validate, [str(word) for word in words]) == 0
+    hub = ['--output', tmp_path / 'hub', '--data', 'x', '--licence', 'mit', '--checkpoint', run / 'last.safetensors']
+    capsys.readouterr()
+    assert tool('save_for_hub')(*hub, '--results-file', tmp_path / 'other.csv') == 2
+    line = capsys.readouterr().err
+    assert 'other.csv: of other weights' in line and line.count('\n') == 1 and not (tmp_path / 'hub').exists()
+    assert tool('save_for_hub')(*hub, '--results-file', tmp_path / 'own.csv') == 0
+
+
+def test_settings_that_no_card_can_have(run, tmp_path, capsys):
+    hub = ['--output', tmp_path / 'hub', '--data', 'x', '--licence', 'mit', '--checkpoint']
+    assert tool('save_for_hub')(*hub, changed(run, tmp_path / 'a.safetensors', eval_metric=['top1'])) == 2
+    line = capsys.readouterr().err
+    assert "its eval_metric is ['top1']" in line and line.count('\n') == 1 and not (tmp_path / 'hub').exists()
+    wrong = dict(opt='sgd\n\n# Download', eval_metric='top1\n# Now', kd_model_name='\r## From')
+    assert tool('save_for_hub')(*hub, changed(run, tmp_path / 'b.safetensors', **wrong)) == 0
+    card = (tmp_path / 'hub' / 'README.md').read_text()
+    assert 'opt: sgd # Download' in card
+    assert not any(line.startswith(('# Download', '# Now', '## From')) for line in card.splitlines())
+
+
+def test_runs_of_other_classes_have_no_mean(run, tmp_path, capsys):
+    for name, names in (('a', CLASSES), ('b', CLASSES[::-1])):
+        changed(run, tmp_path / f'{name}.safetensors', class_names=[*names])
+    flags = ['--input', tmp_path, '--filter', '?.safetensors', '--output', tmp_path / 'mean.pth']
+    for more in ([], ['--no-sort']):
+        assert tool('avg_checkpoints')(*flags, *more) == 2
+        line = capsys.readouterr().err
+        assert "class 0 is 'plum', and 'apple' in" in line or "class 0 is 'apple', and 'plum' in" in line
+        assert line.count('\n') == 1 and not (tmp_path / 'mean.pth').exists()
 
 
 def test_names_reach_the_terminal_without_control_characters(run, tmp_path, capsys):
