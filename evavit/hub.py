@@ -91,6 +91,11 @@ def _config(
     return {**config, 'label_names': list(label_names)} if label_names else config
 
 
+def _own_names(model: torch.nn.Module) -> Optional[Sequence[str]]:
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    return names if names and len(names) == getattr(model, 'num_classes', None) else None
+
+
 def _without_num_classes(path: Path) -> None:
     """`config.json` with num_classes at its top alone, where timm and transformers look for it: transformers' AutoModel
     hands it to the model beside model_args, and refuses it there."""
@@ -201,7 +206,8 @@ def save_folder(
             transformers' `save_pretrained` does, but for a card that was edited since: it stays, and a warning says so.
             Files of the same names that others wrote are not replaced.
         data_config: How images are prepared (mean, std, interpolation, crop_pct …); by default the model's own.
-        label_names: Names of the classes, in their order.
+        label_names: Names of the classes, in their order; by default those that a model of a run or of such a folder
+            brings, while it has as many classes.
         overwrite: Replace files that others wrote, and an edited card, too.
         **card: data, licence, recipe, metrics and description of `model_card`. Of a recipe with `val_fraction`,
             `config.json` keeps what validate.py needs to find the images that the run held out.
@@ -213,6 +219,7 @@ def save_folder(
             that prepares no images.
     """
     model = unwrap_model(model)
+    label_names = label_names or _own_names(model)
     _check_card(model, label_names, data_config, card)
     _check_remade(model)
     path = Path(folder)

@@ -213,6 +213,13 @@ def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):
     config = timm.data.resolve_data_config(model=model)
     assert [*config['mean']] == [0.1, 0.2, 0.3] and config['crop_pct'] == 1 and config['input_size'] == (3, 32, 32)
     assert model.pretrained_cfg['label_names'] == list(CLASSES)
+    folder = save_folder(model, tmp_path / 'folder', data='x', licence='mit')  # with the run's names, while they fit
+    assert json.loads((folder / 'config.json').read_text())['label_names'] == list(CLASSES)
+    assert load_converted(folder).pretrained_cfg['label_names'] == list(CLASSES)
+    model.reset_classifier(5)
+    assert 'label_names' not in json.loads(
+        (save_folder(model, tmp_path / 'five', data='x', licence='mit') / 'config.json').read_text()
+    )
     net = load_converted(run, features_only=True, out_indices=1, img_size=48)
     assert [*timm.data.resolve_data_config(model=net)['mean']] == [0.1, 0.2, 0.3]
     assert torch.equal(net.model.blocks[1].attn.qkv.weight, best['blocks.1.attn.qkv.weight'])
