@@ -26,6 +26,7 @@ def test_updates_of_one_and_two_processes(tmp_path):
     done = together(load_program('tools/scale.py').main, *flags, '--gpus', '1', '2', *variants)
     assert done.returncodes == [0, 0], done.stderr
     made = read(rows)
+    assert not any(row['error'] for row in made[:-1]), [row['error'] for row in made]
     assert [(row['bench'], row['gpus'], row['grad_accum_steps'], row['status']) for row in made] == [
         ('weak', '1', '1', 'ok'),
         ('strong', '1', '4', 'ok'),

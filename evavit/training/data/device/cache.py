@@ -19,7 +19,7 @@ PROBED = 64  # images whose sizes tell how much a data set takes
 
 
 class _Read(NamedTuple):
-    content: Any  # a Jpeg, or (C, H, W) of uint8
+    content: Any  # a Jpeg, or (C, H, W) of uint8 in NumPy: a tensor would take a file descriptor of the process
     label: int
     bad: List[Tuple[Any, str, str]]  # what was marked on the way to it
 
@@ -51,9 +51,9 @@ class _Reading(torch.utils.data.Dataset):
         return _Read(image if isinstance(image, Jpeg) else _pixels(image), label, noting.bad.taken)
 
 
-def _pixels(image: Any) -> torch.Tensor:
+def _pixels(image: Any) -> np.ndarray:
     pixels = np.array(image)
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 class Cached(torch.utils.data.Dataset):
@@ -150,7 +150,7 @@ def _bytes(file: Jpeg) -> torch.Tensor:
 
 
 def _sent(content: Any, device: torch.device) -> Any:
-    return content if isinstance(content, Jpeg) else content.to(device, non_blocking=True)
+    return content if isinstance(content, Jpeg) else torch.from_numpy(content).to(device, non_blocking=True)
 
 
 def cache_size(dataset: Any) -> int:

@@ -46,7 +46,7 @@ class Op(IntEnum):
 
 class Window(NamedTuple):
     """How an image becomes one of the batch: its box (left, top, width, height) is resized to `full_width` ×
-    `full_height`, of which the part at (`x`, `y`) is kept, then flipped."""
+    `full_height`, of which the part at (`x`, `y`) is kept, black where it lies outside, then flipped."""
 
     left: int
     top: int
@@ -224,7 +224,7 @@ class Draws:
             elif isinstance(part, torchvision_transforms.Resize):
                 full, filter = _resized(size, part.size), _filter(part.interpolation)
             elif isinstance(part, torchvision_transforms.CenterCrop):
-                place = (round((full[0] - part.size[1]) / 2.0), round((full[1] - part.size[0]) / 2.0))
+                place = (_centred(full[0], part.size[1]), _centred(full[1], part.size[0]))
             elif isinstance(part, torchvision_transforms.RandomHorizontalFlip):
                 flips[0] = int(torch.rand(1) < part.p)
             elif isinstance(part, torchvision_transforms.RandomVerticalFlip):
@@ -247,6 +247,11 @@ _KNOWN = (
 )
 
 
+def _centred(full: int, size: int) -> int:
+    """Where torchvision's CenterCrop begins along an axis: before it, where it pads with black."""
+    return round((full - size) / 2.0) if full >= size else -((size - full) // 2)
+
+
 def _shape(size: Tuple[int, int]) -> torch.Tensor:
     """An image that has a size alone."""
     return torch.empty((1, size[1], size[0]), device='meta')
@@ -254,6 +259,11 @@ def _shape(size: Tuple[int, int]) -> torch.Tensor:
 
 def _filter(interpolation: Any) -> int:
     choice = random.choice(interpolation) if isinstance(interpolation, (tuple, list)) else interpolation
+    if choice.value not in FILTERS:
+        raise UserError(
+            f'--augment-device cuda does not resize by {choice.value}; set --interpolation to one of '
+            f'{", ".join(FILTERS)}, or give --augment-device cpu'
+        )
     return FILTERS[choice.value]
 
 

@@ -45,7 +45,8 @@ def taps(windows: torch.Tensor, axis: int, count: int, most: int) -> Tuple[torch
     first = (centre - support + 0.5).long().clamp_(min=0)
     last = torch.minimum((centre + support + 0.5).long(), size)
     nearest = filter == FILTERS['nearest']
-    first = torch.where(nearest, centre.long().clamp(max=size - 1), first)
+    first = torch.where(nearest, centre.long(), first).clamp(min=0).minimum(size - 1)
+    outside = (place < 0) | (place >= full)  # of the image: black
     step = torch.arange(most, device=device).view(1, -1, 1)
     x = (((step + first.unsqueeze(1)) - centre.unsqueeze(1) + 0.5) / widened.unsqueeze(1)).abs()
     which = filter.unsqueeze(2)
@@ -56,7 +57,7 @@ def taps(windows: torch.Tensor, axis: int, count: int, most: int) -> Tuple[torch
     )
     weights = torch.where(step < (last - first).unsqueeze(1), weights, 0.0)
     weights = torch.where(nearest.unsqueeze(2), (step == 0).double(), weights)
-    weights = weights / weights.sum(1, keepdim=True)
+    weights = torch.where(outside.unsqueeze(1), 0.0, weights / weights.sum(1, keepdim=True))
     whole = weights * 2**BITS
     return first.int(), (whole + torch.where(whole < 0, -0.5, 0.5)).int()
 

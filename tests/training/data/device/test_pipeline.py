@@ -1,10 +1,13 @@
 """The device path on CPU tensors: the images of the CPU path one by one, from any place, with any number of workers."""
 
 import io
+import os
 import threading
 from multiprocessing import active_children
 
+import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from training.data.device.pictures import config, epoch, jpeg, levels, loader, photographs, write
@@ -12,7 +15,9 @@ from training.data.device.pictures import config, epoch, jpeg, levels, loader, p
 from evavit.errors import UserError
 from evavit.training import data
 from evavit.training.data.decode import Jpeg, decode
+from evavit.training.data.device import Draws
 from evavit.training.data.device import decode as device_decode
+from evavit.training.data.device.resample import resample
 from evavit.training.sections import DataConfig, MachineConfig
 from evavit.training.stalls import Watchdog
 
@@ -259,6 +264,47 @@ def test_a_cached_validation_is_the_same(tmp_path):
     for batches in made[1:]:
         for (images, target), (expected, labels) in zip(batches, made[0], strict=True):
             assert torch.equal(images, expected) and torch.equal(target, labels)
+
+
+@pytest.mark.parametrize('crop_pct', [0.9, 1.0, 1.15])
+@pytest.mark.parametrize('size', [(500, 375), (375, 500), (61, 60), (90, 31)])
+def test_validation_crops_where_timm_does(crop_pct, size):
+    """A crop_pct above 1 makes the image smaller than the crop, which torchvision pads with black."""
+    image = photographs(*size)[0]
+    transform = timm.data.create_transform((3, 64, 64), crop_pct=crop_pct, interpolation='bicubic', use_prefetcher=True)
+    expected = image
+    for part in transform.transforms[:2]:
+        expected = part(expected)
+    sample = Draws(transform, (3, 64, 64))(image)
+    assert np.array_equal(sample.content, np.asarray(expected).transpose(2, 0, 1))
+    source = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    assert np.array_equal(resample([source], torch.tensor([sample.window]), 64, 64)[0].numpy(), sample.content)
+
+
+def test_a_cache_needs_few_open_files(tmp_path):
+    """Of images that nvJPEG does not take; a tensor that a loading process hands over is an open file."""
+    resource = pytest.importorskip('resource')
+    root = write(tmp_path, 3)
+    for label in '01':
+        for number in range(100, 250):
+            image = photographs(40, 30)[number % 2]
+            image.save(root / 'train' / label / f'{number}.png')
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir('/dev/fd'))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 100, before[1]))
+    try:
+        loading = loader(root, 'any', workers=2, cache=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(loading.dataset) == 303
+
+
+def test_a_filter_that_the_device_has_not():
+    transform = timm.data.create_transform((3, 64, 64), interpolation='hamming', use_prefetcher=True)
+    with pytest.raises(
+        UserError, match=r'does not resize by hamming; set --interpolation to one of nearest, .*or give'
+    ):
+        Draws(transform, (3, 64, 64))(photographs(90, 70)[0])
 
 
 def test_what_a_cache_will_take(photos):

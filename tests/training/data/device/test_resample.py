@@ -12,8 +12,8 @@ DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 
 
 def cases(filter):
-    """Images of several sizes with windows that shrink, enlarge, keep the size, flip, and keep a part."""
-    images = [*photographs(90, 70), *photographs(31, 200), *photographs(40, 36)]
+    """Images of several sizes; windows that shrink, enlarge, keep the size, flip, keep a part, and reach outside."""
+    images = [image for size in ((90, 70), (31, 200), (40, 36), (90, 70)) for image in photographs(*size)]
     windows = [
         Window(3, 5, 80, 60, 40, 36, 0, 0, 0, 0, filter),
         Window(20, 11, 17, 9, 40, 36, 0, 0, 1, 0, filter),
@@ -21,6 +21,8 @@ def cases(filter):
         Window(0, 0, 31, 200, 60, 387, 10, 175, 1, 1, filter),
         Window(0, 0, 40, 36, 40, 36, 0, 0, 0, 0, filter),
         Window(1, 1, 1, 1, 40, 36, 0, 0, 0, 0, filter),
+        Window(0, 0, 90, 70, 37, 33, -1, -1, 0, 0, filter),
+        Window(0, 0, 90, 70, 35, 48, -2, 6, 1, 1, filter),
     ]
     sources = [torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() for image in images]
     return images, sources, windows
