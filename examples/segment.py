@@ -94,8 +94,11 @@ def weights(path: Optional[str]) -> dict:
 def check(name: str, path: Optional[str]) -> None:
     """UserError or RuntimeError, of one line, on weights that cannot be read or are not finite, and on a model that
     would be fetched."""
-    if name.lower().replace('_', '-').startswith('hf-hub:'):
-        raise UserError('lies on the Hugging Face Hub, and nothing is fetched here; give a name of timm or local-dir:')
+    for text in (name, path or ''):
+        if text.lower().replace('_', '-').startswith('hf-hub:'):
+            raise UserError(
+                f'{text} lies on the Hugging Face Hub, and nothing is fetched here; give what is on this disk'
+            )
     if path and Path(path).is_file():
         check_finite(evavit.models.read_weights(path), path)
 
@@ -131,13 +134,13 @@ def main() -> None:
     image, mask = coins()
     path = args.pretrained_path
     asked = f'--encoder {args.encoder}' + (f' --pretrained-path {path}' if path else '')
-    if path and is_converted(path):
-        parser.error(
-            f'{asked}: a converted ViT, which is no pyramid; put evavit.load_converted in the encoder of smp.DPT, as '
-            f'docs/dense.md shows'
-        )
     try:
         check(args.encoder.removeprefix('tu-'), path)
+        if path and is_converted(path):
+            parser.error(
+                f'{asked}: a converted ViT, which is no pyramid; put evavit.load_converted in the encoder of smp.DPT, '
+                f'as docs/dense.md shows'
+            )
         model = smp.create_model(args.decoder, args.encoder, classes=1, **weights(path))
     except UserError as error:
         parser.error(f'{asked}: {error}')

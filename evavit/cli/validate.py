@@ -154,7 +154,8 @@ def check_settings(config: ValidateConfig) -> None:
     if results and Path(results).suffix not in ('.csv', '.json'):
         raise UserError(f'--results-file {results}: the name must end in .csv or .json')
     if results:
-        check_replaced(Path(results), lambda names: names[:3] == ['model', 'top1', 'top1_err'])
+        own = ['model', 'top1', 'top1_err']  # timm's begin with them, too
+        check_replaced(Path(results), lambda names: names[:3] == own and 'images' in names)
     if config.run.report_dir:
         check_report_dir(Path(config.run.report_dir))
 

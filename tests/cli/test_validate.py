@@ -243,7 +243,13 @@ def test_a_latency_that_needs_more_memory_than_there_is(train, call, images):
     assert code == 2 and 'no memory is left' in err and 'lower the batch size (-b)' in err and err.count('\n') == 1, err
 
 
-@pytest.mark.parametrize('name, content', [('val.csv', 'model,accuracy\nx,1\n'), ('val.json', '{"mine": 1}')])
+TIMM = (
+    'model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation\nresnet18,70,30,90,10,12,224,1,x\n'
+)
+OTHERS = [('val.csv', 'model,accuracy\nx,1\n'), ('val.csv', TIMM), ('val.json', '{"mine": 1}')]
+
+
+@pytest.mark.parametrize('name, content', OTHERS)
 def test_a_results_file_of_others_is_not_replaced(train, call, images, tmp_path, name, content):
     path = tmp_path / name
     flags = ['--checkpoint', train('run'), '--data-dir', images, '--workers', '0', '--results-file', path]

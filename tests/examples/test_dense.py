@@ -139,13 +139,21 @@ def test_weights_that_are_not_finite_are_a_line(monkeypatch, capsys, tmp_path, n
     )
 
 
+PLACES = [
+    ('segment', '--encoder=tu-'),
+    ('detect', '--model='),
+    *((name, '--pretrained-path=') for name in ('segment', 'detect')),
+]
+
+
 @pytest.mark.parametrize('source', ['hf-hub:x/y', 'hf_hub:x/y', 'HF-HUB:x/y'])
-@pytest.mark.parametrize('name, flag', [('segment', '--encoder=tu-'), ('detect', '--model=')])
+@pytest.mark.parametrize('name, flag', PLACES)
 def test_nothing_is_fetched(monkeypatch, capsys, name, flag, source):
     def fetch(*_, **__):
         pytest.fail('it asked the network')
 
     monkeypatch.setattr('timm.models._hub.hf_hub_download', fetch)
+    monkeypatch.setattr('evavit.hub.download_from_hf', fetch)
     test_mistakes(monkeypatch, capsys, name, [flag + source], [source, 'nothing is fetched'])
 
 

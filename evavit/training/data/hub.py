@@ -4,13 +4,15 @@
 """
 
 import dataclasses
+import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional, Set
+from typing import Any, Dict, Iterator, Optional, Set
 
 import yaml
 
 from evavit.errors import UserError, first_line
+from evavit.files import open_regular
 from evavit.training.config import DataConfig
 
 ADDRESS = 'hf://datasets/'
@@ -35,10 +37,11 @@ def network(config: DataConfig) -> Iterator[None]:
     import datasets
     import huggingface_hub
 
+    name = config.dataset.partition('/')[2]
+    _check_classes(Path(name))
     if may_download(config):
         yield
         return
-    name = config.dataset.partition('/')[2]
     _check_metadata(Path(name))
     switches = [datasets.config, huggingface_hub.constants]
     before = [place.HF_HUB_OFFLINE for place in switches]
@@ -56,6 +59,29 @@ def network(config: DataConfig) -> Iterator[None]:
     finally:
         for place, value in zip(switches, before, strict=True):
             place.HF_HUB_OFFLINE = value
+
+
+def _check_classes(folder: Path) -> None:
+    """UserError where Parquet files that lie together call their classes otherwise: `datasets` takes the names of one
+    for all, and a split that was encoded by itself would have other labels."""
+    import pyarrow.parquet
+
+    first: Dict[Any, Any] = {}
+    for path in sorted(folder.rglob('*.parquet')) if folder.is_dir() else ():
+        try:
+            with open_regular(path) as file:
+                about = json.loads((pyarrow.parquet.read_schema(file).metadata or {}).get(b'huggingface', b'{}'))
+            features = about.get('info', {}).get('features', {})
+            names = {key: feature['names'] for key, feature in features.items() if 'names' in (feature or ())}
+        except Exception:  # `datasets` says what it is
+            continue
+        for key, own in names.items():
+            there, other = first.setdefault((path.parent, key), (path, own))
+            if own != other:
+                raise UserError(
+                    f'{path}: its classes ({key}) are {str(own)[:100]}, those of {there} {str(other)[:100]}; encode '
+                    f'all splits with the same names'
+                )
 
 
 def _check_metadata(folder: Path) -> None:

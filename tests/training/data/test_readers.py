@@ -428,6 +428,25 @@ def test_the_hub_is_asked_where_the_user_says_so(kind, asked, tmp_path):
         asked.clear()
 
 
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_splits_that_call_classes_otherwise(kind, parquet, tmp_path):
+    """`datasets` takes the names of one file for all."""
+    datasets = pytest.importorskip('datasets')
+    settings, _ = parse_settings('train', ['--dataset', f'{kind}/{parquet}', '--data-dir', str(tmp_path / 'cache')])
+    data.open_dataset(settings.data, 'train', batch_size=4, num_samples=4)
+    (path,) = parquet.glob('data/validation-*.parquet')
+    rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / 'other'))
+    names = sorted(CLASSES)[1:]
+    rows = rows.filter(lambda row: CLASSES[row['label']] in names)
+    label = [names.index(CLASSES[number]) for number in rows['label']]
+    rows = (
+        rows.remove_columns('label').add_column('label', label).cast_column('label', datasets.ClassLabel(names=names))
+    )
+    rows.to_parquet(str(path))
+    with pytest.raises(UserError, match=r'validation-.*parquet: its classes \(label\) are .*; encode all splits with'):
+        data.open_dataset(settings.data, 'train', batch_size=4, num_samples=4)
+
+
 @pytest.mark.parametrize('name', ['README.md', '.huggingface.yaml'])
 @pytest.mark.parametrize('key', ['configs', 'configs ', '"configs"', '&a configs'])
 @pytest.mark.parametrize('place', ['hf://datasets/a/b/c', '[{split: train, path: ["hf\\x3a//datasets/a/b/c"]}]'])
