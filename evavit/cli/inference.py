@@ -190,7 +190,10 @@ def _are_own(names: List[str], results: ResultsConfig) -> bool:
     known = {results.filename_col, results.index_col, results.label_col, 'attention'} | outputs
     bare = {re.sub(r'_\d+$', '', name) for name in names} - known.intersection(names)
     bare |= known.intersection(names)
-    return bare <= known and (results.exclude_output or bool(bare & outputs))
+    own = bool(bare & outputs) or (
+        results.exclude_output and results.index_col in bare
+    )  # labels alone may be anybody's
+    return bare <= known and own
 
 
 def class_namer(

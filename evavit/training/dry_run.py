@@ -24,6 +24,7 @@ from torch.utils.data import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 
 from evavit.errors import UserError
+from evavit.hub import folder_digest, held_out
 from evavit.training import build, checkpoint, checks, contents, data, distillation, run_folder
 from evavit.training.config import ModelConfig, TrainConfig
 
@@ -256,6 +257,13 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
         lines.append(
             f'{path} holds weights of another model than this run makes, {model.model}, to which they are fitted; to '
             f'go on with its own, give {shlex.join(_model_flags(saved))[:400]}'
+        )
+    held, here = held_out(saved), (config.data.val_fraction, config.run.seed)
+    same = held.get('data_dir_sha256') == folder_digest(config.data.data_dir or '')
+    if here[0] and same and here != (before := (held.get('val_fraction'), held.get('seed'))):
+        lines.append(
+            f'{path} held out {before[0]:g} of this folder, with seed {before[1]}: of the images that this run '
+            f'validates on it has learnt some; give --val-fraction {before[0]:g} --seed {before[1]} to judge by the same'
         )
     if path and not model.initial_checkpoint:
         kept = build.head_classes(model.model or '', build.read_weights(path)) == num_classes

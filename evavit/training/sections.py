@@ -297,7 +297,9 @@ class ScheduleConfig:
 class AugmentConfig:
     """What is done to the images of training."""
 
-    no_aug: bool = option(False, 'training images are resized and cropped like those of validation')
+    no_aug: bool = option(
+        False, 'training images are brought to the size as a whole, whatever their shape, and not augmented'
+    )
     train_interpolation: Optional[str] = option(
         None, 'resizing in training', choices=('random', 'bilinear', 'bicubic', 'nearest', 'lanczos')
     )

@@ -123,6 +123,22 @@ def test_a_start_from_a_file_whose_labels_mean_other_classes(train, call, images
         assert code == 0 and 'other classes' not in out, out + err  # the classifier is new
 
 
+def test_a_start_from_what_was_trained_on_the_images_to_validate_on(call, images, tmp_path):
+    """Another share or seed of the same folder."""
+    flags = [*MODEL, *QUICK, '--output', tmp_path, '--data-dir', images / 'train', '--epochs', '1']
+    code, out, err = call('train', *flags, '--experiment', 'first', '--val-fraction', '0.5', '--seed', '3')
+    assert code == 0, err
+    start = [*flags, '--pretrained-path', tmp_path / 'first' / 'last.safetensors', '--dry-run']
+    line = 'held out 0.5 of this folder, with seed 3: of the images that this run validates on it has learnt some; give'
+    for more, told in (('0.5 --seed 3', False), ('0.5 --seed 4', True), ('0.3 --seed 3', True)):
+        code, out, err = call('train', *start, '--val-fraction', *words(more))
+        assert code == 0 and (line in out) == told, out + err
+    (tmp_path / 'copy').mkdir()
+    write_images(tmp_path / 'copy', dict.fromkeys(CLASSES, 4))
+    code, out, err = call('train', *start, '--data-dir', tmp_path / 'copy', '--val-fraction', '0.3')
+    assert code == 0 and line not in out, out + err
+
+
 def test_a_start_from_a_folder_for_the_hub_whose_labels_mean_other_classes(call, images, tmp_path):
     """Its config.json tells the classes, of the folder and of the file in it."""
     folder, flags = tmp_path / 'hub', ['--output', tmp_path, '--data-dir', images, '--epochs', '1']

@@ -155,6 +155,12 @@ class ClassFolders(ReaderImageFolder):
             )
         if empty:
             log.warning(f'warning: {empty[0]}{_and_more(empty)}: class folder without an image; its label stays unused')
+        folders: Dict[str, str] = {}
+        for path, name in found:
+            folder = os.path.dirname(path)
+            if folders.setdefault(name, folder) != folder:
+                log.warning(f'warning: {folders[name]} and {folder} have one name: their images are one class, {name}')
+                break
         if class_to_idx is None:
             names = sorted({name for _, name in found}, key=natural_key)
             class_to_idx = {name: index for index, name in enumerate(names)}
