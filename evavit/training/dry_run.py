@@ -262,8 +262,8 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
     same = held.get('data_dir_sha256') == folder_digest(config.data.data_dir or '')
     if here[0] and same and here != (before := (held.get('val_fraction'), held.get('seed'))):
         lines.append(
-            f'{path} held out {before[0]:g} of this folder, with seed {before[1]}: of the images that this run '
-            f'validates on it has learnt some; give --val-fraction {before[0]:g} --seed {before[1]} to judge by the same'
+            f'{path} held out {before[0]} of this folder, with seed {before[1]}: of the images that this run validates '
+            f'on it has learnt some; give --val-fraction {before[0]} --seed {before[1]} to judge by the others'
         )
     if path and not model.initial_checkpoint:
         kept = build.head_classes(model.model or '', build.read_weights(path)) == num_classes
