@@ -77,7 +77,7 @@ def test_a_run_of_each_kind(call, tmp_path, monkeypatch):
     for name, row in rows(tmp_path).items():
         assert 0 <= float(row['top1']) <= 100 and 0 <= float(row['balanced_accuracy']) <= 100
         assert row['images'] == ('200' if name == 'pretrain-eva' else '4') and row['pretrain_epochs'] == '1'
-        assert row['commit'] and row['date'] and row['device'] and float(row['seconds']) > 0
+        assert row['commit'] and row['date'] and row['device'] and float(row['seconds']) >= 0
         assert (tmp_path / 'runs' / 'settings' / row['settings']).is_file()
     assert (tmp_path / 'runs' / 'pretrain-eva' / 'last.safetensors').is_file()
     assert not list((tmp_path / 'runs').glob('*-eva-s*/*.safetensors')) + list((tmp_path / 'runs').glob('*/*.pth.tar'))
