@@ -80,14 +80,19 @@ def alone() -> str:
     return pages.table(columns, lines) + f'\n\n{pages.origins(rows)}'
 
 
-def _parent(rows: list) -> list:
-    return pages.pick(rows, run='parent-s0')
+def _parent(rows: list) -> dict:
+    return pages.pick(rows, run='parent-s0')[0]
+
+
+def _with_parent(rows: list) -> list:
+    """All rows but that of EVA from scratch, which is of another run of the experiment."""
+    return [row for row in rows if row['run'] != 'scratch-s0']
 
 
 def accuracy() -> str:
     """Top-1 before any training: a row for each size of windows and cells."""
     rows, lines = pages.read_results(ACCURACY), []
-    parent, of_run = _parent(rows)[0], [row for row in rows if row['run'] != 'scratch-s0']
+    parent, of_run = _parent(rows), _with_parent(rows)
     for sizes, text in SIZES.items():
         window_size, partition_grid = sizes.split(', ')
         of_size = pages.pick(rows, window_size=window_size, partition_grid=partition_grid, epochs='0')
@@ -109,7 +114,7 @@ KINDS = {'ce': 'the labels alone', 'logit': "labels and the parent's logits", 'b
 def trained() -> str:
     """Top-1 after training on: a row for each size and kind, a column for each number of epochs."""
     rows, lines = pages.read_results(ACCURACY), []
-    parent, start = _parent(rows)[0], pages.pick(rows, epochs='0', count_cells='outside')
+    parent, start = _parent(rows), pages.pick(rows, epochs='0', count_cells='outside')
     epochs, several = sorted({int(row['epochs']) for row in rows if row['kind']}), set()
     for first in start:
         keys = {key: first[key] for key in ('window_size', 'partition_grid')}
@@ -121,10 +126,12 @@ def trained() -> str:
                 lines.append([SIZES[', '.join(keys.values())], text, f'{first["top1"]} %', *after])
     after = [f'{count} epoch{"s" * (count > 1)}' for count in epochs]
     columns = ['a query attends to', 'compared with', 'before training', *after]
-    seeds = ''.join(f', with ± {count}, and their standard deviation' for count in sorted(several))
+    seeds = ''.join(
+        f'; a figure with ± is the mean of {count} seeds, then their standard deviation' for count in sorted(several)
+    )
     return (
         f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n'
-        f'{pages.origins([row for row in rows if row["run"] != "scratch-s0"])} One seed{seeds}.'
+        f'{pages.origins(_with_parent(rows))} One seed{seeds}.'
     )
 
 
@@ -161,7 +168,7 @@ def evidence() -> str:
     width, side, rows = 768, 1022, measured()
     forward, training = (dict(ratios(rows, width, DEFAULT, column))[side] for column in COLUMNS)
     rows, runs = pages.read_results(ACCURACY), longest()
-    parent = _parent(rows)[0]['top1']
+    parent = _parent(rows)['top1']
     half = pages.pick(rows, window_size=8, partition_grid=8, epochs='0', count_cells='outside')[0]['top1']
     where, size = 'docs/convert.md', f'{side:,} × {side:,} pixels'
     return (
