@@ -8,8 +8,9 @@
 
 A DeiT-Tiny with a class token is trained (parent.yaml), converted to EVA at three sizes of windows and cells, each with
 every way to count the cells, and trained on (convert.yaml) on the labels alone, with the parent's logits, or with its
-logits and tokens. EVA from scratch has the parent's budget. A name such as E16-C64-outside-logit-5-s0 says: windows of
-16 tokens, 64 cells, count_cells, what is compared with the parent, epochs, seed.
+logits and tokens. E256-C0 is the parent itself, trained on alike. EVA from scratch has the parent's budget. A name
+such as E16-C64-outside-logit-5-s0 says: windows of 16 tokens, 64 cells, count_cells, what is compared with the parent,
+epochs, seed.
 
 Every run is one of train.py, judged by validate.py on the publisher's validation pictures once, at its end; a row of
 --results-file is written then. The runs come in the order of --list. After a stop (SIGTERM, or --seconds are over) the
@@ -52,6 +53,8 @@ from driver import (  # noqa: E402
 )
 
 CELLS = {'E16-C16': (4, 4), 'E16-C64': (4, 8), 'E64-C64': (8, 8)}  # window side, cells a side; the grid has 16 × 16
+WHOLE = {'E256-C0': (16, 0)}  # softmax as before: the parent trained on as long as a conversion is
+SIZES = CELLS | WHOLE
 COUNTS = ('outside', 'one', 'all')  # count_cells; the first is the default
 KINDS = {  # what is compared with the parent
     'ce': [],
@@ -89,7 +92,7 @@ class Job(NamedTuple):
 
     name: str
     file: str  # with the settings
-    cells: str = ''  # of CELLS
+    cells: str = ''  # of SIZES
     count: str = ''
     kind: str = ''
     epochs: object = None
@@ -120,6 +123,8 @@ def all_jobs():
         for cells in CELLS:
             yield converted(cells, BEST, LONG, seed=seed)
     yield converted(first, 'logit', LONG)
+    for kind in ('logit', 'ce'):
+        yield converted(next(iter(WHOLE)), kind, LONG)
     for cells in others:
         for kind in ('both', 'ce', 'logit'):
             yield converted(cells, kind, SHORT)
@@ -164,7 +169,7 @@ def flags_of(job, args):
 
 
 def convert_flags(job):
-    window, cells = CELLS[job.cells]
+    window, cells = SIZES[job.cells]
     return [
         *('--convert', 'eva', '--convert-kwargs'),
         *(f'window_size={window}', f'partition_grid={cells}', f'count_cells={job.count}'),
@@ -190,7 +195,7 @@ def run(job, args, seconds_left):
     extra = convert_flags(job) if job.epochs == 0 else []
     result = judge(weights, args.data_dir, settings, folder, extra)
     device = start_process(settings.machine.device).device
-    window, cells = CELLS.get(job.cells, ('', ''))
+    window, cells = SIZES.get(job.cells, ('', ''))
     file = HERE / job.file if job.epochs == 0 else folder / 'args.yaml'
     if job.name != PARENT.name:  # the checkpoints of 40 runs are gigabytes
         remove_checkpoints(folder)
