@@ -2,8 +2,8 @@
 """When a converted ViT pays, and how near it is to its parent: python docs/make/converted.py
 
 Draws docs/images/converted.svg from results/convert_h200.csv, which `benchmark.py --bench convert` wrote. `tables.py`
-writes the tables, those of accuracies and of features from results/tiny_imagenet_h200.csv and vit_small_14_h200.csv
-(experiments/). Needs matplotlib.
+writes the tables, those of accuracies and of features from results/tiny_imagenet_h200.csv, tiny_imagenet_sizes_h200.csv
+and vit_small_14_h200.csv (experiments/). Needs matplotlib.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import pages
 
 SPEED, ALONE = 'convert_h200.csv', 'op_converted_h200.csv'
 ACCURACY, PARENTS = 'tiny_imagenet_h200.csv', 'tiny_imagenet_parents_h200.csv'  # of the second the parents alone
+OTHER_SIZES = 'tiny_imagenet_sizes_h200.csv'  # of a parent of its own
 FOREIGN = 'vit_small_14_h200.csv'
 PICTURE = pages.ROOT / 'docs' / 'images' / 'converted.svg'
 COLOURS = {192: '#edae49', 384: '#00798c', 768: '#d1495b', 1024: '#30638e'}
@@ -22,7 +23,9 @@ LINES = {'o': '-', 's': '--'}
 LEGEND = {'49 cells': '49 summaries an image', 'cells of 3': 'a summary for each 3 × 3 patches,\nat most 256'}
 DEFAULT = 'cells of 3'  # what convert_vit makes unless it is told otherwise
 COLUMNS = {'forward_ms': 'inference', 'ms': 'training'}
+WHOLE = '16, 0'  # window and cells a side of what sees all tokens
 SIZES = {
+    WHOLE: 'all 256 tokens: the parent, trained on alike',
     '4, 4': '16 tokens, 16 cells: an eighth of 256',
     '4, 8': '16 tokens, 64 cells: a third',
     '8, 8': '64 tokens, 64 cells: a half',
@@ -96,8 +99,9 @@ def accuracy() -> str:
     for sizes, text in SIZES.items():
         window_size, partition_grid = sizes.split(', ')
         of_size = pages.pick(rows, window_size=window_size, partition_grid=partition_grid, epochs='0')
-        top1 = {row['count_cells']: row['top1'] for row in of_size}
-        lines.append([text, *(f'{top1[count]} %' for count in ('outside', 'all', 'one'))])
+        if of_size:
+            top1 = {row['count_cells']: row['top1'] for row in of_size}
+            lines.append([text, *(f'{top1[count]} %' for count in ('outside', 'all', 'one'))])
     columns = ['a query attends to', "`count_cells='outside'`", "`'all'`", "`'one'`"]
     scratch = pages.pick(rows, run='scratch-s0')[0]
     return (
@@ -133,6 +137,31 @@ def trained() -> str:
         f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n'
         f'{pages.origins(_with_parent(rows))} One seed{seeds}.'
     )
+
+
+def sizes() -> str:
+    """Top-1 of each size, and of the parent itself, trained on with the parent's logits: a row a size."""
+    rows, lines = pages.read_results(OTHER_SIZES), []
+    parent = _parent(rows)
+    before = {_size(row): row for row in pages.pick(rows, epochs='0')} | {WHOLE: parent}  # it is not judged again
+    trained = {_size(row): row for row in rows if row['kind'] == 'logit'}
+    for size in (size for size in SIZES if size in trained):
+        row, others = trained[size], (parent, trained[WHOLE])
+        gained = [f'{float(row["top1"]) - float(other["top1"]):+.2f}' if other is not row else '–' for other in others]
+        lines.append([SIZES[size], f'{before[size]["top1"]} %', f'{row["top1"]} %', *gained])
+    epochs = trained[WHOLE]['epochs']
+    columns = [
+        'a query attends to',
+        'before training',
+        f'{epochs} epochs',
+        'less the parent',
+        'less the parent, trained on',
+    ]
+    return f'The parent has {parent["top1"]} %.\n\n{pages.table(columns, lines)}\n\n{pages.origins(rows)} One seed.'
+
+
+def _size(row: dict) -> str:
+    return f'{row["window_size"]}, {row["partition_grid"]}'
 
 
 def tops(rows: list) -> list:

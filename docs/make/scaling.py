@@ -20,6 +20,7 @@ import evavit  # noqa: F401  (registers the models)
 MODELS = ('eva_deit_tiny', 'eva_deit_small', 'eva_deit_tiny_784', 'eva_pvt_v2_b3')
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 IMAGES, EPOCHS = 1_281_167, 300
+MODES = {'no': 'eager', 'default': 'default', 'reduce-overhead': 'CUDA graphs'}  # of tools/scale.py, and in words
 NOISE = 0.05  # of an update, by which two measurements of the same one differ
 
 
@@ -175,6 +176,19 @@ def measured_scaling(steps, a):
     return f'{text} Measured on {pages.origins(rows)}' if rows else text
 
 
+def modes(steps, a):
+    """Images a second of each mode with the recipe's batch on each GPU, and efficiency: a row a model and mode."""
+    rows = [row for row in pages.read_results('scale.csv') if not row['ddp']]
+    lines = []
+    for model, (mode, text) in itertools.product(MODELS, MODES.items()):
+        found = {gpus: fastest(rows, bench='weak', model=model, gpus=gpus, torchcompile=mode) for gpus in (1, 2, 4)}
+        rates = {gpus: float(row['img_per_s']) for gpus, row in found.items() if row}
+        cells = [f'{rates[gpus]:,.0f}' if gpus in rates else '–' for gpus in found]
+        shares = [f', {100 * rates[k] / k / rates[1]:.0f} %' if {1, k} <= rates.keys() and k > 1 else '' for k in found]
+        lines.append([f'`{model}`', text, *map(str.__add__, cells, shares)])
+    return pages.table(['model', 'mode', '1 GPU, img/s', '2 GPUs', '4 GPUs'], lines)
+
+
 def runs(steps, a):
     """The published recipe of 300 epochs at a global batch of 1,024: hours and dollars."""
     columns, rows = ['model', 'gradients', *(f'{gpus} GPU{"s" * (gpus > 1)}' for gpus in (1, 8, 16, 32, 64))], []
@@ -235,6 +249,7 @@ def stated(steps, a):
 TABLES = {
     'assumptions': stated,
     'measured': measured_scaling,
+    'modes': modes,
     'runs': runs,
     'strong': strong,
     'weak': weak,

@@ -150,6 +150,7 @@ TABLES = {  # of each page, by the name of its markers
         'alone': converted.alone,
         'accuracy': converted.accuracy,
         'trained': converted.trained,
+        'sizes': converted.sizes,
         'foreign': converted.foreign,
     },
 }

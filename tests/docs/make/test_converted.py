@@ -18,8 +18,8 @@ def test_the_figures_are_those_of_the_default():
         for column in converted.COLUMNS
     )
     assert f'{forward[768][1022]:.2f} times' in readme and f'{training[768][1022]:.2f} times' in readme
-    # 768 trains faster from about 500 pixels a side on and answers faster from about 1,000, 384 does both from there
-    assert training[768][518] > 1 and forward[768][518] < 1 < forward[768][1022]
+    # 768 trains faster from about 500 pixels a side on and breaks even in inference, 384 gains in both from about 1,000
+    assert training[768][518] > 1.05 and 0.95 < forward[768][518] < 1.05 and 1.4 < forward[768][1022] < 1.6
     for speed in (forward[384], training[384]):
         assert speed[518] < 1 < speed[1022]
     assert max(forward[192][1022], training[192][1022]) < 1
