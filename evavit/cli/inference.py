@@ -65,7 +65,8 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
         check_replaced(Path(f'{base}{ENDINGS[form]}'), lambda names: _are_own(names, config.results))
     pictures = None
     if config.results.include_attention:
-        pictures = AttentionPictures(model, config.results.include_attention, base.parent / 'attention', data_config)
+        folder = Path(f'{base}{ENDINGS[formats[0]]}.attention')  # of these results alone
+        pictures = AttentionPictures(model, config.results.include_attention, folder, data_config)
         pictures.try_out()
 
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}')
