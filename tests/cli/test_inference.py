@@ -460,15 +460,34 @@ def test_results_take_the_place_of_results_alone(call, hub, pictures, tmp_path, 
     flags = ['--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0', '--results-file', path]
     for more in ([], ['--topk', '3', '--include-index'], ['--output-type', 'logit'], ['--exclude-output']):
         assert call('inference', *flags, '--results-format', form, *more)[0] == 0
-    if form != 'csv':
-        path.write_text('{"mine": {"size": 1}}')
+    users = [['filename', 'label'], ['filename', 'index', 'label'], ['filename', 'label', 'prob']]
+    rows = [['a.png', 'apple'], ['a.png', 3, 'apple'], ['a.png', 'apple', 0.93]]  # which may be anybody's
+    tables = [dict(zip(names, row, strict=True)) for names, row in zip(users, rows, strict=True)]
+    if form == 'csv':
+        contents = ['\n'.join(','.join(map(str, line)) for line in (table, table.values())) for table in tables]
+    elif form == 'json-split':
+        contents = [json.dumps(dict(columns=list(table), data=[list(table.values())])) for table in tables]
     else:
-        path.write_text('filename,label\na.png,apple\n')
-    content = path.read_text()
-    for more in ([], ['--exclude-output']):  # names and labels alone may be anybody's
-        code, _, err = call('inference', *flags, *more)
-        assert code == 2 and f'{path} is there, with other content than is written to it' in err, err
-        assert err.count('\n') == 1 and path.read_text() == content
+        contents = ['{"mine": {"size": 1}}', *map(json.dumps, tables)]
+    for content in contents:
+        path.write_text(content)
+        for more in ([], ['--exclude-output']):
+            code, _, err = call('inference', *flags, *more)
+            assert code == 2 and f'{path} is there, with other content than is written to it' in err, err
+            assert err.count('\n') == 1 and path.read_text() == content
+
+
+def test_results_of_parquet_take_the_place_of_results_alone(call, hub, pictures, tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    import pyarrow
+
+    path = tmp_path / 'own.parquet'
+    flags = ['--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0', '--results-file', path]
+    for more in ([], ['--topk', '3'], []):
+        assert call('inference', *flags, *more)[0] == 0
+    parquet.write_table(pyarrow.table(dict(filename=['a.png'], label=['apple'], prob=[1.0])), path)
+    code, _, err = call('inference', *flags)
+    assert code == 2 and 'other content' in err and parquet.read_table(path)['label'].to_pylist() == ['apple']
 
 
 @pytest.mark.parametrize('script', ['inference', 'validate', 'export'])
