@@ -28,12 +28,13 @@ __all__ = [
     'program',
     'shown',
     'to_number',
-    'too_many_blocks',
+    'too_large',
     'wrong_preparation',
 ]
 
 LISTED = ('train', 'validate', 'export')  # programs whose flags are the table of `evavit.training.sections`
 MOST_BLOCKS = 1000  # of a model: more only take a day to build
+MOST_NUMBER = 10**6  # of anything else: tokens, channels, a window, or times as many
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _BLOCKS = re.compile(
     '(?:^|_)(?:block|branch|depth|expert|layer|level|rep|scale|sec|stage)'
@@ -139,11 +140,13 @@ def find_device(name: Optional[str] = None) -> 'torch.device':
     return device
 
 
-def too_many_blocks(kwargs: Mapping[str, Any]) -> Optional[str]:
-    """A few words where arguments of a model ask for more blocks than `MOST_BLOCKS`, else None."""
+def too_large(kwargs: Mapping[str, Any]) -> Optional[str]:
+    """A few words where arguments of a model ask for more blocks than `MOST_BLOCKS`, or for another number beyond
+    `MOST_NUMBER`, else None."""
     for name, value in kwargs.items():
-        if _BLOCKS.search(str(name)) and (most := max(_numbers(value), default=0)) > MOST_BLOCKS:
-            return f'{name} asks for {shown(most)}, more than {MOST_BLOCKS:,}'
+        bound = MOST_BLOCKS if _BLOCKS.search(str(name)) else MOST_NUMBER
+        if (most := max(map(abs, _numbers(value)), default=0)) > bound:
+            return f'{name} asks for {shown(most)}, more than {bound:,}'
     return None
 
 
