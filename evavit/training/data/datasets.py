@@ -97,17 +97,23 @@ def open_dataset(
             f'{num_samples} images: {config.dataset} says itself how many are in {split}; leave --train-num-samples, '
             f'--val-num-samples and --num-samples out'
         )
-    if prefix == 'torch':
-        _unpack_raw_files(config.data_dir)
-        if config.dataset.partition('/')[2].lower() in FOLDERS and os.path.isdir(config.data_dir or ''):
-            check_links(Path(config.data_dir or ''))
     root = shard_root(config.data_dir or '.', split) if prefix == 'wds' else config.data_dir
+    if prefix == 'torch':
+        _unpack_raw_files(root)
+        name = config.dataset.partition('/')[2].lower()
+        if name in FOLDERS and os.path.isdir(root or ''):
+            check_links(Path(root or ''))
+            if name.endswith(
+                'folder'
+            ):  # where the split is missing timm takes the folder around it, as in `find_split`
+                root = str(find_split(Path(root or ''), split))
     try:
         with network(config) if prefix in ('hfds', 'hfids') else nullcontext():
             dataset = create_dataset(
                 config.dataset.replace(ADDRESS, ''),
                 root=root,
                 split=split,
+                search_split=False,
                 class_map=class_map,
                 is_training=is_training,
                 download=config.dataset_download,
@@ -211,7 +217,7 @@ def check_division(config: DataConfig) -> None:
     if config.val_fraction is not None and config.dataset:
         raise UserError(
             f'val_fraction {config.val_fraction:g} divides a folder of images, and {config.dataset} is none: it has '
-            f'splits of its own; leave --val-fraction out'
+            f'splits of its own; leave --val-fraction out, or --dataset where it is a folder of class folders'
         )
 
 

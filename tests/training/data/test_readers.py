@@ -189,6 +189,26 @@ def test_torchvision_follows_no_circle(images, dataset):
         data.open_dataset(settings.data, 'train', batch_size=4)
 
 
+@pytest.mark.parametrize('dataset', ['', 'torch/image_folder', 'torch/folder'])
+def test_splits_are_not_taken_for_classes(images, dataset):
+    """Nor is a class called like the split taken for it."""
+
+    def opened(place, split):
+        settings, _ = parse_settings('train', ['--data-dir', str(place), '--dataset', dataset])
+        return data.open_dataset(settings.data, split, batch_size=4)
+
+    for place, split, told in (
+        (images, 'test', 'no folder test, but train, validation'),
+        (images, 'trian', 'no folder trian, but train, validation'),
+        (images / 'train', 'train', 'is itself a split; give the folder around it'),
+    ):
+        with pytest.raises(UserError, match=told):
+            opened(place, split)
+    assert opened(images, 'eval')[1] == opened(images / 'validation', 'validation')[1] == list(CLASSES)
+    (images / 'train' / CLASSES[0]).rename(images / 'train' / 'train')
+    assert opened(images, 'train')[1] == [*CLASSES[1:], 'train']
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
 def test_links_that_make_up_too_many_paths(images, dataset, monkeypatch):
