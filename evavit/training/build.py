@@ -113,7 +113,7 @@ def build_model(
     except UserError:
         raise
     except Exception as error:  # each model has its own errors for arguments that do not fit
-        about = {name: getattr(config, name) for name in ('img_size', 'input_size', 'num_classes', 'convert_kwargs')}
+        about = {name: getattr(config, name) for name in ('img_size', 'input_size', 'convert_kwargs')}
         about['weights'] = None if device else config.pretrained_path
         asked = ''.join(f', {name} {value}' for name, value in about.items() if value)
         why = why_not_fetched(error, 'by --pretrained-path FILE in train.py, --checkpoint FILE in the other programs')

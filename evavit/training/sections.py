@@ -212,7 +212,7 @@ class ModelConfig:
     )
     linear_probe: bool = option(False, 'train the classifier alone, on the features of the weights to start from')
     num_classes: Optional[int] = option(
-        None, 'classes of the model; default: those of the data set', low=1, high=10**7, scripts=ALL
+        None, 'classes of the model; default: those of the data set', low=1, high=10**6, scripts=ALL
     )
     in_chans: Optional[int] = option(None, 'image channels, 3 (default) or 1', choices=(1, 3), scripts=ALL)
     img_size: Optional[int] = option(
