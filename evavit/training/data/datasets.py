@@ -6,6 +6,7 @@ labels without a word: here each is a UserError (`folders`). An image that canno
 
 import gzip
 import hashlib
+import io
 import logging
 import os
 import zlib
@@ -17,8 +18,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 
 from evavit.arguments import nearest
-from evavit.errors import UserError, first_line, printable
-from evavit.files import replacing
+from evavit.errors import UserError, first_line, printable, reason_of
+from evavit.files import open_regular, replacing
 from evavit.training.config import DataConfig
 from evavit.training.data.folders import (
     SPLIT_NAMES,
@@ -227,9 +228,9 @@ def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:
         raise UserError(f'--class-map {path}: must be a .txt file with one class name a line')
     try:
         file = Path(path) if Path(path).exists() else Path(root or '', path)
-        if file.exists() and not file.is_file():  # to read a pipe would wait for ever
-            raise UserError(f'--class-map {path}: not a regular file')
-        with open(file, encoding='utf-8-sig') as opened:  # programs of Windows begin a text with a mark
+        with io.TextIOWrapper(
+            open_regular(file), encoding='utf-8-sig'
+        ) as opened:  # programs of Windows begin a text with a mark
             lines = [line.strip() for line in opened]
         seen = {''}
         for number, name in enumerate(lines, 1):
@@ -241,7 +242,7 @@ def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:
             seen.add(name)
         return {name: label for label, name in enumerate(lines)}
     except (OSError, ValueError) as error:
-        raise UserError(f'--class-map {path}: {first_line(error)}') from error
+        raise UserError(f'--class-map {path}: {reason_of(error)}') from error
 
 
 def check_name(dataset: str) -> str:

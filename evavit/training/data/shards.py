@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, Match, Union
 
 from evavit.errors import UserError, reason_of
+from evavit.files import open_regular
 from evavit.training.data.decode import BadImageError, check_bytes
 from evavit.training.data.tars import Member, entries
 
@@ -92,7 +93,8 @@ def _check_info(path: Path) -> None:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_INFO:
             raise UserError(f'{path}: no file, or more than {LARGEST_INFO:,} bytes; it should describe the shards')
-        content = json.loads(path.read_text(encoding='utf-8'))
+        with open_regular(path) as file:
+            content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path}: cannot be read ({reason_of(error)})') from error
     if not isinstance(content, dict) or not isinstance(content.get('splits', {}), dict):
