@@ -6,10 +6,13 @@ EVA are functions of the package too: `evavit.eva_deit_tiny(...)`.
 
 from typing import TYPE_CHECKING, Any, Callable, List
 
-from .arguments import asks_for_help
+from .arguments import asks_for_help, running
+from .errors import quiet_start
 from .version import __version__
 
 __all__ = ['__version__']
+
+quiet_start(running())  # in a program of ours, before PyTorch, which takes seconds to load
 
 if TYPE_CHECKING or not asks_for_help():
     from . import models

@@ -26,14 +26,17 @@ __all__ = [
     'find_device',
     'nearest',
     'program',
+    'running',
     'shown',
     'to_number',
-    'too_many_blocks',
+    'too_large',
     'wrong_preparation',
 ]
 
+PROGRAMS = ('train', 'validate', 'inference', 'benchmark', 'export')
 LISTED = ('train', 'validate', 'export')  # programs whose flags are the table of `evavit.training.sections`
 MOST_BLOCKS = 1000  # of a model: more only take a day to build
+MOST_NUMBER = 10**6  # of anything else: tokens, channels, a window, or times as many
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _BLOCKS = re.compile(
     '(?:^|_)(?:block|branch|depth|expert|layer|level|rep|scale|sec|stage)'
@@ -96,15 +99,18 @@ def program(script: str) -> str:
     return f'evavit-{script}' if Path(sys.argv[0]).stem == f'evavit-{script}' else f'{script}.py'
 
 
+def running() -> Optional[str]:
+    """Which of our programs this process is, in a clone or as an installed command; None of another one."""
+    script = Path((getattr(sys, 'argv', []) or [''])[0])  # which a program around Python may lack
+    in_clone = script.suffix == '.py' and script.resolve().parent == Path(__file__).resolve().parents[1]
+    name = script.stem if in_clone else script.stem.removeprefix('evavit-')
+    return name if name in PROGRAMS and (in_clone or name != script.stem) else None
+
+
 def asks_for_help() -> bool:
     """Whether this process is one of our programs and only to list its flags. That takes no model, and PyTorch and timm
     take seconds to load: `import evavit` then leaves them out."""
-    words = getattr(sys, 'argv', [])  # which a program around Python may lack
-    if not {'-h', '--help'} & set(words[1:]):
-        return False
-    script, clone = Path(words[0]), Path(__file__).resolve().parents[1]
-    in_clone = script.name in {f'{name}.py' for name in LISTED} and script.resolve().parent == clone
-    return in_clone or script.stem in {f'evavit-{name}' for name in LISTED}
+    return running() in LISTED and bool({'-h', '--help'} & set(sys.argv[1:]))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -139,11 +145,13 @@ def find_device(name: Optional[str] = None) -> 'torch.device':
     return device
 
 
-def too_many_blocks(kwargs: Mapping[str, Any]) -> Optional[str]:
-    """A few words where arguments of a model ask for more blocks than `MOST_BLOCKS`, else None."""
+def too_large(kwargs: Mapping[str, Any]) -> Optional[str]:
+    """A few words where arguments of a model ask for more blocks than `MOST_BLOCKS`, or for another number beyond
+    `MOST_NUMBER`, else None."""
     for name, value in kwargs.items():
-        if _BLOCKS.search(str(name)) and (most := max(_numbers(value), default=0)) > MOST_BLOCKS:
-            return f'{name} asks for {shown(most)}, more than {MOST_BLOCKS:,}'
+        bound = MOST_BLOCKS if _BLOCKS.search(str(name)) else MOST_NUMBER
+        if (most := max(map(abs, _numbers(value)), default=0)) > bound:
+            return f'{name} asks for {shown(most)}, more than {bound:,}'
     return None
 
 

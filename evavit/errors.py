@@ -185,6 +185,41 @@ def launched() -> Tuple[int, int, int]:
     return local_rank, rank, world_size
 
 
+def _interrupted(*_: Any) -> NoReturn:
+    os._exit(INTERRUPTED)
+
+
+def _not_begun(*_: Any) -> NoReturn:
+    os.write(2, b'asked to stop before the run began: nothing is saved; the same command begins it\n')
+    os._exit(PREEMPTED)
+
+
+def quiet_start(program: Optional[str]) -> None:
+    """While libraries load Ctrl-C ends a program at once, where NumPy makes an ImportError of a KeyboardInterrupt, and
+    SIGTERM and SIGUSR1 end train.py with PREEMPTED. What ignores a signal, as nohup does, still does."""
+    elsewhere = threading.current_thread() is not threading.main_thread() or multiprocessing.parent_process()
+    if program is None or elsewhere:  # no program of ours, or a thread or process that its signals are not for
+        return
+    for name in ('SIGINT', *(('SIGTERM', 'SIGUSR1') if program == 'train' else ())):
+        number = getattr(signal, name, None)  # Windows lacks SIGUSR1
+        if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _interrupted if name == 'SIGINT' else _not_begun)
+
+
+def loaded() -> None:
+    """From here on Ctrl-C is a KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def begun() -> None:
+    """From here on SIGTERM and SIGUSR1 are for `SignalHandler`, and do as usual after it."""
+    for name in ('SIGTERM', 'SIGUSR1'):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is _not_begun:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def end_now(code: int, line: str) -> NoReturn:
     """Print the line and end this process and its loading processes, from any thread: the main one may be stuck."""
     os.write(2, f'error: {printable(line)}\n'.encode(errors='replace'))

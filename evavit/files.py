@@ -118,16 +118,22 @@ def open_regular(path: Union[str, os.PathLike]) -> IO[bytes]:
     """A regular file, open for reading. What is none is not opened, and a pipe that takes its place does not block.
 
     Raises:
-        OSError: It cannot be opened, or is a pipe, a socket, a device or a folder.
+        OSError: It cannot be opened, or is a pipe, a socket, a device, a folder or, as /proc/kmsg, of the kernel.
     """
     strange = OSError(errno.EINVAL, 'not a regular file')
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not _is_regular(os.stat(path), path):
         raise strange
     descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if not _is_regular(os.fstat(descriptor), descriptor):
         os.close(descriptor)
         raise strange
     return open(descriptor, 'rb')
+
+
+def _is_regular(about: os.stat_result, place: Union[str, os.PathLike, int]) -> bool:
+    """What has no size and lies on no disk the kernel makes up while it is read: it may have no end."""
+    made_up = not about.st_size and hasattr(os, 'statvfs') and not os.statvfs(place).f_blocks
+    return stat.S_ISREG(about.st_mode) and not made_up
 
 
 def unpack(archive: zipfile.ZipFile, folder: Union[str, Path]) -> None:

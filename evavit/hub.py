@@ -32,7 +32,7 @@ from timm.models._hub import (
 from timm.models._input import update_model_input_size
 from timm.utils import unwrap_model
 
-from evavit.arguments import shown, too_many_blocks, wrong_preparation
+from evavit.arguments import shown, too_large, wrong_preparation
 from evavit.card import model_card
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
@@ -270,10 +270,10 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         ) from error
     if own:
         raise ValueError(f'{folder}: config.json makes no model: {", ".join(own)} in model_args is no argument of one')
-    if blocks := too_many_blocks(arguments):
-        raise ValueError(f'{folder}: config.json makes no model: {blocks}')
     if conversion is not None and not isinstance(conversion, dict):
         raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} holds no arguments); save the folder anew')
+    if excess := too_large(arguments) or too_large(conversion or {}):
+        raise ValueError(f'{folder}: config.json makes no model: {excess}')
     if not isinstance(held_out(config), dict):
         raise ValueError(f'{folder}: config.json is damaged ({_HELD_OUT} holds no entries); save the folder anew')
     about = config.get('pretrained_cfg', config)  # timm's older form has all in one place
@@ -452,7 +452,7 @@ def _settings_of_run(file: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any
             f'{file}: its model {saved["model"]} would have to be fetched; make it with timm.create_model and '
             f'evavit.convert_vit, and load the file into it'
         )
-    if why := ', '.join(own) or too_many_blocks(kwargs):
+    if why := ', '.join(own) or too_large(kwargs):
         raise ValueError(f'{file}: its settings make no model: model_kwargs {why}')
     return dict(
         model_name=saved['model'],

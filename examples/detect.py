@@ -6,9 +6,9 @@ Faster R-CNN or RetinaNet, trained for some steps on crops of a photograph of co
 --pretrained-path. pip install '.[dense]' brings what it needs.
 """
 
-import argparse
+import sys
 import time
-from typing import Optional
+from typing import Optional, Sequence
 
 import timm
 import torch
@@ -20,8 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torchvision.models.detection import FasterRCNN, RetinaNet
 
 import evavit
+from evavit.arguments import Parser
 from evavit.dense import DetectionBackbone
-from evavit.errors import UserError, first_line
+from evavit.errors import UserError, first_line, run_script
 
 DETECTORS = {'faster_rcnn': FasterRCNN, 'retinanet': RetinaNet}
 
@@ -101,8 +102,8 @@ def train(
     return losses
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', help='eva_pvt_v2_b3 by default; another pyramid, or a plain ViT: eva_deit_tiny')
     parser.add_argument('--detector', default='faster_rcnn', choices=list(DETECTORS))
     parser.add_argument(
@@ -111,9 +112,9 @@ def main() -> None:
         help='weights of a run: the file of one of --model, or a converted one, without --model',
     )
     parser.add_argument('--steps', type=int, default=20)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.steps < 1:
-        parser.error(f'--steps {args.steps}: at least 1')
+        raise UserError(f'--steps {args.steps}: at least 1')
     if not args.pretrained_path:
         args.model = args.model or 'eva_pvt_v2_b3'
     torch.manual_seed(0)
@@ -126,7 +127,7 @@ def main() -> None:
         with torch.no_grad():
             model.eval().backbone(torch.zeros(1, 3, 192, 256))
     except (AssertionError, OSError, RuntimeError, TypeError, UserError, ValueError) as error:  # timm's have one each
-        parser.error(f'{asked}: {first_line(error)}')
+        raise UserError(f'{asked}: {first_line(error)}') from error
     begin = time.time()
     losses = train(model, image, mask, args.steps)
     with torch.no_grad():
@@ -139,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_script(main))

@@ -6,10 +6,10 @@ judged on the right half, from random weights or those of --pretrained-path. pip
 needs.
 """
 
-import argparse
+import sys
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from scipy import ndimage
 from timm.data import resolve_data_config
 
 import evavit
-from evavit.errors import UserError, first_line
+from evavit.arguments import Parser
+from evavit.errors import UserError, first_line, run_script
 from evavit.training.build import check_finite
 
 try:
@@ -121,15 +122,15 @@ def overlap(model: torch.nn.Module, image: torch.Tensor, mask: torch.Tensor) -> 
     return ((found & coin).sum() / (found | coin).sum()).item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--encoder', default='tu-eva_pvt_v2_b3')
     parser.add_argument('--decoder', default='Unet', choices=('Unet', 'FPN'))
     parser.add_argument('--pretrained-path', metavar='FILE', help='weights of a run of the encoder, .safetensors')
     parser.add_argument('--steps', type=int, default=30)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.steps < 1:
-        parser.error(f'--steps {args.steps}: at least 1')
+        raise UserError(f'--steps {args.steps}: at least 1')
     torch.manual_seed(0)
     image, mask = coins()
     path = args.pretrained_path
@@ -137,16 +138,16 @@ def main() -> None:
     try:
         check(args.encoder.removeprefix('tu-'), path)
         if path and is_converted(path):
-            parser.error(
-                f'{asked}: a converted ViT, which is no pyramid; put evavit.load_converted in the encoder of smp.DPT, '
-                f'as docs/dense.md shows'
+            raise UserError(
+                'a converted ViT, which is no pyramid; put evavit.load_converted in the encoder of smp.DPT, '
+                'as docs/dense.md shows'
             )
         model = smp.create_model(args.decoder, args.encoder, classes=1, **weights(path))
     except UserError as error:
-        parser.error(f'{asked}: {error}')
+        raise UserError(f'{asked}: {error}') from error
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         hint = '' if path and 'pvt' in args.encoder else '; a pyramid is needed, such as tu-eva_pvt_v2_b3'
-        parser.error(f'{asked}: {first_line(error)}{hint}')
+        raise UserError(f'{asked}: {first_line(error)}{hint}') from error
     begin = time.time()
     losses = train(model, image, mask, args.steps)
     print(
@@ -157,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_script(main))

@@ -13,7 +13,7 @@ from timm.models import resolve_model_input_args
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evavit.arguments import nearest, too_many_blocks
+from evavit.arguments import nearest, too_large
 from evavit.errors import UserError, first_line
 from evavit.layers import EvaAttention
 from evavit.models import softmax_twin
@@ -51,8 +51,8 @@ def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
             kwargs[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             kwargs[key] = value
-    if blocks := too_many_blocks(kwargs):
-        raise UserError(f'{text}: {blocks}; lower it')
+    if excess := too_large(kwargs):
+        raise UserError(f'{text}: {excess}; lower it')
     return name, kwargs
 
 

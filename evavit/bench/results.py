@@ -5,6 +5,7 @@ import csv
 import datetime
 import errno
 import io
+import itertools
 import json
 import os
 import platform
@@ -87,6 +88,8 @@ KEY = (
 )
 # Columns that older files lack, and what attention was measured with then.
 ADDED = dict(window_size='7', partition_grid='7', num_prefix_tokens='0', count_cells='one')
+
+LOOKED_AT = 100  # rows of a table that may be replaced
 
 # A row with another status is a failure, and is measured again.
 HARMLESS = ('ok', 'not available')
@@ -187,13 +190,13 @@ def check_writable(path: Path) -> None:
         raise UserError(f'--results-file {path} cannot be written ({error.strerror}); name another file') from None
 
 
-def check_replaced(path: Path, is_own: Callable[[List[str]], bool]) -> None:
+def check_replaced(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -> None:
     """Find out before anything is computed whether a table may take the place of the file that has its name.
 
     Args:
         path: A .csv, .json or .parquet file. Of JSON each row is an object, one a line or one a key, or there is a list
             `columns`.
-        is_own: Whether a table of these columns is an earlier output of the program.
+        is_own: Whether a table of these columns, with these first rows, is an earlier output of the program.
 
     Raises:
         UserError: there is a file, not an empty one, that is no such table.
@@ -202,32 +205,38 @@ def check_replaced(path: Path, is_own: Callable[[List[str]], bool]) -> None:
         if not path.exists():
             return
         with open_regular(path) as file:
-            own = not os.fstat(file.fileno()).st_size or is_own(_columns_of(file, path.suffix))
+            own = not os.fstat(file.fileno()).st_size or is_own(*_table_of(file, path.suffix))
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({reason_of(error)}); name another file') from error
-    except (ValueError, TypeError, AttributeError, RecursionError, csv.Error):  # no table at all
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, csv.Error):  # no table at all
         own = False
     if not own:
         raise UserError(f'{path} is there, with other content than is written to it; name another file')
 
 
-def _columns_of(file: IO[bytes], suffix: str) -> List[str]:
-    """The names of a table's columns. ValueError and its like where it is none."""
+def _table_of(file: IO[bytes], suffix: str) -> Tuple[List[str], List[Row]]:
+    """The names of a table's columns, and its first rows. ValueError and its like where it is none."""
     if suffix == '.parquet':
         import pyarrow.parquet
 
-        return list(pyarrow.parquet.read_schema(file).names)
+        table = pyarrow.parquet.ParquetFile(file)
+        batches = itertools.islice(table.iter_batches(LOOKED_AT), 1)
+        return list(table.schema_arrow.names), [row for batch in batches for row in batch.to_pylist()]
     if suffix == '.csv':
-        return list(next(csv.reader(io.TextIOWrapper(file, encoding='utf-8', newline='')), ()))
+        reader = csv.DictReader(io.TextIOWrapper(file, encoding='utf-8', newline=''))
+        return list(reader.fieldnames or ()), list(itertools.islice(reader, LOOKED_AT))
     try:
         content = json.load(file)
     except json.JSONDecodeError:
         file.seek(0)
-        content = json.loads(file.readline())
+        rows = [json.loads(line) for line in itertools.islice(file, LOOKED_AT)]
+        return list(rows[0]), rows
     if isinstance(content.get('columns'), list):
-        return content['columns']
+        names = content['columns']
+        return names, [dict(zip(names, row, strict=True)) for row in content['data'][:LOOKED_AT]]
     rows = list(content.values())
-    return list(rows[0] if rows and all(isinstance(row, dict) for row in rows) else content)
+    rows = rows[:LOOKED_AT] if rows and all(isinstance(row, dict) for row in rows) else [content]
+    return list(rows[0]), rows
 
 
 def is_done(path: Path, key: Row) -> bool:

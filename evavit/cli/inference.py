@@ -34,6 +34,7 @@ from evavit.training.stalls import Watchdog
 log = logging.getLogger('evavit.inference')
 
 ENDINGS = {'csv': '.csv', 'json': '.json', 'json-records': '.json', 'json-split': '.json', 'parquet': '.parquet'}
+DECIMALS = 6  # of the outputs
 MAPS_AT_ONCE = 8  # images whose attention is in memory together
 Row = Dict[str, Any]
 
@@ -62,10 +63,11 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     check_columns(config.results, formats, name_class is not None, model.num_classes)
     base = results_base(config, model, data_config)
     for form in formats:
-        check_replaced(Path(f'{base}{ENDINGS[form]}'), lambda names: _are_own(names, config.results))
+        check_replaced(Path(f'{base}{ENDINGS[form]}'), lambda names, rows: _are_own(names, rows, config.results))
     pictures = None
     if config.results.include_attention:
-        pictures = AttentionPictures(model, config.results.include_attention, base.parent / 'attention', data_config)
+        folder = Path(f'{base}{ENDINGS[formats[0]]}.attention')  # of these results alone
+        pictures = AttentionPictures(model, config.results.include_attention, folder, data_config)
         pictures.try_out()
 
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}')
@@ -184,16 +186,17 @@ def results_base(config: InferenceConfig, model: Any, data_config: Dict[str, Any
     return base
 
 
-def _are_own(names: List[str], results: ResultsConfig) -> bool:
-    """Whether columns are those of results, of other flags too."""
+def _are_own(names: List[str], rows: Sequence[Row], results: ResultsConfig) -> bool:
+    """Whether a table is one of results, of other flags too: no other columns, and outputs as they are written here, of
+    which one is not short. Names, numbers of classes and short numbers may be anybody's."""
     outputs = {results.output_col or results.output_type, 'prob', 'logit'}
     known = {results.filename_col, results.index_col, results.label_col, 'attention'} | outputs
-    bare = {re.sub(r'_\d+$', '', name) for name in names} - known.intersection(names)
-    bare |= known.intersection(names)
-    own = bool(bare & outputs) or (
-        results.exclude_output and results.index_col in bare
-    )  # labels alone may be anybody's
-    return bare <= known and own
+    kinds = {name: name if name in known else re.sub(r'_\d+$', '', name) for name in names}
+    cells = [row[name] for row in rows for name, kind in kinds.items() if kind in outputs]
+    values = [value for cell in cells for value in (cell if isinstance(cell, list) else [cell])]
+    numbers = [float(value) for value in values]
+    as_written = [str(value) for value in values] == [repr(round(number, DECIMALS)) for number in numbers]
+    return known.issuperset(kinds.values()) and as_written and any(number != round(number, 4) for number in numbers)
 
 
 def class_namer(
@@ -260,7 +263,7 @@ def best_classes(
         if name_class is not None:
             row[results.label_col] = [name_class(number) for number in numbers]
         if not results.exclude_output:
-            row[results.output_col or results.output_type] = [round(value, 6) for value in values]
+            row[results.output_col or results.output_type] = [round(value, DECIMALS) for value in values]
         rows.append(row)
     return rows
 

@@ -2,17 +2,13 @@
 call these functions, which return the exit code."""
 
 import ast
-import contextlib
-import os
-import signal
 import sys
-import threading
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Optional, Sequence
 
 from evavit.arguments import asks_for_help
-from evavit.errors import INTERRUPTED, UserError, one_line, print_anything, run_script
+from evavit.errors import UserError, loaded, one_line, print_anything, quiet_start, run_script
 from evavit.training.config import parse_settings
 
 
@@ -41,27 +37,15 @@ def _run(name: Any) -> int:
         return _list_flags(name)
 
     def checked(argv: Optional[Sequence[str]] = None) -> None:
-        with _quiet_interrupt():
-            from evavit.training.distributed import check_backend
+        quiet_start(name)  # also where the process is called otherwise
+        from evavit.training.distributed import check_backend
 
-            main = import_module(f'evavit.cli.{name}').main
+        main = import_module(f'evavit.cli.{name}').main
+        loaded()
         check_backend()
         main(argv)
 
     return run_script(checked)
-
-
-@contextlib.contextmanager
-def _quiet_interrupt() -> Iterator[None]:
-    """Ctrl-C ends the process at once, while libraries load: NumPy makes an ImportError of a KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():  # which signals do not reach
-        yield
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _list_flags(name: Any) -> int:

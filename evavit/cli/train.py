@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Optional, Sequence
 import torch
 from timm.utils import unwrap_model, world_info_from_env
 
-from evavit.errors import Preempted, UserError, reason_of
+from evavit.errors import Preempted, UserError, begun, reason_of
 from evavit.training import build, checkpoint, checks, data, distillation, dry_run, loop, run_folder
 from evavit.training.agreement import check_agreement, code_version
 from evavit.training.compilation import choose_compilation
@@ -37,6 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if rank == 0:
             print('\n'.join(dry_run.describe(config, checked)))
         return
+    begun()
     # A signal during the start takes effect after the first update, when there is something to save.
     with SignalHandler(config.run.checkpoint_interval, rank == 0) as handler, ExitStack() as held:
         run_training(config, checked, handler, held)

@@ -155,7 +155,7 @@ def check_settings(config: ValidateConfig) -> None:
         raise UserError(f'--results-file {results}: the name must end in .csv or .json')
     if results:
         own = ['model', 'top1', 'top1_err']  # timm's begin with them, too
-        check_replaced(Path(results), lambda names: names[:3] == own and 'images' in names)
+        check_replaced(Path(results), lambda names, _: names[:3] == own and 'images' in names)
     if config.run.report_dir:
         check_report_dir(Path(config.run.report_dir))
 
@@ -163,7 +163,7 @@ def check_settings(config: ValidateConfig) -> None:
 def check_report_dir(folder: Path) -> None:
     """UserError where a file of the report's names is there that no report wrote."""
     for name, first in report.TABLES.items():
-        check_replaced(folder / name, lambda names, first=first: names[: len(first)] == first)  # type: ignore[misc]
+        check_replaced(folder / name, lambda names, _, first=first: names[: len(first)] == first)  # type: ignore[misc]
     picture = folder / report.PICTURE
     try:
         own = not picture.exists() or report.is_own_picture(picture)

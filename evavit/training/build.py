@@ -18,7 +18,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from evavit import models
-from evavit.arguments import PREPARATION, nearest, shown, too_many_blocks
+from evavit.arguments import PREPARATION, nearest, shown, too_large
 from evavit.errors import UserError, first_line
 from evavit.hub import saved_config, source_folder, source_weights, why_not_fetched
 from evavit.models import (
@@ -70,8 +70,9 @@ def build_model(
     for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
             raise UserError(f'model_kwargs: {name} has an option of its own, {instead}')
-    if blocks := too_many_blocks(kwargs):
-        raise UserError(f'model_kwargs: {blocks}; lower it')
+    for kind, given in dict(model_kwargs=kwargs, convert_kwargs=config.convert_kwargs or {}).items():
+        if excess := too_large(given):
+            raise UserError(f'{kind}: {excess}; lower it')
     name = config.model or ''
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
@@ -112,9 +113,11 @@ def build_model(
     except UserError:
         raise
     except Exception as error:  # each model has its own errors for arguments that do not fit
-        given = f', weights {config.pretrained_path}' if config.pretrained_path and not device else ''
+        about = {name: getattr(config, name) for name in ('img_size', 'input_size', 'convert_kwargs')}
+        about['weights'] = None if device else config.pretrained_path
+        asked = ''.join(f', {name} {value}' for name, value in about.items() if value)
         why = why_not_fetched(error, 'by --pretrained-path FILE in train.py, --checkpoint FILE in the other programs')
-        raise UserError(f'model {name}{_shown(kwargs)}{given}: {why}') from error
+        raise UserError(f'model {name}{_shown(kwargs)}{asked}: {why}') from error
     if strict and file is not None:
         load_weights(model, file)
     elif config.initial_checkpoint and not device:

@@ -6,7 +6,6 @@ Flags win over YAML, YAML wins over the defaults. YAML keys are the flags with u
 import argparse
 import ast
 import re
-import stat
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import (
@@ -33,7 +32,7 @@ import yaml
 
 from evavit.arguments import NUMBER, Parser, nearest, program, shown
 from evavit.errors import UserError, reason_of
-from evavit.files import replacing, why_no_file
+from evavit.files import open_regular, replacing, why_no_file
 from evavit.training.sections import (
     LONGEST,
     AugmentConfig,
@@ -433,10 +432,9 @@ def _find_config(name: str) -> Path:
 def _read_text(path: Path) -> str:
     """A file of settings. What is no file, such as a pipe or a device, would never end: it is not opened."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            reason = why_no_file(path, ['args.yaml']) if path.is_dir() else 'it is no file'
-            raise UserError(f'-c {path}: cannot be read ({reason})')
-        with open(path, 'rb') as file:
+        if path.is_dir():
+            raise UserError(f'-c {path}: cannot be read ({why_no_file(path, ["args.yaml"])})')
+        with open_regular(path) as file:
             content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
             raise UserError(f'-c {path}: more than {LARGEST_FILE:,} bytes, so no file of settings')

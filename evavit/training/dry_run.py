@@ -4,9 +4,10 @@ Where the weights are not needed, the model is built on the meta device, where t
 data is read, no device is touched, no memory is filled.
 """
 
+import logging
 import shlex
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 
-from evavit.errors import UserError
+from evavit.arguments import shown
+from evavit.errors import UserError, first_line
 from evavit.hub import folder_digest, held_out
 from evavit.training import build, checkpoint, checks, contents, data, distillation, run_folder
 from evavit.training.config import ModelConfig, TrainConfig
@@ -116,6 +118,23 @@ def output_folder(config: TrainConfig, data_config: Dict[str, Any]) -> Path:
     return Path(config.run.output, name)
 
 
+@contextmanager
+def _counted(config: ModelConfig) -> Iterator[None]:
+    """Sizes that are beyond PyTorch's numbers together, allowed as each of them is, are a UserError."""
+    fake = logging.getLogger('torch._subclasses.fake_tensor')  # which would tell of them with a traceback
+    fake.disabled = True
+    try:
+        yield
+    except RuntimeError as error:
+        if 'overflow' not in str(error):
+            raise
+        kwargs = {**(config.model_kwargs or {}), **(config.convert_kwargs or {})}
+        asked = ', '.join(f'{name}={shown(value)}' for name, value in kwargs.items())
+        raise UserError(f'model {config.model} with {asked[:400]}: {first_line(error)}; lower some of them') from error
+    finally:
+        fake.disabled = False
+
+
 def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     """The lines of --dry-run. The number of images needs a look at the data set's listing; no image is read.
 
@@ -175,9 +194,11 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
         lines += [('warning', line) for line in other_start(config, classes, names)]
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters())
+    with _counted(config.model):
+        operations = multiply_adds(model, size)
     lines += [
         ('parameters', f'{parameters / 1e6:.2f} M'),
-        ('multiply-adds', f'{multiply_adds(model, size) / 1e9:.3g} G for one image, forward'),
+        ('multiply-adds', f'{operations / 1e9:.3g} G for one image, forward'),
         ('global batch', batch.sizes()),
         ('learning rate', f'{batch.lr:g} ({batch.lr_rule}), {config.optim.opt}, {schedule.sched}'),
     ]
@@ -204,7 +225,8 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     else:
         place = 'before' if schedule.warmup_prefix else 'among'
         warmup = f'{schedule.warmup_epochs} epochs from {schedule.warmup_lr:g}, {place} the {schedule.epochs}'
-    memory, stepped = step_memory(config, checked)
+    with _counted(config.model):
+        memory, stepped = step_memory(config, checked)
     simulated = f'by a simulated step{"" if config.machine.amp else " in float32"}'
     if not stepped:
         simulated += f', but without the state of {config.optim.opt}, which asks for values that such a step has not'

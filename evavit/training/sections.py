@@ -16,6 +16,7 @@ from evavit.errors import UserError
 
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')  # of torch.compile's Inductor
 BREAKS = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')  # what would break a line in two, or not be seen
+LONGEST_SIDE = 10**5  # pixels of an image
 LONGEST = 4096  # characters of a text: Linux takes no longer path
 MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
 MOST_WORKERS = max(32, 8 * (os.cpu_count() or 1))
@@ -211,12 +212,19 @@ class ModelConfig:
     )
     linear_probe: bool = option(False, 'train the classifier alone, on the features of the weights to start from')
     num_classes: Optional[int] = option(
-        None, 'classes of the model; default: those of the data set', low=1, scripts=ALL
+        None, 'classes of the model; default: those of the data set', low=1, high=10**6, scripts=ALL
     )
     in_chans: Optional[int] = option(None, 'image channels, 3 (default) or 1', choices=(1, 3), scripts=ALL)
-    img_size: Optional[int] = option(None, "image side in pixels; default: the model's", low=1, scripts=ALL)
+    img_size: Optional[int] = option(
+        None, "image side in pixels; default: the model's", low=1, high=LONGEST_SIDE, scripts=ALL
+    )
     input_size: Optional[List[int]] = option(
-        None, 'channels, height and width, for images that are not square', count=3, low=1, scripts=ALL
+        None,
+        'channels, height and width, for images that are not square',
+        count=3,
+        low=1,
+        high=LONGEST_SIDE,
+        scripts=ALL,
     )
     crop_pct: Optional[float] = option(
         None, 'share of the image that the centre crop of validation keeps', low=0.01, high=1, scripts=ALL

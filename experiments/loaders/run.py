@@ -25,6 +25,7 @@ import torchvision
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from evavit.arguments import Parser
 from evavit.bench.loader import LEAST, Repeated
 from evavit.bench.results import ORIGIN, check_writable, origin, store_rows
 from evavit.errors import UserError, run_script
@@ -171,9 +172,7 @@ def version(contender):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', type=Path, required=True, help='what tools/build_photos.py wrote')
     parser.add_argument('--results-file', type=Path, metavar='CSV', help='rows of the same measurement are replaced')
     parser.add_argument('--contenders', nargs='+', default=list(CONTENDERS), choices=list(CONTENDERS))
@@ -184,6 +183,12 @@ def main(argv=None):
     parser.add_argument('--repeats', type=int, default=3, help='passes; the median counts (3)')
     parser.add_argument('--device', help='cuda, cpu (default: cuda where there is one)')
     args = parser.parse_args(argv)
+    for name in ('batch_size', 'repeats'):
+        if getattr(args, name) < 1:
+            raise UserError(f'--{name.replace("_", "-")} {getattr(args, name)}: at least 1')
+    for name in ('workers', 'held', 'seconds'):
+        if getattr(args, name) < 0:
+            raise UserError(f'--{name} {getattr(args, name)}: at least 0')
     if not (args.data_dir / 'train').is_dir():
         raise UserError(f'--data-dir {args.data_dir}: no folder train in it; tools/build_photos.py makes one')
     if args.results_file:

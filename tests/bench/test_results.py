@@ -139,11 +139,11 @@ def test_a_write_that_fails_is_a_line(tmp_path):
 )
 def test_what_a_table_may_replace(tmp_path, name, own, others):
     path = tmp_path / name
-    check_replaced(path, lambda names: names == ['x', 'y'])
+    check_replaced(path, lambda names, _: names == ['x', 'y'])
     for content in ('', own):
         path.write_text(content)
-        check_replaced(path, lambda names: names == ['x', 'y'])
+        check_replaced(path, lambda names, _: names == ['x', 'y'])
     for content in others:
         path.write_text(content)
         with pytest.raises(UserError, match='is there, with other content than is written to it; name another file'):
-            check_replaced(path, lambda names: names == ['x', 'y'])
+            check_replaced(path, lambda names, _: names == ['x', 'y'])

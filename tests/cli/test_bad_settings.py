@@ -177,6 +177,36 @@ def test_dry_run_of_an_optimizer_that_asks_for_values(call, opt):
     assert code == 0 and 'GiB of tensors' in out and f'without the state of {opt}, which asks' in out, err
 
 
+SIZES = ['reg_tokens', 'embed_dim', 'depth', 'num_classes', 'img_size', 'partition_grid', 'window_size', 'mlp_ratio']
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize('size', SIZES)
+def test_a_size_that_cannot_be_is_a_line_in_every_program(call, images, tmp_path, size):
+    """It names the size and its value: PyTorch's own words tell of bytes."""
+    value = 10**9
+    own, of_convert = size in ('num_classes', 'img_size'), size in ('partition_grid', 'window_size')
+    model = ['--model', 'vit_tiny_patch16_224']
+    given = [f'--{size.replace("_", "-")}', value] if own else ['--model-kwargs', f'{size}={value}']
+    if of_convert:
+        given = ['--convert', 'eva', '--convert-kwargs', f'{size}={value}']
+    programs = dict(
+        train=[*model, '--dry-run', *given],
+        validate=[*model, '--pretrained', '--data-dir', images, *given],
+        export=[tmp_path / 'a.onnx', *model, '--device', 'cpu', *given],
+        benchmark=['--bench', 'infer', '--device', 'cpu', '--model', f'eva_deit_tiny:{size}={value}'],
+    )
+    for program, flags in programs.items():
+        code, _, err = call(program, *flags)
+        assert code == 2 and err.count('\n') == 1 and size in err and str(value) in err, (program, err)
+
+
+def test_sizes_that_cannot_be_together_are_a_line(call):
+    given = ['reg_tokens=1000000', 'embed_dim=1000000', 'num_heads=2', 'mlp_ratio=1000000']
+    code, _, err = call('train', '--model', 'eva_deit_tiny', '--dry-run', '--model-kwargs', *given)
+    assert code == 2 and err.count('\n') == 1 and 'mlp_ratio=1000000: ' in err and 'lower some of them' in err, err
+
+
 def test_dry_run_tells_the_size_of_the_cache(call, images):
     flags = ['--data-dir', images, *words('--augment-device cuda --cache-device --dry-run')]
     code, out, err = call('train', *MODEL, *QUICK, *flags)

@@ -321,7 +321,7 @@ def test_attention_pictures(infer, hub, model, pictures, tmp_path, how):
     rows, _ = infer('--data-dir', root, '--checkpoint', hub, '--include-attention', how, '--fullname', '-b', '3')
     transform = transform_of(model)
     for number, row in enumerate(rows):
-        assert row['attention'] == f'attention/{number:06d}_{row["filename"].split("/")[-1]}.png'
+        assert row['attention'] == f'results.csv.attention/{number:06d}_{row["filename"].split("/")[-1]}.png'
         maps = evavit.attention_maps(model, transform(known[row['filename']]).unsqueeze(0))
         one = evavit.attention_rollout(maps) if how == 'rollout' else maps[-1]
         weights = one.grid.mean((1, 2))[0]
@@ -460,15 +460,34 @@ def test_results_take_the_place_of_results_alone(call, hub, pictures, tmp_path, 
     flags = ['--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0', '--results-file', path]
     for more in ([], ['--topk', '3', '--include-index'], ['--output-type', 'logit'], ['--exclude-output']):
         assert call('inference', *flags, '--results-format', form, *more)[0] == 0
-    if form != 'csv':
-        path.write_text('{"mine": {"size": 1}}')
+    users = [['filename', 'label'], ['filename', 'index', 'label'], ['filename', 'label', 'prob']]
+    rows = [['a.png', 'apple'], ['a.png', 3, 'apple'], ['a.png', 'apple', 0.93]]  # which may be anybody's
+    tables = [dict(zip(names, row, strict=True)) for names, row in zip(users, rows, strict=True)]
+    if form == 'csv':
+        contents = ['\n'.join(','.join(map(str, line)) for line in (table, table.values())) for table in tables]
+    elif form == 'json-split':
+        contents = [json.dumps(dict(columns=list(table), data=[list(table.values())])) for table in tables]
     else:
-        path.write_text('filename,label\na.png,apple\n')
-    content = path.read_text()
-    for more in ([], ['--exclude-output']):  # names and labels alone may be anybody's
-        code, _, err = call('inference', *flags, *more)
-        assert code == 2 and f'{path} is there, with other content than is written to it' in err, err
-        assert err.count('\n') == 1 and path.read_text() == content
+        contents = ['{"mine": {"size": 1}}', *map(json.dumps, tables)]
+    for content in contents:
+        path.write_text(content)
+        for more in ([], ['--exclude-output']):
+            code, _, err = call('inference', *flags, *more)
+            assert code == 2 and f'{path} is there, with other content than is written to it' in err, err
+            assert err.count('\n') == 1 and path.read_text() == content
+
+
+def test_results_of_parquet_take_the_place_of_results_alone(call, hub, pictures, tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    import pyarrow
+
+    path = tmp_path / 'own.parquet'
+    flags = ['--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0', '--results-file', path]
+    for more in ([], ['--topk', '3'], []):
+        assert call('inference', *flags, *more)[0] == 0
+    parquet.write_table(pyarrow.table(dict(filename=['a.png'], label=['apple'], prob=[1.0])), path)
+    code, _, err = call('inference', *flags)
+    assert code == 2 and 'other content' in err and parquet.read_table(path)['label'].to_pylist() == ['apple']
 
 
 @pytest.mark.parametrize('script', ['inference', 'validate', 'export'])
@@ -695,12 +714,26 @@ def test_no_column_replaces_another(call, hub, pictures, tmp_path, flags, twice)
 def test_a_picture_of_attention_is_written_beside_its_place(infer, hub, tmp_path):
     """What is there is replaced, not written to."""
     (tmp_path / 'in').mkdir()
-    (tmp_path / 'attention').mkdir()
+    (tmp_path / 'results.csv.attention').mkdir()
     Image.new('RGB', (8, 8)).save(tmp_path / 'in' / 'a.png')
     (tmp_path / 'mine').write_text('mine')
-    (tmp_path / 'attention' / '000000_a.png.png').symlink_to(tmp_path / 'mine')
+    (tmp_path / 'results.csv.attention' / '000000_a.png.png').symlink_to(tmp_path / 'mine')
     rows, _ = infer('--data-dir', tmp_path / 'in', '--checkpoint', hub, '--include-attention')
     assert (tmp_path / 'mine').read_text() == 'mine' and not (tmp_path / rows[0]['attention']).is_symlink()
+
+
+def test_results_of_one_folder_have_pictures_of_attention_of_their_own(call, hub, tmp_path):
+    """So do those that differ in form alone."""
+    drawn = {}
+    for name in ('one.csv', 'two.csv', 'one.json'):
+        Image.effect_noise((8, 8), 80).save(tmp_path / 'a.png')
+        place = ['--data-dir', tmp_path / 'a.png', '--checkpoint', hub, '--workers', '0']
+        code, _, err = call('inference', *place, '--results-file', tmp_path / name, '--include-attention')
+        assert code == 0, err
+        (file,) = set(tmp_path.glob('*/*.png')) - drawn.keys()
+        assert file.parent.name == f'{name}.attention'
+        drawn[file] = file.read_bytes()
+    assert all(file.read_bytes() == content for file, content in drawn.items())
 
 
 def test_help_names_every_flag(capsys):

@@ -50,18 +50,27 @@ def test_too_few_open_files_are_a_line(images, tmp_path):
     )
 
 
-def test_an_interrupt_while_the_libraries_load_is_quiet():
-    """Where NumPy would make an ImportError of it, and others an abort."""
-    code = """
-import time
-from evavit.cli.scripts import _quiet_interrupt
-with _quiet_interrupt():
-    print('loading', flush=True)
-    time.sleep(600)
-"""
-    process = subprocess.Popen(
-        [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert process.stdout.readline() == 'loading\n'
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60 * PATIENCE) == ('', '') and process.returncode == 130
+@pytest.mark.parametrize('program', ['train', 'validate', 'inference', 'benchmark', 'export'])
+@pytest.mark.parametrize('kind', ['clone', 'installed'])
+def test_a_signal_while_the_libraries_load_is_quiet(kind, program, tmp_path):
+    """Where NumPy would make an ImportError of Ctrl-C, and others an abort. A run that has not begun ends as others."""
+    (tmp_path / 'torch.py').write_text("import time\nprint('loading', flush=True)\ntime.sleep(600)\n")
+    script = ROOT / f'{program}.py'
+    if kind == 'installed':
+        script = tmp_path / f'evavit-{program}'
+        script.write_text(f'import sys\nfrom evavit.cli.scripts import {program}\nsys.exit({program}())\n')
+    asked = {signal.SIGINT: (130, '')}
+    if program == 'train':
+        told = 'asked to stop before the run began: nothing is saved; the same command begins it\n'
+        asked |= {signal.SIGTERM: (75, told), signal.SIGUSR1: (75, told)}
+    for number, (code, told) in asked.items():
+        process = subprocess.Popen(
+            [sys.executable, script],
+            env={**os.environ, 'PYTHONPATH': f'{tmp_path}:{ROOT}'},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == 'loading\n'
+        process.send_signal(number)
+        assert process.communicate(timeout=60 * PATIENCE) == ('', told) and process.returncode == code

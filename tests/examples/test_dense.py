@@ -8,6 +8,7 @@ import torch
 from programs import load_program
 
 import evavit
+from evavit.errors import run_script
 from evavit.hub import save_folder
 from evavit.models import write_weights
 
@@ -86,11 +87,8 @@ def test_weights_of_a_run(tmp_path, monkeypatch, capsys):
     for path in (tmp_path, tmp_path / 'model_best.safetensors'):
         with pytest.raises(ValueError, match='a converted run knows its model; leave --model out'):
             detect.build('vit_tiny_patch16_224', 'retinanet', side=96, weights=str(path))
-        flags = ['--pretrained-path', str(path)]
-        monkeypatch.setattr('sys.argv', ['segment.py', *flags])
-        with pytest.raises(SystemExit):
-            segment.main()
-        assert 'a converted ViT, which is no pyramid; put evavit.load_converted in' in capsys.readouterr().err
+        told = 'a converted ViT, which is no pyramid; put evavit.load_converted in'
+        test_mistakes(capsys, 'segment', ['--pretrained-path', str(path)], [told])
     assert torch.equal(model.backbone.features.model.blocks[1].mlp.fc1.weight, vit.blocks[1].mlp.fc1.weight)
     with torch.no_grad():
         assert model([torch.rand(3, 100, 140)])[0]['boxes'].shape[1] == 4
@@ -101,7 +99,12 @@ def test_weights_of_a_run(tmp_path, monkeypatch, capsys):
     [
         ('segment', ['--encoder', 'tu-eva_deit_tiny'], ['tu-eva_deit_tiny', 'a pyramid is needed']),
         ('segment', ['--encoder', 'tu-eva_pvt_v2_b9'], ['eva_pvt_v2_b9']),
-        ('segment', ['--steps', '0'], ['--steps 0']),
+        *(
+            (name, ['--steps', text], ['--steps', text])
+            for name in ('segment', 'detect')
+            for text in ('0', '2_0', '２')
+        ),
+        *((name, ['--step', '3'], ['--step', 'did you mean --steps?']) for name in ('segment', 'detect')),
         ('segment', ['--pretrained-path', 'x.safetensors'], ['--pretrained-path x.safetensors', 'no such checkpoint']),
         ('detect', ['--model', 'eva_deit_tin'], ['eva_deit_tin']),
         ('detect', ['--pretrained-path', 'no/run'], ['--pretrained-path no/run', 'no such folder']),
@@ -119,24 +122,19 @@ def test_weights_of_a_run(tmp_path, monkeypatch, capsys):
         ),
     ],
 )
-def test_mistakes(monkeypatch, capsys, name, flags, words):
-    module = {'segment': segment, 'detect': detect}[name]
-    monkeypatch.setattr('sys.argv', [f'{name}.py', *flags])
-    with pytest.raises(SystemExit) as stop:
-        module.main()
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and all(word in line for word in words), line
+def test_mistakes(capsys, name, flags, words):
+    assert run_script({'segment': segment, 'detect': detect}[name].main, flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: ') and all(word in line for word in words), line
 
 
 @pytest.mark.parametrize('name', ['segment', 'detect'])
-def test_weights_that_are_not_finite_are_a_line(monkeypatch, capsys, tmp_path, name):
+def test_weights_that_are_not_finite_are_a_line(capsys, tmp_path, name):
     state = timm.create_model('eva_pvt_v2_b3', num_classes=0).state_dict()
     next(iter(state.values())).view(-1)[0] = float('nan')
     write_weights(state, tmp_path / 'nan.safetensors')
     model = [] if name == 'segment' else ['--model', 'eva_pvt_v2_b3']
-    test_mistakes(
-        monkeypatch, capsys, name, [*model, '--pretrained-path', str(tmp_path / 'nan.safetensors')], ['are not finite']
-    )
+    test_mistakes(capsys, name, [*model, '--pretrained-path', str(tmp_path / 'nan.safetensors')], ['are not finite'])
 
 
 PLACES = [
@@ -154,10 +152,10 @@ def test_nothing_is_fetched(monkeypatch, capsys, name, flag, source):
 
     monkeypatch.setattr('timm.models._hub.hf_hub_download', fetch)
     monkeypatch.setattr('evavit.hub.download_from_hf', fetch)
-    test_mistakes(monkeypatch, capsys, name, [flag + source], [source, 'nothing is fetched'])
+    test_mistakes(capsys, name, [flag + source], [source, 'nothing is fetched'])
 
 
-def test_a_folder_that_is_no_pyramid_is_a_line(monkeypatch, capsys, tmp_path):
+def test_a_folder_that_is_no_pyramid_is_a_line(capsys, tmp_path):
     model = timm.create_model('vit_tiny_patch16_224', **PLAIN)
     folder = save_folder(model, tmp_path / 'vit', data='x', licence='mit')
-    test_mistakes(monkeypatch, capsys, 'segment', ['--encoder', f'tu-local-dir:{folder}'], ['a pyramid is needed'])
+    test_mistakes(capsys, 'segment', ['--encoder', f'tu-local-dir:{folder}'], ['a pyramid is needed'])

@@ -36,3 +36,11 @@ def test_a_row_for_each_contender(photos, tmp_path, monkeypatch, capsys):
 def test_no_photographs_are_a_line(tmp_path, capsys):
     assert run_script(load_program('experiments/loaders/run.py').main, ['--data-dir', str(tmp_path)]) == 2
     assert 'tools/build_photos.py' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('flags', ['--workers 1_0', '--seconds inf', '--seconds -1', '-b ２', '--repeats 0', '--hel 3'])
+def test_flags_that_cannot_be_are_a_line(photos, capsys, flags):
+    command = ['--data-dir', str(photos), '--device', 'cpu', '--contenders', 'cuda', *flags.split()]
+    assert run_script(load_program('experiments/loaders/run.py').main, command) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and err.count('\n') == 1 and flags.split()[0] in err, err

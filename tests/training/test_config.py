@@ -81,13 +81,23 @@ def test_a_tag_that_its_value_does_not_fit(config):
         settings_of('-c', config('lr: !!bool foo'))
 
 
+@pytest.mark.timeout(30)
 def test_a_file_of_settings_is_a_small_file(tmp_path):
     os.mkfifo(tmp_path / 'pipe.yaml')
     (tmp_path / 'link.yaml').symlink_to(tmp_path / 'pipe.yaml')
     (tmp_path / 'large.yaml').write_text('epochs: 3' + '\n' * 2**20)
-    for name, words in (('pipe', 'it is no file'), ('link', 'it is no file'), ('large', 'more than 1,048,576 bytes')):
-        with pytest.raises(UserError, match=words):
+    (tmp_path / 'folder.yaml').mkdir()
+    told = dict(
+        pipe='not a regular file', link='not a regular file', large='more than 1,048,576 bytes', folder='folder'
+    )
+    if os.path.exists('/proc/kmsg'):  # the kernel's log, which has no end, and of the kernel's files one that has
+        (tmp_path / 'kmsg.yaml').symlink_to('/proc/kmsg')
+        (tmp_path / 'mounts.yaml').symlink_to('/proc/self/mounts')
+        told |= dict(kmsg='not a regular file', mounts='not a regular file')
+    for name, words in told.items():
+        with pytest.raises(UserError, match=words) as error:
             settings_of('-c', str(tmp_path / f'{name}.yaml'))
+        assert '\n' not in str(error.value) and name in str(error.value)
 
 
 def sample(option):

@@ -6,6 +6,7 @@ labels without a word: here each is a UserError (`folders`). An image that canno
 
 import gzip
 import hashlib
+import io
 import logging
 import os
 import zlib
@@ -17,8 +18,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 
 from evavit.arguments import nearest
-from evavit.errors import UserError, first_line, printable
-from evavit.files import replacing
+from evavit.errors import UserError, first_line, printable, reason_of
+from evavit.files import open_regular, replacing
 from evavit.training.config import DataConfig
 from evavit.training.data.folders import (
     SPLIT_NAMES,
@@ -97,17 +98,23 @@ def open_dataset(
             f'{num_samples} images: {config.dataset} says itself how many are in {split}; leave --train-num-samples, '
             f'--val-num-samples and --num-samples out'
         )
-    if prefix == 'torch':
-        _unpack_raw_files(config.data_dir)
-        if config.dataset.partition('/')[2].lower() in FOLDERS and os.path.isdir(config.data_dir or ''):
-            check_links(Path(config.data_dir or ''))
     root = shard_root(config.data_dir or '.', split) if prefix == 'wds' else config.data_dir
+    if prefix == 'torch':
+        _unpack_raw_files(root)
+        name = config.dataset.partition('/')[2].lower()
+        if name in FOLDERS and os.path.isdir(root or ''):
+            check_links(Path(root or ''))
+            if name.endswith(
+                'folder'
+            ):  # where the split is missing timm takes the folder around it, as in `find_split`
+                root = str(find_split(Path(root or ''), split))
     try:
         with network(config) if prefix in ('hfds', 'hfids') else nullcontext():
             dataset = create_dataset(
                 config.dataset.replace(ADDRESS, ''),
                 root=root,
                 split=split,
+                search_split=False,
                 class_map=class_map,
                 is_training=is_training,
                 download=config.dataset_download,
@@ -211,7 +218,7 @@ def check_division(config: DataConfig) -> None:
     if config.val_fraction is not None and config.dataset:
         raise UserError(
             f'val_fraction {config.val_fraction:g} divides a folder of images, and {config.dataset} is none: it has '
-            f'splits of its own; leave --val-fraction out'
+            f'splits of its own; leave --val-fraction out, or --dataset where it is a folder of class folders'
         )
 
 
@@ -221,9 +228,9 @@ def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:
         raise UserError(f'--class-map {path}: must be a .txt file with one class name a line')
     try:
         file = Path(path) if Path(path).exists() else Path(root or '', path)
-        if file.exists() and not file.is_file():  # to read a pipe would wait for ever
-            raise UserError(f'--class-map {path}: not a regular file')
-        with open(file, encoding='utf-8-sig') as opened:  # programs of Windows begin a text with a mark
+        with io.TextIOWrapper(
+            open_regular(file), encoding='utf-8-sig'
+        ) as opened:  # programs of Windows begin a text with a mark
             lines = [line.strip() for line in opened]
         seen = {''}
         for number, name in enumerate(lines, 1):
@@ -235,7 +242,7 @@ def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:
             seen.add(name)
         return {name: label for label, name in enumerate(lines)}
     except (OSError, ValueError) as error:
-        raise UserError(f'--class-map {path}: {first_line(error)}') from error
+        raise UserError(f'--class-map {path}: {reason_of(error)}') from error
 
 
 def check_name(dataset: str) -> str:

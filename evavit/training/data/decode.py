@@ -107,13 +107,17 @@ def _to_tensor(content: bytes, image: Image.Image) -> torch.Tensor:
 def _read(stream: IO[bytes]) -> bytes:
     if not Image.MAX_IMAGE_PIXELS:
         return stream.read()
-    most = 4 * Image.MAX_IMAGE_PIXELS
     content = stream.read(READ)  # Python would make room for all that it is asked to read
     if len(content) == READ:
-        content += stream.read(most + 1 - READ)
-    if len(content) > most:
-        raise BadImageError(f'more than {most:,} bytes, four for each pixel of the largest image')
+        content += stream.read(4 * Image.MAX_IMAGE_PIXELS + 1 - READ)
+    check_bytes(len(content))
     return content
+
+
+def check_bytes(count: int) -> None:
+    most = 4 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if count > most:
+        raise BadImageError(f'more than {most:,} bytes, four for each pixel of the largest image')
 
 
 def check_size(image: Image.Image) -> None:

@@ -38,6 +38,7 @@ from evavit.training.data.decode import (
     reason,
     to_mode,
 )
+from evavit.training.data.shards import samples
 from evavit.training.distributed import Process
 from evavit.training.stalls import Reading
 
@@ -385,6 +386,8 @@ class CheckedStream(IterableImageDataset):
         for stage in getattr(reader.ds, 'pipeline', ()):
             if 'handler' in getattr(stage, 'kw', {}):
                 stage.kw['handler'] = self._broken_shard
+            if getattr(getattr(stage, 'f', None), '__name__', '') == 'tarfile_samples':
+                stage.f = samples
             if callable(next(iter(getattr(stage, 'args', ())), None)):
                 stage.args = (self._record, *stage.args[1:])
 
@@ -396,7 +399,7 @@ class CheckedStream(IterableImageDataset):
         field = self.reader.split_info.alt_label
         try:
             label = json.loads(sample['json'])[field] if field else _number(sample['cls'])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise LocalError(f'{name}: no label, neither .cls nor a field of .json as _info.json names it') from error
         if field and isinstance(label, int) and label < 0:  # left out, as by timm
             return None
@@ -404,6 +407,8 @@ class CheckedStream(IterableImageDataset):
         if content is None:
             there = ', '.join(f'.{key}' for key in sample if not key.startswith('__'))
             image['missing'] = f'none of {", ".join(f".{key}" for key in endings)}, only {there}'
+        elif isinstance(content, str):  # why `shards` has not read it
+            image['missing'] = content
         return dict(jpg=image, target=label)
 
     def _broken_shard(self, error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from evavit.files import open_regular
 from evavit.training.data.decode import is_turned
 from evavit.training.data.folders import OTHER_IMAGES, image_endings, is_hidden, natural_key, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
-from evavit.training.data.tars import entries
+from evavit.training.data.tars import Member, entries
 
 ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
 
@@ -58,10 +58,10 @@ class Pictures(Reader):
         if not path.name.lower().endswith(ARCHIVES):
             return None
         try:
-            with tarfile.open(path) as tar:
+            with tarfile.open(path, tarinfo=Member) as tar:
                 return {info.name: info for info in entries(tar) if info.isfile() and _is_picture(info.name)}
         except Exception as error:  # hostile headers bring all kinds
-            raise UserError(f'{path}: not a readable tar file ({first_line(error)[:200]})') from error
+            raise UserError(f'{path}: not a readable tar file ({first_line(error)[:400]})') from error
 
     def __len__(self) -> int:
         return len(self.names)
@@ -70,7 +70,7 @@ class Pictures(Reader):
         if self.members is None:
             return open_regular(self.root / self.names[index]), 0
         if os.getpid() not in self.tars:
-            self.tars[os.getpid()] = tarfile.open(self.root)  # noqa: SIM115  it stays open
+            self.tars[os.getpid()] = tarfile.open(self.root, tarinfo=Member)  # noqa: SIM115  it stays open
         stream = self.tars[os.getpid()].extractfile(self.members[self.names[index]])
         assert stream is not None  # a regular file
         return stream, 0

@@ -1,6 +1,7 @@
 """WebDataset shards: what is settled before timm's reader and webdataset see a name.
 
-webdataset opens what it is given: `pipe:` starts a command, a pipe blocks, and `{0..99999999}` becomes a list.
+webdataset opens what it is given: `pipe:` starts a command, a pipe blocks, and `{0..99999999}` becomes a list. It reads
+what a shard is said to hold, terabytes of nothing too; here a shard is read by the rules of `tars`.
 """
 
 import json
@@ -8,10 +9,14 @@ import math
 import os
 import re
 import stat
+import tarfile
 from pathlib import Path
-from typing import Any, Match
+from typing import Any, Callable, Dict, Iterable, Iterator, Match, Union
 
 from evavit.errors import UserError, reason_of
+from evavit.files import open_regular
+from evavit.training.data.decode import BadImageError, check_bytes
+from evavit.training.data.tars import Member, entries
 
 MOST_SHARDS = 1_000_000
 LONGEST_SPLIT = 10_000  # characters
@@ -49,13 +54,47 @@ def check_shards(reader: Any) -> None:
             raise UserError(f'{shard[:500]}: {"not a regular file" if os.path.exists(shard) else "no such shard"}')
 
 
+def samples(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:
+    """webdataset's `tarfile_samples`, {key, address, ending: bytes}, by the rules of `tars`. What is not read is a text
+    that says why."""
+    from webdataset.tariterators import group_by_keys, url_opener
+
+    return group_by_keys(_files(url_opener(shards, handler=handler), handler), handler=handler)
+
+
+def _files(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:
+    for shard in shards:
+        try:
+            with tarfile.open(fileobj=shard['stream'], mode='r|*', tarinfo=Member) as archive:
+                for member in entries(archive):
+                    if member.isfile() and not re.match('__[^/]*__($|/)', member.name):  # as webdataset: no metadata
+                        yield dict(fname=member.name, data=_content(archive, member), __url__=shard['url'])
+        except Exception as error:  # hostile headers bring all kinds
+            error.args = (*error.args, shard['stream'], shard['url'])  # by which webdataset's handlers know it
+            if not handler(error):
+                return
+        yield {}  # the end of a shard is that of its last sample
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Union[bytes, str]:
+    if member.issparse():
+        return 'a sparse file, whose size means nothing'
+    try:
+        check_bytes(member.size)
+    except BadImageError as error:
+        return str(error)
+    file: Any = archive.extractfile(member)
+    return file.read()
+
+
 def _check_info(path: Path) -> None:
     """timm would pass over a file that it cannot read, and open whatever is called so."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode) or about.st_size > LARGEST_INFO:
             raise UserError(f'{path}: no file, or more than {LARGEST_INFO:,} bytes; it should describe the shards')
-        content = json.loads(path.read_text(encoding='utf-8'))
+        with open_regular(path) as file:
+            content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path}: cannot be read ({reason_of(error)})') from error
     if not isinstance(content, dict) or not isinstance(content.get('splits', {}), dict):

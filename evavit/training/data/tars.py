@@ -12,8 +12,14 @@ from typing import IO, Any, Dict, Iterator, List, Set, Tuple
 
 from evavit.errors import LocalError, UserError, reason_of
 from evavit.files import open_regular
-from evavit.training.data.decode import BadImageError
+from evavit.training.data.decode import BadImageError, check_bytes
 from evavit.training.data.folders import ClassFolders, check_format, check_place, is_hidden, warn_of_strange
+
+EXTENSIONS = (  # kinds of headers that Python reads whole, before the file that they are of
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+LARGEST_EXTENSION = 2**20  # bytes: names and times of one file
 
 
 class ClassTar(ClassFolders):
@@ -50,6 +56,7 @@ class ClassTar(ClassFolders):
     def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
         path, target = self.samples[index]
         first, size = self.places[path]
+        check_bytes(size)
         with open_regular(self.root) as file:
             if _version(file) != self.version:
                 raise LocalError(f'{self.root}: the file was changed after this run began to read it; start again')
@@ -58,6 +65,17 @@ class ClassTar(ClassFolders):
         if len(content) < size:
             raise BadImageError('the tar file is cut short')
         return io.BytesIO(content), target
+
+
+class Member(tarfile.TarInfo):
+    """For `tarfile.open(tarinfo=Member)`: a header of any size would fill the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> 'Member':
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in EXTENSIONS and not 0 <= member.size <= LARGEST_EXTENSION:
+            raise tarfile.ReadError(f'a header of {member.size:,} bytes, where {LARGEST_EXTENSION:,} would do')
+        return member
 
 
 def entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -85,7 +103,7 @@ class _Content:
     def add(self, file: IO[bytes], root: str, start: int = 0) -> None:
         """Note the members of a tar file, which begins at byte `start` of the outermost one."""
         self.folders.setdefault(root, set())
-        with tarfile.open(fileobj=file, mode='r:') as archive:
+        with tarfile.open(fileobj=file, mode='r:', tarinfo=Member) as archive:
             for member in entries(archive):
                 self._add_member(archive, member, root, start)
             file.seek(archive.offset)

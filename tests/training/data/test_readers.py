@@ -1,5 +1,6 @@
 """Folders, tar files, WebDataset shards and Hugging Face data sets, by timm's readers: trained, counted, judged."""
 
+import gzip
 import io
 import json
 import os
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from PIL import EpsImagePlugin, ImageFile
 from runs import CLASSES, MODEL, QUICK, load_script, write_images
 from training.data import fake_tfds
+from training.data.hostile_tars import hostile_header, little_memory
 
-from evavit.errors import UserError, run_script
+from evavit.errors import LocalError, UserError, run_script
 from evavit.training import data
 from evavit.training.config import parse_settings
 from evavit.training.data import folders
@@ -187,6 +189,26 @@ def test_torchvision_follows_no_circle(images, dataset):
         data.open_dataset(settings.data, 'train', batch_size=4)
 
 
+@pytest.mark.parametrize('dataset', ['', 'torch/image_folder', 'torch/folder'])
+def test_splits_are_not_taken_for_classes(images, dataset):
+    """Nor is a class called like the split taken for it."""
+
+    def opened(place, split):
+        settings, _ = parse_settings('train', ['--data-dir', str(place), '--dataset', dataset])
+        return data.open_dataset(settings.data, split, batch_size=4)
+
+    for place, split, told in (
+        (images, 'test', 'no folder test, but train, validation'),
+        (images, 'trian', 'no folder trian, but train, validation'),
+        (images / 'train', 'train', 'is itself a split; give the folder around it'),
+    ):
+        with pytest.raises(UserError, match=told):
+            opened(place, split)
+    assert opened(images, 'eval')[1] == opened(images / 'validation', 'validation')[1] == list(CLASSES)
+    (images / 'train' / CLASSES[0]).rename(images / 'train' / 'train')
+    assert opened(images, 'train')[1] == [*CLASSES[1:], 'train']
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
 def test_links_that_make_up_too_many_paths(images, dataset, monkeypatch):
@@ -282,6 +304,46 @@ def test_endings_of_images_in_shards(ending, shards, tmp_path, capfd):
         return
     assert re.search(r'\.tar: \w+ is not a readable image \(none of \.jpg, .*, \.bmp, only \.gif, \.cls\)', out), out
     assert code == 2 and err.startswith('error: ') and 'as many shards as processes × --workers' in err
+
+
+def _sparse(name, size):
+    """A file that has 4 bytes in the archive and `size` bytes when it is read."""
+    member = tarfile.TarInfo(name)
+    told = dict(major='0', minor='1', size=str(size), map='0,4', name=name)
+    member.pax_headers = {f'GNU.sparse.{key}': value for key, value in told.items()}
+    member.size = 4
+    return member
+
+
+@pytest.mark.parametrize('kind', ['sparse', 'header'])
+@pytest.mark.parametrize('compressed', [False, True])
+def test_no_shard_fills_the_memory(kind, compressed, shards, tmp_path):
+    """A file of little that is read as much, and a header of any length, are a bad image each."""
+    path = tmp_path / 'shards' / 'set-train-0000.tar'
+    if kind == 'header':
+        hostile_header(path)
+    else:
+        with tarfile.open(path, 'a', format=tarfile.PAX_FORMAT) as archive:
+            archive.addfile(_sparse('pear_x.png', 2**27), io.BytesIO(b'abcd'))
+            add(archive, 'pear_x.cls', b'0')
+    if compressed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    settings, _ = parse_settings('train', [*map(str, shards), '--max-bad-images', '1'])
+    opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+    with little_memory():
+        assert sum(1 for _ in opened) == 24
+    opened.bad._look()
+    told = dict(sparse='a sparse file', header='a header of 67,108,864 bytes')[kind]
+    assert sorted(told in line for line in opened.bad.found.values()) == [False, True]  # the other one is pear_3
+
+
+def test_a_label_that_is_not_read_is_a_line(shards, tmp_path):
+    with tarfile.open(tmp_path / 'shards' / 'set-train-0000.tar', 'a', format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(_sparse('pear_x.cls', 2**27), io.BytesIO(b'abcd'))
+    settings, _ = parse_settings('train', list(map(str, shards)))
+    opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+    with pytest.raises(LocalError, match=r'set-train-0000\.tar: pear_x: no label'):
+        list(opened)
 
 
 @pytest.mark.parametrize('label', [7, -1, None])

@@ -6,11 +6,15 @@ import shutil
 import tarfile
 
 import pytest
+from PIL import Image
 from runs import CLASSES, write_images
+from training.data.hostile_tars import hostile_header, little_memory
 
 from evavit.errors import LocalError, UserError
 from evavit.training import data
 from evavit.training.config import parse_settings
+from evavit.training.data.decode import BadImageError
+from evavit.training.data.tars import ClassTar
 
 
 @pytest.fixture
@@ -139,3 +143,26 @@ def test_a_tar_that_is_replaced_under_way(images, tmp_path):
     shutil.move(tars / 'validation.tar', tars / 'train.tar')
     with pytest.raises(LocalError, match=r'train\.tar: the file was changed after this run began'):
         opened[0]
+
+
+@pytest.mark.parametrize('kind', [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize('labels', [True, False])
+def test_a_header_without_end_fills_no_memory(images, tmp_path, kind, labels):
+    hostile_header(pack(images, tmp_path / 'tars') / 'train.tar', kind)
+    with little_memory(), pytest.raises(UserError, match=r'train\.tar: .*\Wa header of 67,108,864 bytes') as error:
+        open_both(tmp_path / 'tars') if labels else data.open_pictures(str(tmp_path / 'tars' / 'train.tar'))
+    assert '\n' not in str(error.value)
+
+
+def test_a_member_larger_than_any_image_fills_no_memory(images, tmp_path, monkeypatch):
+    """It is on the disk, as far as the system says: a file with a hole."""
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 2**22)
+    archive = tmp_path / 'train.tar'
+    with open(archive, 'wb') as file:
+        member = tarfile.TarInfo('pear/0.png')
+        member.size = 2**26
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(2**26 + 2**12)
+    reader = ClassTar(archive)
+    with little_memory(), pytest.raises(BadImageError, match='more than 16,777,216 bytes'):
+        reader[0]

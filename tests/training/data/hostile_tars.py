@@ -1,0 +1,23 @@
+"""Tar files that say they hold more than they do, and a bound on the memory that reading them takes."""
+
+import tarfile
+import tracemalloc
+from contextlib import contextmanager
+
+
+def hostile_header(path, kind=tarfile.XHDTYPE, size=2**26):
+    """A tar file that begins with a header of that many bytes, all of them 0 and none on the disk."""
+    with open(path, 'wb') as file:
+        header = tarfile.TarInfo('x')
+        header.type, header.size = kind, size
+        file.write(header.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(size + 2**12)
+    return path
+
+
+@contextmanager
+def little_memory():
+    tracemalloc.start()
+    yield
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
