@@ -1,7 +1,7 @@
 """The attentions' options, and the paper's Tables 1, 2 and 6 on our models, for `tables.py` beside this file.
 
 Parameters and multiply-adds are counted on the code; memory and time come from results/zoo_h100.csv, which
-experiments/zoo_step measures. Where a count differs from the paper's in a digit that the paper prints, `REASONS` says
+tools/gpu.py measures. Where a count differs from the paper's in a digit that the paper prints, `REASONS` says
 why; a difference without a reason and a reason without a difference are errors.
 """
 

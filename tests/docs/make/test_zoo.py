@@ -1,4 +1,4 @@
-"""docs/zoo.md: what is counted, and the table of training steps, from rows as experiments/zoo_step writes them."""
+"""docs/zoo.md: what is counted, and the table of training steps, from rows as tools/gpu.py has them."""
 
 import pytest
 import timm
