@@ -23,6 +23,7 @@ CELLS = {'49 cells': 'o', 'cells of 3': 's'}
 LINES = {'o': '-', 's': '--'}
 LEGEND = {'49 cells': '49 summaries an image', 'cells of 3': 'a summary for each 3 × 3 patches,\nat most 256'}
 DEFAULT = 'cells of 3'  # what convert_vit makes unless it is told otherwise
+OWN, OWN_SIDES = 'eva_deit_tiny_784', (224, 448, 896)  # of our own models in README.md
 COLUMNS = {'forward_ms': 'inference', 'ms': 'training'}
 SIZES = {
     '4, 4': '16 tokens, 16 cells: an eighth of 256',
@@ -172,22 +173,23 @@ def evidence() -> str:
     rows, runs = pages.read_results(ACCURACY), longest()
     parent = _parent(rows)['top1']
     half = pages.pick(rows, window_size=8, partition_grid=8, epochs='0', count_cells='outside')[0]['top1']
-    own = [
-        performance.ratio(*performance.models(performance.made('models'), 'train', 'eva_deit_tiny_784', side))
-        for side in (224, 448, 896)
-    ]
-    times = ', '.join(f'{value or 0:.2f}×' for value in own)
-    models = (
-        f"* **Speed of its own models**: `eva_deit_tiny_784` trains at {times} of the speed of timm's softmax model\n"
-        '  at 224, 448 and 896 pixels, both compiled ([performance](docs/performance.md)).\n'
-        if None not in own
-        else ''
-    )
     where, size = 'docs/convert.md', f'{side:,} × {side:,} pixels'
-    return (
+    speed = (
         f'* **Speed**: at {size} a converted ViT of width {width} answers {forward:.2f} times as fast\n'
         f'  as with softmax, and its training step is {training:.2f} times as fast ([convert]({where}#when-it-pays)).\n'
-        f'{models}'
+    )
+    made = performance.made('models')
+    own = [performance.ratio(*performance.models(made, 'train', OWN, pixels)) for pixels in OWN_SIDES]
+    if None not in own:
+        times = ', '.join(f'{value:.2f}' for value in own if value)
+        sides = ', '.join(map(str, OWN_SIDES))
+        speed = (  # README.md has no line to spare
+            f'* **Speed**: at {size} a converted ViT of width {width} answers {forward:.2f} times as fast as with '
+            f'softmax,\n  and trains {training:.2f} times as fast ([convert]({where}#when-it-pays)); `{OWN}` trains '
+            f'{times} times as fast at {sides} pixels ([performance](docs/performance.md)).\n'
+        )
+    return (
+        f'{speed}'
         f'* **Accuracy**: a DeiT-Tiny with {parent} % top-1 on Tiny-ImageNet has {half} % right after its conversion, '
         f'untrained.\n  Each patch then looks at 64 patches and 64 summaries, not at all 256 patches. With 16 patches '
         f'and 16 summaries\n  it has {mean(tops(runs)):.1f} % after {runs[0]["epochs"]} epochs of distillation '

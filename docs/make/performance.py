@@ -217,18 +217,23 @@ def gpu_models() -> str:
     return _model_table(sorted(rows, key=_by_model), gpu=True)
 
 
-def best_models() -> str:
-    """Whole models on the GPU, each compiled in the mode that suits EVA best."""
-    rows = [row for row in gpu_rows() if row['bench'] in ('train', 'infer') and row['torchcompile'] != 'no']
+def best_rows() -> List[Row]:
+    """Whole models, each compiled in the mode that suits EVA best, and the softmax models beside it in that mode."""
+    rows = [row for row in gpu_rows() if row['bench'] in KINDS and row['torchcompile'] in COMPILED]
     fastest: Dict[tuple, Row] = {}
     for row in pick(rows, attention='eva'):
         key = _by_model(row)[:3]
         fastest[key] = max(row, fastest.get(key, row), key=lambda row: float(row['img_per_s']))
     modes = {key: row['torchcompile'] for key, row in fastest.items()}
-    # Our softmax model is a case of its own, in the mode of EVA's beside it.
+    # Our softmax model is a case of its own.
     modes |= {(_ours(case), *rest): mode for (case, *rest), mode in modes.items()}
-    rows = [row for row in rows if row['torchcompile'] == modes.get(_by_model(row)[:3])]
-    return _model_table(sorted(rows, key=_by_model), gpu=True) + (OLDER if rows and not made('models') else '')
+    return sorted((row for row in rows if row['torchcompile'] == modes.get(_by_model(row)[:3])), key=_by_model)
+
+
+def best_models() -> str:
+    """Whole models on the GPU, each compiled in the mode that suits EVA best."""
+    rows = best_rows()
+    return _model_table(rows, gpu=True) + (OLDER if rows and not made('models') else '')
 
 
 def cpu_models() -> str:
@@ -369,7 +374,8 @@ def modes() -> str:
             over = [ratio(eva, other) for other in others]
             line.append(' / '.join('–' if value is None else f'{value:.2f}×' for value in over))
         lines.append(line)
-    return f'{pages.table(["model", "what", *MODES.values()], lines)}\n\n{origins(rows)}'
+    note = "Speed over timm's softmax model / over ours."
+    return f'{pages.table(["model", "what", *MODES.values()], lines)}\n\n{note} {origins(rows)}'
 
 
 def _since(over: Dict[int, float]) -> str:
@@ -397,14 +403,12 @@ def gains() -> str:
         f'{", ".join(f"{value:.2g}× at {tokens:,}" for tokens, value in over["ms"].items())}.\n'
         f'In training it is faster {since[0]}, without gradients {since[1]}.'
     )
-    slower = []
-    for case, img_size, bench in dict.fromkeys(
-        (row['case'], int(row['img_size']), row['bench'])
-        for row in pick(rows, attention='eva')
-        if row['bench'] in KINDS and row['torchcompile'] in COMPILED and row['backend'] != 'plain'
-    ):
-        value = ratio(*models(rows, bench, case, img_size))
-        if value is not None and value < 1:
+    slower, best = [], best_rows()
+    for row in pick(best, attention='eva'):
+        case, img_size, bench, _ = _by_model(row)
+        timm = _speed(best, case=case, img_size=img_size, bench=bench, attention='softmax')
+        value = ratio(float(row['img_per_s']), timm)
+        if value is not None and value < 1 and row['backend'] != 'plain':
             slower.append(f'`{case}` at {img_size} pixels, {KINDS[bench]} ({value:.2f}×)')
     rest = f'slower in {", ".join(slower)}, and faster in all others' if slower else 'faster in all'
     return f"{text} Whole models gain less; beside timm's softmax models the table's rows with kernels are {rest}."
@@ -446,7 +450,8 @@ def host() -> str:
             f'{1e3 * time:,.0f}' + ('' if sdpa is None else f', {time / sdpa:.2f}×')
             for time, sdpa in zip(times, best, strict=True)
         ]
-        lines.append([f'{row["attention"]}, {row["backend"]}', f'{row["batch_size"]} × {row["tokens"]}', *over])
+        layer = 'EVA' if row['attention'] == 'eva' else 'softmax, SDPA'
+        lines.append([layer, f'{row["batch_size"]} × {row["tokens"]}', *over])
     columns = ['layer', 'batch × tokens', 'inference, µs, over SDPA', 'forward + backward, µs, over SDPA']
     return f'{pages.table(columns, lines)}\n\n{origins(rows)}'
 

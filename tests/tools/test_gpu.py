@@ -102,6 +102,15 @@ def test_a_zoo_without_graphs_is_compiled_without_them(gpu):
     assert 'reformer_deit_tiny_784_default' in found and 'reformer_deit_tiny_784_reduce-overhead' not in found
 
 
+def test_a_file_that_others_need_whole(gpu):
+    file = gpu.work_folder() / 'all' / 'convert_h200.csv'
+    store_rows(file, [dict(bench='convert', case='older', status='ok')])
+    gpu.fails = {'convert_graphs'}
+    assert gpu.call('--steps', 'convert') == 1 and cases(file) == ['older']
+    gpu.fails = set()
+    assert gpu.call('--steps', 'convert') == 0 and cases(file) == ['convert_eager', 'convert_graphs']
+
+
 def test_when_the_time_is_up(gpu, capsys):
     assert gpu.call('--steps', 'op', 'host', '--seconds', '0') == 1 and not gpu.commands
     assert 'op: no time left; the same line goes on' in capsys.readouterr().out
