@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Tuple
 
 import torch
 
@@ -173,20 +174,21 @@ def work_folder() -> Path:
 
 
 class Driver:
-    """Runs commands with their output in logs, until the time is up.
+    """Runs commands with their output in logs, until it is stopped.
 
     Args:
         work: The folder of logs, rows and marks of what is done.
-        seconds: After so many nothing goes on; None for no limit.
     """
 
-    def __init__(self, work: Path, seconds: Optional[float] = None) -> None:
-        self.work, self.begin, self.seconds = work, time.monotonic(), seconds
-        self.printing = threading.Lock()
+    def __init__(self, work: Path) -> None:
+        self.work, self.begin, self.stopped = work, time.monotonic(), False
+        self.printing, self.running = threading.Lock(), set()
 
-    @property
-    def left(self) -> Optional[float]:
-        return None if self.seconds is None else max(0.0, self.seconds - (time.monotonic() - self.begin))
+    def stop(self, *_: object) -> None:
+        """End what runs, and begin nothing more. A signal handler, too."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
 
     def say(self, text: str) -> None:
         with self.printing:
@@ -198,8 +200,8 @@ class Driver:
         if done.exists():
             self.say(f'{name}: done before')
             return True
-        if self.left == 0:
-            self.say(f'{name}: no time left; the same line goes on')
+        if self.stopped:
+            self.say(f'{name}: stopped before; the same line goes on')
             return False
         begin = time.monotonic()
         with append_to(self.work / f'{name}.log') as log:
@@ -212,26 +214,20 @@ class Driver:
                 encoding='utf-8',
                 errors='replace',
             )
-            clock = threading.Timer(self.left, process.terminate) if self.left is not None else None
-            if clock:
-                clock.start()
+            self.running.add(process)
+            if self.stopped:  # meanwhile
+                process.terminate()
             tail: List[str] = []
-            try:
-                for line in process.stdout or ():
-                    log.write(line)
-                    tail = [*tail[-20:], line.rstrip()]
-                    if line.startswith('bench '):
-                        self.say(f'{name}: {tail[-1].removeprefix("bench ")}')
-                code = process.wait()
-            finally:
-                if clock:
-                    clock.cancel()
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
+            for line in process.stdout or ():
+                log.write(line)
+                tail = [*tail[-20:], line.rstrip()]
+                if line.startswith('bench '):
+                    self.say(f'{name}: {tail[-1].removeprefix("bench ")}')
+            code = process.wait()
+            self.running.discard(process)
         if code == 0:
             append_to(done).close()
-        else:
+        elif not self.stopped:
             self.say('\n'.join([f'{name}: exit code {code}, its end:', *tail]))
         self.say(f'{name}: {"done" if code == 0 else "not done"}, {time.monotonic() - begin:.0f} s')
         return code == 0
@@ -319,7 +315,13 @@ def main() -> int:
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    good, driver = True, Driver(work, args.seconds)
+    good, driver = True, Driver(work)
+    clock = threading.Timer(args.seconds or 0, driver.stop)
+    clock.daemon = True
+    if args.seconds is not None:
+        clock.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, driver.stop)
     for step in (step for step in STEPS if step in args.steps):
         if step in tables:
             try:
@@ -328,6 +330,8 @@ def main() -> int:
                 whole = all((work / f'{task.name}.done').exists() for task in TABLES[step])
                 if whole or step not in WHOLE:
                     store(driver, TABLES[step], targets[step])
+        elif driver.stopped:
+            good = False
         elif step == 'page':
             good &= not subprocess.run([sys.executable, 'docs/make/tables.py'], cwd=ROOT, check=False).returncode
         elif step == 'test':

@@ -4,6 +4,7 @@ None of them computes EVA: `computes` says what each does. A result is held agai
 the first head of the first image, because no peer mixes images or heads. Windows divide the grid.
 """
 
+import functools
 import importlib
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
@@ -109,6 +110,7 @@ def flex_mask(N: int, window: int, cells: int, device: torch.device) -> Any:
     )
 
 
+@functools.lru_cache(maxsize=1)  # it is made once for the check and once for the clock
 def _flex(side: int, window: int, cells: int, device: torch.device) -> Attend:
     from torch.nn.attention.flex_attention import flex_attention
 

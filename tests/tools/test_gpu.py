@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from programs import load_program
+from programs import ROOT, load_program
 
 from evavit.bench.contenders import backend_names
 from evavit.bench.results import store_rows
@@ -42,7 +42,8 @@ def gpu(tmp_path, monkeypatch):
         def wait(self):
             return self.code
 
-        poll = wait
+        def terminate(self):
+            raise AssertionError('of a process that has ended')
 
     def steps(*flags):
         module.commands.clear()
@@ -111,21 +112,53 @@ def test_a_file_that_others_need_whole(gpu):
     assert gpu.call('--steps', 'convert') == 0 and cases(file) == ['convert_eager', 'convert_graphs']
 
 
-def test_when_the_time_is_up(gpu, capsys):
-    assert gpu.call('--steps', 'op', 'host', '--seconds', '0') == 1 and not gpu.commands
-    assert 'op: no time left; the same line goes on' in capsys.readouterr().out
+def test_when_it_is_stopped(gpu, monkeypatch, capsys):
+    def stopped(driver, tasks):
+        driver.stop()
+        return driver.measure(tasks[0])
+
+    monkeypatch.setattr(gpu.Driver, 'measure_all', stopped)
+    assert gpu.call('--steps', 'op', 'page') == 1 and not gpu.commands
+    assert 'op: stopped before; the same line goes on' in capsys.readouterr().out
     assert not (gpu.work_folder() / 'all' / 'op_h200.csv').exists()  # a table of nothing is none
 
 
-def test_a_run_that_is_stopped_keeps_its_rows(tmp_path, capsys):
-    """With real processes: rows are told as they come, and the time ends what runs."""
-    driver = load_program('tools/gpu.py').Driver(tmp_path, 10)
-    program = "import time; print('bench first', flush=True); time.sleep(60)"
-    start = time.monotonic()
-    driver.seconds = 3
-    assert not driver.once('slow', [sys.executable, '-c', program]) and time.monotonic() - start < 30
-    assert 'slow: first' in capsys.readouterr().out and not (tmp_path / 'slow.done').exists()
-    assert (tmp_path / 'slow.log').read_text() == 'bench first\n'
+STOPPED = """
+import sys
+sys.path.insert(0, 'tests')
+from pathlib import Path
+import torch
+from programs import load_program
+gpu, folder = load_program('tools/gpu.py'), Path(sys.argv[1])
+gpu.ROOT, gpu.work_folder = folder, lambda: folder
+torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda: 'NVIDIA H200'
+sys.argv = ['gpu.py', '--steps', 'op', 'host', '--results-folder', str(folder / 'all'), *sys.argv[2:]]
+sys.exit(gpu.main())
+"""
+BENCHMARK = """
+import shutil, sys, time
+shutil.copy('ready.csv', sys.argv[-1])
+print('bench first', flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize('flags', [['--seconds', '3'], []])
+def test_a_run_that_is_stopped_keeps_its_rows(tmp_path, flags):
+    """With real processes, by the clock or by a signal: what was told before is stored, and nothing more begins."""
+    (tmp_path / 'benchmark.py').write_text(BENCHMARK)
+    store_rows(tmp_path / 'ready.csv', [dict(bench='op', case='first', status='ok')])
+    start, lines = time.monotonic(), []
+    command = [sys.executable, '-c', STOPPED, str(tmp_path), *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if 'op: first' in line and not flags:
+                process.terminate()
+    assert process.returncode == 1 and time.monotonic() - start < 300
+    assert any('host: stopped before' in line for line in lines) and any('op: not done' in line for line in lines)
+    assert (tmp_path / 'op.log').read_text() == 'bench first\n' and not (tmp_path / 'op.done').exists()
+    assert cases(tmp_path / 'all' / 'op_h200.csv') == ['first']
 
 
 def test_its_benches_parse(gpu):
