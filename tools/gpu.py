@@ -9,6 +9,7 @@ commit where there is no git.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
@@ -188,7 +189,8 @@ class Driver:
         """End what runs, and begin nothing more. A signal handler, too."""
         self.stopped = True
         for process in list(self.running):
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.killpg(process.pid, signal.SIGTERM)  # with those that compile for it
 
     def say(self, text: str) -> None:
         with self.printing:
@@ -213,10 +215,11 @@ class Driver:
                 env={**os.environ, **ENVIRONMENT},
                 encoding='utf-8',
                 errors='replace',
+                start_new_session=True,
             )
             self.running.add(process)
             if self.stopped:  # meanwhile
-                process.terminate()
+                self.stop()
             tail: List[str] = []
             for line in process.stdout or ():
                 log.write(line)
