@@ -70,7 +70,7 @@ def alone() -> str:
     rows = pages.pick(pages.read_results(ALONE) or pages.read_results(OLDER), status='ok')
     sizes = {(row['tokens'], row['partition_grid'], row['num_prefix_tokens']): row for row in rows}
     lines = []
-    for (tokens, cells, prefix), row in sizes.items():
+    for (tokens, cells, prefix), row in sorted(sizes.items(), key=lambda size: (int(size[0][0]), int(size[0][2]))):
         of_size = pages.pick(rows, tokens=tokens, partition_grid=cells, num_prefix_tokens=prefix)
         best = {
             (name, column): min(float(row[column]) for row in of_size if row['attention'] == name)
