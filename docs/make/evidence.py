@@ -26,7 +26,6 @@ from evavit.layers import ATTENTIONS
 
 SCRATCH = 'attentions_h200.csv'  # the other files are those of the programs beside this one
 LONGER = 'attentions_30_h200.csv'  # softmax with twice the epochs
-SECOND = 'tiny_imagenet_sizes_h200.csv'  # another parent, its conversions, and itself trained on
 FASHION = 'fashion_mnist_validation_h100.csv'
 WEIGHTS = 'softmax_to_eva.csv'
 PLOT = pages.ROOT / 'docs' / 'images' / 'evidence.svg'
@@ -59,7 +58,7 @@ EXPERIMENTS = (
     Experiment(
         'More seeds and sizes of converted networks',
         'experiments/tiny_imagenet/run.py',
-        (converted.ACCURACY, SECOND),
+        (converted.ACCURACY, converted.OTHER_SIZES),
         runs=46,
         factor=0.75,  # of the 25 to come 11 have 20 epochs, the others 5 or 1
     ),
@@ -122,7 +121,7 @@ def longer() -> Dict[str, List[Row]]:
 
 def parents() -> List[Row]:
     """The runs of the softmax network with a class token, same seed."""
-    first, second = (one(name, run='parent-s0') for name in (converted.ACCURACY, SECOND))
+    first, second = (one(name, run='parent-s0') for name in (converted.ACCURACY, converted.OTHER_SIZES))
     return [first, *pages.read_results(converted.PARENTS), second]
 
 
@@ -269,7 +268,7 @@ def claims() -> str:
     )
     trained = converted.longest()
     third, half_on, itself = (
-        one(SECOND, window_size=window, partition_grid=cells, epochs=trained[0]['epochs'])['top1']
+        one(converted.OTHER_SIZES, window_size=window, partition_grid=cells, epochs=trained[0]['epochs'])['top1']
         for window, cells in ((4, 8), (8, 8), (16, 0))
     )
     wide, narrow = (
@@ -419,7 +418,7 @@ def plotted() -> dict:
     """The data of the three panels."""
     short = from_scratch()
     scratch = [*short.items(), *longer().items(), ('softmax, class token', parents())]
-    rows, second = pages.read_results(converted.ACCURACY), pages.read_results(SECOND)
+    rows, second = pages.read_results(converted.ACCURACY), pages.read_results(converted.OTHER_SIZES)
     untrained = pages.pick(rows, epochs=0)
     names = sorted(short, key=lambda name: PAPER.get(name, 0))
     return dict(
