@@ -79,8 +79,8 @@ class Cached(torch.utils.data.Dataset):
         image: Any = Stored(index, self.sizes[index])
         return self.transform(image) if self.transform else image, self.labels[index]
 
-    def replace(self, content: bytes, index: int, label: int) -> Any:
-        return self.dataset.replace(content, index, label)
+    def replace(self, file: Jpeg, index: int, label: int) -> Any:
+        return self.dataset.replace(file, index, label)
 
 
 class Store:
@@ -128,7 +128,7 @@ def cached(dataset: Any, device: torch.device, workers: int) -> Tuple[Cached, St
                 if not isinstance(images[number], torch.Tensor):  # the decoder refused it
                     noting = copy.copy(dataset)
                     noting.bad = _Marks(dataset)
-                    image, label = noting.replace(item.content.content, len(labels), label)
+                    image, label = noting.replace(item.content, len(labels), label)
                     images[number], marks = _sent(_pixels(image), device), marks + noting.bad.taken
                 if marks:
                     bad[len(labels)] = marks

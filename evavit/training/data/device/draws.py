@@ -78,6 +78,7 @@ class Sample(NamedTuple):
     boxes: List[Tuple[int, int, int, int]]  # erased: top, left, height, width
     size: Tuple[int, int]  # of the whole image
     number: int = -1  # in the data set, which a stream does not have
+    name: str = ''  # in a stream
 
 
 class _Plan:
@@ -208,7 +209,8 @@ class Draws:
             content = image.number
         else:
             content = cut(image, window, (self.width, self.height))
-        return Sample(content, window, steps, erased.boxes, image.size)
+        name = image.name.replace('\0', '') if isinstance(image, Jpeg) else ''
+        return Sample(content, window, steps, erased.boxes, image.size, name=name)
 
     def _draw(self, size: Tuple[int, int]) -> Tuple[Window, List[Tuple[float, ...]]]:
         box, full, place, flips, filter = (0, 0, *size), size, (0, 0), [0, 0], 0

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from training.data.device.pictures import config, epoch, jpeg, levels, loader, photographs, write
+from training.data.device.pictures import config, epoch, jpeg, levels, loader, photographs, undecodable, write
 
 from evavit.errors import UserError
 from evavit.training import data
@@ -161,11 +161,7 @@ def test_files_that_the_decoder_refuses(photos, monkeypatch):
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_a_file_that_nobody_decodes_is_counted_and_replaced(device, tmp_path):
-    """Its header is in order, its Huffman table is not: that shows in the decoder alone."""
-    root = write(tmp_path, 6)
-    broken = bytearray(jpeg(photographs(80, 60)[0]))
-    table = broken.index(b'\xff\xc4')
-    broken[table + 5 : table + 21] = bytes([255] * 16)  # no table has so many codes
+    root, broken = write(tmp_path, 6), undecodable(photographs(80, 60)[0])
     (root / 'train' / '0' / '100.jpg').write_bytes(broken)
     assert isinstance(decode(io.BytesIO(broken), 'RGB', jpeg_as='file'), Jpeg)
     loading = loader(root, 'any', device=device, workers=1, batch_size=7, **RECIPE)
