@@ -135,9 +135,12 @@ class Maker:
         if len(ready):
             images[ready.to(self.device, non_blocking=True)] = batch.pixels.to(self.device, non_blocking=True)
         if len(stored):
-            images[stored.to(self.device, non_blocking=True)] = self._resampled(
-                self.store.images(batch.stored), batch.windows[stored]
-            )
+            kept, windows = self.store.images(batch.stored), batch.windows[stored]
+            for row, (image, whole) in enumerate(zip(kept, batch.whole[stored].tolist(), strict=True)):
+                if [*image.shape[:0:-1]] != whole:
+                    window = _scaled(Window(*windows[row].tolist()), whole, image.shape[:0:-1])
+                    windows[row] = torch.tensor(window)
+            images[stored.to(self.device, non_blocking=True)] = self._resampled(kept, windows)
         if not len(files):
             return images, batch.target
         target, contents, lost = batch.target.clone(), batch.files.split(batch.sizes.tolist()), []
@@ -165,13 +168,13 @@ class Maker:
                 window = _scaled(Window(*batch.windows[place].tolist()), batch.whole[place].tolist(), image.size)
                 pixels = cut(image, window, (self.size[2], self.size[1]))
                 images[place] = torch.from_numpy(pixels).to(self.device, non_blocking=True)
-        kept = sorted({*range(len(images))}.difference(lost))
-        if not kept:
+        seen = sorted({*range(len(images))}.difference(lost))
+        if not seen:
             raise LocalError(
                 f'none of the {len(lost)} images of a batch can be read, {name} the last; check the data set'
             )
         for place in lost:
-            other = min(kept, key=lambda number: abs(number - place))
+            other = min(seen, key=lambda number: abs(number - place))
             images[place], target[place] = images[other], target[other]
         return images, target
 

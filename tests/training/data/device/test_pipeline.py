@@ -220,9 +220,11 @@ def test_without_a_gpu_it_is_a_line(photos):
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_a_cache_changes_nothing(device, tmp_path):
-    """Images of several sizes and formats, one of which is bad: the same batches, the same count in each epoch."""
+    """Images of several sizes and formats, two of which are bad, one for the decoder alone: the same batches, the same
+    count in each epoch. The crop of an image in another's place is drawn on the size of the one that is bad."""
     root = write(tmp_path, 9)
     photographs(50, 60)[0].save(root / 'train' / '0' / '100.png')
+    (root / 'train' / '0' / '101.jpg').write_bytes(undecodable(photographs(200, 40)[0]))
     (root / 'train' / '1' / '102.jpg').write_bytes(jpeg(photographs(60, 50)[1])[:300])
     settings = dict(device=device, **RECIPE, reprob=0.5)
     plain, kept = loader(root, 'any', **settings), loader(root, 'any', workers=1, cache=True, **settings)
@@ -231,12 +233,24 @@ def test_a_cache_changes_nothing(device, tmp_path):
         for loading in (plain, kept):
             loading.dataset.bad.begin()
         expected, made = (epoch(loading, epoch=number, device=device) for loading in (plain, kept))
-        assert len(made) == len(expected) == 2
+        assert len(made) == len(expected) == 3
         for (images, target), (others, labels) in zip(made, expected, strict=True):
             assert torch.equal(images, others) and torch.equal(target, labels)
         counts.append(kept.dataset.bad.count)
         assert counts[-1] == plain.dataset.bad.count
-    assert max(counts) == 1
+    assert max(counts) == 2
+
+
+def test_a_cache_that_fills_the_device_is_a_line(photos, monkeypatch):
+    """Memory mostly ends in the decoder."""
+
+    def full(files, **_):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 MiB')
+
+    monkeypatch.setattr(device_decode, 'decode_jpeg', full)
+    monkeypatch.setattr(device_decode.Decoder, 'start', lambda self, files: (self._decode(list(files)), None))
+    with pytest.raises(UserError, match=r'--cache-device: cpu is full after 0 of 13 images, 0\.0 GiB; leave it out$'):
+        loader(photos, 'any', cache=True)
 
 
 def test_a_cached_validation_is_the_same(tmp_path):
