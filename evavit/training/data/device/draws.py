@@ -113,7 +113,15 @@ class _Erased:
 
 def _affine(plan: _Plan, matrix: Sequence[float], resample: Any) -> _Plan:
     choice = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
+    if choice == Image.Resampling.NEAREST and (matrix[1] or matrix[3]):
+        matrix = [*_in_steps(*matrix[:3]), *_in_steps(*matrix[3:])]
     return plan.add(Op.AFFINE, *matrix, filter=PILLOW.index(choice))
+
+
+def _in_steps(x: float, y: float, start: float) -> List[float]:
+    """A row of a matrix in Pillow's steps of 2⁻¹⁶, in which it counts places for NEAREST, the first pixel's centre too."""
+    x_step, y_step, first = (math.floor(value * 65536 + 0.5) / 65536 for value in (x, y, start + x * 0.5 + y * 0.5))
+    return [x_step, y_step, first - 0.5 * (x_step + y_step)]
 
 
 def _rotation(size: Tuple[int, int], degrees: float) -> List[float]:
