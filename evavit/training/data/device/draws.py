@@ -119,7 +119,7 @@ def _affine(plan: _Plan, matrix: Sequence[float], resample: Any) -> _Plan:
 
 
 def _in_steps(x: float, y: float, start: float) -> List[float]:
-    """A row of a matrix in steps of 2⁻¹⁶, in which Pillow counts places for NEAREST, from the first pixel's centre on."""
+    """A row of a matrix in steps of 2⁻¹⁶, in which Pillow counts places for NEAREST from the first pixel's centre."""
     x_step, y_step, first = (math.floor(value * 65536 + 0.5) / 65536 for value in (x, y, start + x * 0.5 + y * 0.5))
     return [x_step, y_step, first - 0.5 * (x_step + y_step)]
 
