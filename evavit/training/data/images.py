@@ -337,13 +337,15 @@ class CheckedStream(IterableImageDataset):
         owed, good = 0, None  # a reader has counted an image before it is decoded: another takes its place in training
         for number, (item, label) in enumerate(self._items()):
             record = item if isinstance(item, dict) else dict(bytes=item)
-            name = record.get('path') or 'an image without a name'
-            content = record.get('bytes') or f'{getattr(self.reader, "global_worker_id", 0)}/{number}'.encode()
+            name, content = record.get('path'), record.get('bytes') or b''
+            if not name:  # its content tells it from others, or its place
+                place = f'record {number} of loading process {getattr(self.reader, "global_worker_id", 0)}'
+                name = 'an image without a name' if content else place
             label = self.labels.check(label, name)
             try:
                 image = _decode_item(record, self.mode, self.jpeg_as)
             except BadImageError as error:
-                self.bad.mark(None, name, str(error), content)
+                self.bad.mark(None, name, str(error), content if isinstance(content, bytes) else b'')
                 if self.reader.is_training:
                     owed += 1
                 else:
