@@ -14,7 +14,6 @@ import pages
 import performance
 
 SPEED, ALONE = 'convert_h200.csv', 'op_cells_h200.csv'
-OLDER = 'op_converted_h200.csv'  # in place of ALONE where `make gpu` has not run
 ACCURACY, PARENTS = 'tiny_imagenet_h200.csv', 'tiny_imagenet_parents_h200.csv'  # of the second the parents alone
 OTHER_SIZES = 'tiny_imagenet_sizes_h200.csv'  # of a parent of its own
 FOREIGN = 'vit_small_14_h200.csv'
@@ -70,7 +69,7 @@ def _speed(rows: list) -> str:
 
 def alone() -> str:
     """Attention alone over the best backend of softmax: a row for each size."""
-    rows = pages.pick(pages.read_results(ALONE) or pages.read_results(OLDER), status='ok')
+    rows = pages.pick(pages.read_results(ALONE), status='ok')
     sizes = {(row['tokens'], row['partition_grid'], row['num_prefix_tokens']): row for row in rows}
     lines = []
     for (tokens, cells, prefix), row in sorted(sizes.items(), key=lambda size: (int(size[0][0]), int(size[0][2]))):
