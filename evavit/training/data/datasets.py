@@ -29,7 +29,7 @@ from evavit.training.data.folders import (
     find_undivided,
     hold_out,
 )
-from evavit.training.data.hub import ADDRESS, network
+from evavit.training.data.hub import ADDRESS, network, undecoded
 from evavit.training.data.images import CheckedImages, CheckedStream
 from evavit.training.data.shards import check_shards, shard_root
 from evavit.training.data.tars import ClassTar
@@ -125,6 +125,9 @@ def open_dataset(
             )
         if prefix == 'wds':
             check_shards(dataset.reader)
+        elif prefix == 'hfds':
+            reader: Any = dataset.reader
+            reader.dataset = undecoded(reader.dataset, reader.image_key, reader.label_key)
         _check_number(dataset)
         _check_arrays(dataset)
     except Exception as error:  # each kind has its own errors for what is missing or damaged

@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, Optional, Set
 
 import yaml
 
-from evavit.errors import UserError, first_line
+from evavit.errors import LocalError, UserError, first_line
 from evavit.files import open_regular
 from evavit.training.config import DataConfig
 
@@ -59,6 +59,24 @@ def network(config: DataConfig) -> Iterator[None]:
     finally:
         for place, value in zip(switches, before, strict=True):
             place.HF_HUB_OFFLINE = value
+
+
+def undecoded(table: Any, image: str, label: str) -> Any:
+    """A table of `datasets`, or a stream, with these two columns alone, the image as {bytes, path}.
+
+    Whatever else a record holds would be decoded with it: by all of Pillow's formats, of which one starts Ghostscript,
+    by players of audio and video, and fetched first where a record gives an address.
+    """
+    import datasets
+
+    try:
+        table = table.select_columns([image, label])
+    except ValueError as error:
+        raise LocalError(f'it needs the columns {image} and {label}: {first_line(error)[:300]}') from error
+    kind = (table.features or {}).get(label)
+    if not isinstance(kind, (datasets.ClassLabel, datasets.Value, type(None))):
+        raise LocalError(f'its column {label} holds {str(kind)[:100]}, not a number of a class; give the classes in it')
+    return table.cast_column(image, datasets.Image(decode=False))
 
 
 def _check_classes(folder: Path) -> None:

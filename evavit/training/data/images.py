@@ -38,6 +38,7 @@ from evavit.training.data.decode import (
     reason,
     to_mode,
 )
+from evavit.training.data.hub import undecoded
 from evavit.training.data.shards import samples
 from evavit.training.distributed import Process
 from evavit.training.stalls import Reading
@@ -380,9 +381,7 @@ class CheckedStream(IterableImageDataset):
         """Have the reader hand over bytes, and tell of what it cannot read."""
         reader = self.reader
         if hasattr(reader.ds, 'cast_column'):
-            import datasets
-
-            reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
+            reader.ds = undecoded(reader.ds, reader.input_key, reader.target_key)
         for stage in getattr(reader.ds, 'pipeline', ()):
             if 'handler' in getattr(stage, 'kw', {}):
                 stage.kw['handler'] = self._broken_shard
