@@ -15,7 +15,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import torch
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from torchvision.datasets import CIFAR10, MNIST, QMNIST
 
 from evavit.arguments import nearest
 from evavit.errors import UserError, first_line, printable, reason_of
@@ -148,10 +150,34 @@ def _check_number(dataset: Any) -> None:
 
 
 def _check_arrays(dataset: Any) -> None:
-    """UserError where a data set of arrays, such as MNIST, has not a label for each image."""
-    images, labels = getattr(dataset, 'data', None), getattr(dataset, 'targets', None)
-    if images is not None and labels is not None and len(images) != len(labels):
+    """UserError where a data set of arrays, such as MNIST, has not a grey image of bytes and a whole number for each.
+    What older versions of torchvision have saved it takes as it is; it compares CIFAR's files with their checksums."""
+    if not isinstance(dataset, (MNIST, CIFAR10)):
+        return
+    images, labels = dataset.data, dataset.targets
+    sides = (8,) if isinstance(dataset, QMNIST) else ()  # its label is the first of eight numbers
+    whole = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if isinstance(dataset, MNIST) and not (
+        _is_plain(images, whole[:1])
+        and images.ndim == 3
+        and images.shape[1:].numel()
+        and _is_plain(labels, whole)
+        and labels.shape[1:] == sides
+    ):
+        raise UserError('no images of bytes, or labels that are no whole numbers; the files are damaged, get them anew')
+    if len(images) != len(labels):
         raise UserError(f'{len(images)} images and {len(labels)} labels; the files are damaged, get them anew')
+
+
+def _is_plain(value: Any, kinds: Sequence[torch.dtype]) -> bool:
+    """Whether a value is a tensor with content, of one of these kinds and of at least one dimension."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == 'cpu'
+        and value.dtype in kinds
+        and value.ndim > 0
+    )
 
 
 def _checked(dataset: Any, mode: str, max_bad_images: float, seed: Optional[int]) -> Checked:

@@ -87,6 +87,39 @@ def test_files_of_arrays_that_do_not_fit_are_named(fashion):
         write_idx(labels, np.arange(15) % 10) if name.endswith('ubyte') else (labels.parent / name[:-3]).touch()
 
 
+PICTURES, NUMBERS = torch.zeros(20, 28, 28, dtype=torch.uint8), torch.arange(20) % 10
+ARRAYS = {
+    'images without a side': (torch.zeros(20), NUMBERS),
+    'images of numbers': (torch.zeros(20, 28, 28), NUMBERS),
+    'images of colours': (torch.zeros(20, 28, 28, 3, dtype=torch.uint8), NUMBERS),
+    'images of no size': (torch.zeros(20, 0, 28, dtype=torch.uint8), NUMBERS),
+    'images that are listed': ([1] * 20, NUMBERS),
+    'images without zeros': (PICTURES.to_sparse(), NUMBERS),
+    'labels of fractions': (PICTURES, torch.rand(20)),
+    'labels of yes and no': (PICTURES, NUMBERS > 4),
+    'labels of two': (PICTURES, torch.stack([NUMBERS, NUMBERS], 1)),
+    'labels that are listed': (PICTURES, ['a'] * 20),
+    'names': {'a' * 20: 1, 'b' * 20: 2},
+}
+
+
+@pytest.mark.parametrize('name', ['mnist', 'qmnist'])
+@pytest.mark.parametrize('arrays', ARRAYS)
+def test_arrays_of_another_form_are_named(arrays, name, tmp_path):
+    """In the files of older versions, which torchvision takes as they are."""
+    folder = tmp_path / dict(mnist='MNIST', qmnist='QMNIST')[name] / 'processed'
+    folder.mkdir(parents=True)
+    settings = DataConfig(max_bad_images=0.0, dataset=f'torch/{name}', data_dir=str(tmp_path))
+    for content in ((PICTURES, NUMBERS if name == 'mnist' else NUMBERS[:, None].expand(20, 8).clone()), ARRAYS[arrays]):
+        for file in ('training.pt', 'test.pt', 'train.pt'):
+            torch.save(content, folder / file)
+        if content is not ARRAYS[arrays]:
+            assert labels(open_dataset(settings, 'train')[0]) == NUMBERS.tolist()
+    with pytest.raises(UserError, match='the files are damaged, get them anew') as told:
+        open_dataset(settings, 'train')
+    assert '\n' not in str(told.value)
+
+
 def write_folder(root, *classes):
     for index, name in enumerate(classes):
         (root / name).mkdir(parents=True)
