@@ -358,13 +358,21 @@ class CheckedStream(IterableImageDataset):
             if getattr(self.reader, 'ds', None) is None and hasattr(self.reader, '_lazy_init'):
                 self.reader._lazy_init()  # in the worker, as the reader itself would
                 self._watch()
-            yield from self.reader
+            yield from self.reader if self.reader.is_training else self._once()
         except UserError:
             raise
         except Exception as error:  # each library has its own errors
             raise LocalError(
                 f'the data set cannot be read on ({type(error).__name__}: {first_line(error)[:300]})'
             ) from error
+
+    def _once(self) -> Iterator[Tuple[Any, Any]]:
+        """A split from its beginning to its end, whatever part of it this process has. To several processes timm's
+        readers of wds and tfds hand over as many images each, some twice and others never; no validation needs that."""
+        reader = self.reader
+        image, label = ('image', 'target') if hasattr(reader.ds, 'pipeline') else (reader.input_key, reader.target_key)
+        for sample in reader.ds:
+            yield sample[image], sample[label]
 
     def replace(self, content: bytes, index: int, label: int) -> Tuple[Image.Image, int]:
         """In place of a file that a GPU's decoder refuses: the CPU's image of it, else black, with its label."""
