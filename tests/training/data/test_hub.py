@@ -91,3 +91,71 @@ def test_a_table_without_a_column_that_is_read_is_a_line(kind, tmp_path):
     with pytest.raises(UserError, match='label') as error:
         read(kind, opened(kind, tmp_path / 'table', tmp_path / 'cache'))
     assert '\n' not in str(error.value)
+
+
+SWAPPED = datasets.ClassLabel(names=['pear', 'apple'])
+ABOUT = """---
+dataset_info:
+  features:
+  - name: image
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names: {'0': apple, '1': pear}
+---
+"""
+PARTS = """---
+configs:
+- {config_name: default, data_files: [{split: train, path: a/train*}, {split: validation, path: a/val*}]}
+- {config_name: other, data_files: [{split: train, path: b/train*}, {split: validation, path: b/val*}]}
+---
+"""
+
+
+def write_part(path, label):
+    """A table with this feature for its labels, in the format that the name says."""
+    features = datasets.Features(image=IMAGE, label=label)
+    row = dict(image=dict(bytes=PICTURE, path='a.png'), label=1)
+    table = pyarrow.Table.from_pylist([row] * 8, schema=features.arrow_schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.arrow':
+        kind = pyarrow.ipc.new_stream if path.stem == 'train' else pyarrow.ipc.new_file
+        with kind(str(path), table.schema) as file:
+            file.write_table(table)
+    else:
+        parquet.write_table(table, str(path))
+
+
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+@pytest.mark.parametrize(
+    'names',
+    [
+        ('train/0000.parquet', 'validation/0000.parquet'),
+        ('train.arrow', 'validation.arrow'),
+        ('README.md', 'train/0000.parquet', 'validation/0000.parquet'),
+    ],
+)
+def test_no_split_gives_classes_other_labels(kind, names, tmp_path):
+    """In whatever folders and files they lie: `datasets` takes the names of the first one for all."""
+    *about, train, other = names
+    for name in about:
+        (tmp_path / 'table').mkdir()
+        (tmp_path / 'table' / name).write_text(ABOUT)
+    write_part(tmp_path / 'table' / train, SWAPPED if about else CLASS)
+    write_part(tmp_path / 'table' / other, SWAPPED)
+    with pytest.raises(UserError, match=r'its classes \(label\) are .*; encode all splits with') as error:
+        opened(kind, tmp_path / 'table', tmp_path / 'cache')
+    assert '\n' not in str(error.value)
+    for name in (train, other):
+        write_part(tmp_path / 'table' / name, CLASS)
+    assert read(kind, opened(kind, tmp_path / 'table', tmp_path / 'again')) == [(16, 16)] * 8
+
+
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_another_part_of_a_folder_may_have_other_classes(kind, tmp_path):
+    for part, label in (('a', CLASS), ('b', SWAPPED)):
+        for split in ('train', 'val'):
+            write_part(tmp_path / 'table' / part / f'{split}.parquet', label)
+    (tmp_path / 'table' / 'README.md').write_text(PARTS)
+    assert read(kind, opened(kind, tmp_path / 'table', tmp_path / 'cache')) == [(16, 16)] * 8
