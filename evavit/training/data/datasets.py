@@ -17,7 +17,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
-from torchvision.datasets import CIFAR10, MNIST, QMNIST
+from torchvision.datasets import CIFAR10, MNIST, QMNIST, INaturalist
 
 from evavit.arguments import nearest
 from evavit.errors import UserError, first_line, printable, reason_of
@@ -137,6 +137,10 @@ def open_dataset(
             f'dataset {config.dataset}, {split}, in {config.data_dir}: {first_line(error)[:400]}'
         ) from error
     labels: Dict[str, int] = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
+    if isinstance(dataset, INaturalist):
+        dataset.index.sort()  # it lists folders in the order of the disk, which is another on each machine
+        level = dataset.target_type[0]
+        labels = dataset.categories_index.get(level) or {name: i for i, name in enumerate(dataset.all_categories)}
     found = getattr(dataset, 'classes', None) or sorted(labels, key=labels.__getitem__)
     checked = _checked(dataset, mode, config.max_bad_images, seed if is_training else None)
     return checked, list(map(str, found)) if found else None

@@ -1,5 +1,6 @@
 """Data sets: Fashion-MNIST's files without a download, class order, splits, input settings."""
 
+import contextlib
 import gzip
 import os
 import random
@@ -231,6 +232,31 @@ def test_a_split_that_lacks_a_class_shifts_no_label(tmp_path):
         data.open_training_sets(mapped, in_chans=3, batch_size=2, seed=0)
     with pytest.raises(UserError, match='c is class 1 of this data, and class 2 of the training split; give'):
         data.open_training_sets(config, in_chans=3, batch_size=2, seed=0)
+
+
+@pytest.mark.parametrize('kind', ['', 'order/'])
+def test_splits_of_inaturalist_are_compared_too(kind, tmp_path, monkeypatch, caplog):
+    """And its files have an order of their own, not that of the disk, which is another on each machine."""
+    names = ['00000_A_A_A_a_A_A_A', '00001_A_A_A_b_A_A_A']
+    write_folder(tmp_path / '2021_train', *names)
+    write_folder(tmp_path / '2021_valid', *names)
+    for number in range(9):
+        Image.new('RGB', (8, 8)).save(tmp_path / '2021_train' / names[0] / f'{number}.png')
+    listed = os.listdir
+    monkeypatch.setattr(os, 'listdir', lambda place: sorted(listed(place), reverse=True))
+    config = DataConfig(
+        max_bad_images=0.0, dataset='torch/inaturalist', data_dir=str(tmp_path), train_split=f'{kind}train'
+    )
+    config.val_split = f'{kind}validation'
+    train, _, found = data.open_training_sets(config, in_chans=3, batch_size=2, seed=0)
+    assert found == (['a', 'b'] if kind else names) and not caplog.messages
+    assert train.dataset.index == sorted(train.dataset.index)
+    monkeypatch.setattr(os, 'listdir', listed)
+    for old, new in zip(names, ['00001_A_A_A_a_A_A_A', '00000_A_A_A_b_A_A_A'], strict=True):
+        (tmp_path / '2021_valid' / old).rename(tmp_path / '2021_valid' / new)
+    with pytest.raises(UserError, match='b is class 0 of this data') if kind else contextlib.nullcontext():
+        data.open_training_sets(config, in_chans=3, batch_size=2, seed=0)
+    assert kind or 'warning: class 0 of this data is called 00000_A_A_A_b_A_A_A' in caplog.text
 
 
 def test_the_order_of_names_follows_from_them_alone(tmp_path):
