@@ -62,9 +62,9 @@ contract: $(STAMP)  ## timm's own model tests on our models
 contract-all: $(STAMP)  ## the same in full on every attention's models, an hour or more
 	$(ONE) $(PY) tools/contract.py --all -n auto
 
-# On a machine with a GPU; PY=python3 takes the environment at hand, STEPS and MODELS name parts (tools/gpu.py --help).
-gpu: $(if $(filter $(VENV)/%,$(PY)),$(STAMP))  ## on a GPU: test the kernels, run compute-sanitizer and all benches, make docs/performance.md
-	$(PY) tools/gpu.py $(if $(STEPS),--steps $(STEPS)) $(if $(MODELS),--models $(MODELS))
+# On a machine with a GPU; PY=python3 takes the environment at hand, STEPS and ONLY name parts (tools/gpu.py --help).
+gpu: $(if $(filter $(VENV)/%,$(PY)),$(STAMP))  ## on a GPU: measure all figures of docs/performance.md, then test the kernels and run compute-sanitizer
+	$(PY) tools/gpu.py $(if $(STEPS),--steps $(STEPS)) $(if $(ONLY),--only $(ONLY))
 
 CPU_BENCH := OMP_NUM_THREADS=2 $(PY) benchmark.py --device cpu -b 8 --repeats 15 --warmup 3 --results-file results/cpu.csv
 tables: $(STAMP)  ## write the tables and the plot of the documentation; CHECK=--check says which are stale

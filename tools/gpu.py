@@ -1,51 +1,167 @@
 #!/usr/bin/env python3
-"""Check and measure the fused kernels on a machine with a CUDA device: make gpu
+"""Measure every figure of docs/performance.md on a machine with a CUDA device, then check the kernels: make gpu
 
-Steps, in this order, each on its own with --steps: the tests marked gpu, the kernels under compute-sanitizer, attention
-alone, the layer, whole models, the page docs/performance.md with its plots. What has been done with this code on this
-machine is not done again: after a stop, the same line goes on. Logs and rows are in a folder of output/gpu, and the
-rows go from there into the results file, in place of those of the same comparisons. COMMIT in the environment names
-the commit where there is no git.
+Steps, what says most first, each on its own with --steps; those that measure write one file a table, such as
+results/op_h200.csv. The step page makes the tables anew, test runs the tests marked gpu, sanitize the kernels under
+compute-sanitizer. A stop at any time keeps what was measured, and the same line goes on from there: logs and rows of
+this code are in a folder of output/gpu. A results file has rows of this code alone. COMMIT in the environment names the
+commit where there is no git.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
+from typing import Dict, List, NamedTuple, Tuple
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package may not be installed here
 
-from evavit.bench.results import check_writable, read_rows, store_rows  # noqa: E402
+from evavit.bench.results import HARMLESS, Row, check_writable, read_rows, write_rows  # noqa: E402
 from evavit.errors import UserError  # noqa: E402
 from evavit.files import append_to  # noqa: E402
+from evavit.layers import ATTENTIONS  # noqa: E402
 
-GATHERING = threading.Lock()
-MODELS = {  # the longest to compile first
-    'pvt': ('--model', 'eva_pvt_v2_b3', '-b', '128'),
-    '784': ('--model', 'eva_deit_tiny_784', '-b', '128'),
-    'tiny': ('--model', 'eva_deit_tiny', '-b', '256'),
-    '448': ('--model', 'eva_deit_tiny_784', '-b', '32', '--img-size', '448'),
-    '896': ('--model', 'eva_deit_tiny_784', '-b', '8', '--img-size', '896'),
-    'small': ('--model', 'eva_deit_small', '-b', '256'),
-}
-# Four models compile at one time, with workers of their own.
+# Processes that compile side by side: more would not fit the memory of the device.
+JOBS = 7
 ENVIRONMENT = {
     'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])),
     'PYTHONUNBUFFERED': '1',
-    'TORCHINDUCTOR_COMPILE_THREADS': '4',
+    'OMP_NUM_THREADS': '2',
+    'TORCHINDUCTOR_COMPILE_THREADS': '2',
 }
-# The second replays CUDA graphs: there the processor's launches are in no figure.
-MODES = ('default', 'reduce-overhead')
-STEPS = ('test', 'sanitize', 'op', 'layer', 'models', 'page')
+BACKENDS = ('--backend', 'gluon', 'triton', 'flash', 'cudnn', 'efficient')
+PEERS = ('--backend', 'gluon', 'triton', 'cudnn', 'flash', 'flex', 'windows', 'linear', 'natten')
+FEW = ('--repeats', '20', '--warmup', '3')
+LENGTHS = ('14', '28', '56', '112', '256')
+
+
+class Task(NamedTuple):
+    """One run of benchmark.py.
+
+    Args:
+        name: Of its log and rows.
+        flags: Of benchmark.py.
+        seconds: About how long it takes on an H200 with 16 cores.
+        compiles: It may compile beside others; they measure one at a time.
+        instead_of: It runs only where the task of this name failed.
+    """
+
+    name: str
+    flags: Tuple[str, ...]
+    seconds: int
+    compiles: bool = False
+    instead_of: str = ''
+
+
+def _words(text: str) -> Tuple[str, ...]:
+    return tuple(text.split())
+
+
+SIZES = {  # model, batch, side of the images if not the model's, seconds to compile training; the longest first
+    'pvt': ('pvt_v2_b3', '128', '', 120),
+    'small': ('deit_small', '256', '', 50),
+    '784': ('deit_tiny_784', '128', '', 50),
+    'tiny': ('deit_tiny', '256', '', 50),
+    '448': ('deit_tiny_784', '32', '448', 50),
+    '896': ('deit_tiny_784', '8', '896', 50),
+}
+
+
+def _compiled(mode: str, sizes: List[str]) -> List[Task]:
+    """EVA's model beside timm's softmax model, and our own softmax model, a process each."""
+    tasks = []
+    for size in sizes:
+        name, batch, side, seconds = SIZES[size]
+        for bench, share in (('train', 1.0), ('infer', 0.6)):
+            for attention, models in (('eva', 2), ('softmax', 1)):
+                flags = ['--bench', bench, '--model', f'{attention}_{name}', '-b', batch, '--torchcompile', mode, *FEW]
+                flags += ['--img-size', side] if side else []
+                needed = int(20 + share * seconds * models)
+                tasks.append(Task(f'{size}_{attention}_{bench}_{mode}', tuple(flags), needed, True))
+    return tasks
+
+
+def _eager() -> List[Task]:
+    return [
+        Task(
+            f'{size}_eager',
+            ('--bench', 'train', 'infer', '--model', f'eva_{name}', f'softmax_{name}', '-b', batch, *FEW),
+            35,
+        )
+        for size, (name, batch, side, _) in SIZES.items()
+        if not side
+    ]
+
+
+def _zoo() -> List[Task]:
+    models = [f'{attention}_deit_tiny_784' for attention in ATTENTIONS]
+    few = ('-b', '128', '--repeats', '10', '--warmup', '3')
+    tasks = [Task('zoo_eager', ('--bench', 'train', '--model', *models, *few), 90)]
+    for mode in ('reduce-overhead', 'default'):
+        for model in models:
+            flags = ('--bench', 'train', 'infer', '--model', model, '--torchcompile', mode, *few)
+            failed = f'{model}_reduce-overhead' if mode == 'default' else ''
+            tasks.append(Task(f'{model}_{mode}', flags, 0 if failed else 110, True, failed))
+    for size, batch in (('deit_tiny', '256'), ('deit_small', '256'), ('pvt_v2_b3', '128')):
+        family = [f'{attention}_{size}' for attention in ('local', 'performer', 'lara')]
+        tasks.append(
+            Task(f'{size}_family', ('--bench', 'train', 'infer', '--model', *family, '-b', batch, *few[2:]), 50)
+        )
+    return tasks
+
+
+def _convert() -> List[Task]:
+    flags = _words('--bench convert --img-size 224 518 1022 2044 --repeats 10 --warmup 2')
+    graphs = _words('--bench convert --img-size 224 518 1022 --repeats 6 --warmup 2 --torchcompile reduce-overhead')
+    return [Task('convert_eager', flags, 240), Task('convert_graphs', graphs, 400)]
+
+
+# The tables, what says most first.
+TABLES: Dict[str, List[Task]] = {
+    'op': [Task('op', ('--bench', 'op', '--grid', *LENGTHS, *BACKENDS, *FEW), 100)],
+    'host': [Task('host', _words('--bench host --repeats 300 --warmup 30'), 25)],
+    'models': [
+        *_compiled('reduce-overhead', list(SIZES)),
+        *_eager(),
+        *_compiled('default', [size for size, (*_, side, _) in SIZES.items() if not side]),
+    ],
+    'layer': [Task('layer', ('--bench', 'layer', '--grid', *LENGTHS, *BACKENDS, *FEW), 90)],
+    'cells': [
+        Task(
+            'cells',
+            (
+                *_words('--bench op --grid 64 128 37 28 --partition-grid 16 16 13 7 --num-prefix-tokens 0 5'),
+                *_words('--count-cells outside --dim 768 --num-heads 12'),
+                *BACKENDS,
+                *FEW,
+            ),
+            100,
+        )
+    ],
+    'wide': [
+        Task('wide', _words('--bench convert --model vit_small_patch14_reg4_dinov2 --img-size 518 -b 32'), 35),
+    ],
+    'peers': [Task('peers', ('--bench', 'op', '--grid', '14', '28', '56', '112', '224', *PEERS, *FEW), 170)],
+    'zoo': _zoo(),
+    'convert': _convert(),
+}
+WHOLE = ('convert',)  # README.md and others need all rows of this file: it is replaced once they are there
+FILES = {'cells': 'op_cells'}  # where the file is not called as the step
+STEPS = (*TABLES, 'page', 'test', 'sanitize')
+DEFAULT = tuple(step for step in STEPS if step != 'convert')  # of timm's ViTs, docs/convert.md: ten minutes of its own
 
 
 def work_folder() -> Path:
@@ -58,86 +174,175 @@ def work_folder() -> Path:
     return folder
 
 
-WORK = work_folder()
+class Driver:
+    """Runs commands with their output in logs, until it is stopped.
+
+    Args:
+        work: The folder of logs, rows and marks of what is done.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.begin, self.stopped = work, time.monotonic(), False
+        self.printing, self.running = threading.Lock(), set()
+
+    def stop(self, *_: object) -> None:
+        """End what runs, and begin nothing more. A signal handler, too."""
+        self.stopped = True
+        for process in list(self.running):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.killpg(process.pid, signal.SIGTERM)  # with those that compile for it
+
+    def say(self, text: str) -> None:
+        with self.printing:
+            print(f'[{time.monotonic() - self.begin:4.0f} s] {text}', flush=True)
+
+    def once(self, name: str, command: List[str]) -> bool:
+        """Run a command unless it ended well before; whether it has. Each row that it prints is a line here too."""
+        done = self.work / f'{name}.done'
+        if done.exists():
+            self.say(f'{name}: done before')
+            return True
+        if self.stopped:
+            self.say(f'{name}: stopped before; the same line goes on')
+            return False
+        begin = time.monotonic()
+        with append_to(self.work / f'{name}.log') as log:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **ENVIRONMENT},
+                encoding='utf-8',
+                errors='replace',
+                start_new_session=True,
+            )
+            self.running.add(process)
+            if self.stopped:  # meanwhile
+                self.stop()
+            tail: List[str] = []
+            for line in process.stdout or ():
+                log.write(line)
+                tail = [*tail[-20:], line.rstrip()]
+                if line.startswith('bench '):
+                    self.say(f'{name}: {tail[-1].removeprefix("bench ")}')
+            code = process.wait()
+            self.running.discard(process)
+        if code == 0:
+            append_to(done).close()
+        elif not self.stopped:
+            self.say('\n'.join([f'{name}: exit code {code}, its end:', *tail]))
+        self.say(f'{name}: {"done" if code == 0 else "not done"}, {time.monotonic() - begin:.0f} s')
+        return code == 0
+
+    def rows(self, name: str) -> List[Row]:
+        return read_rows(self.work / f'{name}.csv')
+
+    def measure(self, task: Task) -> bool:
+        """benchmark.py with a task's flags, and rows in a file of its own."""
+        if task.instead_of and all(row['status'] in HARMLESS for row in self.rows(task.instead_of)):
+            return True
+        lock = ('--lock', str(self.work / 'lock')) if task.compiles else ()
+        flags = [*task.flags, *lock, '--resume', '--results-file', str(self.work / f'{task.name}.csv')]
+        return self.once(task.name, [sys.executable, 'benchmark.py', *flags])
+
+    def measure_all(self, tasks: List[Task]) -> bool:
+        """One after the other, those that compile side by side; whether all figures are there."""
+        good = {}
+        for (compiles, instead), group in groupby(tasks, lambda task: (task.compiles, bool(task.instead_of))):
+            group = list(group)
+            with ThreadPoolExecutor(min(JOBS, -(-(os.cpu_count() or 1) // 2)) if compiles else 1) as pool:
+                good.update(zip((task.name for task in group), pool.map(self.measure, group), strict=True))
+            good.update({task.instead_of: good[task.name] for task in group if instead})
+        return all(good.values())
 
 
-def start(name: str, command) -> bool:
-    """Run a command with its output in a log; whether it ended well."""
-    begin = time.monotonic()
-    with append_to(WORK / f'{name}.log') as log:
-        code = subprocess.run(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}
-        ).returncode
-    text = (WORK / f'{name}.log').read_text()
-    print(f'== {name}: exit code {code}, {time.monotonic() - begin:.0f} s\n{text[-3000:]}', flush=True)
-    return code == 0
+def expected(tasks: List[Task]) -> float:
+    """Seconds that tasks take."""
+    alone = sum(task.seconds for task in tasks if not task.compiles)
+    together = [task.seconds for task in tasks if task.compiles]
+    return alone + max(sum(together) / JOBS, max(together, default=0))
 
 
-def once(name: str, command) -> bool:
-    """`start`, unless it ended well before."""
-    done = WORK / f'{name}.done'
-    if done.exists():
-        print(f'== {name}: done before', flush=True)
-    elif start(name, command):
-        append_to(done).close()
-    return done.exists()
-
-
-def measure(name: str, flags, target: Path) -> bool:
-    """`start` benchmark.py with these flags, then put its rows into the results file."""
-    rows = WORK / f'{name}.csv'
-    good = start(name, [sys.executable, 'benchmark.py', *flags, '--resume', '--results-file', str(rows)])
-    with GATHERING:
-        store_rows(target, read_rows(rows))
-    return good
-
-
-def measure_models(names, modes, target: Path) -> bool:
-    """Models compile side by side and are measured one at a time; more at once would not fit the memory."""
-
-    def one(task):
-        name, mode = task
-        return measure(
-            f'{name}_{mode}',
-            ['--bench', 'train', 'infer', '--torchcompile', mode, '--lock', str(WORK / 'lock'), *MODELS[name]],
-            target,
-        )
-
-    with ThreadPoolExecutor(4) as pool:
-        return all(list(pool.map(one, [(name, mode) for mode in modes for name in names])))
+def store(driver: Driver, tasks: List[Task], target: Path) -> None:
+    """Put the rows of this code into a results file, in place of all that it had."""
+    rows = [row for task in tasks for row in driver.rows(task.name)]
+    failed = {task.instead_of for task in tasks if task.instead_of and driver.rows(task.name)}
+    dropped = [row for name in failed for row in driver.rows(name) if row['status'] not in HARMLESS]
+    if rows:
+        write_rows(target, [row for row in rows if row not in dropped])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--steps', nargs='+', choices=STEPS, default=STEPS)
-    parser.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS))
-    parser.add_argument('--torchcompile', nargs='+', choices=MODES, default=MODES, help='modes of the models')
-    parser.add_argument('--results-file', type=Path, default=ROOT / 'results' / 'h100.csv')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--steps',
+        nargs='+',
+        choices=STEPS,
+        default=DEFAULT,
+        metavar='STEP',
+        help=f'{", ".join(STEPS)} (default: all but convert)',
+    )
+    parser.add_argument('--only', nargs='+', metavar='WORD', help='tasks whose name has one of these words')
+    parser.add_argument('--list', action='store_true', help='say what would be measured, and how long it should take')
+    parser.add_argument('--seconds', type=float, help='stop after so many; the same line goes on')
+    parser.add_argument('--results-folder', type=Path, default=ROOT / 'results')
+    parser.add_argument('--name', help="the device's name in names of files (default: its last word, such as h200)")
     args = parser.parse_args()
+    work = work_folder()
+    tables = {
+        step: [task for task in tasks if not args.only or any(word in task.name for word in args.only)]
+        for step, tasks in TABLES.items()
+        if step in args.steps
+    }
+    total = sum(map(expected, tables.values()))
+    for step, tasks in tables.items():
+        done = sum((work / f'{task.name}.done').exists() for task in tasks)
+        print(f'{step}: {len(tasks)} tasks, {done} done, {expected(tasks):.0f} s in all')
+    print(f'About {total / 60:.0f} minutes on an H200 with 16 cores; page, test and sanitize beside that.', flush=True)
+    if args.list:
+        for tasks in tables.values():
+            for task in tasks:
+                print(f'{task.name}: benchmark.py {" ".join(task.flags)}')
+        return 0
     if args.steps != ['page'] and not torch.cuda.is_available():  # a CPU's rows have no place among the GPU's
         print('error: no CUDA device here; --steps page needs none, make cpu-bench measures a CPU', file=sys.stderr)
         return 2
 
+    name = args.name or re.sub('[^a-z0-9]', '', torch.cuda.get_device_name().split()[-1].lower()) if tables else ''
+    targets = {step: args.results_folder / f'{FILES.get(step, step)}_{name}.csv' for step in tables}
     try:
-        check_writable(args.results_file)
-        read_rows(args.results_file)
+        for target in targets.values():
+            check_writable(target)
+            read_rows(target)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    good = True
+    good, driver = True, Driver(work)
+    clock = threading.Timer(args.seconds or 0, driver.stop)
+    clock.daemon = True
+    if args.seconds is not None:
+        clock.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, driver.stop)
     for step in (step for step in STEPS if step in args.steps):
-        if step == 'test':
-            good &= once('test', [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', '-n', '6'])
-        elif step == 'sanitize' and shutil.which('compute-sanitizer') is None:
-            print('== sanitize: compute-sanitizer is not on the path; left out', flush=True)
-        elif step == 'sanitize':
-            good &= once('sanitize', [sys.executable, 'tools/sanitize.py'])
-        elif step in ('op', 'layer'):
-            good &= measure(step, ['--bench', step], args.results_file)
-        elif step == 'models':
-            good &= measure_models(args.models, args.torchcompile, args.results_file)
+        if step in tables:
+            try:
+                good &= driver.measure_all(tables[step])
+            finally:
+                whole = all((work / f'{task.name}.done').exists() for task in TABLES[step])
+                if whole or step not in WHOLE:
+                    store(driver, TABLES[step], targets[step])
+        elif driver.stopped:
+            good = False
         elif step == 'page':
-            good &= start('page', [sys.executable, 'docs/make/tables.py'])
+            good &= not subprocess.run([sys.executable, 'docs/make/tables.py'], cwd=ROOT, check=False).returncode
+        elif step == 'test':
+            good &= driver.once('test', [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', '-n', '6'])
+        elif shutil.which('compute-sanitizer') is None:
+            driver.say('sanitize: compute-sanitizer is not on the path; left out')
+        else:
+            good &= driver.once('sanitize', [sys.executable, 'tools/sanitize.py'])
     return int(not good)
 
 

@@ -7,6 +7,7 @@ where it is stale. Needs matplotlib.
 
 import argparse
 import math
+from itertools import combinations
 from statistics import mean
 from typing import Dict, List, NamedTuple
 
@@ -24,17 +25,19 @@ from pages import Row
 from evavit.layers import ATTENTIONS
 
 SCRATCH = 'attentions_h200.csv'  # the other files are those of the programs beside this one
+LONGER = 'attentions_30_h200.csv'  # softmax with twice the epochs
 FASHION = 'fashion_mnist_validation_h100.csv'
 WEIGHTS = 'softmax_to_eva.csv'
 PLOT = pages.ROOT / 'docs' / 'images' / 'evidence.svg'
 TOKENS = 784  # of the paper's Table 2, at which errors are quoted
 PAPER = {name: float(row[2]) for name, row in zoo.PAPER['deit_tiny_784'].items()}
 COLOURS, OTHER = {'eva': '#d1495b', 'softmax': '#30638e'}, '#7f8c99'
+AT_ONCE = 3  # runs of SCRATCH that shared their GPU
 
 
 class Experiment(NamedTuple):
-    """Runs that answer a question. `factor` is the time of one over that of 30 epochs at 256 tokens: 2 for half of the
-    epochs at four times the tokens, 0.5 for half of the pictures. `time` is what is known where that is no measure."""
+    """Runs that answer a question. `factor` is the time of one over that of 15 epochs at 256 tokens: 4 for four times
+    the tokens, 0.5 for a third of the updates and as much compiling. `time` is what is known where none is measured."""
 
     question: str
     command: str
@@ -49,15 +52,15 @@ ATTENTIONS_PY = 'experiments/tiny_imagenet/attentions.py'
 TRANSFER_PY = 'experiments/transfer/run.py'
 EXPERIMENTS = (
     Experiment('Which of the eleven learns best?', f'{ATTENTIONS_PY} --only table2', (SCRATCH,), 'table2', 25, 1),
-    Experiment('And at 1,024 tokens?', f'{ATTENTIONS_PY} --only long-', (SCRATCH,), 'long', 8, 2),
+    Experiment('And at 1,024 tokens?', f'{ATTENTIONS_PY} --only long-', (SCRATCH,), 'long', 8, 4),
     Experiment('Which windows and cells?', f'{ATTENTIONS_PY} --only cells', (SCRATCH,), 'cells', 15, 0.5),
     Experiment("The paper's ablations", f'{ATTENTIONS_PY} --only table8', (SCRATCH,), 'table8', 12, 0.5),
     Experiment(
         'More seeds and sizes of converted networks',
         'experiments/tiny_imagenet/run.py',
-        (converted.ACCURACY,),
-        runs=44,
-        factor=0.6,  # of those to come 14 have 20 epochs, the others 5 or 1
+        (converted.ACCURACY, converted.OTHER_SIZES),
+        runs=46,
+        factor=0.75,  # of the 25 to come 11 have 20 epochs, the others 5 or 1
     ),
     Experiment(
         'How near is each to a trained softmax?',
@@ -86,7 +89,7 @@ EXPERIMENTS = (
         (transfer.FILE,),
         'pretrain',
         3,
-        100 / 30,
+        100 / 15,
     ),
     Experiment(
         'Transfer from weights of our own',
@@ -105,17 +108,21 @@ def one(name: str, **wanted) -> Row:
 
 
 def from_scratch() -> Dict[str, List[Row]]:
-    """Each attention that was trained from scratch on Tiny-ImageNet to its rows, a seed each. EVA's first is that of
-    experiments/tiny_imagenet/run.py, whose settings are the same, until attentions.py has made its own."""
-    rows = {'table2-eva-s0': dict(one(converted.ACCURACY, run='scratch-s0'), attention='eva')}
-    rows |= {row['run']: row for row in pages.pick(pages.read_results(SCRATCH), group='table2')}
-    found = {name: [row for row in rows.values() if row['attention'] == name] for name in ATTENTIONS}
+    """Each attention that was trained from scratch on Tiny-ImageNet to its rows, a seed each."""
+    rows = pages.pick(pages.read_results(SCRATCH), group='table2')
+    found = {name: pages.pick(rows, attention=name) for name in ATTENTIONS}
     return {name: of_name for name, of_name in found.items() if of_name}
+
+
+def longer() -> Dict[str, List[Row]]:
+    """The same with 30 epochs. EVA's row is that of experiments/tiny_imagenet/run.py, whose settings are the same."""
+    return dict(softmax=pages.read_results(LONGER), eva=[one(converted.ACCURACY, run='scratch-s0')])
 
 
 def parents() -> List[Row]:
     """The runs of the softmax network with a class token, same seed."""
-    return [one(converted.ACCURACY, run='parent-s0'), *pages.read_results(converted.PARENTS)]
+    first, second = (one(name, run='parent-s0') for name in (converted.ACCURACY, converted.OTHER_SIZES))
+    return [first, *pages.read_results(converted.PARENTS), second]
 
 
 def rate(row: Row) -> float:
@@ -126,6 +133,28 @@ def standard_error(row: Row) -> float:
     """Of top-1 in percent, from the number of pictures alone: another run would add its own."""
     share = float(row['top1']) / 100
     return 100 * math.sqrt(share * (1 - share) / int(row['images']))
+
+
+def apart(a: List[Row], b: List[Row]) -> float:
+    """How many points the first have more, as means of their seeds."""
+    return mean(converted.tops(a)) - mean(converted.tops(b))
+
+
+def error_apart(a: List[Row], b: List[Row]) -> float:
+    """The standard error of `apart`, from the number of pictures alone, as if each had others."""
+    return math.hypot(standard_error(a[0]), standard_error(b[0]))
+
+
+def groups() -> List[List[str]]:
+    """The attentions from scratch, best first, parted where the next is 1.96 standard errors behind."""
+    found, parted = from_scratch(), []
+    for name in sorted(found, key=lambda name: -mean(converted.tops(found[name]))):
+        pair = [found[other] for other in (parted[-1][-1] if parted else name, name)]
+        if parted and apart(*pair) < 1.96 * error_apart(*pair):
+            parted[-1].append(name)
+        else:
+            parted.append([name])
+    return parted
 
 
 def nearness() -> Dict[str, float]:
@@ -145,49 +174,91 @@ def eleven() -> str:
     columns = [
         'attention',
         'top-1 in the paper, ImageNet',
-        'top-1 here, Tiny-ImageNet',
+        f'top-1 here, Tiny-ImageNet, {found["softmax"][0]["epochs"]} epochs',
         f'error against softmax, {TOKENS} tokens, untrained',
         'class and register tokens',
         'fused',
     ]
     good = [name for name in sorted(PAPER, key=lambda name: -PAPER[name]) if name != 'softmax']
     near = sorted(good, key=errors.__getitem__)
+    without = [f'`{name}`' for name in ATTENTIONS if name not in found]
     return (
         f'{pages.table(columns, lines)}\n\n'
-        f'{len(ATTENTIONS) - len(found)} of the {len(ATTENTIONS)} have no figure here. Nearness is not accuracy: of '
-        f'the {len(good)} of linear time in the paper, `{near[0]}` comes nearest to softmax and is number '
-        f'{good.index(near[0]) + 1} by accuracy; `{good[1]}`, number 2 by accuracy, is number '
+        f'{order()}\n'
+        f'* {len(without)} of the {len(ATTENTIONS)} have no figure here: {", ".join(without)}.\n'
+        f'* Nearness is not accuracy. Of the {len(good)} of linear time in the paper, `{near[0]}` comes nearest to '
+        f'softmax and is number\n  {good.index(near[0]) + 1} by accuracy; `{good[1]}`, number 2 by accuracy, is number '
         f'{near.index(good[1]) + 1} by nearness.\n\n'
         f'From scratch: {pages.origins([row for rows in found.values() for row in rows])}'
     )
 
 
+def order() -> str:
+    """What the order of the attentions from scratch says, and whether it is the paper's."""
+    found, parted, lines = from_scratch(), groups(), []
+    for group in parted:
+        tops = [mean(converted.tops(found[name])) for name in group]
+        ends = dict.fromkeys(f'{top:.2f}' for top in (tops[-1], tops[0]))
+        text = f'{", ".join(f"`{name}`" for name in group)}: {" to ".join(ends)} %'
+        if len(group) > 1:
+            error = error_apart(found[group[0]], found[group[-1]])
+            text += (
+                f'. The first and the last are {tops[0] - tops[-1]:.1f} points apart,\n  '
+                f'{(tops[0] - tops[-1]) / error:.1f} standard errors of {error:.2f} points'
+            )
+        lines.append(f'* {text}.')
+    pairs = list(combinations([name for name in found if name in PAPER], 2))
+    same = [pair for pair in pairs if apart(*(found[name] for name in pair)) * (PAPER[pair[0]] - PAPER[pair[1]]) > 0]
+    within = [pair for pair in pairs if pair not in same and any(set(pair) <= set(group) for group in parted)]
+    tau, others = (2 * len(same) - len(pairs)) / len(pairs), len(pairs) - len(same)
+    lines.append(
+        f"* {len(same)} of {len(pairs)} pairs are in the paper's order: Kendall's τ is {tau:.2f}. Of the other "
+        f'{others}, {len(within)} are within a line above.'
+    )
+    return '\n'.join(lines)
+
+
+def ahead(of: Dict[str, List[Row]]) -> str:
+    """Which of softmax and EVA is ahead, and by how much."""
+    points = apart(of['eva'], of['softmax'])
+    figures = ' and '.join(
+        f'{name} {elpv.spread(converted.tops(of[key]), 2)} % (seeds: {len(of[key])})'
+        for key, name in (('softmax', 'softmax'), ('eva', 'EVA'))
+    )
+    who = 'EVA' if points > 0 else 'softmax'
+    return f'* With {of["eva"][0]["epochs"]} epochs {figures}: {who} is {abs(points):.1f} points ahead.'
+
+
 def verdict() -> str:
     """How far apart softmax and EVA from scratch are, and how far apart chance brings two networks."""
-    found, same = from_scratch(), parents()
-    softmax, eva = (found[name][0] for name in ('softmax', 'eva'))
-    apart = mean(converted.tops(found['softmax'])) - mean(converted.tops(found['eva']))
-    error = math.hypot(standard_error(softmax), standard_error(eva))
-    reading = mean(converted.tops(found['softmax'])) - mean(converted.tops(same))
+    short, long, same = from_scratch(), longer(), parents()
+    softmax, eva = (long[name][0] for name in ('softmax', 'eva'))
+    errors = [error_apart(of['softmax'], of['eva']) for of in (long, short)]
+    times = [abs(apart(of['softmax'], of['eva'])) / error for of, error in zip((long, short), errors, strict=True)]
+    reading = apart(long['softmax'], same)
     return (
-        f'* The difference is {apart:.1f} points. Seeds: {len(found["softmax"])} and {len(found["eva"])}.\n'
+        f'{ahead(long)}\n{ahead(short)}\n'
         f'* {int(eva["images"]):,} pictures decide. They alone give a figure a standard error of '
-        f'{standard_error(eva):.1f} points, and the difference\n  of two networks one of up to {error:.1f}: it is '
-        f'{apart / error:.1f} of those.\n'
-        f'* The softmax network with a class token came to {", ".join(row["top1"] for row in same)} % in '
-        f'{len(same)} runs with the same seed and settings; another,\n  of which no row was kept, to 40.45 %.\n'
+        f'{standard_error(eva):.1f} points, and the difference\n  of two networks one of up to {max(errors):.1f}: the '
+        f'two differences are {times[0]:.1f} and {times[1]:.1f} of those.\n'
+        f'* The softmax network with a class token came to {", ".join(row["top1"] for row in same)} % with '
+        f'{same[0]["epochs"]} epochs in {len(same)} runs\n  with the same seed and settings; another, of which no row '
+        f'was kept, to 40.45 %.\n'
         f'* Those are {reading:.1f} points less than softmax without a class token. How the tokens are read weighs '
         f'more here than\n  which of the two attentions mixes them.\n'
         f'* EVA was not faster: {rate(eva):,.0f} images a second in training (commit {eva["commit"]}), softmax '
-        f'{rate(softmax):,.0f} (commit\n  {softmax["commit"]}), both in CUDA graphs. At 256 tokens it has nothing to '
-        f'gain.'
+        f'{rate(softmax):,.0f} (commit\n  {softmax["commit"]}), both in CUDA graphs and {eva["epochs"]} epochs. At 256 '
+        f'tokens it has nothing to gain.'
     )
 
 
 def claims() -> str:
     """What a reader may want to hear of EVA, what was found, and whether it holds."""
-    found, errors, parent = from_scratch(), nearness(), converted.tops(parents())[0]
+    found, twice, errors = from_scratch(), longer(), nearness()
+    top = {name: elpv.spread(converted.tops(rows), 2) for name, rows in found.items()}
+    parent, *_, again = converted.tops(parents())
     good = sorted(PAPER, key=lambda name: -PAPER[name])
+    here = [name for group in groups() for name in group if name != 'softmax']
     nearest = min((name for name in ATTENTIONS if name != 'softmax'), key=errors.__getitem__)
     of_trained = approximation.errors(16)
     untrained = dict(epochs=0, count_cells='outside')
@@ -196,6 +267,10 @@ def claims() -> str:
         for side in (4, 8)
     )
     trained = converted.longest()
+    third, half_on, itself = (
+        one(converted.OTHER_SIZES, window_size=window, partition_grid=cells, epochs=trained[0]['epochs'])['top1']
+        for window, cells in ((4, 8), (8, 8), (16, 0))
+    )
     wide, narrow = (
         [dict(converted.ratios(converted.measured(), width, '49 cells', column))[side] for column in converted.COLUMNS]
         for width, side in ((768, 1022), (192, 224))
@@ -218,16 +293,26 @@ def claims() -> str:
         (
             'It is the best of the ten that are not softmax',
             f'first of {len(good) - 1} in the paper, {PAPER["eva"]:.2f} %, before `{good[2]}`, {PAPER[good[2]]:.2f} %; '
-            f'here {len(ATTENTIONS) - len(found)} of {len(ATTENTIONS)} attentions have no figure',
-            '**not tested**',
+            f'here number {here.index("eva") + 1} of {len(here)}, `{here[0]}` {top[here[0]]} %, EVA {top["eva"]} %; '
+            f'{len(ATTENTIONS) - len(found)} of {len(ATTENTIONS)} have no figure',
+            '**open**',
+            '[below](#the-eleven-beside-each-other)',
+        ),
+        (
+            'From scratch it learns better than local attention and Performer',
+            f'{found["eva"][0]["epochs"]} epochs: EVA {top["eva"]} %, '
+            f'{", ".join(f"`{name}` {top[name]} %" for name in ("local", "performer"))}; seeds: {len(found["eva"])}',
+            'holds, one network',
             '[below](#the-eleven-beside-each-other)',
         ),
         (
             'From scratch it learns as well as softmax',
-            f'Tiny-ImageNet: {elpv.spread(converted.tops(found["eva"]), 2)} % against '
-            f'{elpv.spread(converted.tops(found["softmax"]), 2)} %; '
-            f'seeds: {len(found["eva"])} and {len(found["softmax"])}',
-            '**open**',
+            '; '.join(
+                f'{of["eva"][0]["epochs"]} epochs: {elpv.spread(converted.tops(of["eva"]), 2)} % against '
+                f'{elpv.spread(converted.tops(of["softmax"]), 2)} %, seeds: {len(of["eva"])} and {len(of["softmax"])}'
+                for of in (found, twice)
+            ),
+            'no difference seen',
             '[below](#one-seed-is-no-verdict)',
         ),
         (
@@ -240,8 +325,9 @@ def claims() -> str:
         (
             'Training gives back what a conversion loses',
             f'{elpv.spread(converted.tops(trained), 2)} % after {trained[0]["epochs"]} epochs, with an eighth of the '
-            f'tokens, seeds: {len(trained)}; its parent, without these epochs, has {parent:.2f} %',
-            'holds, one network',
+            f'tokens, seeds: {len(trained)}; its parent, without these epochs, has {parent:.2f} %. Another parent, '
+            f'{again:.2f} %: {third} % with a third, {half_on} % with a half, and {itself} % itself, trained on alike',
+            'holds, two networks',
             convert,
         ),
         (
@@ -303,8 +389,8 @@ def claims() -> str:
 
 def missing() -> str:
     """The runs that would answer what is open: how many there are figures of, and what the others take."""
-    stored = [*parents(), *(row for rows in from_scratch().values() for row in rows)]
-    minutes = [float(row['seconds']) / 60 for row in stored if row['epochs'] == '30']
+    stored = [row for rows in from_scratch().values() for row in rows]
+    minutes = [float(row['seconds']) / 60 for row in stored]
     lines, known = [], 0.0
     for experiment in EXPERIMENTS:
         rows = [row for name in experiment.files for row in pages.read_results(name)]
@@ -316,40 +402,44 @@ def missing() -> str:
     columns = ['question', 'command', 'runs with figures', 'time of the others, one H200']
     return (
         f'{pages.table(columns, lines)}\n\n'
-        f'Times are estimates. The {len(minutes)} stored runs of 30 epochs at 256 tokens took {min(minutes):.1f} to '
-        f'{max(minutes):.1f} minutes each, with compiling and judging. The experiments that '
+        f'Times are estimates. The {len(minutes)} stored runs of {stored[0]["epochs"]} epochs at 256 tokens took '
+        f'{min(minutes):.1f} to {max(minutes):.1f} minutes each, with compiling and judging,\nwhile {AT_ONCE} at once '
+        f'shared a GPU with a training of another kind. So a GPU makes {AT_ONCE} in that time. The experiments that\n'
         f'are measured by them are {hours(known, minutes)} together, and longer where an attention without kernels is '
         f'slower.'
     )
 
 
 def hours(runs: float, minutes: List[float]) -> str:
-    return f'{runs * min(minutes) / 60:.1f} to {runs * max(minutes) / 60:.1f} h'
+    return f'{runs * min(minutes) / 60 / AT_ONCE:.1f} to {runs * max(minutes) / 60 / AT_ONCE:.1f} h'
 
 
 def plotted() -> dict:
     """The data of the three panels."""
-    trained = {**from_scratch(), 'softmax, class token': parents()}
-    rows = pages.read_results(converted.ACCURACY)
+    short = from_scratch()
+    scratch = [*short.items(), *longer().items(), ('softmax, class token', parents())]
+    rows, second = pages.read_results(converted.ACCURACY), pages.read_results(converted.OTHER_SIZES)
     untrained = pages.pick(rows, epochs=0)
-    tuned = [row for row in rows if row['kind'] == 'logit' and row['seed'] == '0']
-    errors = nearness()
+    names = sorted(short, key=lambda name: PAPER.get(name, 0))
     return dict(
-        speed={
-            # Some runs shared their GPU: the quickest shows the speed.
-            name: [(max(map(rate, rows)), float(row['top1']), 1.96 * standard_error(row)) for row in rows]
-            for name, rows in trained.items()
-        },
+        names=['softmax, class token', *names],  # from below
+        scratch=[
+            (row['epochs'], name, float(row['top1']), 1.96 * standard_error(row)) for name, of in scratch for row in of
+        ],
         seen={
             count: sorted((tokens_seen(row), float(row['top1'])) for row in pages.pick(untrained, count_cells=count))
             for count in counts.COUNTS
         },
         tuned=[
             (tokens_seen(row), float(row['top1']), f'{row["epochs"]} epoch{"s" * (row["epochs"] != "1")}')
-            for row in tuned
+            for row in rows
+            if row['kind'] == 'logit' and row['seed'] == '0'
         ],
-        parent=converted.tops(parents())[0],
-        near=[(name, errors[name], top1) for name, top1 in PAPER.items()],
+        again=sorted((tokens_seen(row), float(row['top1'])) for row in pages.pick(second, kind='logit')),
+        parents=[
+            float(of[0]['top1']) for of in (pages.pick(rows, run='parent-s0'), pages.pick(second, run='parent-s0'))
+        ],
+        near=[(name, nearness()[name], top1) for name, top1 in PAPER.items()],
     )
 
 
@@ -363,7 +453,7 @@ def plot_is_fresh() -> bool:
 
 
 def draw() -> None:
-    """Accuracy over speed, over the tokens that a converted network sees, and the paper's over nearness."""
+    """Accuracy of each attention, over the tokens that a converted network sees, and the paper's over nearness."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -371,39 +461,52 @@ def draw() -> None:
     import matplotlib.pyplot as plt
 
     data = plotted()
-    figure, (speed, seen, near) = plt.subplots(1, 3, figsize=(11.5, 3.6))
+    figure, (scratch, seen, near) = plt.subplots(1, 3, figsize=(12.5, 3.8), width_ratios=[1.1, 1, 1])
 
-    def label(axes, text, x, y, shift=(6, -3)):
-        axes.annotate(text, (x, y), xytext=shift, textcoords='offset points', fontsize=8)
+    def label(axes, text, x, y, shift=(6, -3), **how):
+        axes.annotate(text, (x, y), xytext=shift, textcoords='offset points', fontsize=8, **how)
 
-    for name, points in data['speed'].items():
-        x, y, bars = zip(*points, strict=True)
-        speed.errorbar(x, y, yerr=bars, fmt='o', capsize=3, color=COLOURS.get(name, OTHER))
-        label(speed, name, x[0], y[0], (6, 4))
-    speed.margins(x=0.4)
-    speed.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-    speed.xaxis.set_major_formatter('{x:,.0f}')
-    speed.set_title('from scratch, Tiny-ImageNet', fontsize=10)
-    speed.set_xlabel('images a second in training')
-    speed.set_ylabel('top-1, %')
+    for epochs, name, x, bar in data['scratch']:
+        colour = COLOURS.get(name, OTHER)
+        fill = colour if epochs == data['scratch'][0][0] else 'white'
+        place = data['names'].index(name)
+        scratch.errorbar(x, place, xerr=bar, fmt='o', capsize=3, color=colour, markerfacecolor=fill)
+    scratch.set_yticks(range(len(data['names'])), data['names'], fontsize=8)
+    scratch.margins(x=0.1, y=0.1)
+    epochs = dict.fromkeys(point[0] for point in data['scratch'])
+    handles = [
+        plt.Line2D([], [], color=OTHER, marker='o', linestyle='', markerfacecolor=fill, label=f'{count} epochs')
+        for count, fill in zip(epochs, (OTHER, 'white'), strict=True)
+    ]
+    scratch.legend(handles=handles, frameon=False, fontsize=8, loc='center right')
+    scratch.set_title('from scratch, Tiny-ImageNet', fontsize=10)
+    scratch.set_xlabel("top-1, %; from above in the paper's order")
     for count, colour in counts.COUNTS.items():
         seen.plot(*zip(*data['seen'][count], strict=True), marker='o', color=colour, label=f"count_cells='{count}'")
     for x, y, text in data['tuned']:
         seen.plot(x, y, marker='*', markersize=9, color=counts.COUNTS['outside'])
         label(seen, text, x, y, (7, -10))
-    seen.axhline(data['parent'], color=OTHER, linewidth=1)
-    label(seen, 'its parent, softmax', 130, data['parent'], (0, 4))
-    seen.set_xlim(20, 200)
+    for x, y in data['again']:
+        seen.plot(x, y, marker='*', markersize=9, color=counts.COUNTS['outside'], markerfacecolor='white')
+    label(seen, 'itself, trained on', *data['again'][-1], (4, 6), ha='right')
+    for parent, line, shift, text in zip(
+        data['parents'], '-:', ((-2, 3), (-2, -10)), ('its parent, softmax', 'another parent'), strict=True
+    ):
+        seen.axhline(parent, color=OTHER, linewidth=1, linestyle=line)
+        label(seen, text, 262, parent, shift, ha='right')
+    seen.set_xlim(20, 268)
     seen.set_title('converted: untrained (lines), trained (stars)', fontsize=10)
     seen.set_xlabel('tokens and cells that a query sees, of 256')
+    seen.set_ylabel('top-1, %')
     seen.legend(frameon=False, fontsize=8, loc='lower right')
     for name, x, y in data['near']:
         near.plot(x, y, marker='o', color=COLOURS.get(name, OTHER))
         label(near, name, x, y)
+    near.set_ylabel('top-1, %')
     near.set_xlim(-0.02, 0.55)
     near.set_title("the paper's, ImageNet", fontsize=10)
     near.set_xlabel(f'error against softmax, {TOKENS} tokens, untrained')
-    for axes in (speed, seen, near):
+    for axes in (scratch, seen, near):
         axes.spines[['top', 'right']].set_visible(False)
     figure.tight_layout()
     pages.save_plot(figure, PLOT, data)

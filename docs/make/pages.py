@@ -28,18 +28,16 @@ def pick(rows: Iterable[Row], **wanted) -> List[Row]:
 
 
 def origins(rows: Iterable[Row]) -> str:
-    """Where rows were measured and with what: each device, version, commit and date once."""
-    return (
-        '; '.join(
-            sorted(
-                {
-                    f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}, commit {row["commit"]}, {row["date"]}'
-                    for row in rows
-                }
-            )
-        )
-        + '.'
-    )
+    """Where rows were measured and with what: each device with its versions once, its commits and its days."""
+    found: Dict[str, List[Row]] = {}
+    for row in rows:
+        found.setdefault(f'{row["device"]}, torch {row["torch"]}, timm {row["timm"]}', []).append(row)
+    texts = []
+    for what, here in sorted(found.items()):
+        commits, days = (sorted({row[column] for row in here}) for column in ('commit', 'date'))
+        span = ' to '.join(dict.fromkeys([days[0], days[-1]]))
+        texts.append(f'{what}, commit{"s" * (len(commits) > 1)} {", ".join(commits)}, {span}')
+    return '; '.join(texts) + '.'
 
 
 def line(cells: Iterable[object]) -> str:

@@ -1,10 +1,11 @@
-"""What tables.py puts into docs/performance.md: what was to be reached and what was measured, tables, the plot."""
+"""What tables.py puts into docs/performance.md: tables of what was measured, the plot. The goals are in goals.py."""
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import pages
 from pages import Row, origins, pick
 
+from evavit.bench.peers import PEERS
 from evavit.bench.results import ADDED, KEY
 from evavit.models import softmax_twin
 
@@ -14,6 +15,14 @@ PLOT = pages.ROOT / 'docs' / 'images' / 'performance.svg'
 # inference. Measured before this code was written, with the published code's own modules, not by benchmark.py.
 PUBLISHED = {'eva_deit_tiny': (2446, 6817), 'eva_deit_tiny_784': (993, 2821), 'eva_pvt_v2_b3': (248, 1127)}
 COLOURS = {'triton': '#d1495b', 'plain': '#e9a6ae', 'flash': '#2e5e8c', 'cudnn': '#5b9bd5', 'efficient': '#9aa5b1'}
+UNMEASURED = 'Not measured yet.'
+SETTING = ('batch_size', 'img_size', 'torchcompile', 'amp_dtype')
+KINDS = {'train': 'training', 'infer': 'inference'}
+OLDER = (
+    '\n\nThe row of `eva_deit_small` is in plain PyTorch, from before the kernels; rows of 697fe92 and d3b571f are '
+    'older than the latest kernels. No write emptied the L2 cache before these calls.'
+)
+COMPILED = ('default', 'reduce-overhead')
 MODES = {'no': 'eager', 'default': 'compiled', 'reduce-overhead': 'compiled, CUDA graphs'}
 NAMES = {
     'triton': 'EVA, kernels',
@@ -29,9 +38,8 @@ def load(name: str) -> List[Row]:
     return [ADDED | row for row in pages.read_results(name) if row['status'] == 'ok']
 
 
-def gpu_rows() -> List[Row]:
-    """Rows of the H100. Gluon's kernels, which run by themselves where they can, take the place of Triton's."""
-    rows = [row for row in load('h100.csv') if 'H100' in row['device']]
+def kernels(rows: List[Row]) -> List[Row]:
+    """Rows in which Gluon's kernels, which run by themselves where they can, have taken the place of Triton's."""
 
     def comparison(row: Row) -> Tuple[str, ...]:
         return tuple(row.get(column, '') for column in KEY)  # older files have no columns of windows
@@ -39,6 +47,20 @@ def gpu_rows() -> List[Row]:
     gluon = {comparison(row) for row in rows if row['backend'] == 'gluon'}
     rows = [row for row in rows if row['backend'] != 'triton' or comparison(row) not in gluon]
     return [row | {'backend': 'triton'} if row['backend'] == 'gluon' else row for row in rows]
+
+
+def made(table: str) -> List[Row]:
+    """Rows of a table of `make gpu` on an H200; none where it has not run."""
+    return kernels(load(f'{table}_h200.csv'))
+
+
+def gpu_rows() -> List[Row]:
+    """Attention, the layer, whole models; where `make gpu` has not measured one on an H200, older rows of an H100."""
+    older = kernels([row for row in load('h100.csv') if 'H100' in row['device']])
+    rows = []
+    for table, benches in {'op': ('op',), 'layer': ('layer',), 'models': ('train', 'infer')}.items():
+        rows += made(table) or [row for row in older if row['bench'] in benches]
+    return rows
 
 
 def cpu_rows() -> List[Row]:
@@ -60,20 +82,23 @@ def ratio(a: Optional[float], b: Optional[float]) -> Optional[float]:
     return None if a is None or b is None else a / b
 
 
-def speed_up(rows: List[Row], bench: str, tokens: int) -> Optional[float]:
-    """Time of the best SDPA backend over the kernels', forward and backward."""
-    rows = attention(rows, bench, tokens)
-    return ratio(number(pick(rows, attention='softmax'), 'ms'), number(pick(rows, backend='triton'), 'ms'))
+def speed_up(rows: List[Row], bench: str, tokens: int, column: str = 'ms') -> Optional[float]:
+    """Time of the best SDPA backend over the kernels', by default of forward and backward."""
+    return over_best(attention(rows, bench, tokens), column)
 
 
-def models(rows: List[Row], bench: str, case: str, img_size: int, compiled: bool = True, column: str = 'img_per_s'):
-    """A column of (EVA's model, the softmax model beside it), each in the faster of the measured modes."""
-    rows = [
-        row
-        for row in pick(rows, bench=bench, case=case, img_size=img_size)
-        if (row['torchcompile'] != 'no') == compiled
-    ]
-    return tuple(number(pick(rows, attention=which), column, max) for which in ('eva', 'softmax'))
+def over_best(rows: List[Row], column: str = 'ms') -> Optional[float]:
+    """The same of rows of one comparison."""
+    return ratio(number(pick(rows, attention='softmax'), column), number(pick(rows, backend='triton'), column))
+
+
+def models(
+    rows: List[Row], bench: str, case: str, img_size: int, modes: Sequence[str] = COMPILED, column: str = 'img_per_s'
+) -> Tuple[Optional[float], Optional[float]]:
+    """A column of (EVA's model, timm's softmax model beside it), each in the fastest of the modes."""
+    rows = [row for row in pick(rows, bench=bench, case=case, img_size=img_size) if row['torchcompile'] in modes]
+    eva, softmax = (number(pick(rows, attention=which), column, max) for which in ('eva', 'softmax'))
+    return eva, softmax
 
 
 def spread(rows: List[Row], bench: str) -> Optional[float]:
@@ -87,106 +112,33 @@ def spread(rows: List[Row], bench: str) -> Optional[float]:
     return max(times.values()) / min(times.values()) - 1 if {784, 65536} <= times.keys() else None
 
 
-def goals() -> List[tuple]:
-    """(what, at least or at most, goal, what was measured or None, unit) of all that this code was built to reach."""
-    gpu, cpu, lines = gpu_rows(), cpu_rows(), []
-    lengths = (196, 784, 3136, 12544)
-
-    def percent(value: Optional[float]) -> Optional[float]:
-        return None if value is None else 100 * value
-
-    for bench, what, targets in (
-        ('op', 'attention alone', (1.3, 2.5, 6, 18)),
-        ('layer', 'the layer', (1.1, 1.4, 2, 4)),
-    ):
-        for tokens, goal in zip(lengths, targets, strict=True):
-            what_here = f'{what}, forward + backward, {tokens:,} tokens: speed over the best SDPA backend'
-            lines.append((what_here, '≥', goal, speed_up(gpu, bench, tokens), '×'))
-    for direction, goal in (('forward', 60), ('backward', 50)):
-        for tokens in lengths:
-            share = number(pick(attention(gpu, 'op', tokens), backend='triton'), f'{direction}_of_copy')
-            what = f"attention alone, {direction}, {tokens:,} tokens: share of a copy's bandwidth"
-            lines.append((what, '≥', goal, percent(share), ' %'))
-    for tokens in lengths:
-        rows = attention(gpu, 'layer', tokens)
-        peaks = (number(pick(rows, backend=name), 'peak_memory_mib') for name in ('triton', 'flash'))
-        what = f"the layer, {tokens:,} tokens: peak memory of forward + backward over Flash SDPA's"
-        lines.append((what, '≤', 1, ratio(*peaks), '×'))
-    for case, img_size, bench, goal in (
-        ('eva_deit_tiny_784', 224, 'train', 1.35),
-        ('eva_deit_tiny_784', 224, 'infer', 1.5),
-        ('eva_deit_tiny', 224, 'train', 1.05),
-        ('eva_deit_tiny', 224, 'infer', 1.0),
-        ('eva_pvt_v2_b3', 224, 'train', 1.2),
-        ('eva_pvt_v2_b3', 224, 'infer', 1.1),
-        ('eva_deit_tiny_784', 448, 'train', 3),
-        ('eva_deit_tiny_784', 448, 'infer', 3),
-        ('eva_deit_tiny_784', 896, 'train', 8),
-        ('eva_deit_tiny_784', 896, 'infer', 8),
-    ):
-        kind = 'training' if bench == 'train' else 'inference'
-        what = f"`{case}` at {img_size} px, {kind}, both compiled: speed over timm's softmax model"
-        lines.append((what, '≥', goal, ratio(*models(gpu, bench, case, img_size)), '×'))
-    for case, (published, _) in PUBLISHED.items():
-        speed = ratio(models(gpu, 'train', case, 224)[0], published)
-        lines.append((f'`{case}`, training: speed over the published code', '≥', 4, speed, '×'))
-    for bench, what in (('op', 'attention alone'), ('layer', 'the layer')):
-        what = f'{what}: difference in time per token, 784 to 65,536 tokens'
-        lines.append((what, '≤', 20, percent(spread(gpu, bench)), ' %'))
-    for case, bench, goal in (
-        ('eva_deit_tiny_784', 'infer', 0.6),
-        ('eva_deit_tiny_784', 'train', 0.75),
-        ('eva_deit_tiny', 'infer', 1.05),
-        ('eva_pvt_v2_b3', 'infer', 1.0),
-    ):
-        kind = 'training step' if bench == 'train' else 'inference'
-        what = f"`{case}` on 2 CPU cores, {kind}: time over timm's softmax model"
-        lines.append((what, '≤', goal, ratio(*models(cpu, bench, case, 224, compiled=False, column='ms')), '×'))
-    return lines
-
-
-def verdict(sense: str, goal: float, value: Optional[float]) -> str:
-    if value is None:
-        return 'not measured'
-    return 'reached' if (value >= goal if sense == '≥' else value <= goal) else '**short**'
-
-
-def reach() -> str:
-    """The goals, each with what was measured."""
-    rows = []
-    for what, sense, goal, value, unit in goals():
-        shown = '–' if value is None else f'{value:.0f}{unit}' if unit == ' %' else f'{value:.2f}{unit}'
-        rows.append([what, f'{sense} {goal:g}{unit}', shown, verdict(sense, goal, value)])
-    verdicts = [row[-1] for row in rows]
-    return pages.table(['what', 'goal', 'measured', ''], rows) + (
-        f'\n\n{len(verdicts)} lines: {verdicts.count("reached")} reached, '
-        f'{verdicts.count("**short**")} short, {verdicts.count("not measured")} not measured.'
-    )
+def _pair(row: Row) -> str:
+    return f'{float(row["forward_ms"]):.3f} / {float(row["ms"]):.3f}'
 
 
 def _times(bench: str) -> str:
     rows = attention(gpu_rows(), bench)
     if not rows:
-        return 'Not measured yet.'
-    extra = ['share of a copy'] if bench == 'op' else ['MiB, EVA', 'MiB, flash']
+        return UNMEASURED
+    names = {backend: name for backend, name in NAMES.items() if pick(rows, backend=backend)}
+    extra = ['over the best SDPA', *(['share of a copy'] if bench == 'op' else ['MiB, EVA', 'MiB, flash'])]
     lines = []
     for tokens in sorted({int(row['tokens']) for row in rows}):
         here = pick(rows, tokens=tokens)
-        cells = []
-        for backend in NAMES:
-            found = pick(here, backend=backend)
-            cells.append(f'{float(found[0]["forward_ms"]):.3f} / {float(found[0]["ms"]):.3f}' if found else '–')
-        kernels, flash = pick(here, backend='triton'), pick(here, backend='flash')
+        cells = [_pair(found[0]) if found else '–' for found in (pick(here, backend=backend) for backend in names)]
+        over = speed_up(rows, bench, tokens, 'forward_ms'), speed_up(rows, bench, tokens)
+        cells.append(' / '.join('–' if value is None else f'{value:.2f}×' for value in over))
+        fused, flash = pick(here, backend='triton'), pick(here, backend='flash')
         if bench == 'op':
             cells.append(
-                ' / '.join(f'{100 * float(kernels[0][f"{way}_of_copy"]):.0f} %' for way in ('forward', 'backward'))
-                if kernels and kernels[0]['forward_of_copy']
+                ' / '.join(f'{100 * float(fused[0][f"{way}_of_copy"]):.0f} %' for way in ('forward', 'backward'))
+                if fused and fused[0]['forward_of_copy']
                 else '–'
             )
         else:
-            cells += [f'{float(found[0]["peak_memory_mib"]):.0f}' if found else '–' for found in (kernels, flash)]
+            cells += [f'{float(found[0]["peak_memory_mib"]):.0f}' if found else '–' for found in (fused, flash)]
         lines.append([f'{here[0]["batch_size"]} × {tokens:,}', *cells])
-    return pages.table(['batch × tokens', *NAMES.values(), *extra], lines) + '\n\n' + origins(rows)
+    return pages.table(['batch × tokens', *names.values(), *extra], lines) + '\n\n' + origins(rows)
 
 
 def op() -> str:
@@ -205,52 +157,54 @@ def _short(row: Row) -> str:
     return ':'.join(part for part in row['model'].split(':') if part not in shared)
 
 
-def _model_table(rows: List[Row], published: bool) -> str:
+def _ours(case: str) -> str:
+    """Our softmax model of the size of a model with EVA."""
+    return 'softmax' + case.removeprefix('eva')
+
+
+def _speed(rows: List[Row], **wanted: object) -> Optional[float]:
+    return number(pick(rows, **wanted), 'img_per_s', max)
+
+
+def _model_table(rows: List[Row], gpu: bool) -> str:
     rows = [row for row in rows if row['bench'] in ('train', 'infer')]
     if not rows:
-        return 'Not measured yet.'
-    columns = [
-        'model',
-        'images',
-        'batch',
-        'what',
-        'EVA, img/s',
-        'softmax, img/s',
-        'ratio',
-        *(['EVA, GiB', 'softmax, GiB', 'published EVA, img/s'] if published else []),
-        'beside it',
-    ]
+        return UNMEASURED
+    compared = list(dict.fromkeys((row['bench'], row['case'], *(row[name] for name in SETTING)) for row in rows))
+    ours = any(row['case'].startswith('softmax_') for row in rows)
     lines: List[List[str]] = []
-    seen = []
-    for row in rows:
-        key = {name: row[name] for name in ('bench', 'case', 'batch_size', 'img_size', 'torchcompile', 'amp_dtype')}
-        if key in seen:
-            continue
-        seen.append(key)
-        for eva in pick(rows, **key, attention='eva'):
-            softmax = pick(rows, **key, attention='softmax')
-            what = 'training' if row['bench'] == 'train' else 'inference'
-            memory = [
-                f'{float(found["peak_memory_mib"]) / 1024:.1f}' if found and found['peak_memory_mib'] else '–'
-                for found in (eva, softmax[0] if softmax else None)
-            ]
-            theirs = PUBLISHED.get(row['case']) if row['img_size'] == '224' else None
-            digits = 0 if published else 1
-            speeds = [float(found['img_per_s']) for found in (eva, *softmax[:1])]
+    for bench, case, *values in compared:
+        setting = dict(zip(SETTING, values, strict=True))
+        here = pick(rows, bench=bench, case=case, **setting)
+        for eva in pick(here, attention='eva'):
+            softmax = pick(here, attention='softmax')
+            speeds = [float(eva['img_per_s']), _speed(softmax)]
+            speeds += [_speed(rows, bench=bench, case=_ours(case), **setting)] if ours else []
+            digits = 0 if gpu else 1
+            cells = [f'{speeds[0]:,.{digits}f}']
+            for other in speeds[1:]:
+                cells += ['–', '–'] if other is None else [f'{other:,.{digits}f}', f'{speeds[0] / other:.2f}']
+            if gpu:
+                cells += [
+                    f'{float(found["peak_memory_mib"]) / 1024:.1f}' if found and found['peak_memory_mib'] else '–'
+                    for found in (eva, softmax[0] if softmax else None)
+                ]
+                published = PUBLISHED.get(case) if setting['img_size'] == '224' else None
+                cells.append(f'{published[bench == "infer"]:,}' if published else '–')
             lines.append(
                 [
-                    f'`{row["case"]}`' + (', plain' if published and eva['backend'] == 'plain' else ''),
-                    row['img_size'],
-                    row['batch_size'],
-                    what + (f', {MODES[row["torchcompile"]]}' if published else ''),
-                    f'{speeds[0]:,.{digits}f}',
-                    f'{speeds[1]:,.{digits}f}' if softmax else '–',
-                    f'{speeds[0] / speeds[1]:.2f}' if softmax else '–',
-                    *([*memory, f'{theirs[row["bench"] == "infer"]:,}' if theirs else '–'] if published else []),
+                    f'`{case}`' + (', plain' if gpu and eva['backend'] == 'plain' else ''),
+                    setting['img_size'],
+                    setting['batch_size'],
+                    KINDS[bench] + (f', {MODES[setting["torchcompile"]]}' if gpu else ''),
+                    *cells,
                     f'`{_short(softmax[0])}`' if softmax else '–',
                 ]
             )
-    return pages.table(columns, lines) + '\n\n' + origins(rows)
+    columns = ['model', 'images', 'batch', 'what', 'EVA, img/s', "timm's softmax, img/s", 'ratio']
+    columns += ['our softmax, img/s', 'ratio'] if ours else []
+    columns += ['EVA, GiB', 'softmax, GiB', 'published EVA, img/s'] if gpu else []
+    return pages.table([*columns, "timm's model"], lines) + '\n\n' + origins(rows)
 
 
 def _by_model(row: Row) -> tuple:
@@ -260,23 +214,31 @@ def _by_model(row: Row) -> tuple:
 def gpu_models() -> str:
     """Whole models on the GPU."""
     rows = [row for row in gpu_rows() if row['bench'] in ('train', 'infer')]
-    return _model_table(sorted(rows, key=_by_model), published=True)
+    return _model_table(sorted(rows, key=_by_model), gpu=True)
 
 
-def best_models() -> str:
-    """Whole models on the GPU, each compiled in the mode that suits EVA best."""
-    rows = [row for row in gpu_rows() if row['bench'] in ('train', 'infer') and row['torchcompile'] != 'no']
+def best_rows() -> List[Row]:
+    """Whole models, each compiled in the mode that suits EVA best, and the softmax models beside it in that mode."""
+    rows = [row for row in gpu_rows() if row['bench'] in KINDS and row['torchcompile'] in COMPILED]
     fastest: Dict[tuple, Row] = {}
     for row in pick(rows, attention='eva'):
         key = _by_model(row)[:3]
         fastest[key] = max(row, fastest.get(key, row), key=lambda row: float(row['img_per_s']))
-    rows = [row for row in rows if row['torchcompile'] == fastest[_by_model(row)[:3]]['torchcompile']]
-    return _model_table(sorted(rows, key=_by_model), published=True)
+    modes = {key: row['torchcompile'] for key, row in fastest.items()}
+    # Our softmax model is a case of its own.
+    modes |= {(_ours(case), *rest): mode for (case, *rest), mode in modes.items()}
+    return sorted((row for row in rows if row['torchcompile'] == modes.get(_by_model(row)[:3])), key=_by_model)
+
+
+def best_models() -> str:
+    """Whole models on the GPU, each compiled in the mode that suits EVA best."""
+    rows = best_rows()
+    return _model_table(rows, gpu=True) + (OLDER if rows and not made('models') else '')
 
 
 def cpu_models() -> str:
     """Whole models on the CPU."""
-    return _model_table(cpu_rows(), published=False)
+    return _model_table(cpu_rows(), gpu=False)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -325,6 +287,8 @@ def draw() -> None:
         for backend, name in NAMES.items():
             rows = sorted(pick(plotted(), bench=bench, backend=backend), key=lambda row: int(row['tokens']))
             rows = [row for row in rows if row[column]]
+            if not rows:
+                continue
             ax.plot(
                 [int(row['tokens']) for row in rows],
                 [scale * float(row[column]) / (int(row['batch_size']) * int(row['tokens'])) for row in rows],
@@ -377,11 +341,11 @@ def draw() -> None:
     plt.close(figure)
 
 
-def eager() -> str:
-    """Whole models in eager mode, before and after launches were bound once."""
+def _older_modes() -> str:
+    """Whole models in eager mode, before and after launches were bound once; rows from before `make gpu` on an H200."""
     rows = load('eager_h200.csv')
     commits = list(dict.fromkeys(row['commit'] for row in rows))
-    lines = []
+    lines: List[List[str]] = []
     for bench, case in dict.fromkeys((row['bench'], row['case']) for row in rows):
         line = [f'`{case}`', {'train': 'training', 'infer': 'inference'}[bench]]
         for commit in commits:
@@ -391,7 +355,145 @@ def eager() -> str:
             line.append(f'{float(eva["ms"]):.1f}, {float(softmax["ms"]) / float(eva["ms"]):.2f}×')
         lines.append(line)
     columns = ['model', 'what', *(f'commit {commit}: ms, over softmax' for commit in commits)]
+    note = 'Eager, batch 128. Newer commits save more of the time of Python, which is not measured yet.'
+    return f'{pages.table(columns, lines)}\n\n{note} {origins(rows)}' if rows else UNMEASURED
+
+
+def modes() -> str:
+    """Speed over the softmax models, by mode: a row for each model at its own size, training and inference."""
+    rows = [row for row in made('models') if row['img_size'] == '224']
+    if not rows:
+        return _older_modes()
+    lines = []
+    for bench, case in dict.fromkeys((row['bench'], row['case']) for row in pick(rows, attention='eva')):
+        line = [f'`{case}`', KINDS[bench]]
+        for mode in MODES:
+            here = pick(rows, bench=bench, torchcompile=mode)
+            eva = _speed(here, case=case, attention='eva')
+            others = _speed(here, case=case, attention='softmax'), _speed(here, case=_ours(case))
+            over = [ratio(eva, other) for other in others]
+            line.append(' / '.join('–' if value is None else f'{value:.2f}×' for value in over))
+        lines.append(line)
+    note = "Speed over timm's softmax model / over ours."
+    return f'{pages.table(["model", "what", *MODES.values()], lines)}\n\n{note} {origins(rows)}'
+
+
+def _since(over: Dict[int, float]) -> str:
+    """From how many tokens on all speeds are at least 1."""
+    slower = max((tokens for tokens, value in over.items() if value < 1), default=0)
+    faster = [tokens for tokens in over if tokens > slower]
+    return f'from {min(faster):,} tokens on' if faster else 'nowhere'
+
+
+def gains() -> str:
+    """What a user gains and from which size on, in sentences."""
+    rows = gpu_rows()
+    layer = attention(rows, 'layer')
+    lengths = sorted({int(row['tokens']) for row in pick(layer, backend='triton')})
+    over = {
+        column: {tokens: value for tokens in lengths if (value := speed_up(rows, 'layer', tokens, column)) is not None}
+        for column in ('ms', 'forward_ms')
+    }
+    if not over['ms']:
+        return UNMEASURED
+    since = [_since(over[column]) for column in ('ms', 'forward_ms')]
+    text = (
+        'Speed of the whole attention layer over that with the fastest softmax kernel, projections included, forward '
+        f'and backward, bfloat16, {layer[0]["device"]}, by tokens: '
+        f'{", ".join(f"{value:.2g}× at {tokens:,}" for tokens, value in over["ms"].items())}.\n'
+        f'In training it is faster {since[0]}, without gradients {since[1]}.'
+    )
+    slower, best = [], best_rows()
+    for row in pick(best, attention='eva'):
+        case, img_size, bench, _ = _by_model(row)
+        timm = _speed(best, case=case, img_size=img_size, bench=bench, attention='softmax')
+        value = ratio(float(row['img_per_s']), timm)
+        if value is not None and value < 1 and row['backend'] != 'plain':
+            slower.append(f'`{case}` at {img_size} pixels, {KINDS[bench]} ({value:.2f}×)')
+    rest = f'slower in {", ".join(slower)}, and faster in all others' if slower else 'faster in all'
+    return f"{text} Whole models gain less; beside timm's softmax models the table's rows with kernels are {rest}."
+
+
+def cells() -> str:
+    """Attention alone with 256 cells, as in converted networks: milliseconds and speed over the best SDPA."""
+    rows = pick(made('op_cells'), partition_grid=16)
+    if not rows:
+        return UNMEASURED
+    names = {backend: name for backend, name in NAMES.items() if pick(rows, backend=backend)}
+    lines = []
+    for tokens, prefix in dict.fromkeys((row['tokens'], row['num_prefix_tokens']) for row in rows):
+        here = pick(rows, tokens=tokens, num_prefix_tokens=prefix)
+        found = [pick(here, backend=backend) for backend in names]
+        over = [over_best(here, column) for column in ('forward_ms', 'ms')]
+        lines.append(
+            [
+                f'{here[0]["batch_size"]} × {int(tokens):,}',
+                prefix,
+                *(_pair(row[0]) if row else '–' for row in found),
+                ' / '.join('–' if value is None else f'{value:.2f}×' for value in over),
+            ]
+        )
+    columns = ['batch × tokens', 'prefix tokens', *names.values(), 'over the best SDPA']
     return f'{pages.table(columns, lines)}\n\n{origins(rows)}'
+
+
+def host() -> str:
+    """The processor's time of the layer: a row a layer."""
+    rows = made('host')
+    if not rows:
+        return UNMEASURED
+    best = [number(pick(rows, attention='softmax'), column) for column in ('forward_ms', 'ms')]
+    lines = []
+    for row in rows:
+        times = [float(row['forward_ms']), float(row['ms'])]
+        over = [
+            f'{1e3 * time:,.0f}' + ('' if sdpa is None else f', {time / sdpa:.2f}×')
+            for time, sdpa in zip(times, best, strict=True)
+        ]
+        layer = 'EVA' if row['attention'] == 'eva' else 'softmax, SDPA'
+        lines.append([layer, f'{row["batch_size"]} × {row["tokens"]}', *over])
+    columns = ['layer', 'batch × tokens', 'inference, µs, over SDPA', 'forward + backward, µs, over SDPA']
+    return f'{pages.table(columns, lines)}\n\n{origins(rows)}'
+
+
+def wide() -> str:
+    """A ViT of width 384 at 518 pixels, eager: softmax, and converted to EVA."""
+    rows = made('wide')
+    if not rows:
+        return UNMEASURED
+    lines = []
+    for row in rows:
+        over = [
+            ratio(number(pick(rows, model='softmax'), column), float(row[column])) for column in ('forward_ms', 'ms')
+        ]
+        times = [
+            f'{float(row[column]):.1f}' + ('' if value is None else f', {value:.2f}×')
+            for column, value in zip(('forward_ms', 'ms'), over, strict=True)
+        ]
+        lines.append([row['model'], row['batch_size'], row['tokens'], *times])
+    columns = ['attention', 'batch', 'tokens', 'inference, ms, speed over softmax', 'forward + backward']
+    return f'{pages.table(columns, lines)}\n\n{origins(rows)}'
+
+
+def peers() -> str:
+    """Attention alone beside other attentions of linear cost: a row each, a column for each number of tokens."""
+    rows = made('peers')
+    if not rows:
+        return UNMEASURED
+    computes = {'triton': 'EVA', 'flash': 'softmax over all tokens', 'cudnn': 'softmax over all tokens'}
+    computes |= {name: peer.computes for name, peer in PEERS.items()}
+    sizes = list(dict.fromkeys((row['batch_size'], row['tokens']) for row in rows))
+    lines = []
+    for backend, what in computes.items():
+        times = []
+        for _, tokens in sizes:
+            found, ours = pick(rows, tokens=tokens, backend=backend), pick(rows, tokens=tokens, backend='triton')
+            wins = found and ours and float(found[0]['ms']) < float(ours[0]['ms'])
+            text = _pair(found[0]) if found else '–'
+            times.append(f'**{text}**' if wins else text)
+        lines.append([NAMES.get(backend, f'`{backend}`'), what, *times])
+    columns = ['contender', 'what it computes', *(f'{batch} × {int(tokens):,}' for batch, tokens in sizes)]
+    return f'{pages.table(columns, lines)}\n\nBold: faster than EVA, forward and backward. {origins(rows)}'
 
 
 def fed() -> str:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write the tables of docs/scaling.md from what one GPU reached: python docs/make/scaling.py [--check]
 
-Measured are results/h100.csv, images a second and the batch of one GPU, results/data_cpu.csv, what a CPU core
+Measured are results/models_h200.csv (h100.csv where that is missing), images a second and the batch of one GPU,
+results/data_cpu.csv, what a CPU core
 prepares, and results/scale.csv, updates on several GPUs of one host (tools/scale.py). All else is arithmetic over the
 assumptions below, each of which is a flag. With --check nothing is written; the exit code is 1 if a table is stale.
 """
@@ -59,10 +60,21 @@ def loader_rate():
     )
 
 
+def trained():
+    """Rows of whole models on one GPU."""
+    return pages.read_results('models_h200.csv') or pages.read_results('h100.csv')
+
+
+def origin(steps, a):
+    """Where the images a second of one GPU come from."""
+    rows = [row for row in pages.pick(trained(), bench='train', img_size=224) if row['model'] in steps]
+    return f'One GPU: {pages.origins([row for row in rows if row["torchcompile"] != "no"])}'
+
+
 def measured():
     """{model: (batch, seconds of its step)} of the compiled models at 224 pixels, each in the faster mode."""
     steps = {}
-    for row in pages.pick(pages.read_results('h100.csv'), bench='train', status='ok', img_size=224):
+    for row in pages.pick(trained(), bench='train', status='ok', img_size=224):
         if row['torchcompile'] != 'no' and row['model'] in MODELS:
             step = int(row['batch_size']), int(row['batch_size']) / float(row['img_per_s'])
             steps[row['model']] = min(step, steps.get(row['model'], step), key=lambda x: x[1] / x[0])
@@ -247,6 +259,7 @@ def stated(steps, a):
 
 
 TABLES = {
+    'origin': origin,
     'assumptions': stated,
     'measured': measured_scaling,
     'modes': modes,

@@ -2,8 +2,8 @@
 """Write the tables and the plots of the documentation: python docs/make/tables.py [--check]
 
 Parameters and multiply-adds are counted on the code (`zoo.py`), and the paper's numbers stand beside them. What was
-measured comes from results/ (`performance.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`, `gallery.py`,
-`evidence.py`, `transfer.py`).
+measured comes from results/ (`performance.py`, `goals.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`,
+`gallery.py`, `evidence.py`, `transfer.py`).
 A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`. The plots of
 performance.md and evidence.md carry a digest of what they show. With --check nothing is written, and the exit code is 1
 if a table or one of these plots is stale.
@@ -20,6 +20,7 @@ import elpv
 import evidence
 import exported
 import gallery
+import goals
 import pages
 import performance
 import timm
@@ -117,15 +118,20 @@ TABLES = {  # of each page, by the name of its markers
         'gallery': attentions.gallery,
         'counts': counts.table,
     },
-    'docs/zoo.md': {'options': zoo.options, 'zoo': zoo.tables, 'steps': zoo.steps},
+    'docs/zoo.md': {'options': zoo.options, 'zoo': zoo.tables, 'steps': zoo.steps, 'families': zoo.families},
     'docs/performance.md': {
+        'gains': performance.gains,
         'compiled': performance.best_models,
-        'measured': performance.gpu_models,
-        'reach': performance.reach,
+        'modes': performance.modes,
         'op': performance.op,
+        'cells': performance.cells,
+        'peers': performance.peers,
         'layer': performance.layer,
+        'host': performance.host,
+        'measured': performance.gpu_models,
+        'wide': performance.wide,
         'cpu': performance.cpu_models,
-        'eager': performance.eager,
+        'reach': goals.reach,
         'loaders': performance.loaders,
     },
     'docs/training.md': {'fed': performance.fed},

@@ -1,15 +1,14 @@
 """The attentions' options, and the paper's Tables 1, 2 and 6 on our models, for `tables.py` beside this file.
 
-Parameters and multiply-adds are counted on the code; memory and time come from results/zoo_h100.csv, which
-experiments/zoo_step measures. Where a count differs from the paper's in a digit that the paper prints, `REASONS` says
-why; a difference without a reason and a reason without a difference are errors.
+Parameters and multiply-adds are counted on the code. Memory and time come from results/zoo_h200.csv, which tools/gpu.py
+measures, and where it is missing from zoo_h100.csv, which is older. Where a count differs from the paper's in a digit
+that the paper prints, `REASONS` says why; a difference without a reason and a reason without a difference are errors.
 """
 
-import csv
 import inspect
 from functools import lru_cache, partial
-from pathlib import Path
 
+import pages
 import performance
 import timm
 import torch
@@ -57,7 +56,8 @@ PAPER = {
 }
 # Table 6: memory (G) and milliseconds an iteration, of training DeiT-Tiny-784 on V100s.
 PAPER_STEP = {'performer': (8.1, 87), 'local': (7.8, 65), 'eva': (9.9, 94), 'softmax': (17.7, 99)}
-STEPS = Path(__file__).resolve().parents[2] / 'results' / 'zoo_h100.csv'
+STEPS = ('zoo_h200.csv', 'zoo_h100.csv')  # the first that is there
+GRAPHS = ('reduce-overhead', 'default')  # modes of torch.compile, the one to show first
 UNITS = {'parameters': 'M', 'multiply-adds': 'G'}
 
 PERFORMER = (
@@ -222,40 +222,70 @@ def options() -> str:
     return '\n'.join(rows)
 
 
+def measured() -> list:
+    """Rows of whole models with each attention. Beside EVA's stands timm's softmax model, which is none of the zoo."""
+    rows = next((rows for name in STEPS if (rows := pages.read_results(name))), [])
+    return [row for row in rows if row['attention'] in ('', 'eva')]
+
+
 def steps() -> str:
     """Memory and time of a training step with each attention, eager and compiled, beside the paper's Table 6."""
-    measured = []
-    if STEPS.exists():
-        with open(STEPS, newline='') as stream:
-            # Beside EVA's model stands timm's softmax model, which is no attention of the zoo.
-            measured = [
-                row
-                for row in csv.DictReader(stream)
-                if row['bench'] == 'train'
-                and row['attention'] in ('', 'eva')
-                and row['case'].endswith('_deit_tiny_784')
-            ]
-    if not measured:
+    rows = [row for row in measured() if row['case'].endswith('_deit_tiny_784')]
+    if not rows:
         return 'Not measured yet.'
-    batches = sorted({int(row['batch_size']) for row in measured})
-    if len(batches) > 1 or len({row['device'] for row in measured}) > 1:
-        raise SystemExit(f'error: {STEPS.name} mixes batch sizes {batches} or devices; keep one of each')
-    lines = [
-        '| model | GiB, eager | ms, eager | GiB, compiled | ms, compiled | G in the paper | ms in the paper | '
-        'top-1 in the paper |',
-        '|---|---|---|---|---|---|---|---|',
-    ]
+    batches = sorted({int(row['batch_size']) for row in rows})
+    if len(batches) > 1 or len({row['device'] for row in rows}) > 1:
+        raise SystemExit(f'error: {STEPS[0]} mixes batch sizes {batches} or devices; keep one of each')
+    columns = ['model', 'GiB, eager', 'ms, eager', 'ms, compiled', 'inference, compiled, img/s']
+    lines = []
     for attention in ATTENTIONS:
-        rows = performance.pick(measured, case=f'{attention}_deit_tiny_784')
-        cells = [f'`{attention}_deit_tiny_784`' + (', plain' if any(row['backend'] == 'plain' for row in rows) else '')]
-        for mode in ('no', 'default'):
-            cells += _step(performance.pick(rows, torchcompile=mode))
-        cells += [str(figure) for figure in PAPER_STEP.get(attention, ('–', '–'))]
-        cells.append(PAPER['deit_tiny_784'].get(attention, ('', '', '–'))[2])
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines) + (
-        f'\n\nBatch {batches[0]}, {measured[0]["amp_dtype"]} autocast. {performance.origins(measured)}'
+        here = performance.pick(rows, case=f'{attention}_deit_tiny_784')
+        train, infer = (performance.pick(here, bench=bench) for bench in ('train', 'infer'))
+        compiled, speed = _compiled(train), _compiled(infer)
+        line = [f'`{attention}_deit_tiny_784`' + (', plain' if any(row['backend'] == 'plain' for row in here) else '')]
+        line += _step(performance.pick(train, torchcompile='no'))
+        line.append(_step(compiled)[1] + _mark(compiled, rows))
+        fast = performance.pick(speed, status='ok')
+        line.append(f'{float(fast[0]["img_per_s"]):,.0f}{_mark(speed, rows)}' if fast else _step(speed)[1])
+        line += [str(figure) for figure in PAPER_STEP.get(attention, ('–', '–'))]
+        lines.append([*line, PAPER['deit_tiny_784'].get(attention, ('', '', '–'))[2]])
+    graphs = any(row['torchcompile'] == GRAPHS[0] for row in rows)
+    mode = 'in CUDA graphs, * in the default mode' if graphs else 'in the default mode'
+    return (
+        pages.table([*columns, 'G in the paper', 'ms in the paper', 'top-1 in the paper'], lines)
+        + f'\n\nBatch {batches[0]}, {rows[0]["amp_dtype"]} autocast, compiled {mode}. {pages.origins(rows)}'
     )
+
+
+def families() -> str:
+    """Images a second, eager, of the attentions that the paper has at other sizes."""
+    rows = [
+        row
+        for row in performance.pick(measured(), status='ok', torchcompile='no')
+        if not row['case'].endswith('_deit_tiny_784')
+    ]
+    if not rows:
+        return 'Not measured yet.'
+    lines = []
+    for case, batch in dict.fromkeys((row['case'], row['batch_size']) for row in rows):
+        here = performance.pick(rows, case=case)
+        speeds = [
+            performance.number(performance.pick(here, bench=bench), 'img_per_s', max) for bench in ('train', 'infer')
+        ]
+        lines.append([f'`{case}`', batch, *('–' if speed is None else f'{speed:,.0f}' for speed in speeds)])
+    return f'{pages.table(["model", "batch", "training, img/s", "inference, img/s"], lines)}\n\n{pages.origins(rows)}'
+
+
+def _compiled(rows: list) -> list:
+    """The rows of the first mode that went well; else of the first that was tried."""
+    tried = [found for mode in GRAPHS if (found := performance.pick(rows, torchcompile=mode))]
+    return next((found for found in tried if performance.pick(found, status='ok')), tried[0] if tried else [])
+
+
+def _mark(rows: list, all_rows: list) -> str:
+    """A star at a figure of the default mode in a table of CUDA graphs."""
+    graphs = any(row['torchcompile'] == GRAPHS[0] for row in all_rows)
+    return ' *' if graphs and any(row['torchcompile'] == GRAPHS[1] for row in rows) else ''
 
 
 def _step(rows: list) -> list:

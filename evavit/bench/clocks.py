@@ -13,7 +13,7 @@ import torch
 
 from evavit.errors import UserError
 
-__all__ = ['Call', 'copy_rate', 'graphed', 'median_seconds', 'peak_bytes']
+__all__ = ['Call', 'copy_rate', 'graphed', 'host_seconds', 'median_seconds', 'peak_bytes']
 
 Call = Callable[[], object]
 
@@ -43,12 +43,19 @@ def median_seconds(calls: Sequence[Call], device: torch.device, repeats: int, wa
     """
     if device.type == 'cuda':
         return [_cuda_seconds(call, repeats, warmup) for call in calls]
+    return host_seconds(calls, device, repeats, warmup)
+
+
+def host_seconds(calls: Sequence[Call], device: torch.device, repeats: int, warmup: int) -> List[float]:
+    """Median seconds of the processor in each call, which take turns: on a CUDA device until all is launched."""
     for _ in range(warmup):
         for call in calls:
             call()
     seconds: List[List[float]] = [[] for _ in calls]
     for _ in range(repeats):
         for call, kept in zip(calls, seconds, strict=True):
+            if device.type == 'cuda':
+                torch.cuda.synchronize(device)  # no call waits for the launches before it
             start = time.perf_counter()
             call()
             kept.append(time.perf_counter() - start)

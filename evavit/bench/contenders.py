@@ -10,6 +10,7 @@ without a graph). Models are timed call after call, as they run (`models.py`).
 
 import contextlib
 import copy
+import sys
 import traceback
 import warnings
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ from evavit.ops.backends import use_backend
 from evavit.ops.eva import EVA
 from evavit.ops.eva.case import EvaCase
 
-from .clocks import Call, graphed, median_seconds, peak_bytes
+from .clocks import Call, graphed, host_seconds, median_seconds, peak_bytes
+from .peers import PEERS, Peer, first_head
 from .results import HARMLESS, Row
 
 __all__ = [
@@ -62,8 +64,8 @@ SDPA_BACKENDS = {
 
 
 def backend_names() -> Tuple[str, ...]:
-    """All contenders: EVA's registered backends, SDPA's, and 'sdpa', which leaves the choice to PyTorch."""
-    return (*EVA.backends, *SDPA_BACKENDS, 'sdpa')
+    """All contenders: EVA's registered backends, SDPA's, 'sdpa', which leaves the choice to PyTorch, and peers."""
+    return (*EVA.backends, *SDPA_BACKENDS, 'sdpa', *PEERS)
 
 
 # Sides of the token grid and images a batch. From 28 × 28 to 224 × 224 every batch has 100,352 tokens or nearly so.
@@ -76,10 +78,12 @@ Tensors = Tuple[torch.Tensor, ...]
 BLOCK_ELEMENTS = 2**26
 
 # Relative RMS against float64 that no output and no gradient of tokens may pass. Kernels are held to the first line;
-# the plain path rounds between its operators, a layer in its projections too, a model in every layer.
+# the plain path rounds between its operators, a layer in its projections too, a model in every layer. Peers may take
+# TF32 for float32.
 ERROR_BOUNDS = {
     'op': {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3},
     'plain': {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2},
+    'peer': {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2},
     'layer': {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2},
     'model': {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2},
 }
@@ -177,13 +181,19 @@ def _reason(error: BaseException) -> str:
     return text if isinstance(error, WrongResult) else f'{type(error).__name__}: {text}'[:200]
 
 
-def measure(setting: Setting, contenders: List[Contender], bound: Callable[[Row], float]) -> List[Row]:
+def measure(
+    setting: Setting,
+    contenders: List[Contender],
+    bound: Callable[[Row], float],
+    clock: Callable[..., List[float]] = median_seconds,
+) -> List[Row]:
     """Check, then time every contender; a row each, in their order.
 
     Args:
         setting: Device, repeats, lock.
         contenders: What is compared.
         bound: From a contender's row to the largest error that it may have.
+        clock: `median_seconds`, or `host_seconds`.
     """
     ready: List[Contender] = []
     for contender in contenders:
@@ -215,7 +225,7 @@ def measure(setting: Setting, contenders: List[Contender], bound: Callable[[Row]
     for column in ready[0].calls if ready else ():
         calls = [contender.calls[column] for contender in ready]
         with setting.turn(alone=True):
-            seconds = median_seconds(calls, setting.device, setting.repeats, setting.warmup)
+            seconds = clock(calls, setting.device, setting.repeats, setting.warmup)
         for contender, value in zip(ready, seconds, strict=True):
             contender.row[column] = round(1e3 * value, 4)
     return [contender.row for contender in contenders]
@@ -311,7 +321,7 @@ def _row(
     return dict(
         bench=bench,
         case=f'{side}x{side}',
-        attention='eva' if backend in EVA.backends else 'softmax',
+        attention='eva' if backend in EVA.backends else PEERS[backend].attention if backend in PEERS else 'softmax',
         backend=backend,
         batch_size=batch,
         tokens=side * side,
@@ -333,6 +343,16 @@ def check_backend(contender: str, taken: Callable[[], str]) -> None:
         warnings.simplefilter('ignore')  # of a choice that cannot be obeyed: the row says so
         if contender in EVA.backends and taken() != contender:
             raise NotAvailable
+
+
+def check_peer(backend: str, side: int, sizes: Sizes) -> None:
+    """Raises NotAvailable, after a line that says why, where a peer does not run."""
+    reason = PEERS[backend].why_not(side, sizes.window_size)
+    if not reason and sizes.num_prefix_tokens:
+        reason = 'it has no prefix tokens'
+    if reason:
+        print(f'{backend} is left out: {reason}', file=sys.stderr, flush=True)
+        raise NotAvailable
 
 
 def bench_op(
@@ -371,10 +391,28 @@ def bench_op(
     window = (sizes.window_size, sizes.window_size)
     own = [RelPosBias(window, heads).relative_position_bias_table.detach().to(device)] if from_scratch else []
 
+    cells = torch.randn(2, *noise.shape, device=device)  # keys and values that a peer has behind those of the tokens
+
+    def peer_leaves(peer: Peer, dtype: torch.dtype) -> List[torch.Tensor]:
+        q, k, v = qkv.to(dtype).unbind(0)
+        if peer.cells:
+            k, v = (torch.cat(pair, 2) for pair in zip((k, v), cells.to(dtype).unbind(0), strict=True))
+        return [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def peer_error(backend: str) -> float:
+        """Of the first head of the first image, output and gradients; what a peer needs is checked before."""
+        peer = PEERS[backend]
+        leaves = [x.detach().requires_grad_() for x in first_head(peer_leaves(peer, torch.float64))]
+        y = peer.exact(side, sizes.window_size)(*leaves)
+        expected = [y.detach(), *torch.autograd.grad(y, leaves, dy[:1, :1].double())]
+        return worst_error(first_head(outputs(backend, dtype)), expected)
+
     def calls(backend: str, dtype: torch.dtype) -> Tuple[Callable[[], torch.Tensor], Callable[[], Tensors]]:
         # The kernels take q, k, v as one tensor, as the layer has them; apart, no gradient has to be gathered.
         packed = backend in EVA.backends and backend != 'plain'
         leaves = [x.detach().to(dtype).requires_grad_() for x in ([qkv] if packed else qkv.unbind(0))]
+        if backend in PEERS:
+            leaves = peer_leaves(PEERS[backend], dtype)
         parameters: List[torch.Tensor] = []
         if backend in EVA.backends:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -393,6 +431,11 @@ def bench_op(
                     return eva_attention_packed(leaves[0], feat_size, **options)
                 q, k, v = leaves
                 return eva_attention(q, k, v, feat_size, **options)
+        elif backend in PEERS:
+            attend = PEERS[backend].make(side, sizes.window_size, cells.shape[3], device)
+
+            def forward() -> torch.Tensor:
+                return attend(*leaves)
         else:
 
             def forward() -> torch.Tensor:
@@ -422,6 +465,9 @@ def bench_op(
         )  # fmt: skip
 
         def check() -> float:
+            if backend in PEERS:
+                check_peer(backend, side, sizes)
+                return peer_error(backend)
             check_backend(backend, lambda: EVA.name(case))
             if row['attention'] not in references:
                 exact = 'plain' if backend in EVA.backends else backend
@@ -431,10 +477,11 @@ def bench_op(
         context = force(backend)
         return Contender(row, check, lambda: _timed_calls(setting, context, *calls(backend, dtype)), context)
 
+    kinds = {'plain': 'plain', **dict.fromkeys(PEERS, 'peer')}
     rows = measure(
         setting,
         [contender(backend) for backend in _attention_backends(setting)],
-        lambda row: ERROR_BOUNDS['plain' if row['backend'] == 'plain' else 'op'][dtype],
+        lambda row: ERROR_BOUNDS[kinds.get(row['backend'], 'op')][dtype],
     )
     forward_bytes, backward_bytes = traffic(batch, N, heads * d, dtype)
     for row in rows:
@@ -445,10 +492,14 @@ def bench_op(
     return rows
 
 
-def bench_layer(setting: Setting, batch: int, side: int, heads: int = 3, head_dim: int = 64) -> List[Row]:
+def bench_layer(
+    setting: Setting, batch: int, side: int, heads: int = 3, head_dim: int = 64, host: bool = False
+) -> List[Row]:
     """A whole attention layer with its projections, parameters in float32, under autocast; arguments as `bench_op`.
 
     `forward_ms` is of the layer in evaluation, `ms` of forward and backward in training. The check is in evaluation.
+    With `host` these are the processor's times until all is launched, of EVA and of SDPA, each with the backend that it
+    takes by itself.
     """
     feat_size, device = [side, side], setting.device
     x = torch.randn(batch, side * side, heads * head_dim, device=device).to(setting.dtype).requires_grad_()
@@ -464,12 +515,15 @@ def bench_layer(setting: Setting, batch: int, side: int, heads: int = 3, head_di
         return [y.detach(), *torch.autograd.grad(y, wide, dy.double())]
 
     def contender(backend: str) -> Contender:
-        row = _row('layer', backend, batch, side, heads, heads * head_dim)
-        context = force(backend)
+        row = _row('host' if host else 'layer', backend, batch, side, heads, heads * head_dim)
+        context = contextlib.nullcontext if host else force(backend)
         torch.manual_seed(0)
         kind = EvaAttention if backend in EVA.backends else SoftmaxAttention
         layer: Any = kind(heads * head_dim, heads, device=device).train()
-        layer.fused_attn = backend != 'plain'
+        layer.fused_attn = host or backend != 'plain'
+        if host and row['attention'] == 'eva':
+            with setting.autocast():
+                row['backend'] = layer.backend
         judged = copy.deepcopy(layer).eval()
 
         def run(layer: nn.Module) -> torch.Tensor:
@@ -477,8 +531,10 @@ def bench_layer(setting: Setting, batch: int, side: int, heads: int = 3, head_di
                 return layer(x, feat_size)
 
         def check() -> float:
+            if backend in PEERS:
+                raise NotAvailable
             with setting.autocast():
-                check_backend(backend, lambda: layer.backend)
+                check_backend(row['backend'], lambda: layer.backend)
             if row['attention'] not in references:
                 references[row['attention']] = exact(copy.deepcopy(judged).double(), row['attention'])
             y = run(judged)
@@ -488,10 +544,16 @@ def bench_layer(setting: Setting, batch: int, side: int, heads: int = 3, head_di
             y = run(layer)
             return torch.autograd.grad(y, [x, *layer.parameters()], dy.to(y.dtype))
 
-        return Contender(row, check, lambda: _timed_calls(setting, context, lambda: run(judged), step), context)
+        def prepare() -> Dict[str, Call]:
+            if host:
+                return {'forward_ms': torch.no_grad()(lambda: run(judged)), 'ms': step}
+            return _timed_calls(setting, context, lambda: run(judged), step)
+
+        return Contender(row, check, prepare, context)
 
     return measure(
         setting,
-        [contender(backend) for backend in _attention_backends(setting)],
+        [contender(backend) for backend in (('plain', 'sdpa') if host else _attention_backends(setting))],
         lambda row: ERROR_BOUNDS['layer'][setting.dtype],
+        host_seconds if host else median_seconds,
     )

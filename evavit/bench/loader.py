@@ -60,6 +60,9 @@ def parse(argv: Sequence[str]) -> Tuple[argparse.Namespace, Any]:
 def main(argv: Sequence[str]) -> None:
     """Print a row for each place of augmentation and number of workers, and add it to the results file."""
     own, settings = parse(argv)
+    machine = settings.machine
+    places, cache = own.augment_devices or [machine.augment_device], machine.cache_device
+    machine.augment_device = 'cuda' if 'cuda' in places else 'cpu'
     checks.check_settings(settings)
     columns = [*COLUMNS, *(() if own.loader_only else STEP_COLUMNS), *ORIGIN]
     if own.results_file:  # before the timing
@@ -67,10 +70,10 @@ def main(argv: Sequence[str]) -> None:
         check_writable(path)
         read_rows(path, columns)
     process = start_process(settings.machine.device, alone='benchmark.py')
-    machine = settings.machine
-    places, numbers = own.augment_devices or [machine.augment_device], own.workers_list or [machine.workers]
-    for place, workers in itertools.product(places, numbers):
-        machine.augment_device, machine.workers = place, workers
+    if own.augment_devices and 'cuda' in places and process.device.type != 'cuda':  # before anything is measured
+        raise UserError(f'--augment-devices cuda needs a GPU, and this run is on {process.device}; leave it out')
+    for place, workers in itertools.product(places, own.workers_list or [machine.workers]):
+        machine.augment_device, machine.workers, machine.cache_device = place, workers, cache and place != 'cpu'
         row = measure(settings, process, own.seconds, own.repeats, own.loader_only) | origin(process.device)
         print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
         if own.results_file:
@@ -126,7 +129,7 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
         'batch_size': batch_size,
         'workers': machine.workers,
         'cpus': len(os.sched_getaffinity(0)),
-        'augment_device': machine.augment_device,
+        'augment_device': machine.augment_device + (', cached' if machine.cache_device else ''),
         'aa': settings.augment.aa or '',
         'amp': machine.amp_dtype if machine.amp else 'float32',
         'img_per_s': round(median['alone'], 1),

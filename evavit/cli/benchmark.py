@@ -2,15 +2,18 @@
 
     python benchmark.py --bench train infer --model eva_deit_tiny_784 -b 128 --torchcompile --results-file h100.csv
     python benchmark.py --bench op layer --results-file h100.csv
+    python benchmark.py --bench op --grid 28 56 --backend gluon cudnn flex windows linear natten
+    python benchmark.py --bench host
     python benchmark.py --bench op --grid 37 64 --partition-grid 13 16 --num-prefix-tokens 0 5 --count-cells outside
     python benchmark.py --bench infer --model eva_deit_tiny -b 8 --device cpu
     python benchmark.py --bench convert --img-size 224 518 1022 --results-file convert.csv
     python benchmark.py --bench data -c configs/eva_deit_tiny.yaml --data-dir DIR --workers-list 1 2 4
 
 Beside a model with EVA runs timm's softmax model of its size, beside EVA's op and layer scaled_dot_product_attention
-with each backend forced. Every contender is first held against float64: where it is off, its row says so, it is not
-timed and the exit code is 1. Times are medians after a warm-up; a training step is forward, cross-entropy, backward
-and AdamW on one fixed batch of noise. A model may carry arguments: deit_tiny_patch16_224:patch_size=8.
+with each backend forced, and the peers that --backend names. Every contender is first held against float64: where it is
+off, its row says so, it is not timed and the exit code is 1. Times are medians after a warm-up; a training step is
+forward, cross-entropy, backward and AdamW on one fixed batch of noise. A model may carry arguments:
+deit_tiny_patch16_224:patch_size=8. --bench host takes the processor's milliseconds until the layer is launched.
 
 --bench convert takes timm's ViTs as they are and converted (evavit.convert_vit), over sides of images. --bench data,
 which must come first, takes the flags of train.py: the loader's throughput, alone and beside the step.
@@ -35,10 +38,13 @@ from evavit.bench.clocks import copy_rate
 from evavit.bench.contenders import GRIDS, Setting, Sizes, backend_names, bench_layer, bench_op, default_batch
 from evavit.bench.convert import SIDES, VITS, bench_convert, fit_side
 from evavit.bench.models import bench_model, input_size, parse_model
+from evavit.bench.peers import PEERS
 from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
 from evavit.errors import UserError, first_line, reason_of, run_script
 from evavit.ops.eva import EVA
 from evavit.training.compilation import MODES, Compilation, choose_compilation
+
+HOST_SIDE, HOST_BATCH = 14, 32  # small enough that a GPU waits for the processor
 
 
 def positive(text: str) -> int:
@@ -61,7 +67,7 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add(
         '--bench',
         nargs='+',
-        choices=('train', 'infer', 'layer', 'op', 'convert'),
+        choices=('train', 'infer', 'layer', 'host', 'op', 'convert'),
         default=['train'],
         help='what to time',
     )
@@ -110,7 +116,8 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         choices=backend_names(),
         default=[],
         help=f"contenders: EVA's {', '.join(EVA.backends)};"
-        " softmax's flash, cudnn, efficient, and sdpa, where PyTorch chooses (default: what the device has; for models"
+        " softmax's flash, cudnn, efficient, and sdpa, where PyTorch chooses; op alone: the peers"
+        f' {", ".join(PEERS)}, which compute other functions (default: what the device has, no peers; for models'
         ' the one that EVA takes by itself, and sdpa)',
     )
     add('--amp-dtype', choices=('float32', 'bfloat16', 'float16'), help='default: bfloat16, on a CPU float32')
@@ -156,14 +163,17 @@ def find_models(args: argparse.Namespace) -> List[str]:
 
 def attention_sizes(args: argparse.Namespace, setting: Setting, bench: str) -> Iterator[Tuple[int, Sizes]]:
     """(side of the grid, sizes of EVA) of all that the flags ask for."""
-    grids = args.grid or (list(GRIDS) if setting.cuda else [14, 28])
+    default = list(GRIDS) if setting.cuda else [14, 28]
+    grids = args.grid or ([HOST_SIDE] if bench == 'host' else default)
     partitions = args.partition_grid * (len(grids) if len(args.partition_grid) == 1 else 1)
     if len(partitions) != len(grids):
         raise UserError(f'--partition-grid takes one number, or one for each of {len(grids)} grids: {partitions}')
     for (side, partition), prefix in itertools.product(zip(grids, partitions, strict=True), args.num_prefix_tokens):
         sizes = Sizes(args.window_size, partition, prefix, args.count_cells)
-        if bench == 'layer' and sizes != Sizes():
-            raise UserError('--bench layer has windows of 7 × 7 and 7 × 7 cells; other sizes are for --bench op alone')
+        if bench != 'op' and sizes != Sizes():
+            raise UserError(
+                f'--bench {bench} has windows of 7 × 7 and 7 × 7 cells; other sizes are for --bench op alone'
+            )
         yield side, sizes
 
 
@@ -174,11 +184,11 @@ def comparisons(
     shared = {'amp_dtype': setting.dtype_name}
     models = find_models(args)
     for bench in args.bench:
-        if bench in ('op', 'layer'):
+        if bench in ('op', 'layer', 'host'):
             if args.dim % args.num_heads:
                 raise UserError(f'--num-heads {args.num_heads} does not divide --dim {args.dim}')
             for side, sizes in attention_sizes(args, setting, bench):
-                batch = args.batch_size or default_batch(side, setting.device)
+                batch = args.batch_size or (HOST_BATCH if bench == 'host' else default_batch(side, setting.device))
                 key: Dict[str, Any] = dict(
                     bench=bench,
                     case=f'{side}x{side}',
@@ -189,7 +199,10 @@ def comparisons(
                     **sizes._asdict(),
                 )
                 asked = setting, batch, side, args.num_heads, args.dim // args.num_heads
-                yield key | shared, partial(bench_op, *asked, sizes) if bench == 'op' else partial(bench_layer, *asked)
+                if bench == 'op':
+                    yield key | shared, partial(bench_op, *asked, sizes)
+                else:
+                    yield key | shared, partial(bench_layer, *asked, host=bench == 'host')
         elif bench == 'convert':
             for text, asked in itertools.product(models, args.img_size or SIDES):
                 side, batch = fit_side(text, asked)
@@ -249,7 +262,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     device = find_device(args.device)
     if device.type == 'cuda':
         torch.cuda.set_device(device.index or 0)
-    for backend in ('gluon', 'triton', 'cudnn', 'efficient'):
+    if 'host' in args.bench and args.backend:
+        raise UserError('--bench host measures layers as they run; leave out --backend')
+    on_cuda = [name for name, peer in PEERS.items() if peer.cuda]
+    for backend in ('gluon', 'triton', 'cudnn', 'efficient', *on_cuda):
         if backend in args.backend and device.type == 'cpu':
             raise UserError(f'--backend {backend} needs a CUDA device; a CPU has plain and sdpa')
     kernels = [backend for backend in args.backend if backend in EVA.backends and backend != 'plain']

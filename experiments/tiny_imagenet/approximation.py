@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """How near does each attention come to a trained softmax? python experiments/tiny_imagenet/approximation.py …
 
-    python experiments/tiny_imagenet/attentions.py --data-dir DIR --only table2-softmax-s0
-    python experiments/tiny_imagenet/approximation.py --checkpoint output/tiny_imagenet_attentions/table2-softmax-s0 \
+    python experiments/tiny_imagenet/attentions.py --data-dir DIR --only table2-softmax-s0 --epochs 30 \
+        --warmup-epochs 4 --output output/attentions_30
+    python experiments/tiny_imagenet/approximation.py --checkpoint output/attentions_30/table2-softmax-s0 \
         --data-dir DIR --results-file FILE.csv
     python experiments/tiny_imagenet/approximation.py --report --results-file FILE.csv
 

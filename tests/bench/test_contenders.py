@@ -123,3 +123,14 @@ def test_batches_hold_one_number_of_tokens():
     tokens = [side**2 * batch for side, batch in GRIDS.items() if side >= 28]
     assert all(100_000 <= count <= 131_072 for count in tokens)
     assert {14: 256, 28: 128, 56: 32, 112: 8}.items() <= GRIDS.items() and 256 in GRIDS
+
+
+@pytest.mark.gpu
+def test_host_of_a_gpu():
+    """The processor's time: less than that of all, for the device has far more to do than to launch."""
+    setting = Setting(torch.device('cuda'), torch.bfloat16, repeats=5, warmup=2)
+    rows = bench_layer(setting, 64, 56, host=True)
+    assert [row['attention'] for row in rows] == ['eva', 'softmax'] and {row['status'] for row in rows} == {'ok'}
+    setting.backends = ('sdpa',)
+    (whole,) = bench_layer(setting, 64, 56)
+    assert rows[1]['ms'] < whole['eager_ms']

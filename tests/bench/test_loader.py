@@ -3,10 +3,12 @@
 import multiprocessing
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from evavit.bench import loader
 from evavit.bench.results import ORIGIN, read_rows
+from evavit.errors import UserError
 
 COLUMNS = [*loader.COLUMNS, *ORIGIN]
 
@@ -31,3 +33,27 @@ def test_programs_side_by_side_lose_no_row(tmp_path):
         job.join()
     found = {(row['model'], row['workers']) for row in read_rows(path, COLUMNS)}
     assert [job.exitcode for job in jobs] == [0, 0, 0] and found == {(m, str(n)) for m in models for n in range(30)}
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_both_places_with_a_cache(device, monkeypatch):
+    """The cache is the GPU's part; without a GPU nothing is measured first."""
+    measured = []
+
+    def measure(settings, *_):
+        measured.append((settings.machine.augment_device, settings.machine.cache_device))
+        return {}
+
+    monkeypatch.setattr(loader, 'measure', measure)
+    monkeypatch.setattr(loader, 'start_process', lambda *_, **__: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(loader, 'origin', lambda _: {})
+    monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: None)
+    flags = ['--model', 'eva_deit_tiny', '--num-classes', '3', '--data-dir', 'none', '--device', 'cpu', '--loader-only']
+    flags += ['--augment-devices', 'cpu', 'cuda', '--cache-device']
+    if device == 'cuda':
+        loader.main(flags)
+        assert measured == [('cpu', False), ('cuda', True)]
+    else:
+        with pytest.raises(UserError, match='--augment-devices cuda needs a GPU, and this run is on cpu; leave it out'):
+            loader.main(flags)
+        assert not measured

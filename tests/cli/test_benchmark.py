@@ -53,6 +53,17 @@ def test_attention(bench, kind):
         assert row['peak_memory_mib'] == row['forward_of_copy'] == ''  # a GPU's columns
 
 
+def test_the_host(bench):
+    """The layers as they run, each with the backend that it takes by itself."""
+    code, err, rows = bench('--bench', 'host', '-b', '2', '--dim', '32', '--num-heads', '2')
+    assert (code, err) == (0, '')
+    assert [(row['attention'], row['backend'], row['tokens'], row['status']) for row in rows] == [
+        ('eva', 'plain', '196', 'ok'),
+        ('softmax', 'sdpa', '196', 'ok'),
+    ]
+    assert all(float(row['forward_ms']) > 0 and float(row['ms']) > 0 for row in rows)
+
+
 def test_attention_of_converted_networks(bench):
     """Other windows and cells, prefix tokens, a count: one number of cells for each grid, each with each prefix."""
     flags = words('--bench op --grid 5 8 --window-size 3 --partition-grid 2 4 --num-prefix-tokens 0 2 -b 1 --dim 32')
@@ -173,6 +184,9 @@ BAD = {
     'device that is not measured': (['--device', 'meta'], ['meta', 'cuda']),
     'device that is not there': (['--device', 'cuda:64'], ['cuda:64', 'CUDA device']),
     'kernels on a CPU': (['--bench', 'op', '--backend', 'triton'], ['triton', 'CUDA']),
+    'a peer on a CPU': (['--bench', 'op', '--backend', 'flex'], ['flex', 'CUDA']),
+    'backends of the host': (['--bench', 'host', '--backend', 'sdpa'], ['host', 'leave out --backend']),
+    'cells of the host': (['--bench', 'host', '--partition-grid', '8'], ['host', '7 × 7 cells']),
     'other kernels on a CPU': (['--bench', 'op', '--backend', 'gluon'], ['gluon', 'CUDA']),
     'heads that do not divide': (['--bench', 'op', '--num-heads', '5'], ['5', '192']),
     'cells of too few grids': (['--bench', 'op', '--partition-grid', '7', '8', '9'], ['--partition-grid', '2 grids']),

@@ -662,7 +662,7 @@ def test_names_with_a_dot_are_passed_over_and_results_told_of(infer, call, hub, 
         tar.add(tmp_path / 'in', arcname='.')
     for place in ('in', 'in.tar'):
         rows, out = infer('--data-dir', tmp_path / place, '--checkpoint', hub, '--include-attention')
-        assert len(rows) == 1 and out[-1].endswith(f'results.csv; attention in {tmp_path / "attention"}')
+        assert len(rows) == 1 and out[-1].endswith(f'results.csv; attention in {tmp_path / "results.csv.attention"}')
     assert f'{tmp_path / "results.csv"}: written anew' in out
 
 

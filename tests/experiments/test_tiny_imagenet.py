@@ -6,6 +6,7 @@ import math
 import os
 import re
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from programs import load_program
 from runs import signal_at, words, write_images
 
 from evavit.errors import run_script
+from evavit.training.config import parse_settings
 
 CLASSES = ('n01', 'n02')
 SMALL = words(
@@ -164,11 +166,27 @@ def test_attentions_at_a_small_size(build, source, tmp_path, monkeypatch, capsys
     with open(tmp_path / 'runs' / 'runs.csv', newline='') as stream:
         rows = {row['run']: row for row in csv.DictReader(stream)}
     assert list(rows) == list(names)
-    assert [row['pictures'] for row in rows.values()] == ['all', 'half']
+    assert [(row['pictures'], row['epochs']) for row in rows.values()] == [('all', '1'), ('half', '1')]
     assert len(list((tmp_path / 'runs' / 'half' / 'train').glob('*/*'))) == 6
     assert 'window_size: 4' in (tmp_path / 'runs' / 'settings' / 'table8-noise_0-s0.yaml').read_text()
     out = call('--report')
     assert '| `softmax` |' in out and '77.16' in out and '| `noise_0` |' in out
+
+
+def test_epochs_of_the_attentions(tmp_path, monkeypatch):
+    """Each group has its budget without a flag; flags win."""
+    driver = load_program('experiments/tiny_imagenet/attentions.py')
+    monkeypatch.setattr(driver, 'link_pictures', lambda folder, paths: folder)
+
+    def budgets(*flags):
+        args = SimpleNamespace(data_dir=tmp_path, output=tmp_path, flags=[*flags])
+        for asked in driver.all_jobs():
+            schedule = parse_settings('train', driver.flags_of(asked, args))[0].schedule
+            yield asked.group, (schedule.epochs, schedule.warmup_epochs)
+
+    of_groups = dict(table2=(15, 2), long=(15, 2), cells=(10, 1), table8=(10, 1))
+    assert set(budgets()) == set(of_groups.items())
+    assert {budget for _, budget in budgets('--epochs', '30', '--warmup-epochs', '4')} == {(30, 4)}
 
 
 def test_errors_against_a_trained_softmax(build, source, tmp_path, monkeypatch, capsys):

@@ -4,80 +4,199 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from programs import load_program
+from programs import ROOT, load_program
 
+from evavit.bench.contenders import backend_names
 from evavit.bench.results import store_rows
 from evavit.cli import benchmark
-from evavit.errors import run_script
+from evavit.layers import ATTENTIONS
 
 
 @pytest.fixture
 def gpu(tmp_path, monkeypatch):
-    """tools/gpu.py in a folder of its own, with its commands recorded and not run; `fails` names those that fail."""
+    """tools/gpu.py in a folder of its own. Its commands are recorded; benchmark.py stores the rows of `answer`."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'NVIDIA H200')
     module = load_program('tools/gpu.py')
-    module.commands, module.fails = {}, set()
-    monkeypatch.setattr(module, 'WORK', tmp_path)
+    module.commands, module.fails, module.status = {}, set(), {}
+    monkeypatch.setattr(module, 'work_folder', lambda: tmp_path)
     monkeypatch.setattr(module.shutil, 'which', lambda name: f'/bin/{name}')
 
-    def run(command, stdout, **kwargs):
-        name = Path(stdout.name).stem
-        module.commands[name] = command
-        return SimpleNamespace(returncode=int(name in module.fails))
+    class Process:
+        def __init__(self, command, **kwargs):
+            name = Path(command[-1]).stem if command[1] == 'benchmark.py' else command[1]
+            module.commands[name] = command
+            self.code = int(name in module.fails)
+            self.stdout = ['a warning\n', 'bench of a row\n']
+            if command[1] == 'benchmark.py':
+                status = module.status.get(name, 'ok')
+                store_rows(Path(command[-1]), [dict(bench='op', case=name, status=status)])
+                self.code |= status != 'ok'
+
+        def wait(self):
+            return self.code
 
     def steps(*flags):
         module.commands.clear()
-        monkeypatch.setattr(sys, 'argv', ['gpu.py', *flags, '--results-file', str(tmp_path / 'all' / 'rows.csv')])
+        monkeypatch.setattr(sys, 'argv', ['gpu.py', *flags, '--results-folder', str(tmp_path / 'all')])
         return module.main()
 
-    monkeypatch.setattr(module, 'subprocess', SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    def run(command, **kwargs):
+        module.commands[Path(command[1]).stem] = command
+        return SimpleNamespace(returncode=0)
+
+    names = dict(Popen=Process, run=run, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(module, 'subprocess', SimpleNamespace(**names))
     module.call = steps
     return module
 
 
+def cases(path):
+    with open(path, newline='') as stream:
+        return [row['case'] for row in csv.DictReader(stream)]
+
+
 def test_steps_of_a_gpu_machine(gpu, capsys):
-    store_rows(gpu.WORK / 'op.csv', [dict(bench='op', case='14x14', status='ok')])
-    gpu.fails = {'test'}
+    """Every table has its file, what is done is not done again, and what failed is."""
+    gpu.fails = {'host'}
     assert gpu.call() == 1
-    assert list(gpu.commands)[:4] == ['test', 'sanitize', 'op', 'layer'] and list(gpu.commands)[-1] == 'page'
-    assert set(gpu.commands) - {'test', 'sanitize', 'op', 'layer', 'page'} == {
-        f'{name}_{mode}' for name in gpu.MODELS for mode in ('default', 'reduce-overhead')
+    names = list(gpu.commands)
+    assert names[:2] == ['op', 'host'] and names[-3:] == ['tables', '-m', 'tools/sanitize.py']
+    measured = [task.name for step in gpu.DEFAULT if step in gpu.TABLES for task in gpu.TABLES[step]]
+    assert set(names[:-3]) == {name for name in measured if not name.endswith('784_default') or name[0] == '7'}
+    files = {path.name for path in (gpu.work_folder() / 'all').iterdir()}
+    assert files == {
+        f'{name}_h200.csv' for name in ('op', 'host', 'models', 'layer', 'op_cells', 'wide', 'peers', 'zoo')
     }
-    with open(gpu.WORK / 'all' / 'rows.csv', newline='') as stream:
-        assert [row['case'] for row in csv.DictReader(stream)] == ['14x14']
+    out = capsys.readouterr().out
+    assert 'minutes on an H200' in out and ' op: of a row\n' in out and 'host: exit code 1' in out
 
     gpu.fails = set()
-    assert gpu.call('--steps', 'test', 'sanitize') == 0
-    assert list(gpu.commands) == ['test']  # the one that failed
-    assert gpu.call('--steps', 'models', '--models', 'tiny', '896', '--torchcompile', 'reduce-overhead') == 0
-    assert set(gpu.commands) == {'tiny_reduce-overhead', '896_reduce-overhead'}
-    assert 'done before' in capsys.readouterr().out
+    assert gpu.call('--steps', 'op', 'host', 'sanitize') == 0
+    assert list(gpu.commands) == ['host']  # the one that failed
+    assert gpu.call('--steps', 'models', '--only', '896_eva', 'pvt_eager') == 0 and not gpu.commands
+    assert cases(gpu.work_folder() / 'all' / 'op_h200.csv') == ['op']
+    assert len(cases(gpu.work_folder() / 'all' / 'models_h200.csv')) == len(gpu.TABLES['models'])
+    assert 'op: done before' in capsys.readouterr().out
+
+
+def test_rows_of_older_code_go(gpu):
+    file = gpu.work_folder() / 'all' / 'op_h200.csv'
+    store_rows(file, [dict(bench='op', case='older', status='ok')])
+    assert gpu.call('--steps', 'op') == 0 and cases(file) == ['op']
+
+
+def test_a_zoo_without_graphs_is_compiled_without_them(gpu):
+    gpu.status = {'reformer_deit_tiny_784_reduce-overhead': 'RuntimeError: no graph'}
+    assert gpu.call('--steps', 'zoo') == 0
+    assert [name for name in gpu.commands if name.endswith('784_default')] == ['reformer_deit_tiny_784_default']
+    found = cases(gpu.work_folder() / 'all' / 'zoo_h200.csv')
+    assert 'reformer_deit_tiny_784_default' in found and 'reformer_deit_tiny_784_reduce-overhead' not in found
+
+
+def test_a_file_that_others_need_whole(gpu):
+    file = gpu.work_folder() / 'all' / 'convert_h200.csv'
+    store_rows(file, [dict(bench='convert', case='older', status='ok')])
+    gpu.fails = {'convert_graphs'}
+    assert gpu.call('--steps', 'convert') == 1 and cases(file) == ['older']
+    gpu.fails = set()
+    assert gpu.call('--steps', 'convert') == 0 and cases(file) == ['convert_eager', 'convert_graphs']
+
+
+def test_when_it_is_stopped(gpu, monkeypatch, capsys):
+    def stopped(driver, tasks):
+        driver.stop()
+        return driver.measure(tasks[0])
+
+    monkeypatch.setattr(gpu.Driver, 'measure_all', stopped)
+    assert gpu.call('--steps', 'op', 'page') == 1 and not gpu.commands
+    assert 'op: stopped before; the same line goes on' in capsys.readouterr().out
+    assert not (gpu.work_folder() / 'all' / 'op_h200.csv').exists()  # a table of nothing is none
+
+
+STOPPED = """
+import sys
+sys.path.insert(0, 'tests')
+from pathlib import Path
+import torch
+from programs import load_program
+gpu, folder = load_program('tools/gpu.py'), Path(sys.argv[1])
+gpu.ROOT, gpu.work_folder = folder, lambda: folder
+torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda: 'NVIDIA H200'
+sys.argv = ['gpu.py', '--steps', 'op', 'host', '--results-folder', str(folder / 'all'), *sys.argv[2:]]
+sys.exit(gpu.main())
+"""
+BENCHMARK = """
+import shutil, subprocess, sys, time
+shutil.copy('ready.csv', sys.argv[-1])
+print('bench first', flush=True)
+subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])  # as what compiles, it holds the output
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize('flags', [['--seconds', '3'], []])
+def test_a_run_that_is_stopped_keeps_its_rows(tmp_path, flags):
+    """With real processes, by the clock or by a signal: what was told before is stored, and nothing more begins."""
+    (tmp_path / 'benchmark.py').write_text(BENCHMARK)
+    store_rows(tmp_path / 'ready.csv', [dict(bench='op', case='first', status='ok')])
+    start, lines = time.monotonic(), []
+    command = [sys.executable, '-c', STOPPED, str(tmp_path), *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if 'op: first' in line and not flags:
+                process.terminate()
+    assert process.returncode == 1 and time.monotonic() - start < 300
+    assert any('host: stopped before' in line for line in lines) and any('op: not done' in line for line in lines)
+    assert (tmp_path / 'op.log').read_text() == 'bench first\n' and not (tmp_path / 'op.done').exists()
+    assert cases(tmp_path / 'all' / 'op_h200.csv') == ['first']
 
 
 def test_its_benches_parse(gpu):
-    assert gpu.call('--steps', 'op', 'layer', 'models') == 0
-    assert all(command[1] == 'benchmark.py' for command in gpu.commands.values())
-    parsed = {name: benchmark.parse(command[2:]) for name, command in gpu.commands.items()}
-    assert all(args.resume and args.results_file.parent == gpu.WORK for args in parsed.values())
+    assert gpu.call('--steps', *gpu.TABLES) == 0
+    parsed = {name: benchmark.parse(command[2:]) for name, command in gpu.commands.items() if name != '-m'}
+    assert all(args.resume and args.results_file.parent == gpu.work_folder() for args in parsed.values())
     assert len({args.results_file for args in parsed.values()}) == len(parsed)  # they run side by side
-    models = {name: args for name, args in parsed.items() if name not in ('op', 'layer')}
-    assert all(
-        args.torchcompile == name.partition('_')[2] and args.bench == ['train', 'infer'] and args.lock
-        for name, args in models.items()
-    )
-    assert {(args.model[0], *(args.img_size or [None])) for args in models.values()} == {
-        ('eva_deit_tiny', None),
-        ('eva_deit_small', None),
-        ('eva_pvt_v2_b3', None),
-        ('eva_deit_tiny_784', None),
-        ('eva_deit_tiny_784', 448),
-        ('eva_deit_tiny_784', 896),
+    for args in parsed.values():
+        benchmark.find_models(args)
+    assert {name for name, args in parsed.items() if args.lock} == {
+        name for name, args in parsed.items() if args.torchcompile and name != 'convert_graphs'
     }
+    models = {
+        (model, args.batch_size, *(args.img_size or [None]), bench, args.torchcompile)
+        for task in gpu.TABLES['models']
+        for args in [parsed[task.name]]
+        for model in args.model
+        for bench in args.bench
+    }
+    for bench in ('train', 'infer'):
+        for mode in (None, 'default', 'reduce-overhead'):
+            for size, batch in (('deit_tiny', 256), ('deit_tiny_784', 128), ('pvt_v2_b3', 128), ('deit_small', 256)):
+                assert {(f'{kind}_{size}', batch, None, bench, mode) for kind in ('eva', 'softmax')} <= models
+        for side, batch in ((448, 32), (896, 8)):
+            assert ('eva_deit_tiny_784', batch, side, bench, 'reduce-overhead') in models
+    zoo = [parsed[task.name] for task in gpu.TABLES['zoo'] if task.name in parsed]
+    assert {f'{attention}_deit_tiny_784' for attention in ATTENTIONS} <= {
+        model for args in zoo if args.torchcompile == 'reduce-overhead' for model in args.model
+    }
+    for step in ('op', 'layer', 'cells', 'peers'):
+        assert not set(parsed[step].backend) - set(backend_names()) and 'plain' not in parsed[step].backend
+
+
+def test_a_list_needs_no_gpu(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert gpu.call('--list') == 0 and not gpu.commands
+    out = capsys.readouterr().out
+    assert 'op: benchmark.py --bench op --grid 14' in out and 'convert_' not in out
+    minutes = int(out.split('About ')[1].split()[0])
+    assert 15 <= minutes <= 30  # of an H200
 
 
 @pytest.mark.parametrize(
@@ -99,16 +218,13 @@ def test_without_a_gpu_they_say_so(name, flags, line, monkeypatch, capsys):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize('program', ['tools/gpu.py', 'experiments/zoo_step/run.py'])
-def test_results_that_cannot_be_are_a_line(gpu, program, tmp_path, monkeypatch, capsys):
-    os.mkfifo(tmp_path / 'pipe.csv')
-    (tmp_path / 'mine.csv').write_text('name,age\nA,3\n')
-    for name, words in (('pipe.csv', 'it is no file'), ('mine.csv', 'has other columns')):
-        if program == 'tools/gpu.py':
-            monkeypatch.setattr(sys, 'argv', ['gpu.py', '--results-file', str(tmp_path / name)])
-            assert gpu.main() == 2 and not gpu.commands
-        else:
-            assert run_script(load_program(program).main, ['--results-file', str(tmp_path / name)]) == 2
+def test_results_that_cannot_be_are_a_line(gpu, tmp_path, capsys):
+    folder = tmp_path / 'all'
+    folder.mkdir()
+    os.mkfifo(folder / 'op_h200.csv')
+    (folder / 'host_h200.csv').write_text('name,age\nA,3\n')
+    for step, words in (('op', 'it is no file'), ('host', 'has other columns')):
+        assert gpu.call('--steps', step) == 2 and not gpu.commands
         err = capsys.readouterr().err
         assert words in err and err.startswith('error: ') and err.count('\n') == 1
-    assert (tmp_path / 'mine.csv').read_text() == 'name,age\nA,3\n'
+    assert (folder / 'host_h200.csv').read_text() == 'name,age\nA,3\n'

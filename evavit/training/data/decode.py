@@ -44,6 +44,7 @@ class Jpeg:
 
     content: bytes
     size: Tuple[int, int]  # width, height
+    name: str = ''  # in a stream, where no index leads to it
 
 
 Decoded = Union[Image.Image, Jpeg, torch.Tensor]

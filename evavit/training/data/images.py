@@ -6,6 +6,7 @@ in memory that the loader's workers share; in training another takes its place, 
 alone, in validation it is left out. More of them in an epoch than `max_bad_images` allows stop the run.
 """
 
+import dataclasses
 import functools
 import io
 import json
@@ -62,7 +63,7 @@ class BadImages:
         images: images in the data set.
         share: how many of them may be bad in an epoch, as a share; a whole number of images follows, rounded down.
 
-        indexed: images have an index; a stream's have none, and their names' checksums stand for it.
+        indexed: images have an index; a stream's have none, and checksums of names and contents stand for it.
 
     An image that is drawn twice counts once.
     """
@@ -104,10 +105,12 @@ class BadImages:
         self.reported.update(self.found)
         self.marks[[index for index in self.found if index < len(self.marks)]] = True
 
-    def mark(self, index: Optional[int], name: str, why: str) -> None:
-        """Note an image, in the process that tried to read it. `index` is None where images have none."""
+    def mark(self, index: Optional[int], name: str, why: str, content: bytes = b'') -> None:
+        """Note an image, in the process that tried to read it. Where `index` is None, since images have none, `content`
+        tells those of one name apart."""
+        if index is None:
+            index = zlib.crc32(content, zlib.crc32(name.encode(errors='replace'))) % len(self.marks)
         with self.lock:
-            index = zlib.crc32(name.encode(errors='replace')) % len(self.marks) if index is None else index
             if self.marks[index]:
                 return
             self.marks[index] = True
@@ -256,7 +259,7 @@ class CheckedImages(torch.utils.data.Dataset):
     def _read_file(self, path: str) -> Decoded:
         return read_file(path, self.mode, self.jpeg_as)
 
-    def replace(self, content: bytes, index: int, label: int) -> Tuple[Image.Image, int]:
+    def replace(self, file: Jpeg, index: int, label: int) -> Tuple[Image.Image, int]:
         """In place of a file that a GPU's decoder refuses: what the CPU path reads."""
         return self.fetch(index % len(self), whole=True)
 
@@ -333,20 +336,23 @@ class CheckedStream(IterableImageDataset):
 
     def _read(self) -> Iterator[Tuple[Any, int]]:
         owed, good = 0, None  # a reader has counted an image before it is decoded: another takes its place in training
-        for item, label in self._items():
+        for number, (item, label) in enumerate(self._items()):
             record = item if isinstance(item, dict) else dict(bytes=item)
-            name = record.get('path') or 'an image without a name'
+            name, content = record.get('path'), record.get('bytes') or b''
+            if not name:  # its content tells it from others, or its place
+                place = f'record {number} of loading process {getattr(self.reader, "global_worker_id", 0)}'
+                name = 'an image without a name' if content else place
             label = self.labels.check(label, name)
             try:
                 image = _decode_item(record, self.mode, self.jpeg_as)
             except BadImageError as error:
-                self.bad.mark(None, name, str(error))
+                self.bad.mark(None, name, str(error), content if isinstance(content, bytes) else b'')
                 if self.reader.is_training:
                     owed += 1
                 else:
                     yield self._transformed(Image.new(self.mode, (8, 8)), UNREADABLE)
             else:
-                good = image, label
+                good = dataclasses.replace(image, name=name) if isinstance(image, Jpeg) else image, label
                 yield self._transformed(*good)
             while owed and good:
                 owed -= 1
@@ -358,7 +364,7 @@ class CheckedStream(IterableImageDataset):
             if getattr(self.reader, 'ds', None) is None and hasattr(self.reader, '_lazy_init'):
                 self.reader._lazy_init()  # in the worker, as the reader itself would
                 self._watch()
-            yield from self.reader if self.reader.is_training else self._once()
+            yield from self.reader if self.reader.is_training or not hasattr(self.reader, 'ds') else self._once()
         except UserError:
             raise
         except Exception as error:  # each library has its own errors
@@ -374,13 +380,14 @@ class CheckedStream(IterableImageDataset):
         for sample in reader.ds:
             yield sample[image], sample[label]
 
-    def replace(self, content: bytes, index: int, label: int) -> Tuple[Image.Image, int]:
-        """In place of a file that a GPU's decoder refuses: the CPU's image of it, else black, with its label."""
+    def replace(self, file: Jpeg, index: int, label: int) -> Tuple[Any, int]:
+        """In place of a file that a GPU's decoder refuses: the CPU's image of it. Where it has none either, None in
+        training, for which another one of the batch has to serve."""
         try:
-            return decode(io.BytesIO(content), self.mode), label  # type: ignore[return-value]  # no Jpeg is asked for
+            return decode(io.BytesIO(file.content), self.mode), label
         except BadImageError as error:
-            self.bad.mark(None, 'an image of a shard', str(error))
-            return Image.new(self.mode, (8, 8)), label if self.reader.is_training else UNREADABLE
+            self.bad.mark(None, file.name, str(error), file.content)
+        return (None, label) if self.reader.is_training else (Image.new(self.mode, (8, 8)), UNREADABLE)
 
     def _transformed(self, image: Any, target: int) -> Tuple[Any, int]:
         return self.transform(image) if self.transform else image, target

@@ -1,4 +1,4 @@
-"""docs/zoo.md: what is counted, and the table of training steps, from rows as experiments/zoo_step writes them."""
+"""docs/zoo.md: what is counted, and the table of training steps, from rows as tools/gpu.py has them."""
 
 import pytest
 import timm
@@ -13,7 +13,8 @@ from evavit.layers import ATTENTIONS
 @pytest.fixture
 def zoo(tmp_path, monkeypatch):
     module = load_program('docs/make/zoo.py')
-    monkeypatch.setattr(module, 'STEPS', tmp_path / 'zoo_h100.csv')
+    monkeypatch.setattr(module.pages, 'ROOT', tmp_path)
+    module.new, module.old = (tmp_path / 'results' / name for name in module.STEPS)
     return module
 
 
@@ -43,12 +44,12 @@ def step(name, mode='no', **more):
 
 
 def test_without_a_file_nothing_is_measured(zoo):
-    assert zoo.steps() == 'Not measured yet.'
+    assert zoo.steps() == zoo.families() == 'Not measured yet.'
 
 
 def test_a_line_an_attention(zoo):
     store_rows(
-        zoo.STEPS,
+        zoo.old,
         [
             step('performer'),
             step('performer', 'default', ms='40', peak_memory_mib='4096'),
@@ -61,16 +62,42 @@ def test_a_line_an_attention(zoo):
     head, _, *rows, empty, origin = zoo.steps().splitlines()
     assert [row.split('`')[1] for row in rows] == [f'{attention}_deit_tiny_784' for attention in ATTENTIONS]
     assert all(row.count('|') == head.count('|') for row in rows) and not empty
-    assert '| `performer_deit_tiny_784` | 8.1 | 81.2 | 4.0 | 40.0 | 8.1 | 87 | 67.19 |' in rows
-    assert '| `eva_deit_tiny_784` | 8.1 | 81.2 | – | not measured | 9.9 | 94 | 76.67 |' in rows
-    assert '| `reformer_deit_tiny_784` | – | out of memory | – | not measured | – | – | – |' in rows
-    assert '| `local_deit_tiny_784` | – | not measured | – | RuntimeError: a / b | 7.8 | 65 | 70.62 |' in rows
-    assert origin.startswith('Batch 128, bfloat16 autocast. NVIDIA H100, torch 2.11.0') and origin.count('abc1234') == 1
+    assert '| `performer_deit_tiny_784` | 8.1 | 81.2 | 40.0 | not measured | 8.1 | 87 | 67.19 |' in rows
+    assert '| `eva_deit_tiny_784` | 8.1 | 81.2 | not measured | not measured | 9.9 | 94 | 76.67 |' in rows
+    assert '| `reformer_deit_tiny_784` | – | out of memory | not measured | not measured | – | – | – |' in rows
+    assert (
+        '| `local_deit_tiny_784` | – | not measured | RuntimeError: a / b | not measured | 7.8 | 65 | 70.62 |' in rows
+    )
+    assert origin.startswith('Batch 128, bfloat16 autocast, compiled in the default mode. NVIDIA H100, torch 2.11.0')
+    assert origin.count('abc1234') == 1
+
+
+def test_in_graphs_and_at_other_sizes(zoo):
+    store_rows(zoo.old, [step('performer', ms='99')])
+    graphs = 'reduce-overhead'
+    rows = [
+        step('performer'),
+        step('performer', graphs, ms='30', peak_memory_mib=''),
+        step('performer', graphs, bench='infer', ms='10', img_per_s='12800'),
+        step('reformer', graphs, status='RuntimeError: no graph', ms=''),
+        step('reformer', 'default', ms='50'),
+        *(
+            step('lara', bench=bench, case='lara_deit_small', batch_size=256, img_per_s=speed)
+            for bench, speed in (('train', '1000'), ('infer', '4000'))
+        ),
+    ]
+    for row in rows:  # a comparison each
+        store_rows(zoo.new, [row])
+    found = zoo.steps().splitlines()
+    assert '| `performer_deit_tiny_784` | 8.1 | 81.2 | 30.0 | 12,800 | 8.1 | 87 | 67.19 |' in found
+    assert '| `reformer_deit_tiny_784` | – | not measured | 50.0 * | not measured | – | – | – |' in found
+    assert 'compiled in CUDA graphs, * in the default mode' in found[-1] and 'lara_deit_small' not in '\n'.join(found)
+    assert '| `lara_deit_small` | 256 | 1,000 | 4,000 |' in zoo.families()
 
 
 @pytest.mark.parametrize('other', [dict(batch_size=64), dict(device='NVIDIA H200')])
 def test_rows_that_do_not_belong_together(zoo, other):
-    store_rows(zoo.STEPS, [step('performer'), step('local', **other)])
+    store_rows(zoo.old, [step('performer'), step('local', **other)])
     with pytest.raises(SystemExit, match='mixes batch sizes'):
         zoo.steps()
 

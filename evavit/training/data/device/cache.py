@@ -61,7 +61,8 @@ class Cached(torch.utils.data.Dataset):
 
     Args:
         dataset: The `CheckedImages` that was read.
-        sizes: Width and height of each image.
+        sizes: Width and height that each image is drawn for: the stored one has another size where it takes the place
+            of a file that the decoder refused.
         labels: Their labels.
         bad: {number: what was marked when it was read}.
     """
@@ -79,8 +80,8 @@ class Cached(torch.utils.data.Dataset):
         image: Any = Stored(index, self.sizes[index])
         return self.transform(image) if self.transform else image, self.labels[index]
 
-    def replace(self, content: bytes, index: int, label: int) -> Any:
-        return self.dataset.replace(content, index, label)
+    def replace(self, file: Jpeg, index: int, label: int) -> Any:
+        return self.dataset.replace(file, index, label)
 
 
 class Store:
@@ -128,12 +129,14 @@ def cached(dataset: Any, device: torch.device, workers: int) -> Tuple[Cached, St
                 if not isinstance(images[number], torch.Tensor):  # the decoder refused it
                     noting = copy.copy(dataset)
                     noting.bad = _Marks(dataset)
-                    image, label = noting.replace(item.content.content, len(labels), label)
+                    image, label = noting.replace(item.content, len(labels), label)
                     images[number], marks = _sent(_pixels(image), device), marks + noting.bad.taken
                 if marks:
                     bad[len(labels)] = marks
                 labels.append(label)
-                sizes.append((images[number].shape[2], images[number].shape[1]))
+                # As without a cache, a crop is drawn on the file's size, also where another image takes its place.
+                read = item.content
+                sizes.append(read.size if isinstance(read, Jpeg) else (read.shape[2], read.shape[1]))
             store.add(images)
             decoder.hold(images)
     except torch.OutOfMemoryError:

@@ -62,7 +62,9 @@ class Decoder:
             if len(files) > 1:  # one bad file fails all of them: find it
                 half = len(files) // 2
                 return self._decode(files[:half]) + self._decode(files[half:])
-            if isinstance(error, torch.OutOfMemoryError) or 'nvJPEG support' in str(error):
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            if 'nvJPEG support' in str(error):
                 raise LocalError(f'--augment-device cuda: {first_line(error)[:300]}') from error
             return [error]
 

@@ -78,6 +78,7 @@ class Sample(NamedTuple):
     boxes: List[Tuple[int, int, int, int]]  # erased: top, left, height, width
     size: Tuple[int, int]  # of the whole image
     number: int = -1  # in the data set, which a stream does not have
+    name: str = ''  # in a stream
 
 
 class _Plan:
@@ -112,7 +113,15 @@ class _Erased:
 
 def _affine(plan: _Plan, matrix: Sequence[float], resample: Any) -> _Plan:
     choice = random.choice(resample) if isinstance(resample, (list, tuple)) else resample
+    if choice == Image.Resampling.NEAREST and (matrix[1] or matrix[3]):
+        matrix = [*_in_steps(*matrix[:3]), *_in_steps(*matrix[3:])]
     return plan.add(Op.AFFINE, *matrix, filter=PILLOW.index(choice))
+
+
+def _in_steps(x: float, y: float, start: float) -> List[float]:
+    """A row of a matrix in steps of 2⁻¹⁶, in which Pillow counts places for NEAREST from the first pixel's centre."""
+    x_step, y_step, first = (math.floor(value * 65536 + 0.5) / 65536 for value in (x, y, start + x * 0.5 + y * 0.5))
+    return [x_step, y_step, first - 0.5 * (x_step + y_step)]
 
 
 def _rotation(size: Tuple[int, int], degrees: float) -> List[float]:
@@ -208,7 +217,8 @@ class Draws:
             content = image.number
         else:
             content = cut(image, window, (self.width, self.height))
-        return Sample(content, window, steps, erased.boxes, image.size)
+        name = image.name.replace('\0', '') if isinstance(image, Jpeg) else ''
+        return Sample(content, window, steps, erased.boxes, image.size, name=name)
 
     def _draw(self, size: Tuple[int, int]) -> Tuple[Window, List[Tuple[float, ...]]]:
         box, full, place, flips, filter = (0, 0, *size), size, (0, 0), [0, 0], 0

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from evavit.errors import LocalError
+from evavit.training.data.decode import Jpeg
 from evavit.training.data.device.decode import Decoder, pieces
 from evavit.training.data.device.draws import STEP, Draws, Sample, Window, cut
 from evavit.training.data.device.operators import apply_steps, normalise
@@ -36,6 +38,7 @@ class Batch(NamedTuple):
     windows: torch.Tensor  # (B, 11) int64
     whole: torch.Tensor  # (B, 2) int64: width and height of the whole images
     number: torch.Tensor  # (B,) int64: in the data set, −1 in a stream
+    names: torch.Tensor  # in a stream, uint8, a 0 behind each
     steps: torch.Tensor  # (B, S, 8) float64
     boxes: torch.Tensor  # (B, R, 4) int64
     target: torch.Tensor  # (B,) int64
@@ -65,6 +68,7 @@ def collate(samples: Sequence[Tuple[Sample, int]]) -> Batch:
         windows=torch.tensor([sample.window for sample in drawn], dtype=torch.int64),
         whole=torch.tensor([sample.size for sample in drawn], dtype=torch.int64),
         number=torch.tensor([sample.number for sample in drawn], dtype=torch.int64),
+        names=_joined([sample.name.encode(errors='replace') + b'\0' for sample in drawn]),
         steps=torch.from_numpy(steps),
         boxes=torch.from_numpy(boxes),
         target=torch.tensor([label for _, label in samples], dtype=torch.int64),
@@ -88,7 +92,8 @@ class Maker:
         data_config: timm's data settings: input size, mean, std.
         device: Where the batches are made.
         mode: What erased boxes are filled with, timm's const, rand or pixel.
-        replace: `replace(content, index, label)` is the image and label in place of a file that the decoder refuses.
+        replace: `replace(file, index, label)` is the image and label in place of a file that the decoder refuses; where
+            the image is None, the nearest one of the batch serves.
         store: Images that are on the device, see `cache`.
     """
 
@@ -98,7 +103,7 @@ class Maker:
         data_config: Dict[str, Any],
         device: torch.device,
         mode: str,
-        replace: Callable[[bytes, int, int], Tuple[Image.Image, int]],
+        replace: Callable[[Jpeg, int, int], Tuple[Optional[Image.Image], int]],
         store: Any = None,
     ):
         self.device, self.mode, self.replace, self.store, self.fill = device, mode, replace, store, draws.fill
@@ -130,12 +135,15 @@ class Maker:
         if len(ready):
             images[ready.to(self.device, non_blocking=True)] = batch.pixels.to(self.device, non_blocking=True)
         if len(stored):
-            images[stored.to(self.device, non_blocking=True)] = self._resampled(
-                self.store.images(batch.stored), batch.windows[stored]
-            )
+            kept, windows = self.store.images(batch.stored), batch.windows[stored]
+            for row, (image, whole) in enumerate(zip(kept, batch.whole[stored].tolist(), strict=True)):
+                if [*image.shape[:0:-1]] != whole:
+                    window = _scaled(Window(*windows[row].tolist()), whole, image.shape[:0:-1])
+                    windows[row] = torch.tensor(window)
+            images[stored.to(self.device, non_blocking=True)] = self._resampled(kept, windows)
         if not len(files):
             return images, batch.target
-        target, contents = batch.target.clone(), batch.files.split(batch.sizes.tolist())
+        target, contents, lost = batch.target.clone(), batch.files.split(batch.sizes.tolist()), []
         for part in pieces(batch.whole[files].prod(1).tolist()):
             places, refused = files[part], []
             decoded = self.decode.ready(started or self.decode.start(contents[part]))
@@ -151,11 +159,23 @@ class Maker:
                 self.decode.hold(tensors)
             for number in refused:
                 place = int(places[number])
-                content = bytes(contents[part][number].numpy())
-                image, target[place] = self.replace(content, int(batch.number[place]), int(target[place]))
+                name = bytes(batch.names.numpy()).split(b'\0')[place].decode()
+                file = Jpeg(bytes(contents[part][number].numpy()), tuple(batch.whole[place].tolist()), name)
+                image, target[place] = self.replace(file, int(batch.number[place]), int(target[place]))
+                if image is None:
+                    lost.append(place)
+                    continue
                 window = _scaled(Window(*batch.windows[place].tolist()), batch.whole[place].tolist(), image.size)
                 pixels = cut(image, window, (self.size[2], self.size[1]))
                 images[place] = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        seen = sorted({*range(len(images))}.difference(lost))
+        if not seen:
+            raise LocalError(
+                f'none of the {len(lost)} images of a batch can be read, {name} the last; check the data set'
+            )
+        for place in lost:
+            other = min(seen, key=lambda number: abs(number - place))
+            images[place], target[place] = images[other], target[other]
         return images, target
 
     def _resampled(self, sources: Sequence[torch.Tensor], windows: torch.Tensor) -> torch.Tensor:

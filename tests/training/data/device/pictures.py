@@ -38,6 +38,14 @@ def jpeg(image, **options):
     return buffer.getvalue()
 
 
+def undecodable(image):
+    """A JPEG whose header is in order and whose Huffman table is not: that shows in the decoder alone."""
+    broken = bytearray(jpeg(image))
+    table = broken.index(b'\xff\xc4')
+    broken[table + 5 : table + 21] = bytes([255] * 16)  # no table has so many codes
+    return bytes(broken)
+
+
 def write(root, count, sizes=((160, 120), (120, 150), (90, 90))):
     """DIR/train and DIR/validation with two classes of JPEGs, of several sizes."""
     for split in ('train', 'validation'):

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from training.data.device.pictures import config, epoch, jpeg, levels, loader, photographs, write
+from training.data.device.pictures import config, epoch, jpeg, levels, loader, photographs, undecodable, write
 
 from evavit.errors import UserError
 from evavit.training import data
@@ -161,11 +161,7 @@ def test_files_that_the_decoder_refuses(photos, monkeypatch):
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_a_file_that_nobody_decodes_is_counted_and_replaced(device, tmp_path):
-    """Its header is in order, its Huffman table is not: that shows in the decoder alone."""
-    root = write(tmp_path, 6)
-    broken = bytearray(jpeg(photographs(80, 60)[0]))
-    table = broken.index(b'\xff\xc4')
-    broken[table + 5 : table + 21] = bytes([255] * 16)  # no table has so many codes
+    root, broken = write(tmp_path, 6), undecodable(photographs(80, 60)[0])
     (root / 'train' / '0' / '100.jpg').write_bytes(broken)
     assert isinstance(decode(io.BytesIO(broken), 'RGB', jpeg_as='file'), Jpeg)
     loading = loader(root, 'any', device=device, workers=1, batch_size=7, **RECIPE)
@@ -224,9 +220,11 @@ def test_without_a_gpu_it_is_a_line(photos):
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_a_cache_changes_nothing(device, tmp_path):
-    """Images of several sizes and formats, one of which is bad: the same batches, the same count in each epoch."""
+    """Images of several sizes and formats, two of which are bad, one for the decoder alone: the same batches, the same
+    count in each epoch. The crop of an image in another's place is drawn on the size of the one that is bad."""
     root = write(tmp_path, 9)
     photographs(50, 60)[0].save(root / 'train' / '0' / '100.png')
+    (root / 'train' / '0' / '101.jpg').write_bytes(undecodable(photographs(200, 40)[0]))
     (root / 'train' / '1' / '102.jpg').write_bytes(jpeg(photographs(60, 50)[1])[:300])
     settings = dict(device=device, **RECIPE, reprob=0.5)
     plain, kept = loader(root, 'any', **settings), loader(root, 'any', workers=1, cache=True, **settings)
@@ -235,12 +233,24 @@ def test_a_cache_changes_nothing(device, tmp_path):
         for loading in (plain, kept):
             loading.dataset.bad.begin()
         expected, made = (epoch(loading, epoch=number, device=device) for loading in (plain, kept))
-        assert len(made) == len(expected) == 2
+        assert len(made) == len(expected) == 3
         for (images, target), (others, labels) in zip(made, expected, strict=True):
             assert torch.equal(images, others) and torch.equal(target, labels)
         counts.append(kept.dataset.bad.count)
         assert counts[-1] == plain.dataset.bad.count
-    assert max(counts) == 1
+    assert max(counts) == 2
+
+
+def test_a_cache_that_fills_the_device_is_a_line(photos, monkeypatch):
+    """Memory mostly ends in the decoder."""
+
+    def full(files, **_):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 MiB')
+
+    monkeypatch.setattr(device_decode, 'decode_jpeg', full)
+    monkeypatch.setattr(device_decode.Decoder, 'start', lambda self, files: (self._decode(list(files)), None))
+    with pytest.raises(UserError, match=r'--cache-device: cpu is full after 0 of 13 images, 0\.0 GiB; leave it out$'):
+        loader(photos, 'any', cache=True)
 
 
 def test_a_cached_validation_is_the_same(tmp_path):

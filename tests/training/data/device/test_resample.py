@@ -34,7 +34,7 @@ def test_windows_are_pillow_s(name, device):
     images, sources, windows = cases(FILTERS[name])
     expected = np.stack([cut(image, window, (40, 36)) for image, window in zip(images, windows, strict=True)])
     made = resample([source.to(device) for source in sources], torch.tensor(windows), 36, 40).cpu().numpy()
-    if name == 'nearest':  # Pillow adds up steps in 2⁻¹⁶: now and then its neighbour is nearer
+    if name == 'nearest':  # Pillow adds up its steps: of two neighbours as near it may take the other
         assert (made != expected).mean() < 0.1
     else:
         assert np.array_equal(made, expected)
