@@ -29,6 +29,8 @@ def prepare(picture: Image.Image, about: dict) -> np.ndarray:
             metadata.
     """
     channels, height, width = about['input_size']
+    if picture.mode == 'F':
+        raise ValueError('floating-point pixels, whose range is not known')
     if picture.mode.startswith('I'):  # 16 bits, which Pillow would cut at 255
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
     picture = picture.convert('L' if channels == 1 else 'RGB')

@@ -3,14 +3,17 @@
 import csv
 import importlib
 import importlib.util
+import io
 import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +45,20 @@ def write_images(folder, counts, side=16):
             pixels = rng.integers(0, 120, (side, side, 3))
             pixels[..., index % 3] += 120
             Image.fromarray(pixels.astype(np.uint8)).save(target / f'{number}.png')
+
+
+def write_shards(folder, images, sizes):
+    """WebDataset shards of so many of the images, (path, label) each. Returns the name of their split."""
+    images = iter(images)
+    Path(folder).mkdir()
+    for number, size in enumerate(sizes):
+        with tarfile.open(Path(folder, f'x-{number:04d}.tar'), 'w') as archive:
+            for key, (path, label) in enumerate(islice(images, size)):
+                for ending, content in (('png', path.read_bytes()), ('cls', str(label).encode())):
+                    member = tarfile.TarInfo(f'{key}.{ending}')
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return f'x-{{0000..{len(sizes) - 1:04d}}}.tar|{sum(sizes)}'
 
 
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, window_size=2, partition_grid=2)

@@ -40,7 +40,7 @@ def main(argv=None):
         raise UserError(f'--filter {args.filter!r}: {first_line(error)}; give a pattern of names') from error
     if not paths:
         raise UserError(f'--input {source}: no file {args.filter} in it; name others with --filter')
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f'--output {output} exists already; choose another name')
     if args.n < 1:
         raise UserError(f'-n {args.n}: must be at least 1')

@@ -180,7 +180,7 @@ def check_writable(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for, a link to nowhere replaced
             raise OSError(errno.EINVAL, 'it is no file')
         if path.exists() and not os.access(path, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
@@ -202,7 +202,7 @@ def check_replaced(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -
         UserError: there is a file, not an empty one, that is no such table.
     """
     try:
-        if not path.exists():
+        if not os.path.lexists(path):
             return
         with open_regular(path) as file:
             own = not os.fstat(file.fileno()).st_size or is_own(*_table_of(file, path.suffix))

@@ -93,7 +93,7 @@ def check_settings(config: ExportConfig, output: Path) -> None:
 def check_output(output: Path) -> None:
     """UserError where a file is there, not an empty one, that is none of its name's form."""
     try:
-        if not output.exists():
+        if not os.path.lexists(output):
             return
         with open_regular(output) as file:
             if not os.fstat(file.fileno()).st_size:

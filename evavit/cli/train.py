@@ -139,9 +139,10 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
     saver = checkpoint.Saver(run, settings, class_names, folder) if process.primary else None
     position = checkpoint.resume(checkpoints, run, settings, saver, class_names)
     build.compile_and_distribute(task, compilation, process)
-    if schedule is not None and checkpoints:
+    if schedule is not None and run.done(position):
         schedule.step_update(run.done(position))
-        schedule.step(position.epoch)
+        if position.epoch:  # a new run does not ask for its first epoch, where timm's may say another rate than lr
+            schedule.step(position.epoch)
 
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
     log.info(f'{compilation}')

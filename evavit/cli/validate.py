@@ -8,6 +8,7 @@ import csv
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
@@ -166,7 +167,7 @@ def check_report_dir(folder: Path) -> None:
         check_replaced(folder / name, lambda names, _, first=first: names[: len(first)] == first)  # type: ignore[misc]
     picture = folder / report.PICTURE
     try:
-        own = not picture.exists() or report.is_own_picture(picture)
+        own = not os.path.lexists(picture) or report.is_own_picture(picture)
     except OSError as error:
         raise UserError(f'{picture}: cannot be read ({reason_of(error)}); name another folder') from error
     if not own:

@@ -157,6 +157,7 @@ def batches_of(run: Run) -> Dict[str, int]:
         images_per_update=run.images_per_update,
         updates_per_epoch=run.updates_per_epoch,
         processes=run.process.world_size,
+        **(dict(images=run.bad.images) if run.bad is not None else {}),
     )
 
 
@@ -467,6 +468,12 @@ def _position(path: Path, checkpoint: Dict[str, Any], run: Run) -> Position:
         log.info(
             f'{changed}, here {now["processes"]} have {now["images_per_update"]}: the order of the images '
             f'restarts at epoch {position.epoch}'
+        )
+        return Position(epoch=position.epoch)
+    if position.update and then.get('images', now.get('images')) != now.get('images'):
+        log.warning(
+            f'warning: {path} was written with {then["images"]} images to train on, here there are {now["images"]}: '
+            f'their order restarts at epoch {position.epoch}'
         )
         return Position(epoch=position.epoch)
     if run.bad is not None and any(index >= run.bad.indices for index in position.bad):

@@ -62,7 +62,7 @@ FROM_CHECKPOINT = (
 )
 DIVISION = ('val_fraction', 'seed', 'train_split', 'data_dir')  # which images a run held out
 KEPT = re.compile(r'checkpoint-[0-9]{1,9}\.pth\.tar')  # the names of the best few checkpoints in a run's folder
-PLAN = {'images_per_update', 'updates_per_epoch', 'processes'}
+PLAN = {'images_per_update', 'updates_per_epoch', 'processes'}  # and images, which earlier versions did not write
 MOST_EPOCHS = 1_000_000  # where the settings of the run do not say
 
 
@@ -142,7 +142,7 @@ def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
     if 'position' not in saved:  # one of timm's train.py
         return
     plan, position = saved.get('plan'), saved['position']
-    yield 'saver.plan', plan, isinstance(plan, dict) and plan.keys() == PLAN
+    yield 'saver.plan', plan, isinstance(plan, dict) and plan.keys() - {'images'} == PLAN
     for name, value in plan.items():
         yield f'saver.plan.{name}', value, is_whole(value, 1)
     fields = {field.name for field in dataclasses.fields(Position)}

@@ -147,3 +147,13 @@ def test_what_a_table_may_replace(tmp_path, name, own, others):
         path.write_text(content)
         with pytest.raises(UserError, match='is there, with other content than is written to it; name another file'):
             check_replaced(path, lambda names, _: names == ['x', 'y'])
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path):
+    """As to a disk that is not there."""
+    for ending in ('csv', 'json', 'parquet'):
+        path = tmp_path / f'link.{ending}'
+        path.symlink_to(tmp_path / 'nowhere')
+        for check in (check_writable, lambda path: check_replaced(path, lambda *_: True)):
+            with pytest.raises(UserError, match=f'link.{ending}'):
+                check(path)

@@ -507,3 +507,7 @@ def test_a_file_of_another_kind_is_not_replaced(call, tmp_path, name):
     code, _, err = call('export', tmp_path / name, *MODEL, '--num-classes', '3')
     assert code == 2 and f'{name} is there, and is no .' in err and err.count('\n') == 1, err
     assert (tmp_path / name).read_text() == 'my notes'
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match=name):
+        check_output(tmp_path / name)

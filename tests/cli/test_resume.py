@@ -65,6 +65,27 @@ def test_a_stop_within_an_epoch_changes_nothing(train, call, images, tmp_path, m
     assert_same_run(whole, parts)
 
 
+@pytest.mark.parametrize(
+    'schedule',
+    [
+        '--sched multistep --decay-milestones 1',
+        '--sched multistep --decay-milestones 1 --sched-on-updates',
+        '--sched tanh',
+    ],
+)
+def test_a_stop_within_an_epoch_changes_no_learning_rate(schedule, train, call, images, tmp_path, monkeypatch):
+    """A run begins at lr, or warmup_lr, where timm's schedule itself may say another rate for its first moment."""
+    flags = ['--model-ema', *words(schedule), '--resume', 'auto']
+    whole = train('whole', *flags)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
+    for moment in (2, 8):  # of the first epoch, and of the second
+        with monkeypatch.context() as patch:
+            signal_at(patch, [moment])
+            code, _, _ = call('train', *MODEL, *QUICK, *place, *flags)
+        assert code == PREEMPTED
+    assert_same_run(whole, train('parts', *flags))
+
+
 def checkpoints_of(folder):
     return {
         path.name: path.read_bytes() for path in folder.iterdir() if '.pth.tar' in path.name or '.safe' in path.name

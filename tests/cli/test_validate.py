@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, together, words
+from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, together, words, write_shards
 
 from evavit.hub import save_folder
 
@@ -72,6 +72,23 @@ def test_every_image_counts_once(train, images, judged, tmp_path):
     assert done.returncodes == [0, 0], done.stderr
     two = json.loads((tmp_path / 'two.json').read_text())
     for row in (uneven, two):
+        assert row['images'] == 13 and row['top1'] == whole['top1']
+        assert row['loss'] == pytest.approx(whole['loss'], abs=1e-5)
+
+
+def test_every_image_of_shards_counts_once(train, images, judged, tmp_path):
+    """Of shards of two sizes by one process, two and three, of which one has none."""
+    pytest.importorskip('webdataset')
+    folder = train('run')
+    whole = judged('--checkpoint', folder / 'last.pth.tar')
+    files = ((path, CLASSES.index(path.parent.name)) for path in sorted((images / 'val').rglob('*.png')))
+    split = write_shards(tmp_path / 'shards', files, (9, 4))
+    place = ['--checkpoint', folder / 'last.pth.tar', '--dataset', 'wds/x', '--data-dir', tmp_path / 'shards']
+    flags = ['--split', split, *words('--workers 0 -b 3 --device cpu'), '--results-file', tmp_path / 'shards.json']
+    for processes in (1, 2, 3):
+        done = together(load_script('validate').main, *place, *flags, processes=processes)
+        assert done.returncodes == [0] * processes, done.stderr
+        row = json.loads((tmp_path / 'shards.json').read_text())
         assert row['images'] == 13 and row['top1'] == whole['top1']
         assert row['loss'] == pytest.approx(whole['loss'], abs=1e-5)
 

@@ -81,6 +81,7 @@ def test_folders_and_broken_pictures(example, tmp_path, monkeypatch, capsys):
         Image.new('RGB', (20, 10), tuple(colour)).save(tmp_path / name)
     (tmp_path / 'broken.png').write_text('no picture')
     (tmp_path / 'drawing.png').write_bytes(postscript())
+    Image.new('F', (20, 10), 0.5).save(tmp_path / 'float.tif')
     os.mkfifo(tmp_path / 'pipe.png')
     (tmp_path / 'notes.txt').write_text('no picture')
     monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path), str(tmp_path / 'deep' / 'b.webp')])
@@ -90,8 +91,10 @@ def test_folders_and_broken_pictures(example, tmp_path, monkeypatch, capsys):
     assert [line.split(' ')[0][len(str(tmp_path)) + 1 :] for line in err.splitlines()] == [
         'broken.png',
         'drawing.png',
+        'float.tif',
         'pipe.png',
     ]
+    assert 'float.tif is left out: floating-point pixels, whose range is not known' in err
     assert 'drawing.png is left out: cannot identify' in err and 'pipe.png is left out: not a regular file' in err
     monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path / 'broken.png')])
     with pytest.raises(SystemExit) as stop:

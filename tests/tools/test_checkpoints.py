@@ -51,9 +51,11 @@ def test_average(run, tmp_path, capsys):
     assert all(torch.equal(value, best_state[name]) for name, value in torch.load(best).items())
     bad = tmp_path / 'bad.pth'
     torch.save(dict(weight=torch.tensor([1.0, float('nan')])), bad)
+    (tmp_path / 'link.pth').symlink_to(tmp_path / 'nowhere')
     capsys.readouterr()
     for flags, word in (
         (['--input', run, '--output', out], 'exists'),
+        (['--input', run, '--output', tmp_path / 'link.pth'], 'exists'),
         (['--input', tmp_path / 'no'], 'no file'),
         (['--input', run, '--output', tmp_path / 'x.pth', '-n', '0'], '-n 0'),
         (['--input', run, '--filter', '/x'], "--filter '/x': Non-relative patterns"),

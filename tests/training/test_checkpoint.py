@@ -21,6 +21,7 @@ from evavit.errors import LocalError, UserError
 from evavit.training import checkpoint, contents, dry_run, loop, run_folder
 from evavit.training.agreement import code_version
 from evavit.training.checkpoint import remove_checkpoints
+from evavit.training.data.images import BadImages
 from evavit.training.loop import Position
 
 
@@ -249,6 +250,21 @@ def test_another_number_of_processes(saver, tmp_path, caplog, processes, images,
         assert resume([tmp_path / 'last.pth.tar'], run, None) == expected
     assert ('restarts at epoch 2' in caplog.text) == (expected.update == 0)
     assert ('go on in the same order' in caplog.text) == (processes == 2 and expected.update > 0)
+
+
+@pytest.mark.parametrize('before, update, expected', [(40, 5, 0), (43, 5, 5), (None, 5, 5), (40, 0, 0)])
+def test_another_number_of_images(tmp_path, caplog, before, update, expected):
+    """Within an epoch their order is another one; earlier versions did not write the number."""
+    run = run_of()
+    run.bad = BadImages(before, 1.0) if before else None
+    saver_of(run, tmp_path).save_position(Position(2, update, bad={7: 'a.png\nempty'} if update else {}))
+    run = run_of()
+    run.bad = BadImages(43, 1.0)
+    with caplog.at_level('INFO', 'evavit'):
+        position = resume([tmp_path / 'last.pth.tar'], run, None)
+    assert (position.epoch, position.update, list(position.bad)) == (2, expected, [7] * (expected > 0))
+    line = 'was written with 40 images to train on, here there are 43: their order restarts at epoch 2'
+    assert (line in caplog.text) == (update > 0 and not expected)
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_a_whole_one(saver, tmp_path, monkeypatch):

@@ -15,7 +15,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import torch
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from torchvision.datasets import CIFAR10, MNIST, QMNIST, INaturalist
 
 from evavit.arguments import nearest
 from evavit.errors import UserError, first_line, printable, reason_of
@@ -29,7 +31,7 @@ from evavit.training.data.folders import (
     find_undivided,
     hold_out,
 )
-from evavit.training.data.hub import ADDRESS, network
+from evavit.training.data.hub import ADDRESS, network, undecoded
 from evavit.training.data.images import CheckedImages, CheckedStream
 from evavit.training.data.shards import check_shards, shard_root
 from evavit.training.data.tars import ClassTar
@@ -125,6 +127,9 @@ def open_dataset(
             )
         if prefix == 'wds':
             check_shards(dataset.reader)
+        elif prefix == 'hfds':
+            reader: Any = dataset.reader
+            reader.dataset = undecoded(reader.dataset, reader.image_key, reader.label_key)
         _check_number(dataset)
         _check_arrays(dataset)
     except Exception as error:  # each kind has its own errors for what is missing or damaged
@@ -132,6 +137,10 @@ def open_dataset(
             f'dataset {config.dataset}, {split}, in {config.data_dir}: {first_line(error)[:400]}'
         ) from error
     labels: Dict[str, int] = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
+    if isinstance(dataset, INaturalist):
+        dataset.index.sort()  # it lists folders in the order of the disk, which is another on each machine
+        level = dataset.target_type[0]
+        labels = dataset.categories_index.get(level) or {name: i for i, name in enumerate(dataset.all_categories)}
     found = getattr(dataset, 'classes', None) or sorted(labels, key=labels.__getitem__)
     checked = _checked(dataset, mode, config.max_bad_images, seed if is_training else None)
     return checked, list(map(str, found)) if found else None
@@ -145,10 +154,34 @@ def _check_number(dataset: Any) -> None:
 
 
 def _check_arrays(dataset: Any) -> None:
-    """UserError where a data set of arrays, such as MNIST, has not a label for each image."""
-    images, labels = getattr(dataset, 'data', None), getattr(dataset, 'targets', None)
-    if images is not None and labels is not None and len(images) != len(labels):
+    """UserError where a data set of arrays, such as MNIST, has not a grey image of bytes and a whole number for each.
+    What older versions of torchvision have saved it takes as it is; it compares CIFAR's files with their checksums."""
+    if not isinstance(dataset, (MNIST, CIFAR10)):
+        return
+    images, labels = dataset.data, dataset.targets
+    sides = (8,) if isinstance(dataset, QMNIST) else ()  # its label is the first of eight numbers
+    whole = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if isinstance(dataset, MNIST) and not (
+        _is_plain(images, whole[:1])
+        and images.ndim == 3
+        and images.shape[1:].numel()
+        and _is_plain(labels, whole)
+        and labels.shape[1:] == sides
+    ):
+        raise UserError('no images of bytes, or labels that are no whole numbers; the files are damaged, get them anew')
+    if len(images) != len(labels):
         raise UserError(f'{len(images)} images and {len(labels)} labels; the files are damaged, get them anew')
+
+
+def _is_plain(value: Any, kinds: Sequence[torch.dtype]) -> bool:
+    """Whether a value is a tensor with content, of one of these kinds and of at least one dimension."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == 'cpu'
+        and value.dtype in kinds
+        and value.ndim > 0
+    )
 
 
 def _checked(dataset: Any, mode: str, max_bad_images: float, seed: Optional[int]) -> Checked:

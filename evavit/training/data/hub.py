@@ -4,18 +4,18 @@
 """
 
 import dataclasses
-import json
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Set
+from typing import Any, Iterator, Optional, Set
 
 import yaml
 
-from evavit.errors import UserError, first_line
+from evavit.errors import LocalError, UserError, first_line
 from evavit.files import open_regular
 from evavit.training.config import DataConfig
 
 ADDRESS = 'hf://datasets/'
+TABLES = ('.parquet', '.geoparquet', '.gpq', '.arrow')  # files that can say how they call their classes
 
 
 def may_download(config: DataConfig) -> bool:
@@ -38,8 +38,8 @@ def network(config: DataConfig) -> Iterator[None]:
     import huggingface_hub
 
     name = config.dataset.partition('/')[2]
-    _check_classes(Path(name))
     if may_download(config):
+        _check_classes(Path(name), config.data_dir)
         yield
         return
     _check_metadata(Path(name))
@@ -48,6 +48,7 @@ def network(config: DataConfig) -> Iterator[None]:
     try:
         for place in switches:
             place.HF_HUB_OFFLINE = True
+        _check_classes(Path(name), config.data_dir)
         yield
     except OSError as error:
         if Path(name).exists():
@@ -61,27 +62,58 @@ def network(config: DataConfig) -> Iterator[None]:
             place.HF_HUB_OFFLINE = value
 
 
-def _check_classes(folder: Path) -> None:
-    """UserError where Parquet files that lie together call their classes otherwise: `datasets` takes the names of one
-    for all, and a split that was encoded by itself would have other labels."""
+def undecoded(table: Any, image: str, label: str) -> Any:
+    """A table of `datasets`, or a stream, with these two columns alone, the image as {bytes, path}.
+
+    Whatever else a record holds would be decoded with it: by all of Pillow's formats, of which one starts Ghostscript,
+    by players of audio and video, and fetched first where a record gives an address.
+    """
+    import datasets
+
+    try:
+        table = table.select_columns([image, label])
+    except ValueError as error:
+        raise LocalError(f'it needs the columns {image} and {label}: {first_line(error)[:300]}') from error
+    kind = (table.features or {}).get(label)
+    if not isinstance(kind, (datasets.ClassLabel, datasets.Value, type(None))):
+        raise LocalError(f'its column {label} holds {str(kind)[:100]}, not a number of a class; give the classes in it')
+    return table.cast_column(image, datasets.Image(decode=False))
+
+
+def _check_classes(folder: Path, cache: Optional[str]) -> None:
+    """UserError where files of a local table call its classes otherwise: `datasets` takes the names of README.md or of
+    the first file for all, and a split that was encoded by itself would have other labels."""
+    import datasets
+
+    if not any(path.suffix in TABLES for path in (folder.rglob('*') if folder.is_dir() else ())):
+        return
+    builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)  # knows which of the files are read
+    found = [('README.md', builder.info.features or {})]
+    for path in (path for split in (builder.config.data_files or {}).values() for path in split):
+        if Path(path).suffix in TABLES:
+            with suppress(Exception):  # `datasets` says what it is
+                found.append((path, datasets.Features.from_arrow_schema(_schema(Path(path)))))
+    named = [(path, features['label'].names) for path, features in found if hasattr(features.get('label'), 'names')]
+    for path, names in named:
+        first, those = named[0]
+        if names != those:
+            raise UserError(
+                f'{path}: its classes (label) are {str(names)[:100]}, those of {first} {str(those)[:100]}; encode all '
+                f'splits with the same names'
+            )
+
+
+def _schema(path: Path) -> Any:
+    import pyarrow.ipc
     import pyarrow.parquet
 
-    first: Dict[Any, Any] = {}
-    for path in sorted(folder.rglob('*.parquet')) if folder.is_dir() else ():
-        try:
-            with open_regular(path) as file:
-                about = json.loads((pyarrow.parquet.read_schema(file).metadata or {}).get(b'huggingface', b'{}'))
-            features = about.get('info', {}).get('features', {})
-            names = {key: feature['names'] for key, feature in features.items() if 'names' in (feature or ())}
-        except Exception:  # `datasets` says what it is
-            continue
-        for key, own in names.items():
-            there, other = first.setdefault((path.parent, key), (path, own))
-            if own != other:
-                raise UserError(
-                    f'{path}: its classes ({key}) are {str(own)[:100]}, those of {there} {str(other)[:100]}; encode '
-                    f'all splits with the same names'
-                )
+    with open_regular(path) as file:
+        if path.suffix != '.arrow':
+            return pyarrow.parquet.read_schema(file)
+        with suppress(OSError, pyarrow.ArrowInvalid):
+            return pyarrow.ipc.open_stream(file).schema
+        file.seek(0)
+        return pyarrow.ipc.open_file(file).schema
 
 
 def _check_metadata(folder: Path) -> None:

@@ -39,6 +39,7 @@ from evavit.training.data.decode import (
     reason,
     to_mode,
 )
+from evavit.training.data.hub import undecoded
 from evavit.training.data.shards import samples
 from evavit.training.distributed import Process
 from evavit.training.stalls import Reading
@@ -363,13 +364,21 @@ class CheckedStream(IterableImageDataset):
             if getattr(self.reader, 'ds', None) is None and hasattr(self.reader, '_lazy_init'):
                 self.reader._lazy_init()  # in the worker, as the reader itself would
                 self._watch()
-            yield from self.reader
+            yield from self.reader if self.reader.is_training or not hasattr(self.reader, 'ds') else self._once()
         except UserError:
             raise
         except Exception as error:  # each library has its own errors
             raise LocalError(
                 f'the data set cannot be read on ({type(error).__name__}: {first_line(error)[:300]})'
             ) from error
+
+    def _once(self) -> Iterator[Tuple[Any, Any]]:
+        """A split from its beginning to its end, whatever part of it this process has. To several processes timm's
+        readers of wds and tfds hand over as many images each, some twice and others never; no validation needs that."""
+        reader = self.reader
+        image, label = ('image', 'target') if hasattr(reader.ds, 'pipeline') else (reader.input_key, reader.target_key)
+        for sample in reader.ds:
+            yield sample[image], sample[label]
 
     def replace(self, file: Jpeg, index: int, label: int) -> Tuple[Any, int]:
         """In place of a file that a GPU's decoder refuses: the CPU's image of it. Where it has none either, None in
@@ -387,9 +396,7 @@ class CheckedStream(IterableImageDataset):
         """Have the reader hand over bytes, and tell of what it cannot read."""
         reader = self.reader
         if hasattr(reader.ds, 'cast_column'):
-            import datasets
-
-            reader.ds = reader.ds.cast_column(reader.input_key, datasets.Image(decode=False))
+            reader.ds = undecoded(reader.ds, reader.input_key, reader.target_key)
         for stage in getattr(reader.ds, 'pipeline', ()):
             if 'handler' in getattr(stage, 'kw', {}):
                 stage.kw['handler'] = self._broken_shard

@@ -1,5 +1,6 @@
 """Data sets: Fashion-MNIST's files without a download, class order, splits, input settings."""
 
+import contextlib
 import gzip
 import os
 import random
@@ -85,6 +86,39 @@ def test_files_of_arrays_that_do_not_fit_are_named(fashion):
             open_dataset(settings, 'train')
         (labels.parent / name).unlink()
         write_idx(labels, np.arange(15) % 10) if name.endswith('ubyte') else (labels.parent / name[:-3]).touch()
+
+
+PICTURES, NUMBERS = torch.zeros(20, 28, 28, dtype=torch.uint8), torch.arange(20) % 10
+ARRAYS = {
+    'images without a side': (torch.zeros(20), NUMBERS),
+    'images of numbers': (torch.zeros(20, 28, 28), NUMBERS),
+    'images of colours': (torch.zeros(20, 28, 28, 3, dtype=torch.uint8), NUMBERS),
+    'images of no size': (torch.zeros(20, 0, 28, dtype=torch.uint8), NUMBERS),
+    'images that are listed': ([1] * 20, NUMBERS),
+    'images without zeros': (PICTURES.to_sparse(), NUMBERS),
+    'labels of fractions': (PICTURES, torch.rand(20)),
+    'labels of yes and no': (PICTURES, NUMBERS > 4),
+    'labels of two': (PICTURES, torch.stack([NUMBERS, NUMBERS], 1)),
+    'labels that are listed': (PICTURES, ['a'] * 20),
+    'names': {'a' * 20: 1, 'b' * 20: 2},
+}
+
+
+@pytest.mark.parametrize('name', ['mnist', 'qmnist'])
+@pytest.mark.parametrize('arrays', ARRAYS)
+def test_arrays_of_another_form_are_named(arrays, name, tmp_path):
+    """In the files of older versions, which torchvision takes as they are."""
+    folder = tmp_path / dict(mnist='MNIST', qmnist='QMNIST')[name] / 'processed'
+    folder.mkdir(parents=True)
+    settings = DataConfig(max_bad_images=0.0, dataset=f'torch/{name}', data_dir=str(tmp_path))
+    for content in ((PICTURES, NUMBERS if name == 'mnist' else NUMBERS[:, None].expand(20, 8).clone()), ARRAYS[arrays]):
+        for file in ('training.pt', 'test.pt', 'train.pt'):
+            torch.save(content, folder / file)
+        if content is not ARRAYS[arrays]:
+            assert labels(open_dataset(settings, 'train')[0]) == NUMBERS.tolist()
+    with pytest.raises(UserError, match='the files are damaged, get them anew') as told:
+        open_dataset(settings, 'train')
+    assert '\n' not in str(told.value)
 
 
 def write_folder(root, *classes):
@@ -198,6 +232,31 @@ def test_a_split_that_lacks_a_class_shifts_no_label(tmp_path):
         data.open_training_sets(mapped, in_chans=3, batch_size=2, seed=0)
     with pytest.raises(UserError, match='c is class 1 of this data, and class 2 of the training split; give'):
         data.open_training_sets(config, in_chans=3, batch_size=2, seed=0)
+
+
+@pytest.mark.parametrize('kind', ['', 'order/'])
+def test_splits_of_inaturalist_are_compared_too(kind, tmp_path, monkeypatch, caplog):
+    """And its files have an order of their own, not that of the disk, which is another on each machine."""
+    names = ['00000_A_A_A_a_A_A_A', '00001_A_A_A_b_A_A_A']
+    write_folder(tmp_path / '2021_train', *names)
+    write_folder(tmp_path / '2021_valid', *names)
+    for number in range(9):
+        Image.new('RGB', (8, 8)).save(tmp_path / '2021_train' / names[0] / f'{number}.png')
+    listed = os.listdir
+    monkeypatch.setattr(os, 'listdir', lambda place: sorted(listed(place), reverse=True))
+    config = DataConfig(
+        max_bad_images=0.0, dataset='torch/inaturalist', data_dir=str(tmp_path), train_split=f'{kind}train'
+    )
+    config.val_split = f'{kind}validation'
+    train, _, found = data.open_training_sets(config, in_chans=3, batch_size=2, seed=0)
+    assert found == (['a', 'b'] if kind else names) and not caplog.messages
+    assert train.dataset.index == sorted(train.dataset.index)
+    monkeypatch.setattr(os, 'listdir', listed)
+    for old, new in zip(names, ['00001_A_A_A_a_A_A_A', '00000_A_A_A_b_A_A_A'], strict=True):
+        (tmp_path / '2021_valid' / old).rename(tmp_path / '2021_valid' / new)
+    with pytest.raises(UserError, match='b is class 0 of this data') if kind else contextlib.nullcontext():
+        data.open_training_sets(config, in_chans=3, batch_size=2, seed=0)
+    assert kind or 'warning: class 0 of this data is called 00000_A_A_A_b_A_A_A' in caplog.text
 
 
 def test_the_order_of_names_follows_from_them_alone(tmp_path):
