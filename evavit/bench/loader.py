@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch.utils.data import DataLoader
 
+from evavit.arguments import Parser
 from evavit.errors import UserError
 from evavit.training import build, checks, data, loop
 from evavit.training.compilation import choose_compilation
@@ -44,7 +45,7 @@ STEP_COLUMNS = ('step_img_per_s', 'step_share', 'both_img_per_s', 'wait_share') 
 
 def parse(argv: Sequence[str]) -> Tuple[argparse.Namespace, Any]:
     """The measurement's own flags, and the settings: of train.py, which say what is loaded and how."""
-    parser = argparse.ArgumentParser(prog='benchmark.py --bench data', allow_abbrev=False, add_help=False)
+    parser = Parser(prog='benchmark.py --bench data', add_help=False)
     parser.add_argument('--workers-list', type=int, nargs='+', help='numbers of loader processes to measure')
     parser.add_argument(
         '--augment-devices', nargs='+', choices=('cpu', 'cuda'), help='what decodes and augments: both can be measured'
@@ -54,6 +55,10 @@ def parse(argv: Sequence[str]) -> Tuple[argparse.Namespace, Any]:
     parser.add_argument('--loader-only', action='store_true', help='leave the training step out')
     parser.add_argument('--results-file', help='CSV file to append the rows to')
     own, rest = parser.parse_known_args(argv)
+    least = dict(seconds=(0.01, [own.seconds]), repeats=(1, [own.repeats]), workers_list=(0, own.workers_list or []))
+    for flag, (bound, values) in least.items():
+        if min(values, default=bound) < bound:
+            raise UserError(f'--{flag.replace("_", "-")} {min(values)}: give at least {bound}')
     return own, parse_settings('train', rest)[0]
 
 

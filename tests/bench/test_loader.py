@@ -57,3 +57,18 @@ def test_both_places_with_a_cache(device, monkeypatch):
         with pytest.raises(UserError, match='--augment-devices cuda needs a GPU, and this run is on cpu; leave it out'):
             loader.main(flags)
         assert not measured
+
+
+@pytest.mark.parametrize(
+    ('flags', 'line'),
+    [
+        (['--repeats', '0'], '--repeats 0: give at least 1'),
+        (['--seconds', '0'], '--seconds 0.0: give at least 0.01'),
+        (['--seconds', '-1'], '--seconds -1.0: give at least 0.01'),
+        (['--seconds', 'nan'], 'nan'),
+        (['--workers-list', '2', '-1'], '--workers-list -1: give at least 0'),
+    ],
+)
+def test_flags_that_cannot_be_are_a_line(flags, line):
+    with pytest.raises(UserError, match=line):
+        loader.parse([*flags, '--model', 'eva_deit_tiny', '--num-classes', '3', '--data-dir', 'none'])

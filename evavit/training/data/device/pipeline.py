@@ -171,7 +171,8 @@ class Maker:
         seen = sorted({*range(len(images))}.difference(lost))
         if not seen:
             raise LocalError(
-                f'none of the {len(lost)} images of a batch can be read, {name} the last; check the data set'
+                f'none of the {len(lost)} images of a batch can be read, {name} the last, and none stands in for them; '
+                f'raise --batch-size, or check the data set'
             )
         for place in lost:
             other = min(seen, key=lambda number: abs(number - place))
