@@ -300,8 +300,8 @@ def fault_of_all(fault, process, group):
         dist.all_gather_object(faults, fault, group=group)
     except RuntimeError as error:
         raise LocalError(
-            f'rank {process.rank}: {fault or first_line(error)[:300]}; the other processes of the measurement do not '
-            f'say the same, and it ends here'
+            f'rank {process.rank}: {fault or first_line(error)[:200]}; the other processes of this measurement do not '
+            f'answer, so that it ends here'
         ) from error
     return next(filter(None, faults), '')
 
