@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Write the tables of docs/scaling.md from what one GPU reached: python docs/make/scaling.py [--check]
 
-Measured are results/models_h200.csv (h100.csv where that is missing), images a second and the batch of one GPU,
-results/data_cpu.csv, what a CPU core
-prepares, and results/scale.csv, updates on several GPUs of one host (tools/scale.py). All else is arithmetic over the
-assumptions below, each of which is a flag. With --check nothing is written; the exit code is 1 if a table is stale.
+Measured are results/scale.csv, updates on one GPU and several of one host (tools/scale.py), and results/data_cpu.csv,
+what a CPU core prepares. All else is arithmetic over the assumptions below, each of which is a flag. With --check
+nothing is written; the exit code is 1 if a table is stale.
 """
 
 import argparse
@@ -48,7 +47,7 @@ def assumptions():
         '--ddp',
         type=float,
         default=1.5,
-        help='ms that a step in CUDA graphs gains on several GPUs, beside the exchange (0.3 to 1.7 measured)',
+        help='ms that a step in CUDA graphs gains on several GPUs (0.3 to 1.7 measured, 5 on a busy host)',
     )
     return parser.parse_args()
 
@@ -60,25 +59,27 @@ def loader_rate():
     )
 
 
-def trained():
-    """Rows of whole models on one GPU."""
-    return pages.read_results('models_h200.csv') or pages.read_results('h100.csv')
+def scaled():
+    """Rows of tools/scale.py, less those with flags of their own for train.py."""
+    return pages.pick(pages.read_results('scale.csv'), flags='')
+
+
+def one_gpu():
+    """{model: its fastest row of one GPU with the batch of the recipe}"""
+    rows = scaled()
+    return {model: fastest(rows, bench='weak', model=model, gpus=1) for model in MODELS}
 
 
 def origin(steps, a):
-    """Where the images a second of one GPU come from."""
-    rows = [row for row in pages.pick(trained(), bench='train', img_size=224) if row['model'] in steps]
-    return f'One GPU: {pages.origins([row for row in rows if row["torchcompile"] != "no"])}'
+    """Where the seconds of one GPU's step come from."""
+    return f'One GPU: {pages.origins(one_gpu().values())}'
 
 
 def measured():
-    """{model: (batch, seconds of its step)} of the compiled models at 224 pixels, each in the faster mode."""
-    steps = {}
-    for row in pages.pick(trained(), bench='train', status='ok', img_size=224):
-        if row['torchcompile'] != 'no' and row['model'] in MODELS:
-            step = int(row['batch_size']), int(row['batch_size']) / float(row['img_per_s'])
-            steps[row['model']] = min(step, steps.get(row['model'], step), key=lambda x: x[1] / x[0])
-    return steps
+    """{model: (batch, seconds of its step)} on one GPU."""
+    return {
+        model: (batch := int(row['batch_size']), batch / float(row['img_per_s'])) for model, row in one_gpu().items()
+    }
 
 
 @functools.cache
@@ -168,7 +169,7 @@ def efficiency(rows, bench, model, gpus):
 
 def measured_scaling(steps, a):
     """One host: what is predicted beside what tools/scale.py measured."""
-    rows, table = pages.read_results('scale.csv'), []
+    rows, table = scaled(), []
     for model, gpus in itertools.product(MODELS, (1, 2, 4, 8)):
         cells = []
         for bench, per_gpu in (('weak', steps[model][0]), ('strong', 1024 / gpus)):
@@ -190,7 +191,7 @@ def measured_scaling(steps, a):
 
 def modes(steps, a):
     """Images a second of each mode with the recipe's batch on each GPU, and efficiency: a row a model and mode."""
-    rows = [row for row in pages.read_results('scale.csv') if not row['ddp']]
+    rows = pages.pick(scaled(), ddp='')
     lines = []
     for model, (mode, text) in itertools.product(MODELS, MODES.items()):
         found = {gpus: fastest(rows, bench='weak', model=model, gpus=gpus, torchcompile=mode) for gpus in (1, 2, 4)}
