@@ -229,10 +229,19 @@ def _is_converted(path: str, name: str) -> bool:
 
 
 def head_classes(name: str, state: Mapping[str, torch.Tensor]) -> Optional[int]:
-    """Classes of weights of the model, None where they have no classifier."""
-    head = timm.get_pretrained_cfg_value(name, 'classifier') or 'head'
-    weight = state.get(f'{head}.weight') if isinstance(head, str) else None
-    return None if weight is None else weight.shape[0]
+    """Classes of weights of the model, None where they lack its classifier, or one of its two."""
+    weights = [state.get(f'{head}.weight') for head in _heads(timm.get_pretrained_cfg_value(name, 'classifier'))]
+    counts = {None if weight is None else weight.shape[0] for weight in weights}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _heads(classifier: Union[str, Sequence[str], None]) -> Tuple[str, ...]:
+    """The modules that timm's `pretrained_cfg` names as the classifier: two of a distilled DeiT."""
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ('head',))
+
+
+def _heads_of(model: nn.Module) -> Tuple[str, ...]:
+    return _heads((getattr(model, 'pretrained_cfg', None) or {}).get('classifier'))
 
 
 def read_weights(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:
@@ -271,10 +280,10 @@ def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True,
 
 def _with_head_of(model: nn.Module, state: Dict[str, torch.Tensor], path: Union[str, Path]) -> Dict[str, torch.Tensor]:
     """The weights, with the model's own classifier where they have none, or one of other classes."""
-    own, head = model.state_dict(), (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
-    names = [name for name in own if name.startswith(f'{head}.')]
+    own, heads = model.state_dict(), tuple(f'{head}.' for head in _heads_of(model))
+    names = [name for name in own if name.startswith(heads)]
     if all(name in state and state[name].shape == own[name].shape for name in names):
-        return {name: value for name, value in state.items() if name in own or not name.startswith(f'{head}.')}
+        return {name: value for name, value in state.items() if name in own or not name.startswith(heads)}
     log.info(f'{path}: the classifier is made anew, with {own[names[0]].shape[0]} classes')
     return {**state, **{name: own[name] for name in names}}
 
@@ -319,14 +328,13 @@ def _resampled(model: nn.Module, weights: Dict[str, torch.Tensor]) -> Dict[str, 
 
 def check_classes(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:
     own = model.state_dict()
-    head = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
-    name = f'{head}.weight'
-    if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
-        raise UserError(
-            f'{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; '
-            f'give --num-classes {state[name].shape[0]} or data with as many, or start from its body with '
-            f'--pretrained-path'
-        )
+    for name in (f'{head}.weight' for head in _heads_of(model)):
+        if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
+            raise UserError(
+                f'{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; '
+                f'give --num-classes {state[name].shape[0]} or data with as many, or start from its body with '
+                f'--pretrained-path'
+            )
 
 
 def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:
