@@ -38,12 +38,12 @@ def parent(tmp_path_factory):
     return write_parent(tmp_path_factory.mktemp('parent') / 'parent.safetensors')
 
 
-def write_parent(path, seed=0, classes=CLASSES):
+def write_parent(path, seed=0, classes=CLASSES, name=PARENT[1]):
     torch.manual_seed(seed)
-    model = timm.create_model(PARENT[1], num_classes=3, **SOFTMAX)
+    model = timm.create_model(name, num_classes=3, **SOFTMAX)
     for parameter in model.parameters():  # as if trained: attentions and answers are not near uniform
         torch.nn.init.normal_(parameter, std=0.3)
-    settings = dict(model=PARENT[1], model_kwargs=SOFTMAX, num_classes=3, class_names=classes)
+    settings = dict(model=name, model_kwargs=SOFTMAX, num_classes=3, class_names=classes)
     write_weights(model.state_dict(), path, dict(epoch='0', metric='0', args=json.dumps(settings)))
     return path
 
@@ -307,13 +307,23 @@ def test_processes_compare_their_teachers(call, images, tmp_path, parent, monkey
     assert code == 2 and re.search(r'teacher deit_tiny_patch16_224 .* sha256:[0-9a-f]{64}$', err.strip()), err
 
 
-def test_the_recipe_runs(call, images, tmp_path, parent):
-    """configs/convert.yaml, all of it but the sizes and the device."""
-    flags = ['-c', 'convert', *PARENT, '--initial-checkpoint', parent, '--data-dir', images, '--output', tmp_path]
-    flags += words('--convert-kwargs window_size=2 --device cpu --no-amp -b 4 --grad-accum-steps 2')
-    flags += words('--global-batch-size 8')
-    code, out, err = call('train', *flags, *words('--experiment run --epochs 1 --warmup-epochs 0 --workers 0'))
-    assert code == 0 and 'teacher deit_tiny_patch16_224' in out, err
+@pytest.fixture
+def recipe(call, images, tmp_path):
+    """recipe(*flags) → exit code, output and error lines of configs/convert.yaml but for sizes and device."""
+
+    def recipe(*flags, model=PARENT):
+        small = words('--convert-kwargs window_size=2 --device cpu --no-amp -b 4 --grad-accum-steps 2 --workers 0')
+        small += words('--global-batch-size 8 --epochs 1 --warmup-epochs 0 --experiment run')
+        return call('train', '-c', 'convert', *model, '--data-dir', images, '--output', tmp_path, *small, *flags)
+
+    return recipe
+
+
+@pytest.mark.parametrize('name', ['deit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224'])
+def test_the_recipe_runs(recipe, tmp_path, name):
+    file = write_parent(tmp_path / 'parent.safetensors', name=name)
+    code, out, err = recipe('--initial-checkpoint', file, model=['--model', name, *PARENT[2:]])
+    assert code == 0 and f'teacher {name}' in out, err
 
 
 def test_a_dry_run_names_the_teacher(call, images, tmp_path, parent):
