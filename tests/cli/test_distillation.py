@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import yaml
 from runs import (
     CLASSES,
     MODEL,
@@ -26,6 +27,8 @@ from runs import (
 from evavit.errors import PREEMPTED, UserError
 from evavit.hub import save_folder
 from evavit.models import write_weights
+from evavit.training.checks import check_settings
+from evavit.training.config import parse_settings
 
 PARENT = ['--model', 'deit_tiny_patch16_224', '--model-kwargs', *(f'{key}={value}' for key, value in SOFTMAX.items())]
 CONVERT = words('--convert eva --convert-kwargs window_size=2 partition_grid=2')
@@ -324,6 +327,58 @@ def test_the_recipe_runs(recipe, tmp_path, name):
     file = write_parent(tmp_path / 'parent.safetensors', name=name)
     code, out, err = recipe('--initial-checkpoint', file, model=['--model', name, *PARENT[2:]])
     assert code == 0 and f'teacher {name}' in out, err
+
+
+FEATURES = words('--kd-distill-type feature --kd-feature-level tokens --task-loss-weight 0')
+
+
+@pytest.mark.parametrize(
+    'flags, teacher, left_out',
+    [
+        (['--kd-model-name', 'none'], None, ['kd_temperature 2.0']),
+        (['--kd-distill-type', 'logit'], 'parent', []),
+        (BOTH, 'parent', []),
+        (FEATURES, 'parent', ['kd_temperature 2.0']),
+    ],
+    ids=['labels', 'logits', 'logits and tokens', 'features'],
+)
+def test_the_recipe_takes_every_way_of_teaching(recipe, tmp_path, parent, flags, teacher, left_out):
+    """What its file says and a flag makes meaningless is left out, the log says so, and args.yaml fits together. That
+    of features takes weights without a classifier."""
+    start = ['--initial-checkpoint', parent]
+    if flags is FEATURES:
+        body = {name: value for name, value in weights(parent).items() if not name.startswith('head.')}
+        write_weights(body, tmp_path / 'body.safetensors')
+        start = ['--pretrained-path', tmp_path / 'body.safetensors']
+    code, _, err = recipe(*start, *flags, '--dry-run')
+    assert code == 0, err
+    code, out, err = recipe(*start, *flags)
+    assert code == 0 and ('teacher ' in out) == bool(teacher), err
+    note = ''.join(line for line in out.splitlines() if 'left out of the file' in line)
+    assert all(text in note for text in left_out), out
+    saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    assert saved['kd_model_name'] == teacher
+    check_settings(parse_settings('train', ['-c', str(tmp_path / 'run' / 'args.yaml')])[0])
+
+
+def test_what_a_file_says_of_a_teacher_and_a_flag_does_not_change(call, images, tmp_path, parent):
+    """A file that contradicts itself is refused, as flags are; a teacher's own arguments give way to `parent`."""
+    (tmp_path / 'own.yaml').write_text('kd_model_name: parent\nkd_temperature: 2\nkd_distill_type: feature\n')
+    (tmp_path / 'other.yaml').write_text('kd_model_name: resnet18\nkd_model_kwargs: {depth: 9}\nkd_temperature: 2\n')
+    place = [*PARENT, *QUICK, *CONVERT, '--initial-checkpoint', parent, '--data-dir', images, '--output', tmp_path]
+    for file, flags, line in (
+        ('own', [], 'kd_temperature does nothing with kd_distill_type feature'),
+        ('other', ['--kd-model-name', 'none', '--kd-temperature', '3'], 'kd_temperature does nothing without'),
+        (
+            'other',
+            ['--kd-model-name', 'parent', '--kd-model-kwargs', 'depth=2'],
+            'kd_model_kwargs: kd_model_name parent',
+        ),
+    ):
+        code, _, err = call('train', '-c', tmp_path / f'{file}.yaml', *place, *flags)
+        assert code == 2 and line in err and err.count('\n') == 1, err
+    code, _, err = call('train', '-c', tmp_path / 'other.yaml', *place, '--kd-model-name', 'parent', '--dry-run')
+    assert code == 0, err
 
 
 def test_a_dry_run_names_the_teacher(call, images, tmp_path, parent):
