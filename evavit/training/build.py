@@ -265,7 +265,7 @@ def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True,
     try:
         if isinstance(model, OURS):
             fitted = fit_strictly(state, model)
-        elif isinstance(model, ConvertedModel) and state.keys() == (parent := revert_vit(model)).state_dict().keys():
+        elif isinstance(model, ConvertedModel) and state.keys() <= (parent := revert_vit(model)).state_dict().keys():
             fitted = _converted(model, parent, state, path)
         else:
             fitted = _resampled(model, state)
@@ -349,6 +349,9 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
             f'{path} is of a converted model (it has {surplus[0]}), and this model is not converted: add --convert and '
             f'its --convert-kwargs; for --kd-model-name parent give weights from before the conversion'
         )
+    heads = tuple(f'{head}.' for head in _heads_of(model))
+    if missing and not surplus and set(missing) == {key for key in own if key.startswith(heads)}:
+        raise UserError(f'{path}: weights without a classifier; train.py starts from them with --pretrained-path')
     for keys, what in (
         (missing, 'lacks'),
         (surplus, 'has, unlike the model,'),

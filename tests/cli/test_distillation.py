@@ -275,6 +275,10 @@ def test_a_teacher_without_a_classifier(train, call, images, tmp_path, parent):
     assert torch.equal(*heads)
     code, _, err = call('train', *PARENT, *QUICK, '--data-dir', images, '--output', tmp_path, *flags)
     assert code == 2 and err.count('\n') == 1 and 'weights without a classifier, so no logits to compare' in err, err
+    start = [*flags[:-2], '--initial-checkpoint', tmp_path / 'body.safetensors', *features]
+    for way in (start, start[len(CONVERT) + 2 : -len(features)]):  # which asks for a classifier; without conversion too
+        code, _, err = call('train', *PARENT, *QUICK, '--data-dir', images, '--output', tmp_path, *way)
+        assert code == 2 and 'without a classifier; train.py starts from them with --pretrained-path' in err, err
 
 
 def test_a_teacher_with_other_tokens(call, images, tmp_path, parent):
