@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import timm
 import torch
@@ -157,6 +157,22 @@ def name_converted(config: ModelConfig) -> None:
             setattr(config, name, published.get(name))
     if config.pretrained:
         config.pretrained, config.pretrained_path = False, str(folder / HF_SAFE_WEIGHTS_NAME)
+
+
+def keep_cells(config: ModelConfig, saved: Mapping[str, Any], given: Set[str]) -> None:
+    """Give the conversion of a run as many cells as it chose for its images, where a flag gives the images another
+    size, as `evavit.load_converted` does. `saved` are the run's settings, `given` the names of the flags."""
+    sized, kwargs = given & {'img_size', 'input_size', 'model_kwargs'}, saved.get('convert_kwargs') or {}
+    own = config.model != saved.get('model') or given & {'convert', 'convert_kwargs'}
+    if not sized or own or not saved.get('convert') or kwargs.get('partition_grid') is not None:
+        return
+    names = ('model', 'model_kwargs', 'img_size', 'input_size', 'in_chans', 'convert', 'convert_kwargs')
+    about: Dict[str, Any] = {name: saved.get(name) for name in names}
+    trained = build_model(ModelConfig(**about), saved.get('num_classes'), 'meta')
+    cells = trained.conversion.get('partition_grid')  # type: ignore[union-attr, operator]
+    if cells is not None:
+        config.convert_kwargs = {**kwargs, 'partition_grid': cells}
+        log.info(f'{cells} cells along each axis, as in training; --convert-kwargs, with all arguments, gives others')
 
 
 def has_weights(name: str) -> bool:
