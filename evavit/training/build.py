@@ -65,7 +65,8 @@ def build_model(
     `new_head`, for a model that is not to be trained, the weights of such a place must have a classifier.
     """
     check_source(config)
-    name_converted(config)
+    if num_classes is not None or not config.convert:
+        name_converted(config)
     kwargs = dict(config.model_kwargs or {})
     for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
@@ -132,16 +133,20 @@ def build_model(
 
 
 def name_converted(config: ModelConfig) -> None:
-    """Of a folder or repository with a converted network, which timm alone would make with softmax: put architecture,
-    conversion, image settings and the file of its weights in the place of its name. So a run's checkpoints say them."""
-    if config.convert:
+    """Of a folder or repository with a converted network, which timm alone would make with softmax, or of a folder
+    with one that is to be converted: put architecture, conversion, image settings and the file of its weights in the
+    place of its name. So a run's checkpoints say them."""
+    if config.convert and not (config.model or '').startswith('local-dir:'):
         return
     try:
         folder = source_folder(config.model or '')
         content, conversion = saved_config(folder) if folder else ({}, None)
     except ValueError as error:
         raise UserError(f'model {error}') from error
-    if folder is None or conversion is None:
+    if folder is None or (conversion is None) != bool(config.convert):
+        return
+    weights = source_weights(config.model or '') if conversion is None else folder / HF_SAFE_WEIGHTS_NAME
+    if config.pretrained and weights is None:
         return
     arguments = dict(content.get('model_args') or {})
     if config.img_size or config.input_size:
@@ -149,14 +154,15 @@ def name_converted(config: ModelConfig) -> None:
     if config.in_chans or config.input_size:
         arguments.pop('in_chans', None)
     config.model, config.model_kwargs = content.get('architecture'), {**arguments, **(config.model_kwargs or {})}
-    config.convert = conversion.pop('attention', 'eva')
-    config.convert_kwargs = {**conversion, **(config.convert_kwargs or {})}
+    if conversion is not None:
+        config.convert = conversion.pop('attention', 'eva')
+        config.convert_kwargs = {**conversion, **(config.convert_kwargs or {})}
     published = content.get('pretrained_cfg') or {}
     for name in PREPARATION:
         if getattr(config, name) is None:
             setattr(config, name, published.get(name))
     if config.pretrained:
-        config.pretrained, config.pretrained_path = False, str(folder / HF_SAFE_WEIGHTS_NAME)
+        config.pretrained, config.pretrained_path = False, str(weights)
 
 
 def keep_cells(config: ModelConfig, saved: Mapping[str, Any], given: Set[str]) -> None:
