@@ -333,6 +333,11 @@ def test_the_recipe_runs(recipe, tmp_path, name):
     assert code == 0 and f'teacher {name}' in out, err
 
 
+def test_the_recipe_takes_another_attention(recipe, parent):
+    code, _, err = recipe('--initial-checkpoint', parent, '--convert', 'local', '--dry-run')
+    assert code == 0, err
+
+
 FEATURES = words('--kd-distill-type feature --kd-feature-level tokens --task-loss-weight 0')
 
 
