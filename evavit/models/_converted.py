@@ -261,9 +261,9 @@ def convert_vit(
         attention: A key of `evavit.layers.ATTENTIONS`. With class or register tokens 'eva', 'local' or 'softmax';
             none that is made for one grid.
         window_size: Side of the windows in tokens.
-        partition_grid: Cells asked for along each axis, 0 for none. None takes cells of 3 tokens a side, at most
-            16 × 16 of them, for the model's own image size. The number stays: of larger images (`set_input_size`,
-            `dynamic_img_size`) it makes larger cells.
+        partition_grid: Cells asked for along each axis, 0 for none. None takes cells of 3 tokens along the longer side,
+            at most 16 × 16 of them, for the model's own image size. The number stays: of larger images
+            (`set_input_size`, `dynamic_img_size`) it makes larger cells.
         rel_pos_bias: Add a table of relative position biases inside the window, which starts at 0.
         count_cells: How often a cell counts in the softmax, see `evavit.layers.EvaAttention`. 'outside' is nearest to
             softmax attention.

@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import timm
 import torch
@@ -65,7 +65,8 @@ def build_model(
     `new_head`, for a model that is not to be trained, the weights of such a place must have a classifier.
     """
     check_source(config)
-    name_converted(config)
+    if num_classes is not None or not config.convert:
+        name_converted(config)
     kwargs = dict(config.model_kwargs or {})
     for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
@@ -132,16 +133,20 @@ def build_model(
 
 
 def name_converted(config: ModelConfig) -> None:
-    """Of a folder or repository with a converted network, which timm alone would make with softmax: put architecture,
-    conversion, image settings and the file of its weights in the place of its name. So a run's checkpoints say them."""
-    if config.convert:
+    """Of a folder or repository with a converted network, which timm alone would make with softmax, or of a folder
+    with one that is to be converted: put architecture, conversion, image settings and the file of its weights in the
+    place of its name. So a run's checkpoints say them."""
+    if config.convert and not (config.model or '').startswith('local-dir:'):
         return
     try:
         folder = source_folder(config.model or '')
         content, conversion = saved_config(folder) if folder else ({}, None)
     except ValueError as error:
         raise UserError(f'model {error}') from error
-    if folder is None or conversion is None:
+    if folder is None or (conversion is None) != bool(config.convert):
+        return
+    weights = source_weights(config.model or '') if conversion is None else folder / HF_SAFE_WEIGHTS_NAME
+    if config.pretrained and weights is None:
         return
     arguments = dict(content.get('model_args') or {})
     if config.img_size or config.input_size:
@@ -149,14 +154,31 @@ def name_converted(config: ModelConfig) -> None:
     if config.in_chans or config.input_size:
         arguments.pop('in_chans', None)
     config.model, config.model_kwargs = content.get('architecture'), {**arguments, **(config.model_kwargs or {})}
-    config.convert = conversion.pop('attention', 'eva')
-    config.convert_kwargs = {**conversion, **(config.convert_kwargs or {})}
+    if conversion is not None:
+        config.convert = conversion.pop('attention', 'eva')
+        config.convert_kwargs = {**conversion, **(config.convert_kwargs or {})}
     published = content.get('pretrained_cfg') or {}
     for name in PREPARATION:
         if getattr(config, name) is None:
             setattr(config, name, published.get(name))
     if config.pretrained:
-        config.pretrained, config.pretrained_path = False, str(folder / HF_SAFE_WEIGHTS_NAME)
+        config.pretrained, config.pretrained_path = False, str(weights)
+
+
+def keep_cells(config: ModelConfig, saved: Mapping[str, Any], given: Set[str]) -> None:
+    """Give the conversion of a run as many cells as it chose for its images, where a flag gives the images another
+    size, as `evavit.load_converted` does. `saved` are the run's settings, `given` the names of the flags."""
+    sized, kwargs = given & {'img_size', 'input_size', 'model_kwargs'}, saved.get('convert_kwargs') or {}
+    own = config.model != saved.get('model') or given & {'convert', 'convert_kwargs'}
+    if not sized or own or not saved.get('convert') or kwargs.get('partition_grid') is not None:
+        return
+    names = ('model', 'model_kwargs', 'img_size', 'input_size', 'in_chans', 'convert', 'convert_kwargs')
+    about: Dict[str, Any] = {name: saved.get(name) for name in names}
+    trained = build_model(ModelConfig(**about), saved.get('num_classes'), 'meta')
+    cells = trained.conversion.get('partition_grid')  # type: ignore[union-attr, operator]
+    if cells is not None:
+        config.convert_kwargs = {**kwargs, 'partition_grid': cells}
+        log.info(f'{cells} cells along each axis, as in training; --convert-kwargs, with all arguments, gives others')
 
 
 def has_weights(name: str) -> bool:
@@ -229,10 +251,19 @@ def _is_converted(path: str, name: str) -> bool:
 
 
 def head_classes(name: str, state: Mapping[str, torch.Tensor]) -> Optional[int]:
-    """Classes of weights of the model, None where they have no classifier."""
-    head = timm.get_pretrained_cfg_value(name, 'classifier') or 'head'
-    weight = state.get(f'{head}.weight') if isinstance(head, str) else None
-    return None if weight is None else weight.shape[0]
+    """Classes of weights of the model, None where they lack its classifier, or one of its two."""
+    weights = [state.get(f'{head}.weight') for head in _heads(timm.get_pretrained_cfg_value(name, 'classifier'))]
+    counts = {None if weight is None else weight.shape[0] for weight in weights}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _heads(classifier: Union[str, Sequence[str], None]) -> Tuple[str, ...]:
+    """The modules that timm's `pretrained_cfg` names as the classifier: two of a distilled DeiT."""
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ('head',))
+
+
+def _heads_of(model: nn.Module) -> Tuple[str, ...]:
+    return _heads((getattr(model, 'pretrained_cfg', None) or {}).get('classifier'))
 
 
 def read_weights(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:
@@ -256,7 +287,7 @@ def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True,
     try:
         if isinstance(model, OURS):
             fitted = fit_strictly(state, model)
-        elif isinstance(model, ConvertedModel) and state.keys() == (parent := revert_vit(model)).state_dict().keys():
+        elif isinstance(model, ConvertedModel) and state.keys() <= (parent := revert_vit(model)).state_dict().keys():
             fitted = _converted(model, parent, state, path)
         else:
             fitted = _resampled(model, state)
@@ -271,10 +302,10 @@ def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True,
 
 def _with_head_of(model: nn.Module, state: Dict[str, torch.Tensor], path: Union[str, Path]) -> Dict[str, torch.Tensor]:
     """The weights, with the model's own classifier where they have none, or one of other classes."""
-    own, head = model.state_dict(), (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
-    names = [name for name in own if name.startswith(f'{head}.')]
+    own, heads = model.state_dict(), tuple(f'{head}.' for head in _heads_of(model))
+    names = [name for name in own if name.startswith(heads)]
     if all(name in state and state[name].shape == own[name].shape for name in names):
-        return {name: value for name, value in state.items() if name in own or not name.startswith(f'{head}.')}
+        return {name: value for name, value in state.items() if name in own or not name.startswith(heads)}
     log.info(f'{path}: the classifier is made anew, with {own[names[0]].shape[0]} classes')
     return {**state, **{name: own[name] for name in names}}
 
@@ -319,14 +350,13 @@ def _resampled(model: nn.Module, weights: Dict[str, torch.Tensor]) -> Dict[str, 
 
 def check_classes(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:
     own = model.state_dict()
-    head = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
-    name = f'{head}.weight'
-    if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
-        raise UserError(
-            f'{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; '
-            f'give --num-classes {state[name].shape[0]} or data with as many, or start from its body with '
-            f'--pretrained-path'
-        )
+    for name in (f'{head}.weight' for head in _heads_of(model)):
+        if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
+            raise UserError(
+                f'{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; '
+                f'give --num-classes {state[name].shape[0]} or data with as many, or start from its body with '
+                f'--pretrained-path'
+            )
 
 
 def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:
@@ -341,6 +371,9 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
             f'{path} is of a converted model (it has {surplus[0]}), and this model is not converted: add --convert and '
             f'its --convert-kwargs; for --kd-model-name parent give weights from before the conversion'
         )
+    heads = tuple(f'{head}.' for head in _heads_of(model))
+    if missing and not surplus and set(missing) == {key for key in own if key.startswith(heads)}:
+        raise UserError(f'{path}: weights without a classifier; train.py starts from them with --pretrained-path')
     for keys, what in (
         (missing, 'lacks'),
         (surplus, 'has, unlike the model,'),

@@ -18,6 +18,8 @@ from evavit.hub import saved_config, source_folder
 from evavit.training import data
 from evavit.training.compilation import check_compilation
 from evavit.training.config import (
+    PARENT,
+    USED_BY,
     AugmentConfig,
     BatchConfig,
     DataConfig,
@@ -35,15 +37,6 @@ from evavit.training.signals import parse_interval
 
 HUBS = ('hfds', 'hfids', 'tfds')  # kinds of data sets that are found by their name alone
 MOST_OPERATIONS = 20  # that an augmentation policy may apply one after another, each to a whole image
-PARENT = 'parent'  # as a teacher: the model before its conversion
-USED_BY = {  # settings of distillation that not all of its kinds use
-    'kd_temperature': ('logit', 'logit+feature', 'token'),
-    'kd_feature_level': ('feature', 'logit+feature'),
-    'kd_feature_weight': ('logit+feature',),
-    'kd_student_feature_dim': ('feature', 'logit+feature'),
-    'kd_teacher_feature_dim': ('feature', 'logit+feature'),
-    'kd_token_distill_type': ('token',),
-}
 PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
 
 

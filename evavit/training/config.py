@@ -55,6 +55,15 @@ from evavit.training.sections import (
 LARGEST_FILE = 2**20  # bytes of a file of settings
 MOST_VALUES = 10_000  # in such a file, each counted as often as aliases repeat it
 MOST = 10**12  # of a whole number without a bound of its own
+PARENT, NO_TEACHER = 'parent', 'none'  # as a teacher: the model before its conversion, and none though a file names one
+USED_BY = {  # settings of distillation that not all of its kinds use
+    'kd_temperature': ('logit', 'logit+feature', 'token'),
+    'kd_feature_level': ('feature', 'logit+feature'),
+    'kd_feature_weight': ('logit+feature',),
+    'kd_student_feature_dim': ('feature', 'logit+feature'),
+    'kd_teacher_feature_dim': ('feature', 'logit+feature'),
+    'kd_token_distill_type': ('token',),
+}
 
 
 def _section_options(name: str, section: type) -> Iterator[Option]:
@@ -128,6 +137,24 @@ class TrainConfig(Config):
                 f'epochs; --warmup-epochs N sets it'
             )
             schedule.warmup_epochs = schedule.epochs // 5
+
+    def drop_unused(self, file: Container[str], flags: Container[str]) -> None:
+        """Leave out, with a note, what a file says of a teacher and a flag has made meaningless. What flags say so is
+        for `checks` to refuse, as is a file that contradicts itself."""
+        distil, untouched = self.distil, DistilConfig()
+        if distil.kd_model_name == NO_TEACHER:
+            distil.kd_model_name = None
+        teacher, kind = distil.kd_model_name, distil.kd_distill_type
+        left_out = []
+        for name, default in vars(untouched).items():
+            own = name in ('kd_model_kwargs', 'kd_pretrained_path') and teacher == PARENT
+            idle = 'kd_model_name' in flags and (teacher is None or own)
+            idle = idle or ('kd_distill_type' in flags and kind not in USED_BY.get(name, (kind,)))
+            if idle and name in file and name not in flags and getattr(distil, name) != default:
+                left_out.append(f'{name} {shown(getattr(distil, name))}')
+                setattr(distil, name, default)
+        if left_out:
+            self.notes.append(f'left out of the file, as the flags have no use for it: {", ".join(left_out)}')
 
     def note_unused(self, flags: Container[str]) -> None:
         """Add a note on each flag that does nothing beside the other settings. In a file it may be part of a recipe."""
@@ -262,6 +289,7 @@ def parse_settings(
     config.update(given)
     if isinstance(config, TrainConfig):
         config.fit_warmup(given_in_file, flags)
+        config.drop_unused(given_in_file, flags)
         config.note_unused(flags)
     return config, set(given)
 

@@ -28,7 +28,7 @@ from evavit.errors import UserError, first_line
 from evavit.files import RUN_WEIGHTS, is_stamped, why_no_file
 from evavit.hub import folder_digest, held_out, saved_config, source_folder
 from evavit.models import model_names
-from evavit.training.build import load_weights, read_weights, try_model
+from evavit.training.build import keep_cells, load_weights, read_weights, try_model
 from evavit.training.config import (
     ExportConfig,
     InferenceConfig,
@@ -484,6 +484,7 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     for name in FROM_CHECKPOINT:
         if name not in given and name in saved:
             setattr(model, name, saved[name])
+    keep_cells(model, saved, given)
     name = model.model or ''
     local = name.startswith('local-dir:') and not isinstance(config, InferenceConfig)  # which has more names
     if local and not content:

@@ -25,8 +25,7 @@ from torch import nn
 from evavit.arguments import shown
 from evavit.errors import UserError
 from evavit.training import build, data
-from evavit.training.checks import PARENT
-from evavit.training.config import DistilConfig, ExportConfig, ModelConfig, TrainConfig
+from evavit.training.config import PARENT, DistilConfig, ExportConfig, ModelConfig, TrainConfig
 from evavit.training.contents import complete_from_checkpoint, learnt_classes
 
 log = logging.getLogger(__name__)

@@ -355,7 +355,9 @@ class DistilConfig:
     """The teacher of knowledge distillation, and what is compared with it."""
 
     kd_model_name: Optional[str] = option(
-        None, 'distil from this model of evavit or timm; parent: from the model before its conversion (--convert)'
+        None,
+        'distil from this model of evavit or timm; parent: from the model before its conversion (--convert); none: '
+        'from none, though the file names one',
     )
     kd_model_kwargs: Optional[Dict[str, Any]] = option(None, 'arguments of the teacher, key=value …')
     kd_pretrained_path: Optional[str] = option(

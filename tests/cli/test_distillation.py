@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import yaml
 from runs import (
     CLASSES,
     MODEL,
@@ -26,6 +27,8 @@ from runs import (
 from evavit.errors import PREEMPTED, UserError
 from evavit.hub import save_folder
 from evavit.models import write_weights
+from evavit.training.checks import check_settings
+from evavit.training.config import parse_settings
 
 PARENT = ['--model', 'deit_tiny_patch16_224', '--model-kwargs', *(f'{key}={value}' for key, value in SOFTMAX.items())]
 CONVERT = words('--convert eva --convert-kwargs window_size=2 partition_grid=2')
@@ -38,12 +41,12 @@ def parent(tmp_path_factory):
     return write_parent(tmp_path_factory.mktemp('parent') / 'parent.safetensors')
 
 
-def write_parent(path, seed=0, classes=CLASSES):
+def write_parent(path, seed=0, classes=CLASSES, name=PARENT[1]):
     torch.manual_seed(seed)
-    model = timm.create_model(PARENT[1], num_classes=3, **SOFTMAX)
+    model = timm.create_model(name, num_classes=3, **SOFTMAX)
     for parameter in model.parameters():  # as if trained: attentions and answers are not near uniform
         torch.nn.init.normal_(parameter, std=0.3)
-    settings = dict(model=PARENT[1], model_kwargs=SOFTMAX, num_classes=3, class_names=classes)
+    settings = dict(model=name, model_kwargs=SOFTMAX, num_classes=3, class_names=classes)
     write_weights(model.state_dict(), path, dict(epoch='0', metric='0', args=json.dumps(settings)))
     return path
 
@@ -272,6 +275,10 @@ def test_a_teacher_without_a_classifier(train, call, images, tmp_path, parent):
     assert torch.equal(*heads)
     code, _, err = call('train', *PARENT, *QUICK, '--data-dir', images, '--output', tmp_path, *flags)
     assert code == 2 and err.count('\n') == 1 and 'weights without a classifier, so no logits to compare' in err, err
+    start = [*flags[:-2], '--initial-checkpoint', tmp_path / 'body.safetensors', *features]
+    for way in (start, start[len(CONVERT) + 2 : -len(features)]):  # which asks for a classifier; without conversion too
+        code, _, err = call('train', *PARENT, *QUICK, '--data-dir', images, '--output', tmp_path, *way)
+        assert code == 2 and 'without a classifier; train.py starts from them with --pretrained-path' in err, err
 
 
 def test_a_teacher_with_other_tokens(call, images, tmp_path, parent):
@@ -307,13 +314,80 @@ def test_processes_compare_their_teachers(call, images, tmp_path, parent, monkey
     assert code == 2 and re.search(r'teacher deit_tiny_patch16_224 .* sha256:[0-9a-f]{64}$', err.strip()), err
 
 
-def test_the_recipe_runs(call, images, tmp_path, parent):
-    """configs/convert.yaml, all of it but the sizes and the device."""
-    flags = ['-c', 'convert', *PARENT, '--initial-checkpoint', parent, '--data-dir', images, '--output', tmp_path]
-    flags += words('--convert-kwargs window_size=2 --device cpu --no-amp -b 4 --grad-accum-steps 2')
-    flags += words('--global-batch-size 8')
-    code, out, err = call('train', *flags, *words('--experiment run --epochs 1 --warmup-epochs 0 --workers 0'))
-    assert code == 0 and 'teacher deit_tiny_patch16_224' in out, err
+@pytest.fixture
+def recipe(call, images, tmp_path):
+    """recipe(*flags) → exit code, output and error lines of configs/convert.yaml but for sizes and device."""
+
+    def recipe(*flags, model=PARENT):
+        small = words('--convert-kwargs window_size=2 --device cpu --no-amp -b 4 --grad-accum-steps 2 --workers 0')
+        small += words('--global-batch-size 8 --epochs 1 --warmup-epochs 0 --experiment run')
+        return call('train', '-c', 'convert', *model, '--data-dir', images, '--output', tmp_path, *small, *flags)
+
+    return recipe
+
+
+@pytest.mark.parametrize('name', ['deit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224'])
+def test_the_recipe_runs(recipe, tmp_path, name):
+    file = write_parent(tmp_path / 'parent.safetensors', name=name)
+    code, out, err = recipe('--initial-checkpoint', file, model=['--model', name, *PARENT[2:]])
+    assert code == 0 and f'teacher {name}' in out, err
+
+
+def test_the_recipe_takes_another_attention(recipe, parent):
+    code, _, err = recipe('--initial-checkpoint', parent, '--convert', 'local', '--dry-run')
+    assert code == 0, err
+
+
+FEATURES = words('--kd-distill-type feature --kd-feature-level tokens --task-loss-weight 0')
+
+
+@pytest.mark.parametrize(
+    'flags, teacher, left_out',
+    [
+        (['--kd-model-name', 'none'], None, ['kd_temperature 2.0']),
+        (['--kd-distill-type', 'logit'], 'parent', []),
+        (BOTH, 'parent', []),
+        (FEATURES, 'parent', ['kd_temperature 2.0']),
+    ],
+    ids=['labels', 'logits', 'logits and tokens', 'features'],
+)
+def test_the_recipe_takes_every_way_of_teaching(recipe, tmp_path, parent, flags, teacher, left_out):
+    """What its file says and a flag makes meaningless is left out, the log says so, and args.yaml fits together. That
+    of features takes weights without a classifier."""
+    start = ['--initial-checkpoint', parent]
+    if flags is FEATURES:
+        body = {name: value for name, value in weights(parent).items() if not name.startswith('head.')}
+        write_weights(body, tmp_path / 'body.safetensors')
+        start = ['--pretrained-path', tmp_path / 'body.safetensors']
+    code, _, err = recipe(*start, *flags, '--dry-run')
+    assert code == 0, err
+    code, out, err = recipe(*start, *flags)
+    assert code == 0 and ('teacher ' in out) == bool(teacher), err
+    note = ''.join(line for line in out.splitlines() if 'left out of the file' in line)
+    assert all(text in note for text in left_out), out
+    saved = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    assert saved['kd_model_name'] == teacher
+    check_settings(parse_settings('train', ['-c', str(tmp_path / 'run' / 'args.yaml')])[0])
+
+
+def test_what_a_file_says_of_a_teacher_and_a_flag_does_not_change(call, images, tmp_path, parent):
+    """A file that contradicts itself is refused, as flags are; a teacher's own arguments give way to `parent`."""
+    (tmp_path / 'own.yaml').write_text('kd_model_name: parent\nkd_temperature: 2\nkd_distill_type: feature\n')
+    (tmp_path / 'other.yaml').write_text('kd_model_name: resnet18\nkd_model_kwargs: {depth: 9}\nkd_temperature: 2\n')
+    place = [*PARENT, *QUICK, *CONVERT, '--initial-checkpoint', parent, '--data-dir', images, '--output', tmp_path]
+    for file, flags, line in (
+        ('own', [], 'kd_temperature does nothing with kd_distill_type feature'),
+        ('other', ['--kd-model-name', 'none', '--kd-temperature', '3'], 'kd_temperature does nothing without'),
+        (
+            'other',
+            ['--kd-model-name', 'parent', '--kd-model-kwargs', 'depth=2'],
+            'kd_model_kwargs: kd_model_name parent',
+        ),
+    ):
+        code, _, err = call('train', '-c', tmp_path / f'{file}.yaml', *place, *flags)
+        assert code == 2 and line in err and err.count('\n') == 1, err
+    code, _, err = call('train', '-c', tmp_path / 'other.yaml', *place, '--kd-model-name', 'parent', '--dry-run')
+    assert code == 0, err
 
 
 def test_a_dry_run_names_the_teacher(call, images, tmp_path, parent):

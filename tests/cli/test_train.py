@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import timm
@@ -391,6 +392,25 @@ def test_fine_tuning_starts_from_a_body_with_other_classes(train, call, images, 
     body, tuned = weights(folder / 'last.safetensors'), weights(tmp_path / 'tuned' / 'last.safetensors')
     assert tuned['head.weight'].shape[0] == 2
     assert all(torch.equal(body[key], tuned[key]) for key in body if not key.startswith('head.'))
+
+
+@pytest.mark.parametrize('classes', [3, 5])
+def test_a_folder_whose_network_is_converted(train, call, images, tmp_path, classes):
+    """--model local-dir:FOLDER --pretrained --convert: checkpoints carry the conversion and need the folder no more."""
+    parent = timm.create_model('vit_tiny_patch16_224', num_classes=classes, **SOFTMAX)
+    folder = save_folder(parent, tmp_path / 'mine', data='x', licence='mit', data_config=dict(mean=(0.1, 0.2, 0.3)))
+    flags = words('--lr 0 --convert eva --convert-kwargs window_size=2') + ['--kd-model-name', 'parent'] * (
+        classes == 3
+    )
+    tuned = train('tuned', *flags, model=['--model', f'local-dir:{folder}', '--pretrained'])
+    saved = yaml.safe_load((tuned / 'args.yaml').read_text())
+    assert (saved['model'], saved['convert'], saved['mean']) == ('vit_tiny_patch16_224', 'eva', [0.1, 0.2, 0.3])
+    shutil.rmtree(folder)
+    model = evavit.load_converted(tuned)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, parent.blocks[0].attn.qkv.weight) and model.num_classes == 3
+    assert torch.equal(model.head.weight, parent.head.weight) == (classes == 3)
+    code, out, err = call('validate', '--checkpoint', tuned, '--data-dir', images, '--workers', '0', '--device', 'cpu')
+    assert code == 0, out + err
 
 
 @pytest.mark.parametrize('source', ['local-dir:', 'hf-hub:'])

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, together, words, write_shards
 
+import evavit
 from evavit.hub import save_folder
+from evavit.models import write_weights
 
 COLUMNS = ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']
 HUB = dict(label_names=[*CLASSES], data='fruit', licence='mit')
@@ -41,6 +43,24 @@ def test_checkpoints_need_no_other_flag(train, judged):
         assert row['loss'] == pytest.approx(float(expected['eval_loss']), abs=1e-5)
         assert row['images'] == 13 and row['img_size'] == 16
         assert list(row)[:9] == COLUMNS and row['top1'] + row['top1_err'] == pytest.approx(100)
+
+
+def test_cells_of_a_converted_run_stay_at_another_size(train, judged, tmp_path):
+    """Those that it chose for its own images, as load_converted has them and a folder of save_folder says them."""
+    sizes = [f'{key}={value}' for key, value in SOFTMAX.items()]
+    parent = ['--model', 'vit_tiny_patch16_224', '--model-kwargs', *sizes]
+    torch.manual_seed(0)
+    vit = timm.create_model(parent[1], num_classes=3, **SOFTMAX)
+    for parameter in vit.parameters():  # as if trained: attentions and answers are not near uniform
+        torch.nn.init.normal_(parameter, std=0.3)
+    write_weights(vit.state_dict(), tmp_path / 'vit.safetensors')
+    parent += ['--initial-checkpoint', tmp_path / 'vit.safetensors']
+    folder = train('run', *words('--epochs 1 --lr 0 --convert eva --convert-kwargs window_size=2'), model=parent)
+    save_folder(evavit.load_converted(folder), tmp_path / 'hub', **HUB)
+    sized = ['--img-size', '32']  # 8 × 8 tokens, for which convert_vit would choose 3 × 3 cells, of 4 × 4 tokens 2 × 2
+    run, hub = (judged('--checkpoint', place, *sized)['loss'] for place in (folder, tmp_path / 'hub'))
+    asked = judged('--checkpoint', folder, *sized, '--convert-kwargs', 'window_size=2', 'partition_grid=3')['loss']
+    assert run == pytest.approx(hub, abs=1e-6) and abs(run - asked) > 1e-5
 
 
 def test_results_as_csv(train, call, images, tmp_path):

@@ -13,7 +13,7 @@ import safetensors.torch
 import timm
 import torch
 from programs import load_program
-from runs import signal_at, words, write_images
+from runs import ROOT, signal_at, words, write_images
 
 from evavit.errors import run_script
 from evavit.training.config import parse_settings
@@ -145,6 +145,37 @@ def test_no_data_is_a_line(build, tmp_path, capsys):
     assert 'build.py' in capsys.readouterr().err
     assert run_script(driver.main, ['--data-dir', str(tmp_path), '--list', '--only', 'E99']) == 2
     assert '--only E99' in capsys.readouterr().err
+
+
+def test_the_recipe_is_what_was_measured():
+    """configs/convert.yaml says of each setting that is not the experiment's that it was not measured."""
+    recipe = ROOT / 'configs' / 'convert.yaml'
+    kind = load_program('experiments/tiny_imagenet/run.py').KINDS['logit']
+    measured = ROOT / 'experiments' / 'tiny_imagenet' / 'convert.yaml'
+    own, theirs = (
+        parse_settings('train', ['-c', str(file), '--convert', 'eva', *flags])[0].flat()
+        for file, flags in (
+            (recipe, []),
+            (measured, [*kind, '--convert-kwargs', 'count_cells=outside', 'window_size=4']),
+        )
+    )
+    lines = {line.split(':')[0].strip(): line for line in recipe.read_text().splitlines()}
+    about_it = {name for name, line in lines.items() if 'not measured' in line and not name.startswith('#')}
+    data = {'model', 'model_kwargs', 'num_classes', 'train_split', 'val_split', 'mean', 'std'}
+    batch = {
+        'batch_size',
+        'grad_accum_steps',
+        'global_batch_size',
+        'workers',
+        'seed',
+        'log_interval',
+        'checkpoint_hist',
+    }
+    kwargs = [settings.pop('convert_kwargs') for settings in (own, theirs)]
+    defaults = {'opt_betas', 'opt_eps', 'task_loss_weight', 'distill_loss_weight'}  # which one of the files spells out
+    pairs = [(name, own[name], theirs[name]) for name in own.keys() - data - batch - defaults - {'epochs'}]
+    pairs += [(name, *(settings.get(name) for settings in kwargs)) for name in kwargs[0]]
+    assert {name for name, ours, other in pairs if ours != other} == about_it
 
 
 def test_attentions_at_a_small_size(build, source, tmp_path, monkeypatch, capsys):

@@ -184,6 +184,32 @@ def test_weights_of_a_converted_model_for_one_that_is_not(config, tmp_path):
         assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize('convert, converted', [(False, False), (True, False), (True, True)])
+def test_both_classifiers_of_a_distilled_deit(config, tmp_path, convert, converted):
+    """Of the same classes they are kept, by every flag; of others they are made anew, or refused in a line."""
+    name, sizes = 'deit_tiny_distilled_patch16_224', dict(img_size=64, depth=1, embed_dim=64, num_heads=2)
+    parent = timm.create_model(name, num_classes=3, **sizes)
+    if converted:
+        parent = convert_vit(parent, window_size=2, partition_grid=2)
+    file = tmp_path / 'mine.safetensors'
+    write_weights(parent.state_dict(), file)
+    flags = ['--model', name, '--model-kwargs', *(f'{key}={value}' for key, value in sizes.items())]
+    if convert:
+        flags += ['--convert', 'eva', '--convert-kwargs', 'window_size=2', 'partition_grid=2']
+    for way in ('--pretrained-path', '--initial-checkpoint'):
+        kept = build.build_model(config('finetune_small', *flags, way, str(file)).model, 3)
+        for key, value in parent.state_dict().items():
+            assert torch.equal(kept.state_dict()[key], value), key
+    other = build.build_model(config('finetune_small', *flags, '--pretrained-path', str(file)).model, 5)
+    assert [head.out_features for head in other.get_classifier()] == [5, 5]
+    assert torch.equal(other.dist_token, parent.dist_token)
+    with pytest.raises(UserError, match='has 3 classes, the model or data set has 5'):
+        build.build_model(config('finetune_small', *flags, '--initial-checkpoint', str(file)).model, 5)
+    assert build.head_classes(name, parent.state_dict()) == 3
+    del parent.head_dist
+    assert build.head_classes(name, parent.state_dict()) is None
+
+
 def test_a_folder_with_a_converted_network_as_the_model(config, tmp_path):
     """--model local-dir:FOLDER --pretrained: converted as it was, a new head for other classes, another size; the
     settings name its parts, so that a checkpoint of the run needs no folder."""
