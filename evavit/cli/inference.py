@@ -73,7 +73,9 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}')
     machine, batch_size = config.machine, config.batch.batch_size
     machine.workers = min(machine.workers, -(-len(dataset) // batch_size))
-    loader = data.eval_loader(dataset, data_config, batch_size=batch_size, machine=machine, device=process.device)
+    loader = data.eval_loader(
+        dataset, data_config, batch_size=batch_size, machine=machine, device=process.device, watchdog=process.watchdog
+    )
     model, compilation = loop.place_model(model, machine, process.device)
     line = loop.ProgressLine(len(loader), config.run.log_interval, process.primary)
     line.live = line.live and config.results.no_console_results

@@ -85,6 +85,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         batch_size=config.batch.validation_batch_size or config.batch.batch_size,
         machine=config.machine,
         device=process.device,
+        watchdog=process.watchdog,
     )
     check_agreement(
         process,

@@ -58,7 +58,12 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     data_config = contents.finish_model(model, config)
     machine = config.machine
     loader = data.eval_loader(
-        dataset, data_config, batch_size=config.batch.batch_size, machine=machine, device=process.device
+        dataset,
+        data_config,
+        batch_size=config.batch.batch_size,
+        machine=machine,
+        device=process.device,
+        watchdog=process.watchdog,
     )
 
     check_agreement(process, config, images=len(dataset), batches=len(loader), class_names=class_names)

@@ -339,14 +339,16 @@ class CheckedStream(IterableImageDataset):
         for number, (item, label) in enumerate(self._items()):
             record = item if isinstance(item, dict) else dict(bytes=item)
             name, content = record.get('path'), record.get('bytes') or b''
-            if not name:  # its content tells it from others, or its place
-                place = f'record {number} of loading process {getattr(self.reader, "global_worker_id", 0)}'
-                name = 'an image without a name' if content else place
+            place = f'record {number} of loading process {getattr(self.reader, "global_worker_id", 0)}'
+            if not name:  # its place tells it from others; a reader that repeats images knows them by their content
+                once = hasattr(getattr(self.reader, 'ds', None), 'cast_column')
+                name = place if once or not content else 'an image without a name'
             label = self.labels.check(label, name)
             try:
                 image = _decode_item(record, self.mode, self.jpeg_as)
             except BadImageError as error:
-                self.bad.mark(None, name, str(error), content if isinstance(content, bytes) else b'')
+                told = content if isinstance(content, bytes) and content else place.encode()
+                self.bad.mark(None, name, str(error), told)
                 if self.reader.is_training:
                     owed += 1
                 else:

@@ -23,6 +23,7 @@ from evavit.training.data.device import DeviceLoader, Draws, Maker, Sample, cach
 from evavit.training.data.transforms import speed_up
 from evavit.training.distributed import Draw, Process, seed_at, seed_sample
 from evavit.training.signals import SIGNALS
+from evavit.training.stalls import Watchdog
 
 FILES, FILES_PER_WORKER = 32, 4  # that a process has open at least, and for each loading process: pipes and batches
 Batches = Iterator[Tuple[torch.Tensor, torch.Tensor]]
@@ -149,16 +150,16 @@ def _on_gpu(machine: MachineConfig) -> bool:
     return machine.augment_device != 'cpu'
 
 
-def _read_for(dataset: Any, machine: MachineConfig, device: torch.device) -> Tuple[Any, Any]:
+def _read_for(dataset: Any, machine: MachineConfig, device: torch.device, watchdog: Watchdog) -> Tuple[Any, Any]:
     """What is loaded for the device path, with files as they are or from a cache on the device, and that cache."""
     if machine.augment_device == 'cuda' != device.type:  # tests have the same operators work on CPU tensors
         raise UserError(f'--augment-device cuda needs a GPU, and this run is on {device}; leave it out')
     if not hasattr(dataset, 'jpeg_as'):  # it goes through another one again and again
         outer = copy.copy(dataset)
-        outer.dataset, store = _read_for(dataset.dataset, machine, device)
+        outer.dataset, store = _read_for(dataset.dataset, machine, device, watchdog)
         return outer, store
     dataset.jpeg_as = 'file'
-    return cached(dataset, device, machine.workers) if machine.cache_device else (dataset, None)
+    return cached(dataset, device, machine.workers, watchdog) if machine.cache_device else (dataset, None)
 
 
 def _innermost(dataset: Any) -> Any:
@@ -229,7 +230,7 @@ def train_loader(
     _check_workers(dataset, machine.workers)
     opened, store, on_device = dataset, None, _on_gpu(machine)
     if on_device:
-        dataset, store = _read_for(dataset, machine, device)
+        dataset, store = _read_for(dataset, machine, device, process.watchdog)
     read = dataset
     if not isinstance(dataset, IterableImageDataset):
         dataset = Numbered(SeededDataset(dataset)) if on_device else SeededDataset(dataset)
@@ -290,12 +291,19 @@ def transform_arguments(augment: AugmentConfig, data_config: Dict[str, Any]) -> 
 
 
 def eval_loader(
-    dataset: Any, data_config: Dict[str, Any], *, batch_size: int, machine: MachineConfig, device: torch.device
+    dataset: Any,
+    data_config: Dict[str, Any],
+    *,
+    batch_size: int,
+    machine: MachineConfig,
+    device: torch.device,
+    watchdog: Optional[Watchdog] = None,
 ) -> Any:
-    """Batches of images on the device, in order; the sampler knows which of them only make the processes even."""
+    """Batches of images on the device, in order; the sampler knows which of them only make the processes even. The
+    watchdog looks at what is read to a cache before them."""
     _check_workers(dataset, machine.workers)
     on_device = _on_gpu(machine)
-    read, store = _read_for(dataset, machine, device) if on_device else (dataset, None)
+    read, store = _read_for(dataset, machine, device, watchdog or Watchdog()) if on_device else (dataset, None)
     given: Any = Numbered(read) if on_device and not isinstance(read, IterableImageDataset) else read
     loader = create_loader(
         given,

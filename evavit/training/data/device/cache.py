@@ -11,6 +11,7 @@ from evavit.errors import UserError
 from evavit.training.data.decode import BadImageError, Jpeg
 from evavit.training.data.device.decode import Decoder, pieces
 from evavit.training.data.device.draws import Stored
+from evavit.training.stalls import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +102,13 @@ class Store:
         return [self.all[number] for number in numbers.tolist()]
 
 
-def cached(dataset: Any, device: torch.device, workers: int) -> Tuple[Cached, Store]:
+def cached(dataset: Any, device: torch.device, workers: int, watchdog: Watchdog) -> Tuple[Cached, Store]:
     """Read a data set to the device: what the loader then loads, and the images.
 
     Raises:
         UserError: It does not fit.
     """
-    if not hasattr(dataset, 'fetch'):
-        raise UserError('--cache-device needs a data set with an index, which a stream has not; leave it out')
+    _check_index(dataset)
     loader: Any = torch.utils.data.DataLoader(
         _Reading(dataset), batch_size=READ, num_workers=workers, collate_fn=list, persistent_workers=False
     )
@@ -117,7 +117,7 @@ def cached(dataset: Any, device: torch.device, workers: int) -> Tuple[Cached, St
     labels: List[int] = []
     bad: Dict[int, List[Any]] = {}
     try:
-        for batch in loader:
+        for batch in watchdog.batches(loader, dataset):
             images = [_sent(item.content, device) for item in batch]
             files = [number for number, item in enumerate(batch) if isinstance(item.content, Jpeg)]
             for part in pieces([batch[number].content.size[0] * batch[number].content.size[1] for number in files]):
@@ -156,8 +156,14 @@ def _sent(content: Any, device: torch.device) -> Any:
     return content if isinstance(content, Jpeg) else torch.from_numpy(content).to(device, non_blocking=True)
 
 
+def _check_index(dataset: Any) -> None:
+    if not hasattr(dataset, 'fetch'):
+        raise UserError('--cache-device needs a data set with an index, which a stream has not; leave it out')
+
+
 def cache_size(dataset: Any) -> int:
-    """Bytes that a data set takes on the device, by the sizes of `PROBED` of its images."""
+    """Bytes that a data set takes on the device, by the sizes of `PROBED` of its images. UserError for a stream."""
+    _check_index(dataset)
     step = max(1, len(dataset) // PROBED)
     found = []
     for index in range(0, len(dataset), step):

@@ -253,6 +253,22 @@ def test_a_cache_that_fills_the_device_is_a_line(photos, monkeypatch):
         loader(photos, 'any', cache=True)
 
 
+def test_the_watchdog_looks_at_what_a_cache_reads(photos):
+    """Where an image never comes, --stall-timeout names it there too."""
+    watched = []
+
+    class Noting(Watchdog):
+        def batches(self, batches, dataset):
+            watched.append(dataset.place(0))
+            return batches
+
+    dataset, _ = data.open_dataset(DataConfig(data_dir=str(photos)), 'train', batch_size=4)
+    machine = MachineConfig(workers=0, augment_device='any', cache_device=True)
+    rest = dict(batch_size=4, machine=machine, device=torch.device('cpu'), watchdog=Noting())
+    data.eval_loader(dataset, config(), **rest)
+    assert watched == [dataset.place(0)]
+
+
 def test_a_cached_validation_is_the_same(tmp_path):
     """A bad image is counted in each validation. Where all is on the device no loading processes start."""
     root = write(tmp_path, 9)

@@ -2,12 +2,13 @@
 
 import io
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training.data.device.pictures import config, jpeg, photographs, undecodable
 
-from evavit.errors import LocalError
+from evavit.errors import LocalError, UserError
 from evavit.training import data
 from evavit.training.data.images import UNREADABLE, CheckedStream
 from evavit.training.distributed import Process
@@ -112,4 +113,26 @@ def test_images_without_names_count_one_by_one(record, jpeg_as):
         for file, label in stream:
             if jpeg_as == 'file' and label != UNREADABLE:
                 assert stream.replace(file, -1, label)[1] == UNREADABLE
+    assert stream.bad.count == 6
+    with pytest.raises(UserError, match='--cache-device needs a data set with an index'):
+        data.cache_size(stream)  # in a dry run
+
+
+class Table(Reader):
+    """One of the Hub, with or without names: none of its records comes twice."""
+
+    input_key, target_key = 'image', 'label'
+
+    def __init__(self, records):
+        super().__init__(records)
+        self.ds = SimpleNamespace(cast_column=None)
+
+
+@pytest.mark.parametrize('record', [dict(bytes=b'<html>403 Forbidden'), dict(bytes=b'', path='0.jpg')])
+def test_records_of_a_table_that_are_alike_count_one_by_one(record):
+    table = Table([record] * 6)
+    table.is_training = True
+    stream = CheckedStream(table, 'RGB', 1.0)
+    for _ in range(2):
+        assert list(stream) == []
     assert stream.bad.count == 6
