@@ -1,14 +1,18 @@
-"""When a run saves within an epoch, and when it stops: an interval of the user's, and SIGTERM, SIGINT or SIGUSR1."""
+"""When a run saves within an epoch, and when it stops: an interval of the user's, and SIGTERM, SIGINT or SIGUSR1, which
+loading processes do not heed."""
 
 import logging
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from types import TracebackType
 from typing import Any, Dict, Optional, Tuple, Type
+
+import torch
 
 from evavit.arguments import shown
 from evavit.errors import UserError, end_now
@@ -31,6 +35,31 @@ def parse_interval(text: Optional[str]) -> Tuple[Optional[int], Optional[float]]
     if number is None or not value:
         raise UserError(f'checkpoint_interval {shown(text)}: takes a number of updates (500) or of minutes (10m)')
     return (None, 60 * value) if number[2] or number[4] else (int(value), None)
+
+
+def start_worker(_: Any) -> int:
+    """What a loading process begins with; returns its seed. It heeds no signal but its main process's own SIGTERM:
+    schedulers and terminals send them to every process of a job, and a run that is to save needs its workers for the
+    update under way. Of a main process that ends while it takes a batch the worker says nothing: that one has told why.
+    """
+    hook = sys.excepthook
+
+    def tell(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            hook(kind, error, trace)
+
+    sys.excepthook = tell
+    if hasattr(signal, 'sigwaitinfo'):  # not on every system
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_wait_for_parents_signal, args=(os.getppid(),), daemon=True).start()
+    info: Any = torch.utils.data.get_worker_info()
+    return info.seed
+
+
+def _wait_for_parents_signal(parent: int) -> None:
+    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class SignalHandler:

@@ -1,14 +1,9 @@
 """Loaders: timm's, which start at any batch of an epoch and draw there what they would have drawn without a stop."""
 
 import copy
-import os
-import signal
-import sys
-import threading
 from contextlib import suppress
 from itertools import islice
-from types import TracebackType
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -22,7 +17,7 @@ from evavit.training.data.augment import SeededErasing, repair_posterize
 from evavit.training.data.device import DeviceLoader, Draws, Maker, Sample, cached, collate
 from evavit.training.data.transforms import speed_up
 from evavit.training.distributed import Draw, Process, seed_at, seed_sample
-from evavit.training.signals import SIGNALS
+from evavit.training.signals import start_worker
 from evavit.training.stalls import Watchdog
 
 FILES, FILES_PER_WORKER = 32, 4  # that a process has open at least, and for each loading process: pipes and batches
@@ -82,29 +77,6 @@ class SeededSampler(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[Tuple[int, Tuple[int, ...]]]:
         for place, index in islice(enumerate(self.sampler), self.first, self.last):
             yield index, (self.seed, int(Draw.IMAGE), self.epoch, place * self.world_size + self.rank)
-
-
-def _start_worker(info: Any) -> int:
-    """A worker heeds no signal but its main process's own SIGTERM. Schedulers and terminals send them to every process
-    of a job, and a run that is to save needs its workers for the update under way. Of a main process that ends while it
-    takes a batch the worker says nothing: that process has told why."""
-    hook = sys.excepthook
-
-    def tell(kind: Type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            hook(kind, error, trace)
-
-    sys.excepthook = tell
-    if hasattr(signal, 'sigwaitinfo'):  # not on every system
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        threading.Thread(target=_wait_for_parents_signal, args=(os.getppid(),), daemon=True).start()
-    return info.seed
-
-
-def _wait_for_parents_signal(parent: int) -> None:
-    while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 def _collate(samples: Sequence[Tuple[Any, int]]) -> Tuple[torch.Tensor, ...]:
@@ -251,7 +223,7 @@ def train_loader(
             device=device,
             persistent_workers=False,
             collate_fn=_collate,
-            worker_seeding=_start_worker,  # type: ignore[arg-type]  # timm takes a function too
+            worker_seeding=start_worker,  # type: ignore[arg-type]  # timm takes a function too
             **transform_arguments(augment, data_config),
         )
     except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -311,7 +283,7 @@ def eval_loader(
         batch_size=batch_size,
         is_training=False,
         collate_fn=_collate,
-        worker_seeding=_start_worker,  # type: ignore[arg-type]  # timm takes a function too
+        worker_seeding=start_worker,  # type: ignore[arg-type]  # timm takes a function too
         interpolation=data_config['interpolation'],
         mean=data_config['mean'],
         std=data_config['std'],

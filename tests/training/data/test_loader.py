@@ -18,8 +18,8 @@ from evavit.errors import UserError
 from evavit.training import data
 from evavit.training.config import DataConfig, ModelConfig
 from evavit.training.data.folders import ClassFolders, natural_key
-from evavit.training.data.loader import _start_worker
 from evavit.training.data.pictures import Pictures
+from evavit.training.signals import start_worker
 
 
 def open_dataset(config, split, **rest):
@@ -204,10 +204,6 @@ def test_a_worker_says_nothing_of_a_main_process_that_ends(capfd):
     list(torch.utils.data.DataLoader(Telling(), num_workers=1, worker_init_fn=start_worker))
     err = capfd.readouterr().err
     assert 'of KeyError' in err and 'of ConnectionResetError' not in err and 'of EOFError' not in err
-
-
-def start_worker(_):
-    _start_worker(torch.utils.data.get_worker_info())
 
 
 def test_labels_of_a_data_set_are_those_that_were_learnt(caplog):

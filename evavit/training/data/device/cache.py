@@ -11,6 +11,7 @@ from evavit.errors import UserError
 from evavit.training.data.decode import BadImageError, Jpeg
 from evavit.training.data.device.decode import Decoder, pieces
 from evavit.training.data.device.draws import Stored
+from evavit.training.signals import start_worker
 from evavit.training.stalls import Watchdog
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,11 @@ def cached(dataset: Any, device: torch.device, workers: int, watchdog: Watchdog)
     """
     _check_index(dataset)
     loader: Any = torch.utils.data.DataLoader(
-        _Reading(dataset), batch_size=READ, num_workers=workers, collate_fn=list, persistent_workers=False
+        _Reading(dataset),
+        batch_size=READ,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=start_worker,  # type: ignore[arg-type]  # the seed that it returns is for timm
     )
     decoder, store = Decoder(device), Store()
     sizes: List[Tuple[int, int]] = []

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import threading
 from multiprocessing import active_children
 
@@ -18,6 +19,7 @@ from evavit.training.data.decode import Jpeg, decode
 from evavit.training.data.device import Draws
 from evavit.training.data.device import decode as device_decode
 from evavit.training.data.device.resample import resample
+from evavit.training.data.images import CheckedImages
 from evavit.training.sections import DataConfig, MachineConfig
 from evavit.training.stalls import Watchdog
 
@@ -267,6 +269,19 @@ def test_the_watchdog_looks_at_what_a_cache_reads(photos):
     rest = dict(batch_size=4, machine=machine, device=torch.device('cpu'), watchdog=Noting())
     data.eval_loader(dataset, config(), **rest)
     assert watched == [dataset.place(0)]
+
+
+def test_a_signal_to_what_reads_a_cache_does_no_harm(photos, monkeypatch):
+    """Schedulers send SIGTERM to every process of a job, and the run has still to save."""
+    fetch = CheckedImages.fetch
+
+    def signalled(dataset, index):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(dataset, index)
+
+    monkeypatch.setattr(CheckedImages, 'fetch', signalled)
+    assert len(loader(photos, 'any', workers=1, cache=True).dataset) == 13
 
 
 def test_a_cached_validation_is_the_same(tmp_path):
