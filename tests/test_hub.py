@@ -19,10 +19,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 import evavit
 from evavit.card import model_card
+from evavit.errors import UserError
 from evavit.hub import load_converted, publish, save_folder, source_folder
 from evavit.models import write_weights
 from evavit.training.config import parse_settings
-from evavit.training.contents import complete_from_checkpoint
+from evavit.training.contents import complete_from_checkpoint, learnt_classes
 
 ROOT = Path(__file__).parents[1]
 PLAIN = (
@@ -175,6 +176,26 @@ def test_names_of_the_classes_decide_the_labels(tmp_path):
     for damaged in (names[:2], 5, [1, 2, 3], ['a', 'a', 'b']):
         (folder / 'config.json').write_text(json.dumps({**config, 'label_names': damaged}))
         assert complete_from_checkpoint(*parse_settings('validate', ['--checkpoint', str(folder)])) is None
+
+
+@pytest.mark.parametrize('place', ['top', 'pretrained_cfg'])
+def test_names_of_the_classes_as_timm_writes_them(tmp_path, place):
+    """As {number: name}, or within pretrained_cfg: they decide the labels all the same."""
+    names = list(reversed(CLASSES))
+    model = timm.create_model(PLAIN[0], **{**PLAIN[1], 'num_classes': len(names)})
+    folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit')
+    config = json.loads((folder / 'config.json').read_text())
+    flags = ['--model', f'local-dir:{folder}', '--pretrained']
+    for given in ({str(number): name for number, name in enumerate(names)}, names):
+        changed = {**config, 'label_names': given}
+        if place != 'top':
+            changed = {**config, place: {**config['pretrained_cfg'], 'label_names': given}}
+        (folder / 'config.json').write_text(json.dumps(changed))
+        assert complete_from_checkpoint(*parse_settings('validate', ['--checkpoint', str(folder)])) == names
+        assert learnt_classes(parse_settings('train', [*flags, '--data-dir', 'x'])[0].model) == names
+    (folder / 'config.json').write_text(json.dumps({**config, 'label_names': {'1': 'a', '2': 'b', '3': 'c'}}))
+    with pytest.raises(UserError, match=r'config\.json is damaged \(label_names are not of classes 0 to 2\)'):
+        complete_from_checkpoint(*parse_settings('validate', ['--checkpoint', str(folder)]))
 
 
 def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):

@@ -164,6 +164,10 @@ def check_settings(config: ValidateConfig) -> None:
         check_replaced(Path(results), lambda names, _: names[:3] == own and 'images' in names)
     if config.run.report_dir:
         check_report_dir(Path(config.run.report_dir))
+        if results and Path(results).resolve() in [
+            Path(config.run.report_dir, name).resolve() for name in report.TABLES
+        ]:
+            raise UserError(f'--results-file {results}: a table of the report has that name; name another file')
 
 
 def check_report_dir(folder: Path) -> None:

@@ -102,7 +102,9 @@ def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
     checkpoints.
     """
     found = checkpoints_in(folder)
-    left = [*found, *(path for name in ('last', 'model_best') if (path := folder / f'{name}.safetensors').is_file())]
+    kept = (path for path in folder.glob('checkpoint-*.pth.tar') if KEPT.fullmatch(path.name) and path not in found)
+    left = [*found, *(folder / f'{name}.safetensors' for name in ('last', 'model_best')), *kept]
+    left = [path for path in left if path.is_file() or path.is_symlink()]  # also one to a disk that is not there
     if not left:
         _check_others(folder)
     if resume and resume != 'auto':

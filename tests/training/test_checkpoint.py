@@ -402,11 +402,15 @@ def test_what_is_left_of_a_run_is_not_overwritten(saver, tmp_path):
     assert other.best_metric == 0.5 and (tmp_path / 'last.pth.tar').is_file()
     for path in tmp_path.glob('*.pth.tar'):
         path.unlink()
-    for name in ('last.safetensors', 'model_best.safetensors'):
-        for resumed in (None, 'auto'):
-            with pytest.raises(UserError, match=f'holds {name} of a run, and no checkpoint to continue from: choose'):
-                run_folder.find_resume(resumed, tmp_path)
-        (tmp_path / name).unlink()
+    (tmp_path / 'checkpoint-1.pth.tar').symlink_to('elsewhere')
+    for name in ('last.safetensors', 'model_best.safetensors', 'checkpoint-1.pth.tar'):
+        for there in (True, False):  # or is a link to a disk that is not there
+            for resumed in (None, 'auto'):
+                with pytest.raises(UserError, match=f'holds {name} of a run, and no checkpoint to continue from: choo'):
+                    run_folder.find_resume(resumed, tmp_path)
+            (tmp_path / name).unlink()
+            if there:
+                (tmp_path / name).symlink_to('nowhere')
     assert run_folder.find_resume('auto', tmp_path) == []
 
 
