@@ -90,7 +90,7 @@ class BadImages:
         self.found: Dict[
             int, str
         ] = {}  # index → "name\nreason", '' where no name was kept; of all processes since they agreed
-        self.reported: Set[int] = set()  # indices that a warning of this run has named
+        self.reported: Set[str] = set()  # of these lines what a warning of this run has told
 
     @property
     def count(self) -> int:
@@ -102,7 +102,7 @@ class BadImages:
         self.counter.zero_()
         self.marks.zero_()
         self.read, self.found = 0, dict(found)
-        self.reported.update(self.found)
+        self.reported.update(self.found.values())
         self.marks[[index for index in self.found if index < len(self.marks)]] = True
 
     def mark(self, index: Optional[int], name: str, why: str, content: bytes = b'') -> None:
@@ -160,9 +160,9 @@ class BadImages:
         return self._unreported()
 
     def _unreported(self) -> List[Tuple[str, str]]:
-        new = {index: line for index, line in self.found.items() if line and index not in self.reported}
+        new = [line for line in dict.fromkeys(self.found.values()) if line and line not in self.reported]
         self.reported.update(new)
-        return [(line.rpartition('\n')[0], line.rpartition('\n')[2]) for line in new.values()]
+        return [(line.rpartition('\n')[0], line.rpartition('\n')[2]) for line in new]
 
     def _look(self) -> None:
         """Take note of what this process and its workers have marked since the last look."""
@@ -339,22 +339,26 @@ class CheckedStream(IterableImageDataset):
         for number, (item, label) in enumerate(self._items()):
             record = item if isinstance(item, dict) else dict(bytes=item)
             name, content = record.get('path'), record.get('bytes') or b''
+            number = record.get('place', number)
             place = f'record {number} of loading process {getattr(self.reader, "global_worker_id", 0)}'
-            if not name:  # its place tells it from others; a reader that repeats images knows them by their content
-                once = hasattr(getattr(self.reader, 'ds', None), 'cast_column')
-                name = place if once or not content else 'an image without a name'
+            known = content if isinstance(content, bytes) and content else place.encode()
+            if 'place' in record:  # tells it from others, also in a further pass
+                name, known = name or place, place.encode()
+            elif not name:
+                name = 'an image without a name' if content else place
             label = self.labels.check(label, name)
             try:
                 image = _decode_item(record, self.mode, self.jpeg_as)
             except BadImageError as error:
-                told = content if isinstance(content, bytes) and content else place.encode()
-                self.bad.mark(None, name, str(error), told)
+                self.bad.mark(None, name, str(error), known)
                 if self.reader.is_training:
                     owed += 1
                 else:
                     yield self._transformed(Image.new(self.mode, (8, 8)), UNREADABLE)
             else:
-                good = dataclasses.replace(image, name=name) if isinstance(image, Jpeg) else image, label
+                if isinstance(image, Jpeg):  # whose decoder may still refuse it: see `replace`
+                    image = dataclasses.replace(image, name=f'{name}\n{place}' if 'place' in record else name)
+                good = image, label
                 yield self._transformed(*good)
             while owed and good:
                 owed -= 1
@@ -388,7 +392,8 @@ class CheckedStream(IterableImageDataset):
         try:
             return decode(io.BytesIO(file.content), self.mode), label
         except BadImageError as error:
-            self.bad.mark(None, file.name, str(error), file.content)
+            name, *place = re.split(r'\n(?=record \d+ of loading process \d+\Z)', file.name)
+            self.bad.mark(None, name, str(error), place[0].encode() if place else file.content)
         return (None, label) if self.reader.is_training else (Image.new(self.mode, (8, 8)), UNREADABLE)
 
     def _transformed(self, image: Any, target: int) -> Tuple[Any, int]:
@@ -398,7 +403,7 @@ class CheckedStream(IterableImageDataset):
         """Have the reader hand over bytes, and tell of what it cannot read."""
         reader = self.reader
         if hasattr(reader.ds, 'cast_column'):
-            reader.ds = undecoded(reader.ds, reader.input_key, reader.target_key)
+            reader.ds = _Numbered(undecoded(reader.ds, reader.input_key, reader.target_key), reader.input_key)
         for stage in getattr(reader.ds, 'pipeline', ()):
             if 'handler' in getattr(stage, 'kw', {}):
                 stage.kw['handler'] = self._broken_shard
@@ -433,6 +438,23 @@ class CheckedStream(IterableImageDataset):
         url = next((part for part in reversed(error.args) if isinstance(part, str)), 'a shard')
         self.bad.mark(None, url, f'the rest of the shard is lost: {reason(error)}')
         return True
+
+
+class _Numbered:
+    """A table of `datasets` that timm's reader passes through, in training several times in one epoch and each time in
+    the same order: the `image` of a record has the record's `place` in it."""
+
+    def __init__(self, table: Any, image: str):
+        self.table, self.image = table, image
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.table, name)
+
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
+        for place, record in enumerate(self.table):
+            image = record[self.image]
+            image = image if isinstance(image, dict) else dict(bytes=image)
+            yield {**record, self.image: {**image, 'place': place}}
 
 
 def _number(text: bytes) -> Any:
