@@ -93,7 +93,7 @@ def _config(
 
 def _own_names(model: torch.nn.Module) -> Optional[Sequence[str]]:
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    names = _in_order(names, Path('the model'))
+    names = _in_order(names)
     return names if names and len(names) == getattr(model, 'num_classes', None) else None
 
 
@@ -281,19 +281,20 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
     if wrong := wrong_preparation(about, arguments.get('in_chans')):
         raise ValueError(f'{folder}: config.json is damaged (pretrained_cfg: {wrong}); save the folder anew')
     if names := config.get('label_names') or (about or {}).get('label_names'):
-        config['label_names'] = _in_order(names, folder)
+        try:
+            config['label_names'] = _in_order(names)
+        except ValueError as error:
+            raise ValueError(f'{folder}: config.json is damaged ({error}); save the folder anew') from error
     return config, conversion
 
 
-def _in_order(names: Any, folder: Path) -> Any:
+def _in_order(names: Any) -> Any:
     """Names of classes as a list, of which timm also writes {number: name}. ValueError of other numbers."""
     if not isinstance(names, dict):
         return names
     of_class = {str(number): name for number, name in names.items()}
     if of_class.keys() != set(map(str, range(len(names)))):
-        raise ValueError(
-            f'{folder}: config.json is damaged (label_names are not of classes 0 to {len(names) - 1}); save it anew'
-        )
+        raise ValueError(f'label_names are not of classes 0 to {len(names) - 1}')
     return [of_class[str(number)] for number in range(len(names))]
 
 

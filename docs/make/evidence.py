@@ -416,7 +416,7 @@ def hours(runs: float, minutes: List[float]) -> str:
 
 def plotted() -> dict:
     """The data of the three panels."""
-    short = from_scratch()
+    short, errors = from_scratch(), nearness()
     scratch = [*short.items(), *longer().items(), ('softmax, class token', parents())]
     rows, second = pages.read_results(converted.ACCURACY), pages.read_results(converted.OTHER_SIZES)
     untrained = pages.pick(rows, epochs=0)
@@ -439,7 +439,7 @@ def plotted() -> dict:
         parents=[
             float(of[0]['top1']) for of in (pages.pick(rows, run='parent-s0'), pages.pick(second, run='parent-s0'))
         ],
-        near=[(name, nearness()[name], top1) for name, top1 in PAPER.items()],
+        near=[(name, errors[name], top1) for name, top1 in PAPER.items()],
     )
 
 

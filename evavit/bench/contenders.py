@@ -410,9 +410,10 @@ def bench_op(
     def calls(backend: str, dtype: torch.dtype) -> Tuple[Callable[[], torch.Tensor], Callable[[], Tensors]]:
         # The kernels take q, k, v as one tensor, as the layer has them; apart, no gradient has to be gathered.
         packed = backend in EVA.backends and backend != 'plain'
-        leaves = [x.detach().to(dtype).requires_grad_() for x in ([qkv] if packed else qkv.unbind(0))]
         if backend in PEERS:
             leaves = peer_leaves(PEERS[backend], dtype)
+        else:
+            leaves = [x.detach().to(dtype).requires_grad_() for x in ([qkv] if packed else qkv.unbind(0))]
         parameters: List[torch.Tensor] = []
         if backend in EVA.backends:
             wide = torch.float64 if dtype == torch.float64 else torch.float32

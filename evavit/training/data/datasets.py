@@ -106,9 +106,7 @@ def open_dataset(
         name = config.dataset.partition('/')[2].lower()
         if name in FOLDERS and os.path.isdir(root or ''):
             check_links(Path(root or ''))
-            if name.endswith(
-                'folder'
-            ):  # where the split is missing timm takes the folder around it, as in `find_split`
+            if name.endswith('folder'):  # of which timm takes all, splits for classes, where the split is missing
                 root = str(find_split(Path(root or ''), split))
     try:
         with network(config) if prefix in ('hfds', 'hfids') else nullcontext():
@@ -261,9 +259,8 @@ def read_class_map(path: str, root: Optional[str]) -> Dict[str, int]:
         raise UserError(f'--class-map {path}: must be a .txt file with one class name a line')
     try:
         file = Path(path) if Path(path).exists() else Path(root or '', path)
-        with io.TextIOWrapper(
-            open_regular(file), encoding='utf-8-sig'
-        ) as opened:  # programs of Windows begin a text with a mark
+        # programs of Windows begin a text with a mark
+        with io.TextIOWrapper(open_regular(file), encoding='utf-8-sig') as opened:
             lines = [line.strip() for line in opened]
         seen = {''}
         for number, name in enumerate(lines, 1):

@@ -338,14 +338,11 @@ class CheckedStream(IterableImageDataset):
         owed, good = 0, None  # a reader has counted an image before it is decoded: another takes its place in training
         for number, (item, label) in enumerate(self._items()):
             record = item if isinstance(item, dict) else dict(bytes=item)
-            name, content = record.get('path'), record.get('bytes') or b''
-            number = record.get('place', number)
-            place = f'record {number} of loading process {getattr(self.reader, "global_worker_id", 0)}'
-            known = content if isinstance(content, bytes) and content else place.encode()
-            if 'place' in record:  # tells it from others, also in a further pass
-                name, known = name or place, place.encode()
-            elif not name:
-                name = 'an image without a name' if content else place
+            content, placed = record.get('bytes') or b'', 'place' in record  # which tells it from others in each pass
+            worker = getattr(self.reader, 'global_worker_id', 0)
+            place = f'record {record.get("place", number)} of loading process {worker}'
+            name = record.get('path') or ('an image without a name' if content and not placed else place)
+            known = content if isinstance(content, bytes) and content and not placed else place.encode()
             label = self.labels.check(label, name)
             try:
                 image = _decode_item(record, self.mode, self.jpeg_as)
@@ -357,7 +354,7 @@ class CheckedStream(IterableImageDataset):
                     yield self._transformed(Image.new(self.mode, (8, 8)), UNREADABLE)
             else:
                 if isinstance(image, Jpeg):  # whose decoder may still refuse it: see `replace`
-                    image = dataclasses.replace(image, name=f'{name}\n{place}' if 'place' in record else name)
+                    image = dataclasses.replace(image, name=f'{name}\n{place}' if placed else name)
                 good = image, label
                 yield self._transformed(*good)
             while owed and good:

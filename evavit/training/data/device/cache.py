@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -91,6 +91,7 @@ class Store:
 
     def __init__(self) -> None:
         self.all: List[torch.Tensor] = []
+        self.replaced: Set[int] = set()  # numbers of those that are in the place of a file that the decoder refused
         self.bytes = 0
 
     def add(self, images: Sequence[torch.Tensor]) -> None:
@@ -132,6 +133,7 @@ def cached(dataset: Any, device: torch.device, workers: int, watchdog: Watchdog)
             for number, item in enumerate(batch):
                 marks, label = item.bad, item.label
                 if not isinstance(images[number], torch.Tensor):  # the decoder refused it
+                    store.replaced.add(len(labels))
                     noting = copy.copy(dataset)
                     noting.bad = _Marks(dataset)
                     image, label = noting.replace(item.content, len(labels), label)

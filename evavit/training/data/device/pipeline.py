@@ -136,10 +136,10 @@ class Maker:
             images[ready.to(self.device, non_blocking=True)] = batch.pixels.to(self.device, non_blocking=True)
         if len(stored):
             kept, windows = self.store.images(batch.stored), batch.windows[stored]
-            for row, (image, whole) in enumerate(zip(kept, batch.whole[stored].tolist(), strict=True)):
-                if [*image.shape[:0:-1]] != whole:
-                    window = _scaled(Window(*windows[row].tolist()), whole, image.shape[:0:-1])
-                    windows[row] = torch.tensor(window)
+            for row, number in enumerate(batch.stored.tolist()):
+                if number in self.store.replaced:
+                    whole, size = batch.whole[stored[row]].tolist(), kept[row].shape[:0:-1]
+                    windows[row] = torch.tensor(_scaled(Window(*windows[row].tolist()), whole, size))
             images[stored.to(self.device, non_blocking=True)] = self._resampled(kept, windows)
         if not len(files):
             return images, batch.target
@@ -168,13 +168,13 @@ class Maker:
                 window = _scaled(Window(*batch.windows[place].tolist()), batch.whole[place].tolist(), image.size)
                 pixels = cut(image, window, (self.size[2], self.size[1]))
                 images[place] = torch.from_numpy(pixels).to(self.device, non_blocking=True)
-        seen = sorted({*range(len(images))}.difference(lost))
-        if not seen:
+        if len(lost) == len(images):
             raise LocalError(
                 f'none of the {len(lost)} images of a batch can be read, {name} the last, and none stands in for them; '
                 f'raise --batch-size, or check the data set'
             )
         for place in lost:
+            seen = (number for number in range(len(images)) if number not in lost)
             other = min(seen, key=lambda number: abs(number - place))
             images[place], target[place] = images[other], target[other]
         return images, target
