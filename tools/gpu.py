@@ -29,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package may not be installed here
 
+from evavit.bench.convert import VITS  # noqa: E402
 from evavit.bench.results import HARMLESS, Row, check_writable, read_rows, write_rows  # noqa: E402
 from evavit.errors import UserError  # noqa: E402
 from evavit.files import append_to  # noqa: E402
@@ -125,8 +126,15 @@ def _zoo() -> List[Task]:
 
 def _convert() -> List[Task]:
     flags = _words('--bench convert --img-size 224 518 1022 2044 --repeats 10 --warmup 2')
-    graphs = _words('--bench convert --img-size 224 518 1022 --repeats 6 --warmup 2 --torchcompile reduce-overhead')
-    return [Task('convert_eager', flags, 240), Task('convert_graphs', graphs, 400)]
+    graphs = _words('--bench convert --repeats 6 --warmup 2 --torchcompile reduce-overhead')
+    return [
+        Task('convert_eager', flags, 240),
+        *(
+            Task(f'convert_{number}_{side}_graphs', (*graphs, '--model', vit, '--img-size', side), 150, True)
+            for side in ('518', '1022', '224')
+            for number, vit in reversed(list(enumerate(VITS)))
+        ),
+    ]
 
 
 # The tables, what says most first.
@@ -160,14 +168,15 @@ TABLES: Dict[str, List[Task]] = {
 }
 WHOLE = ('convert',)  # README.md and others need all rows of this file: it is replaced once they are there
 FILES = {'cells': 'op_cells'}  # where the file is not called as the step
+MEASURED = ('ops/**/*.py', 'layers/**/*.py', 'models/**/*.py', 'bench/**/*.py', 'training/compilation.py')
 STEPS = (*TABLES, 'page', 'test', 'sanitize')
 DEFAULT = tuple(step for step in STEPS if step != 'convert')  # of timm's ViTs, docs/convert.md: ten minutes of its own
 
 
 def work_folder() -> Path:
-    """Where this code's logs and rows are: other code starts with nothing done."""
+    """Where this code's logs and rows are: other code of what is measured starts with nothing done."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob('*.py'), *ROOT.glob('evavit/**/*.py'), *ROOT.glob('tests/**/*.py')]):
+    for path in sorted(path for room in MEASURED for path in ROOT.glob(f'evavit/{room}')):
         digest.update(path.read_bytes())
     folder = ROOT / 'output' / 'gpu' / digest.hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
