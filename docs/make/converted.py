@@ -13,7 +13,7 @@ import elpv
 import pages
 import performance
 
-SPEED, ALONE = 'convert_h200.csv', 'op_cells_h200.csv'
+SPEED, GRAPHS, ALONE = 'convert_h200.csv', 'convert_graphs_h200.csv', 'op_cells_h200.csv'
 ACCURACY, PARENTS = 'tiny_imagenet_h200.csv', 'tiny_imagenet_parents_h200.csv'  # of the second the parents alone
 OTHER_SIZES = 'tiny_imagenet_sizes_h200.csv'  # of a parent of its own
 FOREIGN = 'vit_small_14_h200.csv'
@@ -43,8 +43,8 @@ def ratios(rows: list, width: int, cells: str, column: str) -> list:
     return sorted(found)
 
 
-def measured(mode: str = 'no') -> list:
-    return pages.pick(pages.read_results(SPEED), status='ok', torchcompile=mode)
+def measured(file: str = SPEED) -> list:
+    return pages.pick(pages.read_results(file), status='ok')
 
 
 def speed() -> str:
@@ -54,7 +54,7 @@ def speed() -> str:
 
 def compiled() -> str:
     """The same in CUDA graphs, as torch.compile makes them."""
-    return _speed(measured('reduce-overhead'))
+    return _speed(measured(GRAPHS))
 
 
 def _speed(rows: list) -> str:
@@ -195,29 +195,19 @@ def foreign() -> str:
 
 
 def evidence() -> str:
-    """The README's two figures: speed at the largest side of the widest network, accuracy right after conversion."""
+    """The README's figures: speed of a wide network and of one of our own, accuracy after conversion."""
     width, side, rows = 768, 1022, measured()
     forward, training = (dict(ratios(rows, width, DEFAULT, column))[side] for column in COLUMNS)
     rows, runs = pages.read_results(ACCURACY), longest()
     parent = _parent(rows)['top1']
     half = pages.pick(rows, window_size=8, partition_grid=8, epochs='0', count_cells='outside')[0]['top1']
-    where, size = 'docs/convert.md', f'{side:,} × {side:,} pixels'
-    speed = (
-        f'* **Speed**: at {size} a converted ViT of width {width} answers {forward:.2f} times as fast\n'
-        f'  as with softmax, and its training step is {training:.2f} times as fast ([convert]({where}#when-it-pays)).\n'
-    )
-    made = performance.made('models')
-    own = [performance.ratio(*performance.models(made, 'train', OWN, pixels)) for pixels in OWN_SIDES]
-    if None not in own:
-        times = ', '.join(f'{value:.2f}' for value in own if value)
-        sides = ', '.join(map(str, OWN_SIDES))
-        speed = (  # README.md has no line to spare
-            f'* **Speed**: at {size} a converted ViT of width {width} answers {forward:.2f} times as fast as with '
-            f'softmax,\n  and trains {training:.2f} times as fast ([convert]({where}#when-it-pays)); `{OWN}` trains '
-            f'{times} times as fast at {sides} pixels ([performance](docs/performance.md)).\n'
-        )
+    where, made = 'docs/convert.md', performance.made('models')
+    own = [performance.ratio(*performance.models(made, 'train', OWN, side)) for side in OWN_SIDES]
+    times, sides = ', '.join(f'{value:.2f}' for value in own), ', '.join(map(str, OWN_SIDES))
     return (
-        f'{speed}'
+        f'* **Speed**: at {side:,} × {side:,} pixels a converted ViT of width {width} answers {forward:.2f} times as '
+        f'fast as with softmax, and\n  trains {training:.2f} times as fast ([convert]({where}#when-it-pays)). `{OWN}` '
+        f'trains {times} times\n  as fast at {sides} pixels ([performance](docs/performance.md)).\n'
         f'* **Accuracy**: a DeiT-Tiny with {parent} % top-1 on Tiny-ImageNet has {half} % right after its conversion, '
         f'untrained.\n  Each patch then looks at 64 patches and 64 summaries, not at all 256 patches. With 16 patches '
         f'and 16 summaries\n  it has {mean(tops(runs)):.1f} % after {runs[0]["epochs"]} epochs of distillation '

@@ -18,10 +18,6 @@ COLOURS = {'triton': '#d1495b', 'plain': '#e9a6ae', 'flash': '#2e5e8c', 'cudnn':
 UNMEASURED = 'Not measured yet.'
 SETTING = ('batch_size', 'img_size', 'torchcompile', 'amp_dtype')
 KINDS = {'train': 'training', 'infer': 'inference'}
-OLDER = (
-    '\n\nThe row of `eva_deit_small` is in plain PyTorch, from before the kernels; rows of 697fe92 and d3b571f are '
-    'older than the latest kernels. No write emptied the L2 cache before these calls.'
-)
 COMPILED = ('default', 'reduce-overhead')
 MODES = {'no': 'eager', 'default': 'compiled', 'reduce-overhead': 'compiled, CUDA graphs'}
 NAMES = {
@@ -55,12 +51,9 @@ def made(table: str) -> List[Row]:
 
 
 def gpu_rows() -> List[Row]:
-    """Attention, the layer, whole models; where `make gpu` has not measured one on an H200, older rows of an H100."""
-    older = kernels([row for row in load('h100.csv') if 'H100' in row['device']])
-    rows = []
-    for table, benches in {'op': ('op',), 'layer': ('layer',), 'models': ('train', 'infer')}.items():
-        rows += made(table) or [row for row in older if row['bench'] in benches]
-    return rows
+    """Attention, the layer, whole models; rows of an H100 where `make gpu` has not measured the layer on an H200."""
+    layers = made('layer') or kernels([row for row in load('h100.csv') if 'H100' in row['device']])
+    return [*made('op'), *layers, *made('models')]
 
 
 def cpu_rows() -> List[Row]:
@@ -230,10 +223,15 @@ def best_rows() -> List[Row]:
     return sorted((row for row in rows if row['torchcompile'] == modes.get(_by_model(row)[:3])), key=_by_model)
 
 
+def over_ours(rows: List[Row], bench: str, case: str, img_size: int = 224) -> Optional[float]:
+    """Speed over our own softmax model, each compiled in its fastest mode."""
+    rows = [row for row in pick(rows, bench=bench, img_size=img_size) if row['torchcompile'] in COMPILED]
+    return ratio(_speed(rows, case=case, attention='eva'), _speed(rows, case=_ours(case)))
+
+
 def best_models() -> str:
     """Whole models on the GPU, each compiled in the mode that suits EVA best."""
-    rows = best_rows()
-    return _model_table(rows, gpu=True) + (OLDER if rows and not made('models') else '')
+    return _model_table(best_rows(), gpu=True)
 
 
 def cpu_models() -> str:
@@ -341,29 +339,11 @@ def draw() -> None:
     plt.close(figure)
 
 
-def _older_modes() -> str:
-    """Whole models in eager mode, before and after launches were bound once; rows from before `make gpu` on an H200."""
-    rows = load('eager_h200.csv')
-    commits = list(dict.fromkeys(row['commit'] for row in rows))
-    lines: List[List[str]] = []
-    for bench, case in dict.fromkeys((row['bench'], row['case']) for row in rows):
-        line = [f'`{case}`', {'train': 'training', 'infer': 'inference'}[bench]]
-        for commit in commits:
-            eva, softmax = (
-                pick(rows, bench=bench, case=case, commit=commit, attention=name)[0] for name in ('eva', 'softmax')
-            )
-            line.append(f'{float(eva["ms"]):.1f}, {float(softmax["ms"]) / float(eva["ms"]):.2f}×')
-        lines.append(line)
-    columns = ['model', 'what', *(f'commit {commit}: ms, over softmax' for commit in commits)]
-    note = 'Eager, batch 128. Newer commits save more of the time of Python, which is not measured yet.'
-    return f'{pages.table(columns, lines)}\n\n{note} {origins(rows)}' if rows else UNMEASURED
-
-
 def modes() -> str:
     """Speed over the softmax models, by mode: a row for each model at its own size, training and inference."""
     rows = [row for row in made('models') if row['img_size'] == '224']
     if not rows:
-        return _older_modes()
+        return UNMEASURED
     lines = []
     for bench, case in dict.fromkeys((row['bench'], row['case']) for row in pick(rows, attention='eva')):
         line = [f'`{case}`', KINDS[bench]]
@@ -403,15 +383,24 @@ def gains() -> str:
         f'{", ".join(f"{value:.2g}× at {tokens:,}" for tokens, value in over["ms"].items())}.\n'
         f'In training it is faster {since[0]}, without gradients {since[1]}.'
     )
-    slower, best = [], best_rows()
+    best = best_rows()
+    rest = [
+        f'beside {whose} softmax models they are {_slower(best, ours)}'
+        for whose, ours in (("timm's", False), ('our own', True))
+    ]
+    return f'{text}\nWhole models gain less: {rest[0]};\n{rest[1]}.'
+
+
+def _slower(best: List[Row], ours: bool) -> str:
+    """Where whole models are slower than softmax models, timm's or our own, in words."""
+    slower = []
     for row in pick(best, attention='eva'):
         case, img_size, bench, _ = _by_model(row)
-        timm = _speed(best, case=case, img_size=img_size, bench=bench, attention='softmax')
-        value = ratio(float(row['img_per_s']), timm)
-        if value is not None and value < 1 and row['backend'] != 'plain':
-            slower.append(f'`{case}` at {img_size} pixels, {KINDS[bench]} ({value:.2f}×)')
-    rest = f'slower in {", ".join(slower)}, and faster in all others' if slower else 'faster in all'
-    return f"{text} Whole models gain less; beside timm's softmax models the table's rows with kernels are {rest}."
+        other = dict(case=_ours(case)) if ours else dict(case=case, attention='softmax')
+        value = ratio(float(row['img_per_s']), _speed(best, img_size=img_size, bench=bench, **other))
+        if value is not None and value < 1:
+            slower.append(f'`{case}` at {img_size} px, {KINDS[bench]} ({value:.2f}×)')
+    return f'slower in {", ".join(slower)}, and faster in all others' if slower else 'faster in all'
 
 
 def cells() -> str:

@@ -11,6 +11,7 @@ from runs import QUICK, words
 
 from evavit.bench import contenders
 from evavit.bench.contenders import Setting
+from evavit.ops.eva import EVA
 
 FEW = ['--device', 'cpu', '--repeats', '2', '--warmup', '1']
 MODEL = 'eva_deit_tiny:depth=1:embed_dim=32:num_heads=2'
@@ -250,7 +251,7 @@ def test_attention_on_a_gpu(call, tmp_path, kind):
         'benchmark', '--bench', kind, '--grid', '14', '-b', '4', '--repeats', '3', '--results-file', path
     )
     rows = read(path)
-    assert code == 0 and [row['backend'] for row in rows] == list(contenders.backend_names()[:-1]), err
+    assert code == 0 and [row['backend'] for row in rows] == [*EVA.backends, *contenders.SDPA_BACKENDS], err
     assert [row['backend'] for row in rows if row['status'] == 'not available'] in ([], ['gluon'])
     for row in rows:
         if row['status'] == 'not available':  # Gluon's kernels are for Hopper

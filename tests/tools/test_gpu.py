@@ -103,10 +103,10 @@ def test_a_zoo_without_graphs_is_compiled_without_them(gpu):
 def test_a_file_that_others_need_whole(gpu):
     file = gpu.work_folder() / 'all' / 'convert_h200.csv'
     store_rows(file, [dict(bench='convert', case='older', status='ok')])
-    gpu.fails = {'convert_graphs'}
+    gpu.fails = {'convert'}
     assert gpu.call('--steps', 'convert') == 1 and cases(file) == ['older']
     gpu.fails = set()
-    assert gpu.call('--steps', 'convert') == 0 and cases(file) == ['convert_eager', 'convert_graphs']
+    assert gpu.call('--steps', 'convert') == 0 and cases(file) == ['convert']
 
 
 def test_when_it_is_stopped(gpu, monkeypatch, capsys):
@@ -167,7 +167,7 @@ def test_its_benches_parse(gpu):
     for args in parsed.values():
         benchmark.find_models(args)
     assert {name for name, args in parsed.items() if args.lock} == {
-        name for name, args in parsed.items() if args.torchcompile and name != 'convert_graphs'
+        name for name, args in parsed.items() if args.torchcompile
     }
     models = {
         (model, args.batch_size, *(args.img_size or [None]), bench, args.torchcompile)
