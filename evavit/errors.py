@@ -128,7 +128,7 @@ def _expected(error: Exception) -> Optional[LocalError]:
     if lost or (lost := _no_memory(error)):
         return lost
     if isinstance(error, OSError) and error.errno in FULL:
-        return LocalError(f'{error.filename or "a file"}: cannot be written ({reason_of(error)})')
+        return LocalError(f'{error.filename or "standard output, or a file"}: cannot be written ({reason_of(error)})')
     if isinstance(error, (RuntimeError, OSError)) and (_numbers(error) & MANY_FILES or MANY_WORDS in str(error)):
         return LocalError(f'{MANY_WORDS}: {MORE_FILES}, or lower --workers')
     return None

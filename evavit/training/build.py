@@ -30,6 +30,7 @@ from evavit.models import (
     revert_vit,
 )
 from evavit.models._grid import warn_of_cut
+from evavit.models._weights import folder_weights
 from evavit.training.checks import check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
@@ -79,7 +80,13 @@ def build_model(
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     try:
         if name.startswith('local-dir:'):
-            saved_config(Path(name.removeprefix('local-dir:')))
+            folder = Path(name.removeprefix('local-dir:'))
+            saved_config(folder)
+            if config.pretrained and not folder_weights(folder):
+                raise UserError(
+                    f'--pretrained: {folder} has no weights; leave it out, or put model.safetensors there, which '
+                    f'evavit.hub.save_folder writes beside config.json'
+                )
         if config.pretrained and ':' not in name and not has_weights(name):
             raise UserError(
                 f'--pretrained: timm publishes no weights for {name}; leave it out, or start from a file with '

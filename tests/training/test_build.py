@@ -362,6 +362,17 @@ def test_more_blocks_than_can_be_built_are_a_line(name, kwargs):
         build.build_model(ModelConfig(model=name, model_kwargs=kwargs), 3)
 
 
+@pytest.mark.parametrize('device', [None, 'meta'])  # the second in a dry run
+def test_a_folder_without_the_weights_that_are_asked_for(tmp_path, device):
+    save_for_hf(timm.create_model('resnet18', num_classes=3), str(tmp_path))
+    for path in tmp_path.iterdir():
+        if path.name != 'config.json':
+            path.unlink()
+    config = ModelConfig(model=f'local-dir:{tmp_path}', pretrained=True)
+    with pytest.raises(UserError, match=f'--pretrained: {tmp_path} has no weights; leave it out'):
+        build.build_model(config, 3, device)
+
+
 @pytest.mark.timeout(60)
 def test_a_folder_asks_for_no_more_blocks_than_can_be_built(tmp_path):
     arguments = dict(layers=[10**8, 1, 1, 1])
