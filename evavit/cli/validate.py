@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
@@ -26,6 +27,12 @@ from evavit.training.distributed import start_process
 from evavit.training.stalls import Watchdog
 
 log = logging.getLogger('evavit.validate')
+
+COLUMNS = (  # of a results file
+    *('model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation'),
+    *('loss', 'images', 'checkpoint', 'checkpoint_sha256'),
+)
+OPTIONAL = re.compile('ece|(macro|micro|weighted)_(precision|recall|f1_score)|(batch_)?latency_ms')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -160,8 +167,7 @@ def check_settings(config: ValidateConfig) -> None:
     if results and Path(results).suffix not in ('.csv', '.json'):
         raise UserError(f'--results-file {results}: the name must end in .csv or .json')
     if results:
-        own = ['model', 'top1', 'top1_err']  # timm's begin with them, too
-        check_replaced(Path(results), lambda names, _: names[:3] == own and 'images' in names)
+        check_replaced(Path(results), _is_own)
     if config.run.report_dir:
         check_report_dir(Path(config.run.report_dir))
         if results and Path(results).resolve() in [
@@ -173,7 +179,8 @@ def check_settings(config: ValidateConfig) -> None:
 def check_report_dir(folder: Path) -> None:
     """UserError where a file of the report's names is there that no report wrote."""
     for name, first in report.TABLES.items():
-        check_replaced(folder / name, lambda names, _, first=first: names[: len(first)] == first)  # type: ignore[misc]
+        whole = name != report.CONFUSION  # which has a column for each class besides
+        check_replaced(folder / name, lambda names, _: names[: None if whole else len(first)] == first)  # noqa: B023
     picture = folder / report.PICTURE
     try:
         own = not os.path.lexists(picture) or report.is_own_picture(picture)
@@ -183,10 +190,19 @@ def check_report_dir(folder: Path) -> None:
         raise UserError(f'{picture} is there, and is no picture of a report; name another folder')
 
 
+def _is_own(names: List[str], rows: List[Dict[str, Any]]) -> bool:
+    """Whether a table is a results file of this program, with nothing added to it: tables of several runs are kept."""
+    return (
+        tuple(names[: len(COLUMNS)]) == COLUMNS
+        and all(OPTIONAL.fullmatch(name) for name in names[len(COLUMNS) :])
+        and len(rows) == 1
+    )
+
+
 def result_row(
     config: ValidateConfig, metrics: Dict[str, float], images: int, parameters: int, data_config: Dict[str, Any]
 ) -> Dict[str, Any]:
-    """The metrics under the names of timm's results files."""
+    """`COLUMNS`, under the names of timm's results files where it has them."""
     top1, top5 = round(metrics['top1'], 4), round(metrics['top5'], 4)
     return dict(
         model=config.model.model,

@@ -20,9 +20,10 @@ from evavit.training.distributed import Process
 BINS = 15  # of the probability in the calibration error, as in Guo et al., 2017 (arXiv:1706.04599)
 MOST_CLASSES = 5000  # of a confusion matrix: beyond, its file would be larger than the data set's
 NAMED = 60  # most classes whose names fit beside the picture
+CONFUSION = 'confusion.csv'
 TABLES = {  # files of a report and how their first rows begin
     'classes.csv': ['label', 'class', 'images', 'predicted', 'top1', 'top5', 'precision', 'recall', 'f1_score'],
-    'confusion.csv': ['label \\ predicted'],
+    CONFUSION: ['label \\ predicted'],
     'calibration.csv': ['above', 'up_to', 'images', 'probability', 'accuracy'],
 }
 PICTURE = 'confusion.png'

@@ -227,14 +227,18 @@ def test_a_report_takes_no_other_file_s_place(call, images, tmp_path, name):
     flags = ['--checkpoint', folder, '--data-dir', images, '--workers', '0', '--report-dir', tmp_path / 'report']
     assert [call('validate', *flags)[0] for _ in range(2)] == [0, 0]
     path = tmp_path / 'report' / name
+    contents = ['label,mine\n0,1\n']
     if name.endswith('.png'):
         Image.new('RGB', (4, 4)).save(path)
-    else:
-        path.write_text('label,mine\n0,1\n')
-    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    code, _, err = call('validate', *flags)
-    assert code == 2 and err.startswith(f'error: {path} is there') and err.count('\n') == 1, err
-    assert before == {file.name: file.read_bytes() for file in path.parent.iterdir()}
+        contents = [path.read_bytes().decode('latin-1')]
+    elif name != 'confusion.csv':  # a column of the user's
+        contents += [ADDED_CSV[1](''.join(path.read_text().splitlines(keepends=True)[:2]))]
+    for content in contents:
+        path.write_text(content, encoding='latin-1')
+        before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+        code, _, err = call('validate', *flags)
+        assert code == 2 and err.startswith(f'error: {path} is there') and err.count('\n') == 1, err
+        assert before == {file.name: file.read_bytes() for file in path.parent.iterdir()}
     if name.endswith('.csv'):  # nor do the results of the same run
         path.unlink()
         code, _, err = call('validate', *flags, '--results-file', path)
@@ -287,6 +291,14 @@ def test_a_latency_that_needs_more_memory_than_there_is(train, call, images):
 TIMM = (
     'model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation\nresnet18,70,30,90,10,12,224,1,x\n'
 )
+ADDED_CSV = (  # a row of another run, a column of the user's
+    lambda text: text + text.splitlines()[-1] + '\n',
+    lambda text: ''.join(f'{line},{word}\n' for line, word in zip(text.splitlines(), ('notes', 'good'), strict=True)),
+)
+ADDED_JSON = (
+    lambda text: json.dumps({**json.loads(text), 'notes': 'good'}),
+    lambda text: json.dumps({'a': json.loads(text), 'b': json.loads(text)}),
+)
 OTHERS = [('val.csv', 'model,accuracy\nx,1\n'), ('val.csv', TIMM), ('val.json', '{"mine": 1}')]
 
 
@@ -296,7 +308,10 @@ def test_a_results_file_of_others_is_not_replaced(train, call, images, tmp_path,
     flags = ['--checkpoint', train('run'), '--data-dir', images, '--workers', '0', '--results-file', path]
     for _ in range(2):
         assert call('validate', *flags)[0] == 0
-    path.write_text(content)
-    code, _, err = call('validate', *flags)
-    assert code == 2 and f'{path} is there, with other content' in err and err.count('\n') == 1, err
-    assert path.read_text() == content
+    written = path.read_text()
+    more = {'.csv': ADDED_CSV, '.json': ADDED_JSON}[path.suffix]
+    for other in [content, *(add(written) for add in more)]:
+        path.write_text(other)
+        code, _, err = call('validate', *flags)
+        assert code == 2 and f'{path} is there, with other content' in err and err.count('\n') == 1, err
+        assert path.read_text() == other
