@@ -12,7 +12,7 @@ from torch import nn
 from evavit.ops.checks import check_whole
 from evavit.ops.rows import attention_rows
 
-__all__ = ['GridAttention', 'check_flag', 'check_heads', 'device_and_dtype']
+__all__ = ['GridAttention', 'check_flags', 'check_heads', 'device_and_dtype']
 
 _logger = logging.getLogger(__name__)
 
@@ -33,10 +33,11 @@ def _tell_of_maps(kind: str) -> None:
     )
 
 
-def check_flag(name: str, value: object) -> None:
-    """Raise ValueError unless value is True or False: text such as 'no' would count as True."""
-    if not isinstance(value, bool):
-        raise ValueError(f'{name} must be True or False, got {value!r}')
+def check_flags(**flags: object) -> None:
+    """Raise ValueError unless all are True or False: text such as 'no' would count as True."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} must be True or False, got {value!r}')
 
 
 def device_and_dtype(kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -103,6 +104,9 @@ class GridAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
+        check_flags(
+            rotate_half=rotate_half, qkv_bias=qkv_bias, qk_norm=qk_norm, scale_norm=scale_norm, proj_bias=proj_bias
+        )
         for name, rate in (('attn_drop', attn_drop), ('proj_drop', proj_drop)):
             if not 0 <= rate < 1:
                 raise ValueError(f'{name} must be at least 0 and below 1, got {rate}')

@@ -22,7 +22,7 @@ from evavit.ops.grid import (
     window_shape,
 )
 
-from .attention import GridAttention, check_flag, device_and_dtype
+from .attention import GridAttention, check_flags, device_and_dtype
 
 __all__ = ['CombinerAttention']
 
@@ -71,7 +71,7 @@ class CombinerAttention(GridAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
-        check_flag('rel_pos_bias', rel_pos_bias)
+        check_flags(rel_pos_bias=rel_pos_bias)
         dd = device_and_dtype(kwargs)
         check_whole('window_size', window_size, 1)
         if pooling not in ('deepsets_max', 'max'):

@@ -27,7 +27,7 @@ from evavit.ops.eva.case import EvaCase, EvaOptions, SummaryTensors, as_summary
 from evavit.ops.eva.checks import check_partition
 from evavit.ops.grid import accumulation_dtype, static_size
 
-from .attention import GridAttention, check_flag
+from .attention import GridAttention, check_flags
 from .mlp import is_hooked
 
 __all__ = ['EvaAttention', 'HaloRelPosBias', 'eva_layer_case']
@@ -241,7 +241,7 @@ class EvaAttention(GridAttention):
     ) -> None:
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_heads, **kwargs, **dd)
-        check_flag('rel_pos_bias', rel_pos_bias)
+        check_flags(rel_pos_bias=rel_pos_bias, overlap=overlap)
         check_partition(window_size, partition_grid)
         check_int('num_samples', num_samples)
         check_number('proposal_scale', proposal_scale)

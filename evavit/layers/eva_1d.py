@@ -18,7 +18,7 @@ from evavit.ops.checks import check_number, check_whole
 from evavit.ops.eva.checks import check_chunks
 from evavit.ops.grid import accumulation_dtype
 
-from .attention import GridAttention, check_flag
+from .attention import GridAttention, check_flags
 from .eva import Summary
 
 __all__ = ['EvaAttention1d', 'T5RelPosBias']
@@ -147,7 +147,7 @@ class EvaAttention1d(GridAttention):
     ) -> None:
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_heads, **kwargs, **dd)
-        check_flag('rel_pos_bias', rel_pos_bias)
+        check_flags(causal=causal, overlap=overlap, rel_pos_bias=rel_pos_bias)
         for name, value, least in (
             ('window_size', window_size, 0),
             ('cell_size', cell_size, 0),

@@ -15,7 +15,7 @@ from evavit.ops.checks import check_dropout, check_tokens, check_whole
 from evavit.ops.grid import accumulation_dtype, cell_means, cell_shape, softmax, static_size
 from evavit.ops.random_features import feature_averages, log_positive_features, weigh_samples
 
-from .attention import GridAttention, device_and_dtype
+from .attention import GridAttention, check_flags, device_and_dtype
 
 __all__ = ['LaraAttention', 'lara_attention']
 
@@ -238,6 +238,7 @@ class LaraAttention(GridAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
+        check_flags(landmark_mixing=landmark_mixing, antithetic=antithetic)
         dd = device_and_dtype(kwargs)
         check_whole('landmark_grid', landmark_grid, 1)
         check_whole('num_samples', num_samples, 1)

@@ -13,7 +13,7 @@ from torch import nn
 from evavit.ops.checks import check_grid, check_tokens, check_whole
 from evavit.ops.grid import static_size
 
-from .attention import GridAttention, device_and_dtype
+from .attention import GridAttention, check_flags, device_and_dtype
 
 __all__ = ['LinformerAttention', 'TokenProjection', 'resize_token_projection']
 
@@ -85,6 +85,7 @@ class LinformerAttention(GridAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
+        check_flags(share_kv=share_kv)
         dd = device_and_dtype(kwargs)
         check_whole('projection_dim', projection_dim, 1)
         check_grid(list(feat_size))

@@ -14,7 +14,7 @@ from evavit.ops import eva_attention_packed
 from evavit.ops.checks import check_whole
 from evavit.ops.eva import EVA
 
-from .attention import GridAttention, check_flag
+from .attention import GridAttention, check_flags
 from .eva import eva_layer_case
 
 __all__ = ['LocalAttention']
@@ -61,7 +61,7 @@ class LocalAttention(GridAttention):
     ) -> None:
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__(dim, num_heads, **kwargs, **dd)
-        check_flag('rel_pos_bias', rel_pos_bias)
+        check_flags(rel_pos_bias=rel_pos_bias)
         check_whole('window_size', window_size, 1)
         self.window_size = window_size
         self.fused_attn = use_fused_attn()  # the kernels of EVA

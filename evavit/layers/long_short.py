@@ -13,7 +13,7 @@ from torch import nn
 from evavit.ops.checks import check_tokens, check_whole
 from evavit.ops.grid import from_windows, joint_attention, softmax, static_size, to_windows, window_logits, window_shape
 
-from .attention import GridAttention, check_flag, device_and_dtype
+from .attention import GridAttention, check_flags, device_and_dtype
 
 __all__ = ['LongShortAttention']
 
@@ -80,7 +80,7 @@ class LongShortAttention(GridAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
-        check_flag('rel_pos_bias', rel_pos_bias)
+        check_flags(dual_ln=dual_ln, rel_pos_bias=rel_pos_bias)
         dd = device_and_dtype(kwargs)
         check_whole('window_size', window_size, 1)
         check_whole('projection_dim', projection_dim, 1)

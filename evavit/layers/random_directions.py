@@ -7,6 +7,8 @@ from torch import nn
 
 from evavit.ops.checks import check_whole
 
+from .attention import check_flags
+
 __all__ = ['RandomDirections', 'orthogonal_directions']
 
 
@@ -62,6 +64,7 @@ class RandomDirections(nn.Module):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
+        check_flags(orthogonal=orthogonal)
         check_whole('num_features', num_features, 1)
         check_whole('redraw_interval', redraw_interval, 0)
         self.orthogonal = orthogonal

@@ -23,7 +23,7 @@ from evavit.ops.grid import (
 )
 from evavit.ops.random_features import check_directions, log_positive_features
 
-from .attention import GridAttention, check_flag, device_and_dtype
+from .attention import GridAttention, check_flags, device_and_dtype
 from .random_directions import RandomDirections
 
 __all__ = ['ScatterbrainAttention', 'scatterbrain_attention']
@@ -187,7 +187,7 @@ class ScatterbrainAttention(GridAttention):
         **kwargs: Any,
     ) -> None:
         super().__init__(dim, num_heads, **kwargs)
-        check_flag('rel_pos_bias', rel_pos_bias)
+        check_flags(rel_pos_bias=rel_pos_bias)
         dd = device_and_dtype(kwargs)
         check_whole('window_size', window_size, 1)
         self.window_size = window_size

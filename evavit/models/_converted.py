@@ -29,6 +29,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from evavit.arguments import nearest
 from evavit.layers import ATTENTIONS, pop_attention_kwargs
+from evavit.layers.attention import check_flags
 from evavit.layers.converted import ConvertedAttention, Derived, GridSize, derive, revert_attention
 from evavit.layers.eva import EvaAttention
 from evavit.ops.grid import fix_image_size, static_size
@@ -277,6 +278,7 @@ def convert_vit(
     Raises:
         ValueError: one line on why the model cannot be converted, or on an option that does not fit.
     """
+    check_flags(inplace=inplace)
     reason = why_not_converted(model)
     if reason is not None:
         raise ValueError(f'cannot convert this model: {reason}')
@@ -329,6 +331,7 @@ def revert_vit(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         ValueError: the model is not a converted one.
     """
+    check_flags(inplace=inplace)
     inner = model.model if isinstance(model, FeatureGetterNet) else model
     if not isinstance(inner, ConvertedModel):
         raise ValueError(f'{type(inner).__name__} is not a converted model; evavit.convert_vit makes one')

@@ -1,6 +1,7 @@
 """What every attention of the table has to do, whatever it computes."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -37,13 +38,16 @@ def test_options_are_keyword_only_with_the_shared_ones_among_them(name):
         assert key not in own or own[key].default == parameter.default
 
 
-@pytest.mark.parametrize(
-    'name', [n for n in ATTENTIONS if 'rel_pos_bias' in inspect.signature(ATTENTIONS[n]).parameters]
-)
-def test_a_bias_is_asked_for_with_true_or_false(name):
-    for value in ('no', 'yes', None, 0):
-        with pytest.raises(ValueError, match=f'rel_pos_bias must be True or False, got {value!r}'):
-            make(name, rel_pos_bias=value)
+def flags(name):
+    shared, own = (inspect.signature(kind).parameters for kind in (GridAttention, ATTENTIONS[name]))
+    return sorted(key for key, parameter in {**shared, **own}.items() if parameter.annotation is bool)
+
+
+@pytest.mark.parametrize('name, flag', [(name, flag) for name in ATTENTIONS for flag in flags(name)])
+def test_a_flag_is_true_or_false(name, flag):
+    for value in ('no', 'yes', None, 0, math.nan):
+        with pytest.raises(ValueError, match=f'{flag} must be True or False, got {value!r}'):
+            make(name, **{flag: value})
 
 
 @each_attention

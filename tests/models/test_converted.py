@@ -322,6 +322,8 @@ def test_models_that_cannot_be_converted(name):
         ),
         (dict(cells=3), 'EvaAttention has no option cells'),
         (dict(windw_size=3), r'has no option windw_size \(did you mean window_size\?\); leave it out'),
+        (dict(inplace='False'), "inplace must be True or False, got 'False'"),
+        (dict(overlap=1), 'overlap must be True or False, got 1'),
         (dict(rel_pos_bias='no'), "rel_pos_bias must be True or False, got 'no'"),
         (dict(window_size=-1), 'window_size'),
         (dict(window_size=0, partition_grid=0), 'window_size'),
@@ -333,7 +335,7 @@ def test_models_that_cannot_be_converted(name):
 def test_options_that_do_not_fit(kwargs, message):
     model = original('vit_tiny_patch16_224')
     with pytest.raises(ValueError, match=message) as caught:
-        evavit.convert_vit(model, inplace=True, **kwargs)
+        evavit.convert_vit(model, **{'inplace': True, **kwargs})
     assert '\n' not in str(caught.value)
     model(images(model))  # nothing was changed
 
