@@ -66,7 +66,9 @@ contract-all: $(STAMP)  ## the same in full on every attention's models, an hour
 gpu: $(if $(filter $(VENV)/%,$(PY)),$(STAMP))  ## on a GPU: measure all figures of docs/performance.md, then test the kernels and run compute-sanitizer
 	$(PY) tools/gpu.py $(if $(STEPS),--steps $(STEPS)) $(if $(ONLY),--only $(ONLY))
 
-CPU_BENCH := OMP_NUM_THREADS=2 $(PY) benchmark.py --device cpu -b 8 --repeats 15 --warmup 3 --results-file results/cpu.csv
+CPU_BENCH := OMP_NUM_THREADS=2 $(PY) benchmark.py --device cpu -b 8 --repeats 10 --warmup 3 --results-file results/cpu.csv
+CPU_784 := eva_deit_tiny_784 softmax_deit_tiny_784
+CPU_MODELS := $(CPU_784) eva_deit_tiny softmax_deit_tiny eva_pvt_v2_b3 softmax_pvt_v2_b3
 tables: $(STAMP)  ## write the tables and the plot of the documentation; CHECK=--check says which are stale
 	$(PY) docs/make/tables.py $(CHECK)
 	$(PY) docs/make/scaling.py $(CHECK)
@@ -79,9 +81,11 @@ $(SITE): $(STAMP)
 docs: tables $(SITE)  ## the tables, and the site in site/: a dead link or a missing docstring fails
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, a few minutes; make docs/performance.md
-	$(CPU_BENCH) --bench infer --model eva_deit_tiny_784 eva_deit_tiny eva_pvt_v2_b3
-	$(CPU_BENCH) --bench train --model eva_deit_tiny_784
+cpu-bench: $(STAMP)  ## the models beside timm's on two CPU cores, ten minutes; make docs/performance.md
+	$(CPU_BENCH) --bench infer --model $(CPU_MODELS)
+	$(CPU_BENCH) --bench train --model $(CPU_784)
+	$(CPU_BENCH) --torchcompile default --bench infer --model $(CPU_MODELS)
+	$(CPU_BENCH) --torchcompile default --bench train --model $(CPU_784)
 	$(PY) docs/make/tables.py
 
 # A test may wait 20 times as long as it does alone before it says that a run hangs: the machine may be busy.

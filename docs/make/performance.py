@@ -189,7 +189,7 @@ def _model_table(rows: List[Row], gpu: bool) -> str:
                     f'`{case}`' + (', plain' if gpu and eva['backend'] == 'plain' else ''),
                     setting['img_size'],
                     setting['batch_size'],
-                    KINDS[bench] + (f', {MODES[setting["torchcompile"]]}' if gpu else ''),
+                    f'{KINDS[bench]}, {MODES[setting["torchcompile"]]}',
                     *cells,
                     f'`{_short(softmax[0])}`' if softmax else '–',
                 ]
