@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 import timm
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from timm.data import CustomDatasetInfo, DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subset
 
 from evavit.bench.results import check_replaced
@@ -396,6 +396,8 @@ class AttentionPictures:
     def draw(self, images: torch.Tensor, numbers: Sequence[int]) -> List[str]:
         """Write a PNG for each image `(B, C, height, width)`, whose numbers among all pictures are given; returns their
         names, with the folder's."""
+        from PIL import PngImagePlugin  # an import that Pillow would note
+
         drawn: List[str] = []
         about = PngImagePlugin.PngInfo()
         about.add_text('Software', SOFTWARE)

@@ -666,6 +666,32 @@ def test_names_with_a_dot_are_passed_over_and_results_told_of(infer, call, hub, 
     assert f'{tmp_path / "results.csv"}: written anew' in out
 
 
+def test_links_in_a_tar_file_are_read_or_named(infer, hub, tmp_path):
+    """A hard link is the picture that it leads to, as its tar file had it then; what else is no file is counted."""
+    for number, name in enumerate(('a.png', 'b.png', 'c.png')):
+        Image.new('RGB', (8 + number, 8), (90 * number,) * 3).save(tmp_path / name)
+    with tarfile.open(tmp_path / 'in.tar.gz', 'w:gz') as tar:
+        tar.add(tmp_path / 'a.png', './a.png')
+        for name, kind, leads in (
+            ('h.png', tarfile.LNKTYPE, 'a.png'),
+            ('lost.png', tarfile.LNKTYPE, 'nowhere.png'),
+            ('pipe.png', tarfile.FIFOTYPE, ''),
+            ('s.png', tarfile.SYMTYPE, 'a.png'),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, leads
+            tar.addfile(member)
+        tar.add(tmp_path / 'b.png', './a.png')
+        tar.add(tmp_path / 'a.png', 'z.png')
+    for workers in ('0', '1'):
+        rows, out = infer('--data-dir', tmp_path / 'in.tar.gz', '--checkpoint', hub, '--workers', workers)
+        assert [row['filename'] for row in rows] == ['a.png', 'h.png', 'z.png']
+        assert rows[1]['prob'] == rows[2]['prob'] != rows[0]['prob']
+        for name in ('lost.png', 'pipe.png', 's.png'):
+            assert any(f'in.tar.gz: {name} is not a readable image (a link or no file' in line for line in out), name
+        assert '3 pictures classified, 3 not readable' in out[-1]
+
+
 def test_more_loading_processes_than_cores_say_nothing(infer, hub, pictures, recwarn):
     infer('--data-dir', pictures[0], '--checkpoint', hub, '--workers', str((os.cpu_count() or 1) + 1), '-b', '1')
     assert not [it for it in recwarn if 'This DataLoader will create' in str(it.message)]
