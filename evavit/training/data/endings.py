@@ -16,8 +16,8 @@ READ = (  # other endings of the formats that `decode` reads; inference takes th
     *('.pbm', '.pfm', '.pgm', '.pnm', '.ppm'),
 )
 PILLOW = (  # its other pictures; not what it keeps no picture in, such as .pdf, .mpg and .h5
-    '.avif .avifs .blp .bw .cur .dcx .dds .dib .emf .eps .fit .fits .flc .fli .ftc .ftu .gbr .icb .icns .ico .iim .im .mpo '
-    '.msp .palm .pcd .pcx .ps .psd .pxr .qoi .ras .rgb .rgba .sgi .tga .vda .vst .wmf .xbm .xpm'
+    '.avif .avifs .blp .bw .cur .dcx .dds .dib .emf .eps .fit .fits .flc .fli .ftc .ftu .gbr .icb .icns .ico .iim .im '
+    '.mpo .msp .palm .pcd .pcx .ps .psd .pxr .qoi .ras .rgb .rgba .sgi .tga .vda .vst .wmf .xbm .xpm'
 )
 CAMERAS = (
     '.3fr .arw .cr2 .cr3 .crw .dng .erf .heic .heics .heif .heifs .hif .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef '
