@@ -14,7 +14,7 @@ import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Iterator, Optional, Sequence, TextIO, Union
+from typing import IO, Iterable, Iterator, Optional, Sequence, TextIO, Union
 
 from evavit.errors import UserError, reason_of
 
@@ -22,10 +22,12 @@ __all__ = [
     'BLANK',
     'DamagedError',
     'append_to',
+    'holds',
     'is_stamped',
     'new_folder',
     'open_own',
     'open_regular',
+    'remove_marked',
     'replacing',
     'replacing_in',
     'set_aside',
@@ -134,6 +136,23 @@ def _is_regular(about: os.stat_result, place: Union[str, os.PathLike, int]) -> b
     """What has no size and lies on no disk the kernel makes up while it is read: it may have no end."""
     made_up = not about.st_size and hasattr(os, 'statvfs') and not os.statvfs(place).f_blocks
     return stat.S_ISREG(about.st_mode) and not made_up
+
+
+def holds(path: Union[str, Path], place: int, mark: bytes) -> bool:
+    """Whether a regular file, and no link to one, has these bytes at this place. False where it cannot be read."""
+    with suppress(OSError):
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            with open_regular(path) as file:
+                return file.read(place + len(mark))[place:] == mark
+    return False
+
+
+def remove_marked(folder: Path, place: int, mark: bytes, keep: Iterable[str]) -> None:
+    """Remove the files of a folder that have these bytes at this place (see `holds`), but for the names in `keep`."""
+    kept = {os.lstat(folder / name).st_ino for name in keep}  # a name may lie there in other letters, capital or small
+    for path in sorted(folder.iterdir()):
+        if holds(path, place, mark) and os.lstat(path).st_ino not in kept:
+            path.unlink()
 
 
 def unpack(archive: zipfile.ZipFile, folder: Union[str, Path]) -> None:

@@ -9,6 +9,7 @@ import csv
 import importlib.util
 import json
 import logging
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from timm.data import CustomDatasetInfo, DatasetInfoLabelMapper, ImageNetInfo, i
 
 from evavit.bench.results import check_replaced
 from evavit.errors import UserError, encodable, first_line, printable, reason_of
-from evavit.files import replacing
+from evavit.files import holds, remove_marked, replacing
 from evavit.maps import attention_maps, attention_rollout, overlay_attention
 from evavit.training import build, checks, contents, data, loop
 from evavit.training.compilation import check_compilation
@@ -36,6 +37,8 @@ log = logging.getLogger('evavit.inference')
 ENDINGS = {'csv': '.csv', 'json': '.json', 'json-records': '.json', 'json-split': '.json', 'parquet': '.parquet'}
 DECIMALS = 6  # of the outputs
 MAPS_AT_ONCE = 8  # images whose attention is in memory together
+SOFTWARE = 'evavit inference.py --include-attention'  # in a PNG's text of this name, by which its own are known
+MARK = 37, b'tEXtSoftware\0' + SOFTWARE.encode()  # where that begins: after signature, IHDR and its own length
 Row = Dict[str, Any]
 
 
@@ -67,7 +70,8 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     pictures = None
     if config.results.include_attention:
         folder = Path(f'{base}{ENDINGS[formats[0]]}.attention')  # of these results alone
-        pictures = AttentionPictures(model, config.results.include_attention, folder, data_config)
+        pictures = AttentionPictures(model, config.results.include_attention, folder, data_config, names)
+        pictures.check_replaced()
         pictures.try_out()
 
     log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}')
@@ -91,7 +95,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
         turned += int(target[readable].sum())
         found = best_classes(output[readable].float(), [names[n] for n in numbers], config.results, name_class)
         if pictures is not None and found:
-            drawn = pictures.draw(images[readable], [f'{n:06d}_{Path(names[n]).name[-50:]}' for n in numbers])
+            drawn = pictures.draw(images[readable], numbers)
             found = [{**row, 'attention': file} for row, file in zip(found, drawn, strict=True)]
         if not config.results.no_console_results:
             for row in found:
@@ -106,6 +110,8 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     if not rows:
         raise UserError(f'none of the {len(dataset)} pictures in {config.data.data_dir} can be read')
     files = [write_results(rows, base, form, config.results) for form in formats]
+    if pictures is not None:
+        pictures.remove_earlier()
     bad = len(dataset) - len(rows)
     where = f'; attention in {pictures.folder}' if pictures is not None else ''
     log.info(f'{len(rows)} pictures classified, {bad} not readable; results in {", ".join(map(str, files))}{where}')
@@ -334,13 +340,35 @@ class AttentionPictures:
         how: 'last' for the last layer, as a mean over its heads, or 'rollout' through all layers.
         folder: Where the pictures go.
         data_config: From `data.resolve_input`.
+        names: Those of all pictures in the results.
     """
 
-    def __init__(self, model: Any, how: str, folder: Path, data_config: Dict[str, Any]):
+    def __init__(self, model: Any, how: str, folder: Path, data_config: Dict[str, Any], names: Sequence[str]):
         self.model, self.how, self.folder = model, how, folder
+        self.files = [f'{number:06d}_{Path(name).name[-50:]}.png' for number, name in enumerate(names)]
+        self.drawn: Set[str] = set()
         self.input_size: Tuple[int, ...] = data_config['input_size']
         self.mean, self.std = (torch.tensor(data_config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
         self.reads_class = getattr(model, 'cls_token', None) is not None and model.global_pool == 'token'
+
+    def check_replaced(self) -> None:
+        """UserError where the folder is none or a link, or a file in it that has a picture's name is not of an earlier
+        run, which its content tells."""
+        advice = 'take it away, or give another --results-file'
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise UserError(f'{self.folder} is a link or no folder, where the pictures of attention go; {advice}')
+        for file in map(self.folder.joinpath, self.files if self.folder.exists() else ()):
+            if os.path.lexists(file) and not holds(file, *MARK):
+                raise UserError(f'{file} is there, and no picture of an earlier run; {advice}')
+
+    def remove_earlier(self) -> None:
+        """Remove the pictures of earlier runs, which the table does not name."""
+        try:
+            remove_marked(self.folder, *MARK, keep=self.drawn)
+        except OSError as error:
+            raise UserError(
+                f'{self.folder}: pictures of an earlier run cannot be removed ({reason_of(error)})'
+            ) from error
 
     def try_out(self) -> None:
         """UserError where the model has no such maps, before any picture is read."""
@@ -365,19 +393,25 @@ class AttentionPictures:
             )
         return weights
 
-    def draw(self, images: torch.Tensor, names: Sequence[str]) -> List[str]:
-        """Write a PNG for each image `(B, C, height, width)`; returns their names, with the folder's."""
+    def draw(self, images: torch.Tensor, numbers: Sequence[int]) -> List[str]:
+        """Write a PNG for each image `(B, C, height, width)`, whose numbers among all pictures are given; returns their
+        names, with the folder's."""
+        from PIL import PngImagePlugin  # an import that Pillow would note
+
         drawn: List[str] = []
+        about = PngImagePlugin.PngInfo()
+        about.add_text('Software', SOFTWARE)
         try:
             self.folder.mkdir(exist_ok=True)
             for some in images.split(MAPS_AT_ONCE):
                 for image, weights in zip(some.float().cpu(), self._weights(some).cpu(), strict=True):
                     pixels = (image * self.std + self.mean).clamp(0, 1).mul(255).round().to(torch.uint8)
                     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
-                    file = self.folder / f'{names[len(drawn)]}.png'
-                    with replacing(file) as partial:
-                        overlay_attention(picture, weights).save(partial, format='PNG')
-                    drawn.append(f'{self.folder.name}/{file.name}')
+                    file = self.files[numbers[len(drawn)]]
+                    with replacing(self.folder / file) as partial:
+                        overlay_attention(picture, weights).save(partial, format='PNG', pnginfo=about)
+                    self.drawn.add(file)
+                    drawn.append(f'{self.folder.name}/{file}')
         except OSError as error:
             raise UserError(f'{self.folder}: cannot be written ({reason_of(error)})') from error
         return drawn

@@ -666,6 +666,32 @@ def test_names_with_a_dot_are_passed_over_and_results_told_of(infer, call, hub, 
     assert f'{tmp_path / "results.csv"}: written anew' in out
 
 
+def test_links_in_a_tar_file_are_read_or_named(infer, hub, tmp_path):
+    """A hard link is the picture that it leads to, as its tar file had it then; what else is no file is counted."""
+    for number, name in enumerate(('a.png', 'b.png', 'c.png')):
+        Image.new('RGB', (8 + number, 8), (90 * number,) * 3).save(tmp_path / name)
+    with tarfile.open(tmp_path / 'in.tar.gz', 'w:gz') as tar:
+        tar.add(tmp_path / 'a.png', './a.png')
+        for name, kind, leads in (
+            ('h.png', tarfile.LNKTYPE, 'a.png'),
+            ('lost.png', tarfile.LNKTYPE, 'nowhere.png'),
+            ('pipe.png', tarfile.FIFOTYPE, ''),
+            ('s.png', tarfile.SYMTYPE, 'a.png'),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, leads
+            tar.addfile(member)
+        tar.add(tmp_path / 'b.png', './a.png')
+        tar.add(tmp_path / 'a.png', 'z.png')
+    for workers in ('0', '1'):
+        rows, out = infer('--data-dir', tmp_path / 'in.tar.gz', '--checkpoint', hub, '--workers', workers)
+        assert [row['filename'] for row in rows] == ['a.png', 'h.png', 'z.png']
+        assert rows[1]['prob'] == rows[2]['prob'] != rows[0]['prob']
+        for name in ('lost.png', 'pipe.png', 's.png'):
+            assert any(f'in.tar.gz: {name} is not a readable image (a link or no file' in line for line in out), name
+        assert '3 pictures classified, 3 not readable' in out[-1]
+
+
 def test_more_loading_processes_than_cores_say_nothing(infer, hub, pictures, recwarn):
     infer('--data-dir', pictures[0], '--checkpoint', hub, '--workers', str((os.cpu_count() or 1) + 1), '-b', '1')
     assert not [it for it in recwarn if 'This DataLoader will create' in str(it.message)]
@@ -711,15 +737,59 @@ def test_no_column_replaces_another(call, hub, pictures, tmp_path, flags, twice)
     assert (code == 0) == ('topk' in flags), err
 
 
-def test_a_picture_of_attention_is_written_beside_its_place(infer, hub, tmp_path):
-    """What is there is replaced, not written to."""
-    (tmp_path / 'in').mkdir()
-    (tmp_path / 'results.csv.attention').mkdir()
-    Image.new('RGB', (8, 8)).save(tmp_path / 'in' / 'a.png')
-    (tmp_path / 'mine').write_text('mine')
-    (tmp_path / 'results.csv.attention' / '000000_a.png.png').symlink_to(tmp_path / 'mine')
-    rows, _ = infer('--data-dir', tmp_path / 'in', '--checkpoint', hub, '--include-attention')
-    assert (tmp_path / 'mine').read_text() == 'mine' and not (tmp_path / rows[0]['attention']).is_symlink()
+def attention_of(call, hub, folder, picture):
+    """inference.py on a new picture of this name, into results.csv of the folder: (code, error)."""
+    (folder / 'in').mkdir(exist_ok=True)
+    Image.effect_noise((8, 8), 80).save(folder / 'in' / picture)
+    place = ['--data-dir', folder / 'in' / picture, '--checkpoint', hub, '--workers', '0', '--results-dir', folder]
+    code, _, err = call('inference', *place, '--results-file', 'results.csv', '--include-attention')
+    return code, err
+
+
+def test_a_picture_of_attention_takes_the_place_of_its_own_alone(call, hub, tmp_path):
+    """A user's text or picture is not one of an earlier run, nor is a link, wherever it leads."""
+    folder = tmp_path / 'results.csv.attention'
+    folder.mkdir()
+    place, mine = folder / '000000_a.png.png', tmp_path / 'mine'
+    mine.write_text('mine')
+
+    def picture():
+        Image.new('RGB', (8, 8)).save(place)
+
+    for kind, make in dict(
+        text=lambda: place.write_text('mine'),
+        empty=place.touch,
+        picture=picture,
+        link=lambda: place.symlink_to(mine),
+        dangling=lambda: place.symlink_to('nowhere'),
+        folder=place.mkdir,
+    ).items():
+        make()
+        before = os.lstat(place).st_mtime_ns
+        code, err = attention_of(call, hub, tmp_path, 'a.png')
+        assert code == 2 and f'{place} is there, and no picture of an earlier run; take it away' in err, (kind, err)
+        assert err.count('\n') == 1 and os.lstat(place).st_mtime_ns == before and mine.read_text() == 'mine'
+        assert not (tmp_path / 'results.csv').exists()
+        place.rmdir() if kind == 'folder' else place.unlink()
+    for lies in (folder.rmdir, folder.unlink):
+        lies()
+        (folder.symlink_to if lies == folder.rmdir else folder.write_text)(str(tmp_path / 'in'))
+        code, err = attention_of(call, hub, tmp_path, 'a.png')
+        assert code == 2 and f'{folder} is a link or no folder' in err and err.count('\n') == 1
+    assert os.listdir(tmp_path / 'in') == ['a.png'] and not (tmp_path / 'results.csv').exists()
+
+
+def test_pictures_of_attention_of_an_earlier_run_go(call, hub, tmp_path):
+    """Its own, once the table is there; a user's file beside them stays."""
+    folder = tmp_path / 'results.csv.attention'
+    assert attention_of(call, hub, tmp_path, 'a.png') == (0, '')
+    (folder / 'notes.txt').write_text('mine')
+    Image.new('RGB', (8, 8)).save(folder / '000007_mine.png')
+    first = (folder / '000000_a.png.png').read_bytes()
+    for picture in ('a.png', 'b.png'):
+        assert attention_of(call, hub, tmp_path, picture) == (0, '')
+        assert sorted(os.listdir(folder)) == [f'000000_{picture}.png', '000007_mine.png', 'notes.txt']
+        assert (folder / f'000000_{picture}.png').read_bytes() != first  # of a new picture
 
 
 def test_results_of_one_folder_have_pictures_of_attention_of_their_own(call, hub, tmp_path):

@@ -31,7 +31,7 @@ from evavit.training.data.folders import (
     find_undivided,
     hold_out,
 )
-from evavit.training.data.hub import ADDRESS, network, undecoded
+from evavit.training.data.hub import ADDRESS, cast_by_us, network
 from evavit.training.data.images import CheckedImages, CheckedStream
 from evavit.training.data.shards import check_shards, shard_root
 from evavit.training.data.tars import ClassTar
@@ -109,7 +109,10 @@ def open_dataset(
             if name.endswith('folder'):  # of which timm takes all, splits for classes, where the split is missing
                 root = str(find_split(Path(root or ''), split))
     try:
-        with network(config) if prefix in ('hfds', 'hfids') else nullcontext():
+        with (
+            network(config) if prefix in ('hfds', 'hfids') else nullcontext(),
+            cast_by_us('label') if prefix == 'hfds' else nullcontext(),
+        ):
             dataset = create_dataset(
                 config.dataset.replace(ADDRESS, ''),
                 root=root,
@@ -125,9 +128,6 @@ def open_dataset(
             )
         if prefix == 'wds':
             check_shards(dataset.reader)
-        elif prefix == 'hfds':
-            reader: Any = dataset.reader
-            reader.dataset = undecoded(reader.dataset, reader.image_key, reader.label_key)
         _check_number(dataset)
         _check_arrays(dataset)
     except Exception as error:  # each kind has its own errors for what is missing or damaged

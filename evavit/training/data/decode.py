@@ -191,12 +191,22 @@ def is_turned(image: Image.Image) -> bool:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Image.convert, but 16 bits are scaled to 8, where Pillow cuts at 255. timm, too, drops transparency."""
+    """Image.convert, but 16 bits are scaled to 8, where Pillow cuts at 255. timm, too, drops transparency.
+
+    Raises BadImageError for pixels whose values do not say what is black and what is white: of a TIFF, whose tags tell,
+    those with a sign and integers of 32 bits, beside floating-point ones.
+    """
+    tags = getattr(image, 'tag_v2', {})
+    bits, kinds = tags.get(258, (16,))[0], tags.get(339, (1,))  # BitsPerSample, SampleFormat
     if image.mode == 'F':
         raise BadImageError('floating-point pixels, whose range is not known')
+    if kinds[0] != 1:
+        raise BadImageError('pixels with a sign, whose range is not known')
     if image.mode.startswith('I'):
-        pixels = np.asarray(image).clip(0, 65535).astype(np.uint16) >> 8
-        image = Image.fromarray(pixels.astype(np.uint8))
+        if bits > 16:
+            raise BadImageError(f'integers of {bits} bits, whose range is not known')
+        pixels = np.asarray(image).clip(0, 2**bits - 1).astype(np.uint16) >> (bits - 8)
+        image = Image.fromarray(pixels.astype(np.uint8) ^ np.uint8(255 * (tags.get(262) == 0)))  # WhiteIsZero
     if 'transparency' in image.info and image.mode != 'RGBA':
         image = image.convert('RGBA')  # else Pillow warns, or turns a colour to transparent black
     return image.convert(mode)

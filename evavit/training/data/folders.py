@@ -12,36 +12,17 @@ import stat
 from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from evavit.arguments import nearest
 from evavit.errors import UserError
 from evavit.files import open_regular
+from evavit.training.data.endings import image_endings, is_image
 
 log = logging.getLogger(__name__)
 
 MOST_LINKS = 100_000  # to folders: those that lead from one to another can make up any number of paths
 SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))
-READ_TOO = ('.webp', '.bmp')  # beside timm's png, jpg and jpeg
-OTHER_IMAGES = {
-    '.avif',
-    '.gif',
-    '.heic',
-    '.jfif',
-    '.jp2',
-    '.pbm',
-    '.pgm',
-    '.ppm',
-    '.tga',
-    '.tif',
-    '.tiff',
-}
-
-
-def image_endings() -> Tuple[str, ...]:
-    """Endings of the names of images, in lower case: timm's and ours."""
-    return tuple(dict.fromkeys((*get_img_extensions(), *READ_TOO)))
 
 
 def natural_key(name: str) -> Tuple[Tuple[Any, ...], str]:
@@ -252,12 +233,13 @@ def check_links(root: Path) -> None:
 
 def check_format(path: str) -> bool:
     """Whether a name is that of an image. A format that is not read is a UserError."""
-    ending, endings = os.path.splitext(path)[1].lower(), image_endings()
-    if ending in OTHER_IMAGES:
+    if os.path.splitext(path)[1].lower() in image_endings():
+        return True
+    if is_image(path):
         raise UserError(
-            f'{path}: only {", ".join(endings)} are read; convert such images to PNG or JPEG, or take them away'
+            f'{path}: only {", ".join(image_endings())} are read; convert such images to PNG or JPEG, or take them away'
         )
-    return ending in endings
+    return False
 
 
 def warn_of_circles(links: Sequence[str]) -> None:

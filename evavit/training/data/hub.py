@@ -66,7 +66,8 @@ def undecoded(table: Any, image: str, label: str) -> Any:
     """A table of `datasets`, or a stream, with these two columns alone, the image as {bytes, path}.
 
     Whatever else a record holds would be decoded with it: by all of Pillow's formats, of which one starts Ghostscript,
-    by players of audio and video, and fetched first where a record gives an address.
+    by players of audio and video, and fetched first where a record gives an address. LocalError where it has not these
+    columns, or they hold something else.
     """
     import datasets
 
@@ -74,10 +75,52 @@ def undecoded(table: Any, image: str, label: str) -> Any:
         table = table.select_columns([image, label])
     except ValueError as error:
         raise LocalError(f'it needs the columns {image} and {label}: {first_line(error)[:300]}') from error
-    kind = (table.features or {}).get(label)
-    if not isinstance(kind, (datasets.ClassLabel, datasets.Value, type(None))):
-        raise LocalError(f'its column {label} holds {str(kind)[:100]}, not a number of a class; give the classes in it')
-    return table.cast_column(image, datasets.Image(decode=False))
+    kinds = table.features or {}
+    if not isinstance(kinds.get(label), (datasets.ClassLabel, datasets.Value, type(None))):
+        raise LocalError(
+            f'its column {label} holds {str(kinds[label])[:100]}, not a number of a class; give the classes in it'
+        )
+    try:
+        if image in kinds and _is_list(kinds[image]):
+            raise TypeError('a list')
+        return table.cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # of pyarrow and numpy too
+        raise LocalError(
+            f'its column {image} holds {str(kinds.get(image))[:100]}, not an image in each record '
+            f'({first_line(error)[:200]})'
+        ) from error
+
+
+@contextmanager
+def cast_by_us(label: str) -> Iterator[None]:
+    """While timm's reader opens a table, it gets that of `undecoded`: its own cast would add a column of images to a
+    table that has none, with nothing in it."""
+    import datasets
+
+    cast = datasets.Dataset.cast_column
+
+    def checked(table: Any, image: str, *_: Any) -> Any:
+        datasets.Dataset.cast_column = cast
+        return undecoded(table, image, label)
+
+    datasets.Dataset.cast_column = checked
+    try:
+        yield
+    finally:
+        datasets.Dataset.cast_column = cast
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a column holds lists of something else than numbers, which `datasets` takes for pixels."""
+    import datasets
+
+    inner = kind
+    while not isinstance(inner, datasets.Value):
+        deeper = inner[0] if isinstance(inner, list) else getattr(inner, 'feature', None)
+        if deeper is None:
+            return inner is not kind
+        inner = deeper
+    return False
 
 
 def _check_classes(folder: Path, cache: Optional[str]) -> None:

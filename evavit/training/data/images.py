@@ -432,6 +432,9 @@ class CheckedStream(IterableImageDataset):
     def _broken_shard(self, error: BaseException) -> bool:
         if isinstance(error, (TypeError, LocalError)):
             raise error if isinstance(error, LocalError) else LocalError(first_line(error))
+        if isinstance(error, BadImageError):
+            self.bad.mark(None, error.args[1], error.args[0])
+            return True
         url = next((part for part in reversed(error.args) if isinstance(part, str)), 'a shard')
         self.bad.mark(None, url, f'the rest of the shard is lost: {reason(error)}')
         return True

@@ -11,8 +11,9 @@ from timm.data.readers.reader import Reader
 
 from evavit.errors import UserError, first_line
 from evavit.files import open_regular
-from evavit.training.data.decode import is_turned
-from evavit.training.data.folders import OTHER_IMAGES, image_endings, is_hidden, natural_key, tree, warn_of_circles
+from evavit.training.data.decode import BadImageError, is_turned
+from evavit.training.data.endings import is_image, read_endings
+from evavit.training.data.folders import is_hidden, natural_key, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
 from evavit.training.data.tars import Member, entries
 
@@ -23,7 +24,8 @@ class Pictures(Reader):
     """A reader in timm's form of every file whose name ends like an image's, in natural order; all labels are 0. Names
     with a dot in front are passed over.
 
-    timm's own readers pass over other formats without a word, and want a class folder for each image.
+    timm's own readers pass over other formats without a word, and want a class folder for each image. In a tar file a
+    hard link is the picture that it leads to; what else is no regular file cannot be read.
 
     Args:
         root: Folder, tar file or picture.
@@ -47,7 +49,7 @@ class Pictures(Reader):
             self.root, names = root.parent, [root.name]
         self.names = sorted(names, key=natural_key)
         if not self.names:
-            raise UserError(f'{root}: no picture in it ({", ".join(sorted(_endings()))})')
+            raise UserError(f'{root}: no picture in it ({", ".join(read_endings())})')
 
     @staticmethod
     def _members(path: Path) -> Optional[Dict[str, tarfile.TarInfo]]:
@@ -57,9 +59,15 @@ class Pictures(Reader):
             raise UserError(f'{path}: {what} (--data-dir)')
         if not path.name.lower().endswith(ARCHIVES):
             return None
+        found: Dict[str, tarfile.TarInfo] = {}
+        originals: Dict[str, tarfile.TarInfo] = {}  # by their names without a dot in front, as links may have them
         try:
             with tarfile.open(path, tarinfo=Member) as tar:
-                return {info.name: info for info in entries(tar) if info.isfile() and _is_picture(info.name)}
+                for info in entries(tar):
+                    if not info.isdir() and _is_picture(info.name):
+                        one = originals.get(os.path.normpath(info.linkname), info) if info.islnk() else info
+                        found[info.name] = originals[os.path.normpath(info.name)] = one
+            return found
         except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{path}: not a readable tar file ({first_line(error)[:400]})') from error
 
@@ -69,9 +77,12 @@ class Pictures(Reader):
     def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
         if self.members is None:
             return open_regular(self.root / self.names[index]), 0
+        member = self.members[self.names[index]]
+        if not member.isfile():
+            raise BadImageError('a link or no file, which in a tar file is not followed')
         if os.getpid() not in self.tars:
             self.tars[os.getpid()] = tarfile.open(self.root, tarinfo=Member)  # noqa: SIM115  it stays open
-        stream = self.tars[os.getpid()].extractfile(self.members[self.names[index]])
+        stream = self.tars[os.getpid()].extractfile(member)
         assert stream is not None  # a regular file
         return stream, 0
 
@@ -90,12 +101,8 @@ class UnlabelledImages(CheckedImages):
         return image, int(isinstance(image, Image.Image) and is_turned(image))
 
 
-def _endings() -> List[str]:
-    return [*image_endings(), *OTHER_IMAGES]
-
-
 def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _endings() and not is_hidden(name)
+    return is_image(name) and not is_hidden(name)
 
 
 def open_pictures(data_dir: Optional[str], in_chans: int = 3) -> UnlabelledImages:

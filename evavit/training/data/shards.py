@@ -11,7 +11,7 @@ import re
 import stat
 import tarfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Match, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Match, Set, Union
 
 from evavit.errors import UserError, reason_of
 from evavit.files import open_regular
@@ -56,10 +56,30 @@ def check_shards(reader: Any) -> None:
 
 def samples(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:
     """webdataset's `tarfile_samples`, {key, address, ending: bytes}, by the rules of `tars`. What is not read is a text
-    that says why."""
+    that says why. The handler gets BadImageError(reason, name) of a file that is left out, else what ends a shard."""
     from webdataset.tariterators import group_by_keys, url_opener
 
-    return group_by_keys(_files(url_opener(shards, handler=handler), handler), handler=handler)
+    return group_by_keys(_first(_files(url_opener(shards, handler=handler), handler), handler), handler=handler)
+
+
+def _first(files: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:
+    """Without the files of a sample that have another one's ending, of which webdataset does not say the shard."""
+    from webdataset.tariterators import base_plus_ext
+
+    sample: Any = None
+    there: Set[str] = set()
+    for file in files:
+        key, ending = base_plus_ext(file.get('fname', ''))
+        if key != sample:
+            sample, there = key, set()
+        ending = (ending or '').lower()
+        if key is None or ending not in there:
+            there.add(ending)
+            yield file
+        elif not handler(
+            BadImageError('another one of its sample has its ending', f'{file["__url__"]}: {file["fname"]}')
+        ):
+            return
 
 
 def _files(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:

@@ -4,6 +4,7 @@ import ast
 import io
 import os
 import socket
+import struct
 import time
 import warnings
 
@@ -83,11 +84,58 @@ def test_odd_images_show_what_they_hold():
     assert read(GOOD['one_pixel.png']).tolist() == [[[200, 100, 50]]]
 
 
-@pytest.mark.parametrize('mode, dtype', [('I;16B', '>u2'), ('I', np.int32)])
-def test_other_forms_of_sixteen_bits(mode, dtype):
-    values = np.array([[0, 256, 32768, 65535]], dtype)
-    image = Image.frombytes(mode, (4, 1), values.tobytes())
-    assert np.asarray(decode(io.BytesIO(faults.encode(image, 'TIFF')), 'L')).tolist() == [[0, 1, 128, 255]]
+def tiff(values, order='<', photometric=1, bits=16, kind=1):
+    """A TIFF of one row of grey pixels."""
+    data = np.asarray(values).astype(f'{order}{"iu"[kind == 1]}{bits // 8}').tobytes()
+    if bits == 12:
+        data = bytes.fromhex(''.join(f'{value:03x}' for value in values))
+    tags = {
+        256: len(values),
+        257: 1,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8,
+        277: 1,
+        278: 1,
+        279: len(data),
+        339: kind,
+    }
+    place = 8 + len(data) + len(data) % 2
+    content = [b'II*\0' if order == '<' else b'MM\0*', struct.pack(f'{order}I', place), data.ljust(place - 8, b'\0')]
+    content += [struct.pack(f'{order}H', len(tags))]
+    content += [struct.pack(f'{order}HHII', tag, 4, 1, value) for tag, value in tags.items()]
+    return b''.join(content) + bytes(4)
+
+
+def test_other_forms_of_sixteen_bits():
+    values, shown = [0, 256, 32768, 65535], [[0, 1, 128, 255]]
+    assert read(tiff(values), 'L').tolist() == read(tiff(values, '>'), 'L').tolist() == shown
+    assert read(tiff([0, 65535], photometric=0), 'L').tolist() == [[255, 0]]  # as of 8 bits
+    assert read(tiff([0, 255], photometric=0, bits=8), 'L').tolist() == [[255, 0]]
+    assert read(tiff([0, 16, 2048, 4095], bits=12), 'L').tolist() == shown
+    pgm = b'P5 4 1 65535\n' + np.array(values, '>u2').tobytes()
+    assert read(pgm, 'L').tolist() == shown
+    assert read(b'P2 2 1 1023\n0 1023\n', 'L').tolist() == [[0, 255]]
+    image = Image.frombytes('I;16', (4, 1), np.array(values, '<u2').tobytes())
+    for form, options in dict(PNG={}, JPEG2000=dict(irreversible=False), TIFF=dict(compression='tiff_lzw')).items():
+        assert read(faults.encode(image, form, **options), 'L').tolist() == shown, form
+
+
+@pytest.mark.parametrize(
+    'values, about, words',
+    [
+        ([0, 63], dict(bits=32), 'integers of 32 bits'),
+        ([0, 2**32 - 1], dict(bits=32), 'integers of 32 bits'),
+        ([-1000, 1000], dict(bits=16, kind=2), 'pixels with a sign'),
+        ([-1000, 1000], dict(bits=32, kind=2, order='>'), 'pixels with a sign'),
+        ([-100, 100], dict(bits=8, kind=2), 'pixels with a sign'),
+        ([0, 65535], dict(order='>', photometric=0), 'known format'),
+    ],
+)
+def test_pixels_whose_range_is_not_known_are_refused(values, about, words):
+    with pytest.raises(BadImageError, match=words):
+        read(tiff(values, **about))
 
 
 def outcome(content, jpeg_as):

@@ -83,14 +83,26 @@ def test_a_label_that_is_an_image_is_a_line(kind, feature, tmp_path, monkeypatch
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('column', ['image', 'label'])
 @pytest.mark.parametrize('kind', ['hfds', 'hfids'])
-def test_a_table_without_a_column_that_is_read_is_a_line(kind, tmp_path):
+def test_a_table_without_a_column_that_is_read_is_a_line(kind, column, tmp_path):
+    """timm's reader of hfds adds a column of images, with nothing in it."""
     write_table(tmp_path / 'table', kind=(CLASS, 1))
     for path in (tmp_path / 'table').iterdir():
-        parquet.write_table(parquet.read_table(path).drop_columns(['label']), str(path))
-    with pytest.raises(UserError, match='label') as error:
+        parquet.write_table(parquet.read_table(path).drop_columns([column]), str(path))
+    with pytest.raises(UserError, match=rf"it needs the columns image and label: .*'{column}'") as error:
         read(kind, opened(kind, tmp_path / 'table', tmp_path / 'cache'))
-    assert '\n' not in str(error.value)
+    there = ({'image', 'label'} - {column}).pop()
+    assert '\n' not in str(error.value) and there in str(error.value).partition('olumns in the dataset')[2]
+
+
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_a_column_of_lists_of_images_is_named(kind, tmp_path):
+    cast = datasets.Dataset.cast_column
+    write_table(tmp_path / 'table', image=(datasets.Sequence(IMAGE), [dict(bytes=PICTURE, path=None)] * 2))
+    with pytest.raises(UserError, match=r'its column image holds .*Image.*, not an image in each record') as error:
+        read(kind, opened(kind, tmp_path / 'table', tmp_path / 'cache'))
+    assert '\n' not in str(error.value) and datasets.Dataset.cast_column is cast
 
 
 SWAPPED = datasets.ClassLabel(names=['pear', 'apple'])

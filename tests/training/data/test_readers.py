@@ -337,6 +337,19 @@ def test_no_shard_fills_the_memory(kind, compressed, shards, tmp_path):
     assert sorted(told in line for line in opened.bad.found.values()) == [False, True]  # the other one is pear_3
 
 
+def test_a_second_file_of_a_sample_is_named_with_its_shard(shards, tmp_path):
+    path = tmp_path / 'shards' / 'set-train-0000.tar'
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1].name.partition('.')[0]
+    with tarfile.open(path, 'a') as archive:
+        add(archive, f'{last}.PNG', b'another')
+    settings, _ = parse_settings('train', [*map(str, shards), '--max-bad-images', '1'])
+    opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+    assert sum(1 for _ in opened) == 24
+    opened.bad._look()
+    assert f'{path}: {last}.PNG\nanother one of its sample has its ending' in opened.bad.found.values()
+
+
 def test_a_label_that_is_not_read_is_a_line(shards, tmp_path):
     with tarfile.open(tmp_path / 'shards' / 'set-train-0000.tar', 'a', format=tarfile.PAX_FORMAT) as archive:
         archive.addfile(_sparse('pear_x.cls', 2**27), io.BytesIO(b'abcd'))
