@@ -21,6 +21,7 @@ from evavit.files import replacing, stamp
 from evavit.models import write_weights
 from evavit.training import build
 from evavit.training.contents import saved_settings, stored_metric
+from evavit.training.distributed import check_alone
 
 
 def main(argv=None):
@@ -33,6 +34,7 @@ def main(argv=None):
     parser.add_argument('-n', type=int, default=10, help='checkpoints to average (10)')
     parser.add_argument('--hash', action='store_true', help='put the start of the SHA-256 into the name')
     args = parser.parse_args(argv)
+    check_alone('avg_checkpoints.py')
     source, output = Path(args.input), Path(args.output)
     try:
         paths = [source] if source.is_file() else sorted(path for path in source.glob(args.filter) if path.is_file())
