@@ -335,6 +335,14 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
             for name, values in WRONG_PREPARATION.items()
             for value in values
         ),
+        *(
+            (
+                json.dumps({**config, 'pretrained_cfg': {**config['pretrained_cfg'], name: value}}),
+                f'config.json is damaged .pretrained_cfg: {name} .* is no name of a module',
+            )
+            for name in ('classifier', 'first_conv')
+            for value in (5, True, [1, 2], {'a': 1})
+        ),
         ('[' * 100_000, f'{re.escape(str(folder))}: config.json is damaged'),
     ):
         (folder / 'config.json').write_text(text)
