@@ -118,6 +118,8 @@ class Saver(CheckpointSaver):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, 'pending': (None, None)})
+        # What --checkpoint-hist keeps no more stays in the folder: timm would remove a better one with it.
+        self.checkpoint_files = self.checkpoint_files[: self.max_history]
 
     def _save_weights(self, weights: Dict[str, Any], epoch: int, metric: float, settings: Dict[str, Any]) -> None:
         about = dict(epoch=str(epoch), metric=str(metric), args=json.dumps(settings))
