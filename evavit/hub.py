@@ -37,7 +37,7 @@ from evavit.card import model_card
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
-from evavit.models._weights import disk_errors, folder_weights, saved_args, saved_preparation
+from evavit.models._weights import check_kinds, disk_errors, folder_weights, saved_args, saved_preparation
 from evavit.version import __version__
 
 __all__ = ['load_converted', 'publish', 'save_folder', 'saved_config']
@@ -368,6 +368,7 @@ def load_converted(
     if features_only:  # the blocks behind the last map and the classifier are not
         weights = {key: value for key, value in weights.items() if key in there}
     try:
+        check_kinds(weights, vit)
         vit.load_state_dict(weights)
     except RuntimeError as error:
         raise RuntimeError(f'{file}: not the weights of {settings}: {first_line(error)[:400]}') from error

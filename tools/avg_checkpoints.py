@@ -19,6 +19,7 @@ from evavit.arguments import Parser, shown
 from evavit.errors import UserError, first_line, printable, reason_of, run_script
 from evavit.files import replacing, stamp
 from evavit.models import write_weights
+from evavit.models._weights import other_kinds
 from evavit.training import build
 from evavit.training.contents import saved_settings, stored_metric
 from evavit.training.distributed import check_alone
@@ -86,7 +87,8 @@ def average(paths, use_ema=True):
     total = {name: value.double() for name, value in first.items()}
     for path in paths[1:]:
         state = _read(path, use_ema)
-        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in first.items()}:
+        shapes, expected = ({name: value.shape for name, value in it.items()} for it in (state, first))
+        if shapes != expected or other_kinds(state, first):
             raise UserError(f'{path} and {paths[0]} are not of the same model: their tensors differ')
         for name, value in state.items():
             total[name] += value.double()
