@@ -357,6 +357,15 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
     assert '\n' not in str(caught.value)
 
 
+def test_converted_weights_of_another_kind_of_number_are_one_line(tmp_path):
+    folder = save_folder(evavit.convert_vit(small_vit(), window_size=1), tmp_path / 'mine', data='x', licence='mit')
+    state = load_converted(folder).state_dict()
+    safetensors.torch.save_file({**state, 'pos_embed': state['pos_embed'] > 0}, folder / 'model.safetensors')
+    with pytest.raises(RuntimeError, match='has in another type of number pos_embed') as error:
+        load_converted(folder)
+    assert '\n' not in str(error.value)
+
+
 @pytest.mark.parametrize(
     'error, message',
     [

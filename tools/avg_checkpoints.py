@@ -84,14 +84,15 @@ def average(paths, use_ema=True):
     first = _read(paths[0], use_ema)
     if len(paths) == 1:
         return first
-    total = {name: value.double() for name, value in first.items()}
+    wide = {name: torch.promote_types(value.dtype, torch.float64) for name, value in first.items()}
+    total = {name: value.to(wide[name]) for name, value in first.items()}
     for path in paths[1:]:
         state = _read(path, use_ema)
         shapes, expected = ({name: value.shape for name, value in it.items()} for it in (state, first))
         if shapes != expected or other_kinds(state, first):
             raise UserError(f'{path} and {paths[0]} are not of the same model: their tensors differ')
         for name, value in state.items():
-            total[name] += value.double()
+            total[name] += value.to(wide[name])
     return {name: (value / len(paths)).to(first[name].dtype) for name, value in total.items()}
 
 

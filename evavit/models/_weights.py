@@ -323,7 +323,8 @@ def _add_fresh(state: Weights, model: 'GridModel', new_head: bool) -> Dict[str, 
     if new_head:
         head = [key for key in own if key.startswith('head.')]
         differs = [key for key in head if key in state and state[key].shape[:1] != own[key].shape[:1]]
-        classes = f'the file has {state[differs[0]].shape[0]} classes' if differs else 'the file has no classifier'
+        count = file_classes(state)
+        classes = f'the file has {count} classes' if differs and count else 'the file has no classifier'
         if differs or not any(key in state for key in head):
             for key in head:
                 state[key], fresh[key] = own[key].clone(), classes
@@ -363,7 +364,7 @@ def fit_checkpoint(
             f'these are not the weights of a {kind}: none of the {len(file)} names in the file fits, '
             f'the first one is {next(iter(file))}'
         )
-    classes = [values['head.weight'].shape[0] if 'head.weight' in values else None for values in (state, own)]
+    classes = [file_classes(values) for values in (state, own)]
     if not new_head and None not in classes and classes[0] != classes[1]:
         raise RuntimeError(
             f'the file has {classes[0]} classes, the model {classes[1]}; create the model with '
@@ -445,7 +446,7 @@ def _warn_of_published(file: Weights, model: nn.Module) -> None:
 
 
 def _size(shape: Tuple[int, ...]) -> str:
-    return '×'.join(map(str, shape))
+    return '×'.join(map(str, shape)) or 'one number'
 
 
 def _resize(state: Weights, model: 'GridModel', tokens: int) -> Weights:
@@ -535,7 +536,7 @@ def pretrained_filter(state_dict: Weights, model: nn.Module) -> Weights:
 def file_classes(state_dict: Weights) -> Optional[int]:
     """Classes of a file, None for one without a classifier."""
     weight = _unwrap(state_dict).get('head.weight')
-    return None if weight is None else weight.shape[0]
+    return weight.shape[0] if weight is not None and weight.ndim else None
 
 
 def fit_strictly(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:

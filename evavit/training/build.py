@@ -261,7 +261,7 @@ def _is_converted(path: str, name: str) -> bool:
 def head_classes(name: str, state: Mapping[str, torch.Tensor]) -> Optional[int]:
     """Classes of weights of the model, None where they lack its classifier, or one of its two."""
     weights = [state.get(f'{head}.weight') for head in _heads(timm.get_pretrained_cfg_value(name, 'classifier'))]
-    counts = {None if weight is None else weight.shape[0] for weight in weights}
+    counts = {weight.shape[0] if weight is not None and weight.ndim else None for weight in weights}
     return counts.pop() if len(counts) == 1 else None
 
 
@@ -359,7 +359,7 @@ def _resampled(model: nn.Module, weights: Dict[str, torch.Tensor]) -> Dict[str, 
 def check_classes(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:
     own = model.state_dict()
     for name in (f'{head}.weight' for head in _heads_of(model)):
-        if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
+        if name in own and name in state and state[name].ndim and own[name].shape[0] != state[name].shape[0]:
             raise UserError(
                 f'{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; '
                 f'give --num-classes {state[name].shape[0]} or data with as many, or start from its body with '

@@ -80,6 +80,16 @@ def test_weights_of_another_kind_of_number(train, call, images, tmp_path, dtype)
         assert code == 2 and 'has in another type of number' in err and len(err.splitlines()) == 1, err
 
 
+def test_a_classifier_of_one_number(train, call, images, tmp_path):
+    state = weights(train('run') / 'last.safetensors')
+    torch.save({**state, 'head.weight': torch.tensor(1.0)}, tmp_path / 'file.pth')
+    flags = [*MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--experiment', 'new']
+    code, _, err = call('train', *flags, '--initial-checkpoint', tmp_path / 'file.pth')
+    assert code == 2 and 'the file has head.weight of one number' in err and len(err.splitlines()) == 1, err
+    code, _, err = call('train', *flags, '--pretrained-path', tmp_path / 'file.pth')  # as one of other classes
+    assert code == 0, err
+
+
 @pytest.mark.parametrize('dtype', [torch.bool, torch.int64, torch.float64])
 def test_weights_of_timm_of_another_kind_of_number(call, images, tmp_path, dtype):
     vit = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1, num_classes=3)
