@@ -11,15 +11,18 @@ import timm as _timm  # noqa: E402
 from evavit.hub import source_weights as _source_weights  # noqa: E402
 from evavit.models import model_names as _model_names  # noqa: E402
 from evavit.models import read_weights as _read_weights  # noqa: E402
+from evavit.models._weights import check_kinds as _check_kinds  # noqa: E402
 
 
 def _create(name, pretrained, kwargs):
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     files = [kwargs.get('checkpoint_path'), *([overlay.get('file'), _source_weights(name)] if pretrained else [])]
-    for path in map(str, filter(None, files)):
-        if not path.endswith(('.npy', '.npz')):  # which timm has a reader of its own for
-            _read_weights(path)  # says what is wrong with a file; timm looks at no digest
-    return _timm.create_model(name, pretrained=pretrained, **kwargs)
+    paths = [path for path in map(str, filter(None, files)) if not path.endswith(('.npy', '.npz'))]  # which timm reads
+    weights = [_read_weights(path) for path in paths]  # says what is wrong with a file; timm looks at no digest
+    model = _timm.create_model(name, pretrained=pretrained, **kwargs)
+    for state in weights:  # which timm has converted without a word
+        _check_kinds(state, model)
+    return model
 
 
 def _entry_point(name):

@@ -77,12 +77,11 @@ MORE_FILES = 'raise the number of open files (ulimit -n 65536)'
 
 def _numbers(error: BaseException) -> Set[int]:
     """The system's numbers of an error and of those that it came from."""
-    told = re.search(r'os error (\d+)', str(error))  # safetensors tells the system's number as text
-    numbers = {int(told[1])} if told else set()
+    numbers, seen = set(), set()
     fault: Optional[BaseException] = error
-    seen = set()
     while fault is not None and id(fault) not in seen:  # one that is raised twice may be its own cause
-        numbers.add(getattr(fault, 'errno', None) or 0)  # PyTorch puts an error of its own over the system's
+        told = re.search(r'os error (\d+)', str(fault))  # safetensors tells the system's number as text
+        numbers.add(getattr(fault, 'errno', None) or int(told[1] if told else 0))  # PyTorch's own covers the system's
         seen.add(id(fault))
         fault = fault.__cause__ or fault.__context__
     return numbers

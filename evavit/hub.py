@@ -37,7 +37,7 @@ from evavit.card import model_card
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
 from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
-from evavit.models._weights import disk_errors, folder_weights, saved_args, saved_preparation
+from evavit.models._weights import check_kinds, disk_errors, folder_weights, saved_args, saved_preparation
 from evavit.version import __version__
 
 __all__ = ['load_converted', 'publish', 'save_folder', 'saved_config']
@@ -280,12 +280,21 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
     about = config.get('pretrained_cfg', config)  # timm's older form has all in one place
     if wrong := wrong_preparation(about, arguments.get('in_chans')):
         raise ValueError(f'{folder}: config.json is damaged (pretrained_cfg: {wrong}); save the folder anew')
+    for name in ('classifier', 'first_conv'):  # one module, or several
+        modules = about.get(name)
+        if modules is not None and not (isinstance(modules, str) or _is_texts(modules)):
+            told = f'pretrained_cfg: {name} {shown(modules)} is no name of a module'
+            raise ValueError(f'{folder}: config.json is damaged ({told}); save the folder anew')
     if names := config.get('label_names') or (about or {}).get('label_names'):
         try:
             config['label_names'] = _in_order(names)
         except ValueError as error:
             raise ValueError(f'{folder}: config.json is damaged ({error}); save the folder anew') from error
     return config, conversion
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _in_order(names: Any) -> Any:
@@ -359,6 +368,7 @@ def load_converted(
     if features_only:  # the blocks behind the last map and the classifier are not
         weights = {key: value for key, value in weights.items() if key in there}
     try:
+        check_kinds(weights, vit)
         vit.load_state_dict(weights)
     except RuntimeError as error:
         raise RuntimeError(f'{file}: not the weights of {settings}: {first_line(error)[:400]}') from error
@@ -454,7 +464,7 @@ def _settings_of_run(file: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any
         names, kwargs = saved.get('class_names'), saved.get('model_kwargs') or {}
         conversion = {**(saved.get('convert_kwargs') or {}), 'attention': saved.get('convert')}
         own = sorted((_NOT_OF_A_MODEL | {'args', 'num_classes'}) & kwargs.keys())
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        if names is not None and not _is_texts(names):
             raise ValueError('class_names are no list of names')
         about = saved_preparation(saved)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +107,18 @@ def write_bad_weights(folder):
     bad('code.pth', dict(state_dict=dict(weight=Code())), 'more than tensors (builtins.print)', 'safetensors')
     bad('old_code.pth', dict(state_dict=dict(weight=Code())), 'more than tensors', 'safetensors')
     bad('list.pth', [1, 2], 'no dictionary')
+    for name, value, words in (
+        ('sparse', torch.eye(64).to_sparse(), 'sparse'),
+        ('meta', torch.empty(64, 64, device='meta'), 'without content'),
+        ('eight_bits', torch.eye(64).to(torch.float8_e4m3fn), 'float8_e4m3fn'),
+        ('expanded', torch.zeros(1).expand(10**9, 10**9), 'more than the file has'),
+    ):
+        bad(f'{name}.pth', dict(weight=value), words)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of what is a prototype, and what is going to go
+        nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+        bad('nested.pth', dict(weight=nested), 'nested')
+        bad('quantized.pth', dict(weight=torch.quantize_per_tensor(torch.eye(64), 0.1, 0, torch.quint8)), 'quint8')
     for file in whole.values():
         file.unlink()
     return files

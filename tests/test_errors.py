@@ -19,6 +19,7 @@ from evavit.errors import (
     SharedError,
     UserError,
     launched,
+    mend_of,
     one_line,
     printable,
     reason_of,
@@ -176,6 +177,9 @@ def test_the_reason_of_a_failed_write():
     except RuntimeError as error:
         covered = error
     over_quota = SafetensorError(f'Error while serializing: I/O error: ... (os error {errno.EDQUOT})')
+    told = OSError(f'the disk is full: {os.strerror(errno.EDQUOT)}')
+    told.__cause__ = over_quota  # as of `disk_errors`
+    assert {mend_of(error) for error in (full, covered, over_quota, told)} == {'make room'}
     large = RuntimeError('[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0')
     large.__context__ = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     for error, reason in (

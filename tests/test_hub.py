@@ -335,6 +335,14 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
             for name, values in WRONG_PREPARATION.items()
             for value in values
         ),
+        *(
+            (
+                json.dumps({**config, 'pretrained_cfg': {**config['pretrained_cfg'], name: value}}),
+                f'config.json is damaged .pretrained_cfg: {name} .* is no name of a module',
+            )
+            for name in ('classifier', 'first_conv')
+            for value in (5, True, [1, 2], {'a': 1})
+        ),
         ('[' * 100_000, f'{re.escape(str(folder))}: config.json is damaged'),
     ):
         (folder / 'config.json').write_text(text)
@@ -347,6 +355,15 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^hf-hub:: .*; give a folder, or 'hf-hub:owner/name'$") as caught:
         load_converted('hf-hub:')
     assert '\n' not in str(caught.value)
+
+
+def test_converted_weights_of_another_kind_of_number_are_one_line(tmp_path):
+    folder = save_folder(evavit.convert_vit(small_vit(), window_size=1), tmp_path / 'mine', data='x', licence='mit')
+    state = load_converted(folder).state_dict()
+    safetensors.torch.save_file({**state, 'pos_embed': state['pos_embed'] > 0}, folder / 'model.safetensors')
+    with pytest.raises(RuntimeError, match='has in another type of number pos_embed') as error:
+        load_converted(folder)
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from evavit.arguments import Parser, shown
 from evavit.errors import UserError, first_line, printable, reason_of, run_script
 from evavit.files import replacing, stamp
 from evavit.models import write_weights
+from evavit.models._weights import other_kinds
 from evavit.training import build
 from evavit.training.contents import saved_settings, stored_metric
+from evavit.training.distributed import check_alone
 
 
 def main(argv=None):
@@ -33,6 +35,7 @@ def main(argv=None):
     parser.add_argument('-n', type=int, default=10, help='checkpoints to average (10)')
     parser.add_argument('--hash', action='store_true', help='put the start of the SHA-256 into the name')
     args = parser.parse_args(argv)
+    check_alone('avg_checkpoints.py')
     source, output = Path(args.input), Path(args.output)
     try:
         paths = [source] if source.is_file() else sorted(path for path in source.glob(args.filter) if path.is_file())
@@ -81,13 +84,15 @@ def average(paths, use_ema=True):
     first = _read(paths[0], use_ema)
     if len(paths) == 1:
         return first
-    total = {name: value.double() for name, value in first.items()}
+    wide = {name: torch.promote_types(value.dtype, torch.float64) for name, value in first.items()}
+    total = {name: value.to(wide[name]) for name, value in first.items()}
     for path in paths[1:]:
         state = _read(path, use_ema)
-        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in first.items()}:
+        shapes, expected = ({name: value.shape for name, value in it.items()} for it in (state, first))
+        if shapes != expected or other_kinds(state, first):
             raise UserError(f'{path} and {paths[0]} are not of the same model: their tensors differ')
         for name, value in state.items():
-            total[name] += value.double()
+            total[name] += value.to(wide[name])
     return {name: (value / len(paths)).to(first[name].dtype) for name, value in total.items()}
 
 

@@ -20,6 +20,7 @@ from evavit.files import stored_digest
 from evavit.hub import save_folder
 from evavit.training import build, contents
 from evavit.training.config import ModelConfig
+from evavit.training.distributed import check_alone
 
 BUILT_FROM = ('model', 'model_kwargs', 'convert', 'convert_kwargs', 'in_chans', 'img_size', 'input_size')
 METRICS = ('top1', 'top5', 'loss', 'images')
@@ -37,6 +38,7 @@ def main(argv=None):
     )
     parser.add_argument('--overwrite', action='store_true', help='replace files in FOLDER that others wrote')
     args = parser.parse_args(argv)
+    check_alone('save_for_hub.py')
     if Path(args.checkpoint).is_dir():
         args.checkpoint = str(contents.best_weights(Path(args.checkpoint)))
     saved = contents.saved_settings(args.checkpoint)

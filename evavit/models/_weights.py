@@ -59,20 +59,75 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
 
     Raises:
         RuntimeError: one line that names the file and what is wrong with it: not there, empty, cut short, damaged since
-            this package wrote it (see `evavit.files.stamp`), no weights, or a pickle that carries more than tensors, of
-            which nothing is run.
+            this package wrote it (see `evavit.files.stamp`), no weights, a tensor that is none of numbers in memory
+            (see `strange`), or a pickle that carries more than tensors, of which nothing is run.
     """
     try:
         if not Path(path).is_file():  # timm would log a line of its own
             raise FileNotFoundError(path)
         is_stamped(path)
         weights = load_state_dict(str(path), use_ema=use_ema)
-        for name, value in _unwrap(weights).items():
+        tensors = _unwrap(weights)
+        for name, value in tensors.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f'{name} is no tensor')
-        return weights
     except Exception as error:  # each format has its own errors, which name neither the file nor, often, the fault
         raise RuntimeError(f'{path}: {_fault(Path(path), error)}') from error
+    if fault := next((f'its {name} is {why}' for name, value in tensors.items() if (why := strange(value))), None):
+        raise RuntimeError(f'{path}: not a readable checkpoint: {fault}; save it with plain tensors')
+    return weights
+
+
+NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # which PyTorch computes with
+NUMBERS |= {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+
+
+def strange(value: torch.Tensor) -> Optional[str]:
+    """What a tensor of a file is instead of one of numbers in memory, in a few words; None for such a one."""
+    if value.is_nested or type(value) not in (torch.Tensor, nn.Parameter):
+        return 'nested' if value.is_nested else f'of the kind {type(value).__name__}'
+    if value.layout is not torch.strided:
+        return 'sparse'
+    if value.device.type != 'cpu':
+        return f'without content, on the device {value.device.type}'
+    if value.is_quantized or value.dtype not in NUMBERS:
+        return f'of {str(value.dtype)[6:]}, another type of number than weights have'
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # as of `expand`: a small file
+        return f'of {_size(value.shape)} numbers, more than the file has'
+    return None
+
+
+def other_kinds(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> List[str]:
+    """The names of a state dict whose tensors PyTorch would convert without a word, as truth values to weights.
+
+    What a model `own` has must be of its kind of number: floating point, complex or neither. Of other names, which a
+    reader of timm's may change, weights and biases must be of floating point.
+    """
+
+    def fits(name: str, value: torch.Tensor) -> bool:
+        if name in own:
+            return _kind(value) == _kind(own[name])
+        return _kind(value) == (True, False) or not name.endswith(('weight', 'bias'))
+
+    return [name for name, value in state.items() if not fits(name, value)]
+
+
+def _kind(value: torch.Tensor) -> Tuple[bool, bool]:
+    return value.is_floating_point() and value.element_size() > 1, value.is_complex()  # eight bits are no weights
+
+
+def check_kinds(state_dict: Weights, model: nn.Module) -> None:
+    """RuntimeError, one line, on weights of `other_kinds` than those of the model into which timm has loaded them."""
+    _check_kinds(other_kinds(_unwrap(state_dict), model.state_dict()), type(model).__name__)
+
+
+def _check_kinds(names: List[str], kind: str) -> None:
+    if names:
+        more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+        raise RuntimeError(
+            f'the file does not fit this {kind}: it has in another type of number {names[0]}{more}; save its weights '
+            f'in floating point'
+        )
 
 
 def folder_weights(folder: Union[str, Path]) -> Optional[Path]:
@@ -166,14 +221,14 @@ def _fault(path: Path, error: Exception) -> str:
 
 @contextlib.contextmanager
 def readable(overlay: Optional[Mapping[str, Any]], cfg: Any = None) -> Iterator[None]:
-    """Raise the errors of `read_weights` where timm fails to read the file of a `pretrained_cfg_overlay`, or of a
-    folder that is the source of a `pretrained_cfg`, or its digest is that of another content."""
+    """Raise the errors of `read_weights` on the file of a `pretrained_cfg_overlay`, or of a folder that is the source
+    of a `pretrained_cfg`: before timm reads it, and where timm does not find it."""
     file = overlay and overlay.get('file')
     if not file and isinstance(cfg, dict) and cfg.get('source') == 'local-dir':
         file = folder_weights(cfg['file'])
+    if file and Path(file).is_file():
+        read_weights(file)  # timm looks at no digest, and resamples what memory does not hold
     try:
-        if file and Path(file).is_file():
-            is_stamped(file)
         yield
     except Exception:
         if file:
@@ -268,7 +323,8 @@ def _add_fresh(state: Weights, model: 'GridModel', new_head: bool) -> Dict[str, 
     if new_head:
         head = [key for key in own if key.startswith('head.')]
         differs = [key for key in head if key in state and state[key].shape[:1] != own[key].shape[:1]]
-        classes = f'the file has {state[differs[0]].shape[0]} classes' if differs else 'the file has no classifier'
+        count = file_classes(state)
+        classes = f'the file has {count} classes' if differs and count else 'the file has no classifier'
         if differs or not any(key in state for key in head):
             for key in head:
                 state[key], fresh[key] = own[key].clone(), classes
@@ -298,15 +354,17 @@ def fit_checkpoint(
         raise RuntimeError('this is not a file of weights: it holds no dictionary of tensors by name')
     own = model.state_dict()
     sources = weight_sources(file, own)
+    kind = type(model).__name__
+    targets = {old: own[name] for name, names in sources.items() if name in own for old in names}
+    _check_kinds(other_kinds(file, targets), kind)
     tokens: int = 0 if getattr(model, 'no_embed_class', False) else getattr(model, 'num_prefix_tokens', 0)
     state = convert_published_eva(file) if is_published_eva(file) else convert_softmax(file, own, tokens)
-    kind = type(model).__name__
     if not any(name in own for name in state if not name.startswith('head')):
         raise RuntimeError(
             f'these are not the weights of a {kind}: none of the {len(file)} names in the file fits, '
             f'the first one is {next(iter(file))}'
         )
-    classes = [values['head.weight'].shape[0] if 'head.weight' in values else None for values in (state, own)]
+    classes = [file_classes(values) for values in (state, own)]
     if not new_head and None not in classes and classes[0] != classes[1]:
         raise RuntimeError(
             f'the file has {classes[0]} classes, the model {classes[1]}; create the model with '
@@ -388,7 +446,7 @@ def _warn_of_published(file: Weights, model: nn.Module) -> None:
 
 
 def _size(shape: Tuple[int, ...]) -> str:
-    return '×'.join(map(str, shape))
+    return '×'.join(map(str, shape)) or 'one number'
 
 
 def _resize(state: Weights, model: 'GridModel', tokens: int) -> Weights:
@@ -478,7 +536,7 @@ def pretrained_filter(state_dict: Weights, model: nn.Module) -> Weights:
 def file_classes(state_dict: Weights) -> Optional[int]:
     """Classes of a file, None for one without a classifier."""
     weight = _unwrap(state_dict).get('head.weight')
-    return None if weight is None else weight.shape[0]
+    return weight.shape[0] if weight is not None and weight.ndim else None
 
 
 def fit_strictly(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
@@ -489,6 +547,7 @@ def fit_strictly(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> Ma
     """
     own = model.state_dict()
     if state_dict.keys() == own.keys() and all(state_dict[name].shape == value.shape for name, value in own.items()):
+        _check_kinds(other_kinds(state_dict, own), type(model).__name__)
         return state_dict
     fitted, changes = fit_checkpoint(dict(state_dict), model, new_head=False)
     _log(changes)

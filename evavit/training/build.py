@@ -30,7 +30,7 @@ from evavit.models import (
     revert_vit,
 )
 from evavit.models._grid import warn_of_cut
-from evavit.models._weights import folder_weights
+from evavit.models._weights import check_kinds, folder_weights, other_kinds
 from evavit.training.checks import check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
@@ -106,9 +106,10 @@ def build_model(
         strict = file is not None and same and not new_head and arguments['model_name'] in models.model_names()
         if strict:  # in these models timm's reader makes a classifier that the file lacks
             arguments['pretrained'] = False
-        elif file is not None:
-            read_weights(file)
+        loaded = None if strict else file or (config.pretrained_path if arguments.get('pretrained') else None)
+        weights = read_weights(loaded) if loaded else {}
         model: Any = timm.create_model(**arguments)
+        check_kinds(weights, model)
         if not hasattr(model, 'num_classes'):
             raise UserError(
                 f'model {name}{_shown(kwargs)}: it has no classes; leave features_only out of --model-kwargs'
@@ -260,7 +261,7 @@ def _is_converted(path: str, name: str) -> bool:
 def head_classes(name: str, state: Mapping[str, torch.Tensor]) -> Optional[int]:
     """Classes of weights of the model, None where they lack its classifier, or one of its two."""
     weights = [state.get(f'{head}.weight') for head in _heads(timm.get_pretrained_cfg_value(name, 'classifier'))]
-    counts = {None if weight is None else weight.shape[0] for weight in weights}
+    counts = {weight.shape[0] if weight is not None and weight.ndim else None for weight in weights}
     return counts.pop() if len(counts) == 1 else None
 
 
@@ -358,7 +359,7 @@ def _resampled(model: nn.Module, weights: Dict[str, torch.Tensor]) -> Dict[str, 
 def check_classes(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[str, Path]) -> None:
     own = model.state_dict()
     for name in (f'{head}.weight' for head in _heads_of(model)):
-        if name in own and name in state and own[name].shape[0] != state[name].shape[0]:
+        if name in own and name in state and state[name].ndim and own[name].shape[0] != state[name].shape[0]:
             raise UserError(
                 f'{path} has {state[name].shape[0]} classes, the model or data set has {own[name].shape[0]}; '
                 f'give --num-classes {state[name].shape[0]} or data with as many, or start from its body with '
@@ -372,7 +373,7 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
     missing, surplus = [key for key in own if key not in state], [key for key in state if key not in own]
     shared = [key for key in own if key in state]
     other = [key for key in shared if own[key].shape != state[key].shape]
-    kind = [key for key in shared if _kind(own[key]) != _kind(state[key])]  # PyTorch would convert it without a word
+    kind = other_kinds({key: state[key] for key in shared}, own)
     if surplus and not missing and not isinstance(model, ConvertedModel) and all('.attn.' in key for key in surplus):
         raise UserError(
             f'{path} is of a converted model (it has {surplus[0]}), and this model is not converted: add --convert and '
@@ -393,10 +394,6 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
                 + (f' and {len(keys) - 1} more' if len(keys) > 1 else '')
                 + '; check --model, --model-kwargs and --img-size'
             )
-
-
-def _kind(value: torch.Tensor) -> Tuple[bool, bool]:
-    return value.is_floating_point() and value.element_size() > 1, value.is_complex()  # eight bits are no weights
 
 
 def build_task(

@@ -24,11 +24,13 @@ from timm.utils import CheckpointSaver, unwrap_model
 from evavit.errors import LocalError, UserError, first_line, reason_of
 from evavit.files import RUN_WEIGHTS, replacing, set_aside, stamp, stored_digest, sync_folder
 from evavit.models import write_weights
+from evavit.models._weights import other_kinds
 from evavit.training import data
 from evavit.training.build import check_fit
-from evavit.training.contents import KEPT, has_metadata, is_number, is_whole, read_checkpoint
+from evavit.training.contents import KEPT, has_metadata, read_checkpoint
 from evavit.training.loop import Position, Run, weights_are_finite
 from evavit.training.run_folder import is_of, remedy
+from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,8 @@ class Saver(CheckpointSaver):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, 'pending': (None, None)})
+        # What --checkpoint-hist keeps no more stays in the folder: timm would remove a better one with it.
+        self.checkpoint_files = self.checkpoint_files[: self.max_history]
 
     def _save_weights(self, weights: Dict[str, Any], epoch: int, metric: float, settings: Dict[str, Any]) -> None:
         about = dict(epoch=str(epoch), metric=str(metric), args=json.dumps(settings))
@@ -208,6 +212,10 @@ def resume(
     if saver is not None:
         check_ranking(path, checkpoint, run.config.eval_metric, Path(saver.checkpoint_dir))
     try:
+        for name in ('task_state', 'task_state_ema'):
+            for part, state in (checkpoint.get(name) or {}).items():
+                if wrong := other_kinds(state, task.get_task_state().get(part, {})):
+                    raise ValueError(f'its {name} has in another type of number {part}.{wrong[0]}')
         if full:
             check_training(path, checkpoint, settings['opt'], settings.get('kd_teacher'))
             _load_optimizer(run, checkpoint, position)
@@ -392,6 +400,8 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
             f'it has {len(state["param_groups"])} groups of parameters, this run {len(groups)} '
             f'(--layer-decay, --weight-decay 0)'
         )
+    if lacking := run.optimizer.state_dict().keys() - state.keys():  # such as the generator's state of timm's Kron
+        raise ValueError(f'its optimizer lacks {", ".join(sorted(lacking))}')
     after = _after_a_step(run.optimizer)
     for group, saved, tried in zip(groups, state['param_groups'], after.get('param_groups', groups), strict=True):
         for name, value in group.items():

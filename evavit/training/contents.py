@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import re
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
@@ -28,6 +27,7 @@ from evavit.errors import UserError, first_line
 from evavit.files import RUN_WEIGHTS, is_stamped, why_no_file
 from evavit.hub import folder_digest, held_out, saved_config, source_folder
 from evavit.models import model_names
+from evavit.models._weights import strange
 from evavit.training.build import keep_cells, load_weights, read_weights, try_model
 from evavit.training.config import (
     ExportConfig,
@@ -40,7 +40,8 @@ from evavit.training.config import (
 )
 from evavit.training.data import resolve_input
 from evavit.training.loop import Position
-from evavit.training.sections import is_plain, is_whole
+from evavit.training.optimizer_state import judged_optimizer
+from evavit.training.sections import is_number, is_plain, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,10 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
             f'them with --initial-checkpoint'
         )
     checkpoint = read_archive(path)
-    if not isinstance(checkpoint, dict) or not is_weights(checkpoint.get('state_dict')):
-        raise UserError(f'{path}: not a checkpoint of train.py (it has no state_dict of tensors by name)')
+    state = checkpoint.get('state_dict') if isinstance(checkpoint, dict) else None
+    if not is_weights(state):
+        fault = next(_strange_in(state), 'it has no state_dict of tensors by name')
+        raise UserError(f'{path}: not a checkpoint of train.py ({fault})')
     for name, value, right in _judged(checkpoint):
         if not right:
             raise UserError(f'{path}: not a checkpoint of this train.py (its {name} is {_shown(value)})')
@@ -128,9 +131,7 @@ def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
         state = checkpoint.get(name)
         yield name, state, state is None or (isinstance(state, dict) and all(map(is_weights, state.values())))
     yield 'amp_scaler', scaler, scaler is None or (isinstance(scaler, dict) and all(map(is_number, scaler.values())))
-    yield 'optimizer', optimizer, optimizer is None or _is_optimizer(optimizer)
-    if optimizer:
-        yield from _judged_optimizer(optimizer)
+    yield from judged_optimizer(optimizer)
     saved = checkpoint.get('saver')
     yield 'saver', saved, saved is None or isinstance(saved, dict)
     if not saved:
@@ -190,76 +191,20 @@ def _is_ranking(files: Any) -> bool:
     )
 
 
-def _is_kept(value: Any) -> bool:
-    return is_tensor(value) or isinstance(value, torch.dtype)
-
-
-def _is_optimizer(state: Any) -> bool:
-    """The form of `Optimizer.state_dict`: parameters are numbered through the groups, and have a state by number."""
-    if not isinstance(state, dict) or not isinstance(state.get('state'), dict):
-        return False
-    groups = state.get('param_groups')
-    if not isinstance(groups, (list, tuple)) or not groups or not is_plain(groups, _is_kept):
-        return False
-    if not all(isinstance(group, dict) and isinstance(group.get('params'), (list, tuple)) for group in groups):
-        return False
-    numbers = [number for group in groups for number in group['params']]
-    return (
-        numbers == list(range(len(numbers)))
-        and all(is_whole(number, 0, len(numbers) - 1) for number in state['state'])
-        and all(isinstance(entry, dict) and is_plain(entry, _is_kept) for entry in state['state'].values())
-    )
-
-
-def _judged_optimizer(optimizer: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:
-    """As `_judged`, the values that an optimizer computes with."""
-    for kind, entries in (
-        ('param_groups', enumerate(optimizer['param_groups'])),
-        ('state', optimizer['state'].items()),
-    ):
-        for number, entry in entries:
-            for name, value in entry.items():
-                yield f'optimizer.{kind}[{number}].{name}', value, _is_computed(name, value)
-
-
-def _is_computed(name: str, value: Any) -> bool:
-    """Whether an optimizer can have computed this: finite, and no count of steps or mean of squares below zero."""
-    positive = name == 'step' or name == 'square_avg' or 'avg_sq' in name
-    if type(value) in (int, float):
-        return is_number(value) and (value >= 0 or not positive)
-    if not isinstance(value, torch.Tensor):
-        return True
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes() or any(
-        size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True)
-    ):
-        return False  # elements that share their memory cannot be updated in place
-    try:
-        return bool(value.isfinite().all() and (not positive or value.is_complex() or (value >= 0).all()))
-    except RuntimeError:  # a type of number that PyTorch does not compute with
-        return False
-
-
-def is_number(value: Any) -> bool:
-    """A finite number."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
 def is_weights(state: Any) -> bool:
     return (
         isinstance(state, dict)
         and bool(state)
-        and all(isinstance(name, str) and is_tensor(value) for name, value in state.items())
+        and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
+        and not any(_strange_in(state))
     )
 
 
-def is_tensor(value: Any) -> bool:
-    """A tensor with content: a file can hold others, such as sparse or quantized ones and those of the meta device."""
-    return (
-        type(value) in (torch.Tensor, nn.Parameter)
-        and value.layout is torch.strided
-        and value.device.type == 'cpu'
-        and not value.is_quantized
-    )
+def _strange_in(state: Any) -> Iterator[str]:
+    """What is wrong with tensors of a state dict: a file can hold sparse ones, and such without content."""
+    for name, value in state.items() if isinstance(state, dict) else ():
+        if isinstance(value, torch.Tensor) and (why := strange(value)):
+            yield f'its state_dict.{name} is {why}'
 
 
 def _shown(value: Any) -> str:

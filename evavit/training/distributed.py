@@ -143,18 +143,24 @@ def check_backend() -> None:
         raise UserError(str(error)) from error
 
 
+def check_alone(program: str) -> None:
+    """SharedError where a launcher has started a program that several processes would run by halves, or twice."""
+    world_size = launched()[2]
+    if world_size > 1:
+        raise SharedError(f'{program} is one process, and a launcher started {world_size}; start it without a launcher')
+
+
 def start_process(
     device: Optional[str] = None, watchdog: Optional[Watchdog] = None, *, alone: Optional[str] = None
 ) -> Process:
     """Choose the device, join the process group, and let only the first process log. A stall ends it where `watchdog`,
-    a context that has been entered, has a limit. `alone` names a program that several processes would run by halves, or
-    twice: one that a launcher has started so is a SharedError."""
+    a context that has been entered, has a limit. `alone` names a program for `check_alone`."""
     check_backend()
     name, watchdog = str(find_device(device)), watchdog or Watchdog()
     place = f'{os.environ.get("MASTER_ADDR")}:{os.environ.get("MASTER_PORT")}'
     _, rank, world_size = launched()
-    if alone and world_size > 1:
-        raise SharedError(f'{alone} is one process, and a launcher started {world_size}; start it without a launcher')
+    if alone:
+        check_alone(alone)
     try:
         with watchdog.waiting(lambda: f'all {world_size} processes to meet at {place}'):
             joined = init_distributed_device_so(name, dist_url=_rendezvous_url() if RESTARTS in os.environ else None)

@@ -8,6 +8,7 @@ the saved `args.yaml` follow from them (see `config`). Names are timm's.
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -29,6 +30,11 @@ LOADED = ('validate', 'export', 'inference')
 
 def is_whole(value: Any, low: int = 0, high: int = 2**63 - 1) -> bool:
     return type(value) is int and low <= value <= high
+
+
+def is_number(value: Any) -> bool:
+    """A finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_plain(value: Any, other: Callable[[Any], bool] = lambda item: False) -> bool:

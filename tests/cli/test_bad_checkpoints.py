@@ -70,10 +70,42 @@ def test_weights_of_another_kind_of_number(train, call, images, tmp_path, dtype)
     """PyTorch would take the real part, or the whole numbers, without a word."""
     state = weights(train('run') / 'last.safetensors')
     torch.save({name: value.to(dtype) for name, value in state.items()}, tmp_path / 'file.pth')
-    code, _, err = call(
-        'validate', *MODEL, '--num-classes', '3', *loaders(tmp_path / 'file.pth', images, tmp_path)['validate']
-    )
-    assert code == 2 and 'has in another type of number' in err and len(err.splitlines()) == 1, err
+    place = [*MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--experiment', 'new']
+    for script, *flags in (
+        ('validate', *MODEL, '--num-classes', '3', *loaders(tmp_path / 'file.pth', images, tmp_path)['validate']),
+        ('train', *place, '--initial-checkpoint', tmp_path / 'file.pth'),
+        ('train', *place, '--pretrained-path', tmp_path / 'file.pth'),
+    ):
+        code, _, err = call(script, *flags)
+        assert code == 2 and 'has in another type of number' in err and len(err.splitlines()) == 1, err
+
+
+def test_a_classifier_of_one_number(train, call, images, tmp_path):
+    state = weights(train('run') / 'last.safetensors')
+    torch.save({**state, 'head.weight': torch.tensor(1.0)}, tmp_path / 'file.pth')
+    flags = [*MODEL, *QUICK, '--data-dir', images, '--output', tmp_path, '--experiment', 'new']
+    code, _, err = call('train', *flags, '--initial-checkpoint', tmp_path / 'file.pth')
+    assert code == 2 and 'the file has head.weight of one number' in err and len(err.splitlines()) == 1, err
+    code, _, err = call('train', *flags, '--pretrained-path', tmp_path / 'file.pth')  # as one of other classes
+    assert code == 0, err
+
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.int64, torch.float64])
+def test_weights_of_timm_of_another_kind_of_number(call, images, tmp_path, dtype):
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1, num_classes=3)
+    folder = save_folder(vit, tmp_path / 'mine', data='x', licence='mit')
+    state = vit.state_dict()
+    name = 'pos_embed'
+    torch.save({'model': {**state, name: state[name].to(dtype)}}, tmp_path / 'file.pth')
+    safetensors.torch.save_file({**state, name: state[name].to(dtype)}, folder / 'model.safetensors')
+    one = ['vit_tiny_patch16_224', '--model-kwargs', 'depth=1', '--pretrained-path', tmp_path / 'file.pth']
+    for number, flags in enumerate((['--model', *one], ['--model', f'local-dir:{folder}', '--pretrained'])):
+        place = ['--data-dir', images, '--output', tmp_path, '--experiment', str(number), '--img-size', '32']
+        code, _, err = call('train', *flags, *QUICK, *place)
+        if dtype is torch.float64:
+            assert code == 0, err
+        else:
+            assert code == 2 and f'has in another type of number {name}' in err and len(err.splitlines()) == 1, err
 
 
 @pytest.mark.parametrize('name', ['last.pth.tar', 'last.safetensors'])

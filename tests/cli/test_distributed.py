@@ -271,6 +271,8 @@ def test_a_nan_in_one_process_stops_all(images, tmp_path, monkeypatch):
         ('evavit/cli/inference.py', []),
         ('evavit/cli/export.py', ['model.pt2']),
         ('evavit/cli/benchmark.py', ['--bench', 'data', *MODEL, *QUICK, '--num-classes', '3', '--data-dir', 'none']),
+        ('tools/avg_checkpoints.py', ['--input', 'none']),
+        ('tools/save_for_hub.py', ['--checkpoint', 'none', '--output', 'mine', '--data', 'x', '--licence', 'mit']),
         ('examples/knn.py', MODEL),
         ('examples/demo.py', MODEL),
     ],

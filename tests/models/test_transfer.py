@@ -288,6 +288,21 @@ def test_a_wrong_file_is_one_line(tmp_path):
     assert '3 classes' in one_line(error) and '4' in one_line(error)
 
 
+@pytest.mark.parametrize('name', ['blocks.0.attn.qkv.weight', 'pos_embed', 'head.bias'])
+@pytest.mark.parametrize('dtype', [torch.bool, torch.int64, torch.complex64])
+def test_weights_of_another_kind_of_number_are_one_line(tmp_path, name, dtype):
+    """PyTorch would convert them without a word; those of other precision it may."""
+    state = timm.create_model('eva_deit_tiny', num_classes=3, **SMALL, **EVA).state_dict()
+    path = tmp_path / 'file.pth'
+    for kwargs in (dict(checkpoint_path=str(path)), dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))):
+        torch.save({**state, name: state[name].to(dtype)}, path)
+        with pytest.raises(RuntimeError, match=f'has in another type of number {name}') as error:
+            timm.create_model('eva_deit_tiny', num_classes=3, **kwargs, **SMALL, **EVA)
+        assert len(str(error.value).splitlines()) == 1
+        torch.save({**state, name: state[name].to(torch.float16)}, path)
+        timm.create_model('eva_deit_tiny', num_classes=3, **kwargs, **SMALL, **EVA)
+
+
 def test_bad_files_are_one_line_that_says_why(tmp_path, capfd):
     for path, words in write_bad_weights(tmp_path).items():
         with pytest.raises(RuntimeError) as error:

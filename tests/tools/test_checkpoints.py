@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from programs import load_program
-from runs import CLASSES, MODEL, QUICK, load_script, rows, weights, write_images
+from runs import CLASSES, MODEL, QUICK, load_script, rows, weights, write_bad_weights, write_images
 
 from evavit.errors import UserError, run_script
 from evavit.files import is_stamped
@@ -89,10 +89,11 @@ def test_clean(run, tmp_path, capsys):
     assert file.name == f'mine-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth'
     clean, last = torch.load(file), weights(run / 'last.safetensors')
     assert clean.keys() == last.keys() and all(torch.equal(clean[name], last[name]) for name in last)
-    (tmp_path / 'cut.pth').write_bytes(file.read_bytes()[:1000])
     capsys.readouterr()
-    assert tool('avg_checkpoints')('--input', tmp_path / 'cut.pth', '--output', tmp_path / 'x.pth') == 2
-    assert 'cut.pth: not a readable checkpoint' in capsys.readouterr().err
+    for path, words in write_bad_weights(tmp_path).items():
+        assert tool('avg_checkpoints')('--input', path, '--output', tmp_path / 'x.pth') == 2
+        err = capsys.readouterr().err
+        assert err.count('\n') == 1 and all(word in err for word in words), err
 
 
 def test_folder_for_the_hub(run, tmp_path, capsys):

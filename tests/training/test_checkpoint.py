@@ -584,3 +584,21 @@ def test_what_a_run_did_not_write_is_not_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*own, *exported, 'checkpoint-8.pth.tar'}
     remove_checkpoints(tmp_path, weights=True)
     assert {path.name for path in tmp_path.iterdir()} == {*own, 'checkpoint-8.pth.tar'}
+
+
+def test_fewer_kept_checkpoints_cost_no_better_one(tmp_path):
+    """A resumed run that keeps one ranks by the best alone; timm would make room for a worse one."""
+    saver = saver_of(run_of('--checkpoint-hist', '4'), tmp_path)
+    for epoch, metric in enumerate((40.0, 30.0, 20.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+    run = run_of('--checkpoint-hist', '1')
+    saver = saver_of(run, tmp_path)
+    assert resume([tmp_path / 'last.pth.tar'], run, saver).epoch == 3
+    saver.save_epoch(Position(4), 35.0)
+    assert {path.name for path in tmp_path.glob('checkpoint-*')} == {
+        f'checkpoint-{epoch}.pth.tar' for epoch in range(3)
+    }
+    saver.save_epoch(Position(5), 50.0)
+    assert {path.name for path in tmp_path.glob('checkpoint-*')} == {
+        f'checkpoint-{epoch}.pth.tar' for epoch in (1, 2, 4)
+    }

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import random
 import zipfile
 
 import pytest
@@ -51,6 +52,7 @@ def at(*keys, value):
 
 
 DELETED = object()
+GENERATOR = random.Random(0).getstate()
 NESTED = [0]
 for _ in range(60):  # a list of a few kilobytes that nobody can write out
     NESTED = [NESTED, NESTED]
@@ -110,6 +112,20 @@ CHANGES = [
     at('state_dict', 'weight', value='x'),
     at('state_dict', 'weight', value=torch.empty(2, 4, device='meta')),
     at('state_dict', 'weight', value=torch.eye(2, 4).to_sparse()),
+    at('state_dict', 'weight', value=torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])),
+    at('state_dict', 'weight', value=torch.zeros(1).expand(2, 4)),
+    at('optimizer', 'state', 0, 'exp_avg', value=[torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])]),
+    at('optimizer', 'state', 0, 'exp_avg', value=[dict(a=torch.full((2, 4), math.nan))]),
+    *(
+        at('optimizer', 'rng_state', value=value)
+        for value in (
+            *(None, 5, (3,), (3, (), None), [3, [*GENERATOR[1]], None], (2, *GENERATOR[1:])),
+            *((3, (*GENERATOR[1][:-1], place), None) for place in (-1, 625, 1.5, 'a', True)),
+            *((3, (word, *GENERATOR[1][1:]), None) for word in (-1, 2**32, 1.5, 'a')),
+            *((3, GENERATOR[1][1:], None), (3, (0,) * 625, None)),
+            *((3, GENERATOR[1], left) for left in (1, 'a', math.nan)),
+        )
+    ),
     at('args', value=[1, 2]),
     at('args', value=dict(model='tiny')),
     setting('model_ema', torch.ones(2)),
@@ -130,6 +146,14 @@ def test_what_no_run_writes_is_named(written, change):
     assert change.words in str(error.value) and len(one_line(error.value)) < 400
     found = checkpoint.resume(run_folder.find_resume('auto', written), run_of(), settings_of().flat(), None)
     assert found.epoch == 1  # of the checkpoint before
+
+
+def test_the_state_of_a_generator_in_an_optimizer(written):
+    """Of timm's Kron, which draws when it brings its factors up to date."""
+    last = written / 'last.pth.tar'
+    for state in (GENERATOR, (*GENERATOR[:2], 0.5)):
+        rewritten(last, at('optimizer', 'rng_state', value=state))
+        assert contents.read_checkpoint(last)['optimizer']['rng_state'] == state
 
 
 def test_a_compressed_archive_is_not_unpacked(written, tmp_path, monkeypatch):

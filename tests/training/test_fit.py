@@ -92,9 +92,9 @@ def test_bad_images_that_the_data_set_does_not_have(saver, tmp_path):
         (lambda content: content['optimizer']['state'].clear(), 'lacks the state of the optimizer after 3 updates'),
         (weight(torch.ones(2, 4, dtype=torch.complex64)), 'has in another type of number weight'),
         (weight(torch.ones(2, 4, dtype=torch.int8)), 'has in another type of number weight'),
-        (weight(torch.ones(2, 4).to(torch.float8_e4m3fn)), 'has in another type of number weight'),
+        (weight(torch.ones(2, 4).to(torch.float8_e4m3fn)), 'its state_dict.weight is of float8_e4m3fn, another type'),
         (weight(torch.ones(2, 5)), 'has in another shape weight'),
-        (weight(torch.ones(1).expand(10**9, 10**9)), 'has in another shape weight'),
+        (weight(torch.ones(1).expand(10**9, 10**9)), 'its state_dict.weight is of 1000000000×1000000000 numbers'),
         (weight(torch.full((2, 4), float('inf'))), 'its weights are not finite'),
         (
             lambda content: content.update(state_dict_ema=dict(content['state_dict'], weight=torch.ones(5))),
@@ -113,6 +113,28 @@ def test_what_does_not_fit_the_run_is_named(saver, tmp_path, change, words):
         resume([last], run)
     assert str(last) in str(error.value)
     assert torch.equal(run.optimizer.state_dict()['state'][0]['exp_avg'], before)
+
+
+def test_an_optimizer_without_its_generator_is_named(saver, tmp_path):
+    saver.save_position(Position(0, 3))
+    run = run_of()
+    own = run.optimizer.state_dict
+    run.optimizer.state_dict = lambda: {**own(), 'rng_state': 5}
+    with pytest.raises(UserError, match='its optimizer lacks rng_state'):
+        resume([tmp_path / 'last.pth.tar'], run)
+
+
+def test_a_projection_of_another_kind_of_number_is_named(saver, tmp_path):
+    saver.save_position(Position(0, 3))
+    run = run_of()
+    run.task.get_task_state = lambda: dict(projection=dict(weight=torch.ones(2, 3)))
+    for name in ('task_state', 'task_state_ema'):
+        rewritten(
+            tmp_path / 'last.pth.tar',
+            lambda content, name=name: content.update({name: dict(projection=dict(weight=torch.ones(2, 3) > 0))}),
+        )
+        with pytest.raises(UserError, match=r'in another type of number projection\.weight'):
+            resume([tmp_path / 'last.pth.tar'], run)
 
 
 def test_a_missing_average_is_named(tmp_path):
