@@ -59,11 +59,16 @@ def compiled() -> str:
 
 def _speed(rows: list) -> str:
     lines = []
+    names = ('softmax', *CELLS)
     for width in sorted({int(row['width']) for row in rows}):
         found = {(cells, column): dict(ratios(rows, width, cells, column)) for cells in CELLS for column in COLUMNS}
         for side in sorted({side for of in found.values() for side in of}):
-            lines.append([str(width), f'{side}'] + [f'{of[side]:.2f}×' if side in of else '–' for of in found.values()])
+            peaks = [pages.pick(rows, width=width, img_size=side, model=name)[0]['peak_memory_mib'] for name in names]
+            times = [f'{of[side]:.2f}×' if side in of else '–' for of in found.values()]
+            memory = ' / '.join(f'{float(peak) / 1024:.1f}' for peak in peaks)
+            lines.append([str(width), str(side), *times, memory])
     columns = ['width', 'side, px', *(f'{cells}, {kind}' for cells in CELLS for kind in COLUMNS.values())]
+    columns += [f'training, GiB: {" / ".join(names)}']
     return pages.table(columns, lines) + f'\n\n{pages.origins(rows)}'
 
 
