@@ -14,7 +14,7 @@ import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Iterable, Iterator, Optional, Sequence, TextIO, Union
+from typing import IO, Iterator, Optional, Sequence, TextIO, Union
 
 from evavit.errors import UserError, reason_of
 
@@ -147,11 +147,10 @@ def holds(path: Union[str, Path], place: int, mark: bytes) -> bool:
     return False
 
 
-def remove_marked(folder: Path, place: int, mark: bytes, keep: Iterable[str]) -> None:
-    """Remove the files of a folder that have these bytes at this place (see `holds`), but for the names in `keep`."""
-    kept = {os.lstat(folder / name).st_ino for name in keep}  # a name may lie there in other letters, capital or small
+def remove_marked(folder: Path, place: int, mark: bytes) -> None:
+    """Remove the files of a folder that have these bytes at this place, see `holds`."""
     for path in sorted(folder.iterdir()):
-        if holds(path, place, mark) and os.lstat(path).st_ino not in kept:
+        if holds(path, place, mark):
             path.unlink()
 
 

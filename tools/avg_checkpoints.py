@@ -85,7 +85,7 @@ def average(paths, use_ema=True):
     if len(paths) == 1:
         return first
     wide = {name: torch.promote_types(value.dtype, torch.float64) for name, value in first.items()}
-    total = {name: value.to(wide[name]) for name, value in first.items()}
+    total = {name: value.to(wide[name], copy=True) for name, value in first.items()}  # two names may share a tensor
     for path in paths[1:]:
         state = _read(path, use_ema)
         shapes, expected = ({name: value.shape for name, value in it.items()} for it in (state, first))

@@ -31,6 +31,7 @@ __all__ = [
     'check_writable',
     'is_done',
     'origin',
+    'place_of',
     'read_rows',
     'store_rows',
     'write_rows',
@@ -89,7 +90,7 @@ KEY = (
 # Columns that older files lack, and what attention was measured with then.
 ADDED = dict(window_size='7', partition_grid='7', num_prefix_tokens='0', count_cells='one')
 
-LOOKED_AT = 100  # rows of a table that may be replaced
+LOOKED_AT = 100  # rows of a Parquet file that may be replaced
 
 # A row with another status is a failure, and is measured again.
 HARMLESS = ('ok', 'not available')
@@ -214,8 +215,20 @@ def check_replaced(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -
         raise UserError(f'{path} is there, with other content than is written to it; name another file')
 
 
+def place_of(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -> Path:
+    """Where a table goes after the work: `path`; or, where a file of others has that name meanwhile, the first of
+    NAME-1, NAME-2, … that nobody has."""
+    try:
+        check_replaced(path, is_own)
+        return path
+    except UserError:
+        others = (path.with_name(f'{path.stem}-{number}{path.suffix}') for number in itertools.count(1))
+        return next(other for other in others if not os.path.lexists(other))
+
+
 def _table_of(file: IO[bytes], suffix: str) -> Tuple[List[str], List[Row]]:
-    """The names of a table's columns, and its first rows. ValueError and its like where it is none."""
+    """The names of a table's columns, and its rows; of Parquet the first. ValueError and its like where it is none, as
+    where somebody has added to a row."""
     if suffix == '.parquet':
         import pyarrow.parquet
 
@@ -223,20 +236,25 @@ def _table_of(file: IO[bytes], suffix: str) -> Tuple[List[str], List[Row]]:
         batches = itertools.islice(table.iter_batches(LOOKED_AT), 1)
         return list(table.schema_arrow.names), [row for batch in batches for row in batch.to_pylist()]
     if suffix == '.csv':
-        reader = csv.DictReader(io.TextIOWrapper(file, encoding='utf-8', newline=''))
-        return list(reader.fieldnames or ()), list(itertools.islice(reader, LOOKED_AT))
+        reader = csv.reader(io.TextIOWrapper(file, encoding='utf-8', newline=''))
+        names = next(reader, [])
+        return names, [dict(zip(names, row, strict=True)) for row in reader]
     try:
         content = json.load(file)
     except json.JSONDecodeError:
         file.seek(0)
-        rows = [json.loads(line) for line in itertools.islice(file, LOOKED_AT)]
-        return list(rows[0]), rows
+        content = {str(number): json.loads(line) for number, line in enumerate(file)}
     if isinstance(content.get('columns'), list):
-        names = content['columns']
-        return names, [dict(zip(names, row, strict=True)) for row in content['data'][:LOOKED_AT]]
+        names, data = content['columns'], content.pop('data')
+        if len(content) > 1:
+            raise ValueError('more than columns and data')
+        return names, [dict(zip(names, row, strict=True)) for row in data]
     rows = list(content.values())
-    rows = rows[:LOOKED_AT] if rows and all(isinstance(row, dict) for row in rows) else [content]
-    return list(rows[0]), rows
+    rows = rows if rows and all(isinstance(row, dict) for row in rows) else [content]
+    names = list(rows[0])
+    if any(list(row) != names for row in rows):
+        raise ValueError('rows of other columns')
+    return names, rows
 
 
 def is_done(path: Path, key: Row) -> bool:

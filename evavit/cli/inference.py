@@ -5,7 +5,9 @@ run of train.py, or a folder of save_folder; --model NAME alone takes the weight
 are those of timm's inference.py.
 """
 
+import contextlib
 import csv
+import functools
 import importlib.util
 import json
 import logging
@@ -13,21 +15,22 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import timm
 import torch
 from PIL import Image
 from timm.data import CustomDatasetInfo, DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subset
 
-from evavit.bench.results import check_replaced
+from evavit.bench.results import check_replaced, place_of
 from evavit.errors import UserError, encodable, first_line, printable, reason_of
-from evavit.files import holds, remove_marked, replacing
+from evavit.files import holds, remove_marked, replacing, replacing_in
 from evavit.maps import attention_maps, attention_rollout, overlay_attention
 from evavit.training import build, checks, contents, data, loop
 from evavit.training.compilation import check_compilation
 from evavit.training.config import InferenceConfig, parse_settings
 from evavit.training.data.images import UNREADABLE
+from evavit.training.data.pictures import DRAWN, MARK, SOFTWARE
 from evavit.training.distributed import start_process
 from evavit.training.sections import ResultsConfig
 from evavit.training.stalls import Watchdog
@@ -37,8 +40,6 @@ log = logging.getLogger('evavit.inference')
 ENDINGS = {'csv': '.csv', 'json': '.json', 'json-records': '.json', 'json-split': '.json', 'parquet': '.parquet'}
 DECIMALS = 6  # of the outputs
 MAPS_AT_ONCE = 8  # images whose attention is in memory together
-SOFTWARE = 'evavit inference.py --include-attention'  # in a PNG's text of this name, by which its own are known
-MARK = 37, b'tEXtSoftware\0' + SOFTWARE.encode()  # where that begins: after signature, IHDR and its own length
 Row = Dict[str, Any]
 
 
@@ -66,10 +67,10 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     check_columns(config.results, formats, name_class is not None, model.num_classes)
     base = results_base(config, model, data_config)
     for form in formats:
-        check_replaced(Path(f'{base}{ENDINGS[form]}'), lambda names, rows: _are_own(names, rows, config.results))
-    pictures = None
+        check_replaced(Path(f'{base}{ENDINGS[form]}'), functools.partial(_are_own, results=config.results))
+    pictures: Optional[AttentionPictures] = None
     if config.results.include_attention:
-        folder = Path(f'{base}{ENDINGS[formats[0]]}.attention')  # of these results alone
+        folder = Path(f'{base}{ENDINGS[formats[0]]}{DRAWN}')  # of these results alone
         pictures = AttentionPictures(model, config.results.include_attention, folder, data_config, names)
         pictures.check_replaced()
         pictures.try_out()
@@ -85,33 +86,38 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     line.live = line.live and config.results.no_console_results
     rows: List[Row] = []
     seen = turned = 0
-    batches = loop.predictions(model, loader, machine, process, compilation)
-    for step, (images, output, target) in enumerate(batches, 1):
-        for name, why in dataset.bad.news():
-            log.warning(f'warning: {name} is not a readable image ({why}); left out')
-        readable = target != UNREADABLE
-        numbers = [seen + i for i in readable.nonzero().flatten().tolist()]
-        seen += len(target)
-        turned += int(target[readable].sum())
-        found = best_classes(output[readable].float(), [names[n] for n in numbers], config.results, name_class)
-        if pictures is not None and found:
-            drawn = pictures.draw(images[readable], numbers)
-            found = [{**row, 'attention': file} for row, file in zip(found, drawn, strict=True)]
-        if not config.results.no_console_results:
-            for row in found:
-                print(printable(shown(row, config.results)), flush=True)
-        rows += found
-        line.show(step, 'pictures', f'{len(rows)} classified')
-    if turned:
-        log.warning(
-            f'warning: {turned} of {len(dataset)} pictures have an EXIF orientation, which is not applied, as in '
-            f'training: the model sees them as they are stored; rotate the files first (mogrify -auto-orient FILES)'
-        )
-    if not rows:
-        raise UserError(f'none of the {len(dataset)} pictures in {config.data.data_dir} can be read')
-    files = [write_results(rows, base, form, config.results) for form in formats]
-    if pictures is not None:
-        pictures.remove_earlier()
+    with contextlib.ExitStack() as stack:
+        if pictures is not None:
+            pictures.begin(stack)
+        batches = loop.predictions(model, loader, machine, process, compilation)
+        for step, (images, output, target) in enumerate(batches, 1):
+            for name, why in dataset.bad.news():
+                log.warning(f'warning: {name} is not a readable image ({why}); left out')
+            readable = target != UNREADABLE
+            numbers = [seen + i for i in readable.nonzero().flatten().tolist()]
+            seen += len(target)
+            turned += int(target[readable].sum())
+            found = best_classes(output[readable].float(), [names[n] for n in numbers], config.results, name_class)
+            if pictures is not None and found:
+                drawn = pictures.draw(images[readable], numbers)
+                found = [{**row, 'attention': file} for row, file in zip(found, drawn, strict=True)]
+            if not config.results.no_console_results:
+                for row in found:
+                    print(printable(shown(row, config.results)), flush=True)
+            rows += found
+            line.show(step, 'pictures', f'{len(rows)} classified')
+        if turned:
+            log.warning(
+                f'warning: {turned} of {len(dataset)} pictures have an EXIF orientation, which is not applied, as in '
+                f'training: the model sees them as they are stored; rotate the files first (mogrify -auto-orient FILES)'
+            )
+        if not rows:
+            raise UserError(f'none of the {len(dataset)} pictures in {config.data.data_dir} can be read')
+
+        def write_tables() -> List[Path]:
+            return [write_results(rows, base, form, config.results) for form in formats]
+
+        files = write_tables() if pictures is None else pictures.put(stack, write_tables)
     bad = len(dataset) - len(rows)
     where = f'; attention in {pictures.folder}' if pictures is not None else ''
     log.info(f'{len(rows)} pictures classified, {bad} not readable; results in {", ".join(map(str, files))}{where}')
@@ -300,8 +306,11 @@ def columns(row: Row, separate: bool) -> Row:
 
 def write_results(rows: Sequence[Row], base: Path, form: str, results: ResultsConfig) -> Path:
     """Write the rows in one form, whole or not at all. A cell of CSV holds no list: there columns are always apart."""
-    path = Path(f'{base}{ENDINGS[form]}')
-    if path.exists():
+    wanted = Path(f'{base}{ENDINGS[form]}')
+    path = place_of(wanted, functools.partial(_are_own, results=results))
+    if path != wanted:
+        log.warning(f'warning: another file is called {wanted} meanwhile; the results are in {path}')
+    elif path.exists():
         log.info(f'{path}: written anew')
     table = [columns(row, results.results_separate_col or form == 'csv') for row in rows]
     try:
@@ -346,7 +355,7 @@ class AttentionPictures:
     def __init__(self, model: Any, how: str, folder: Path, data_config: Dict[str, Any], names: Sequence[str]):
         self.model, self.how, self.folder = model, how, folder
         self.files = [f'{number:06d}_{Path(name).name[-50:]}.png' for number, name in enumerate(names)]
-        self.drawn: Set[str] = set()
+        self.work = folder
         self.input_size: Tuple[int, ...] = data_config['input_size']
         self.mean, self.std = (torch.tensor(data_config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
         self.reads_class = getattr(model, 'cls_token', None) is not None and model.global_pool == 'token'
@@ -361,14 +370,33 @@ class AttentionPictures:
             if os.path.lexists(file) and not holds(file, *MARK):
                 raise UserError(f'{file} is there, and no picture of an earlier run; {advice}')
 
-    def remove_earlier(self) -> None:
-        """Remove the pictures of earlier runs, which the table does not name."""
+    def begin(self, stack: contextlib.ExitStack) -> None:
+        """Make a place for what is drawn. When the stack is closed, it comes to the folder; after a failure it goes."""
+        with self._told():
+            self.folder.mkdir(exist_ok=True)
+            stack.callback(self._remove_if_empty)
+            self.work = stack.enter_context(replacing_in(self.folder))
+
+    def put(self, stack: contextlib.ExitStack, write_tables: Callable[[], List[Path]]) -> List[Path]:
+        """Put the pictures and the tables into the place of those of earlier runs. Wherever this is stopped, no table
+        stands beside pictures of another run."""
+        with self._told():
+            remove_marked(self.folder, *MARK)
+        tables = write_tables()
+        with self._told():
+            stack.close()
+        return tables
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            remove_marked(self.folder, *MARK, keep=self.drawn)
+            yield
         except OSError as error:
-            raise UserError(
-                f'{self.folder}: pictures of an earlier run cannot be removed ({reason_of(error)})'
-            ) from error
+            raise UserError(f'{self.folder}: cannot be written ({reason_of(error)})') from error
+
+    def _remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def try_out(self) -> None:
         """UserError where the model has no such maps, before any picture is read."""
@@ -401,17 +429,12 @@ class AttentionPictures:
         drawn: List[str] = []
         about = PngImagePlugin.PngInfo()
         about.add_text('Software', SOFTWARE)
-        try:
-            self.folder.mkdir(exist_ok=True)
+        with self._told():
             for some in images.split(MAPS_AT_ONCE):
                 for image, weights in zip(some.float().cpu(), self._weights(some).cpu(), strict=True):
                     pixels = (image * self.std + self.mean).clamp(0, 1).mul(255).round().to(torch.uint8)
                     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
                     file = self.files[numbers[len(drawn)]]
-                    with replacing(self.folder / file) as partial:
-                        overlay_attention(picture, weights).save(partial, format='PNG', pnginfo=about)
-                    self.drawn.add(file)
+                    overlay_attention(picture, weights).save(self.work / file, format='PNG', pnginfo=about)
                     drawn.append(f'{self.folder.name}/{file}')
-        except OSError as error:
-            raise UserError(f'{self.folder}: cannot be written ({reason_of(error)})') from error
         return drawn

@@ -179,8 +179,7 @@ def check_settings(config: ValidateConfig) -> None:
 def check_report_dir(folder: Path) -> None:
     """UserError where a file of the report's names is there that no report wrote."""
     for name, first in report.TABLES.items():
-        whole = name != report.CONFUSION  # which has a column for each class besides
-        check_replaced(folder / name, lambda names, _: names[: None if whole else len(first)] == first)  # noqa: B023
+        check_replaced(folder / name, lambda names, rows: report.is_own_table(first, names, rows))  # noqa: B023
     picture = folder / report.PICTURE
     try:
         own = not os.path.lexists(picture) or report.is_own_picture(picture)

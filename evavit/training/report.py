@@ -6,7 +6,7 @@ for them. `tests/training/test_report.py` compares with scikit-learn.
 
 import csv
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -157,6 +157,15 @@ def is_own_picture(path: Path) -> bool:
     with open_regular(path) as file:
         head = file.read(200)
     return not head or '\0'.join(MARK).encode() in head
+
+
+def is_own_table(first: List[str], names: List[str], rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a table that begins with the columns `first`, of `TABLES`, is one of a report, with nothing added."""
+    if first == TABLES[CONFUSION]:
+        return names[:1] == first and len(rows) == len(names) - 1
+    if first == TABLES['calibration.csv']:
+        return names == first and len(rows) == BINS
+    return names == first and [row['label'] for row in rows] == [*map(str, range(len(rows)))]
 
 
 def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -> None:

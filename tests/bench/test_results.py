@@ -127,14 +127,27 @@ def test_a_write_that_fails_is_a_line(tmp_path):
         write_rows(tmp_path / 'file' / 'rows.csv', [])
 
 
+SPLIT = '{"columns": ["x", "y"], "data": [], "notes": 1}'
+LINES = '{"x": 1, "y": 2}\n{"x": 3, "y": 4, "note": 5}\n'
+TWO = '{"one": {"x": 1, "y": 2}, "two": {"x": 1, "y": 2, "checked": "by hand"}}'
+
+
 @pytest.mark.parametrize(
     'name, own, others',
     [
-        ('a.csv', 'x,y\n1,2\n', ['a,y\n1,2\n', 'notes', '\x00', 'x\n']),
+        ('a.csv', 'x,y\n1,2\n', ['a,y\n1,2\n', 'notes', '\x00', 'x\n', 'x,y\n1,2\n1,2,mine\n', 'x,y\n1\n']),
         ('a.json', '{"x": 1, "y": 2}', ['{"a": 1}', 'notes', '[1]', '3', '[' * 10**5]),
-        ('a.json', '{"one": {"x": 1, "y": 2}}', ['{"one": {"a": 1}}', '{"one": {"x": 1, "y": 2}, "b": 3}']),
-        ('a.json', '{"columns": ["x", "y"], "data": []}', ['{"columns": ["a"], "data": []}']),
-        ('a.json', '{"x": 1, "y": 2}\n{"x": 3, "y": 4}\n', ['{"a": 1}\n{"a": 2}\n']),
+        ('a.json', '{"one": {"x": 1, "y": 2}}', ['{"one": {"a": 1}}', '{"one": {"x": 1, "y": 2}, "b": 3}', TWO]),
+        (
+            'a.json',
+            '{"columns": ["x", "y"], "data": []}',
+            ['{"columns": ["a"], "data": []}', '{"columns": ["x", "y"], "data": [], "notes": 1}'],
+        ),
+        (
+            'a.json',
+            '{"x": 1, "y": 2}\n{"x": 3, "y": 4}\n',
+            ['{"a": 1}\n{"a": 2}\n', LINES],
+        ),
     ],
 )
 def test_what_a_table_may_replace(tmp_path, name, own, others):

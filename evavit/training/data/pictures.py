@@ -1,5 +1,6 @@
 """Pictures without labels, for inference: those of a folder and the folders in it, of a tar file, or a single one."""
 
+import logging
 import os
 import tarfile
 from pathlib import Path
@@ -10,13 +11,18 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
 from evavit.errors import UserError, first_line
-from evavit.files import open_regular
+from evavit.files import holds, open_regular
 from evavit.training.data.decode import BadImageError, is_turned
 from evavit.training.data.endings import is_image, read_endings
 from evavit.training.data.folders import is_hidden, natural_key, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
 from evavit.training.data.tars import Member, entries
 
+log = logging.getLogger(__name__)
+
+SOFTWARE = 'evavit inference.py --include-attention'  # in the text of this name of the PNGs that it draws
+MARK = 37, b'tEXtSoftware\0' + SOFTWARE.encode()  # where that begins: after signature, IHDR and its own length
+DRAWN = '.attention'  # how the names of their folders end
 ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
 
 
@@ -40,9 +46,14 @@ class Pictures(Reader):
         self.tars: Dict[int, tarfile.TarFile] = {}  # by process: loading processes must not share a place in the file
         if root.is_dir():
             circles: List[str] = []
-            files = (file.path for _, _, inside in tree(root, circles) for file in inside if _is_picture(file.name))
-            names = [Path(path).relative_to(root).as_posix() for path in files]
+            files = [
+                Path(file.path) for _, _, inside in tree(root, circles) for file in inside if _is_picture(file.name)
+            ]
+            drawn = {path for path in files if path.parent.name.endswith(DRAWN) and holds(path, *MARK)}
+            names = [path.relative_to(root).as_posix() for path in files if path not in drawn]
             warn_of_circles(circles)
+            if drawn:
+                log.info(f'{len(drawn)} pictures of attention, which inference.py drew, are left out')
         elif self.members is not None:
             names = list(self.members)
         else:
