@@ -175,6 +175,8 @@ def why_not_converted(model: nn.Module) -> Optional[str]:
     seen: Set[int] = set()
     for number, block in enumerate(cast(Any, model).blocks):
         kind = type(block).__name__
+        if any(name in block._modules for name in _WRAPPED):
+            return f'its blocks are wrapped ({kind}); convert the model first, then wrap them'
         if type(block).forward not in _PLACES or 'forward' in block.__dict__:
             return f'its blocks ({kind}) have a forward of their own, in which no attention can be exchanged'
         for holder, _ in _PLACES[type(block).forward](block):

@@ -394,6 +394,9 @@ def test_blocks_that_were_wrapped_since():
             converted(x)
             torch.testing.assert_close(evavit.revert_vit(converted)(x), model(x))
             torch.testing.assert_close(evavit.revert_vit(converted, inplace=True)(x), model(x))
+        if wrap is not in_place:
+            with pytest.raises(ValueError, match=r'its blocks are wrapped \(.*\); convert the model first'):
+                evavit.convert_vit(converted)
     converted = evavit.convert_vit(model)
     converted.blocks[1] = nn.Sequential(converted.blocks[1])
     with pytest.raises(ValueError, match='is in a Sequential, which this package does not know') as caught:
