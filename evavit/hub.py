@@ -36,7 +36,7 @@ from evavit.arguments import shown, too_large, wrong_preparation
 from evavit.card import model_card
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
-from evavit.models import ConvertedModel, convert_vit, read_weights, write_weights
+from evavit.models import ConvertedModel, convert_vit, model_names, read_weights, write_weights
 from evavit.models._weights import check_kinds, disk_errors, folder_weights, saved_args, saved_preparation
 from evavit.version import __version__
 
@@ -273,6 +273,8 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         raise ValueError(f'{folder}: config.json makes no model: {", ".join(own)} in model_args is no argument of one')
     if conversion is not None and not isinstance(conversion, dict):
         raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} holds no arguments); save the folder anew')
+    if foreign := sorted({'model', 'inplace'} & (conversion or {}).keys()):
+        raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} has {foreign[0]}); save the folder anew')
     if excess := too_large(arguments) or too_large(conversion or {}):
         raise ValueError(f'{folder}: config.json makes no model: {excess}')
     if not isinstance(held_out(config), dict):
@@ -291,6 +293,24 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         except ValueError as error:
             raise ValueError(f'{folder}: config.json is damaged ({error}); save the folder anew') from error
     return config, conversion
+
+
+def lost_conversion(folder: Path) -> Optional[str]:
+    """One line where the weights of a folder are of a converted model and its config.json does not say so, None else.
+
+    Raises:
+        RuntimeError: one line: its weights cannot be read.
+    """
+    config, conversion = saved_config(folder)
+    file = folder_weights(folder)
+    if conversion is not None or file is None or config.get('architecture') in model_names():
+        return None
+    name = next((name for name in read_weights(file) if '.attn.summary_' in name), None)
+    return name and (
+        f'{folder}: its weights are of a converted model (they have {name}), but its config.json says no conversion: '
+        f"timm's save_for_hf and push_to_hf_hub write none; save the model anew by evavit.hub.save_folder (publish for "
+        f'the Hub)'
+    )
 
 
 def _is_texts(value: Any) -> bool:
@@ -351,6 +371,8 @@ def load_converted(
         how = maps if features_only else f"checkpoint_path='{file}'"  # which has the names of timm's wrapper
         instead = f'timm.create_model({arguments["model_name"]!r}, {how}, …)'
     if conversion is None:
+        if settings == 'config.json' and (reason := lost_conversion(folder)):
+            raise ValueError(reason)
         raise ValueError(f'{name}: not a converted model; {instead} loads it')
     if own := ', '.join(sorted(_NOT_OF_A_MODEL & kwargs.keys())):
         raise ValueError(f'load_converted takes no {own}: model and weights are those of {name}; leave it out')

@@ -4,9 +4,10 @@ In EVA no weight belongs to a single token outside of a query's window. A cell h
 it out among the tokens of the cell; see `evavit.ops.rows`. The maps hold what each token gets in this way.
 """
 
+import contextlib
 import math
 import threading
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -132,7 +133,7 @@ def attention_maps(
                     look = _look_at_softmax(name, inner, images, query, found)
                     hooks.append(module.attn_drop.register_forward_hook(of_this_call(look)))
             model.eval()
-            with torch.no_grad():
+            with torch.no_grad(), _eager(modules):
                 model(images)
         finally:
             for hook in hooks:
@@ -145,6 +146,27 @@ def attention_maps(
     if missing:
         raise ValueError(f'{missing[0]} was not called for these images; leave it out of layer')
     return [found[name] for name in names]
+
+
+@contextlib.contextmanager
+def _eager(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Parts that are compiled run as they are written: what was compiled before does not call hooks that came since."""
+    kept = [(module, dict(module.__dict__)) for module in modules if _is_compiled(module)]
+    try:
+        for module, _ in kept:
+            module.__dict__['_compiled_call_impl'] = None  # of `module.compile()`
+            if '_orig_mod' in module._modules:
+                module.__dict__['forward'] = module._modules['_orig_mod']
+        yield
+    finally:
+        for module, before in kept:
+            for name in ('_compiled_call_impl', 'forward'):
+                module.__dict__.pop(name, None)
+                module.__dict__.update({name: before[name]} if name in before else {})
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module.__dict__.get('_compiled_call_impl') is not None or '_orig_mod' in module._modules
 
 
 def _find_layers(model: nn.Module) -> Dict[str, nn.Module]:

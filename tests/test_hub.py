@@ -22,7 +22,8 @@ from evavit.card import model_card
 from evavit.errors import UserError
 from evavit.hub import load_converted, publish, save_folder, source_folder
 from evavit.models import write_weights
-from evavit.training.config import parse_settings
+from evavit.training.build import build_model
+from evavit.training.config import ModelConfig, parse_settings
 from evavit.training.contents import complete_from_checkpoint, learnt_classes
 
 ROOT = Path(__file__).parents[1]
@@ -213,6 +214,27 @@ def test_what_is_no_folder_of_a_converted_model(tmp_path):
         load_converted(tmp_path)
     with pytest.raises(ValueError, match=r'vit_tiny_patch16_224: no such folder, so no model; give a folder of'):
         load_converted('vit_tiny_patch16_224')
+
+
+def test_a_folder_of_timms_that_lost_the_conversion(tmp_path):
+    """timm's save_for_hf has no place for it: every reader says so, and what writes it."""
+    args = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3)
+    model = evavit.convert_vit(timm.create_model('vit_tiny_patch16_224', **args), window_size=2)
+    folder = tmp_path / 'mine'
+    timm.models.save_for_hf(model, str(folder))
+    line = r'mine: its weights are of a converted model .* says no conversion: .* by evavit\.hub\.save_folder \(publish'
+    with pytest.raises(ValueError, match=line) as caught:
+        load_converted(folder)
+    assert '\n' not in str(caught.value)
+    settings = ModelConfig(model=f'local-dir:{folder}', pretrained=True)
+    with pytest.raises(UserError, match=line):
+        build_model(settings, 3)
+    settings.convert, settings.convert_kwargs = 'eva', dict(window_size=2)
+    again = build_model(settings, 3)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    (folder / 'config.json').write_text(json.dumps({'architecture': 'x', 'evavit_convert': {'model': 1}}))
+    with pytest.raises(ValueError, match=r'config\.json is damaged \(evavit_convert has model\)'):
+        load_converted(folder)
 
 
 def test_the_folder_of_a_converted_run(tmp_path, monkeypatch):

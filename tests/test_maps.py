@@ -361,3 +361,29 @@ def test_arguments_of_another_type_are_one_line():
         with pytest.raises((TypeError, ValueError), match=message) as error:
             call()
         assert '\n' not in str(error.value)
+
+
+def test_parts_that_are_compiled():
+    """A block in torch.compile or compiled in place, before and after a pass, and the whole model."""
+    x = images()
+
+    def in_place(module):
+        module.compile(backend='eager')
+        return module
+
+    for wrap in (lambda block: torch.compile(block, backend='eager'), in_place):
+        for convert in (True, False):
+            model = make('vit_tiny_patch16_224')
+            model = evavit.convert_vit(model, window_size=3) if convert else model
+            expected = attention_maps(model, x)
+            out = model(x)
+            for number in range(2):
+                model.blocks[number] = wrap(model.blocks[number])
+            model(x)
+            for found, wanted in zip(attention_maps(model, x), expected, strict=True):
+                torch.testing.assert_close(found.rows, wanted.rows)
+            torch.testing.assert_close(model(x), out)
+    whole = in_place(make('vit_tiny_patch16_224'))
+    whole(x)
+    assert len(attention_maps(whole, x)) == 3
+    assert whole._compiled_call_impl is not None

@@ -36,6 +36,7 @@ from evavit.ops.grid import fix_image_size, static_size
 
 from ._foreign import Moments, near_identity, normed_moments, projection_moments
 from ._grid import GridModel, bias_tables, warn_of_cut
+from ._stems import grid_size, stem_rounding
 
 __all__ = ['ConvertedModel', 'convert_vit', 'revert_vit', 'why_not_converted']
 
@@ -48,10 +49,12 @@ MOST_CELLS = 16  # a side; 256 are what the fast kernels hold beside 16 prefix t
 class ConvertedModel(Derived, nn.Module):
     """Stands before a class of timm's: hands the size of the grid on to the blocks where timm hands a mask on.
 
-    `conversion` has the arguments that `convert_vit` makes the same model with again.
+    `conversion` has the arguments that `convert_vit` makes the same model with again, `stem_rounding` what
+    `_stems.stem_rounding` found.
     """
 
     conversion: Dict[str, Any]
+    stem_rounding: Optional[Tuple[int, int]] = None
 
     def _grid(self, images: torch.Tensor, attn_mask: Any, is_causal: bool) -> GridSize:
         if attn_mask is not None or is_causal:
@@ -61,13 +64,16 @@ class ConvertedModel(Derived, nn.Module):
             )
         fix_image_size(images)
         model = cast(VisionTransformer, self)
-        if model.dynamic_img_size:
-            size = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-        else:
-            size = model.patch_embed.grid_size
-        height, width = static_size(list(size))
+        size = grid_size(model.patch_embed, images, self.stem_rounding, model.dynamic_img_size)
+        height, width = static_size(size)
         # timm's Eva puts checkpoints around its blocks whatever they are called with, its VisionTransformer does not.
         return GridSize(height, width, bool(model.grad_checkpointing) and isinstance(self, VisionTransformer))
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's; what the conversion added starts near softmax attention, as in `convert_vit`."""
+        super().init_weights(*args, **kwargs)  # type: ignore[misc]
+        for holder, norm in _places(self):
+            _start(cast(ConvertedAttention, holder.attn), norm)
 
     def forward_features(self, x: torch.Tensor, attn_mask: Any = None, is_causal: bool = False) -> Any:
         """As timm's, without masks."""
@@ -169,6 +175,8 @@ def why_not_converted(model: nn.Module) -> Optional[str]:
     seen: Set[int] = set()
     for number, block in enumerate(cast(Any, model).blocks):
         kind = type(block).__name__
+        if any(name in block._modules for name in _WRAPPED):
+            return f'its blocks are wrapped ({kind}); convert the model first, then wrap them'
         if type(block).forward not in _PLACES or 'forward' in block.__dict__:
             return f'its blocks ({kind}) have a forward of their own, in which no attention can be exchanged'
         for holder, _ in _PLACES[type(block).forward](block):
@@ -190,13 +198,26 @@ def why_not_converted(model: nn.Module) -> Optional[str]:
 
 
 def _places(model: nn.Module) -> Iterator[Place]:
+    for block in _blocks(model):
+        kind: Any = block.made_of[1] if isinstance(block, CheckpointBlock) else type(block)
+        if kind.forward not in _PLACES:
+            raise ValueError(
+                f'a block of the model is in a {kind.__name__}, which this package does not know; take the blocks out '
+                f'of it, or revert the model before they are wrapped'
+            )
+        yield from _PLACES[kind.forward](block)
+
+
+# Where what wraps a module has it: torch.compile, checkpoint_wrapper, FullyShardedDataParallel, others.
+_WRAPPED = ('_orig_mod', '_checkpoint_wrapped_module', '_fsdp_wrapped_module')
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks, those that are wrapped too."""
     for block in cast(Any, model).blocks:
-        yield from _PLACES[_forward_of(block)](block)
-
-
-def _forward_of(block: nn.Module) -> Callable[..., Any]:
-    kind: Any = block.made_of[1] if isinstance(block, CheckpointBlock) else type(block)
-    return kind.forward
+        while inner := next((block._modules[name] for name in _WRAPPED if name in block._modules), None):
+            block = inner
+        yield block
 
 
 # What convert_vit has an argument for, with the default that stands in its signature.
@@ -298,6 +319,8 @@ def convert_vit(
         for block in vit.blocks:
             block.__class__ = derive(CheckpointBlock, type(block))
     vit.conversion = {'attention': attention, **chosen}
+    if (rounding := stem_rounding(vit.patch_embed)) is not None:
+        vit.stem_rounding = rounding
     vit.__class__ = derive(ConvertedModel, type(vit))
     of_window = all(chosen.get(name, of_softmax) == of_softmax for name, of_softmax in _OF_SOFTMAX.items())
     if of_window and not vit.dynamic_img_size:  # whose images are not known yet
@@ -325,11 +348,12 @@ def revert_vit(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The softmax model behind a converted one, with the weights that it has now: a teacher, or for comparison.
 
     Args:
-        model: From `convert_vit`.
+        model: From `convert_vit`. Blocks may be wrapped since, by torch.compile or PyTorch's `checkpoint_wrapper`; they
+            stay so.
         inplace: Change the model that is given. By default it stays as it is and its weights are copied.
 
     Raises:
-        ValueError: the model is not a converted one.
+        ValueError: the model is not a converted one, or has blocks in a wrapper that is not known.
     """
     check_flags(inplace=inplace)
     inner = model.model if isinstance(model, FeatureGetterNet) else model
@@ -337,12 +361,13 @@ def revert_vit(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise ValueError(f'{type(inner).__name__} is not a converted model; evavit.convert_vit makes one')
     model = model if inplace else copy.deepcopy(model)
     vit: Any = model.model if isinstance(model, FeatureGetterNet) else model
-    for holder, _ in _places(vit):
+    for holder, _ in list(_places(vit)):
         holder.attn = revert_attention(cast(ConvertedAttention, holder.attn))
-    for block in vit.blocks:
+    for block in _blocks(vit):
         if isinstance(block, CheckpointBlock):
             block.__class__ = block.made_of[1]
     del vit.conversion
+    vit.__dict__.pop('stem_rounding', None)
     vit.__class__ = vit.made_of[1]
     return model
 

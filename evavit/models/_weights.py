@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union, cast
@@ -14,6 +15,7 @@ import torch
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
 from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES
+from timm.utils import load_checkpoint_metadata
 from torch import nn
 
 from evavit.arguments import PREPARATION, wrong_preparation
@@ -141,6 +143,21 @@ def saved_args(file: Union[str, Path]) -> Any:
     """The settings that train.py wrote beside the tensors of a `.safetensors` file, {} where there are none."""
     with safetensors.safe_open(str(file), framework='pt') as opened:
         return json.loads((opened.metadata() or {}).get('args', '{}'))
+
+
+def saved_conversion(file: Union[str, Path]) -> Optional[str]:
+    """The attention to which the run that wrote a file of `read_weights` converted its network, '' where it left
+    softmax, None where the file does not say."""
+    saved: Any = None
+    with contextlib.suppress(Exception):  # settings of others, of any kind
+        if str(file).endswith('.safetensors'):
+            saved = saved_args(file)
+        elif zipfile.is_zipfile(file):
+            saved = vars(load_checkpoint_metadata(str(file))['args'])
+    if not isinstance(saved, dict) or not isinstance(saved.get('model'), str):
+        return None
+    convert = saved.get('convert')
+    return convert if isinstance(convert, str) and convert != 'softmax' else ''
 
 
 def saved_preparation(args: Any) -> Dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import nn
 from evavit import models
 from evavit.arguments import PREPARATION, nearest, shown, too_large
 from evavit.errors import UserError, first_line
-from evavit.hub import saved_config, source_folder, source_weights, why_not_fetched
+from evavit.hub import lost_conversion, saved_config, source_folder, source_weights, why_not_fetched
 from evavit.models import (
     ConvertedModel,
     GridPyramidVisionTransformerV2,
@@ -29,9 +29,9 @@ from evavit.models import (
     fit_strictly,
     revert_vit,
 )
-from evavit.models._grid import warn_of_cut
-from evavit.models._weights import check_kinds, folder_weights, other_kinds
-from evavit.training.checks import check_source, mixes
+from evavit.models._grid import bias_tables, warn_of_cut
+from evavit.models._weights import check_kinds, folder_weights, other_kinds, saved_conversion
+from evavit.training.checks import check_convert_kwargs, check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
 from evavit.training.distributed import Process
@@ -66,6 +66,7 @@ def build_model(
     `new_head`, for a model that is not to be trained, the weights of such a place must have a classifier.
     """
     check_source(config)
+    check_convert_kwargs(config)
     if num_classes is not None or not config.convert:
         name_converted(config)
     kwargs = dict(config.model_kwargs or {})
@@ -82,6 +83,8 @@ def build_model(
         if name.startswith('local-dir:'):
             folder = Path(name.removeprefix('local-dir:'))
             saved_config(folder)
+            if config.pretrained and (reason := lost_conversion(folder)):
+                raise UserError(reason)
             if config.pretrained and not folder_weights(folder):
                 raise UserError(
                     f'--pretrained: {folder} has no weights; leave it out, or put model.safetensors there, which '
@@ -143,28 +146,29 @@ def build_model(
 def name_converted(config: ModelConfig) -> None:
     """Of a folder or repository with a converted network, which timm alone would make with softmax, or of a folder
     with one that is to be converted: put architecture, conversion, image settings and the file of its weights in the
-    place of its name. So a run's checkpoints say them."""
-    if config.convert and not (config.model or '').startswith('local-dir:'):
-        return
+    place of its name. So a run's checkpoints say them. Of a conversion, what `config` says goes before what is there.
+    """
     try:
         folder = source_folder(config.model or '')
         content, conversion = saved_config(folder) if folder else ({}, None)
     except ValueError as error:
         raise UserError(f'model {error}') from error
-    if folder is None or (conversion is None) != bool(config.convert):
+    local = (config.model or '').startswith('local-dir:')
+    if folder is None or (conversion is None and not (config.convert and local)):
         return
     weights = source_weights(config.model or '') if conversion is None else folder / HF_SAFE_WEIGHTS_NAME
     if config.pretrained and weights is None:
         return
     arguments = dict(content.get('model_args') or {})
+    arguments.pop('num_classes', None)  # which timm's save_for_hf has there
     if config.img_size or config.input_size:
         arguments.pop('img_size', None)
     if config.in_chans or config.input_size:
         arguments.pop('in_chans', None)
     config.model, config.model_kwargs = content.get('architecture'), {**arguments, **(config.model_kwargs or {})}
-    if conversion is not None:
-        config.convert = conversion.pop('attention', 'eva')
-        config.convert_kwargs = {**conversion, **(config.convert_kwargs or {})}
+    attention = (conversion or {}).pop('attention', 'eva')
+    if conversion is not None and config.convert in (None, attention):
+        config.convert, config.convert_kwargs = attention, {**conversion, **(config.convert_kwargs or {})}
     published = content.get('pretrained_cfg') or {}
     for name in PREPARATION:
         if getattr(config, name) is None:
@@ -244,8 +248,8 @@ def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:
     if _is_converted(path, name):
         if not config.convert:
             raise UserError(
-                f'{path} is of a converted model: add --convert and its --convert-kwargs; for --kd-model-name parent '
-                f'give weights from before the conversion'
+                f'{path} is of a converted model: add --convert and its --convert-kwargs, or give weights from before '
+                f'the conversion'
             )
         return {}  # they are loaded after the conversion
     classes = head_classes(name, read_weights(path))
@@ -254,8 +258,10 @@ def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:
 
 def _is_converted(path: str, name: str) -> bool:
     """Whether a file has weights of a model of timm's that was converted to EVA."""
-    ours = timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('evavit.')
-    return not ours and any('.attn.summary_' in key for key in read_weights(path))
+    if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('evavit.'):
+        return False
+    weights, convert = read_weights(path), saved_conversion(path)
+    return any('.attn.summary_' in key for key in weights) if convert is None else bool(convert)
 
 
 def head_classes(name: str, state: Mapping[str, torch.Tensor]) -> Optional[int]:
@@ -295,8 +301,13 @@ def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True,
     try:
         if isinstance(model, OURS):
             fitted = fit_strictly(state, model)
-        elif isinstance(model, ConvertedModel) and state.keys() <= (parent := revert_vit(model)).state_dict().keys():
-            fitted = _converted(model, parent, state, path)
+        elif isinstance(model, ConvertedModel):
+            fitted = _converted(model, state, path)
+        elif convert := saved_conversion(path):
+            raise UserError(
+                f'{path} is of a converted model ({convert}), and this model is not converted: add --convert {convert} '
+                f'and its --convert-kwargs, or give weights from before the conversion'
+            )
         else:
             fitted = _resampled(model, state)
     except UserError:
@@ -326,14 +337,23 @@ def check_finite(state: Mapping[str, torch.Tensor], source: Union[str, Path]) ->
 
 
 def _converted(
-    model: Any, parent: nn.Module, weights: Dict[str, torch.Tensor], path: Union[str, Path]
+    model: ConvertedModel, weights: Dict[str, torch.Tensor], path: Union[str, Path]
 ) -> Mapping[str, torch.Tensor]:
-    """The weights of `model`, converted anew with these: what a conversion adds starts from them."""
-    fitted = _resampled(parent, weights)
-    check_fit(parent, fitted, path)
-    parent.load_state_dict(fitted)
-    log.info(f'{path}: weights from before the conversion')
-    return convert_vit(parent, inplace=True, **model.conversion).state_dict()
+    """Weights of a converted model, or those from before a conversion: what this one adds to them starts anew."""
+    parent, own, convert = revert_vit(model), model.state_dict(), saved_conversion(path)
+    added = own.keys() - parent.state_dict().keys()
+    if added.isdisjoint(weights) and weights.keys() <= parent.state_dict().keys() and (added or convert == ''):
+        fitted = _resampled(parent, weights)
+        check_fit(parent, fitted, path)
+        parent.load_state_dict(fitted)
+        before = f'of a conversion to {convert}, to which this one adds its own' if convert else 'from before the'
+        log.info(f'{path}: weights {before}' + ' conversion' * (not convert))
+        return convert_vit(parent, inplace=True, **model.conversion).state_dict()
+    tables = {name: torch.zeros_like(own[name]) for name in sorted(bias_tables(model))}
+    tables = tables if tables.keys().isdisjoint(weights) else {}
+    if tables:
+        log.info(f'{path}: has no tables of relative position biases; they start at 0')
+    return _resampled(model, {**weights, **tables})
 
 
 def _resampled(model: nn.Module, weights: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -377,7 +397,7 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
     if surplus and not missing and not isinstance(model, ConvertedModel) and all('.attn.' in key for key in surplus):
         raise UserError(
             f'{path} is of a converted model (it has {surplus[0]}), and this model is not converted: add --convert and '
-            f'its --convert-kwargs; for --kd-model-name parent give weights from before the conversion'
+            f'its --convert-kwargs, or give weights from before the conversion'
         )
     heads = tuple(f'{head}.' for head in _heads_of(model))
     if missing and not surplus and set(missing) == {key for key in own if key.startswith(heads)}:
@@ -392,7 +412,9 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
             raise UserError(
                 f'{path} does not fit the model: it {what} {keys[0]}'
                 + (f' and {len(keys) - 1} more' if len(keys) > 1 else '')
-                + '; check --model, --model-kwargs and --img-size'
+                + '; check --model, --model-kwargs, '
+                + ('--convert, --convert-kwargs ' if isinstance(model, ConvertedModel) else '')
+                + 'and --img-size'
             )
 
 

@@ -84,9 +84,15 @@ def _check_model(config: ModelConfig, dry_run: bool) -> None:
 
 def check_conversion(config: ModelConfig) -> None:
     _check_needed(('convert_kwargs', config.convert_kwargs, 'convert', config.convert))
-    for name, instead in dict(attention='give it as --convert', inplace='it changes nothing here').items():
+    check_convert_kwargs(config)
+
+
+def check_convert_kwargs(config: ModelConfig) -> None:
+    """UserError where they hold what `evavit.convert_vit` is given otherwise."""
+    instead = dict(model='give it as --model', attention='give it as --convert', inplace='it changes nothing here')
+    for name in instead:
         if name in (config.convert_kwargs or {}):
-            raise UserError(f'convert_kwargs: leave {name} out, {instead}')
+            raise UserError(f'convert_kwargs: leave {name} out, {instead[name]}')
 
 
 def check_source(config: ModelConfig, dry_run: bool = False) -> None:

@@ -348,8 +348,9 @@ def _enter_folder(config: Loaded, given: Set[str]) -> Dict[str, Any]:
             channels = (content.get('model_args') or {}).get('in_chans')
             if 'in_chans' not in given and channels in (1, 3):  # images are opened before there is a model
                 config.model.in_chans = channels
-            if conversion is not None:
-                config.model.convert = conversion.pop('attention', 'eva')
+            attention = (conversion or {}).pop('attention', 'eva')
+            if conversion is not None and config.model.convert in (None, attention):
+                config.model.convert = attention
                 config.model.convert_kwargs = {**conversion, **(config.model.convert_kwargs or {})}
         elif conversion is not None:
             _check_convertible(config.model.model, folder, content.get('architecture'))
@@ -393,7 +394,7 @@ def _enter_converted(config: Loaded, given: Set[str]) -> Set[str]:
     given then. timm alone would make the network with softmax."""
     fetched = isinstance(config, InferenceConfig) or config.model.pretrained
     name = config.model.model or ''
-    if config.weights.checkpoint or config.model.convert or not (fetched or name.lower().startswith('local')):
+    if config.weights.checkpoint or not (fetched or name.lower().startswith('local')):
         return given
     try:
         folder = source_folder(name)

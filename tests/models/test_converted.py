@@ -2,14 +2,19 @@
 
 import copy
 import logging
+import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 import timm
 import torch
+from timm.layers import HybridEmbed, PatchEmbed
 from timm.models.eva import Eva
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
 
 import evavit
@@ -279,6 +284,144 @@ def test_hooks_stay():
     for other in (evavit.convert_vit(model), evavit.revert_vit(evavit.convert_vit(model))):
         other(x)
     assert seen == 2 * [(2, 37, 64)]
+
+
+STEMS = {  # timm's hybrids: a ResNet that rounds up, convolutions and patches after them, ViTamin, no padding
+    'vit_small_r26_s32_224': dict(embed_dim=64, num_heads=2),
+    'vit_base_resnet26d_224': dict(embed_dim=64, num_heads=2),
+    'vit_tiny_r_s16_p8_224': dict(embed_dim=64, num_heads=2),
+    'vit_base_mci_224': {},
+    'vitamin_small_224': {},
+}
+
+
+def hybrid(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**dict(depth=1, num_classes=5, img_size=96), **STEMS[name], **kwargs}).eval()
+
+
+@pytest.mark.parametrize('name', STEMS)
+def test_a_convolutional_stem_with_images_of_any_size(name):
+    """Its grid is the one that it makes, rounded up or down, also of images as wide as the model's are high."""
+    free = hybrid(name, dynamic_img_size=True)
+    exact, near = (evavit.convert_vit(free, window_size=size) for size in (9, 2))
+    seen = []
+    near.patch_embed.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[1:3])))
+    hook = lambda module, args, kwargs: seen.append((kwargs['attn_mask'].height, kwargs['attn_mask'].width))  # noqa: E731
+    near.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        for size in ((96, 96), (100, 128), (130, 100), (70, 95), (33, 129)):
+            x = torch.randn(1, 3, *size)
+            torch.testing.assert_close(exact(x), free(x), rtol=1e-5, atol=1e-5)
+            near(x)
+            assert seen.pop() == seen.pop()
+    oblong = {size: hybrid(name, img_size=size) for size in ((64, 128), (128, 64))}
+    for model in oblong.values():
+        model.load_state_dict(oblong[64, 128].state_dict())
+    wide, tall = (evavit.convert_vit(model, window_size=2) for model in oblong.values())
+    with torch.no_grad():
+        for size in oblong:
+            x = torch.randn(1, 3, *size)
+            torch.testing.assert_close(wide.forward_features(x), tall.forward_features(x))
+    assert not hasattr(evavit.revert_vit(wide), 'stem_rounding')
+
+
+def test_a_stem_without_positions_takes_images_of_any_size():
+    vit = hybrid('vitamin_small_224', pos_embed='none')
+    loose = original('vit_tiny_patch16_224', embed_layer=partial(PatchEmbed, strict_img_size=False), pos_embed='none')
+    for model in (vit, loose):
+        converted = evavit.convert_vit(model, window_size=9)
+        with torch.no_grad():
+            for size in ((64, 144), (144, 64), (48, 48)):
+                x = torch.randn(1, 3, *size)
+                torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_a_convolutional_stem_compiled_exported_copied_and_in_threads(dynamic):
+    converted = evavit.convert_vit(hybrid('vit_tiny_r_s16_p8_224', dynamic_img_size=dynamic), window_size=2)
+    sizes = [(65, 129), (129, 65), (96, 96)] if dynamic else [(96, 96)]
+    inputs = [torch.randn(1, 3, *size) for size in sizes]
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(converted), fullgraph=True, backend='aot_eager')
+    with torch.no_grad(), ThreadPoolExecutor(3) as pool:
+        expected = [converted(x) for x in inputs]
+        for x, wanted in zip(inputs, expected, strict=True):
+            exported = torch.export.export(converted, (x,)).module()
+            for call in (compiled, exported, pickle.loads(pickle.dumps(converted))):
+                torch.testing.assert_close(call(x), wanted)
+        for found, wanted in zip(pool.map(torch.no_grad()(converted), 5 * inputs), 5 * expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+class FixedStem(nn.Module):
+    """A stem that makes 6 × 6 features of any image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 16, 16)
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(self.conv(x), 6)
+
+
+def test_a_grid_that_cannot_be_known_is_one_line():
+    vit = original('vit_tiny_patch16_224', embed_layer=partial(HybridEmbed, backbone=FixedStem()), patch_size=1)
+    converted = evavit.convert_vit(vit, window_size=9)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), vit(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r'images of 192 × 48: HybridEmbed .* model\.set_input_size') as caught:
+        converted(torch.randn(2, 3, 192, 48))
+    assert '\n' not in str(caught.value)
+    converted.set_input_size((192, 48))
+    assert converted(torch.randn(2, 3, 192, 48)).shape == (2, 10)
+
+
+def test_blocks_that_were_wrapped_since():
+    model = original('vit_tiny_patch16_224')
+    x = images(model)
+
+    def in_place(block):
+        block.compile(backend='eager')
+        return block
+
+    for wrap in (partial(torch.compile, backend='eager'), checkpoint_wrapper, in_place):
+        converted = evavit.convert_vit(model, window_size=2)
+        for number in range(2):
+            converted.blocks[number] = wrap(converted.blocks[number])
+        with torch.no_grad():
+            converted(x)
+            torch.testing.assert_close(evavit.revert_vit(converted)(x), model(x))
+            torch.testing.assert_close(evavit.revert_vit(converted, inplace=True)(x), model(x))
+        if wrap is not in_place:
+            with pytest.raises(ValueError, match=r'its blocks are wrapped \(.*\); convert the model first'):
+                evavit.convert_vit(converted)
+    converted = evavit.convert_vit(model)
+    converted.blocks[1] = nn.Sequential(converted.blocks[1])
+    with pytest.raises(ValueError, match='is in a Sequential, which this package does not know') as caught:
+        evavit.revert_vit(converted, inplace=True)
+    assert '\n' not in str(caught.value) and isinstance(converted.blocks[0].attn, ConvertedAttention)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'vit_small_patch16_dinov3'])
+def test_weights_that_are_drawn_anew_start_near_softmax(name):
+    converted = evavit.convert_vit(original(name), window_size=2, rel_pos_bias=True)
+    stirred(converted)
+    converted.init_weights()
+    again = evavit.convert_vit(evavit.revert_vit(converted), **converted.conversion).state_dict()
+    for key, value in converted.state_dict().items():
+        assert torch.equal(value, again[key]), key
+
+
+def test_heads_of_width_one():
+    model = original('vit_tiny_patch16_224', embed_dim=8, num_heads=8)
+    converted = evavit.convert_vit(model, window_size=2)
+    x = images(model)
+    with torch.no_grad():
+        expected = model.forward_features(x)
+        assert (converted.forward_features(x) - expected).norm() / expected.norm() < 0.3
+    assert trained(model, x) <= trained(converted, x)
 
 
 REFUSED = {

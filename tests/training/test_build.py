@@ -1,5 +1,8 @@
 """The published recipe: numbers, global batch, learning rate over 300 epochs, augmentation, sampling."""
 
+import argparse
+import json
+import logging
 import math
 
 import pytest
@@ -16,6 +19,7 @@ from evavit.hub import save_folder
 from evavit.models import write_weights
 from evavit.training import build, checks, data
 from evavit.training.config import parse_settings
+from evavit.training.contents import complete_from_checkpoint
 from evavit.training.data.augment import repair_posterize
 from evavit.training.data.loader import SeededSampler
 from evavit.training.sections import ModelConfig
@@ -182,6 +186,87 @@ def test_weights_of_a_converted_model_for_one_that_is_not(config, tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             build.build_model(config('eva_deit_tiny', *flags, given, str(file)).model, 3)
         assert '\n' not in str(caught.value)
+
+
+def run_file(folder, model, **settings):
+    """A file as train.py writes it."""
+    name = '-'.join(map(str, settings.values())) or 'plain'
+    args = json.dumps(dict(model='vit_tiny_patch16_224', **settings))
+    write_weights(model.state_dict(), folder / f'{name}.safetensors', dict(args=args))
+    return folder / f'{name}.safetensors'
+
+
+@pytest.mark.parametrize('options', [dict(attention='local'), dict(partition_grid=0)])
+def test_a_conversion_without_parameters_is_known_by_the_settings_of_its_file(config, tmp_path, caplog, options):
+    """Names do not tell: no line about weights from before, and no softmax model of them."""
+    caplog.set_level(logging.INFO, 'evavit')
+    converted = small_vit('vit_tiny_patch16_224', 64, **options)
+    convert = options.pop('attention', 'eva')
+    file = run_file(tmp_path, converted, convert=convert)
+    before = run_file(tmp_path, small_vit('vit_tiny_patch16_224', 64))
+    archive = tmp_path / 'last.pth.tar'
+    args = argparse.Namespace(model='vit_tiny_patch16_224', convert=convert)
+    torch.save(dict(state_dict=converted.state_dict(), args=args), archive)
+    flags = ['--model', 'vit_tiny_patch16_224', '--img-size', '64']
+    flags += ['--model-kwargs', 'depth=1', 'embed_dim=64', 'num_heads=2']
+    own = ['--convert', convert, '--convert-kwargs', 'window_size=2', *(f'{k}={v}' for k, v in options.items())]
+    for path, told in ((file, False), (archive, False), (before, True)):
+        for way in ('--initial-checkpoint', '--pretrained-path'):
+            if way == '--pretrained-path' and told:
+                continue  # timm loads it
+            caplog.clear()
+            model = build.build_model(config('finetune_small', *flags, *own, way, str(path)).model, 3)
+            assert ('from before the conversion' in caplog.text) == told
+            assert told or torch.equal(model.head.weight, converted.head.weight)
+    for path in (file, archive):
+        for way in ('--initial-checkpoint', '--pretrained-path'):
+            with pytest.raises(UserError, match='is of a converted model') as caught:
+                build.build_model(config('finetune_small', *flags, way, str(path)).model, 3)
+            assert '\n' not in str(caught.value) and 'kd-model-name' not in str(caught.value)
+    caplog.clear()
+    cells = ['--convert', 'eva', '--convert-kwargs', 'window_size=2', '--initial-checkpoint', str(file)]
+    build.build_model(config('finetune_small', *flags, *cells).model, 3)
+    assert f'weights of a conversion to {convert}, to which this one adds its own' in caplog.text
+
+
+def test_bias_tables_that_a_converted_file_lacks_start_at_zero(config, tmp_path, caplog):
+    caplog.set_level(logging.INFO, 'evavit')
+    converted = small_vit('vit_tiny_patch16_224', 64, partition_grid=2)
+    file = run_file(tmp_path, converted, convert='eva')
+    flags = ['--model', 'vit_tiny_patch16_224', '--img-size', '64', '--convert', 'eva']
+    flags += ['--model-kwargs', 'depth=1', 'embed_dim=64', 'num_heads=2']
+    options = ['--convert-kwargs', 'window_size=3', 'partition_grid=2', 'rel_pos_bias=true']
+    model = build.build_model(config('finetune_small', *flags, *options, '--pretrained-path', str(file)).model, 3)
+    assert 'has no tables of relative position biases; they start at 0' in caplog.text
+    assert not model.blocks[0].attn.rel_pos.relative_position_bias_table.any()
+    own = model.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in converted.state_dict().items())
+    for name in ('model', 'inplace', 'attention'):
+        settings = config('finetune_small', *flags, *options, '--pretrained-path', str(file)).model
+        settings.convert_kwargs[name] = 1
+        with pytest.raises(UserError, match=f'convert_kwargs: leave {name} out'):
+            build.build_model(settings, 3)
+
+
+def test_a_conversion_of_ones_own_for_a_converted_folder(config, tmp_path):
+    """--model local-dir:FOLDER --convert: what is given goes before what config.json says, which fills in the rest."""
+    parent = small_vit('vit_tiny_patch16_224', 64, partition_grid=2)
+    folder = save_folder(parent, tmp_path / 'mine', data='x', licence='mit')
+    flags = ['--model', f'local-dir:{folder}', '--pretrained', '--convert']
+    settings = config('finetune_small', *flags, 'eva', '--convert-kwargs', 'window_size=3').model
+    model = build.build_model(settings, 3)
+    assert model.conversion == {**parent.conversion, 'window_size': 3}
+    assert torch.equal(model.blocks[0].attn.summary_k.proj.weight, parent.blocks[0].attn.summary_k.proj.weight)
+    with pytest.raises(
+        UserError, match=r'does not fit the model: it has, .*summary_.* check .*--convert-kwargs'
+    ) as caught:
+        build.build_model(config('finetune_small', *flags, 'local').model, 3)
+    assert '\n' not in str(caught.value)
+    parsed, given = parse_settings(
+        'inference', ['--model', f'local-dir:{folder}', '--convert', 'eva', '--data-dir', 'x']
+    )
+    complete_from_checkpoint(parsed, given)
+    assert parsed.model.convert_kwargs == {k: v for k, v in parent.conversion.items() if k != 'attention'}
 
 
 @pytest.mark.parametrize('convert, converted', [(False, False), (True, False), (True, True)])
