@@ -11,7 +11,7 @@ import shutil
 import stat
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Iterator, Optional, Sequence, TextIO, Union
@@ -53,13 +53,14 @@ def why_no_file(path: Union[str, Path], names: Sequence[str] = WEIGHTS, what: st
 
 
 @contextmanager
-def replacing(path: Union[str, Path], durable: bool = False) -> Iterator[Path]:
+def replacing(path: Union[str, Path], durable: bool = False, new: bool = False) -> Iterator[Path]:
     """Yields the name of a file or folder to make, which then takes the place of `path`, whole or not at all.
 
     Args:
         path: Where it belongs. The new one is made beside it under a name that nobody has, `.evavit-*.partial`. What a
             killed process left under such a name goes a day later: until then it may be another one's work.
         durable: A file is on the disk before this returns, so that a loss of power does not take it either.
+        new: A file takes the place of none: FileExistsError where there is one by then.
 
     Raises:
         Whatever the body or the system raises. The partial file is then gone, and `path` is as it was.
@@ -72,6 +73,8 @@ def replacing(path: Union[str, Path], durable: bool = False) -> Iterator[Path]:
         if durable and not partial.is_dir():
             with open(partial, 'rb+') as file:
                 os.fsync(file.fileno())
+        if new:
+            _reserve(Path(path))
         os.replace(partial, path)  # a folder only in the place of none, or of an empty one
         partial.unlink(missing_ok=True)  # still there where both were names of one file
         if durable:
@@ -80,6 +83,11 @@ def replacing(path: Union[str, Path], durable: bool = False) -> Iterator[Path]:
         with suppress(OSError):
             _remove(partial)
         raise
+
+
+def _reserve(path: Path) -> None:
+    """Make an empty file, as only one process can."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
 
 
 @functools.lru_cache(1024)  # once a process: a folder of many files takes long to list
@@ -203,16 +211,21 @@ def new_folder(path: Union[str, Path]) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_in(folder: Union[str, Path]) -> Iterator[Path]:
+def replacing_in(folder: Union[str, Path], make: bool = False) -> Iterator[Path]:
     """Yields an empty folder whose files then take the places of their names in `folder`, each of them whole.
 
     For writers that go by a file's ending, or write several files: the last names of the alphabet come first, so that
     `model.onnx.data` is there before `model.onnx`, which refers to it. If the body raises, or a file cannot take its
     place, `folder` is as it was; a kill between two of them leaves new ones beside old ones.
-    What a killed process left goes a day later: until then it may be another one's work.
+    What a killed process left goes a day later: until then it may be another one's work. With `make` the folder itself
+    is made, and removed where it stays empty.
     """
-    _remove_left_overs(os.path.realpath(folder))
-    with TemporaryDirectory(prefix='.evavit-', suffix='.partial', dir=folder) as name:
+    with ExitStack() as stack:
+        if make:
+            os.makedirs(folder, exist_ok=True)
+            stack.callback(_remove_empty, folder)
+        _remove_left_overs(os.path.realpath(folder))
+        name = stack.enter_context(TemporaryDirectory(prefix='.evavit-', suffix='.partial', dir=folder))
         yield Path(name)
         files, old, done = sorted(Path(name).iterdir(), reverse=True), Path(name, '.old'), []
         old.mkdir()
@@ -228,6 +241,11 @@ def replacing_in(folder: Union[str, Path]) -> Iterator[Path]:
                 elif not place.is_dir():
                     place.unlink(missing_ok=True)
             raise
+
+
+def _remove_empty(folder: Union[str, Path]) -> None:
+    with suppress(OSError):
+        os.rmdir(folder)
 
 
 def _second_name(path: Path, other: Path) -> Optional[Path]:

@@ -108,7 +108,7 @@ def save(weights, path, hashed=False):
         raise UserError(f'--output {path}: the name must end in .pth or .safetensors')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, durable=True) as partial:
+        with replacing(path, durable=True, new=True) as partial:
             if path.suffix == '.safetensors':
                 write_weights(weights, partial)
             else:
@@ -123,6 +123,8 @@ def save(weights, path, hashed=False):
             os.replace(path, named)
             return named
     except (OSError, RuntimeError) as error:  # PyTorch's own for a write that fails
+        if isinstance(error, FileExistsError) and os.path.lexists(path):
+            raise UserError(f'--output {path} exists already; choose another name') from error
         raise UserError(f'--output {path}: cannot be written ({reason_of(error)})') from error
     return path
 

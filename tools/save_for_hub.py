@@ -41,6 +41,7 @@ def main(argv=None):
     check_alone('save_for_hub.py')
     if Path(args.checkpoint).is_dir():
         args.checkpoint = str(contents.best_weights(Path(args.checkpoint)))
+    digest = stored_digest(args.checkpoint) if Path(args.checkpoint).is_file() else ''
     saved = contents.saved_settings(args.checkpoint)
     names = saved.get('class_names')
     classes = saved.get('num_classes') or len(names or ())
@@ -61,6 +62,8 @@ def main(argv=None):
         if not isinstance(metric, str):
             raise UserError(f'{args.checkpoint}: not a checkpoint of train.py (its eval_metric is {shown(metric)})')
         metrics = None if measured is None else {metric: round(measured, 4)}
+    if stored_digest(args.checkpoint) != digest:
+        raise UserError(f'{args.checkpoint}: another file took its place while it was read; start again')
     try:
         folder = save_folder(
             model.eval(),

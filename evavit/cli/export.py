@@ -88,6 +88,7 @@ def check_settings(config: ExportConfig, output: Path) -> None:
     if missing:
         raise UserError(f'{" and ".join(missing)} not installed: pip install {" ".join(missing)}')
     check_output(output)
+    check_output_data(output)
 
 
 def check_output(output: Path) -> None:
@@ -108,6 +109,16 @@ def check_output(output: Path) -> None:
             own = False
     if not own:
         raise UserError(f'{output} is there, and is no {output.suffix} file; name another one')
+
+
+def check_output_data(output: Path) -> None:
+    """UserError where the file that an ONNX file's large weights would go to is there, and the ONNX file that is to be
+    replaced has none in it."""
+    path = output.with_name(f'{output.name}.data')
+    if output.suffix != '.onnx' or not os.path.lexists(path):
+        return
+    if not output.is_file() or path.name.encode() not in output.read_bytes():
+        raise UserError(f'{path} is there, and holds no weights of {output}; take it away, or name another file')
 
 
 def is_package(file: IO[bytes]) -> bool:

@@ -373,9 +373,7 @@ class AttentionPictures:
     def begin(self, stack: contextlib.ExitStack) -> None:
         """Make a place for what is drawn. When the stack is closed, it comes to the folder; after a failure it goes."""
         with self._told():
-            self.folder.mkdir(exist_ok=True)
-            stack.callback(self._remove_if_empty)
-            self.work = stack.enter_context(replacing_in(self.folder))
+            self.work = stack.enter_context(replacing_in(self.folder, make=True))
 
     def put(self, stack: contextlib.ExitStack, write_tables: Callable[[], List[Path]]) -> List[Path]:
         """Put the pictures and the tables into the place of those of earlier runs. Wherever this is stopped, no table
@@ -393,10 +391,6 @@ class AttentionPictures:
             yield
         except OSError as error:
             raise UserError(f'{self.folder}: cannot be written ({reason_of(error)})') from error
-
-    def _remove_if_empty(self) -> None:
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
 
     def try_out(self) -> None:
         """UserError where the model has no such maps, before any picture is read."""

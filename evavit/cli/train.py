@@ -95,6 +95,7 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         training_batches=len(train_loader),
         validation_batches=len(eval_loader),
         class_names=class_names,
+        held_out_images=data.held_out(eval_set).get('held_out_sha256'),
         teacher=' '.join(map(str, teacher.identity.values())) if teacher else None,
     )
     updates_per_epoch = data.updates_per_epoch(train_loader, batch.accumulated, batch.total)

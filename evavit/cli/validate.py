@@ -16,8 +16,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 import torch
 
 from evavit.bench.clocks import median_seconds
-from evavit.bench.results import check_replaced
-from evavit.errors import SharedError, UserError, encodable, reason_of
+from evavit.bench.results import check_replaced, place_of
+from evavit.errors import LocalError, SharedError, UserError, encodable, reason_of
 from evavit.files import replacing, stored_digest
 from evavit.training import build, checks, contents, data, loop, report
 from evavit.training.agreement import check_agreement
@@ -59,10 +59,13 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     )
     data.check_labels(learnt, class_names, 'the checkpoint')
     contents.warn_of_held_out(config, data.held_out(dataset))
+    digest = checkpoint_digest(config)
     model: Any = build.build_model(config.model, config.model.num_classes, new_head=False)
     data.class_count(config.data, model.num_classes, class_names, dataset)
     report.check_report(config.run.report_dir, model.num_classes)
     data_config = contents.finish_model(model, config)
+    if checkpoint_digest(config) != digest:
+        raise LocalError(f'{config.weights.checkpoint}: another file took its place while it was read; start again')
     machine = config.machine
     loader = data.eval_loader(
         dataset,
@@ -106,7 +109,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         report.write_report(Path(config.run.report_dir), predictions, names)
         log.info(f'classes.csv, confusion.csv, confusion.png and calibration.csv are in {config.run.report_dir}')
     if config.run.results_file:
-        row = result_row(config, metrics, images, parameters, data_config)
+        row = result_row(config, metrics, images, parameters, data_config, digest)
         write_results(Path(config.run.results_file), {**row, **more})
 
 
@@ -198,8 +201,18 @@ def _is_own(names: List[str], rows: List[Dict[str, Any]]) -> bool:
     )
 
 
+def checkpoint_digest(config: ValidateConfig) -> str:
+    """The start of the digest of the file of weights, '' without one: a run that goes on may replace it meanwhile."""
+    return stored_digest(config.weights.checkpoint)[:16] if config.weights.checkpoint else ''
+
+
 def result_row(
-    config: ValidateConfig, metrics: Dict[str, float], images: int, parameters: int, data_config: Dict[str, Any]
+    config: ValidateConfig,
+    metrics: Dict[str, float],
+    images: int,
+    parameters: int,
+    data_config: Dict[str, Any],
+    digest: str,
 ) -> Dict[str, Any]:
     """`COLUMNS`, under the names of timm's results files where it has them."""
     top1, top5 = round(metrics['top1'], 4), round(metrics['top5'], 4)
@@ -216,12 +229,15 @@ def result_row(
         loss=round(metrics['loss'], 6),
         images=images,
         checkpoint=config.weights.checkpoint or '',
-        checkpoint_sha256=stored_digest(config.weights.checkpoint)[:16] if config.weights.checkpoint else '',
+        checkpoint_sha256=digest,
     )
 
 
 def write_results(path: Path, row: Dict[str, Any]) -> None:
-    if path.exists():
+    wanted, path = path, place_of(path, _is_own)
+    if path != wanted:
+        log.warning(f'warning: another file is called {wanted} meanwhile; the results are in {path}')
+    elif path.exists():
         log.info(f'{path}: written anew')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
-from evavit.errors import UserError, first_line
+from evavit.errors import UserError, first_line, reason_of
 from evavit.files import RUN_WEIGHTS, is_stamped, why_no_file
 from evavit.hub import folder_digest, held_out, saved_config, source_folder
 from evavit.models import model_names
@@ -336,6 +336,10 @@ def _enter_folder(config: Loaded, given: Set[str]) -> Dict[str, Any]:
     """Put the file that is meant in the place of a folder: a run's best weights, or those of `hub.save_folder`, with
     the model that its config.json makes. Returns what that holds, {} of a run."""
     folder = Path(config.weights.checkpoint or '')
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise UserError(f'{folder}: cannot be read ({reason_of(error)})') from error
     if (folder / 'config.json').exists() and not any((folder / name).is_file() for name in RUN_WEIGHTS):
         content, conversion = _config_of(folder)
         names: Tuple[str, ...] = (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)

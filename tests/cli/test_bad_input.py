@@ -1,5 +1,6 @@
 """Every fault of the user's is one line that names it, and exit code 2."""
 
+import errno
 import multiprocessing
 import shutil
 
@@ -20,7 +21,9 @@ from runs import (
     write_images,
 )
 
+from evavit.errors import UserError
 from evavit.training.data import read_class_map
+from evavit.training.data.folders import find_split, find_undivided
 
 # flags beside --data-dir, and what the line must say
 TRAIN = {
@@ -141,6 +144,27 @@ def test_a_class_or_a_split_in_place_of_the_folder(refused, folder, flags, monke
     )
     if not flags:
         assert 'is itself a split; give the folder around it' in refused('--data-dir', 'folder/train')
+
+
+@pytest.mark.parametrize('name', ['train', 'val'])
+def test_a_class_may_be_called_as_a_split(images, tmp_path, name):
+    """Beside classes of other names, in a folder without splits."""
+    for source, target in zip(('apple', 'pear', 'plum'), ('car', name, 'bus'), strict=True):
+        shutil.copytree(images / 'train' / source, tmp_path / target)
+    assert find_split(tmp_path, 'validation') == find_undivided(tmp_path, 'train', 'validation') == tmp_path
+    for other in ('car', 'bus'):  # else it is a split with its classes forgotten
+        shutil.rmtree(tmp_path / other)
+    with pytest.raises(UserError, match=r'has val to validate on|holds images and no'):
+        find_undivided(tmp_path, 'train', 'validation')
+
+
+def test_folders_without_permission(refused, folder, monkeypatch):
+    def closed(place):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(place))
+
+    monkeypatch.setattr('evavit.training.data.folders.os.listdir', closed)
+    for flags in ([], ['--dry-run'], ['--val-fraction', '0.2']):
+        assert refused(*flags) == 'error: folder: cannot be read (Permission denied)'.replace('folder', str(folder), 1)
 
 
 def test_a_tar_file_is_not_divided(refused, folder):

@@ -102,6 +102,7 @@ def test_several_processes_equal_one_with_the_same_global_batch(
         pytest.param(['--grad-accum-steps', '2'], 'grad_accum_steps is 1 on rank 0 and 2', marks=pytest.mark.slow),
         pytest.param(['--lr', '0.1'], 'lr is 0.001 on rank 0 and 0.1 on rank 1', marks=pytest.mark.slow),
         pytest.param(['--seed', '7'], 'seed is 42 on rank 0 and 7 on rank 1', marks=pytest.mark.slow),
+        (['--val-fraction', '0.3', '--data-dir', 'renamed'], 'held out images is '),
         (['--lr', '0.1', '--data-dir', 'fewer'], 'lr is 0.001 on rank 0 and 0.1 on rank 1; training images is 24'),
     ],
 )
@@ -111,10 +112,18 @@ def test_processes_that_differ_stop_before_the_first_update(images, tmp_path, fl
         shutil.copytree(images, tmp_path / 'fewer')
         (tmp_path / 'fewer' / 'train' / 'plum' / '7.png').unlink()
         flags = [tmp_path / 'fewer' if flag == 'fewer' else flag for flag in flags]
+    own = []
+    if 'renamed' in flags:  # as many images under other names
+        shutil.copytree(images / 'train', tmp_path / 'renamed')
+        shutil.copytree(images / 'train', tmp_path / 'first')
+        for picture in sorted((tmp_path / 'renamed').glob('*/*.png')):
+            picture.rename(picture.with_name(f'z{picture.name}'))
+        flags = [tmp_path / 'renamed' if flag == 'renamed' else flag for flag in flags]
+        own = ['--val-fraction', '0.3', '--data-dir', tmp_path / 'first']
     place = ['-b', '2', '--data-dir', images, '--output', tmp_path, '--experiment', 'run', '--stall-timeout', '60']
     jobs = [
-        start('train', *MODEL, *QUICK, *place, *own, variables=variables)
-        for own, variables in zip(([], flags), ranks(2), strict=True)
+        start('train', *MODEL, *QUICK, *place, *those, variables=variables)
+        for those, variables in zip((own, flags), ranks(2), strict=True)
     ]
     results = [job.communicate(timeout=60 * PATIENCE) for job in jobs]
     assert [job.returncode for job in jobs] == [2, 2], results

@@ -19,7 +19,7 @@ from runs import KWARGS, MODEL, load_script
 from timm.data import create_transform, resolve_data_config
 
 from evavit import export as exporting
-from evavit.cli.export import check_forward, check_output
+from evavit.cli.export import check_forward, check_output, check_output_data
 from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
 from evavit.training import config, contents
@@ -508,6 +508,15 @@ def test_a_file_of_another_kind_is_not_replaced(call, tmp_path, name):
     assert code == 2 and f'{name} is there, and is no .' in err and err.count('\n') == 1, err
     assert (tmp_path / name).read_text() == 'my notes'
     (tmp_path / name).unlink()
+    weights = tmp_path / f'{name}.data'  # where large ones go
+    weights.write_text('my notes')
+    code, _, err = call('export', tmp_path / name, *MODEL, '--num-classes', '3')
+    if name.endswith('.onnx'):
+        assert code == 2 and f'{weights} is there, and holds no weights of' in err and err.count('\n') == 1, err
+        (tmp_path / name).write_bytes(b'...' + weights.name.encode())  # which has its weights there
+        check_output_data(tmp_path / name)
+    assert weights.read_text() == 'my notes'
+    (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to(tmp_path / 'nowhere')
     with pytest.raises(UserError, match=name):
         check_output(tmp_path / name)

@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 
 import evavit
 from evavit.cli.inference import picture_names
-from evavit.errors import run_script
+from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
 from evavit.models import read_weights, write_weights
 from evavit.training.sections import ResultsConfig
@@ -790,6 +790,56 @@ def test_pictures_of_attention_of_an_earlier_run_go(call, hub, tmp_path):
         assert attention_of(call, hub, tmp_path, picture) == (0, '')
         assert sorted(os.listdir(folder)) == [f'000000_{picture}.png', '000007_mine.png', 'notes.txt']
         assert (folder / f'000000_{picture}.png').read_bytes() != first  # of a new picture
+
+
+def test_pictures_of_attention_are_not_classified(infer, call, hub, tmp_path):
+    """Where results go to the folder of the pictures; a folder of the user's that is called so is read."""
+    place = ['--data-dir', tmp_path, '--checkpoint', hub, '--workers', '0', '--results-file', tmp_path / 'results.csv']
+    (tmp_path / 'mine.attention').mkdir()
+    for name in ('a.png', 'mine.attention/b.png'):
+        Image.effect_noise((8, 8), 80).save(tmp_path / name)
+    for left in (0, 2):
+        code, out, err = call('inference', *place, '--include-attention')
+        assert code == 0 and '2 pictures classified, 0 not readable' in out, (out, err)
+        assert (f'{left} pictures of attention, which inference.py drew, are left out' in out) == (left > 0)
+
+
+@pytest.mark.parametrize('moment', ['draw', 'write_results'])
+def test_a_table_never_stands_beside_pictures_of_another_run(call, hub, tmp_path, monkeypatch, moment):
+    """Whatever ends it: the table keeps its pictures, or has none."""
+    assert attention_of(call, hub, tmp_path, 'a.png') == (0, '')
+    folder, table = tmp_path / 'results.csv.attention', (tmp_path / 'results.csv').read_bytes()
+    before = (folder / '000000_a.png.png').read_bytes()
+    program = load_script('inference')
+
+    def fails(*args):
+        if moment == 'draw':
+            draw(*args)
+        raise UserError('ended')
+
+    owner = program.AttentionPictures if moment == 'draw' else program
+    draw = getattr(owner, moment)
+    monkeypatch.setattr(owner, moment, fails)
+    code, err = attention_of(call, hub, tmp_path, 'a.png')
+    assert (code, err) == (2, 'error: ended\n') and (tmp_path / 'results.csv').read_bytes() == table
+    left = [path.read_bytes() for path in folder.iterdir()] if folder.exists() else []
+    assert left == ([before] if moment == 'draw' else [])
+
+
+def test_a_table_that_somebody_wrote_meanwhile_stays(call, hub, tmp_path, monkeypatch):
+    write, program = load_script('inference').write_results, load_script('inference')
+
+    def late(*args):
+        (tmp_path / 'results.csv').write_text('mine')
+        return write(*args)
+
+    monkeypatch.setattr(program, 'write_results', late)
+    (tmp_path / 'in').mkdir()
+    Image.effect_noise((8, 8), 80).save(tmp_path / 'in' / 'a.png')
+    place = ['--data-dir', tmp_path / 'in', '--checkpoint', hub, '--workers', '0']
+    code, out, err = call('inference', *place, '--results-file', tmp_path / 'results.csv')
+    assert code == 0 and f'the results are in {tmp_path / "results-1.csv"}' in out + err
+    assert (tmp_path / 'results.csv').read_text() == 'mine' and 'a.png' in (tmp_path / 'results-1.csv').read_text()
 
 
 def test_results_of_one_folder_have_pictures_of_attention_of_their_own(call, hub, tmp_path):

@@ -288,6 +288,25 @@ def test_a_latency_that_needs_more_memory_than_there_is(train, call, images):
     assert code == 2 and 'no memory is left' in err and 'lower the batch size (-b)' in err and err.count('\n') == 1, err
 
 
+def test_weights_that_change_while_they_are_read(train, call, images, tmp_path, monkeypatch):
+    """As the best of a run that goes on: no results tell of other weights than were judged."""
+    run, live = train('run'), tmp_path / 'live.safetensors'
+    shutil.copy(run / 'last.safetensors', live)
+    program = load_script('validate')
+    build = program.build.build_model
+
+    def replaced(*args, **kwargs):
+        model = build(*args, **kwargs)
+        write_weights(model.state_dict(), live)
+        return model
+
+    monkeypatch.setattr(program.build, 'build_model', replaced)
+    flags = ['--checkpoint', live, '--data-dir', images, '--workers', '0', '--results-file', tmp_path / 'val.csv']
+    code, _, err = call('validate', *flags)
+    assert code == 2 and f'{live}: another file took its place while it was read; start again' in err, err
+    assert not (tmp_path / 'val.csv').exists()
+
+
 TIMM = (
     'model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation\nresnet18,70,30,90,10,12,224,1,x\n'
 )

@@ -343,6 +343,30 @@ def test_a_checkpoint_that_names_a_model_of_the_network_is_refused(tmp_path, mon
     assert not (tmp_path / 'hub').exists()
 
 
+def test_a_file_that_is_there_meanwhile_stays(run, tmp_path, capsys, monkeypatch):
+    program = load_program('tools/avg_checkpoints.py')
+    average = program.average
+
+    def late(*args, **kwargs):
+        (tmp_path / 'w.pth').write_text('mine')
+        return average(*args, **kwargs)
+
+    monkeypatch.setattr(program, 'average', late)
+    with pytest.raises(UserError, match='exists already; choose another name'):
+        program.main(['--input', str(run / 'last.pth.tar'), '--output', str(tmp_path / 'w.pth')])
+    assert [path.name for path in tmp_path.iterdir()] == ['w.pth'] and (tmp_path / 'w.pth').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.complex128])
+def test_the_mean_of_weights_that_share_a_tensor(tmp_path, dtype):
+    for number in (1, 3):
+        shared = torch.full((2, 2), number, dtype=dtype)
+        torch.save({'a': shared, 'b': shared}, tmp_path / f'checkpoint-{number}.pth.tar')
+    assert tool('avg_checkpoints')('--input', tmp_path, '--output', tmp_path / 'mean.pth') == 0
+    mean = torch.load(tmp_path / 'mean.pth', weights_only=True)
+    assert all((mean[name] == 2).all() for name in 'ab')
+
+
 def test_a_hash_takes_no_other_s_place(run, tmp_path, capsys):
     flags = ['--input', run / 'last.pth.tar', '--hash', '--output', tmp_path / 'w.pth']
     assert tool('avg_checkpoints')(*flags) == 0

@@ -198,6 +198,8 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """
     tags = getattr(image, 'tag_v2', {})
     bits, kinds = tags.get(258, (16,))[0], tags.get(339, (1,))  # BitsPerSample, SampleFormat
+    if tags.get(284) == 2 and tags.get(277, 1) > 1 and bits > 8:  # PlanarConfiguration, SamplesPerPixel
+        raise BadImageError(f'{bits} bits in a plane for each channel, which Pillow takes for 8')
     if image.mode == 'F':
         raise BadImageError('floating-point pixels, whose range is not known')
     if kinds[0] != 1:

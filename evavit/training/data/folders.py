@@ -5,6 +5,7 @@ the first two are mistakes, and the link is left out with a warning.
 """
 
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MOST_LINKS = 100_000  # to folders: those that lead from one to another can make up any number of paths
 SPLIT_NAMES = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'))
+SPLITS = tuple(itertools.chain(*SPLIT_NAMES))
 
 
 def natural_key(name: str) -> Tuple[Tuple[Any, ...], str]:
@@ -37,16 +39,15 @@ def natural_key(name: str) -> Tuple[Tuple[Any, ...], str]:
 def find_split(root: Path, split: str) -> Path:
     """root/split or root/split.tar, or under its other usual name; for validation also root itself, where it holds
     classes and no split."""
-    inside = sorted(path.name for path in root.iterdir())
-    folders = [name for name in inside if (root / name).is_dir()]
+    inside, folders = _listed(root)
     synonyms = next((names for names in SPLIT_NAMES if split in names), ())
     for name in (split, *synonyms):
-        if name in folders:
+        if name in folders and not _is_class(root / name, folders):
             return root / name
         if f'{name}.tar' in inside:
             return root / f'{name}.tar'
-    splits = [name for names in SPLIT_NAMES for name in names]
-    if split in SPLIT_NAMES[1] and folders and not any(name in folders or f'{name}.tar' in inside for name in splits):
+    there = [name for name in folders if name in SPLITS and not _is_class(root / name, folders)]
+    if split in SPLIT_NAMES[1] and folders and not there and not any(f'{name}.tar' in inside for name in SPLITS):
         log.info(f'{root} has no folder for a split: all of its images are taken for {split}')
         return root
     _check_around(root, folders)
@@ -54,6 +55,23 @@ def find_split(root: Path, split: str) -> Path:
         f'{root}: no folder {split}, but {", ".join(folders[:8]) or "none at all"}; images belong in '
         f'{root / split}/CLASS/, or hold out a part of a folder without splits with --val-fraction 0.2'
     )
+
+
+def _listed(root: Path) -> Tuple[List[str], List[str]]:
+    """The names in a folder, and which of them are folders."""
+    try:
+        inside = sorted(os.listdir(root))
+    except OSError as error:
+        raise UserError(f'{root}: cannot be read ({error.strerror})') from error
+    return inside, [name for name in inside if os.path.isdir(root / name)]
+
+
+def _is_class(folder: Path, beside: Sequence[str]) -> bool:
+    """Whether a folder that is called as a split is a class, as a train among vehicles: it holds images and no folders,
+    and is one of the folders `beside` it, of which others are called otherwise."""
+    inside, folders = _listed(folder)
+    images = any(os.path.splitext(name)[1].lower() in image_endings() for name in inside)
+    return images and not folders and any(name not in SPLITS and not is_hidden(name) for name in beside)
 
 
 def _check_around(root: Path, folders: Sequence[str]) -> None:
@@ -70,7 +88,8 @@ def _check_around(root: Path, folders: Sequence[str]) -> None:
 
 def find_undivided(root: Path, train_split: str, val_split: str) -> Path:
     """The folder of classes that `hold_out` divides: root's training split, or root itself where it has no split."""
-    inside = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    inside, folders = _listed(root) if os.path.isdir(root) else ([], [])
+    inside = [name for name in inside if not (name in folders and name in SPLITS and _is_class(root / name, folders))]
     for split in (val_split, *SPLIT_NAMES[1]):
         for name in (split, f'{split}.tar'):
             if name in inside:
@@ -82,7 +101,7 @@ def find_undivided(root: Path, train_split: str, val_split: str) -> Path:
         kind = 'a tar file; unpack it first' if tar.suffix.lower() == '.tar' else 'a file'
         what = f'{tar} is {kind}' if tar.is_file() else f'{folder} is none'
         raise UserError(f'--val-fraction divides a folder of class folders, and {what}')
-    if not any(entry.is_dir() for entry in folder.iterdir()):
+    if not _listed(folder)[1]:
         _check_around(folder, [])
     return folder
 

@@ -108,6 +108,25 @@ def tiff(values, order='<', photometric=1, bits=16, kind=1):
     return b''.join(content) + bytes(4)
 
 
+def planes(bits):
+    """A TIFF of two pixels, black and red, each channel in a plane of its own."""
+    kind = f'<u{bits // 8}'
+    data = np.array([[0, 2**bits - 1], [0, 0], [0, 0]], kind).tobytes()
+    size, many = len(data) // 3, 8 + len(data)  # where the values lie that are three
+    extra = np.array([bits] * 3, '<u4').tobytes() + np.array([8, 8 + size, 8 + 2 * size, *[size] * 3], '<u4').tobytes()
+    tags = [(256, 1, 2), (257, 1, 1), (258, 3, many), (259, 1, 1), (262, 1, 2), (273, 3, many + 12)]
+    tags += [(277, 1, 3), (278, 1, 1), (279, 3, many + 24), (284, 1, 2)]
+    content = b'II*\0' + struct.pack('<I', many + len(extra)) + data + extra + struct.pack('<H', len(tags))
+    return content + b''.join(struct.pack('<HHII', tag, 4, count, value) for tag, count, value in tags) + bytes(4)
+
+
+def test_planes_of_a_tiff():
+    """Pillow takes those of 16 bits for 8."""
+    assert read(planes(8)).tolist() == [[[0, 0, 0], [255, 0, 0]]]
+    with pytest.raises(BadImageError, match='16 bits in a plane for each channel'):
+        read(planes(16))
+
+
 def test_other_forms_of_sixteen_bits():
     values, shown = [0, 256, 32768, 65535], [[0, 1, 128, 255]]
     assert read(tiff(values), 'L').tolist() == read(tiff(values, '>'), 'L').tolist() == shown
