@@ -27,9 +27,7 @@ def test_the_table_at_a_small_size(tmp_path):
     args = argparse.Namespace(results_file=tmp_path / 'rows.csv', label='small', seed=0)
     with torch.no_grad():
         models = example.starts(softmax, SMALL, example.WINDOW)
-        rows = {
-            row['start']: row for row in example.table(args, softmax, models.items(), images[-40:], labels[-40:])
-        }
+        rows = {row['start']: row for row in example.table(args, softmax, models.items(), images[-40:], labels[-40:])}
     ours = rows[example.AS_CONVERTED]
     for other in ('as from nothing', 'the same, no count of tokens in the bias'):
         assert ours['attention'] < rows[other]['attention'], other
