@@ -3,7 +3,7 @@
 
 Parameters and multiply-adds are counted on the code (`zoo.py`), and the paper's numbers stand beside them. What was
 measured comes from results/ (`performance.py`, `goals.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`,
-`gallery.py`, `evidence.py`, `transfer.py`).
+`gallery.py`, `evidence.py`, `starts.py`, `transfer.py`).
 A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`. The plots of
 performance.md and evidence.md carry a digest of what they show. With --check nothing is written, and the exit code is 1
 if a table or one of these plots is stale.
@@ -23,6 +23,7 @@ import gallery
 import goals
 import pages
 import performance
+import starts
 import timm
 import torch
 import transfer
@@ -140,7 +141,7 @@ TABLES = {  # of each page, by the name of its markers
         'operators': exported.operators_table,
         'precision': exported.precision_table,
     },
-    'docs/transfer.md': {'elpv': elpv.table},
+    'docs/transfer.md': {'elpv': elpv.table, 'starts': starts.table},
     'docs/evidence.md': {
         'claims': evidence.claims,
         'eleven': evidence.eleven,

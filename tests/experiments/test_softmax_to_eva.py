@@ -10,6 +10,7 @@ import torch
 pytest.importorskip('sklearn')
 from programs import load_program
 
+import evavit
 from evavit.errors import run_script
 
 example = load_program('experiments/softmax_to_eva/run.py')
@@ -25,10 +26,9 @@ def test_the_table_at_a_small_size(tmp_path):
     example.train(softmax, images[:480], labels[:480], epochs=2)
     args = argparse.Namespace(results_file=tmp_path / 'rows.csv', label='small', seed=0)
     with torch.no_grad():
-        rows = {
-            row['start']: row for row in example.table(args, softmax, SMALL, example.WINDOW, images[-40:], labels[-40:])
-        }
-    ours = rows['**linear summary, as converted**']
+        models = example.starts(softmax, SMALL, example.WINDOW)
+        rows = {row['start']: row for row in example.table(args, softmax, models.items(), images[-40:], labels[-40:])}
+    ours = rows[example.AS_CONVERTED]
     for other in ('as from nothing', 'the same, no count of tokens in the bias'):
         assert ours['attention'] < rows[other]['attention'], other
     assert len((tmp_path / 'rows.csv').read_text().splitlines()) == len(rows) + 1
@@ -59,10 +59,39 @@ def test_a_pyramid():
     args = argparse.Namespace(results_file=None)
     images, labels = torch.randn(4, 1, 64, 64), torch.arange(4)
     with torch.no_grad():
-        rows = {row['start']: row for row in example.table(args, softmax, sizes, example.WINDOW, images, labels)}
+        models = example.starts(softmax, sizes, example.WINDOW).items()
+        rows = {row['start']: row for row in example.table(args, softmax, models, images, labels)}
     # What timm's convolutions on keys and values did is lost to softmax attention too.
     assert rows['softmax, keys and values not shortened']['attention'] > 0.1
     assert len(rows) == 13 and all(row['attention'] < 2 for row in rows.values())
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', example.CONVERTED)
+def test_networks_with_a_class_token(kind, tmp_path):
+    torch.manual_seed(0)
+    name, more, label = example.CONVERTED[kind]
+    vit = timm.create_model(name, **SMALL, **more)
+    images, labels = example.digits()
+    example.train(vit, images[:480], labels[:480], epochs=2)
+    assert vit.num_prefix_tokens == 1 and (kind == 'eva02') == (getattr(vit, 'rope', None) is not None)
+    args = argparse.Namespace(results_file=tmp_path / 'rows.csv', label=label, seed=0)
+    images, labels = images[-40:], labels[-40:]
+    with torch.no_grad():
+        softmax = evavit.convert_vit(vit, attention='softmax')
+        torch.testing.assert_close(softmax(images), vit(images), rtol=1e-4, atol=1e-4)
+        models = example.conversions(vit, example.WINDOW)
+        whole = evavit.convert_vit(vit, window_size=8, partition_grid=4)  # is the network itself
+        models.append(('whole', whole))
+        rows = {(row['start'], row['count_cells']): row for row in example.table(args, softmax, models, images, labels)}
+    assert rows['softmax', '']['top1'] == 100 * (vit(images).argmax(1) == labels).float().mean()
+    assert rows['whole', 'outside']['attention'] < 1e-4 > rows['whole', 'outside']['output']
+    ours = rows[example.AS_CONVERTED, 'outside']
+    assert 0.01 < ours['attention'] < rows['as from nothing', 'outside']['attention']
+    assert ours['attention'] < rows[example.AS_CONVERTED, 'one']['attention']
+    stored = example.read_rows(tmp_path / 'rows.csv', example.COLUMNS)
+    assert len(stored) == len(rows) == 2 + 3 * 6 and {row['weights'] for row in stored} == {label}
+    assert all(row[column] for row in stored for column in example.ORIGIN)
 
 
 def told(capsys, *flags):
@@ -84,6 +113,10 @@ def test_weights_that_are_none_are_a_line(tmp_path, capsys):
     # a name of the file asks for no more blocks than it has
     torch.save(state | {'blocks.900000.norm1.bias': state['norm.bias']}, tmp_path / 'blocks.pth')
     assert 'no softmax ViT' in told(capsys, '--weights', tmp_path / 'blocks.pth')
+
+
+def test_two_networks_at_once_are_a_line(capsys):
+    assert 'give one of them' in told(capsys, '--pyramid', '--convert', 'vit')
 
 
 def test_rows_of_other_columns_stay(tmp_path, capsys):
