@@ -22,7 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 
@@ -165,17 +165,25 @@ TABLES: Dict[str, List[Task]] = {
 }
 WHOLE = ('convert',)  # README.md and others need all rows of this file: it is replaced once they are there
 FILES = {'cells': 'op_cells'}  # where the file is not called as the step
-MEASURED = ('ops/**/*.py', 'layers/**/*.py', 'models/**/*.py', 'bench/**/*.py', 'training/compilation.py')
+# What rows depend on, and what the steps test and sanitize do.
+MEASURED = tuple(f'evavit/{room}' for room in ('ops/**/*', 'layers/**/*', 'models/**/*', 'bench/**/*'))
+MEASURED += ('evavit/training/compilation', 'evavit/cli/benchmark')
+CHECKED = ('*', 'evavit/**/*', 'tests/**/*', 'tools/*')
 STEPS = (*TABLES, 'page', 'test', 'sanitize')
 DEFAULT = tuple(step for step in STEPS if 'convert' not in step)  # timm's ViTs, docs/convert.md: nine minutes more
 
 
+def digest_of(parts: Sequence[str]) -> str:
+    """Of the content of Python files, by patterns without their ending."""
+    digest = hashlib.sha256()
+    for path in sorted(path for part in parts for path in ROOT.glob(f'{part}.py')):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def work_folder() -> Path:
     """Where this code's logs and rows are: other code of what is measured starts with nothing done."""
-    digest = hashlib.sha256()
-    for path in sorted(path for room in MEASURED for path in ROOT.glob(f'evavit/{room}')):
-        digest.update(path.read_bytes())
-    folder = ROOT / 'output' / 'gpu' / digest.hexdigest()[:12]
+    folder = ROOT / 'output' / 'gpu' / digest_of(MEASURED)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -324,7 +332,7 @@ def main() -> int:
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    good, driver = True, Driver(work)
+    good, driver, checked = True, Driver(work), digest_of(CHECKED)
     clock = threading.Timer(args.seconds or 0, driver.stop)
     clock.daemon = True
     if args.seconds is not None:
@@ -344,11 +352,11 @@ def main() -> int:
         elif step == 'page':
             good &= not subprocess.run([sys.executable, 'docs/make/tables.py'], cwd=ROOT, check=False).returncode
         elif step == 'test':
-            good &= driver.once('test', [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', '-n', '6'])
+            good &= driver.once(f'test_{checked}', [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', '-n', '6'])
         elif shutil.which('compute-sanitizer') is None:
             driver.say('sanitize: compute-sanitizer is not on the path; left out')
         else:
-            good &= driver.once('sanitize', [sys.executable, 'tools/sanitize.py'])
+            good &= driver.once(f'sanitize_{checked}', [sys.executable, 'tools/sanitize.py'])
     return int(not good)
 
 

@@ -7,6 +7,7 @@ import errno
 import io
 import itertools
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -36,6 +37,8 @@ __all__ = [
     'store_rows',
     'write_rows',
 ]
+
+log = logging.getLogger(__name__)
 
 Row = Dict[str, Any]
 
@@ -217,13 +220,17 @@ def check_replaced(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -
 
 def place_of(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -> Path:
     """Where a table goes after the work: `path`; or, where a file of others has that name meanwhile, the first of
-    NAME-1, NAME-2, … that nobody has."""
+    NAME-1, NAME-2, … that nobody has. The log says what becomes of a file that is there."""
     try:
         check_replaced(path, is_own)
-        return path
     except UserError:
         others = (path.with_name(f'{path.stem}-{number}{path.suffix}') for number in itertools.count(1))
-        return next(other for other in others if not os.path.lexists(other))
+        other = next(other for other in others if not os.path.lexists(other))
+        log.warning(f'warning: another file is called {path} meanwhile; the results are in {other}')
+        return other
+    if path.exists():
+        log.info(f'{path}: written anew')
+    return path
 
 
 def _table_of(file: IO[bytes], suffix: str) -> Tuple[List[str], List[Row]]:

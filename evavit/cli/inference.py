@@ -306,12 +306,7 @@ def columns(row: Row, separate: bool) -> Row:
 
 def write_results(rows: Sequence[Row], base: Path, form: str, results: ResultsConfig) -> Path:
     """Write the rows in one form, whole or not at all. A cell of CSV holds no list: there columns are always apart."""
-    wanted = Path(f'{base}{ENDINGS[form]}')
-    path = place_of(wanted, functools.partial(_are_own, results=results))
-    if path != wanted:
-        log.warning(f'warning: another file is called {wanted} meanwhile; the results are in {path}')
-    elif path.exists():
-        log.info(f'{path}: written anew')
+    path = place_of(Path(f'{base}{ENDINGS[form]}'), functools.partial(_are_own, results=results))
     table = [columns(row, results.results_separate_col or form == 'csv') for row in rows]
     try:
         with replacing(path) as partial:

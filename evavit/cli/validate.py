@@ -234,11 +234,7 @@ def result_row(
 
 
 def write_results(path: Path, row: Dict[str, Any]) -> None:
-    wanted, path = path, place_of(path, _is_own)
-    if path != wanted:
-        log.warning(f'warning: another file is called {wanted} meanwhile; the results are in {path}')
-    elif path.exists():
-        log.info(f'{path}: written anew')
+    path = place_of(path, _is_own)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (

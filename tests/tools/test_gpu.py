@@ -100,6 +100,12 @@ def test_a_zoo_without_graphs_is_compiled_without_them(gpu):
     assert 'reformer_deit_tiny_784_default' in found and 'reformer_deit_tiny_784_reduce-overhead' not in found
 
 
+def test_checks_are_done_anew_where_what_they_check_changed(gpu, monkeypatch):
+    for digest, commands in (('one', ['-m', 'tools/sanitize.py']), ('one', []), ('two', ['-m', 'tools/sanitize.py'])):
+        monkeypatch.setattr(gpu, 'digest_of', lambda parts, digest=digest: digest)
+        assert gpu.call('--steps', 'test', 'sanitize') == 0 and list(gpu.commands) == commands
+
+
 def test_a_file_that_others_need_whole(gpu):
     file = gpu.work_folder() / 'all' / 'convert_h200.csv'
     store_rows(file, [dict(bench='convert', case='older', status='ok')])

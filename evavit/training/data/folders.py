@@ -69,9 +69,10 @@ def _listed(root: Path) -> Tuple[List[str], List[str]]:
 def _is_class(folder: Path, beside: Sequence[str]) -> bool:
     """Whether a folder that is called as a split is a class, as a train among vehicles: it holds images and no folders,
     and is one of the folders `beside` it, of which others are called otherwise."""
+    if all(name in SPLITS or is_hidden(name) for name in beside):
+        return False
     inside, folders = _listed(folder)
-    images = any(os.path.splitext(name)[1].lower() in image_endings() for name in inside)
-    return images and not folders and any(name not in SPLITS and not is_hidden(name) for name in beside)
+    return not folders and any(os.path.splitext(name)[1].lower() in image_endings() for name in inside)
 
 
 def _check_around(root: Path, folders: Sequence[str]) -> None:
