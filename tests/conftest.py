@@ -2,10 +2,13 @@
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+from evavit.training.signals import SIGNALS
 
 torch.set_num_threads(1)  # tests are small, and several of them run side by side
 
@@ -16,6 +19,15 @@ GOLDEN = Path(__file__).resolve().parents[2] / 'shared' / 'golden'
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A test leaves signals as they were: a process that a later one forks and ends would else not end."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert before == [signal.getsignal(number) for number in SIGNALS]
+    assert not hasattr(signal, 'pthread_sigmask') or not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -199,6 +199,21 @@ class Driver:
         self.work, self.begin, self.stopped = work, time.monotonic(), False
         self.printing, self.running = threading.Lock(), set()
 
+    @contextlib.contextmanager
+    def until(self, seconds: Optional[float]) -> Iterator[None]:
+        """Within it a signal stops this, and so does the end of the time. After it signals are whose they were."""
+        clock = threading.Timer(seconds or 0, self.stop)
+        clock.daemon = True
+        if seconds is not None:
+            clock.start()
+        before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            clock.cancel()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def stop(self, *_: object) -> None:
         """End what runs, and begin nothing more. A signal handler, too."""
         self.stopped = True
@@ -333,30 +348,25 @@ def main() -> int:
         print(f'error: {error}', file=sys.stderr)
         return 2
     good, driver, checked = True, Driver(work), digest_of(CHECKED)
-    clock = threading.Timer(args.seconds or 0, driver.stop)
-    clock.daemon = True
-    if args.seconds is not None:
-        clock.start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, driver.stop)
-    for step in (step for step in STEPS if step in args.steps):
-        if step in tables:
-            try:
-                good &= driver.measure_all(tables[step])
-            finally:
-                whole = all((work / f'{task.name}.done').exists() for task in TABLES[step])
-                if whole or step not in WHOLE:
-                    store(driver, TABLES[step], targets[step])
-        elif driver.stopped:
-            good = False
-        elif step == 'page':
-            good &= not subprocess.run([sys.executable, 'docs/make/tables.py'], cwd=ROOT, check=False).returncode
-        elif step == 'test':
-            good &= driver.once(f'test_{checked}', [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', '-n', '6'])
-        elif shutil.which('compute-sanitizer') is None:
-            driver.say('sanitize: compute-sanitizer is not on the path; left out')
-        else:
-            good &= driver.once(f'sanitize_{checked}', [sys.executable, 'tools/sanitize.py'])
+    with driver.until(args.seconds):
+        for step in (step for step in STEPS if step in args.steps):
+            if step in tables:
+                try:
+                    good &= driver.measure_all(tables[step])
+                finally:
+                    whole = all((work / f'{task.name}.done').exists() for task in TABLES[step])
+                    if whole or step not in WHOLE:
+                        store(driver, TABLES[step], targets[step])
+            elif driver.stopped:
+                good = False
+            elif step == 'page':
+                good &= not subprocess.run([sys.executable, 'docs/make/tables.py'], cwd=ROOT, check=False).returncode
+            elif step == 'test':
+                good &= driver.once(f'test_{checked}', [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', '-n', '6'])
+            elif shutil.which('compute-sanitizer') is None:
+                driver.say('sanitize: compute-sanitizer is not on the path; left out')
+            else:
+                good &= driver.once(f'sanitize_{checked}', [sys.executable, 'tools/sanitize.py'])
     return int(not good)
 
 
