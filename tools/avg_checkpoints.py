@@ -58,6 +58,8 @@ def main(argv=None):
                 )
             paths = sorted(paths, key=metrics.get, reverse=names != {'loss'})[: args.n]
     check_classes(paths)
+    if not args.no_use_ema:
+        check_averages(paths)
     weights = average(paths, use_ema=not args.no_use_ema)
     output = save(weights, output, args.hash)
     what = f'mean of {", ".join(path.name for path in paths)}' if len(paths) > 1 else f'weights of {paths[0].name}'
@@ -77,6 +79,16 @@ def check_classes(paths):
                 f'{path}: class {label} is {here}, and {there} in {first}: their mean is no model; name those of one '
                 f'with --filter'
             )
+
+
+def check_averages(paths):
+    """UserError where some runs kept an average of their weights and others did not."""
+    kept = {bool(settings.get('model_ema')): path for path in paths if (settings := saved_settings(path))}
+    if len(kept) > 1:
+        raise UserError(
+            f'{kept[True]} has a moving average, {kept[False]} has none: their mean is no model; name those of one '
+            f'with --filter, or take the plain weights of all with --no-use-ema'
+        )
 
 
 def average(paths, use_ema=True):

@@ -168,7 +168,8 @@ def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS
     """Write a CSV file of these columns anew, in a folder that is made if missing. UserError where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, open(partial, 'w', newline='', encoding='utf-8') as stream:
+        place = os.path.realpath(path)  # of a link the file that it leads to
+        with replacing(place) as partial, open(partial, 'w', newline='', encoding='utf-8') as stream:
             writer = csv.DictWriter(stream, columns, lineterminator='\n')
             writer.writeheader()
             writer.writerows(rows)

@@ -309,7 +309,7 @@ def write_results(rows: Sequence[Row], base: Path, form: str, results: ResultsCo
     path = place_of(Path(f'{base}{ENDINGS[form]}'), functools.partial(_are_own, results=results))
     table = [columns(row, results.results_separate_col or form == 'csv') for row in rows]
     try:
-        with replacing(path) as partial:
+        with replacing(os.path.realpath(path)) as partial:  # of a link the file that it leads to
             if form == 'parquet':
                 import pyarrow
                 import pyarrow.parquet

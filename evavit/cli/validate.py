@@ -238,7 +238,7 @@ def write_results(path: Path, row: Dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
-            replacing(path) as partial,
+            replacing(os.path.realpath(path)) as partial,  # of a link the file that it leads to
             partial.open('w', encoding='utf-8', errors='backslashreplace', newline='') as file,
         ):
             if path.suffix == '.json':

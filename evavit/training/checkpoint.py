@@ -340,7 +340,7 @@ def _first_whole(candidates: List[Path]) -> Tuple[Path, Dict[str, Any], List[Pat
         try:
             return path, read_checkpoint(path), candidates[:number]
         except UserError as error:
-            if number + 1 == len(candidates):
+            if number + 1 == len(candidates) or isinstance(error.__cause__, PermissionError):  # it may be whole
                 raise
             log.warning(f'{error}: going back to {candidates[number + 1].name}, the one before')
     raise ValueError('no candidates')

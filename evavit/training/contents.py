@@ -100,6 +100,8 @@ def read_archive(path: Path) -> Any:
         _check_parts(path, sums=not is_stamped(path))
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=True)
+    except PermissionError as error:
+        raise UserError(f'{path}: cannot be read ({reason_of(error)})') from error
     except Exception as error:  # each format has its own errors for a broken file
         raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
 

@@ -162,6 +162,15 @@ def test_what_a_table_may_replace(tmp_path, name, own, others):
             check_replaced(path, lambda names, _: names == ['x', 'y'])
 
 
+def test_of_a_link_the_file_is_written_that_it_leads_to(tmp_path):
+    path, target = tmp_path / 'link.csv', tmp_path / 'disk' / 'rows.csv'
+    target.parent.mkdir()
+    target.touch()
+    path.symlink_to(target)
+    write_rows(path, [dict(x=1)], ['x'])
+    assert path.is_symlink() and target.read_text() == 'x\n1\n'
+
+
 def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path):
     """As to a disk that is not there."""
     for ending in ('csv', 'json', 'parquet'):

@@ -222,6 +222,17 @@ def test_runs_of_other_classes_have_no_mean(run, tmp_path, capsys):
         assert line.count('\n') == 1 and not (tmp_path / 'mean.pth').exists()
 
 
+def test_averages_and_plain_weights_have_no_mean(run, tmp_path, capsys):
+    for name, kept in (('a', True), ('b', False)):
+        changed(run, tmp_path / f'{name}.safetensors', model_ema=kept)
+    flags = ['--input', tmp_path, '--filter', '?.safetensors', '--output', tmp_path / 'mean.pth']
+    assert tool('avg_checkpoints')(*flags) == 2
+    line = capsys.readouterr().err
+    assert f'{tmp_path}/a.safetensors has a moving average, {tmp_path}/b.safetensors has none' in line
+    assert line.count('\n') == 1 and not (tmp_path / 'mean.pth').exists()
+    assert tool('avg_checkpoints')(*flags, '--no-use-ema') == 0
+
+
 def test_names_reach_the_terminal_without_control_characters(run, tmp_path, capsys):
     output = tmp_path / '\x1b[31mred.pth'
     assert tool('avg_checkpoints')('--input', run / 'last.pth.tar', '--output', output) == 0

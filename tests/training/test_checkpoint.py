@@ -156,6 +156,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saver, tmp_path,
         resume(candidates, run, None)
 
 
+def test_a_checkpoint_that_may_not_be_read_stays_where_it_is(saver, tmp_path, monkeypatch):
+    """It may be whole: its owner can let the run read it."""
+    for update in (3, 6):
+        saver.save_position(Position(0, update))
+    last, stamped = tmp_path / 'last.pth.tar', contents.is_stamped
+
+    def refused(path):
+        if path == last:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return stamped(path)
+
+    monkeypatch.setattr(contents, 'is_stamped', refused)
+    with pytest.raises(UserError, match=r'last\.pth\.tar: cannot be read \(Permission denied\)'):
+        resume(run_folder.find_resume('auto', tmp_path), run_of(), saver)
+    assert last.is_file() and not (tmp_path / 'last.pth.tar.damaged').exists()
+
+
 def test_a_kill_between_the_files_of_an_epoch_is_made_good(tmp_path, monkeypatch):
     """Each moment after last.pth.tar is in place: the resumed saver ends with the files and ranks of one not killed."""
 
