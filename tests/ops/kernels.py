@@ -35,7 +35,8 @@ def relative_rms(value, reference):
 
 
 def graphs_of(function, *args):
-    """What torch.compile makes of a function, as text. The graphs are not run, since a CPU cannot run the kernels."""
+    """What torch.compile makes of a function, as text: of the first call, since a second one makes nothing anew. The
+    graphs are not run, since a CPU cannot run the kernels."""
     graphs = []
 
     def backend(graph, _):
@@ -43,5 +44,9 @@ def graphs_of(function, *args):
         return lambda *_: [args[0]]
 
     torch.compiler.reset()
-    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    compiled(*args)
+    count = len(graphs)
+    compiled(*args)
+    assert len(graphs) == count, 'the second call compiled anew'
     return graphs

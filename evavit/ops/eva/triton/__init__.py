@@ -22,7 +22,7 @@ first case on a CUDA device, not with this module.
 """
 
 import functools
-from typing import Callable, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 
@@ -100,18 +100,15 @@ def _short(dtype: torch.dtype) -> str:
 
 def _run(tokens: Tuple[torch.Tensor, ...], options: EvaOptions, num_heads: int = 0, *, gluon: bool) -> torch.Tensor:
     """As the operator's `eva_attention_fused`, under autocast."""
-    global _fused
-    if _fused is None:  # once: finding a module takes as long as a launch
-        from .operator import eva_attention_fused
+    # Kept in no global variable, which torch.compile would see change, and compile the whole model a second time.
+    from .operator import eva_attention_fused
 
-        _fused = eva_attention_fused
     dtype, kernels = tokens[0].dtype, autocast_dtype(tokens[0])
     if kernels == dtype:
-        return _fused(tokens, options, gluon, num_heads)
+        return eva_attention_fused(tokens, options, gluon, num_heads)
     tokens = tuple(x.to(kernels) for x in tokens)  # as autocast would cast a matrix product
-    return _fused(tokens, options, gluon, num_heads).to(dtype)
+    return eva_attention_fused(tokens, options, gluon, num_heads).to(dtype)
 
 
-_fused: Optional[Callable[..., torch.Tensor]] = None
 TRITON = Backend('triton', _why_not_triton, functools.partial(_run, gluon=False))
 GLUON = Backend('gluon', _why_not_gluon, functools.partial(_run, gluon=True))
