@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
-from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES
+from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
@@ -148,16 +148,39 @@ def saved_args(file: Union[str, Path]) -> Any:
 def saved_conversion(file: Union[str, Path]) -> Optional[str]:
     """The attention to which the run that wrote a file of `read_weights` converted its network, '' where it left
     softmax, None where the file does not say."""
+    saved = _settings_of_run(file)
+    if not isinstance(saved.get('model'), str):
+        return None
+    convert = saved.get('convert')
+    return convert if isinstance(convert, str) and convert != 'softmax' else ''
+
+
+def trained_size(file: Union[str, Path]) -> Optional[Tuple[int, int]]:
+    """Height and width of the images that the weights of a file were trained on, None where neither the settings of a
+    run in it nor the config.json beside it say."""
+    saved, beside = _settings_of_run(file), Path(file).parent / 'config.json'
+    sizes = [saved.get('input_size'), saved.get('img_size'), saved.get('model_kwargs')]
+    if not saved and Path(file).name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            content = json.loads(beside.read_text(encoding='utf-8'))
+            sizes = [content.get('pretrained_cfg', content).get('input_size'), content.get('model_args')]
+    for size in sizes:
+        size = size.get('img_size') if isinstance(size, dict) else size
+        size = [size, size] if isinstance(size, int) else size
+        if isinstance(size, (list, tuple)) and len(size) >= 2 and all(isinstance(side, int) for side in size):
+            return size[-2], size[-1]
+    return None
+
+
+def _settings_of_run(file: Union[str, Path]) -> Dict[str, Any]:
+    """The settings in a file of `read_weights` that train.py wrote, {} where there are none."""
     saved: Any = None
     with contextlib.suppress(Exception):  # settings of others, of any kind
         if str(file).endswith('.safetensors'):
             saved = saved_args(file)
         elif zipfile.is_zipfile(file):
             saved = vars(load_checkpoint_metadata(str(file))['args'])
-    if not isinstance(saved, dict) or not isinstance(saved.get('model'), str):
-        return None
-    convert = saved.get('convert')
-    return convert if isinstance(convert, str) and convert != 'softmax' else ''
+    return saved if isinstance(saved, dict) else {}
 
 
 def saved_preparation(args: Any) -> Dict[str, Any]:

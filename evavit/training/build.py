@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Set, Tuple,
 import timm
 import torch
 from timm.data import Mixup
+from timm.layers import resample_abs_pos_embed
 from timm.models import get_model_input_config, resolve_model_input_args
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 from timm.optim import create_optimizer_v2
@@ -30,7 +31,7 @@ from evavit.models import (
     revert_vit,
 )
 from evavit.models._grid import bias_tables, warn_of_cut
-from evavit.models._weights import check_kinds, folder_weights, other_kinds, saved_conversion
+from evavit.models._weights import check_kinds, folder_weights, other_kinds, saved_conversion, trained_size
 from evavit.training.checks import check_convert_kwargs, check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
@@ -134,7 +135,7 @@ def build_model(
         load_weights(model, file)
     elif config.initial_checkpoint and not device:
         load_weights(model, config.initial_checkpoint)
-    elif config.pretrained_path and not device and _is_converted(config.pretrained_path, name):
+    elif config.pretrained_path and not device and _are_fitted_here(config.pretrained_path, config):
         load_weights(model, config.pretrained_path, new_head=True)
     elif (config.pretrained or config.pretrained_path) and not device:
         check_finite(model.state_dict(), config.pretrained_path or file or f'the published weights of {name}')
@@ -220,7 +221,7 @@ def try_model(model: Any, input_size: Sequence[int], config: ModelConfig, classi
         return
     training = model.training
     model.eval()
-    about = f'model {config.model}{_shown(config.model_kwargs or {})}, images {"×".join(map(str, input_size))}'
+    about = f'model {config.model}{_shown(config.model_kwargs or {})}, images {_by(input_size)}'
     try:
         with torch.random.fork_rng(devices=[]):
             logits = model(torch.zeros(2, *input_size, device=next(model.parameters()).device))
@@ -245,15 +246,23 @@ def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:
     if not path:
         return dict(pretrained=config.pretrained)
     name = config.model or ''
-    if _is_converted(path, name):
-        if not config.convert:
-            raise UserError(
-                f'{path} is of a converted model: add --convert and its --convert-kwargs, or give weights from before '
-                f'the conversion'
-            )
-        return {}  # they are loaded after the conversion
+    if _is_converted(path, name) and not config.convert:
+        raise UserError(
+            f'{path} is of a converted model: add --convert and its --convert-kwargs, or give weights from before the '
+            f'conversion'
+        )
+    if _are_fitted_here(path, config):
+        return {}
     classes = head_classes(name, read_weights(path))
     return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=classes or -1))
+
+
+def _are_fitted_here(path: str, config: ModelConfig) -> bool:
+    """Whether the weights of a --pretrained-path are loaded once the model is there, and converted: of images that
+    are no square, before or now, timm would mistake the positions."""
+    sizes = trained_size(path), (config.input_size or ())[-2:], (config.model_kwargs or {}).get('img_size')
+    oblong = any(isinstance(size, (list, tuple)) and len(set(size)) > 1 for size in sizes)
+    return oblong and sizes[0] is not None or _is_converted(path, config.model or '')
 
 
 def _is_converted(path: str, name: str) -> bool:
@@ -294,7 +303,7 @@ def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True,
     sizes and softmax models to themselves, see `evavit.models.fit_checkpoint`; timm's take their own weights of other
     sizes; converted models take those from before the conversion too. The log says what was changed, an error what
     does not fit."""
-    state = read_weights(path, use_ema=use_ema)
+    state = _with_positions_of(model, read_weights(path, use_ema=use_ema), path)
     if new_head:
         state = _with_head_of(model, state, path)
     check_classes(model, state, path)
@@ -317,6 +326,30 @@ def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True,
     check_fit(model, fitted, path)
     model.load_state_dict(fitted)
     check_finite(model.state_dict(), path)
+
+
+def _with_positions_of(
+    model: nn.Module, state: Dict[str, torch.Tensor], path: Union[str, Path]
+) -> Dict[str, torch.Tensor]:
+    """The weights, with positions of another grid resampled to the model's, as its own `set_input_size` does it, where
+    the file tells that grid and other readers would mistake it: they take positions of another number for those of a
+    square, and of the same number for those of the same grid."""
+    size, embed = trained_size(path), getattr(model, 'patch_embed', None)
+    position, own = state.get('pos_embed'), model.state_dict().get('pos_embed')
+    if size is None or position is None or own is None or not hasattr(embed, 'dynamic_feat_size'):
+        return state
+    before, after = embed.dynamic_feat_size(size), embed.grid_size  # type: ignore[union-attr, operator]
+    prefix = own.shape[1] - math.prod(after)
+    known = position.ndim == 3 and position.shape[1] == prefix + math.prod(before)
+    if not known or tuple(before) == tuple(after) or (before[0] == before[1] and position.shape != own.shape):
+        return state
+    log.warning(f'{path}: positions resampled from {_by(before)} patches to {_by(after)}')
+    resampled = resample_abs_pos_embed(position, list(after), list(before), num_prefix_tokens=prefix)
+    return {**state, 'pos_embed': resampled}
+
+
+def _by(size: Sequence[int]) -> str:
+    return '×'.join(map(str, size))
 
 
 def _with_head_of(model: nn.Module, state: Dict[str, torch.Tensor], path: Union[str, Path]) -> Dict[str, torch.Tensor]:
@@ -369,10 +402,7 @@ def _resampled(model: nn.Module, weights: Dict[str, torch.Tensor]) -> Dict[str, 
     fitted = fit(dict(weights), model)
     for name in other:
         if name in fitted and fitted[name].shape == own[name].shape:
-            log.warning(
-                f'{name} resampled from {"×".join(map(str, weights[name].shape))} to '
-                f'{"×".join(map(str, own[name].shape))}'
-            )
+            log.warning(f'{name} resampled from {_by(weights[name].shape)} to {_by(own[name].shape)}')
     return fitted
 
 
@@ -511,5 +541,5 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, upd
 def model_line(model: Any) -> str:
     """Parameters, input and classes of a model, for the log."""
     parameters = sum(p.numel() for p in model.parameters())
-    size = '×'.join(map(str, get_model_input_config(model)['input_size']))
+    size = _by(get_model_input_config(model)['input_size'])
     return f'{parameters / 1e6:.2f} M parameters, input {size}, {model.num_classes} classes'

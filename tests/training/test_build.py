@@ -477,3 +477,31 @@ def test_a_hub_that_is_away_names_the_flags_that_take_a_file(monkeypatch):
             build.build_model(settings.model, 3)
         assert str(error.value).startswith(f'model vit_tiny_patch16_224{about}: the Hugging Face Hub cannot be reached')
         assert '--pretrained-path FILE in train.py, --checkpoint FILE in the other programs' in str(error.value)
+
+
+@pytest.mark.parametrize('convert', [None, 'eva', 'ours'])
+@pytest.mark.parametrize('size', [(48, 16), (24, 24), (16, 16)], ids=str)  # the last has as many patches as before
+def test_positions_of_images_that_are_no_square(tmp_path, caplog, convert, size):
+    """They come to another size as the model's own `set_input_size` brings them there."""
+    name = 'eva_deit_tiny' if convert == 'ours' else 'vit_tiny_patch16_224'
+    convert = None if convert == 'ours' else convert
+    kwargs = dict(patch_size=4, embed_dim=12, depth=1, num_heads=2)
+
+    def config(height, width):
+        return ModelConfig(model=name, input_size=(3, height, width), convert=convert, model_kwargs=kwargs)
+
+    trained = build.build_model(config(32, 8), 2)
+    settings = dict(model=name, input_size=[3, 32, 8], model_kwargs=kwargs, convert=convert)
+    path = tmp_path / 'last.safetensors'
+    write_weights(trained.state_dict(), path, dict(args=json.dumps(settings)))
+    trained.set_input_size(size)
+    expected = trained.state_dict()
+    model = build.build_model(config(*size), 2)
+    with caplog.at_level('WARNING'):
+        build.load_weights(model, path)
+    assert 'positions resampled from 8×2 patches to ' in caplog.text
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    started = config(*size)
+    started.pretrained_path = str(path)
+    started = build.build_model(started, 3).state_dict()
+    assert torch.equal(started['pos_embed'], expected['pos_embed']) and started['head.weight'].shape[0] == 3
