@@ -18,11 +18,11 @@ from evavit.arguments import PREPARATION, Parser, shown
 from evavit.errors import UserError, printable, reason_of, run_script
 from evavit.files import stored_digest
 from evavit.hub import save_folder
-from evavit.training import build, contents
+from evavit.training import build, contents, data
 from evavit.training.config import ModelConfig
 from evavit.training.distributed import check_alone
 
-BUILT_FROM = ('model', 'model_kwargs', 'convert', 'convert_kwargs', 'in_chans', 'img_size', 'input_size')
+BUILT_FROM = ('model', 'model_kwargs', 'convert', 'convert_kwargs', 'in_chans', 'img_size', 'input_size', *PREPARATION)
 METRICS = ('top1', 'top5', 'loss', 'images')
 MORE = re.compile(r'ece|(macro|micro|weighted)_(precision|recall|f1_score)')  # with some of validate.py's flags
 
@@ -55,6 +55,8 @@ def main(argv=None):
     config = ModelConfig(**{name: saved.get(name) for name in BUILT_FROM})
     model = build.build_model(config, classes)
     build.load_weights(model, args.checkpoint)
+    prepared = data.resolve_input(config, model)
+    model.pretrained_cfg['input_size'] = prepared['input_size']  # a model of images of any size keeps no other record
     if args.results_file:
         metrics = read_metrics(args.results_file, args.checkpoint)
     else:
@@ -73,7 +75,7 @@ def main(argv=None):
             recipe=saved,
             label_names=names and [*names, *map(str, range(len(names), classes))],
             metrics=metrics,
-            data_config={name: saved[name] for name in PREPARATION if saved.get(name) is not None},
+            data_config={name: prepared[name] for name in (*PREPARATION, 'input_size')},
             overwrite=args.overwrite,
         )
     except ValueError as error:

@@ -262,7 +262,7 @@ def _are_fitted_here(path: str, config: ModelConfig) -> bool:
     are no square, before or now, timm would mistake the positions."""
     sizes = trained_size(path), (config.input_size or ())[-2:], (config.model_kwargs or {}).get('img_size')
     oblong = any(isinstance(size, (list, tuple)) and len(set(size)) > 1 for size in sizes)
-    return oblong and sizes[0] is not None or _is_converted(path, config.model or '')
+    return (oblong and sizes[0] is not None) or _is_converted(path, config.model or '')
 
 
 def _is_converted(path: str, name: str) -> bool:
@@ -338,7 +338,7 @@ def _with_positions_of(
     position, own = state.get('pos_embed'), model.state_dict().get('pos_embed')
     if size is None or position is None or own is None or not hasattr(embed, 'dynamic_feat_size'):
         return state
-    before, after = embed.dynamic_feat_size(size), embed.grid_size  # type: ignore[union-attr, operator]
+    before, after = embed.dynamic_feat_size(size), embed.grid_size  # type: ignore[union-attr]
     prefix = own.shape[1] - math.prod(after)
     known = position.ndim == 3 and position.shape[1] == prefix + math.prod(before)
     if not known or tuple(before) == tuple(after) or (before[0] == before[1] and position.shape != own.shape):

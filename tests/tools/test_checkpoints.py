@@ -159,6 +159,19 @@ def test_folder_for_the_hub(run, tmp_path, capsys):
     assert 'holds no settings' in capsys.readouterr().err
 
 
+def test_a_folder_says_the_size_of_its_images(tmp_path):
+    """Also of a model that takes images of any size, and so has no record of its own."""
+    kwargs = dict(depths=(1, 1, 1, 1), embed_dims=(16, 16, 16, 16), num_heads=(1, 1, 1, 1))
+    settings = dict(model='eva_pvt_v2_b3', model_kwargs=kwargs, num_classes=2, img_size=64)
+    path, hub = tmp_path / 'last.safetensors', tmp_path / 'hub'
+    model = timm.create_model('eva_pvt_v2_b3', num_classes=2, **kwargs)
+    write_weights(model.state_dict(), path, dict(args=json.dumps(settings)))
+    assert tool('save_for_hub')('--checkpoint', path, '--output', hub, '--data', 'x', '--licence', 'mit') == 0
+    assert 'Image size: 64 x 64' in (hub / 'README.md').read_text()
+    model = timm.create_model(f'local-dir:{hub}', pretrained=True)
+    assert timm.data.resolve_data_config(model=model)['input_size'] == (3, 64, 64)
+
+
 @pytest.mark.parametrize(
     'name, text',
     [
