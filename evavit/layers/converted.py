@@ -102,6 +102,19 @@ class ConvertedAttention(Derived, GridAttention):
         self.qk_norm = not (isinstance(given.q_norm, nn.Identity) and isinstance(given.k_norm, nn.Identity))
         self.train(attn.training)
 
+    def reset_parameters(self) -> None:
+        """Initialise what either attention holds itself."""
+        self._initialise('reset_parameters')
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the buffers of either attention that no state dict has, as after `to_empty`."""
+        self._initialise('init_non_persistent_buffers')
+
+    def _initialise(self, method: str) -> None:
+        getattr(super(), method, lambda: None)()
+        if 'original' in self.__dict__:  # while this is made, timm's attention has its values
+            getattr(revert_attention(self), method, lambda: None)()
+
     def _packed(self, x: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values `(3, B, h, P + N, d)`."""
         q_bias: Optional[torch.Tensor] = getattr(self, 'q_bias', None)
