@@ -194,6 +194,12 @@ def why_not_converted(model: nn.Module) -> Optional[str]:
                 return f'its attention {_COMPUTED}, with parametrize.remove_parametrizations'
             if any(callable(getattr(part, 'weight', None)) for part in attn.modules()):
                 return 'its attention is quantised, and has no weights to start from; convert first, then quantise'
+            for name in ('qkv', 'q_proj', 'k_proj', 'v_proj', 'proj'):
+                part = getattr(attn, name, None)
+                if part is not None and not isinstance(getattr(part, 'weight', None), torch.Tensor):
+                    return f'its {name} is in a {type(part).__name__}, which has no weight; convert first, then wrap it'
+            if not math.isclose(attn.scale, attn.head_dim**-0.5):
+                return f'its attention has a scale of its own, {attn.scale:g}, where timm has {attn.head_dim**-0.5:g}'
     return None
 
 

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from timm.layers import HybridEmbed, PatchEmbed
+from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.models.eva import Eva
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -524,10 +525,29 @@ def _shares_attention(model):
     model.blocks[1].attn = model.blocks[0].attn
 
 
+class Wrapped(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def _wraps(model):
+    model.blocks[1].attn.qkv = Wrapped(model.blocks[1].attn.qkv)
+
+
+def _scales(model):
+    model.blocks[0].attn.scale = 0.5
+
+
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 @pytest.mark.parametrize(
     'change, message',
     [
+        (_wraps, 'its qkv is in a Wrapped, which has no weight; convert first, then wrap it'),
+        (_scales, r'its attention has a scale of its own, 0\.5, where timm has'),
         (_shares, 'block 1 has the attention of an earlier one'),
         (_shares_attention, 'block 1 has the attention of an earlier one'),
         (lambda m: prune.l1_unstructured(m.blocks[0].attn.qkv, 'weight', 0.5), r'blocks\.0\.attn\.qkv computes its'),
@@ -536,13 +556,34 @@ def _shares_attention(model):
         (lambda m: nn.utils.parametrizations.weight_norm(m.blocks[0].attn.qkv), 'with parametrize.remove_param'),
     ],
 )
-def test_shared_and_computed_weights_are_one_line(change, message):
+def test_other_weights_and_scales_are_one_line(change, message):
     model = original('vit_tiny_patch16_224')
     change(model)
     for inplace in (False, True):
         with pytest.raises(ValueError, match=message) as error:
             evavit.convert_vit(model, inplace=inplace)
         assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['eva02_tiny_patch14_224', 'vit_small_patch16_dinov3_qkvb', 'vit_tiny_patch16_224'])
+def test_all_of_a_converted_model_is_initialised(name):
+    """What timm's attention holds itself, and buffers that no state dict has, as after `to_empty`."""
+    kwargs = dict(depth=1, img_size=56 if 'eva02' in name else 64, num_classes=3)
+    with torch.device('meta'):
+        empty = evavit.convert_vit(timm.create_model(name, **kwargs), window_size=2)
+    empty = empty.to_empty(device='cpu')
+    with torch.no_grad():
+        for value in (*empty.parameters(), *empty.buffers()):
+            value.fill_(77)
+    loaded, model = copy.deepcopy(empty), evavit.convert_vit(timm.create_model(name, **kwargs), window_size=2).eval()
+    empty.init_weights()
+    for key, value in (*empty.named_parameters(), *empty.named_buffers()):
+        assert not (value == 77).any(), key
+    loaded.load_state_dict(model.state_dict())
+    reinit_non_persistent_buffers(loaded)
+    x = images(model)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(x), model(x))
 
 
 def test_numbers_of_numpy_and_tied_weights(tmp_path):
