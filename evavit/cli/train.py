@@ -210,6 +210,7 @@ def train_epoch(
 
     def save(position: loop.Position) -> None:
         if saver is not None and writer is not None:
+            saver.check_folder()
             writer.flush()
             saver.save_position(position)
 
@@ -225,6 +226,7 @@ def train_epoch(
     if run.schedule is not None:
         run.schedule.step(following.epoch)
     if saver is not None and writer is not None:
+        saver.check_folder()
         # The metrics first: a run that dies between the two writes the epoch again, and loses no row.
         writer.epoch(following, train_metrics, eval_metrics, position.lr)
         if eval_metrics:

@@ -64,7 +64,17 @@ class Saver(CheckpointSaver):
         self.batches = batches_of(run)
         self.position = Position()
         self.last = Path(folder, 'last.pth.tar')
+        self.place = _identity(folder)
         self.written = False  # the checkpoint of the epoch that is being saved is there already
+
+    def check_folder(self) -> None:
+        """LocalError where the folder was moved or removed since, and another has its name: that of another run."""
+        folder = self.last.parent
+        if folder.is_dir() and _identity(folder) != self.place:
+            raise LocalError(
+                f'{folder}: this run began in another folder of that name, which was moved or removed; what it saved '
+                f'is there, and nothing more is written'
+            )
 
     def save_epoch(self, position: Position, metric: float) -> Tuple[float, int]:
         """Write the state at the start of an epoch, with the metric of the one before; returns the best and its epoch.
@@ -153,6 +163,11 @@ class Saver(CheckpointSaver):
             return
         with saving(dst) as partial:
             super()._duplicate(os.path.realpath(src), partial)  # of a link what it leads to
+
+
+def _identity(folder: Path) -> Tuple[int, int]:
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino
 
 
 def batches_of(run: Run) -> Dict[str, int]:

@@ -455,6 +455,7 @@ def test_epochs_are_compared_by_one_metric(before, after, tmp_path):
         resume([last], run, saver_of(run, tmp_path), flags)
     with pytest.raises(UserError, match=f'judged by {before}'):
         dry_run.check_resume(settings_of(*flags, '--resume', 'auto', '--experiment', 'x'), tmp_path, None)
+    (tmp_path / 'elsewhere').mkdir()
     saver = saver_of(run, tmp_path / 'elsewhere')
     assert resume([last], run, saver, flags).epoch == 1 and saver.best_metric is None
 
@@ -619,3 +620,16 @@ def test_fewer_kept_checkpoints_cost_no_better_one(tmp_path):
     assert {path.name for path in tmp_path.glob('checkpoint-*')} == {
         f'checkpoint-{epoch}.pth.tar' for epoch in (1, 2, 4)
     }
+
+
+def test_a_run_leaves_the_folder_alone_that_took_the_place_of_its_own(saver, tmp_path):
+    """Somebody moved the folder of a run that goes on, and began another run of that name."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    moved = saver_of(run_of(), folder)
+    moved.check_folder()
+    folder.rename(tmp_path / 'old')
+    moved.check_folder()  # that nothing can be written says the write
+    folder.mkdir()
+    with pytest.raises(LocalError, match='this run began in another folder of that name, which was moved or removed'):
+        moved.check_folder()

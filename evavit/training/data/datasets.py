@@ -26,6 +26,7 @@ from evavit.training.config import DataConfig
 from evavit.training.data.folders import (
     SPLIT_NAMES,
     ClassFolders,
+    check_classes_alone,
     check_links,
     find_split,
     find_undivided,
@@ -108,6 +109,7 @@ def open_dataset(
             check_links(Path(root or ''))
             if name.endswith('folder'):  # of which timm takes all, splits for classes, where the split is missing
                 root = str(find_split(Path(root or ''), split))
+                check_classes_alone(Path(root))
     try:
         with (
             network(config) if prefix in ('hfds', 'hfids') else nullcontext(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from evavit.arguments import nearest
 from evavit.errors import UserError
@@ -251,13 +252,27 @@ def check_links(root: Path) -> None:
             raise UserError(f'{circles[0]}: a link that leads back to a folder around it; take it away')
 
 
-def check_format(path: str) -> bool:
-    """Whether a name is that of an image. A format that is not read is a UserError."""
-    if os.path.splitext(path)[1].lower() in image_endings():
+def check_classes_alone(root: Path) -> None:
+    """UserError where torchvision, which makes a class of each folder in `root` with all below it, would pass over an
+    image or take a hidden folder for a class."""
+    if not root.is_dir():
+        return  # which torchvision says
+    hidden = sorted(entry.name for entry in os.scandir(root) if is_hidden(entry.name) and _is(entry.is_dir))
+    if hidden:
+        raise UserError(f'{root / hidden[0]}: would be taken for a class; take it away, or leave --dataset out')
+    for folder, _, files in tree(root, []):
+        images = [entry.path for entry in files if check_format(entry.path, IMG_EXTENSIONS)]
+        if folder == root:
+            check_place(folder, root, images, ())
+
+
+def check_format(path: str, endings: Sequence[str] = image_endings()) -> bool:
+    """Whether a name is that of an image, whose ending is one of these. A format that is not read is a UserError."""
+    if os.path.splitext(path)[1].lower() in endings:
         return True
     if is_image(path):
         raise UserError(
-            f'{path}: only {", ".join(image_endings())} are read; convert such images to PNG or JPEG, or take them away'
+            f'{path}: only {", ".join(endings)} are read; convert such images to PNG or JPEG, or take them away'
         )
     return False
 

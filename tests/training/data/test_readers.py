@@ -209,6 +209,22 @@ def test_splits_are_not_taken_for_classes(images, dataset):
     assert opened(images, 'train')[1] == [*CLASSES[1:], 'train']
 
 
+@pytest.mark.parametrize('dataset', ['torch/image_folder', 'torch/folder'])
+def test_torchvision_passes_over_no_image_and_takes_no_hidden_folder_for_a_class(images, dataset):
+    settings, _ = parse_settings('train', ['--data-dir', str(images), '--dataset', dataset])
+    for name, told in (
+        ('plum/a.heic', 'a.heic: only .jpg, .* are read; convert such images to PNG or JPEG'),
+        ('a.png', 'a.png: an image outside of the class folders'),
+        ('.ipynb_checkpoints/', r'\.ipynb_checkpoints: would be taken for a class; take it away'),
+    ):
+        place = images / 'train' / name
+        place.mkdir() if name.endswith('/') else place.touch()
+        with pytest.raises(UserError, match=told):
+            data.open_dataset(settings.data, 'train', batch_size=4)
+        place.rmdir() if name.endswith('/') else place.unlink()
+    assert data.open_dataset(settings.data, 'train', batch_size=4)[1] == list(CLASSES)
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize('dataset', ['', 'torch/image_folder'])
 def test_links_that_make_up_too_many_paths(images, dataset, monkeypatch):
