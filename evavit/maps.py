@@ -126,7 +126,7 @@ def attention_maps(
             for name in names:
                 module: Any = layers[name]
                 if isinstance(module, GridAttention):
-                    look = _look_at_grid(name, images, query, found)
+                    look = _look_at_grid(name, inner, images, query, found)
                     hooks.append(module.register_forward_pre_hook(of_this_call(look), with_kwargs=True))
                 else:
                     fused[module], module.fused_attn = module.fused_attn, False
@@ -207,8 +207,28 @@ def _is_pixel(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, (int, float)) for part in value)
 
 
+def _place(model: Any, pixel: Tuple[int, int], feat_size: Tuple[int, int], images: torch.Tensor) -> Tuple[int, ...]:
+    """Row and column of the token of a grid that has a pixel. Images that patches do not divide are padded, or lose
+    their last rows and columns: the grid's share of them is not their own."""
+    embed: Any = getattr(model, 'patch_embed', None)
+    sides = images.shape[-2:]
+    if hasattr(embed, 'feat_ratio'):
+        steps = embed.feat_ratio(as_scalar=False)
+    else:  # a stage of a pyramid, which halves the grid before it, rounded up
+        steps = [2 ** math.ceil(math.log2(side / count)) for side, count in zip(sides, feat_size, strict=True)]
+    place = tuple(int(at // step) for at, step in zip(pixel, steps, strict=True))
+    if any(at >= count for at, count in zip(place, feat_size, strict=True)):
+        seen = ' × '.join(str(count * step) for count, step in zip(feat_size, steps, strict=True))
+        raise ValueError(f'query {pixel!r}: no patch has this pixel; the model sees {seen} of {sides[0]} × {sides[1]}')
+    return place
+
+
 def _numbers(
-    query: Optional[Query], feat_size: Tuple[int, int], num_prefix_tokens: int, images: torch.Tensor
+    model: Any,
+    query: Optional[Query],
+    feat_size: Tuple[int, int],
+    num_prefix_tokens: int,
+    images: torch.Tensor,
 ) -> List[int]:
     """Numbers of the tokens that a query means, in a layer with this grid; none for their mean."""
     (H, W), P = feat_size, num_prefix_tokens
@@ -224,7 +244,8 @@ def _numbers(
         height, width = images.shape[-2:]
         if not _is_pixel(query) or not (0 <= query[0] < height and 0 <= query[1] < width):
             raise ValueError(f'query {query!r}: a tuple is a pixel (y, x) of images of {height} × {width}')
-        return [P + int(query[0] * H / height) * W + int(query[1] * W / width)]
+        row, column = _place(model, query, feat_size, images)
+        return [P + row * W + column]
     numbers = [query] if isinstance(query, int) else query
     if isinstance(numbers, str) or not all(type(n) is int and 0 <= n < P + H * W for n in numbers) or not numbers:
         raise ValueError(
@@ -233,13 +254,15 @@ def _numbers(
     return list(numbers)
 
 
-def _look_at_grid(name: str, images: torch.Tensor, query: Optional[Query], found: Dict[str, AttentionMap]) -> Any:
+def _look_at_grid(
+    name: str, model: Any, images: torch.Tensor, query: Optional[Query], found: Dict[str, AttentionMap]
+) -> Any:
     """A hook that asks an attention of this package before it is called."""
 
     def look(layer: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         x, (H, W), rope = given_tokens(layer, args, kwargs)
         feat_size, P = (H, W), layer.num_prefix_tokens
-        numbers = _numbers(query, feat_size, P, images)
+        numbers = _numbers(model, query, feat_size, P, images)
         queries = torch.tensor(numbers)
         if not numbers:
             queries = torch.cat([torch.zeros(1, P), torch.full((1, H * W), 1 / (H * W))], 1)
@@ -264,7 +287,7 @@ def _look_at_softmax(
                 f'{name}: its weights {list(weights.shape)} are not those of all tokens of a grid, which '
                 f'{type(model).__name__} would have to say the size of'
             )
-        numbers = _numbers(query, feat_size, P, images)
+        numbers = _numbers(model, query, feat_size, P, images)
         rows = weights[:, :, numbers] if numbers else weights[:, :, P:].mean(2, keepdim=True)
         found[name] = AttentionMap(name, rows, tuple(numbers), feat_size, P)
 

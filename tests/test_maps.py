@@ -130,6 +130,26 @@ def test_a_pyramid_has_a_grid_for_each_stage():
         attention_rollout(attention_maps(model, images(64, 96)))
 
 
+def test_a_pixel_is_in_the_patch_that_has_it():
+    """Also where patches do not divide the image: it is padded, or its last rows and columns are left out."""
+    size = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2, class_token=False, global_pool='avg')
+    padded = timm.create_model('vit_tiny_patch16_224', dynamic_img_size=True, dynamic_img_pad=True, **size)
+    cut = timm.create_model('eva_deit_tiny', img_size=47, **WINDOWS, **{**size, 'depth': 1})
+    for model, side, grid in ((padded, 41, 6), (evavit.convert_vit(padded, window_size=2), 41, 6), (cut, 47, 5)):
+        for y, x in ((0, 39), (39, 24), (15, 16)):
+            (one,) = attention_maps(model, images(side, side), query=(y, x))
+            assert one.feat_size == (grid, grid) and one.queries == (y // 8 * grid + x // 8,), (side, y, x)
+    (one,) = attention_maps(padded, images(41, 41), query=(40, 40))
+    assert one.queries == (35,)
+    with pytest.raises(
+        ValueError, match=r'query \(0, 40\): no patch has this pixel; the model sees 40 × 40 of 47 × 47'
+    ):
+        attention_maps(cut, images(47, 47), query=(0, 40))
+    stages = dict(depths=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2))
+    maps = attention_maps(timm.create_model('eva_pvt_v2_b3', **stages), images(50, 70), query=(49, 36))
+    assert [one.queries[0] for one in maps] == [12 * 18 + 9, 6 * 9 + 4, 3 * 5 + 2, 1 * 3 + 1]
+
+
 CONVERTED = {
     'vit_tiny_patch16_224': {},
     'vit_small_patch16_rope_ape_224': {},
