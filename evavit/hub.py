@@ -37,7 +37,8 @@ from evavit.card import model_card
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
 from evavit.models import ConvertedModel, convert_vit, model_names, read_weights, write_weights
-from evavit.models._weights import check_kinds, disk_errors, folder_weights, saved_args, saved_preparation
+from evavit.models._saved import saved_args, saved_preparation
+from evavit.models._weights import check_kinds, disk_errors, folder_weights
 from evavit.version import __version__
 
 __all__ = ['load_converted', 'publish', 'save_folder', 'saved_config']

@@ -141,9 +141,7 @@ def test_a_pixel_is_in_the_patch_that_has_it():
             assert one.feat_size == (grid, grid) and one.queries == (y // 8 * grid + x // 8,), (side, y, x)
     (one,) = attention_maps(padded, images(41, 41), query=(40, 40))
     assert one.queries == (35,)
-    with pytest.raises(
-        ValueError, match=r'query \(0, 40\): no patch has this pixel; the model sees 40 × 40 of 47 × 47'
-    ):
+    with pytest.raises(ValueError, match=r'\(0, 40\): no patch has this pixel; the model sees 40 × 40 of 47 × 47'):
         attention_maps(cut, images(47, 47), query=(0, 40))
     stages = dict(depths=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2))
     maps = attention_maps(timm.create_model('eva_pvt_v2_b3', **stages), images(50, 70), query=(49, 36))

@@ -31,7 +31,8 @@ from torch import nn
 
 from evavit.layers import ATTENTIONS
 
-from ._weights import as_trained, fit_strictly, pretrained_filter, readable
+from ._saved import as_trained
+from ._weights import fit_strictly, pretrained_filter, readable
 
 __all__ = [
     'Family',

@@ -1,11 +1,9 @@
 """Files of weights, fitted to a model of any family, with a report of what was done to each tensor."""
 
 import contextlib
-import json
 import logging
 import math
 import re
-import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union, cast
@@ -14,12 +12,10 @@ import safetensors.torch
 import torch
 from timm.layers import RelPosBias, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv, clean_state_dict, load_state_dict
-from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from timm.utils import load_checkpoint_metadata
+from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES
 from torch import nn
 
-from evavit.arguments import PREPARATION, wrong_preparation
-from evavit.errors import first_line, reason_of
+from evavit.errors import reason_of
 from evavit.files import BLANK, DamagedError, is_stamped, stamp, why_no_file
 from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
@@ -137,69 +133,6 @@ def folder_weights(folder: Union[str, Path]) -> Optional[Path]:
     found = [path for name in _PREFERRED_FILES if (path := Path(folder, name)).exists()]
     found += [path for ending in _EXT_PRIORITY for path in sorted(Path(folder).glob(f'*{ending}'))]
     return next(iter(found), None)
-
-
-def saved_args(file: Union[str, Path]) -> Any:
-    """The settings that train.py wrote beside the tensors of a `.safetensors` file, {} where there are none."""
-    with safetensors.safe_open(str(file), framework='pt') as opened:
-        return json.loads((opened.metadata() or {}).get('args', '{}'))
-
-
-def saved_conversion(file: Union[str, Path]) -> Optional[str]:
-    """The attention to which the run that wrote a file of `read_weights` converted its network, '' where it left
-    softmax, None where the file does not say."""
-    saved = _settings_of_run(file)
-    if not isinstance(saved.get('model'), str):
-        return None
-    convert = saved.get('convert')
-    return convert if isinstance(convert, str) and convert != 'softmax' else ''
-
-
-def trained_size(file: Union[str, Path]) -> Optional[Tuple[int, int]]:
-    """Height and width of the images that the weights of a file were trained on, None where neither the settings of a
-    run in it nor the config.json beside it say."""
-    saved, beside = _settings_of_run(file), Path(file).parent / 'config.json'
-    sizes = [saved.get('input_size'), saved.get('img_size'), saved.get('model_kwargs')]
-    if not saved and Path(file).name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-            content = json.loads(beside.read_text(encoding='utf-8'))
-            sizes = [content.get('pretrained_cfg', content).get('input_size'), content.get('model_args')]
-    for size in sizes:
-        size = size.get('img_size') if isinstance(size, dict) else size
-        size = [size, size] if isinstance(size, int) else size
-        if isinstance(size, (list, tuple)) and len(size) >= 2 and all(isinstance(side, int) for side in size):
-            return size[-2], size[-1]
-    return None
-
-
-def _settings_of_run(file: Union[str, Path]) -> Dict[str, Any]:
-    """The settings in a file of `read_weights` that train.py wrote, {} where there are none."""
-    saved: Any = None
-    with contextlib.suppress(Exception):  # settings of others, of any kind
-        if str(file).endswith('.safetensors'):
-            saved = saved_args(file)
-        elif zipfile.is_zipfile(file):
-            saved = vars(load_checkpoint_metadata(str(file))['args'])
-    return saved if isinstance(saved, dict) else {}
-
-
-def saved_preparation(args: Any) -> Dict[str, Any]:
-    """How the images were prepared by such settings, as entries of a `pretrained_cfg`; ValueError where none can be."""
-    about = {name: args[name] for name in PREPARATION if args.get(name) is not None}
-    if wrong := wrong_preparation(about, args.get('in_chans')):
-        raise ValueError(wrong)
-    return about
-
-
-def as_trained(overlay: Mapping[str, Any]) -> Dict[str, Any]:
-    """A `pretrained_cfg_overlay` with how images were prepared by the run that wrote its file, if it does not say."""
-    file = overlay.get('file')
-    if not str(file).endswith('.safetensors') or not Path(str(file)).is_file():
-        return dict(overlay)
-    try:
-        return {**saved_preparation(saved_args(str(file))), **overlay}
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f'{file}: its settings are damaged ({first_line(error)[:200]})') from error
 
 
 @contextlib.contextmanager
@@ -371,6 +304,10 @@ def _add_fresh(state: Weights, model: 'GridModel', new_head: bool) -> Dict[str, 
     return fresh
 
 
+# The number of axes of tensors that follow the size of images, patches or windows. Old stems are products.
+_AXES = {**dict.fromkeys(PREFIX_TOKENS, (3,)), 'relative_position_bias_table': (2,), 'patch_embed.proj.weight': (2, 4)}
+
+
 def fit_checkpoint(
     state_dict: Weights,
     model: nn.Module,
@@ -393,6 +330,10 @@ def fit_checkpoint(
     if not file or not all(isinstance(value, torch.Tensor) for value in file.values()):
         raise RuntimeError('this is not a file of weights: it holds no dictionary of tensors by name')
     own = model.state_dict()
+    for name, value in file.items():  # whose sides are compared one by one
+        axes = next((axes for ending, axes in _AXES.items() if name.endswith(ending)), None)
+        if axes is not None and value.ndim not in axes:
+            raise RuntimeError(f'the file has {name} of {_size(value.shape)}: no model has it in {value.ndim} axes')
     sources = weight_sources(file, own)
     kind = type(model).__name__
     targets = {old: own[name] for name, names in sources.items() if name in own for old in names}

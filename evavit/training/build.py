@@ -31,7 +31,8 @@ from evavit.models import (
     revert_vit,
 )
 from evavit.models._grid import bias_tables, warn_of_cut
-from evavit.models._weights import check_kinds, folder_weights, other_kinds, saved_conversion, trained_size
+from evavit.models._saved import saved_conversion, trained_size
+from evavit.models._weights import check_kinds, folder_weights, other_kinds
 from evavit.training.checks import check_convert_kwargs, check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig

@@ -288,6 +288,18 @@ def test_a_wrong_file_is_one_line(tmp_path):
     assert '3 classes' in one_line(error) and '4' in one_line(error)
 
 
+@pytest.mark.parametrize('model', ['deit_tiny_patch16_224', 'eva_deit_tiny'])
+@pytest.mark.parametrize(
+    'name', ['cls_token', 'patch_embed.proj.weight', 'blocks.0.attn.rel_pos.relative_position_bias_table']
+)
+def test_tensors_of_other_axes_are_one_line(model, name):
+    file = timm.create_model(model, depth=1, img_size=32).state_dict()
+    for value in (torch.zeros(3), torch.zeros(())):
+        with pytest.raises(RuntimeError, match=f'the file has {name} of .*: no model has it in') as error:
+            fit_checkpoint({**file, name: value}, timm.create_model('eva_deit_tiny', depth=1, img_size=32))
+        assert '\n' not in str(error.value)
+
+
 @pytest.mark.parametrize('name', ['blocks.0.attn.qkv.weight', 'pos_embed', 'head.bias'])
 @pytest.mark.parametrize('dtype', [torch.bool, torch.int64, torch.complex64])
 def test_weights_of_another_kind_of_number_are_one_line(tmp_path, name, dtype):
