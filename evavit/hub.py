@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union, cast
 
 import timm
 import torch
@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from timm.layers import to_2tuple
 from timm.models import get_model_input_config, resolve_model_input_args
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import (
@@ -396,9 +397,20 @@ def load_converted(
     except RuntimeError as error:
         raise RuntimeError(f'{file}: not the weights of {settings}: {first_line(error)[:400]}') from error
     if img_size is not None:
-        vit.set_input_size(img_size)
+        size, patch = to_2tuple(img_size), vit.patch_embed.patch_size
+        if len(size) != 2 or not all(
+            type(side) is int and side >= step for side, step in zip(size, patch, strict=True)
+        ):
+            raise ValueError(
+                f'img_size {shown(img_size)}: takes a side, or height and width, in pixels, of at least a patch'
+            )
+        vit.set_input_size(size)
         update_model_input_size(model, vit.patch_embed.img_size)  # of features_only=True too, which has its own record
-    model.pretrained_cfg['input_size'] = get_model_input_config(model)['input_size']  # type: ignore[index, operator]
+    cfg: Dict[str, Any] = cast(Any, model).pretrained_cfg
+    cfg['input_size'] = get_model_input_config(model)['input_size']
+    for key in ('mean', 'std'):  # of grey images timm keeps the three numbers of colours, the run had their average
+        if len(cfg[key]) != cfg['input_size'][0]:
+            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * cfg['input_size'][0]
     return model
 
 

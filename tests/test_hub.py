@@ -14,6 +14,7 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from PIL import Image
 from runs import CLASSES, MODEL, QUICK, load_script, words, write_images
 from timm.models.vision_transformer import VisionTransformer
 
@@ -654,3 +655,18 @@ def test_a_folder_of_other_files_is_left(tmp_path, name):
     for _ in range(2):
         save_folder(model, tmp_path, data='x', licence='mit')
     assert (tmp_path / 'README.md').read_text() == '---\nlicense: mit\n---\n'
+
+
+def test_the_run_s_images_and_sizes_that_are_none(tmp_path):
+    """A grey run had one mean, the average of the three that timm knows."""
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    model = evavit.convert_vit(timm.create_model('vit_tiny_patch16_224', in_chans=1, num_classes=3, **kwargs))
+    settings = dict(model='vit_tiny_patch16_224', model_kwargs=kwargs, in_chans=1, num_classes=3, convert='eva')
+    path = tmp_path / 'last.safetensors'
+    evavit.models.write_weights(model.state_dict(), path, {'args': json.dumps(settings)})
+    config = timm.data.resolve_data_config(model=load_converted(path))
+    assert config['input_size'] == (1, 32, 32) and config['mean'] == (0.5,) and config['std'] == (0.5,)
+    assert timm.data.create_transform(**config)(Image.new('L', (40, 40))).shape == (1, 32, 32)
+    for size in (0, -16, 7, 1.5, '96', True, (64,), [64, 64, 64], (64, 'a')):
+        with pytest.raises(ValueError, match='takes a side, or height and width, in pixels, of at least a patch'):
+            load_converted(path, img_size=size)

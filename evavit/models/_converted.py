@@ -232,7 +232,7 @@ _DEFAULTS = {'window_size': 7, 'partition_grid': None, 'rel_pos_bias': False, 'c
 
 def _options(attention: str, vit: VisionTransformer, given: Dict[str, Any]) -> Dict[str, Any]:
     """The attention's options: those of the arguments that it has, and an error for others that were given."""
-    if attention not in ATTENTIONS:
+    if not isinstance(attention, str) or attention not in ATTENTIONS:
         raise ValueError(f'unknown attention {attention!r}; choose from {", ".join(ATTENTIONS)}')
     layer = ATTENTIONS[attention]
     if layer.fixed_grid:
@@ -318,8 +318,9 @@ def convert_vit(
     chosen = _options(attention, vit, plain)
     front = derive(ConvertedAttention, ATTENTIONS[attention])
     made = [(place, front(cast(Any, place.holder.attn), vit.num_prefix_tokens, **chosen)) for place in _places(vit)]
-    for place, attn in made:
+    for place, attn in made:  # all before any has its place: what fails leaves the model as it was
         _start(attn, place.norm)
+    for place, attn in made:
         place.holder.attn = attn
     if isinstance(vit, VisionTransformer):
         for block in vit.blocks:

@@ -247,7 +247,7 @@ def _pretrained_file(config: ModelConfig) -> Dict[str, Any]:
     if not path:
         return dict(pretrained=config.pretrained)
     name = config.model or ''
-    if _is_converted(path, name) and not config.convert:
+    if is_converted(path, name) and not config.convert:
         raise UserError(
             f'{path} is of a converted model: add --convert and its --convert-kwargs, or give weights from before the '
             f'conversion'
@@ -263,10 +263,10 @@ def _are_fitted_here(path: str, config: ModelConfig) -> bool:
     are no square, before or now, timm would mistake the positions."""
     sizes = trained_size(path), (config.input_size or ())[-2:], (config.model_kwargs or {}).get('img_size')
     oblong = any(isinstance(size, (list, tuple)) and len(set(size)) > 1 for size in sizes)
-    return (oblong and sizes[0] is not None) or _is_converted(path, config.model or '')
+    return (oblong and sizes[0] is not None) or is_converted(path, config.model or '')
 
 
-def _is_converted(path: str, name: str) -> bool:
+def is_converted(path: str, name: str) -> bool:
     """Whether a file has weights of a model of timm's that was converted to EVA."""
     if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('evavit.'):
         return False

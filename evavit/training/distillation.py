@@ -239,6 +239,12 @@ def _source(config: TrainConfig) -> ModelConfig:
     """The teacher as the settings of a model. A file of train.py says how its model was made."""
     settings = config.distil
     if settings.kd_model_name == PARENT:
+        start = config.model.initial_checkpoint or config.model.pretrained_path
+        if start and build.is_converted(start, config.model.model or ''):
+            raise UserError(
+                f'kd_model_name {PARENT}: {start} is of a converted model, and holds no parent; give that one by '
+                f'--kd-model-name and --kd-pretrained-path'
+            )
         return replace(
             config.model,
             convert=None,

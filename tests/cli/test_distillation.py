@@ -24,6 +24,7 @@ from runs import (
     write_images,
 )
 
+from evavit import convert_vit
 from evavit.errors import PREEMPTED, UserError
 from evavit.hub import save_folder
 from evavit.models import write_weights
@@ -220,6 +221,20 @@ def test_weights_of_a_teacher_that_do_not_do(call, images, tmp_path, parent):
         for dry in ([], ['--dry-run']):
             code, _, err = call('train', *flags, '--kd-pretrained-path', tmp_path / f'{name}.pth', *dry)
             assert code == 2 and err.count('\n') == 1 and f'{name}.pth' in err and names[name] in err, (dry, err)
+
+
+def test_a_converted_model_holds_no_parent(call, images, tmp_path, parent):
+    model = timm.create_model(PARENT[1], num_classes=3, **SOFTMAX)
+    settings = dict(model=PARENT[1], model_kwargs=SOFTMAX, convert='eva', convert_kwargs=dict(window_size=2))
+    path = tmp_path / 'converted.safetensors'
+    state = convert_vit(model, window_size=2).state_dict()
+    write_weights(state, path, dict(epoch='0', metric='0', args=json.dumps(settings)))
+    flags = [*PARENT, *QUICK, *CONVERT, '--data-dir', images, '--output', tmp_path, '--dry-run']
+    flags += ['--kd-model-name', 'parent']
+    for name in ('--pretrained-path', '--initial-checkpoint'):
+        code, _, err = call('train', *flags, name, path)
+        assert code == 2 and err.count('\n') == 1, err
+        assert f'kd_model_name parent: {path} is of a converted model, and holds no parent; give that one by' in err
 
 
 def test_a_teacher_of_other_classes(train, call, images, tmp_path, parent):
