@@ -65,8 +65,10 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The whole text of a library's exception, joined to one line; the exception's name where it has no text."""
-    return ' '.join(str(error).split()) or type(error).__name__
+    """The whole text of a library's exception, joined to one line; the exception's name where it has no text. That of
+    a KeyError may be the key alone."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return f'it has no {text}' if isinstance(error, KeyError) and ' ' not in text else text
 
 
 FULL = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT') if hasattr(errno, name)}  # Windows lacks EDQUOT
@@ -120,9 +122,13 @@ def _no_memory(error: Exception) -> Optional[LocalError]:
     return LocalError(f'no memory is left ({told[:200]}): lower the batch size (-b) or the image size (--img-size)')
 
 
+# A path of the user's that leads nowhere: through a closed folder, one that is a file, links in a circle, ….
+PATHS = {getattr(errno, name) for name in ('EACCES', 'EPERM', 'EROFS', 'ENAMETOOLONG', 'ELOOP', 'ENOTDIR')}
+
+
 def _expected(error: Exception) -> Optional[LocalError]:
-    """One line on what is raised where a loading process is lost, memory or a disk is full, or no more files can be
-    opened; None of other errors."""
+    """One line on what is raised where a loading process is lost, memory or a disk is full, no more files can be
+    opened, or a path cannot be followed; None of other errors."""
     lost = _lost_worker(error) if isinstance(error, (RuntimeError, OSError, EOFError)) else None
     if lost or (lost := _no_memory(error)):
         return lost
@@ -130,6 +136,8 @@ def _expected(error: Exception) -> Optional[LocalError]:
         return LocalError(f'{error.filename or "standard output, or a file"}: cannot be written ({reason_of(error)})')
     if isinstance(error, (RuntimeError, OSError)) and (_numbers(error) & MANY_FILES or MANY_WORDS in str(error)):
         return LocalError(f'{MANY_WORDS}: {MORE_FILES}, or lower --workers')
+    if isinstance(error, OSError) and error.errno in PATHS and error.filename is not None:
+        return LocalError(f'{str(error.filename)[:500]}: cannot be reached ({error.strerror})')
     return None
 
 

@@ -75,7 +75,8 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
         pictures.check_replaced()
         pictures.try_out()
 
-    log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}')
+    about = build.model_line(model, data_config['input_size'])
+    log.info(f'{config.model.model}: {about}; on {process.device}')
     machine, batch_size = config.machine, config.batch.batch_size
     machine.workers = min(machine.workers, -(-len(dataset) // batch_size))
     loader = data.eval_loader(
@@ -201,8 +202,14 @@ def results_base(config: InferenceConfig, model: Any, data_config: Dict[str, Any
 
 
 def _are_own(names: List[str], rows: Sequence[Row], results: ResultsConfig) -> bool:
-    """Whether a table is one of results, of other flags too: no other columns, and outputs as they are written here, of
-    which one is not short. Names, numbers of classes and short numbers may be anybody's."""
+    """Whether a table is one of results, of other flags too: no other columns, the lists of a row of one length, and
+    outputs as they are written here, of which one is not short. Names, numbers of classes and short numbers may be
+    anybody's."""
+    for row in rows:
+        lists = [cell for cell in row.values() if isinstance(cell, list)]
+        plain = [value for cell in row.values() for value in (cell if isinstance(cell, list) else [cell])]
+        if len({len(cell) for cell in lists}) > 1 or any(isinstance(value, (list, dict)) for value in plain):
+            return False
     outputs = {results.output_col or results.output_type, 'prob', 'logit'}
     known = {results.filename_col, results.index_col, results.label_col, 'attention'} | outputs
     kinds = {name: name if name in known else re.sub(r'_\d+$', '', name) for name in names}

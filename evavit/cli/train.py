@@ -146,7 +146,8 @@ def run_training(config: TrainConfig, checked: dry_run.CheckedRun, handler: Sign
         if position.epoch:  # a new run does not ask for its first epoch, where timm's may say another rate than lr
             schedule.step(position.epoch)
 
-    log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
+    about = build.model_line(model, data_config['input_size'])
+    log.info(f'{config.model.model}: {about}; on {process.device}, {process.world_size} processes')
     log.info(f'{compilation}')
     if teacher is not None:
         log.info(f'teacher {distillation.teacher_line(teacher)}')

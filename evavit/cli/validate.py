@@ -77,7 +77,8 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     )
 
     check_agreement(process, config, images=len(dataset), batches=len(loader), class_names=class_names)
-    log.info(f'{config.model.model}: {build.model_line(model)}; on {process.device}, {process.world_size} processes')
+    about = build.model_line(model, data_config['input_size'])
+    log.info(f'{config.model.model}: {about}; on {process.device}, {process.world_size} processes')
     parameters, classes = sum(p.numel() for p in model.parameters()), model.num_classes
     model, compilation = loop.place_model(model, machine, process.device)
 
@@ -198,6 +199,7 @@ def _is_own(names: List[str], rows: List[Dict[str, Any]]) -> bool:
         tuple(names[: len(COLUMNS)]) == COLUMNS
         and all(OPTIONAL.fullmatch(name) for name in names[len(COLUMNS) :])
         and len(rows) == 1
+        and not any(isinstance(cell, (list, dict)) for cell in rows[0].values())
     )
 
 

@@ -66,6 +66,8 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
         is_stamped(path)
         weights = load_state_dict(str(path), use_ema=use_ema)
         tensors = _unwrap(weights)
+        if not tensors:
+            raise TypeError('no tensors')
         for name, value in tensors.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f'{name} is no tensor')
@@ -166,6 +168,8 @@ def write_weights(weights: Weights, path: Union[str, Path], metadata: Optional[D
 
 
 def _fault(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f'cannot be read ({reason_of(error)})'
     if not path.is_file():
         return why_no_file(path, what='checkpoint')
     with open(path, 'rb') as file:

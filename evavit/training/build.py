@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.layers import resample_abs_pos_embed
-from timm.models import get_model_input_config, resolve_model_input_args
+from timm.models import resolve_model_input_args
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -539,8 +539,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, upd
         raise UserError(f'schedule {config.sched}: {first_line(error)}') from error
 
 
-def model_line(model: Any) -> str:
+def model_line(model: Any, input_size: Sequence[int]) -> str:
     """Parameters, input and classes of a model, for the log."""
     parameters = sum(p.numel() for p in model.parameters())
-    size = _by(get_model_input_config(model)['input_size'])
-    return f'{parameters / 1e6:.2f} M parameters, input {size}, {model.num_classes} classes'
+    return f'{parameters / 1e6:.2f} M parameters, input {_by(input_size)}, {model.num_classes} classes'

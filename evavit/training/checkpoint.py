@@ -38,9 +38,14 @@ log = logging.getLogger(__name__)
 @contextlib.contextmanager
 def saving(path: Union[str, Path]) -> Iterator[Path]:
     """`files.replacing`, on the disk before it returns; errors of the write become a LocalError that names the file."""
+    with _written(path), replacing(path, durable=True) as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _written(path: Union[str, Path]) -> Iterator[None]:
     try:
-        with replacing(path, durable=True) as partial:
-            yield partial
+        yield
     except (OSError, RuntimeError) as error:  # PyTorch's own for a write that fails
         told = f'{path}: cannot be written ({reason_of(error)})'
         raise LocalError(f'{told}; {remedy(Path(path).parent, error)}') from error
@@ -155,7 +160,8 @@ class Saver(CheckpointSaver):
             return
         if os.path.exists(dst):
             self._duplicate(dst, self.last.with_name('previous.pth.tar'))
-        os.replace(src, dst)
+        with _written(dst):
+            os.replace(src, dst)
         sync_folder(self.checkpoint_dir)
 
     def _duplicate(self, src: Union[str, Path], dst: Union[str, Path]) -> None:

@@ -103,7 +103,10 @@ def read_archive(path: Path) -> Any:
     except PermissionError as error:
         raise UserError(f'{path}: cannot be read ({reason_of(error)})') from error
     except Exception as error:  # each format has its own errors for a broken file
-        raise UserError(f'{path}: not a readable checkpoint ({first_line(error)[:200]})') from error
+        why = first_line(error)[:200]
+        if 'weights_only' in why or 'Weights only' in why:  # PyTorch's own, with the advice to load it all the same
+            why = 'it carries more than tensors and plain values, which may be code, so none of it is loaded'
+        raise UserError(f'{path}: not a readable checkpoint ({why})') from error
 
 
 def _check_parts(path: Path, sums: bool) -> None:
@@ -387,6 +390,8 @@ def best_weights(folder: Path, use_ema: bool = False) -> Path:
     names = tuple(name for name in BEST_FIRST if not use_ema or name.endswith('.pth.tar'))
     name = next((name for name in names if (folder / name).is_file()), None)
     if name is None:
+        if (folder / 'config.json').is_file():
+            raise UserError(f'{folder}: the folder of save_folder, not of a run; give a file of weights, or a run')
         raise UserError(
             f"{folder}: a folder without weights, neither a run's ({', '.join(names)}) nor one of save_folder "
             f'(config.json); give the folder of a run, or a file'

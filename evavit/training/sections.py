@@ -555,7 +555,7 @@ class ResultsConfig:
     exclude_output: bool = option(False, 'no probabilities or logits', scripts=('inference',))
     include_attention: Optional[str] = option(
         None,
-        'a picture of where the model looks for each picture, in results_dir/attention: by the last layer '
+        'a picture of where the model looks for each picture, in RESULTS.csv.attention: by the last layer '
         '(default), or through all layers',
         choices=('last', 'rollout'),
         bare='last',

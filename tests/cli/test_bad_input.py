@@ -167,6 +167,28 @@ def test_folders_without_permission(refused, folder, monkeypatch):
         assert refused(*flags) == 'error: folder: cannot be read (Permission denied)'.replace('folder', str(folder), 1)
 
 
+@pytest.mark.parametrize('where', ['x' * 300, 'file'], ids=['too long', 'in a file'])
+@pytest.mark.parametrize(
+    'program, flag',
+    [
+        *(('train', flag) for flag in ('--data-dir', '--output', '--initial-checkpoint', '--pretrained-path')),
+        *(('train', flag) for flag in ('--resume', '--class-map', '-c')),
+        *(('validate', flag) for flag in ('--checkpoint', '--data-dir', '--results-file', '--report-dir')),
+        *(('inference', flag) for flag in ('--checkpoint', '--results-file')),
+    ],
+)
+def test_a_path_that_cannot_be_followed_is_a_line(call, images, tmp_path, program, flag, where):
+    """As one through a folder of somebody else's, for which a test of root's has no means."""
+    (tmp_path / 'file').touch()
+    flags = dict(
+        train=[*MODEL, *QUICK, '--data-dir', images, '--output', tmp_path / 'output', '--experiment', 'run'],
+        validate=[*MODEL, '--data-dir', images, '--workers', '0', '--device', 'cpu', '--num-classes', '3'],
+        inference=[*MODEL, '--data-dir', images, '--workers', '0', '--device', 'cpu', '--num-classes', '3'],
+    )
+    code, _, err = call(program, *flags[program], flag, tmp_path / where / 'name.txt')
+    assert code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
+
+
 def test_a_tar_file_is_not_divided(refused, folder):
     for data in (folder / 'train.tar', folder):
         shutil.rmtree(folder, ignore_errors=True)

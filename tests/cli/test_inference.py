@@ -477,6 +477,22 @@ def test_results_take_the_place_of_results_alone(call, hub, pictures, tmp_path, 
             assert err.count('\n') == 1 and path.read_text() == content
 
 
+@pytest.mark.parametrize('form', ['json', 'json-split'])
+def test_what_somebody_added_inside_a_row_stays(call, hub, pictures, tmp_path, form):
+    path = tmp_path / 'own.json'
+    flags = ['--data-dir', pictures[0], '--checkpoint', hub, '--workers', '0', '--results-file', path, '--topk', '2']
+    assert call('inference', *flags, '--results-format', form)[0] == 0
+    written = path.read_text()
+    for change in (lambda cell: [*cell, 'checked'], lambda cell: dict(was=cell, note='checked')):
+        content = json.loads(written)
+        row = content['data'][0] if form == 'json-split' else next(iter(content.values()))
+        key = content['columns'].index('label') if form == 'json-split' else 'label'
+        row[key] = change(row[key])
+        path.write_text(json.dumps(content))
+        code, _, err = call('inference', *flags, '--results-format', form)
+        assert code == 2 and 'with other content' in err and 'checked' in path.read_text(), err
+
+
 def test_results_of_parquet_take_the_place_of_results_alone(call, hub, pictures, tmp_path):
     parquet = pytest.importorskip('pyarrow.parquet')
     import pyarrow

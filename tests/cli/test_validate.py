@@ -316,6 +316,7 @@ ADDED_CSV = (  # a row of another run, a column of the user's
 )
 ADDED_JSON = (
     lambda text: json.dumps({**json.loads(text), 'notes': 'good'}),
+    lambda text: json.dumps({**json.loads(text), 'checkpoint': {'notes': 'good'}}),
     lambda text: json.dumps({'a': json.loads(text), 'b': json.loads(text)}),
 )
 OTHERS = [('val.csv', 'model,accuracy\nx,1\n'), ('val.csv', TIMM), ('val.json', '{"mine": 1}')]

@@ -622,6 +622,23 @@ def test_fewer_kept_checkpoints_cost_no_better_one(tmp_path):
     }
 
 
+def test_a_checkpoint_that_cannot_take_its_place_is_a_line(saver, tmp_path, monkeypatch):
+    """As where the file that is there is protected."""
+    saver.save_epoch(Position(1), 10.0)
+    replace = os.replace
+
+    def refused(source, place):
+        if str(place).endswith('last.pth.tar'):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        replace(source, place)
+
+    monkeypatch.setattr(checkpoint.os, 'replace', refused)
+    with pytest.raises(
+        LocalError, match=r'last\.pth\.tar: cannot be written \(Operation not permitted\); what was saved'
+    ):
+        saver.save_epoch(Position(2), 20.0)
+
+
 def test_a_run_leaves_the_folder_alone_that_took_the_place_of_its_own(saver, tmp_path):
     """Somebody moved the folder of a run that goes on, and began another run of that name."""
     folder = tmp_path / 'run'
