@@ -345,7 +345,8 @@ def overlay_attention(
     """A picture under the weights of its parts, bright where they are large.
 
     Args:
-        picture: What the model saw, of any size and any mode of 8 bits: the part that its transform leaves.
+        picture: What the model saw, of any size and any mode of 8 bits: the part that its transform leaves, and of that
+            what lies in patches, where they do not divide it.
         weights: `(H, W)`, at least 0, such as `attention_maps(...)[-1].grid[0, :, 0].mean(0)`. The largest is the
             brightest.
         opacity: Of the colours, 0 to 1.

@@ -634,7 +634,7 @@ def test_a_checkpoint_that_cannot_take_its_place_is_a_line(saver, tmp_path, monk
 
     monkeypatch.setattr(checkpoint.os, 'replace', refused)
     with pytest.raises(
-        LocalError, match=r'last\.pth\.tar: cannot be written \(Operation not permitted\); what was saved'
+        LocalError, match=r'last\.pth\.tar: cannot be written \(Operation not permitted\); what'
     ):
         saver.save_epoch(Position(2), 20.0)
 
