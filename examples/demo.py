@@ -264,7 +264,8 @@ def load(flags: List[str], window_size: int) -> Tuple[Demo, str]:
     topk = config.results.topk if 'topk' in given else TOPK
     demo = Demo(model.to(device).eval(), data_config, name_class, topk, window_size)
     source = config.weights.checkpoint or f'the weights that timm publishes for {config.model.model}'
-    return demo, f'{model.pretrained_cfg["architecture"]}, {build.model_line(model)}, from {source}, on {device}'
+    about = build.model_line(model, data_config['input_size'])
+    return demo, f'{model.pretrained_cfg["architecture"]}, {about}, from {source}, on {device}'
 
 
 def cost_table(costs: List[Cost]) -> str:

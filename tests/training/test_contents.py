@@ -21,8 +21,8 @@ from evavit.training.loop import Position
 @pytest.fixture
 def written(tmp_path):
     """The folder of a run after its second epoch."""
-    saver = saver_of(run_of(), tmp_path / 'run')
     (tmp_path / 'run').mkdir()
+    saver = saver_of(run_of(), tmp_path / 'run')
     for epoch, metric in enumerate((10.0, 30.0)):
         saver.save_epoch(Position(epoch + 1), metric)
     return tmp_path / 'run'
