@@ -7,7 +7,8 @@ import functools
 import hashlib
 import logging
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 
 from evavit.arguments import shown
 from evavit.errors import UserError
+from evavit.hub import source_weights
 from evavit.training import build, data
 from evavit.training.config import PARENT, DistilConfig, ExportConfig, ModelConfig, TrainConfig
 from evavit.training.contents import complete_from_checkpoint, learnt_classes
@@ -211,10 +213,11 @@ def build_teacher(
     build.try_model(model, data_config['input_size'], source, classifier=kind != 'feature')
     tokens = settings.kd_feature_level == 'tokens'
     _check_features(settings, student, model, data_config['input_size'])
+    file = path or source_weights(source.model or '')  # of a folder too, whose weights may be others the next time
     identity = dict(
         model=source.model,
         model_kwargs=source.model_kwargs or {},
-        weights=f'sha256:{_digest(path)}' if path else _tag(model),
+        weights=f'sha256:{_digest(file)}' if file else _tag(model),
     )
     if source.convert:
         identity |= dict(convert=source.convert, convert_kwargs=source.convert_kwargs or {})
@@ -302,7 +305,7 @@ def _feature_shape(model: Any, input_size: Sequence[int], tokens: bool) -> List[
     return list(features.shape[1:])
 
 
-def _digest(path: str) -> str:
+def _digest(path: Union[str, Path]) -> str:
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(2**20):

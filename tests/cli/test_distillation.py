@@ -273,6 +273,11 @@ def test_a_teacher_of_a_folder_for_the_hub_or_a_run_with_other_classes(train, ca
     assert code == 2 and 'the teacher has learnt other classes: class 2 was called x' in err, err
     save_folder(model, folder, label_names=CLASSES, data='fruit', licence='mit')
     train('run', '--epochs', '1', '--kd-model-name', f'local-dir:{folder}')
+    other = timm.create_model(PARENT[1], num_classes=3, **SOFTMAX)
+    save_folder(other, folder, label_names=CLASSES, data='fruit', licence='mit')
+    for more in ([], ['--dry-run']):
+        code, _, err = call('train', *place, '--kd-model-name', f'local-dir:{folder}', '--resume', 'auto', *more)
+        assert code == 2 and 'another teacher' in err and err.count('\n') == 1, err
 
 
 def test_a_teacher_without_a_classifier(train, call, images, tmp_path, parent):

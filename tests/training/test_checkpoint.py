@@ -633,9 +633,7 @@ def test_a_checkpoint_that_cannot_take_its_place_is_a_line(saver, tmp_path, monk
         replace(source, place)
 
     monkeypatch.setattr(checkpoint.os, 'replace', refused)
-    with pytest.raises(
-        LocalError, match=r'last\.pth\.tar: cannot be written \(Operation not permitted\); what'
-    ):
+    with pytest.raises(LocalError, match=r'last\.pth\.tar: cannot be written \(Operation not permitted\); what'):
         saver.save_epoch(Position(2), 20.0)
 
 
