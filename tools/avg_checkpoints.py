@@ -58,6 +58,7 @@ def main(argv=None):
                 )
             paths = sorted(paths, key=metrics.get, reverse=names != {'loss'})[: args.n]
     check_classes(paths)
+    check_conversions(paths)
     if not args.no_use_ema:
         check_averages(paths)
     weights = average(paths, use_ema=not args.no_use_ema)
@@ -79,6 +80,26 @@ def check_classes(paths):
                 f'{path}: class {label} is {here}, and {there} in {first}: their mean is no model; name those of one '
                 f'with --filter'
             )
+
+
+def check_conversions(paths):
+    """UserError where files are of other models or conversions, whose shapes need not show it. Rates of dropout may
+    differ: they decide on nothing but the training."""
+
+    def made(saved):
+        kwargs = {name: value for name, value in (saved.get('model_kwargs') or {}).items() if 'drop' not in name}
+        parts = dict(model=saved.get('model'), convert=saved.get('convert'), model_kwargs=kwargs)
+        return {**parts, 'convert_kwargs': saved.get('convert_kwargs') or {}}
+
+    known = [(path, made(saved)) for path in paths if (saved := saved_settings(path))]
+    for path, parts in known[1:]:
+        first, expected = known[0]
+        for name, value in parts.items():
+            if value != expected[name]:
+                raise UserError(
+                    f'{path}: {name} is {shown(value)}, and {shown(expected[name])} in {first}: their mean is no '
+                    f'model; name those of one with --filter'
+                )
 
 
 def check_averages(paths):

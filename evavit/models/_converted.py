@@ -156,6 +156,12 @@ def _why_not_class(model: nn.Module) -> Optional[str]:
     return None
 
 
+def _is_quantised(weight: Any) -> bool:
+    """Whether a weight is that of PyTorch's quantised layers, or of torchao's."""
+    own = weight.data if isinstance(weight, nn.Parameter) else weight
+    return callable(weight) or 'torchao' in type(own).__module__
+
+
 _COMPUTED = 'computes its weights anew in each pass (pruning, weight norm); make them permanent first'
 
 
@@ -192,7 +198,7 @@ def why_not_converted(model: nn.Module) -> Optional[str]:
                 return f'{type(attn).__name__} is no softmax attention that this package knows'
             if any(is_parametrized(part) for part in attn.modules()):
                 return f'its attention {_COMPUTED}, with parametrize.remove_parametrizations'
-            if any(callable(getattr(part, 'weight', None)) for part in attn.modules()):
+            if any(_is_quantised(getattr(part, 'weight', None)) for part in attn.modules()):
                 return 'its attention is quantised, and has no weights to start from; convert first, then quantise'
             for name in ('qkv', 'q_proj', 'k_proj', 'v_proj', 'proj'):
                 part = getattr(attn, name, None)

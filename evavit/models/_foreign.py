@@ -270,7 +270,7 @@ def near_identity(moments: Moments, dtype: torch.dtype) -> Dict[str, torch.Tenso
     pattern[1::2] = -1
     pattern = pattern - pattern.mean()
     pattern = pattern / pattern.square().mean().sqrt().clamp(min=1e-12)  # 0 in a head of width 1
-    kept = torch.eye(d, device=mean.device) - 1 / d - pattern[:, None] * pattern / d
+    kept = torch.eye(d, dtype=mean.dtype, device=mean.device) - 1 / d - pattern[:, None] * pattern / d
     scale = _LINEAR_RATIO * spread
     proj = kept / scale
     parts = {

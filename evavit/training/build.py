@@ -145,10 +145,11 @@ def build_model(
     return model
 
 
-def name_converted(config: ModelConfig) -> None:
+def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
     """Of a folder or repository with a converted network, which timm alone would make with softmax, or of a folder
     with one that is to be converted: put architecture, conversion, image settings and the file of its weights in the
     place of its name. So a run's checkpoints say them. Of a conversion, what `config` says goes before what is there.
+    With `softmax_too` a folder with any other network is one, whose content may be another when the run goes on.
     """
     try:
         folder = source_folder(config.model or '')
@@ -156,8 +157,10 @@ def name_converted(config: ModelConfig) -> None:
     except ValueError as error:
         raise UserError(f'model {error}') from error
     local = (config.model or '').startswith('local-dir:')
-    if folder is None or (conversion is None and not (config.convert and local)):
+    if folder is None or (conversion is None and not (local and (config.convert or softmax_too))):
         return
+    if config.pretrained and not config.convert and (reason := lost_conversion(folder)):
+        raise UserError(reason)
     weights = source_weights(config.model or '') if conversion is None else folder / HF_SAFE_WEIGHTS_NAME
     if config.pretrained and weights is None:
         return

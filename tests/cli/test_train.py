@@ -394,6 +394,25 @@ def test_fine_tuning_starts_from_a_body_with_other_classes(train, call, images, 
     assert all(torch.equal(body[key], tuned[key]) for key in body if not key.startswith('head.'))
 
 
+@pytest.mark.parametrize('name', [MODEL[1], 'vit_tiny_patch16_224'])
+def test_a_run_from_a_folder_needs_it_no_more(train, call, images, tmp_path, name):
+    """Its checkpoints say architecture and image settings: the folder may be gone, or hold others."""
+    kwargs = KWARGS if name == MODEL[1] else SOFTMAX
+    model = timm.create_model(name, num_classes=3, **kwargs)
+    folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit', data_config=dict(mean=(0.1, 0.2, 0.3)))
+    tuned = train('tuned', '--lr', '0', model=['--model', f'local-dir:{folder}', '--pretrained'])
+    saved = yaml.safe_load((tuned / 'args.yaml').read_text())
+    assert (saved['model'], saved['mean']) == (name, [0.1, 0.2, 0.3])
+    other = timm.create_model(name, num_classes=3, **kwargs)
+    save_folder(other, folder, data='x', licence='mit', data_config=dict(mean=(0.9, 0.9, 0.9)), overwrite=True)
+    flags = ['--data-dir', images, '--workers', '0', '--device', 'cpu', '--results-file', tmp_path / 'val.json']
+    code, out, err = call('validate', '--checkpoint', tuned, *flags)
+    assert code == 0, out + err
+    assert json.loads((tmp_path / 'val.json').read_text())['loss'] == pytest.approx(float(rows(tuned)[0]['eval_loss']))
+    code, out, err = call('inference', '--checkpoint', tuned, *flags[:-2], '--results-file', tmp_path / 'inf.csv')
+    assert code == 0, out + err
+
+
 @pytest.mark.parametrize('classes', [3, 5])
 def test_a_folder_whose_network_is_converted(train, call, images, tmp_path, classes):
     """--model local-dir:FOLDER --pretrained --convert: checkpoints carry the conversion and need the folder no more."""

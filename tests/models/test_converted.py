@@ -538,6 +538,13 @@ def _wraps(model):
     model.blocks[1].attn.qkv = Wrapped(model.blocks[1].attn.qkv)
 
 
+def _quantises(model):
+    """As torchao does it: a parameter of a kind of its own."""
+    kind = type('Int8Tensor', (torch.Tensor,), {'__module__': 'torchao.quantization'})
+    weight = model.blocks[0].attn.qkv.weight.data.as_subclass(kind)
+    model.blocks[0].attn.qkv.weight = nn.Parameter(weight)
+
+
 def _scales(model):
     model.blocks[0].attn.scale = 0.5
 
@@ -547,6 +554,7 @@ def _scales(model):
     'change, message',
     [
         (_wraps, 'its qkv is in a Wrapped, which has no weight; convert first, then wrap it'),
+        (_quantises, 'its attention is quantised, and has no weights to start from; convert first, then quantise'),
         (_scales, r'its attention has a scale of its own, 0\.5, where timm has'),
         (_shares, 'block 1 has the attention of an earlier one'),
         (_shares_attention, 'block 1 has the attention of an earlier one'),
@@ -563,6 +571,18 @@ def test_other_weights_and_scales_are_one_line(change, message):
         with pytest.raises(ValueError, match=message) as error:
             evavit.convert_vit(model, inplace=inplace)
         assert '\n' not in str(error.value)
+
+
+def test_a_default_dtype_of_float64():
+    """Of weights in float32 and in float64."""
+    models = [original('vit_tiny_patch16_224'), original('vit_tiny_patch16_224').double()]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for model in models:
+            converted = evavit.convert_vit(model, window_size=2)
+            assert {p.dtype for p in converted.parameters()} == {model.pos_embed.dtype}
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize('name', ['eva02_tiny_patch14_224', 'vit_small_patch16_dinov3_qkvb', 'vit_tiny_patch16_224'])

@@ -235,6 +235,21 @@ def test_runs_of_other_classes_have_no_mean(run, tmp_path, capsys):
         assert line.count('\n') == 1 and not (tmp_path / 'mean.pth').exists()
 
 
+def test_other_conversions_have_no_mean(run, tmp_path, capsys):
+    """Their tensors are of the same shapes. Rates of dropout may differ."""
+    flags = ['--input', tmp_path, '--filter', '?.safetensors', '--output', tmp_path / 'mean.pth']
+    changed(run, tmp_path / 'a.safetensors')
+    for about in (dict(convert='local'), dict(convert_kwargs=dict(window_size=3)), dict(model_kwargs=dict(depth=7))):
+        changed(run, tmp_path / 'b.safetensors', **about)
+        assert tool('avg_checkpoints')(*flags) == 2
+        line = capsys.readouterr().err
+        assert f'b.safetensors: {next(iter(about))} is' in line and line.count('\n') == 1, line
+    with safetensors.safe_open(run / 'last.safetensors', 'pt') as file:
+        kwargs = json.loads(file.metadata()['args'])['model_kwargs']
+    changed(run, tmp_path / 'b.safetensors', model_kwargs={**kwargs, 'drop_path_rate': 0.3})
+    assert tool('avg_checkpoints')(*flags) == 0
+
+
 def test_averages_and_plain_weights_have_no_mean(run, tmp_path, capsys):
     for name, kept in (('a', True), ('b', False)):
         changed(run, tmp_path / f'{name}.safetensors', model_ema=kept)
