@@ -159,7 +159,12 @@ def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
     local = (config.model or '').startswith('local-dir:')
     if folder is None or (conversion is None and not (local and (config.convert or softmax_too))):
         return
-    if config.pretrained and not config.convert and (reason := lost_conversion(folder)):
+    try:
+        softmax = conversion is None and not config.convert
+        reason = lost_conversion(folder) if softmax and config.pretrained else None
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+    if reason:
         raise UserError(reason)
     weights = source_weights(config.model or '') if conversion is None else folder / HF_SAFE_WEIGHTS_NAME
     if config.pretrained and weights is None:

@@ -103,8 +103,8 @@ def initial_model(config: TrainConfig, num_classes: int) -> Tuple[Any, Dict[str,
 
 
 def _make(config: TrainConfig, num_classes: int, device: Any = None) -> Tuple[Any, Dict[str, Any]]:
-    build.name_converted(config.model, softmax_too=True)
     checks.image_channels(config.model)
+    build.name_converted(config.model, softmax_too=True)
     model = build.build_model(config.model, num_classes, device)
     data_config = data.resolve_input(config.model, model)
     build.try_model(model, data_config['input_size'], config.model)
