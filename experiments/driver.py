@@ -10,6 +10,7 @@ import csv
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from evavit.cli import train, validate
 from evavit.errors import Preempted, UserError, reason_of
 from evavit.files import append_to, open_regular, replacing
 from evavit.training.distributed import start_process
+from evavit.training.run_folder import has_begun
 
 ABOUT = ('settings', 'settings_sha256', 'python', *ORIGIN)  # the last columns of every row, see `about`
 
@@ -216,9 +218,16 @@ def judging(data_dir, split, settings):
     return list(map(str, [*flags, '--augment-device', machine.augment_device]))
 
 
-def finished(folder):
-    """Whether train.py has come to the run's end, which is when its time is noted."""
-    return (folder / 'train_seconds').exists()
+def finished(folder, begun=has_begun):
+    """Whether training has come to the run's end, which is when its time is noted. UserError where the folder has a
+    time, and none of a run's that has `begun` there."""
+    if not os.path.lexists(folder / 'train_seconds'):
+        return False
+    if not begun(folder):
+        raise UserError(
+            f'{folder} holds train_seconds, which no run has left there; name another --output, or move train_seconds'
+        )
+    return True
 
 
 def read_number(path):
@@ -294,13 +303,23 @@ def alone(path, wait=False):
 
 def about(job, file, args, device):
     """The columns `ABOUT`. The settings of the run, `file`, are kept beside the results file."""
-    kept = beside(args, 'settings') / f'{job.name}.yaml'
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(kept) as partial:
-        partial.write_bytes(file.read_bytes())
+    content = file.read_bytes()
     return dict(
-        settings=kept.name,
-        settings_sha256=hashlib.sha256(kept.read_bytes()).hexdigest()[:16],
+        settings=keep(content, beside(args, 'settings'), job.name).name,
+        settings_sha256=hashlib.sha256(content).hexdigest()[:16],
         python=platform.python_version(),
         **origin(device),
     )
+
+
+def keep(content, folder, name):
+    """The file that holds settings: NAME.yaml, or where that is another's, the first of NAME-1.yaml, NAME-2.yaml, …
+    that nobody has, or that holds the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (f'{name}-{number}.yaml' if number else f'{name}.yaml' for number in itertools.count())
+    for kept in map(folder.joinpath, names):
+        if not os.path.lexists(kept):
+            with contextlib.suppress(FileExistsError), replacing(kept, new=True) as partial:
+                partial.write_bytes(content)
+        if kept.is_file() and not kept.is_symlink() and kept.read_bytes() == content:
+            return kept

@@ -3,6 +3,7 @@
 import ast
 import copy
 import functools
+import sys
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import timm
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evavit.arguments import nearest, too_large
 from evavit.errors import UserError, first_line
-from evavit.layers import EvaAttention
+from evavit.layers import ATTENTIONS, EvaAttention, pop_attention_kwargs
 from evavit.models import softmax_twin
 from evavit.ops.eva import EVA
 from evavit.training.compilation import AS_IS, Compilation
@@ -129,10 +130,29 @@ def _model_contenders(
         with setting.autocast():
             backends = (_eva_backend(model.to(setting.device)), 'sdpa')
     contenders = [(name, kwargs, 'eva', backend) for backend in backends if backend in EVA.backends]
-    twin = softmax_twin(name)
+    softmax = [backend for backend in backends if backend not in EVA.backends]
+    twin = _twin(name, kwargs, img_size) if softmax else None
     if twin is not None:
-        contenders += [(*twin, 'softmax', backend) for backend in backends if backend not in EVA.backends]
+        contenders += [(*twin, 'softmax', backend) for backend in softmax]
     return contenders
+
+
+def _twin(name: str, kwargs: Dict[str, Any], img_size: Optional[int]) -> Optional[Tuple[str, Dict[str, Any]]]:
+    """timm's softmax model of the size that a model has with these arguments, which are its own too but for those of
+    the attention. None where there is none; one line says why."""
+    twin = softmax_twin(name)
+    if twin is None:
+        return None
+    shared = {key: value for key, value in kwargs.items() if value is not None}  # timm drops None, the model's default
+    attention = shared.pop('attn_layer', next(key for key in ATTENTIONS if name.startswith(f'{key}_')))
+    pop_attention_kwargs(attention, shared)
+    twin = twin[0], {**twin[1], **shared}
+    try:
+        build(*twin, img_size, 'meta')
+    except UserError as error:
+        print(f"timm's softmax model beside {describe(name, kwargs)} is left out: {error}", file=sys.stderr, flush=True)
+        return None
+    return twin
 
 
 def bench_model(

@@ -13,7 +13,8 @@ Beside a model with EVA runs timm's softmax model of its size, beside EVA's op a
 with each backend forced, and the peers that --backend names. Every contender is first held against float64: where it is
 off, its row says so, it is not timed and the exit code is 1. Times are medians after a warm-up; a training step is
 forward, cross-entropy, backward and AdamW on one fixed batch of noise. A model may carry arguments:
-deit_tiny_patch16_224:patch_size=8. --bench host takes the processor's milliseconds until the layer is launched.
+deit_tiny_patch16_224:patch_size=8. Those of an EVA model reach timm's too, but for the options of the attention; where
+it does not take one, it is left out. --bench host takes the processor's milliseconds until the layer is launched.
 
 --bench convert takes timm's ViTs as they are and converted (evavit.convert_vit), over sides of images. --bench data,
 which must come first, takes the flags of train.py: the loader's throughput, alone and beside the step.

@@ -70,15 +70,25 @@ def check_lock(folder: Path, file: Optional[IO[bytes]] = None) -> None:
         raise UserError(_others(folder, lock.name, 'write over'))
 
 
-def _check_others(folder: Path) -> None:
-    """UserError where a folder without checkpoints holds what this run would change, and no run has left there."""
-    begun = b''
+def _begun(folder: Path) -> bytes:
+    """How a folder's train.log begins; b'' where there is none."""
     try:
         if (folder / 'train.log').is_file():  # which a run begins before it writes anything else
             with open_regular(folder / 'train.log') as file:
-                begun = file.read(2**16)
+                return file.read(2**16)
     except OSError as error:
         raise UserError(f'{folder / "train.log"}: cannot be read ({reason_of(error)})') from error
+    return b''
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run has begun in a folder, as its train.log says; UserError where that cannot be read."""
+    return bool(LOG.search(_begun(folder)))
+
+
+def _check_others(folder: Path) -> None:
+    """UserError where a folder without checkpoints holds what this run would change, and no run has left there."""
+    begun = _begun(folder)
     if LOG.search(begun):
         return
     if begun:

@@ -230,7 +230,7 @@ def run(job, args, seconds_left):
     path, data = folder / 'last.pth.tar', pictures(args.data_dir, 'train', device)
     if path.exists():
         training.load(path)
-    if not finished(folder):
+    if not finished(folder, lambda _: training.update):
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(device)
         with stopping_after(seconds_left):

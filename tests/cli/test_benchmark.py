@@ -98,6 +98,40 @@ def test_models(bench, dtype):
     assert rows[1]['model'] == 'deit_tiny_patch16_224:class_token=False:global_pool=avg'
 
 
+BESIDE = {
+    'eva_deit_tiny:patch_size=8:depth=1:embed_dim=32:num_heads=2:mlp_ratio=2:num_classes=5:window_size=2': (
+        'deit_tiny_patch16_224:class_token=False:global_pool=avg:patch_size=8:depth=1:embed_dim=32:num_heads=2'
+        ':mlp_ratio=2:num_classes=5'
+    ),
+    'eva_deit_tiny_784:depth=1:patch_size=None:class_token=True:count_cells=outside:noise_std=0': (
+        'deit_tiny_patch16_224:class_token=True:global_pool=avg:patch_size=8:depth=1'
+    ),
+    'softmax_deit_tiny:attn_layer=eva:depth=1:partition_grid=2': (
+        'deit_tiny_patch16_224:class_token=False:global_pool=avg:depth=1'
+    ),
+    'eva_pvt_v2_b3:depths=[1,1,1,1]:window_size=2': 'pvt_v2_b3:depths=[1, 1, 1, 1]',
+}
+
+
+@pytest.mark.parametrize('text', BESIDE)
+def test_the_model_beside_a_model_has_its_arguments(bench, text):
+    code, err, rows = bench('--bench', 'infer', '--model', text, '--img-size', '32', '-b', '1')
+    assert (code, err) == (0, '')
+    assert [(row['case'], row['attention'], row['status']) for row in rows] == [
+        (text, 'eva', 'ok'),
+        (text, 'softmax', 'ok'),
+    ]
+    assert rows[1]['model'] == BESIDE[text]
+
+
+def test_a_model_that_does_not_take_an_argument_is_left_out(bench):
+    text = 'eva_pvt_v2_b3:depths=[1,1,1,1]:dynamic_img_size=True'
+    code, err, rows = bench('--bench', 'infer', '--model', text, '--img-size', '32', '-b', '1')
+    assert code == 0 and [row['attention'] for row in rows] == ['eva']
+    assert "timm's softmax model beside eva_pvt_v2_b3" in err and 'dynamic_img_size' in err.partition('left out: ')[2]
+    assert err.count('\n') == 1
+
+
 def test_all_contenders_are_compiled(bench, monkeypatch):
     compiled = []
     monkeypatch.setattr(

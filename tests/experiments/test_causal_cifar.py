@@ -99,6 +99,16 @@ def test_a_stopped_run_ends_as_one_that_was_not(driver, call, tmp_path, monkeypa
     assert (tmp_path / 'whole' / 'runs.svg').stat().st_size > 1000
 
 
+def test_a_time_of_others_is_no_finished_run(call, driver, tmp_path, capsys):
+    time = tmp_path / 'runs' / 'eva-5s-s0' / 'train_seconds'
+    time.parent.mkdir(parents=True)
+    time.write_text('7')
+    flags = ['--data-dir', tmp_path / 'cifar', '--output', tmp_path / 'runs', '--device', 'cpu', '--only', 'eva-5s-s0']
+    with pytest.raises(UserError, match='1 runs failed'):
+        driver.main(list(map(str, [*flags, '-c', tmp_path / 'small.yaml', '--budget', 5])))
+    assert time.read_text() == '7' and 'holds train_seconds, which no run has left' in capsys.readouterr().out
+
+
 def test_a_mistake_is_a_line(driver, tmp_path, capsys):
     assert run_script(driver.main, ['--data-dir', str(tmp_path), '--budget', '0']) == 2
     assert '--budget 0' in capsys.readouterr().err

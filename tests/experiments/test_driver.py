@@ -1,5 +1,6 @@
 """experiments/driver.py: what drivers write and remove is their runs' own, whatever lies in its place."""
 
+import hashlib
 import json
 import os
 from argparse import Namespace
@@ -58,14 +59,49 @@ def test_rows_in_a_pipe_are_a_line(driver, args):
         drive(driver, args, None)
 
 
-def test_settings_are_kept_behind_no_link(driver, args, tmp_path, device='cpu'):
-    (tmp_path / 'letter.txt').write_text('precious')
-    (tmp_path / 'args.yaml').write_text('epochs: 1')
+def keep_settings(driver, args, folder, text):
+    """What `about` says of a run `a` with these settings."""
+    (folder / 'args.yaml').write_text(text)
+    found = driver.about(Job('a'), folder / 'args.yaml', args, driver.torch.device('cpu'))
+    kept = (folder / 'settings' / found['settings']).read_bytes()
+    assert kept.decode() == text and hashlib.sha256(kept).hexdigest().startswith(found['settings_sha256'])
+    return found['settings']
+
+
+def test_settings_are_kept_behind_no_link(driver, args, tmp_path):
+    (tmp_path / 'letter.txt').write_text('epochs: 1')
     (tmp_path / 'settings').mkdir()
     (tmp_path / 'settings' / 'a.yaml').symlink_to(tmp_path / 'letter.txt')
-    driver.about(Job('a'), tmp_path / 'args.yaml', args, driver.torch.device(device))
-    assert (tmp_path / 'settings' / 'a.yaml').read_text() == 'epochs: 1'
-    assert (tmp_path / 'letter.txt').read_text() == 'precious'
+    assert keep_settings(driver, args, tmp_path, 'epochs: 1') == 'a-1.yaml'
+    assert (tmp_path / 'settings' / 'a.yaml').is_symlink() and (tmp_path / 'letter.txt').read_text() == 'epochs: 1'
+
+
+def test_settings_take_no_other_settings_place(driver, args, tmp_path):
+    (tmp_path / 'settings').mkdir()
+    (tmp_path / 'settings' / 'a.yaml').write_text('precious')
+    assert keep_settings(driver, args, tmp_path, 'epochs: 15') == 'a-1.yaml'
+    args.results_file = tmp_path / 'others.csv'
+    assert keep_settings(driver, args, tmp_path, 'epochs: 30') == 'a-2.yaml'
+    written = (tmp_path / 'settings' / 'a-1.yaml').stat()
+    assert keep_settings(driver, args, tmp_path, 'epochs: 15') == 'a-1.yaml'
+    assert (tmp_path / 'settings' / 'a-1.yaml').stat().st_ino == written.st_ino  # left as it is
+    assert (tmp_path / 'settings' / 'a.yaml').read_text() == 'precious'
+    assert sorted(os.listdir(tmp_path / 'settings')) == ['a-1.yaml', 'a-2.yaml', 'a.yaml']
+
+
+@pytest.mark.parametrize('log', [None, 'my notes'])
+def test_a_folder_with_a_time_is_no_finished_run(driver, args, log):
+    folder = args.output / 'a'
+    folder.mkdir()
+    assert not driver.finished(folder)
+    (folder / 'train_seconds').write_text('7')
+    if log:
+        (folder / 'train.log').write_text(log)
+    with pytest.raises(UserError, match='holds train_seconds, which no run has left there; name another --output'):
+        driver.train_to_end([], folder, None)
+    assert (folder / 'train_seconds').read_text() == '7'
+    (folder / 'train.log').write_text(f'2026-12-01 08:00:00,000 evavit 0.1.0 ({"0" * 12}), torch 2.11.0\n')
+    assert driver.finished(folder)
 
 
 @pytest.mark.parametrize('kind', ['link', 'file'])
