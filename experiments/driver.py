@@ -305,7 +305,7 @@ def about(job, file, args, device):
     """The columns `ABOUT`. The settings of the run, `file`, are kept beside the results file."""
     content = file.read_bytes()
     return dict(
-        settings=keep(content, beside(args, 'settings'), job.name).name,
+        settings=keep(content, beside(args, 'settings'), f'{job.name}.yaml').name,
         settings_sha256=hashlib.sha256(content).hexdigest()[:16],
         python=platform.python_version(),
         **origin(device),
@@ -313,10 +313,11 @@ def about(job, file, args, device):
 
 
 def keep(content, folder, name):
-    """The file that holds settings: NAME.yaml, or where that is another's, the first of NAME-1.yaml, NAME-2.yaml, …
-    that nobody has, or that holds the same."""
+    """The file that holds what a run leaves beside its results: NAME, or where that is another's, the first of NAME-1,
+    NAME-2, … (before the ending) that nobody has, or that holds the same."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = (f'{name}-{number}.yaml' if number else f'{name}.yaml' for number in itertools.count())
+    stem, dot, ending = name.rpartition('.')
+    names = (f'{stem}-{number}{dot}{ending}' if number else name for number in itertools.count())
     for kept in map(folder.joinpath, names):
         if not os.path.lexists(kept):
             with contextlib.suppress(FileExistsError), replacing(kept, new=True) as partial:

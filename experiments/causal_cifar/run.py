@@ -17,6 +17,7 @@ a minute and log_updates updates. A name such as eva-3600s-s0 says: attention, b
 """
 
 import csv
+import io
 import math
 import sys
 import time
@@ -49,6 +50,7 @@ from driver import (  # noqa: E402
     chosen,
     drive,
     finished,
+    keep,
     make_output,
     parser_of,
     rows_to_report,
@@ -241,11 +243,11 @@ def run(job, args, seconds_left):
     test = pictures(args.data_dir, 'test', device)
     with replacing(folder / 'args.yaml') as partial:
         partial.write_text(yaml.safe_dump(training.settings, sort_keys=False))
-    curves = beside(args, 'curves')
-    curves.mkdir(parents=True, exist_ok=True)
-    for place in (folder / 'curve.csv', curves / f'{job.name}.csv'):
-        with replacing(place) as partial, open(partial, 'w', newline='') as file:
-            csv.writer(file, lineterminator='\n').writerows([CURVE, *training.curve])
+    curve = io.StringIO(newline='')
+    csv.writer(curve, lineterminator='\n').writerows([CURVE, *training.curve])
+    with replacing(folder / 'curve.csv') as partial:
+        partial.write_text(curve.getvalue())
+    keep(curve.getvalue().encode(), beside(args, 'curves'), f'{job.name}.csv')
     last = [bits for *_, bits in training.curve[-max(1, len(training.curve) // 20) :]]  # of the last twentieth
     return dict(
         run=job.name,
