@@ -159,8 +159,8 @@ def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
     local = (config.model or '').startswith('local-dir:')
     if folder is None or (conversion is None and not (local and (config.convert or softmax_too))):
         return
+    softmax = conversion is None and not config.convert
     try:
-        softmax = conversion is None and not config.convert
         reason = lost_conversion(folder) if softmax and config.pretrained else None
     except RuntimeError as error:
         raise UserError(str(error)) from error
@@ -175,14 +175,22 @@ def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
         arguments.pop('img_size', None)
     if config.in_chans or config.input_size:
         arguments.pop('in_chans', None)
-    config.model, config.model_kwargs = content.get('architecture'), {**arguments, **(config.model_kwargs or {})}
+    kwargs = {**arguments, **(config.model_kwargs or {})}
+    config.model, config.model_kwargs = content.get('architecture'), kwargs
     attention = (conversion or {}).pop('attention', 'eva')
     if conversion is not None and config.convert in (None, attention):
         config.convert, config.convert_kwargs = attention, {**conversion, **(config.convert_kwargs or {})}
     published = content.get('pretrained_cfg') or {}
+    channels = config.input_size[0] if config.input_size else config.in_chans
     for name in PREPARATION:
+        value = published.get(name)
+        if name in ('mean', 'std') and value and channels not in (None, len(value)):
+            value = [sum(value) / len(value)] * channels  # as timm has it for grey images
         if getattr(config, name) is None:
-            setattr(config, name, published.get(name))
+            setattr(config, name, value)
+    size = published.get('input_size')
+    if softmax and size and not (config.img_size or config.input_size or 'img_size' in kwargs):
+        config.input_size = [config.in_chans or size[0], *size[1:]]  # of models of any size there is no other record
     if config.pretrained:
         config.pretrained, config.pretrained_path = False, str(weights)
 

@@ -75,7 +75,8 @@ class Saver(CheckpointSaver):
     def check_folder(self) -> None:
         """LocalError where the folder was moved or removed since, and another has its name: that of another run."""
         folder = self.last.parent
-        if folder.is_dir() and _identity(folder) != self.place:
+        place, lock = _identity(folder) if folder.is_dir() else self.place
+        if place != self.place[0] and lock not in (None, self.place[1]):  # some network disks number folders anew
             raise LocalError(
                 f'{folder}: this run began in another folder of that name, which was moved or removed; what it saved '
                 f'is there, and nothing more is written'
@@ -171,9 +172,10 @@ class Saver(CheckpointSaver):
             super()._duplicate(os.path.realpath(src), partial)  # of a link what it leads to
 
 
-def _identity(folder: Path) -> Tuple[int, int]:
-    about = os.stat(folder)
-    return about.st_dev, about.st_ino
+def _identity(folder: Path) -> Tuple[Tuple[int, int], Optional[int]]:
+    """Which folder has this name, and when a run locked it: to open the lock would give it up."""
+    about, lock = os.stat(folder), folder / '.lock'
+    return (about.st_dev, about.st_ino), os.stat(lock).st_mtime_ns if lock.is_file() else None
 
 
 def batches_of(run: Run) -> Dict[str, int]:

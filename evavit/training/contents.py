@@ -103,10 +103,10 @@ def read_archive(path: Path) -> Any:
     except PermissionError as error:
         raise UserError(f'{path}: cannot be read ({reason_of(error)})') from error
     except Exception as error:  # each format has its own errors for a broken file
-        why = first_line(error)[:200]
+        why = first_line(error)
         if 'weights_only' in why or 'Weights only' in why:  # PyTorch's own, with the advice to load it all the same
             why = 'it carries more than tensors and plain values, which may be code, so none of it is loaded'
-        raise UserError(f'{path}: not a readable checkpoint ({why})') from error
+        raise UserError(f'{path}: not a readable checkpoint ({why[:200]})') from error
 
 
 def _check_parts(path: Path, sums: bool) -> None:

@@ -479,6 +479,21 @@ def test_a_hub_that_is_away_names_the_flags_that_take_a_file(monkeypatch):
         assert '--pretrained-path FILE in train.py, --checkpoint FILE in the other programs' in str(error.value)
 
 
+@pytest.mark.parametrize('given', [{}, dict(img_size=96), dict(in_chans=1)])
+def test_a_run_from_a_folder_takes_its_size_of_images(tmp_path, given):
+    """Also that of a model of any size, which its arguments do not say."""
+    kwargs = dict(depths=(1, 1, 1, 1), embed_dims=(16, 16, 16, 16), num_heads=(1, 1, 1, 1))
+    model = timm.create_model('eva_pvt_v2_b3', num_classes=2, **kwargs)
+    folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit', data_config=dict(input_size=(3, 64, 64)))
+    config = ModelConfig(model=f'local-dir:{folder}', pretrained=True, **given)
+    build.name_converted(config, softmax_too=True)
+    assert config.model == 'eva_pvt_v2_b3' and config.pretrained_path == str(folder / 'model.safetensors')
+    assert data.resolve_input(config, build.build_model(config, 2))['input_size'] == (
+        given.get('in_chans', 3),
+        *[given.get('img_size', 64)] * 2,
+    )
+
+
 @pytest.mark.parametrize('convert', [None, 'eva', 'ours'])
 @pytest.mark.parametrize('size', [(48, 16), (24, 24), (16, 16)], ids=str)  # the last has as many patches as before
 def test_positions_of_images_that_are_no_square(tmp_path, caplog, convert, size):

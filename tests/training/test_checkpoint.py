@@ -640,11 +640,15 @@ def test_a_checkpoint_that_cannot_take_its_place_is_a_line(saver, tmp_path, monk
 def test_a_run_leaves_the_folder_alone_that_took_the_place_of_its_own(saver, tmp_path):
     """Somebody moved the folder of a run that goes on, and began another run of that name."""
     folder = tmp_path / 'run'
-    folder.mkdir()
-    moved = saver_of(run_of(), folder)
+    with run_folder.locked_folder(folder):
+        moved = saver_of(run_of(), folder)
     moved.check_folder()
     folder.rename(tmp_path / 'old')
     moved.check_folder()  # that nothing can be written says the write
     folder.mkdir()
+    moved.check_folder()  # as a network disk that was mounted anew: no other run is there
+    shutil.copy2(tmp_path / 'old' / '.lock', folder)
+    moved.check_folder()
+    os.utime(folder / '.lock', (1, 1))
     with pytest.raises(LocalError, match='this run began in another folder of that name, which was moved or removed'):
         moved.check_folder()
