@@ -25,6 +25,7 @@ __all__ = [
     'check_type',
     'find_device',
     'nearest',
+    'per_channel',
     'program',
     'running',
     'shown',
@@ -156,6 +157,12 @@ def too_large(kwargs: Mapping[str, Any]) -> Optional[str]:
 
 
 PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared
+
+
+def per_channel(values: Sequence[float], channels: int) -> Sequence[float]:
+    """The numbers of a mean or standard deviation for images of so many channels: where they are not as many, as
+    ImageNet's three for grey images, their average for each."""
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def wrong_preparation(about: Any, in_chans: Optional[int] = None) -> Optional[str]:

@@ -33,7 +33,7 @@ from timm.models._hub import (
 from timm.models._input import update_model_input_size
 from timm.utils import unwrap_model
 
-from evavit.arguments import shown, too_large, wrong_preparation
+from evavit.arguments import per_channel, shown, too_large, wrong_preparation
 from evavit.card import model_card
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
@@ -408,9 +408,8 @@ def load_converted(
         update_model_input_size(model, vit.patch_embed.img_size)  # of features_only=True too, which has its own record
     cfg: Dict[str, Any] = cast(Any, model).pretrained_cfg
     cfg['input_size'] = get_model_input_config(model)['input_size']
-    for key in ('mean', 'std'):  # of grey images timm keeps the three numbers of colours, the run had their average
-        if len(cfg[key]) != cfg['input_size'][0]:
-            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * cfg['input_size'][0]
+    for key in ('mean', 'std'):  # of grey images timm keeps the three numbers of colours
+        cfg[key] = per_channel(cfg[key], cfg['input_size'][0])
     return model
 
 

@@ -19,7 +19,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from evavit import models
-from evavit.arguments import PREPARATION, nearest, shown, too_large
+from evavit.arguments import PREPARATION, nearest, per_channel, shown, too_large
 from evavit.errors import UserError, first_line
 from evavit.hub import lost_conversion, saved_config, source_folder, source_weights, why_not_fetched
 from evavit.models import (
@@ -184,8 +184,8 @@ def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
     channels = config.input_size[0] if config.input_size else config.in_chans
     for name in PREPARATION:
         value = published.get(name)
-        if name in ('mean', 'std') and value and channels not in (None, len(value)):
-            value = [sum(value) / len(value)] * channels  # as timm has it for grey images
+        if name in ('mean', 'std') and value and channels is not None:
+            value = [*per_channel(value, channels)]
         if getattr(config, name) is None:
             setattr(config, name, value)
     size = published.get('input_size')

@@ -11,6 +11,7 @@ from timm.data import IterableImageDataset, create_loader, resolve_data_config
 from timm.data.loader import fast_collate
 from timm.models import get_model_input_config
 
+from evavit.arguments import per_channel
 from evavit.errors import LocalError, UserError, first_line
 from evavit.training.config import AugmentConfig, BatchConfig, MachineConfig, ModelConfig
 from evavit.training.data.augment import SeededErasing, repair_posterize
@@ -171,9 +172,8 @@ def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]
             f'images of {height} × {width} are larger than any that is read ({Image.MAX_IMAGE_PIXELS:,} pixels); lower '
             f'--img-size, or img_size in --model-kwargs'
         )
-    for key in ('mean', 'std'):  # ImageNet's three numbers do for grey images as their average
-        if len(resolved[key]) != channels:
-            resolved[key] = (sum(resolved[key]) / len(resolved[key]),) * channels
+    for key in ('mean', 'std'):
+        resolved[key] = per_channel(resolved[key], channels)
     return resolved
 
 
