@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Run the fused kernels under compute-sanitizer: python tools/sanitize.py
 
-Forward and backward on small cases with odd grids, short windows, both precisions, one window a program or several,
-under memcheck and racecheck; a Hopper runs kernels in Gluon for some of them. Needs a CUDA device and NVIDIA's
-compute-sanitizer (part of the CUDA toolkit) on the path. The exit code is 1 where a tool reports an error.
+Forward and backward on small cases with odd grids, short windows, prefix tokens, many cells, both precisions, one
+window a program or several, and the MLP's and the depthwise convolution's kernels, under memcheck and racecheck; a
+Hopper runs kernels in Gluon for some of them. Needs a CUDA device and NVIDIA's compute-sanitizer (part of the CUDA
+toolkit) on the path. The exit code is 1 where a tool reports an error.
 """
 
 import argparse
@@ -11,32 +12,41 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import Sequence
 
 import torch
 
-from evavit.ops import eva_attention_packed, eva_backend, eva_num_cells
+from evavit.ops import depthwise_gelu, eva_attention_packed, eva_backend, eva_num_cells, mlp_gelu
 
 TOOLS = ('memcheck', 'racecheck')
-# height, width, window_size, partition_grid, head dim, dtype, programs that are enough, count_cells
+# height, width, window_size, partition_grid, head dim, dtype, programs that are enough, count_cells, prefix tokens
 CASES = (
-    (9, 11, 7, 7, 32, torch.bfloat16, 768, 'one'),
-    (14, 14, 7, 7, 64, torch.bfloat16, 768, 'one'),
-    (5, 16, 7, 3, 48, torch.float16, 768, 'one'),
-    (9, 11, 7, 7, 64, torch.float32, 768, 'one'),
-    (20, 18, 16, 16, 16, torch.bfloat16, 768, 'one'),
-    (8, 7, 0, 7, 32, torch.bfloat16, 768, 'one'),
-    (8, 7, 7, 0, 32, torch.bfloat16, 768, 'one'),
-    (9, 11, 4, 3, 32, torch.bfloat16, 4, 'one'),
-    (21, 21, 7, 7, 64, torch.bfloat16, 4, 'one'),
-    (17, 20, 6, 7, 64, torch.float16, 4, 'one'),
-    (16, 24, 8, 8, 64, torch.bfloat16, 4, 'one'),
-    (7, 7, 7, 7, 64, torch.float16, 4, 'one'),
-    (14, 21, 7, 7, 32, torch.bfloat16, 4, 'one'),
-    (13, 15, 7, 3, 32, torch.float16, 4, 'one'),
-    (9, 11, 7, 7, 32, torch.bfloat16, 768, 'all'),
-    (9, 11, 7, 7, 64, torch.float32, 768, 'outside'),
-    (21, 21, 7, 7, 64, torch.bfloat16, 4, 'outside'),
+    (9, 11, 7, 7, 32, torch.bfloat16, 768, 'one', 0),
+    (14, 14, 7, 7, 64, torch.bfloat16, 768, 'one', 0),
+    (5, 16, 7, 3, 48, torch.float16, 768, 'one', 0),
+    (9, 11, 7, 7, 64, torch.float32, 768, 'one', 0),
+    (20, 18, 16, 16, 16, torch.bfloat16, 768, 'one', 0),
+    (8, 7, 0, 7, 32, torch.bfloat16, 768, 'one', 0),
+    (8, 7, 7, 0, 32, torch.bfloat16, 768, 'one', 0),
+    (9, 11, 4, 3, 32, torch.bfloat16, 4, 'one', 0),
+    (21, 21, 7, 7, 64, torch.bfloat16, 4, 'one', 0),
+    (17, 20, 6, 7, 64, torch.float16, 4, 'one', 0),
+    (16, 24, 8, 8, 64, torch.bfloat16, 4, 'one', 0),
+    (7, 7, 7, 7, 64, torch.float16, 4, 'one', 0),
+    (14, 21, 7, 7, 32, torch.bfloat16, 4, 'one', 0),
+    (13, 15, 7, 3, 32, torch.float16, 4, 'one', 0),
+    (9, 11, 7, 7, 32, torch.bfloat16, 768, 'all', 0),
+    (9, 11, 7, 7, 64, torch.float32, 768, 'outside', 0),
+    (21, 21, 7, 7, 64, torch.bfloat16, 4, 'outside', 0),
+    (21, 21, 7, 7, 64, torch.bfloat16, 4, 'outside', 5),
+    (9, 11, 7, 3, 64, torch.float16, 768, 'one', 1),
+    (9, 11, 4, 4, 32, torch.float32, 768, 'all', 9),
+    (37, 37, 7, 13, 64, torch.bfloat16, 768, 'outside', 5),
 )
+# Rows, and features in, hidden and out.
+MLPS = (77, 48, 192, 48), (129, 192, 768, 192)
+# Height, width and channels.
+CONVOLUTIONS = (5, 7, 40), (14, 14, 128)
 
 
 def run_cases() -> None:
@@ -44,13 +54,14 @@ def run_cases() -> None:
     from evavit.ops.eva.triton import plan as eva_triton
 
     in_gluon = 0
-    for height, width, window_size, partition_grid, d, dtype, programs, count_cells in CASES:
+    for height, width, window_size, partition_grid, d, dtype, programs, count_cells, prefix in CASES:
         torch.manual_seed(0)
         eva_triton.PROGRAMS = programs
         feat_size = [height, width]
-        qkv = torch.randn(2, height * width, 3, 2, d).to('cuda', dtype).requires_grad_()
+        qkv = torch.randn(2, prefix + height * width, 3, 2, d).to('cuda', dtype).requires_grad_()
         leaves = [qkv]
         options = dict(window_size=window_size, partition_grid=partition_grid, count_cells=count_cells)
+        options['num_prefix_tokens'] = prefix
         for name in ('summary_q', 'summary_k') if partition_grid else ():
             options[name] = tuple(
                 x.cuda().requires_grad_()
@@ -62,15 +73,33 @@ def run_cases() -> None:
         if window_size:
             options['rel_pos_bias'] = torch.randn((2 * window_size - 1) ** 2, 2).cuda().requires_grad_()
             leaves.append(options['rel_pos_bias'])
-        if eva_backend(qkv.device, dtype, d, window_size, partition_grid) == 'plain':
+        if eva_backend(qkv.device, dtype, d, window_size, partition_grid, num_prefix_tokens=prefix) == 'plain':
             raise SystemExit('error: the fused kernels do not run here')
         packed = qkv.permute(2, 0, 3, 1, 4)
-        in_gluon += eva_triton.takes_gluon(*packed.unbind(0), feat_size, window_size, partition_grid)
-        out = eva_attention_packed(packed, feat_size, fused=True, **options)
-        grads = torch.autograd.grad(out, leaves, torch.randn(out.shape).to('cuda', dtype))
-        torch.cuda.synchronize()
-        assert all(x.isfinite().all() for x in (out.cpu(), *(grad.cpu() for grad in grads)))
-    print(f'{len(CASES)} cases ran, {in_gluon} of them with kernels in Gluon')
+        tokens = packed[:, :, :, prefix:].unbind(0)
+        in_gluon += eva_triton.takes_gluon(*tokens, feat_size, window_size, partition_grid)
+        _step(eva_attention_packed(packed, feat_size, fused=True, **options), leaves)
+    from evavit.ops.mlp import triton as mlp_triton
+
+    mlp_triton.WHOLE_PROGRAMS = 1  # also where two kernels would be faster
+    for M, K, N, C in MLPS:
+        shapes = (M, K), (N, K), (N,), (C, N), (C,)
+        leaves = [torch.randn(shape).to('cuda', torch.bfloat16).requires_grad_() for shape in shapes]
+        _step(mlp_gelu(*leaves, fused=True), leaves)
+        with torch.no_grad():
+            assert mlp_gelu(*leaves, fused=True).cpu().isfinite().all()
+    for height, width, channels in CONVOLUTIONS:
+        shapes = (2, height * width, channels), (channels, 1, 3, 3), (channels,)
+        leaves = [torch.randn(shape).to('cuda', torch.bfloat16).requires_grad_() for shape in shapes]
+        _step(depthwise_gelu(*leaves, [height, width], fused=True), leaves)
+    print(f'{len(CASES) + len(MLPS) + len(CONVOLUTIONS)} cases ran, {in_gluon} of them with kernels in Gluon')
+
+
+def _step(out: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
+    """The backward; output and gradients are finite."""
+    grads = torch.autograd.grad(out, leaves, torch.randn(out.shape).to(out))
+    torch.cuda.synchronize()
+    assert all(x.cpu().isfinite().all() for x in (out, *grads))
 
 
 def main() -> int:

@@ -10,6 +10,9 @@ of the tokens `(M, K)` and 4D those of the hidden layer `(M, N)`, the kernels mo
 The backward keeps x and g, where PyTorch's own steps would keep x and z. The other products of matrices are cuBLAS's:
 y = g W₂ᵀ + b₂, dx = dz W₁, dW₁ = dzᵀ x, dW₂ = dyᵀ g.
 
+Without gradients, and for few features of many tokens, one kernel computes y: its programs walk along the hidden layer,
+and write no g either, so that 2D bytes move where two kernels move 10D.
+
 Every sum runs in one fixed order, without atomics, so two runs agree to the bit. Products accumulate in float32.
 
 The legend of each kernel is its signature: behind an argument stand its shape, its dtype and who writes it; `writes`
@@ -86,6 +89,45 @@ def _forward_hidden(
 
 
 @triton.jit
+def _forward_whole(
+    x,  # (M, K), dtype; the caller
+    weight1, bias1,  # W₁ (N, K), dtype, and b₁ (N), any float dtype; the caller
+    weight2, bias2,  # W₂ (K, N), dtype, and b₂ (K), any float dtype; the caller
+    y,  # writes (M, K), dtype
+    M, stride,  # of x's rows
+    N: tl.constexpr,
+    K1: tl.constexpr, K2: tl.constexpr,  # K in two parts, each a power of 2, the second or 0
+    BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,  # loads in flight
+):  # fmt: skip
+    """y = gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂ of as many features out as in. Programs: (tiles of rows)."""
+    K: tl.constexpr = K1 + K2
+    first = tl.program_id(0).to(tl.int64) * BM
+    row = tl.arange(0, BM)
+    left = (M - first).to(tl.int32)
+    of_x = x + first * stride + tl.minimum(row, left - 1)[:, None] * stride
+    n, k1, k2 = tl.arange(0, BN), tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 else 16)
+    x1, acc1 = tl.load(of_x + k1[None, :]), tl.zeros([BM, K1], tl.float32)
+    if K2:
+        x2, acc2 = tl.load(of_x + k2[None, :]), tl.zeros([BM, K2], tl.float32)
+    for n0 in tl.range(0, N, BN, num_stages=STAGES):
+        of_1, of_2 = weight1 + (n0 + n)[None, :] * K, weight2 + (n0 + n)[:, None]
+        z = tl.dot(x1, tl.load(of_1 + k1[:, None]))
+        if K2:
+            z = tl.dot(x2, tl.load(of_1 + k2[:, None]), z)
+        g = gelu(z + tl.load(bias1 + n0 + n).to(tl.float32)[None, :]).to(x.dtype.element_ty)
+        acc1 = tl.dot(g, tl.load(of_2 + k1[None, :] * N), acc1)
+        if K2:
+            acc2 = tl.dot(g, tl.load(of_2 + k2[None, :] * N), acc2)
+    out, real = y + first * K + row[:, None] * K, (row < left)[:, None]
+    acc1 += tl.load(bias2 + k1).to(tl.float32)[None, :]
+    tl.store(out + k1[None, :], acc1.to(y.dtype.element_ty), mask=real)
+    if K2:
+        acc2 += tl.load(bias2 + k2).to(tl.float32)[None, :]
+        tl.store(out + k2[None, :], acc2.to(y.dtype.element_ty), mask=real)
+
+
+@triton.jit
 def _backward_hidden(
     dy,  # (M, C), dtype; autograd
     x,  # (M, K), dtype; the caller
@@ -120,6 +162,12 @@ FORWARD: Dict[str, int] = dict(BM=128, BN=128, BK=64, STAGES=3, num_warps=8)
 BACKWARD: Dict[str, int] = dict(BM=128, BN=64, BK=64, STAGES=3, num_warps=4)
 
 
+# By measurement on an H200, where three programs run on a processor: from this many on they fill the card. A program of
+# more features has no registers for them, and is slower than two kernels.
+WHOLE: Dict[str, int] = dict(BM=64, BN=32, STAGES=2, num_warps=4)
+WHOLE_PROGRAMS, WHOLE_FEATURES = 3 * 132, 192
+
+
 def _divisor(n: int, most: int) -> int:
     """The largest power of 2 that divides n, and at most `most`, a power of 2."""
     return min(most, n & -n)
@@ -133,6 +181,24 @@ def _forward_launches(M: int, N: int, K: int, stride: int, dtype: torch.dtype, b
     options = {**FORWARD, 'BN': _divisor(N, FORWARD['BN']), 'BK': _divisor(K, FORWARD['BK'])}
     grid = ceil_div(M, options['BM']) * (N // options['BN']), 1, 1
     run.launch(_forward_hidden, grid, x, weight, bias, g, M, N, stride, K=K, **options)
+    return run
+
+
+@functools.lru_cache(maxsize=256)
+def _whole_launches(
+    M: int, N: int, K: int, C: int, stride: int, dtype: torch.dtype, bias_dtypes: Tuple[torch.dtype, torch.dtype]
+) -> Optional[Launches]:
+    """Those of `_forward_whole` for x, W₁, b₁, W₂, b₂ and y, or None where two kernels are faster."""
+    first = 1 << (K.bit_length() - 1)  # the larger part of K
+    second = K - first
+    few = K == C and 64 <= K <= WHOLE_FEATURES and N % WHOLE['BN'] == 0 and second & (second - 1) == 0
+    if not few or ceil_div(M, WHOLE['BM']) < WHOLE_PROGRAMS:
+        return None
+    run = Launches()
+    x, weight1, bias1 = run.tensor(dtype), run.tensor(dtype), run.tensor(bias_dtypes[0])
+    weight2, bias2, y = run.tensor(dtype), run.tensor(bias_dtypes[1]), run.tensor(dtype)
+    grid = ceil_div(M, WHOLE['BM']), 1, 1
+    run.launch(_forward_whole, grid, x, weight1, bias1, weight2, bias2, y, M, stride, N=N, K1=first, K2=second, **WHOLE)
     return run
 
 
@@ -168,7 +234,13 @@ def _mlp(
     save: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """y = gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂ of x `(M, K)`, and for the backward gelu(..) `(M, N)`, empty unless `save`."""
-    (M, K), N = x.shape, weight1.shape[0]
+    (M, K), (C, N) = x.shape, weight2.shape
+    if not save:
+        whole = _whole_launches(M, N, K, C, x.stride(0), x.dtype, (bias1.dtype, bias2.dtype))
+        if whole is not None:
+            y = x.new_empty(M, C)
+            whole(x, weight1, bias1, weight2, bias2, y)
+            return y, x.new_empty(0, N)
     g = x.new_empty(M, N)
     _forward_launches(M, N, K, x.stride(0), x.dtype, bias1.dtype)(x, weight1, bias1, g)
     return torch.addmm(bias2, g, weight2.t()), g if save else g.new_empty(0, g.shape[1])

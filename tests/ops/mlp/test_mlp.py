@@ -65,6 +65,23 @@ class TestKernels:
         for name, value in run(case, fused=True).items():
             assert value.isfinite().all(), name
 
+    @pytest.mark.parametrize('dtype', HALVES, ids=str)
+    def test_one_kernel_without_gradients(self, dtype, poison):
+        """Of the size at which it is taken, and of one where the last tile has a row."""
+        from evavit.ops.mlp import triton as kernels
+
+        many = 64 * kernels.WHOLE_PROGRAMS
+        case = make_case(many + 1, 192, 768, 192, dtype)
+        for M in (many, many + 1):
+            x, *weights, _ = (case[0][:M], *case[1:])
+            before = kernels._forward_launches.cache_info()
+            with torch.no_grad():
+                fused, again, plain = (mlp_gelu(x, *weights, fused=fused) for fused in (True, True, False))
+                reference = mlp_gelu(*[t.double() for t in (x, *weights)])
+            assert kernels._forward_launches.cache_info() == before
+            assert torch.equal(fused, again)
+            assert relative_rms(fused, reference) <= 2 * relative_rms(plain, reference)
+
     def test_two_runs_agree_to_the_bit(self):
         case = make_case(5000, 192, 768, 192, torch.bfloat16)
         one, other = run(case, fused=True), run(case, fused=True)
@@ -265,6 +282,39 @@ def test_small_cases(shape, device, poison):
         fused = run(case, fused=True)
     for name, value in fused.items():
         assert relative_rms(value, reference[name]) < 1e-3, name
+
+
+@on_either
+@pytest.mark.parametrize('shape', [(70, 192, 96), (1, 64, 32), (129, 128, 64), (65, 80, 160)], ids=str)
+def test_one_kernel_without_gradients(shape, device, poison, monkeypatch):
+    kernels = pytest.importorskip('evavit.ops.mlp.triton')
+    monkeypatch.setattr(kernels, 'WHOLE_PROGRAMS', 1)
+    kernels._whole_launches.cache_clear()
+    M, K, N = shape
+    x, *weights, _ = make_case(M, K, N, K, torch.float16, device=device)
+    reference = mlp_gelu(*[t.double() for t in (x, *weights)])
+    weights[1] = weights[1].float()  # as autocast leaves it
+    views = x, x.repeat(1, 2)[:, :K], x[None].expand(2, M, K)
+    with MLP.forced('triton'), torch.no_grad():
+        for view in views:
+            monkeypatch.setattr(kernels, '_forward_launches', None)  # two kernels, which may not run
+            assert relative_rms(mlp_gelu(view, *weights, fused=True), reference.expand(*view.shape)) < 1e-3
+    monkeypatch.undo()
+    kernels._whole_launches.cache_clear()
+
+
+def test_one_kernel_for_few_features_of_many_tokens_alone():
+    kernels = pytest.importorskip('evavit.ops.mlp.triton')
+
+    def whole(M, N, K, C):
+        return kernels._whole_launches(M, N, K, C, K, torch.bfloat16, (torch.float32, torch.bfloat16)) is not None
+
+    many = 64 * kernels.WHOLE_PROGRAMS
+    assert whole(many, 768, 192, 192)
+    assert whole(many - 63, 512, 128, 128)
+    for other in ((many - 64, 768, 192, 192), (many, 1536, 384, 384), (many, 768, 192, 96), (many, 784, 192, 192)):
+        assert not whole(*other)
+    assert not whole(many, 448, 112, 112)  # 64 and 48 features, which is no power of 2
 
 
 def test_compiled_graphs_hold_the_kernels_and_exported_ones_do_not():
