@@ -137,11 +137,8 @@ def _graphs() -> List[Task]:
 TABLES: Dict[str, List[Task]] = {
     'op': [Task('op', ('--bench', 'op', '--grid', *LENGTHS, *BACKENDS, *FEW), 100)],
     'host': [Task('host', _words('--bench host --repeats 300 --warmup 30'), 25)],
-    'models': [
-        *_compiled('reduce-overhead', list(SIZES)),
-        *_eager(),
-        *_compiled('default', [size for size, (*_, side, _) in SIZES.items() if not side]),
-    ],
+    'models': _compiled('reduce-overhead', list(SIZES)),
+    'modes': [*_eager(), *_compiled('default', [size for size, (*_, side, _) in SIZES.items() if not side])],
     'layer': [Task('layer', ('--bench', 'layer', '--grid', *LENGTHS, *BACKENDS, *FEW), 90)],
     'cells': [
         Task(

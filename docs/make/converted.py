@@ -206,7 +206,7 @@ def evidence() -> str:
     rows, runs = pages.read_results(ACCURACY), longest()
     parent = _parent(rows)['top1']
     half = pages.pick(rows, window_size=8, partition_grid=8, epochs='0', count_cells='outside')[0]['top1']
-    where, made = 'docs/convert.md', performance.made('models')
+    where, made = 'docs/convert.md', performance.whole_models()
     own = [performance.ratio(*performance.models(made, 'train', OWN, side)) for side in OWN_SIDES]
     times, sides = ', '.join(f'{value:.2f}' for value in own), ', '.join(map(str, OWN_SIDES))
     return (

@@ -51,9 +51,13 @@ def made(table: str) -> List[Row]:
 
 
 def gpu_rows() -> List[Row]:
-    """Attention, the layer, whole models; rows of an H100 where `make gpu` has not measured the layer on an H200."""
-    layers = made('layer') or kernels([row for row in load('h100.csv') if 'H100' in row['device']])
-    return [*made('op'), *layers, *made('models')]
+    """Attention, the layer, whole models."""
+    return [*made('op'), *made('layer'), *whole_models()]
+
+
+def whole_models() -> List[Row]:
+    """Whole models: with CUDA graphs, in eager mode, and in the default mode of torch.compile."""
+    return [*made('models'), *made('modes')]
 
 
 def cpu_rows() -> List[Row]:
@@ -211,16 +215,8 @@ def gpu_models() -> str:
 
 
 def best_rows() -> List[Row]:
-    """Whole models, each compiled in the mode that suits EVA best, and the softmax models beside it in that mode."""
-    rows = [row for row in gpu_rows() if row['bench'] in KINDS and row['torchcompile'] in COMPILED]
-    fastest: Dict[tuple, Row] = {}
-    for row in pick(rows, attention='eva'):
-        key = _by_model(row)[:3]
-        fastest[key] = max(row, fastest.get(key, row), key=lambda row: float(row['img_per_s']))
-    modes = {key: row['torchcompile'] for key, row in fastest.items()}
-    # Our softmax model is a case of its own.
-    modes |= {(_ours(case), *rest): mode for (case, *rest), mode in modes.items()}
-    return sorted((row for row in rows if row['torchcompile'] == modes.get(_by_model(row)[:3])), key=_by_model)
+    """Whole models with CUDA graphs, which suit EVA best, and the softmax models beside them."""
+    return sorted(pick(made('models'), torchcompile='reduce-overhead'), key=_by_model)
 
 
 def over_ours(rows: List[Row], bench: str, case: str, img_size: int = 224) -> Optional[float]:
@@ -230,7 +226,7 @@ def over_ours(rows: List[Row], bench: str, case: str, img_size: int = 224) -> Op
 
 
 def best_models() -> str:
-    """Whole models on the GPU, each compiled in the mode that suits EVA best."""
+    """Whole models on the GPU, compiled, with CUDA graphs."""
     return _model_table(best_rows(), gpu=True)
 
 
@@ -341,7 +337,7 @@ def draw() -> None:
 
 def modes() -> str:
     """Speed over the softmax models, by mode: a row for each model at its own size, training and inference."""
-    rows = [row for row in made('models') if row['img_size'] == '224']
+    rows = [row for row in whole_models() if row['img_size'] == '224']
     if not rows:
         return UNMEASURED
     lines = []

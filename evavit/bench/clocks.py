@@ -1,48 +1,58 @@
 """How long a call takes and how much memory it needs.
 
-On a CUDA device `triton.testing.do_bench` times each call by events, after a write that empties the L2 cache. A call
-may be the replay of a CUDA graph, so that Python is not measured; `graphed` is ours because `do_bench_cudagraph` never
-empties the cache. On a CPU the calls that are compared take turns, which no timer of PyTorch does.
+The calls that are compared take turns, so that what slows the machine slows them alike; `triton.testing.do_bench` and
+PyTorch's timers take one at a time. On a CUDA device events time each call, after a write that empties the L2 cache. A
+call may be the replay of a CUDA graph, so that Python is not measured.
 """
 
 import statistics
 import time
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
-
-from evavit.errors import UserError
 
 __all__ = ['Call', 'copy_rate', 'graphed', 'host_seconds', 'median_seconds', 'peak_bytes']
 
 Call = Callable[[], object]
 
 
-def _cuda_seconds(call: Call, repeats: int, warmup: int) -> float:
-    """Median seconds of a call on the current CUDA device, of so many calls as fit into 3 s, but of 10 at least."""
-    try:
-        from triton.testing import do_bench
-    except ImportError:
-        raise UserError(
-            'timing on a CUDA device needs Triton: pip install triton (on Windows triton-windows)'
-        ) from None
-    each = do_bench(call, warmup=0, rep=0, return_mode='median')  # milliseconds; one call after five that estimate it
-    repeats = min(repeats, max(10, int(3e3 / max(each, 1e-3))))
-    # It takes milliseconds and we take numbers of calls, as on a CPU.
-    return do_bench(call, warmup=warmup * each, rep=repeats * each, return_mode='median') / 1e3
+def _cuda_seconds(calls: Sequence[Call], repeats: int, warmup: int) -> List[float]:
+    """Median seconds of each call on the current CUDA device, of so many as fit into 3 s, but of 10 at least."""
+    cache = torch.empty(2**28, dtype=torch.uint8, device='cuda')  # larger than any L2 cache
+
+    def timed(call: Call) -> Tuple[torch.cuda.Event, torch.cuda.Event]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        begin.record()
+        call()
+        end.record()
+        return begin, end
+
+    for call in [*calls] * warmup:
+        call()
+    first = [timed(call) for call in calls]
+    torch.cuda.synchronize()
+    counts = [min(repeats, max(10, int(3e3 / max(begin.elapsed_time(end), 1e-3)))) for begin, end in first]
+    times: List[List[Tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+    for turn in range(max(counts)):
+        for call, count, kept in zip(calls, counts, times, strict=True):
+            if turn < count:
+                kept.append(timed(call))
+    torch.cuda.synchronize()
+    return [statistics.median(begin.elapsed_time(end) for begin, end in kept) / 1e3 for kept in times]
 
 
 def median_seconds(calls: Sequence[Call], device: torch.device, repeats: int, warmup: int) -> List[float]:
     """Median seconds of each call.
 
     Args:
-        calls: On a CPU they take turns, so that what slows the machine slows them alike.
+        calls: They take turns, so that what slows the machine slows them alike.
         device: Where they run.
         repeats: Measured calls of each; on CUDA about so many, and fewer of calls that take long.
         warmup: Calls before them.
     """
     if device.type == 'cuda':
-        return [_cuda_seconds(call, repeats, warmup) for call in calls]
+        return _cuda_seconds(calls, repeats, warmup)
     return host_seconds(calls, device, repeats, warmup)
 
 
@@ -68,7 +78,7 @@ def copy_rate(device: torch.device) -> Optional[float]:
         return None
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _cuda_seconds(lambda: target.copy_(source), 30, 5) / 1e9
+    return 2 * source.numel() / _cuda_seconds([lambda: target.copy_(source)], 30, 5)[0] / 1e9
 
 
 def graphed(call: Call) -> Call:

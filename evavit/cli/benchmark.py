@@ -1,7 +1,7 @@
 """Time EVA beside softmax attention: whole models, the attention layer, attention alone.
 
-    python benchmark.py --bench train infer --model eva_deit_tiny_784 -b 128 --torchcompile --results-file h100.csv
-    python benchmark.py --bench op layer --results-file h100.csv
+    python benchmark.py --bench train infer --model eva_deit_tiny_784 -b 128 --torchcompile --results-file mine.csv
+    python benchmark.py --bench op layer --results-file mine.csv
     python benchmark.py --bench op --grid 28 56 --backend gluon cudnn flex windows linear natten
     python benchmark.py --bench host
     python benchmark.py --bench op --grid 37 64 --partition-grid 13 16 --num-prefix-tokens 0 5 --count-cells outside

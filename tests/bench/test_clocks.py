@@ -25,19 +25,35 @@ def test_calls_take_turns_on_a_cpu(monkeypatch):
     assert log == ['a', 'b'] * 4
 
 
-@pytest.mark.parametrize('each, repeats', [(1.0, 30), (200.0, 15), (900.0, 10)])
-def test_numbers_of_calls_on_a_gpu(monkeypatch, each, repeats):
-    """do_bench is told milliseconds: those of the calls asked for, of fewer where these take long, of 10 at least."""
-    testing = pytest.importorskip('triton.testing')
-    asked = []
+@pytest.mark.parametrize('each, count', [(1.0, 30), (200.0, 15), (900.0, 10)])
+def test_numbers_of_calls_on_a_gpu(monkeypatch, each, count):
+    """As many as were asked for, fewer where these take long, 10 at least; in turns."""
+    log, now = [], [0.0]
 
-    def do_bench(call, warmup, rep, return_mode):
-        asked.append((warmup, rep, return_mode))
-        return each
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
 
-    monkeypatch.setattr(testing, 'do_bench', do_bench)
-    assert clocks._cuda_seconds(lambda: None, repeats=30, warmup=2) == pytest.approx(each / 1e3)
-    assert asked == [(0, 0, 'median'), (2 * each, repeats * each, 'median')]
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def call(name, ms):
+        def call():
+            log.append(name)
+            now[0] += ms
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(torch, 'empty', lambda *args, **kwargs: torch.zeros(1))
+    calls = [call('a', each), call('b', 1.0)]
+    assert clocks._cuda_seconds(calls, repeats=30, warmup=2) == pytest.approx([each / 1e3, 1e-3])
+    assert log[: 2 * count] == ['a', 'b'] * count
+    assert [log.count(name) for name in 'ab'] == [3 + count, 33]  # two to warm up, and the first
 
 
 def test_no_copy_rate_of_a_cpu():

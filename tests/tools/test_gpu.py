@@ -72,7 +72,7 @@ def test_steps_of_a_gpu_machine(gpu, capsys):
     assert set(names[:-3]) == {name for name in measured if not name.endswith('784_default') or name[0] == '7'}
     files = {path.name for path in (gpu.work_folder() / 'all').iterdir()}
     assert files == {
-        f'{name}_h200.csv' for name in ('op', 'host', 'models', 'layer', 'op_cells', 'wide', 'peers', 'zoo')
+        f'{name}_h200.csv' for name in ('op', 'host', 'models', 'modes', 'layer', 'op_cells', 'wide', 'peers', 'zoo')
     }
     out = capsys.readouterr().out
     assert 'minutes on an H200' in out and ' op: of a row\n' in out and 'host: exit code 1' in out

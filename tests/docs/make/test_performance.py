@@ -51,10 +51,12 @@ def performance(tmp_path, monkeypatch):
     return module
 
 
-def store(performance, rows, name='h100.csv'):
+def store(performance, rows, name=''):
+    """Rows in the file of their table, or in one of this name."""
     for number, row in enumerate(rows):  # a comparison each
-        row = dict.fromkeys(COLUMNS, '') | row | dict(device=f'H100 {number}')
-        store_rows(performance.pages.ROOT / 'results' / name, [row])
+        row = dict.fromkeys(COLUMNS, '') | row | dict(device=f'H200 {number}')
+        table = row['bench'] if row['bench'] in ('op', 'layer') else 'models'
+        store_rows(performance.pages.ROOT / 'results' / (name or f'{table}_h200.csv'), [row])
 
 
 @pytest.fixture
@@ -125,18 +127,14 @@ def h200(performance, name, rows):
     write_rows(performance.pages.ROOT / 'results' / f'{name}_h200.csv', rows)
 
 
-def test_new_rows_of_the_layer_take_the_place_of_old_ones(performance):
-    old = dict(device='NVIDIA H100', commit='older', peak_memory_mib=100)
-    rows = [attention_row('layer', name, 784, ms) | old for name, ms in (('triton', 1.0), ('flash', 2.0))]
-    store_rows(performance.pages.ROOT / 'results' / 'h100.csv', [dict.fromkeys(COLUMNS, '') | row for row in rows])
-    assert 'older' in performance.layer() and performance.speed_up(performance.gpu_rows(), 'layer', 784) == 2
+def test_a_file_a_table(performance):
     h200(performance, 'op', [attention_row('op', name, 784, ms) for name, ms in (('gluon', 0.4), ('cudnn', 1.0))])
     assert performance.speed_up(performance.gpu_rows(), 'op', 784) == 2.5 and performance.op().count('abc1234') == 1
     assert '| batch × tokens | EVA, kernels | SDPA, cuDNN | over the best SDPA | share of a copy |' in performance.op()
     assert '| 128 × 784 | 0.100 / 0.400 | 0.250 / 1.000 | 2.50× / 2.50× | – |' in performance.op()
     new = [attention_row('layer', name, 784, ms) for name, ms in (('gluon', 0.5), ('flash', 2.0))]
     h200(performance, 'layer', [row | dict(peak_memory_mib=100) for row in new])
-    assert 'older' not in performance.layer() and performance.speed_up(performance.gpu_rows(), 'layer', 784) == 4
+    assert 'abc1234' in performance.layer() and performance.speed_up(performance.gpu_rows(), 'layer', 784) == 4
 
 
 def test_models_beside_both_softmax_models(performance, goals):
@@ -270,12 +268,12 @@ def test_tables(performance):
 
 def test_gluon_stands_for_the_kernels_where_it_was_measured(performance):
     for tokens, times in ((784, {'triton': 0.8, 'gluon': 0.5, 'flash': 1.0}), (196, {'triton': 0.8, 'flash': 1.0})):
-        rows = [attention_row('op', backend, tokens, ms) | dict(device='H100') for backend, ms in times.items()]
-        store_rows(performance.pages.ROOT / 'results' / 'h100.csv', [dict.fromkeys(COLUMNS, '') | row for row in rows])
+        rows = [attention_row('op', backend, tokens, ms) | dict(device='H200') for backend, ms in times.items()]
+        store_rows(performance.pages.ROOT / 'results' / 'op_h200.csv', [dict.fromkeys(COLUMNS, '') | x for x in rows])
     assert [performance.speed_up(performance.gpu_rows(), 'op', tokens) for tokens in (784, 196)] == [2.0, 1.25]
 
 
-def test_the_mode_that_suits_eva_best(performance):
+def test_whole_models_with_graphs_come_first(performance):
     store(
         performance,
         [
