@@ -177,7 +177,7 @@ def test_its_benches_parse(gpu):
     }
     models = {
         (model, args.batch_size, *(args.img_size or [None]), bench, args.torchcompile)
-        for task in gpu.TABLES['models']
+        for task in (*gpu.TABLES['models'], *gpu.TABLES['modes'])
         for args in [parsed[task.name]]
         for model in args.model
         for bench in args.bench
