@@ -32,6 +32,7 @@ __all__ = [
     'check_writable',
     'is_done',
     'origin',
+    'place_after',
     'place_of',
     'read_rows',
     'store_rows',
@@ -222,16 +223,29 @@ def check_replaced(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -
 def place_of(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -> Path:
     """Where a table goes after the work: `path`; or, where a file of others has that name meanwhile, the first of
     NAME-1, NAME-2, … that nobody has. The log says what becomes of a file that is there."""
-    try:
-        check_replaced(path, is_own)
-    except UserError:
-        others = (path.with_name(f'{path.stem}-{number}{path.suffix}') for number in itertools.count(1))
-        other = next(other for other in others if not os.path.lexists(other))
-        log.warning(f'warning: another file is called {path} meanwhile; the results are in {other}')
-        return other
-    if path.exists():
+    place = place_after(path, lambda place: check_replaced(place, is_own))
+    if place.exists():
         log.info(f'{path}: written anew')
-    return path
+    return place
+
+
+def place_after(path: Path, check: Callable[[Path], None]) -> Path:
+    """Where a file goes after the work: `path`; or, where `check` refuses that with a UserError by now, the first of
+    NAME-1, NAME-2, … that nobody has. The log says so."""
+
+    def refused(place: Path) -> bool:
+        try:
+            check(place)
+        except UserError:
+            return True
+        return False
+
+    if not refused(path):
+        return path
+    others = (path.with_name(f'{path.stem}-{number}{path.suffix}') for number in itertools.count(1))
+    other = next(other for other in others if not os.path.lexists(other) and not refused(other))
+    log.warning(f'warning: another file is called {path} meanwhile; the results are in {other}')
+    return other
 
 
 def _table_of(file: IO[bytes], suffix: str) -> Tuple[List[str], List[Row]]:

@@ -5,6 +5,7 @@ for them. `tests/training/test_report.py` compares with scikit-learn.
 """
 
 import csv
+import os
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
 
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from timm.task import ClassificationEvaluator
 
+from evavit.bench.results import check_replaced, place_after
 from evavit.errors import UserError, printable, reason_of
 from evavit.files import open_regular, replacing
 from evavit.training.distributed import Process
@@ -168,13 +170,30 @@ def is_own_table(first: List[str], names: List[str], rows: Sequence[Mapping[str,
     return names == first and [row['label'] for row in rows] == [*map(str, range(len(rows)))]
 
 
-def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -> None:
+def check_file(path: Path) -> None:
+    """UserError where a file of this name, one of a report's, is there that no report wrote."""
+    if path.suffix == '.csv':
+        first = next(first for name, first in TABLES.items() if path.name.startswith(Path(name).stem))
+        check_replaced(path, lambda names, rows: is_own_table(first, names, rows))
+        return
+    try:
+        own = not os.path.lexists(path) or is_own_picture(path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({reason_of(error)}); name another folder') from error
+    if not own:
+        raise UserError(f'{path} is there, and is no picture of a report; name another folder')
+
+
+def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -> List[str]:
     """Write classes.csv, confusion.csv, confusion.png and calibration.csv; shares are in percent, undefined ones empty.
 
     Args:
         folder: Made where it is missing.
         predictions: Of all images.
         names: Of the classes, by label.
+
+    Returns:
+        The files' names, which are others where files of others have these by now, see `place_after`.
 
     Raises:
         UserError: It cannot be written.
@@ -195,14 +214,19 @@ def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -
         folder.mkdir(parents=True, exist_ok=True)
         of_names: Sequence[Sequence[str]] = ([], names, [])
         rows = (by_class, zip(names, *matrix.T, strict=True), bins)
+        written = []
         for (name, header), more, lines in zip(TABLES.items(), of_names, rows, strict=True):
-            _write_csv(folder / name, [[*header, *more], *lines])
+            written.append(place_after(folder / name, check_file))
+            _write_csv(written[-1], [[*header, *more], *lines])
         about = PngInfo()
         about.add_text(*MARK)
-        with replacing(folder / PICTURE) as partial:
-            draw_confusion(matrix, names).save(partial, format='PNG', pnginfo=about)
+        picture = draw_confusion(matrix, names)
+        written.append(place_after(folder / PICTURE, check_file))
+        with replacing(written[-1]) as partial:
+            picture.save(partial, format='PNG', pnginfo=about)
     except OSError as error:
         raise UserError(f'--report-dir {folder}: cannot be written ({reason_of(error)})') from error
+    return [path.name for path in written]
 
 
 def _percent(value: float) -> str:

@@ -106,6 +106,20 @@ def test_files(predictions, tmp_path):
         report.check_report('here', 21_841)
 
 
+def test_a_report_s_name_that_somebody_took_meanwhile_stays(predictions, tmp_path, caplog):
+    """An earlier report's files are written anew."""
+    names, tables = list(map(str, range(CLASSES))), [*report.TABLES, report.PICTURE]
+    assert [report.write_report(tmp_path, predictions, names) for _ in range(2)] == [tables, tables]
+    (tmp_path / 'classes.csv').write_text('mine')
+    (tmp_path / 'confusion.png').write_text('mine')
+    caplog.clear()
+    written = report.write_report(tmp_path, predictions, names)
+    assert written == ['classes-1.csv', 'confusion.csv', 'calibration.csv', 'confusion-1.png']
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*tables, *written})
+    assert (tmp_path / 'classes.csv').read_text() == (tmp_path / 'confusion.png').read_text() == 'mine'
+    assert [f'the results are in {tmp_path / name}' in caplog.text for name in written] == [True, False, False, True]
+
+
 def test_names_of_classes_are_drawn_on_one_line(predictions, tmp_path):
     names = ['a\nb', '\x1b[31mred', *'cdefghijklm'][:CLASSES]
     report.write_report(tmp_path, predictions, names)
