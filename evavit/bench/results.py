@@ -19,7 +19,7 @@ import timm
 import torch
 
 from evavit.errors import UserError, reason_of
-from evavit.files import open_regular, replacing
+from evavit.files import open_regular, place_after, replacing
 from evavit.version import __version__
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     'check_writable',
     'is_done',
     'origin',
-    'place_after',
     'place_of',
     'read_rows',
     'store_rows',
@@ -227,25 +226,6 @@ def place_of(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -> Path
     if place.exists():
         log.info(f'{path}: written anew')
     return place
-
-
-def place_after(path: Path, check: Callable[[Path], None]) -> Path:
-    """Where a file goes after the work: `path`; or, where `check` refuses that with a UserError by now, the first of
-    NAME-1, NAME-2, … that nobody has. The log says so."""
-
-    def refused(place: Path) -> bool:
-        try:
-            check(place)
-        except UserError:
-            return True
-        return False
-
-    if not refused(path):
-        return path
-    others = (path.with_name(f'{path.stem}-{number}{path.suffix}') for number in itertools.count(1))
-    other = next(other for other in others if not os.path.lexists(other) and not refused(other))
-    log.warning(f'warning: another file is called {path} meanwhile; the results are in {other}')
-    return other
 
 
 def _table_of(file: IO[bytes], suffix: str) -> Tuple[List[str], List[Row]]:

@@ -5,18 +5,16 @@ for them. `tests/training/test_report.py` compares with scikit-learn.
 """
 
 import csv
-import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from timm.task import ClassificationEvaluator
 
-from evavit.bench.results import check_replaced, place_after
 from evavit.errors import UserError, printable, reason_of
-from evavit.files import open_regular, replacing
+from evavit.files import open_regular, place_after, replacing
 from evavit.training.distributed import Process
 
 BINS = 15  # of the probability in the calibration error, as in Guo et al., 2017 (arXiv:1706.04599)
@@ -170,27 +168,16 @@ def is_own_table(first: List[str], names: List[str], rows: Sequence[Mapping[str,
     return names == first and [row['label'] for row in rows] == [*map(str, range(len(rows)))]
 
 
-def check_file(path: Path) -> None:
-    """UserError where a file of this name, one of a report's, is there that no report wrote."""
-    if path.suffix == '.csv':
-        first = next(first for name, first in TABLES.items() if path.name.startswith(Path(name).stem))
-        check_replaced(path, lambda names, rows: is_own_table(first, names, rows))
-        return
-    try:
-        own = not os.path.lexists(path) or is_own_picture(path)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({reason_of(error)}); name another folder') from error
-    if not own:
-        raise UserError(f'{path} is there, and is no picture of a report; name another folder')
-
-
-def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -> List[str]:
+def write_report(
+    folder: Path, predictions: Predictions, names: Sequence[str], check: Callable[[Path], None]
+) -> List[str]:
     """Write classes.csv, confusion.csv, confusion.png and calibration.csv; shares are in percent, undefined ones empty.
 
     Args:
         folder: Made where it is missing.
         predictions: Of all images.
         names: Of the classes, by label.
+        check: Raises UserError for a name that a file of others has.
 
     Returns:
         The files' names, which are others where files of others have these by now, see `place_after`.
@@ -216,12 +203,12 @@ def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -
         rows = (by_class, zip(names, *matrix.T, strict=True), bins)
         written = []
         for (name, header), more, lines in zip(TABLES.items(), of_names, rows, strict=True):
-            written.append(place_after(folder / name, check_file))
+            written.append(place_after(folder / name, check))
             _write_csv(written[-1], [[*header, *more], *lines])
         about = PngInfo()
         about.add_text(*MARK)
         picture = draw_confusion(matrix, names)
-        written.append(place_after(folder / PICTURE, check_file))
+        written.append(place_after(folder / PICTURE, check))
         with replacing(written[-1]) as partial:
             picture.save(partial, format='PNG', pnginfo=about)
     except OSError as error:
