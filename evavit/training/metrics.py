@@ -312,10 +312,15 @@ def _end_last_line(path: Path) -> bool:
 
 def train_points(folder: Path, update: int) -> List[Tuple[str, float, float]]:
     """(name, value, time) of the scalars of training that a run's newest event file with that update has."""
+    from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     for path in sorted(filter(Path.is_file, folder.glob('events.out.tfevents.*')), reverse=True):
-        events = (event for event in LegacyEventFileLoader(str(path)).Load() if event.step == update)
+        try:
+            events = [event for event in LegacyEventFileLoader(str(path)).Load() if event.step == update]
+        except DecodeError:  # a record whose checksum is right, and which is no event
+            log.warning(f'warning: {path} holds what is no curve of TensorBoard; it is left out')
+            continue
         found = [(value.tag, value.simple_value, event.wall_time) for event in events for value in event.summary.value]
         points = [point for point in found if point[0].startswith('train/')]
         if points:
