@@ -15,7 +15,7 @@ import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Callable, Iterator, Optional, Sequence, TextIO, Union
+from typing import IO, Callable, Iterator, Optional, Pattern, Sequence, TextIO, Union
 
 from evavit.errors import UserError, reason_of
 
@@ -159,10 +159,10 @@ def holds(path: Union[str, Path], place: int, mark: bytes) -> bool:
     return False
 
 
-def remove_marked(folder: Path, place: int, mark: bytes) -> None:
-    """Remove the files of a folder that have these bytes at this place, see `holds`."""
+def remove_marked(folder: Path, name: Pattern[str], place: int, mark: bytes) -> None:
+    """Remove the files of a folder that are called so and have these bytes at this place, see `holds`."""
     for path in sorted(folder.iterdir()):
-        if holds(path, place, mark):
+        if name.fullmatch(path.name) and holds(path, place, mark):
             path.unlink()
 
 
