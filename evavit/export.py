@@ -221,6 +221,22 @@ def to_onnx(
         onnx.checker.check_model(str(partial), full_check=True)
 
 
+def rename_exported(path: Path, name: str) -> None:
+    """Give another name to a file that `to_onnx` or `to_package` wrote, and to the file of its large weights."""
+    data = path.with_name(f'{path.name}.data')
+    if data.exists():
+        import onnx
+
+        file = onnx.load(str(path), load_external_data=False)
+        for tensor in file.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == 'location':
+                    entry.value = f'{name}.data'
+        onnx.save(file, str(path))
+        data.rename(path.with_name(f'{name}.data'))
+    path.rename(path.with_name(name))
+
+
 def _read_onnx(path: Path) -> Any:
     """An ONNX file without weights of other files. ValueError, one line, where it is none; OSError of the system's."""
     import onnx

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -14,7 +15,7 @@ import zipfile
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Iterator, Optional, Sequence, TextIO, Union
+from typing import IO, Callable, Iterator, Optional, Pattern, Sequence, TextIO, Union
 
 from evavit.errors import UserError, reason_of
 
@@ -27,6 +28,7 @@ __all__ = [
     'new_folder',
     'open_own',
     'open_regular',
+    'place_after',
     'remove_marked',
     'replacing',
     'replacing_in',
@@ -37,6 +39,8 @@ __all__ = [
     'unpack',
     'why_no_file',
 ]
+
+log = logging.getLogger(__name__)
 
 RUN_WEIGHTS = ('model_best.safetensors', 'last.safetensors')  # of a run's folder, the best first
 WEIGHTS = (*RUN_WEIGHTS, 'model.safetensors')  # as runs and save_folder call them
@@ -155,10 +159,10 @@ def holds(path: Union[str, Path], place: int, mark: bytes) -> bool:
     return False
 
 
-def remove_marked(folder: Path, place: int, mark: bytes) -> None:
-    """Remove the files of a folder that have these bytes at this place, see `holds`."""
+def remove_marked(folder: Path, name: Pattern[str], place: int, mark: bytes) -> None:
+    """Remove the files of a folder that are called so and have these bytes at this place, see `holds`."""
     for path in sorted(folder.iterdir()):
-        if holds(path, place, mark):
+        if name.fullmatch(path.name) and holds(path, place, mark):
             path.unlink()
 
 
@@ -256,6 +260,25 @@ def _second_name(path: Path, other: Path) -> Optional[Path]:
         os.link(path, other, follow_symlinks=False)
     except (NotImplementedError, OSError):  # a file system without hard links
         shutil.copy2(path, other, follow_symlinks=False)
+    return other
+
+
+def place_after(path: Path, check: Callable[[Path], None]) -> Path:
+    """Where a file goes after the work: `path`; or, where `check` refuses that with a UserError by now, the first of
+    NAME-1, NAME-2, … that nobody has. The log says so."""
+
+    def refused(place: Path) -> bool:
+        try:
+            check(place)
+        except UserError:
+            return True
+        return False
+
+    if not refused(path):
+        return path
+    others = (path.with_name(f'{path.stem}-{number}{path.suffix}') for number in itertools.count(1))
+    other = next(other for other in others if not os.path.lexists(other) and not refused(other))
+    log.warning(f'warning: another file is called {path} meanwhile; the results are in {other}')
     return other
 
 

@@ -3,7 +3,8 @@
 
 --input is a folder, whose checkpoints are ranked by the metric that train.py stored in them. The best -n are averaged
 in float64; without metrics, or with --no-sort, all of them. Or it is one file, whose weights are kept: optimizer,
-settings and position go, and the average stays where there is one. The flags are those of timm's script of this name.
+settings and position go, and the average stays where there is one. Files of the same content count once.
+The flags are those of timm's script of this name.
 --hash puts the first eight digits of the file's SHA-256 before its ending, which timm and torch.hub check.
 """
 
@@ -47,6 +48,7 @@ def main(argv=None):
         raise UserError(f'--output {output} exists already; choose another name')
     if args.n < 1:
         raise UserError(f'-n {args.n}: must be at least 1')
+    paths = distinct(paths)
     if len(paths) > 1 and not args.no_sort:
         metrics = {path: stored_metric(path) for path in paths}
         if None not in metrics.values():
@@ -66,6 +68,19 @@ def main(argv=None):
     what = f'mean of {", ".join(path.name for path in paths)}' if len(paths) > 1 else f'weights of {paths[0].name}'
     count = sum(value.numel() for value in weights.values())
     print(printable(f'{output}: {what}, {count / 1e6:.2f} M numbers'))
+
+
+def distinct(paths):
+    """Each content once: a run's last, best and previous checkpoints are often those of an epoch by another name."""
+    first = {}
+    for path in paths:
+        try:
+            digest = hashlib.sha256(path.read_bytes()).digest()
+        except OSError as error:
+            raise UserError(f'{path}: cannot be read ({reason_of(error)})') from error
+        if first.setdefault(digest, path) != path:
+            print(printable(f'{path.name} holds the same as {first[digest].name}, and is left out'))
+    return list(first.values())
 
 
 def check_classes(paths):

@@ -19,7 +19,7 @@ import timm
 import torch
 
 from evavit.errors import UserError, reason_of
-from evavit.files import open_regular, replacing
+from evavit.files import open_regular, place_after, replacing
 from evavit.version import __version__
 
 __all__ = [
@@ -222,16 +222,10 @@ def check_replaced(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -
 def place_of(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -> Path:
     """Where a table goes after the work: `path`; or, where a file of others has that name meanwhile, the first of
     NAME-1, NAME-2, … that nobody has. The log says what becomes of a file that is there."""
-    try:
-        check_replaced(path, is_own)
-    except UserError:
-        others = (path.with_name(f'{path.stem}-{number}{path.suffix}') for number in itertools.count(1))
-        other = next(other for other in others if not os.path.lexists(other))
-        log.warning(f'warning: another file is called {path} meanwhile; the results are in {other}')
-        return other
-    if path.exists():
+    place = place_after(path, lambda place: check_replaced(place, is_own))
+    if place.exists():
         log.info(f'{path}: written anew')
-    return path
+    return place
 
 
 def _table_of(file: IO[bytes], suffix: str) -> Tuple[List[str], List[Row]]:

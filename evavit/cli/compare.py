@@ -25,7 +25,7 @@ import torch
 
 from evavit.arguments import NUMBER, Parser, find_device
 from evavit.bench.compare import compare_all, open_picture
-from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, write_rows
+from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, store_rows
 from evavit.cli.benchmark import positive
 from evavit.errors import UserError
 from evavit.layers import ATTENTIONS
@@ -91,7 +91,12 @@ def parse(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, tor
     add('--seed', type=seed, default=0, help='of the random projections and layers (default: 0)')
     add('--repeats', type=positive, default=10, help='calls of which the median is taken (default: 10)')
     add('--warmup', type=positive, default=2, help='calls before them (default: 2)')
-    add('--results-file', type=Path, metavar='FILE', help='CSV to write the rows to, with device, versions and commit')
+    add(
+        '--results-file',
+        type=Path,
+        metavar='FILE',
+        help='CSV to put the rows into, with device, versions and commit; those of the same comparison are replaced',
+    )
     args = parser.parse_args(argv)
     device = find_device(args.device)
     check_backend()
@@ -128,4 +133,5 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         rows.append(row)
     if args.results_file:
         shared = {name: getattr(args, name) for name in SHARED} | dict(image=args.image or 'china.jpg') | origin(device)
-        write_rows(args.results_file, [row | shared for row in rows], [*COLUMNS, *SHARED, *ORIGIN])
+        key = ['tokens', 'attention', *SHARED, 'device']
+        store_rows(args.results_file, [row | shared for row in rows], [*COLUMNS, *SHARED, *ORIGIN], key)

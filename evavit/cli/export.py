@@ -21,7 +21,7 @@ from torch import nn
 
 from evavit import export as exporting
 from evavit.errors import UserError, reason_of
-from evavit.files import open_regular
+from evavit.files import open_regular, place_after, replacing_in
 from evavit.training import build, checks, contents
 from evavit.training.config import ExportConfig, parse_settings
 from evavit.training.distributed import start_process
@@ -57,7 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         )
     model = exporting.lower_precision(model.eval(), config.export.precision).to(process.device)
 
-    write(model, output, data_config, class_names, config)
+    output = write(model, output, data_config, class_names, config)
     log.info(
         f'{output}: {config.model.model}, {output.stat().st_size / 2**20:.1f} MiB, images '
         f'{"×".join(map(str, data_config["input_size"]))} in {config.export.precision}, any batch'
@@ -87,6 +87,11 @@ def check_settings(config: ExportConfig, output: Path) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'{" and ".join(missing)} not installed: pip install {" ".join(missing)}')
+    check_place(output)
+
+
+def check_place(output: Path) -> None:
+    """UserError where the output, or the file of its large weights, would take another file's place."""
     check_output(output)
     check_output_data(output)
 
@@ -132,25 +137,32 @@ def is_package(file: IO[bytes]) -> bool:
 
 def write(
     model: nn.Module, output: Path, data_config: Dict[str, Any], class_names: Optional[List[str]], config: ExportConfig
-) -> None:
+) -> Path:
+    """Write the file. Returns its name, which is another where a file of others has that of `output` by now."""
     input_size = data_config['input_size']
     try:
-        if output.suffix == '.pt2':
-            exporting.to_package(model, output, input_size)
-        else:
-            keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-            about = {key: json.dumps(data_config[key]) for key in keys}
-            about |= dict(model=str(config.model.model), class_names=json.dumps(class_names))
-            exporting.to_onnx(
-                model,
-                output,
-                input_size,
-                config.export.opset,
-                config.export.keep_init,
-                config.export.dynamic_size,
-                about,
-                config.export.verbose,
-            )
+        with replacing_in(output.parent) as folder:
+            made = folder / output.name
+            if output.suffix == '.pt2':
+                exporting.to_package(model, made, input_size)
+            else:
+                keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+                about = {key: json.dumps(data_config[key]) for key in keys}
+                about |= dict(model=str(config.model.model), class_names=json.dumps(class_names))
+                exporting.to_onnx(
+                    model,
+                    made,
+                    input_size,
+                    config.export.opset,
+                    config.export.keep_init,
+                    config.export.dynamic_size,
+                    about,
+                    config.export.verbose,
+                )
+            place = place_after(output, check_place)
+            if place != output:
+                exporting.rename_exported(made, place.name)
+            return place
     except Exception as error:  # exporters and compilers have errors of every kind
         if config.export.verbose:
             raise

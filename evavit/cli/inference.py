@@ -37,6 +37,8 @@ from evavit.training.stalls import Watchdog
 
 log = logging.getLogger('evavit.inference')
 
+PICTURE = re.compile('[0-9]{6,}_.*\\.png', re.DOTALL)  # of attention: a file's name as `AttentionPictures` gives it
+
 ENDINGS = {'csv': '.csv', 'json': '.json', 'json-records': '.json', 'json-split': '.json', 'parquet': '.parquet'}
 DECIMALS = 6  # of the outputs
 MAPS_AT_ONCE = 8  # images whose attention is in memory together
@@ -381,7 +383,7 @@ class AttentionPictures:
         """Put the pictures and the tables into the place of those of earlier runs. Wherever this is stopped, no table
         stands beside pictures of another run."""
         with self._told():
-            remove_marked(self.folder, *MARK)
+            remove_marked(self.folder, PICTURE, *MARK)
         tables = write_tables()
         with self._told():
             stack.close()

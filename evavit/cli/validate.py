@@ -107,8 +107,8 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     if config.run.report_dir:
         known = class_names or []
         names = [*map(encodable, known), *map(str, range(len(known), classes))]
-        report.write_report(Path(config.run.report_dir), predictions, names)
-        log.info(f'classes.csv, confusion.csv, confusion.png and calibration.csv are in {config.run.report_dir}')
+        files = report.write_report(Path(config.run.report_dir), predictions, names, check_report_file)
+        log.info(f'{", ".join(files[:-1])} and {files[-1]} are in {config.run.report_dir}')
     if config.run.results_file:
         row = result_row(config, metrics, images, parameters, data_config, digest)
         write_results(Path(config.run.results_file), {**row, **more})
@@ -173,24 +173,26 @@ def check_settings(config: ValidateConfig) -> None:
     if results:
         check_replaced(Path(results), _is_own)
     if config.run.report_dir:
-        check_report_dir(Path(config.run.report_dir))
+        for name in (*report.TABLES, report.PICTURE):
+            check_report_file(Path(config.run.report_dir, name))
         if results and Path(results).resolve() in [
             Path(config.run.report_dir, name).resolve() for name in report.TABLES
         ]:
             raise UserError(f'--results-file {results}: a table of the report has that name; name another file')
 
 
-def check_report_dir(folder: Path) -> None:
-    """UserError where a file of the report's names is there that no report wrote."""
-    for name, first in report.TABLES.items():
-        check_replaced(folder / name, lambda names, rows: report.is_own_table(first, names, rows))  # noqa: B023
-    picture = folder / report.PICTURE
+def check_report_file(path: Path) -> None:
+    """UserError where a file of this name, one of a report's, is there that no report wrote."""
+    if path.suffix == '.csv':
+        first = next(first for name, first in report.TABLES.items() if path.name.startswith(Path(name).stem))
+        check_replaced(path, lambda names, rows: report.is_own_table(first, names, rows))
+        return
     try:
-        own = not os.path.lexists(picture) or report.is_own_picture(picture)
+        own = not os.path.lexists(path) or report.is_own_picture(path)
     except OSError as error:
-        raise UserError(f'{picture}: cannot be read ({reason_of(error)}); name another folder') from error
+        raise UserError(f'{path}: cannot be read ({reason_of(error)}); name another folder') from error
     if not own:
-        raise UserError(f'{picture} is there, and is no picture of a report; name another folder')
+        raise UserError(f'{path} is there, and is no picture of a report; name another folder')
 
 
 def _is_own(names: List[str], rows: List[Dict[str, Any]]) -> bool:

@@ -178,6 +178,8 @@ class MetricsWriter:
             columns, rows = reader.fieldnames or ['epoch', 'train_loss'], list(reader)
         if columns[0] != 'epoch' or 'train_loss' not in columns:
             raise ValueError('other columns')
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError('a row of more or fewer cells than columns')
         if not all(float(row['epoch']).is_integer() for row in rows):
             raise ValueError('an epoch that is no whole number')
         if not epoch and len(rows) > 1:  # one is what a kill before the first checkpoint leaves
@@ -211,6 +213,11 @@ class MetricsWriter:
         with saving(self.summary) as partial:
             if self.summary.exists():
                 shutil.copy(self.summary, partial)
+                if _end_last_line(partial):
+                    log.warning(
+                        f'warning: {self.summary}: its last line had no end, which is added; if the file was cut, the '
+                        f'number there may be, too'
+                    )
             change(str(partial))
 
     def scalar(self, update: int, name: str, value: float) -> None:
@@ -292,12 +299,28 @@ class MetricsWriter:
         return np.asarray(sheet).transpose(2, 0, 1)
 
 
+def _end_last_line(path: Path) -> bool:
+    """Add the last line's end where an editor has left it out, since rows are appended. Returns whether all of it was
+    missing."""
+    content = path.read_bytes()
+    half = content.endswith(b'\r')
+    if not content or content.endswith(b'\n'):
+        return False
+    path.write_bytes(content + (b'\n' if half else b'\r\n'))
+    return not half
+
+
 def train_points(folder: Path, update: int) -> List[Tuple[str, float, float]]:
     """(name, value, time) of the scalars of training that a run's newest event file with that update has."""
+    from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     for path in sorted(filter(Path.is_file, folder.glob('events.out.tfevents.*')), reverse=True):
-        events = (event for event in LegacyEventFileLoader(str(path)).Load() if event.step == update)
+        try:
+            events = [event for event in LegacyEventFileLoader(str(path)).Load() if event.step == update]
+        except DecodeError:  # a record whose checksum is right, and which is no event
+            log.warning(f'warning: {path} holds what is no curve of TensorBoard; it is left out')
+            continue
         found = [(value.tag, value.simple_value, event.wall_time) for event in events for value in event.summary.value]
         points = [point for point in found if point[0].startswith('train/')]
         if points:

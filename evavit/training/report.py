@@ -6,7 +6,7 @@ for them. `tests/training/test_report.py` compares with scikit-learn.
 
 import csv
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from timm.task import ClassificationEvaluator
 
 from evavit.errors import UserError, printable, reason_of
-from evavit.files import open_regular, replacing
+from evavit.files import open_regular, place_after, replacing
 from evavit.training.distributed import Process
 
 BINS = 15  # of the probability in the calibration error, as in Guo et al., 2017 (arXiv:1706.04599)
@@ -168,13 +168,19 @@ def is_own_table(first: List[str], names: List[str], rows: Sequence[Mapping[str,
     return names == first and [row['label'] for row in rows] == [*map(str, range(len(rows)))]
 
 
-def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -> None:
+def write_report(
+    folder: Path, predictions: Predictions, names: Sequence[str], check: Callable[[Path], None]
+) -> List[str]:
     """Write classes.csv, confusion.csv, confusion.png and calibration.csv; shares are in percent, undefined ones empty.
 
     Args:
         folder: Made where it is missing.
         predictions: Of all images.
         names: Of the classes, by label.
+        check: Raises UserError for a name that a file of others has.
+
+    Returns:
+        The files' names, which are others where files of others have these by now, see `place_after`.
 
     Raises:
         UserError: It cannot be written.
@@ -195,14 +201,19 @@ def write_report(folder: Path, predictions: Predictions, names: Sequence[str]) -
         folder.mkdir(parents=True, exist_ok=True)
         of_names: Sequence[Sequence[str]] = ([], names, [])
         rows = (by_class, zip(names, *matrix.T, strict=True), bins)
+        written = []
         for (name, header), more, lines in zip(TABLES.items(), of_names, rows, strict=True):
-            _write_csv(folder / name, [[*header, *more], *lines])
+            written.append(place_after(folder / name, check))
+            _write_csv(written[-1], [[*header, *more], *lines])
         about = PngInfo()
         about.add_text(*MARK)
-        with replacing(folder / PICTURE) as partial:
-            draw_confusion(matrix, names).save(partial, format='PNG', pnginfo=about)
+        picture = draw_confusion(matrix, names)
+        written.append(place_after(folder / PICTURE, check))
+        with replacing(written[-1]) as partial:
+            picture.save(partial, format='PNG', pnginfo=about)
     except OSError as error:
         raise UserError(f'--report-dir {folder}: cannot be written ({reason_of(error)})') from error
+    return [path.name for path in written]
 
 
 def _percent(value: float) -> str:

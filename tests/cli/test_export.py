@@ -434,6 +434,29 @@ def test_a_failed_export_leaves_the_model_that_was_there(call, tmp_path, monkeyp
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ['model.onnx']
 
 
+@needs_onnx
+@pytest.mark.parametrize('taken', ['m.onnx', 'm.onnx.data'])
+def test_an_output_s_name_that_somebody_took_meanwhile_stays(call, tmp_path, monkeypatch, taken):
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    def export(model, file, *args, **kwargs):  # y = x + weight, with the weight in a file of its own
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ('input0', 'y')]
+        weight = numpy_helper.from_array(torch.arange(4.0).numpy(), 'weight')
+        graph = helper.make_graph([helper.make_node('Add', ['input0', 'weight'], ['y'])], 'g', *([it] for it in values))
+        graph.initializer.append(weight)
+        made = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid('', 18)])
+        onnx.save(made, file, save_as_external_data=True, location=f'{Path(file).name}.data', size_threshold=0)
+        (tmp_path / taken).write_text('mine')
+
+    monkeypatch.setattr(exporting, 'onnx_export', export)
+    code, out, err = call('export', tmp_path / 'm.onnx', *MODEL, '--num-classes', '3')
+    assert code == 0 and f'the results are in {tmp_path / "m-1.onnx"}' in out + err, out + err
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([taken, 'm-1.onnx', 'm-1.onnx.data'])
+    assert (tmp_path / taken).read_text() == 'mine'
+    assert exporting.load_exported(tmp_path / 'm-1.onnx')(torch.ones(4)).tolist() == [1, 2, 3, 4]
+
+
 def test_a_failed_package_leaves_the_one_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / 'model.pt2'
     path.write_text('the package before')

@@ -796,15 +796,16 @@ def test_a_picture_of_attention_takes_the_place_of_its_own_alone(call, hub, tmp_
 
 
 def test_pictures_of_attention_of_an_earlier_run_go(call, hub, tmp_path):
-    """Its own, once the table is there; a user's file beside them stays."""
+    """Its own, once the table is there; a user's file beside them stays, a copy of one of them too."""
     folder = tmp_path / 'results.csv.attention'
     assert attention_of(call, hub, tmp_path, 'a.png') == (0, '')
     (folder / 'notes.txt').write_text('mine')
     Image.new('RGB', (8, 8)).save(folder / '000007_mine.png')
     first = (folder / '000000_a.png.png').read_bytes()
+    (folder / 'favourite.png').write_bytes(first)
     for picture in ('a.png', 'b.png'):
         assert attention_of(call, hub, tmp_path, picture) == (0, '')
-        assert sorted(os.listdir(folder)) == [f'000000_{picture}.png', '000007_mine.png', 'notes.txt']
+        assert sorted(os.listdir(folder)) == [f'000000_{picture}.png', '000007_mine.png', 'favourite.png', 'notes.txt']
         assert (folder / f'000000_{picture}.png').read_bytes() != first  # of a new picture
 
 

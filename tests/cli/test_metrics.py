@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from runs import CLASSES, MODEL, QUICK, scalars
 
 import evavit
 from evavit.layers import EvaAttention
-from evavit.training.metrics import Samples, attention_health
+from evavit.training.metrics import Samples, attention_health, train_points
 from evavit.training.sections import MachineConfig
 
 
@@ -137,3 +138,16 @@ def test_the_log_says_how_long_it_still_takes(call, images, tmp_path):
     assert code == 0
     lines = re.findall(r'epoch (\d) (\d)/6  loss [\d.]+ .*  data +\d+ %  (\d+):(\d\d):(\d\d) left', out)
     assert len(lines) == 12 and lines[-1][2:] == ('0', '00', '00')
+
+
+@pytest.mark.parametrize('content', [b'\xff\xfe\xfd garbage', b'\x2a\x06\x0a\x04\x0a\x02\xff\xfe'])  # a tag of no text
+def test_a_record_that_is_no_event_does_not_stop_a_resume(tmp_path, content):
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar('train/loss', 0.5, 3, walltime=7)
+    size = struct.pack('<Q', len(content))
+    record = [size, struct.pack('<I', masked_crc32c(size)), content, struct.pack('<I', masked_crc32c(content))]
+    (tmp_path / 'events.out.tfevents.9999999999.x.1.0').write_bytes(b''.join(record))
+    assert train_points(tmp_path, 3) == [('train/loss', 0.5, 7)]

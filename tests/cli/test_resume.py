@@ -315,6 +315,22 @@ def test_a_summary_that_is_none_is_kept_aside(train):
         assert [row['epoch'] for row in rows(folder)] == [str(number + 2)]
 
 
+def test_a_summary_that_was_cut_loses_no_row(train):
+    """Where the last newline alone is missing, it is added; a file that lacks more is kept aside."""
+    folder = train('run', '--epochs', '1')
+    summary = folder / 'summary.csv'
+    (first,) = rows(folder)
+    for epochs, lost in enumerate((2, 1), 2):
+        summary.write_bytes(summary.read_bytes()[:-lost])
+        train('run', '--epochs', str(epochs), '--resume', 'auto')
+        assert (folder / 'train.log').read_text().count('its last line had no end') == 1  # not where half of it is
+        assert rows(folder)[0] == first and [row['epoch'] for row in rows(folder)] == [*map(str, range(epochs))]
+    short = summary.read_bytes().rstrip().rpartition(b',')[0]
+    summary.write_bytes(short)
+    train('run', '--epochs', '4', '--resume', 'auto')
+    assert (folder / 'summary.csv.damaged').read_bytes() == short and [row['epoch'] for row in rows(folder)] == ['3']
+
+
 @pytest.mark.parametrize(
     'content', ['patient,score\n1,0.5\n2,0.7\n', 'epoch,train_loss\n0,2\n1,1\n', 'epoch,train_loss\n0,2\n']
 )

@@ -67,6 +67,19 @@ def test_average(run, tmp_path, capsys):
         assert word in line and '\n' not in line
 
 
+def test_an_epoch_of_several_names_counts_once(run, tmp_path, capsys):
+    """Links and copies of it: last, best and previous."""
+    one, all_names = tmp_path / 'one.safetensors', tmp_path / 'all.safetensors'
+    assert tool('avg_checkpoints')('--input', run, '--output', one) == 0
+    capsys.readouterr()
+    assert tool('avg_checkpoints')('--input', run, '--output', all_names, '--filter', '*.pth.tar') == 0
+    out = capsys.readouterr().out
+    assert 'last.pth.tar holds the same as checkpoint-1.pth.tar, and is left out' in out and out.count('left out') > 1
+    expected = weights(one)
+    for name, value in weights(all_names).items():
+        torch.testing.assert_close(value, expected[name])
+
+
 def test_the_best_by_loss_has_the_smallest(tmp_path, capsys):
     for number, metric in enumerate((0.5, 0.2, 0.9)):
         about = dict(args=argparse.Namespace(model='x', eval_metric='loss'), metric=metric, epoch=number)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evavit.cli.validate import check_report_file
 from evavit.errors import UserError
 from evavit.training import report
 from evavit.training.distributed import Process
@@ -79,7 +80,7 @@ def test_the_evaluator_keeps_what_it_saw():
 
 def test_files(predictions, tmp_path):
     names = [f'class {label}' for label in range(CLASSES)]
-    report.write_report(tmp_path / 'deep' / 'report', predictions, names)
+    report.write_report(tmp_path / 'deep' / 'report', predictions, names, check_report_file)
     with open(tmp_path / 'deep' / 'report' / 'classes.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert [row['class'] for row in rows] == names and sum(int(row['images']) for row in rows) == 200
@@ -101,14 +102,28 @@ def test_files(predictions, tmp_path):
         assert picture.size[1] > CLASSES * 40
     (tmp_path / 'file').touch()
     with pytest.raises(UserError, match=r'--report-dir .*file: cannot be written'):
-        report.write_report(tmp_path / 'file', predictions, names)
+        report.write_report(tmp_path / 'file', predictions, names, check_report_file)
     with pytest.raises(UserError, match=r'21,841 classes, above 5,000'):
         report.check_report('here', 21_841)
 
 
+def test_a_report_s_name_that_somebody_took_meanwhile_stays(predictions, tmp_path, caplog):
+    """An earlier report's files are written anew."""
+    names, tables = list(map(str, range(CLASSES))), [*report.TABLES, report.PICTURE]
+    assert [report.write_report(tmp_path, predictions, names, check_report_file) for _ in range(2)] == [tables, tables]
+    (tmp_path / 'classes.csv').write_text('mine')
+    (tmp_path / 'confusion.png').write_text('mine')
+    caplog.clear()
+    written = report.write_report(tmp_path, predictions, names, check_report_file)
+    assert written == ['classes-1.csv', 'confusion.csv', 'calibration.csv', 'confusion-1.png']
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({*tables, *written})
+    assert (tmp_path / 'classes.csv').read_text() == (tmp_path / 'confusion.png').read_text() == 'mine'
+    assert [f'the results are in {tmp_path / name}' in caplog.text for name in written] == [True, False, False, True]
+
+
 def test_names_of_classes_are_drawn_on_one_line(predictions, tmp_path):
     names = ['a\nb', '\x1b[31mred', *'cdefghijklm'][:CLASSES]
-    report.write_report(tmp_path, predictions, names)
+    report.write_report(tmp_path, predictions, names, check_report_file)
     assert (tmp_path / 'confusion.png').exists()
 
 

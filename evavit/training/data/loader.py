@@ -163,7 +163,8 @@ def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]
     for key in ('mean', 'std'):
         if given[key] is not None and len(given[key]) not in (1, channels):
             raise UserError(
-                f'{key} {given[key]} has {len(given[key])} numbers for images of {channels} channels; give one for each'
+                f'{key} {given[key]} has {len(given[key])} numbers for images of {channels} channels; give one for '
+                f'each, or one for all'
             )
     resolved = resolve_data_config(given, model=model)
     height, width = resolved['input_size'][-2:]
