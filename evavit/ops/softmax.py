@@ -20,8 +20,8 @@ def softmax_attention(
         v: Values, in q's dtype.
         scale: Factor of the logits.
         dropout_p: Probability to drop a weight.
-        fused: Take `scaled_dot_product_attention`, which has first derivatives of reverse mode alone, unless a transform
-            of torch.func or forward-mode differentiation is at work. False for products, which have all derivatives.
+        fused: Take `scaled_dot_product_attention`, which has first derivatives of reverse mode alone, unless a
+            transform of torch.func or forward-mode differentiation is at work. False for products, which have all.
     """
     if not torch.jit.is_scripting():
         fused = fused and not is_transforming() and not is_forward_mode()
