@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from timm.layers import to_2tuple
-from timm.models import get_model_input_config, resolve_model_input_args
+from timm.models import get_model_args, get_model_input_config, resolve_model_input_args
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import (
     HF_SAFE_WEIGHTS_NAME,
@@ -151,6 +151,14 @@ def _check_remade(model: torch.nn.Module) -> None:
             f'{type(model).__name__} has no pretrained_cfg, which says how to make it again; make it with '
             f'timm.create_model'
         )
+    for name, value in get_model_args(model).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f'{name} {shown(value)}: config.json cannot hold this argument of the model; make it with a '
+                f"name that timm knows, as act_layer='relu' or norm_layer='layernorm', and load the weights into it"
+            ) from error
     with tempfile.TemporaryDirectory() as folder, torch.device('meta'):
         save_config_for_hf(model, str(Path(folder) / 'config.json'))
         _without_num_classes(Path(folder) / 'config.json')

@@ -30,6 +30,7 @@ from evavit.bench.clocks import median_seconds, peak_bytes
 from evavit.cli.inference import choose_weights, class_namer
 from evavit.errors import UserError, first_line, printable, run_script
 from evavit.layers import GridAttention
+from evavit.layers.reformer import ReformerAttention
 from evavit.layers.softmax import SoftmaxAttention
 from evavit.models import ConvertedModel
 from evavit.training import build, checks, contents, data
@@ -233,6 +234,11 @@ def with_softmax(model: nn.Module) -> nn.Module:
                     proj_bias=attn.proj.bias is not None,
                 ).to(attn.qkv.weight)
                 state = attn.state_dict()
+                if isinstance(attn, ReformerAttention):  # its queries, at length 1, are the keys of logits q·k
+                    for part in {'qkv.weight', 'qkv.bias'} & state.keys():
+                        q, v = state[part].chunk(2)
+                        state[part] = torch.cat([q, q, v])
+                    softmax.qk_norm, softmax.k_norm = True, nn.RMSNorm(attn.head_dim, elementwise_affine=False)
                 softmax.load_state_dict({key: state[key] for key in softmax.state_dict()})
                 setattr(holder, name, softmax.eval())
     return twin

@@ -103,26 +103,33 @@ def test_a_model_that_gives_no_maps_is_refused():
             DetectionBackbone(model)
 
 
+@pytest.mark.parametrize('maps', [dict(features_only=True, out_indices=(0, 1)), {}], ids=['maps', 'whole'])
 @pytest.mark.parametrize('name, kwargs', [('eva_pvt_v2_b3', PYRAMID), ('eva_deit_tiny', PLAIN)])
-def test_a_run_says_how_images_of_its_maps_are_prepared(tmp_path, name, kwargs):
-    """What a detector or decoder normalises by: the run's own, unless the overlay says otherwise."""
+def test_a_run_says_how_images_of_its_model_are_prepared(tmp_path, name, kwargs, maps):
+    """What a detector, decoder or classifier normalises by: the run's own, unless the overlay says otherwise.
+    segmentation_models.pytorch makes its plain encoders without features_only."""
+    file = tmp_path / 'last.safetensors'
 
-    def made(**overlay):
-        overlay = dict(file=str(tmp_path / 'last.safetensors'), **overlay)
-        return timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **maps)
+    def data(**overlay):
+        model = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file), **overlay), **kwargs, **maps
+        )
+        return timm.data.resolve_data_config(model=model)
 
-    maps, weights = dict(kwargs, out_indices=(0, 1)), timm.create_model(name, **kwargs).state_dict()
-    args = dict(model=name, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], crop_pct=None)
-    write_weights(weights, tmp_path / 'last.safetensors', dict(args=json.dumps(args)))
-    data = timm.data.resolve_data_config(model=made())
-    assert data['mean'] == [0.1, 0.2, 0.3] and data['std'] == [0.5, 0.6, 0.7]
-    data = timm.data.resolve_data_config(model=made(mean=(0.4, 0.4, 0.4)))
-    assert data['mean'] == (0.4, 0.4, 0.4) and data['std'] == [0.5, 0.6, 0.7]
-    write_weights(weights, tmp_path / 'last.safetensors', dict(args=json.dumps({**args, 'mean': 'x'})))
+    weights = timm.create_model(name, **kwargs).state_dict()
+    args = dict(model=name, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], interpolation='bilinear', crop_pct=None)
+    write_weights(weights, file, dict(args=json.dumps(args)))
+    found = data()
+    assert found['mean'] == [0.1, 0.2, 0.3] and found['std'] == [0.5, 0.6, 0.7]
+    assert found['interpolation'] == 'bilinear' and found['crop_pct'] == 0.875
+    found = data(mean=(0.4, 0.4, 0.4))
+    assert found['mean'] == (0.4, 0.4, 0.4) and found['std'] == [0.5, 0.6, 0.7]
+    write_weights(weights, file, dict(args=json.dumps({**args, 'mean': 'x'})))
     with pytest.raises(ValueError, match=r"last.safetensors: its settings are damaged .mean 'x'"):
-        made()
-    write_weights(weights, tmp_path / 'last.safetensors')
-    assert timm.data.resolve_data_config(model=made())['mean'] == timm.data.IMAGENET_DEFAULT_MEAN
+        data()
+    for others in ({}, dict(args='--mean 0.1'), dict(args='[1]'), dict(args='[' * 20000), dict(args='{"mean": "x"}')):
+        write_weights(weights, file, others)
+        assert data()['mean'] == timm.data.IMAGENET_DEFAULT_MEAN
 
 
 @pytest.mark.parametrize('height, width', [(33, 65), (97, 51), (224, 100), (64, 448)])

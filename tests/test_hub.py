@@ -422,6 +422,14 @@ def test_what_cannot_be_made_again_is_not_saved(tmp_path, change):
         assert '\n' not in str(caught.value) and not (tmp_path / 'mine').exists()
 
 
+def test_an_argument_that_is_no_name_is_not_saved(tmp_path):
+    model = small_vit(act_layer=torch.nn.ReLU)
+    with pytest.raises(ValueError, match=r"^act_layer <class.*: config\.json cannot hold .* as act_layer='relu'"):
+        save_folder(model, tmp_path / 'mine', data='x', licence='mit')
+    named = small_vit(act_layer='relu', norm_layer='layernorm')
+    save_folder(named, tmp_path / 'mine', data='x', licence='mit')
+
+
 def test_the_card_says_what_the_weights_are(tmp_path, monkeypatch):
     name, kwargs = PLAIN
     model = timm.create_model(name, **kwargs)

@@ -100,7 +100,9 @@ class ConvertedAttention(Derived, GridAttention):
         self.__dict__.update(_hooks(attn))
         self.num_kv_groups = getattr(given, 'num_kv_groups', 1)
         self.qk_norm = not (isinstance(given.q_norm, nn.Identity) and isinstance(given.k_norm, nn.Identity))
-        self.train(attn.training)
+        given_parts = set(attn.modules())  # each in a mode of its own, as a dropout or adapter that is switched off
+        for module in set(self.modules()) - given_parts:
+            module.training = attn.training
 
     def reset_parameters(self) -> None:
         """Initialise what either attention holds itself."""

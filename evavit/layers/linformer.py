@@ -3,15 +3,16 @@
 Paper: `Linformer: Self-Attention with Linear Complexity`, Wang et al., 2020 - https://arxiv.org/abs/2006.04768
 """
 
-from typing import Any, ClassVar, List, Sequence, Tuple
+from typing import Any, ClassVar, Final, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_module, use_fused_attn
 from torch import nn
 
 from evavit.ops.checks import check_grid, check_tokens, check_whole
 from evavit.ops.grid import static_size
+from evavit.ops.softmax import softmax_attention
 
 from .attention import GridAttention, check_flags, device_and_dtype
 
@@ -72,6 +73,7 @@ class LinformerAttention(GridAttention):
             two positive numbers; a dropout rate outside 0 to 1. In the forward pass: another grid than feat_size.
     """
 
+    fused_attn: Final[bool]
     fixed_grid: ClassVar[bool] = True
 
     def __init__(
@@ -89,6 +91,7 @@ class LinformerAttention(GridAttention):
         dd = device_and_dtype(kwargs)
         check_whole('projection_dim', projection_dim, 1)
         check_grid(list(feat_size))
+        self.fused_attn = use_fused_attn()  # PyTorch's own
         self.projection_dim = projection_dim
         self.feat_size: Tuple[int, int] = (feat_size[0], feat_size[1])
         self.project_k = TokenProjection(projection_dim, self.feat_size, **dd)
@@ -121,4 +124,4 @@ class LinformerAttention(GridAttention):
             )
         k = self.project_k(k)
         v = self.project_v(v) if self.project_v is not None else self.project_k(v)
-        return F.scaled_dot_product_attention(q.to(v.dtype), k, v, dropout_p=self.drop_rate())
+        return softmax_attention(q.to(v.dtype), k, v, self.head_dim**-0.5, self.drop_rate(), self.fused_attn)

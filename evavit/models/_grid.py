@@ -239,13 +239,13 @@ def build_grid_model(model: Type[nn.Module], name: str, pretrained: bool, **kwar
     Args:
         model: The class.
         name: Of the model, a key of the family's `default_cfgs`.
-        pretrained: Load the file of `pretrained_cfg_overlay=dict(file=…)`. With features_only=True `pretrained_cfg`
-            then has mean and std of the run that wrote it, for the detector or decoder behind the maps.
+        pretrained: Load the file of `pretrained_cfg_overlay=dict(file=…)`. `pretrained_cfg` then has mean, std,
+            interpolation and crop_pct of the run that wrote it, unless the overlay has its own.
         **kwargs: `feature_cfg` and arguments of the class.
     """
     overlay = kwargs.get('pretrained_cfg_overlay')
     with readable(overlay, kwargs.get('pretrained_cfg') if pretrained else None):
-        if pretrained and overlay and kwargs.get('features_only'):
+        if pretrained and overlay:
             kwargs['pretrained_cfg_overlay'] = as_trained(overlay)
         made = build_model_with_cfg(model, name, pretrained, pretrained_filter_fn=pretrained_filter, **kwargs)
         warn_of_cut(made)

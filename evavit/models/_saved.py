@@ -69,11 +69,13 @@ def saved_preparation(args: Any) -> Dict[str, Any]:
 
 
 def as_trained(overlay: Mapping[str, Any]) -> Dict[str, Any]:
-    """A `pretrained_cfg_overlay` with how images were prepared by the run that wrote its file, if it does not say."""
-    file = overlay.get('file')
-    if not str(file).endswith('.safetensors') or not Path(str(file)).is_file():
+    """A `pretrained_cfg_overlay` with how images were prepared by the run of train.py that wrote its file, if it does
+    not say. ValueError where the run's settings are none by which images can be prepared."""
+    file = str(overlay.get('file'))
+    saved = _settings_of_run(file) if file.endswith('.safetensors') else {}
+    if not isinstance(saved.get('model'), str):  # no file, or one of others
         return dict(overlay)
     try:
-        return {**saved_preparation(saved_args(str(file))), **overlay}
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        return {**saved_preparation(saved), **overlay}
+    except ValueError as error:
         raise ValueError(f'{file}: its settings are damaged ({first_line(error)[:200]})') from error

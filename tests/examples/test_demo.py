@@ -18,6 +18,7 @@ import evavit
 from evavit.cli import inference
 from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
+from evavit.layers import ATTENTIONS
 
 NAMES = ['apple', 'pear', 'plum']
 CARD = dict(data='none', licence='cc0-1.0', label_names=NAMES)
@@ -146,6 +147,30 @@ def test_softmax_of_a_model_of_ours(example):
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_softmax_of_a_reformer(example):
+    """Where every pair of patches meets in a bucket, the two differ in a patch's weight for itself alone."""
+    model = timm.create_model(
+        'reformer_deit_tiny', img_size=16, patch_size=4, depth=2, num_classes=3, num_hashes=64
+    ).eval()
+    model.blocks[0].attn.qkv.weight.data.mul_(2)
+    twin = example.with_softmax(model)
+    x = torch.randn(1, 16, model.embed_dim)
+    ours, theirs = (each.blocks[0].attn.attention_rows(x, [4, 4]) for each in (model, twin))
+    theirs = theirs.masked_fill(torch.eye(16, dtype=torch.bool), 0)
+    theirs = theirs / theirs.sum(-1, keepdim=True)
+    assert theirs.std() > 0.02
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    images = torch.randn(1, 3, 16, 16)
+    assert len(evavit.attention_maps(twin, images)) == 2 and twin(images).isfinite().all()
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+def test_softmax_of_every_attention(example, attention):
+    kwargs = dict(img_size=16, patch_size=4, depth=1, embed_dim=32, num_heads=2, num_classes=3)
+    twin = example.with_softmax(timm.create_model(f'{attention}_deit_tiny', **kwargs).eval())
+    assert twin(torch.randn(1, 3, 16, 16)).isfinite().all()
 
 
 def test_bad_pictures_are_one_line(example, tmp_path):

@@ -39,6 +39,17 @@ def pair(case, prefix=2, **options):
     return attn, derive(ConvertedAttention, EvaAttention)(copy.deepcopy(attn), prefix, rel_pos_bias=False, **options)
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_parts_keep_their_modes(training):
+    """As a dropout or adapter that is switched off by itself."""
+    attn = Attention(16, num_heads=4, proj_drop=0.5).train(training)
+    attn.proj_drop.train(not training)
+    converted = derive(ConvertedAttention, EvaAttention)(attn, 0, window_size=2)
+    for found in (converted, revert_attention(converted)):
+        assert found.training is training and found.proj_drop.training is not training
+    assert {part.training for part in converted.modules() if part is not converted.proj_drop} == {training}
+
+
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('prefix', [0, 2])
 def test_a_window_over_the_grid_is_timms_attention(case, prefix):

@@ -63,6 +63,37 @@ def test_any_grid_in_training_and_evaluation(name, feat_size):
 
 
 @each_attention
+@pytest.mark.parametrize('fused', [True, False])
+def test_all_derivatives_are_there(name, fused):
+    """Forward mode and, with timm's switch off, second derivatives: with prefix tokens too."""
+    if name == 'softmax' and fused:
+        pytest.skip("PyTorch's fused attention has neither, in timm's ViTs as well")
+    prefix = 2 if ATTENTIONS[name].takes_prefix_tokens else 0
+    layer = randomise(make(name, FEAT_SIZE, **(dict(num_prefix_tokens=prefix) if prefix else {}))).double().eval()
+    if hasattr(layer, 'fused_attn'):
+        layer.fused_attn = fused
+    x = torch.randn(1, prefix + FEAT_SIZE[0] * FEAT_SIZE[1], 48, dtype=torch.float64, requires_grad=True)
+    direction, weights = torch.randn_like(x), torch.randn_like(x)
+
+    def loss(x):
+        return (weights * layer(x, FEAT_SIZE)).sum()
+
+    (gradient,) = torch.autograd.grad(loss(x), x, create_graph=not fused)
+    expected = (gradient * direction).sum()
+    torch.testing.assert_close(torch.func.jvp(loss, (x.detach(),), (direction,))[1], expected.detach())
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(torch.autograd.forward_ad.make_dual(x.detach(), direction))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected.detach())
+    if not fused:
+        (second,) = torch.autograd.grad(expected, x)
+        ahead, behind = (
+            torch.autograd.grad(loss(moved), moved)[0]
+            for moved in ((x.detach() + step * direction).requires_grad_() for step in (1e-5, -1e-5))
+        )
+        torch.testing.assert_close(second, (ahead - behind) / 2e-5, rtol=1e-3, atol=1e-4)
+
+
+@each_attention
 def test_another_number_of_tokens_than_the_grid_is_refused(name):
     if name == 'softmax':
         pytest.skip('softmax attention does not look at the grid')

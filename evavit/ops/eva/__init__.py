@@ -42,7 +42,7 @@ def _run_plain(tokens: Tuple[torch.Tensor, ...], options: EvaOptions) -> torch.T
     if takes_eva_cpu(tokens, options):
         return eva_cpu(tokens[0], options)
     q, k, v = tokens if len(tokens) == 3 else split_packed(tokens[0])
-    return eva_plain(q, k, v, options)
+    return eva_plain(q, k, v, options, fused=True)
 
 
 # `run(tokens, options)` of these takes (q, k, v), or one tensor with all three, and arguments that have been checked.
@@ -151,7 +151,7 @@ def eva_attention(
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
         if fused:
             return _run((q, k, v), options)
-    return eva_plain(q, k, v, options)
+    return eva_plain(q, k, v, options, fused)
 
 
 def eva_attention_packed(
@@ -198,7 +198,7 @@ def eva_attention_packed(
         if fused:
             return _run((qkv,), options)
     q, k, v = split_packed(qkv)
-    return eva_plain(q, k, v, options)
+    return eva_plain(q, k, v, options, fused)
 
 
 def eva_attention_projected(qkv: torch.Tensor, num_heads: int, options: EvaOptions) -> torch.Tensor:

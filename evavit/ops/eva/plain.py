@@ -18,6 +18,7 @@ from evavit.ops.grid import (
     window_mask,
     window_shape,
 )
+from evavit.ops.softmax import softmax_attention
 
 from .case import EvaOptions, Summary
 from .counts import log_counts
@@ -77,14 +78,14 @@ def _control_variates(
     return k_tilde.flatten(1, 2).transpose(1, 2), beta
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: EvaOptions) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: EvaOptions, fused: bool) -> torch.Tensor:
     """`eva_plain` outside of autocast."""
     feat_size, window_size, rel_pos_bias = options.feat_size, options.window_size, options.rel_pos_bias
     scale, dropout_p, P = options.scale, options.dropout_p, options.num_prefix_tokens
     dtype = accumulation_dtype(q)
     prefix: List[torch.Tensor] = []  # their output, keys and values
     if P > 0:
-        exact = F.scaled_dot_product_attention(q[:, :, :P], k, v, dropout_p=dropout_p, scale=scale)
+        exact = softmax_attention(q[:, :, :P], k, v, scale, dropout_p, fused)
         prefix = [exact, k[:, :, :P], v[:, :, :P]]
         q, k, v = q[:, :, P:], k[:, :, P:], v[:, :, P:]
     window = window_shape(feat_size, window_size) if window_size > 0 else (1, 1)
@@ -156,10 +157,13 @@ def split_packed(qkv: torch.Tensor) -> List[torch.Tensor]:
     return [x.transpose(1, 2) for x in qkv.permute(1, 3, 0, 2, 4).unbind(2)]
 
 
-def eva_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: EvaOptions) -> torch.Tensor:
-    """`evavit.ops.eva_attention` for arguments that have been checked."""
+def eva_plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: EvaOptions, fused: bool = False
+) -> torch.Tensor:
+    """`evavit.ops.eva_attention` for arguments that have been checked; with `fused` the prefix tokens' own queries take
+    PyTorch's fused attention."""
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
         if not q.is_meta and torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):  # the precision of every step is chosen above
-                return _attend(q, k, v, options)
-    return _attend(q, k, v, options)
+                return _attend(q, k, v, options, fused)
+    return _attend(q, k, v, options, fused)
