@@ -112,12 +112,10 @@ class Saver(CheckpointSaver):
         self.written = False
 
     def save_position(self, position: Position) -> None:
-        """Write the state within an epoch, or after one that is not validated, unless its numbers have gone bad."""
-        if position.streak or not weights_are_finite(self.task):
-            log.warning(
-                f'update {position.update} of epoch {position.epoch} is not saved: loss, gradient or weights '
-                f'are not finite'
-            )
+        """Write the state within an epoch, or after one that is not validated, unless its weights have gone bad. Skipped
+        updates left them as they were."""
+        if not weights_are_finite(self.task):
+            log.warning(f'update {position.update} of epoch {position.epoch} is not saved: its weights are not finite')
             return
         self.position = position
         whole = str(self.last.with_name('tmp.pth.tar'))
@@ -442,7 +440,7 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
     for number, entry in state['state'].items():
         for name, value in expected.get(number, {}).items():
             _check_form(f'{name} of parameter {number}', entry.get(name), value)
-    stepped = position.epoch or position.update > position.skipped
+    stepped = run.done(position) > position.streak  # else every update up to now was skipped
     if stepped and any(expected.values()) and not state['state']:
         raise ValueError(f'it lacks the state of the optimizer after {run.done(position)} updates')
     scaler, before = checkpoint.get(run.stepper.state_dict_key), _args(checkpoint)
