@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Set, Tuple
+from contextlib import contextmanager, suppress
+from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Set, TextIO, Tuple
 
 INTERRUPTED = 130  # as a shell has it for Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -197,7 +197,8 @@ def _interrupted(*_: Any) -> NoReturn:
 
 
 def _not_begun(*_: Any) -> NoReturn:
-    os.write(2, b'asked to stop before the run began: nothing is saved; the same command begins it\n')
+    with suppress(OSError):
+        os.write(2, b'asked to stop before the run began: nothing is saved; the same command begins it\n')
     os._exit(PREEMPTED)
 
 
@@ -229,7 +230,8 @@ def begun() -> None:
 
 def end_now(code: int, line: str) -> NoReturn:
     """Print the line and end this process and its loading processes, from any thread: the main one may be stuck."""
-    os.write(2, f'error: {printable(line)}\n'.encode(errors='replace'))
+    with suppress(OSError):  # of a standard error that takes no more
+        os.write(2, f'error: {printable(line)}\n'.encode(errors='replace'))
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(code)
@@ -265,20 +267,38 @@ def print_anything() -> None:
         sys.stdout.reconfigure(errors='backslashreplace')
 
 
+def tell(line: str) -> None:
+    """A line on standard error. One that takes no more, as it may be where standard output goes, leads nowhere from
+    then on: what a program does and its exit code do not depend on who reads it."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _lead_nowhere(sys.stderr)
+
+
 def give_up_stdout(error: BaseException) -> None:
     """Of a standard output that takes no more, as a full disk or a pipe that nobody reads: a line, and what else goes
     there is lost."""
-    print(f'warning: standard output is not written any more ({reason_of(error)})', file=sys.stderr, flush=True)
+    _lead_nowhere(sys.stdout)
+    tell(f'warning: standard output is not written any more ({reason_of(error)})')
+
+
+def _lead_nowhere(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def _flush() -> None:
+    """At its end Python would make another exit code of what cannot be written."""
     try:
         sys.stdout.flush()
     except OSError as error:
         give_up_stdout(error)
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _lead_nowhere(sys.stderr)
 
 
 def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
@@ -293,7 +313,7 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
     except Preempted as stop:
         code = PREEMPTED
         if rank == 0:
-            print(one_line(stop), file=sys.stderr, flush=True)
+            tell(one_line(stop))
     except Exception as error:
         code = 2
         with _quiet_children():
@@ -302,9 +322,9 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
                 raise
             if rank and not isinstance(fault, (LocalError, SharedError)):
                 time.sleep(ALONE if local_rank == 0 else 2 * ALONE)  # of a machine's processes one tells
-                print(f'error: rank {rank}: {one_line(fault)}', file=sys.stderr, flush=True)
+                tell(f'error: rank {rank}: {one_line(fault)}')
             elif rank == 0 or isinstance(fault, LocalError):
-                print(f'error: {one_line(fault)}', file=sys.stderr, flush=True)
+                tell(f'error: {one_line(fault)}')
             if world_size > 1:
                 # The other processes may wait for this one in a collective: leave without waiting for them,
                 # torchrun then ends them.
@@ -316,7 +336,7 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
     except KeyboardInterrupt:
         code = INTERRUPTED
         if rank == 0:
-            print('error: interrupted', file=sys.stderr, flush=True)
+            tell('error: interrupted')
         if world_size > 1:
             os._exit(code)
     _flush()

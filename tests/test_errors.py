@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import sys
 import traceback
 
 import numpy as np
@@ -18,6 +19,7 @@ from evavit.errors import (
     LocalError,
     SharedError,
     UserError,
+    end_now,
     launched,
     mend_of,
     one_line,
@@ -70,6 +72,16 @@ def test_ctrl_c_is_a_line(capsys):
         raise KeyboardInterrupt
 
     assert run_script(main) == INTERRUPTED == 130 and capsys.readouterr().err == 'error: interrupted\n'
+
+
+def test_a_process_that_is_stuck_ends_without_standard_error(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'write', full)
+    monkeypatch.setattr(os, '_exit', sys.exit)
+    with pytest.raises(SystemExit, match='143'):
+        end_now(143, 'SIGTERM for the second time')
 
 
 def test_a_full_disk_is_a_line(tmp_path, capsys):

@@ -10,7 +10,6 @@ without a graph). Models are timed call after call, as they run (`models.py`).
 
 import contextlib
 import copy
-import sys
 import traceback
 import warnings
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from timm.layers import RelPosBias
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evavit.errors import UserError
+from evavit.errors import UserError, tell
 from evavit.files import append_to
 from evavit.layers import EvaAttention, SoftmaxAttention
 from evavit.ops import eva_attention, eva_attention_packed, eva_num_cells
@@ -351,7 +350,7 @@ def check_peer(backend: str, side: int, sizes: Sizes) -> None:
     if not reason and sizes.num_prefix_tokens:
         reason = 'it has no prefix tokens'
     if reason:
-        print(f'{backend} is left out: {reason}', file=sys.stderr, flush=True)
+        tell(f'{backend} is left out: {reason}')
         raise NotAvailable
 
 

@@ -3,7 +3,6 @@
 import ast
 import copy
 import functools
-import sys
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import timm
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evavit.arguments import nearest, too_large
-from evavit.errors import UserError, first_line
+from evavit.errors import UserError, first_line, tell
 from evavit.layers import ATTENTIONS, EvaAttention, pop_attention_kwargs
 from evavit.models import softmax_twin
 from evavit.ops.eva import EVA
@@ -150,7 +149,7 @@ def _twin(name: str, kwargs: Dict[str, Any], img_size: Optional[int]) -> Optiona
     try:
         build(*twin, img_size, 'meta')
     except UserError as error:
-        print(f"timm's softmax model beside {describe(name, kwargs)} is left out: {error}", file=sys.stderr, flush=True)
+        tell(f"timm's softmax model beside {describe(name, kwargs)} is left out: {error}")
         return None
     return twin
 

@@ -2,13 +2,12 @@
 call these functions, which return the exit code."""
 
 import ast
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from evavit.arguments import asks_for_help
-from evavit.errors import UserError, loaded, one_line, print_anything, quiet_start, run_script
+from evavit.errors import UserError, loaded, one_line, print_anything, quiet_start, run_script, tell
 from evavit.training.config import parse_settings
 
 
@@ -55,6 +54,6 @@ def _list_flags(name: Any) -> int:
     try:
         parse_settings(name, description=ast.get_docstring(ast.parse(source)))
     except UserError as error:  # of a flag before --help
-        print(f'error: {one_line(error)}', file=sys.stderr)
+        tell(f'error: {one_line(error)}')
         return 2
     return 0

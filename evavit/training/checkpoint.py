@@ -73,14 +73,20 @@ class Saver(CheckpointSaver):
         self.written = False  # the checkpoint of the epoch that is being saved is there already
 
     def check_folder(self) -> None:
-        """LocalError where the folder was moved or removed since, and another has its name: that of another run."""
+        """LocalError where another folder has the name of this run's, or another file that of its lock: those of
+        another run. Some network disks number folders and files anew; the time of the lock then is the same."""
         folder = self.last.parent
         place, lock = _identity(folder) if folder.is_dir() else self.place
-        if place != self.place[0] and lock not in (None, self.place[1]):  # some network disks number folders anew
+        if place == self.place[0] or lock in (None, self.place[1]):
+            return
+        if place[:2] == self.place[0][:2]:
             raise LocalError(
-                f'{folder}: this run began in another folder of that name, which was moved or removed; what it saved '
-                f'is there, and nothing more is written'
+                f'{folder}: the .lock of this run was removed, and another run has begun there; nothing more is written'
             )
+        raise LocalError(
+            f'{folder}: this run began in another folder of that name, which was moved or removed; what it saved '
+            f'is there, and nothing more is written'
+        )
 
     def save_epoch(self, position: Position, metric: float) -> Tuple[float, int]:
         """Write the state at the start of an epoch, with the metric of the one before; returns the best and its epoch.
@@ -112,12 +118,10 @@ class Saver(CheckpointSaver):
         self.written = False
 
     def save_position(self, position: Position) -> None:
-        """Write the state within an epoch, or after one that is not validated, unless its numbers have gone bad."""
-        if position.streak or not weights_are_finite(self.task):
-            log.warning(
-                f'update {position.update} of epoch {position.epoch} is not saved: loss, gradient or weights '
-                f'are not finite'
-            )
+        """Write the state within an epoch, or after one that is not validated, unless its weights have gone bad.
+        Skipped updates left them as they were."""
+        if not weights_are_finite(self.task):
+            log.warning(f'update {position.update} of epoch {position.epoch} is not saved: its weights are not finite')
             return
         self.position = position
         whole = str(self.last.with_name('tmp.pth.tar'))
@@ -172,10 +176,11 @@ class Saver(CheckpointSaver):
             super()._duplicate(os.path.realpath(src), partial)  # of a link what it leads to
 
 
-def _identity(folder: Path) -> Tuple[Tuple[int, int], Optional[int]]:
-    """Which folder has this name, and when a run locked it: to open the lock would give it up."""
+def _identity(folder: Path) -> Tuple[Tuple[int, ...], Optional[int]]:
+    """Which folder has this name, with which lock, and when a run locked it: to open the lock would give it up."""
     about, lock = os.stat(folder), folder / '.lock'
-    return (about.st_dev, about.st_ino), os.stat(lock).st_mtime_ns if lock.is_file() else None
+    held = os.stat(lock) if lock.is_file() else None
+    return (about.st_dev, about.st_ino, held.st_ino if held else 0), held.st_mtime_ns if held else None
 
 
 def batches_of(run: Run) -> Dict[str, int]:
@@ -442,7 +447,7 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
     for number, entry in state['state'].items():
         for name, value in expected.get(number, {}).items():
             _check_form(f'{name} of parameter {number}', entry.get(name), value)
-    stepped = position.epoch or position.update > position.skipped
+    stepped = run.done(position) > position.streak  # else every update up to now was skipped
     if stepped and any(expected.values()) and not state['state']:
         raise ValueError(f'it lacks the state of the optimizer after {run.done(position)} updates')
     scaler, before = checkpoint.get(run.stepper.state_dict_key), _args(checkpoint)

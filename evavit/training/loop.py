@@ -314,7 +314,8 @@ def train_epoch(
         save: Writes a checkpoint of the position.
 
     Raises:
-        UserError: `max_skipped` updates in a row were not finite, too many images were unreadable, or the data ended.
+        UserError: `max_skipped` updates in a row were not finite, too many images were unreadable, the data ended, or
+            a signal asked to stop where the weights are not finite.
         Preempted: A signal asked to stop; the state has been saved.
     """
     task, config, process = run.task, run.config, run.process
@@ -339,8 +340,14 @@ def train_epoch(
         tracker.add(delayed.pop())  # everything that the weights have seen is in the position
         run.bad.review(process)
         position.bad = dict(run.bad.found)
+        stop = asked[1]
+        if position.streak and not stop:  # what comes of it is not known yet, and the checkpoint that is there is good
+            log.warning(f'update {position.update} of epoch {epoch} is not saved: it was skipped')
+            return
+        if stop:
+            check_finite(run, {}, position)
         save(position)
-        if asked[1]:
+        if stop:
             process.barrier()  # for the first process to have written
             raise Preempted(
                 f'asked to stop: epoch {epoch}, update {position.update} of {run.updates_per_epoch}; go on '
@@ -405,7 +412,7 @@ def weights_are_finite(task: TrainingTask) -> torch.Tensor:
 
 
 def check_finite(run: Run, metrics: Dict[str, float], position: Position) -> None:
-    """After an epoch, before it is saved: metrics or weights that are not finite are a UserError in all processes.
+    """Before an epoch is saved, or a stop: metrics or weights that are not finite are a UserError in all processes.
 
     The update that breaks the weights shows in the next one's loss; the last of an epoch has no next one.
     """
@@ -413,8 +420,10 @@ def check_finite(run: Run, metrics: Dict[str, float], position: Position) -> Non
     if run.process.mean(weights_are_finite(run.task).float()) < 1:
         bad.append('weights that are not finite')
     if bad:
+        whole = position.update == run.updates_per_epoch
+        place = f'epoch {position.epoch}' if whole else f'update {position.update} of epoch {position.epoch}'
         raise SharedError(
-            f'{", ".join(bad)} after epoch {position.epoch} (lr {position.lr:g}): stopped, and what was saved before '
+            f'{", ".join(bad)} after {place} (lr {position.lr:g}): stopped, and what was saved before '
             f'is kept; {run.stepper.remedy()}'
         )
 

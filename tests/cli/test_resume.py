@@ -191,6 +191,43 @@ def test_epochs_without_validation(train, call, images, tmp_path, monkeypatch):
     assert_same_run(whole, train('parts', *flags))
 
 
+@pytest.mark.parametrize('flags', ['', '-b 24 --val-interval 2 --epochs 4'], ids=['within', 'ends'])
+def test_a_stop_in_an_update_that_is_skipped(flags, train, call, images, tmp_path, monkeypatch):
+    """As float16's first ones are. It is saved, and the updates that were skipped in a row count on."""
+    flags = [*words(flags), *words('--amp --amp-dtype float16 --resume auto')]
+    stepper = loop.Stepper.__init__
+
+    def too_large(self, *args):
+        stepper(self, *args)
+        self._scaler = torch.amp.GradScaler('cpu', init_scale=2.0**22)
+
+    monkeypatch.setattr(loop.Stepper, '__init__', too_large)
+    whole = train('whole', *flags)
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'parts']
+    for moment in (1, 2):
+        with monkeypatch.context() as patch:
+            signal_at(patch, [moment])
+            code, out, _ = call('train', *MODEL, *QUICK, *place, *flags)
+        assert code == PREEMPTED and f'{moment} in a row' in out and 'not saved' not in out
+        position = torch.load(tmp_path / 'parts' / 'last.pth.tar', weights_only=False)['saver']['position']
+        assert position['streak'] == moment
+    parts = train('parts', *flags)
+    for name in ('last.pth.tar', 'model_best.pth.tar'):
+        one, other = (torch.load(folder / name, weights_only=False) for folder in (whole, parts))
+        assert one[loop.Stepper.state_dict_key] == other[loop.Stepper.state_dict_key]
+        assert all(torch.equal(value, other['state_dict'][key]) for key, value in one['state_dict'].items())
+    assert rows(whole) == rows(parts)
+
+
+def test_a_stop_with_weights_that_are_not_finite_is_no_checkpoint(call, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, 'weights_are_finite', lambda task: torch.tensor(False))
+    place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'run']
+    signal_at(monkeypatch, [2])
+    code, _, err = call('train', *MODEL, *QUICK, *place)
+    assert code == 2 and 'weights that are not finite after update 2 of epoch 0' in err and err.count('\n') == 1
+    assert not (tmp_path / 'run' / 'last.pth.tar').exists()
+
+
 def test_a_resumed_float16_run_keeps_its_scale(train, call, images, tmp_path, monkeypatch):
     flags = ['--amp', '--amp-dtype', 'float16', '--resume', 'auto']
     whole = train('whole', *flags)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import MODEL, PATIENCE, QUICK, ROOT, command_line, rows
+from runs import MODEL, PATIENCE, QUICK, ROOT, command_line, rows, wait_for
 
 resource = pytest.importorskip('resource')
 
@@ -36,6 +36,26 @@ def test_a_run_goes_on_without_standard_output(kind, images, tmp_path):
         assert not err
     else:
         assert err.startswith('warning: standard output is not written any more (') and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('kind', ['full', 'broken'])
+def test_a_run_goes_on_where_neither_stream_is_written(kind, images, tmp_path):
+    """As with `> FILE 2>&1` on a disk that is full, or `2>&1 | head`. Exit codes are those of any run."""
+    if kind == 'full':
+        stream = os.open('/dev/full', os.O_WRONLY)
+    else:
+        reader, stream = os.pipe()
+        os.close(reader)
+    flags = ['--output', tmp_path, '--experiment', 'run', '--data-dir']
+    words, environment = command_line('train', *MODEL, *QUICK, *flags, images, '--epochs', '1000')
+    process = subprocess.Popen(words, env=environment, stdout=stream, stderr=stream)
+    wait_for(tmp_path / 'run' / 'last.safetensors', process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(240 * PATIENCE) == 75
+    words, environment = command_line('train', *MODEL, *QUICK, *flags, tmp_path / 'none')
+    wrong = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=stream, timeout=240 * PATIENCE)
+    assert wrong.returncode == 2
+    os.close(stream)
 
 
 def test_too_few_open_files_are_a_line(images, tmp_path):

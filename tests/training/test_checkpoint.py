@@ -245,9 +245,8 @@ def test_processes_that_see_different_checkpoints_stop(saver, tmp_path):
             resume(candidates, run, None)
 
 
-def test_a_position_whose_numbers_are_bad_is_not_saved(saver, tmp_path):
+def test_a_position_whose_weights_are_bad_is_not_saved(saver, tmp_path):
     saver.save_position(Position(0, 3))
-    saver.save_position(Position(0, 6, streak=2))
     with torch.no_grad():
         saver.model.bias.fill_(float('nan'))
     saver.save_position(Position(0, 7))
@@ -635,6 +634,20 @@ def test_a_checkpoint_that_cannot_take_its_place_is_a_line(saver, tmp_path, monk
     monkeypatch.setattr(checkpoint.os, 'replace', refused)
     with pytest.raises(LocalError, match=r'last\.pth\.tar: cannot be written \(Operation not permitted\); what'):
         saver.save_epoch(Position(2), 20.0)
+
+
+def test_a_run_whose_lock_was_removed_leaves_the_folder_to_the_next(saver, tmp_path):
+    lock = tmp_path / 'run' / '.lock'
+    with run_folder.locked_folder(lock.parent):
+        first = saver_of(run_of(), lock.parent)
+        about = lock.stat()
+        lock.unlink()
+        first.check_folder()
+        lock.write_bytes(b'')
+        os.utime(lock, ns=(about.st_atime_ns, about.st_mtime_ns))
+        first.check_folder()  # as a network disk that has numbered its files anew
+        with run_folder.locked_folder(lock.parent), pytest.raises(LocalError, match='lock of this run was removed'):
+            first.check_folder()
 
 
 def test_a_run_leaves_the_folder_alone_that_took_the_place_of_its_own(saver, tmp_path):
