@@ -144,7 +144,7 @@ def is_of(path: Path, folder: Union[str, Path]) -> bool:
 def checkpoints_in(folder: Path) -> List[Path]:
     """A run's checkpoints, the newest first, and the best."""
     kept = [path for path in folder.glob('checkpoint-*.pth.tar') if KEPT.fullmatch(path.name) and path.is_file()]
-    kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    kept.sort(key=lambda path: int(path.name.split('-')[1].split('.')[0]), reverse=True)  # a copy need not keep times
     last, *others = (folder / f'{name}.pth.tar' for name in ('last', 'previous', 'model_best'))
     found = (last, others[0], *kept, others[1])
     return [path for path in found if path.is_file() or path.is_symlink()]  # also one to a disk that is not there

@@ -665,3 +665,14 @@ def test_a_run_leaves_the_folder_alone_that_took_the_place_of_its_own(saver, tmp
     os.utime(folder / '.lock', (1, 1))
     with pytest.raises(LocalError, match='this run began in another folder of that name, which was moved or removed'):
         moved.check_folder()
+
+
+def test_kept_checkpoints_are_tried_from_the_newest_epoch_on(tmp_path):
+    """Whatever times a copy gave them."""
+    for age, epoch in enumerate((9, 10, 2)):
+        path = tmp_path / f'checkpoint-{epoch}.pth.tar'
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert [path.name for path in run_folder.checkpoints_in(tmp_path)] == [
+        f'checkpoint-{epoch}.pth.tar' for epoch in (10, 9, 2)
+    ]
