@@ -394,9 +394,10 @@ def _check_source(config: DataConfig, aug_repeats: int, dry_run: bool) -> None:
                 if not prefix
                 else f'dataset {config.dataset}: say with --data-dir where it lies'
             )
-    elif '://' not in config.data_dir and not config.dataset_download and not Path(config.data_dir).exists():
-        if prefix not in ('hfds', 'hfids'):  # whose folder is a cache, which is made
-            raise UserError(f'{config.data_dir}: no such folder (--data-dir)')
+    elif prefix in ('hfds', 'hfids') or '://' in config.data_dir or config.dataset_download:
+        pass  # a cache, which is made; a place on the network; what is fetched
+    elif not Path(config.data_dir).exists():
+        raise UserError(f'{config.data_dir}: no such folder (--data-dir)')
     if aug_repeats and prefix in ('wds', 'hfids', 'tfds'):
         raise UserError(
             f'aug_repeats {aug_repeats} needs a data set with an index; {config.dataset} is '
