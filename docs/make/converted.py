@@ -212,7 +212,8 @@ def evidence() -> str:
     return (
         f'* **Speed**: at {side:,} × {side:,} pixels a converted ViT of width {width} answers {forward:.2f} times as '
         f'fast as with softmax, and\n  trains {training:.2f} times as fast ([convert]({where}#when-it-pays)). `{OWN}` '
-        f'trains {times} times\n  as fast at {sides} pixels ([performance](docs/performance.md)).\n'
+        f"trains {times} times\n  as fast as timm's softmax model at {sides} pixels "
+        f'([performance](docs/performance.md)).\n'
         f'* **Accuracy**: a DeiT-Tiny with {parent} % top-1 on Tiny-ImageNet has {half} % right after its conversion, '
         f'untrained.\n  Each patch then looks at 64 patches and 64 summaries, not at all 256 patches. With 16 patches '
         f'and 16 summaries\n  it has {mean(tops(runs)):.1f} % after {runs[0]["epochs"]} epochs of distillation '

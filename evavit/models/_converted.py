@@ -165,6 +165,14 @@ def _is_quantised(weight: Any) -> bool:
 _COMPUTED = 'computes its weights anew in each pass (pruning, weight norm); make them permanent first'
 
 
+def _computed_weights(model: nn.Module) -> Optional[str]:
+    """Which part computes its weights by hooks, and what to do about it; None where none does."""
+    for name, part in model.named_modules():
+        if isinstance(vars(part).get('weight', vars(part).get('bias')), torch.Tensor):  # and no parameter of the module
+            return f'{name} {_COMPUTED}, with prune.remove or remove_weight_norm'
+    return None
+
+
 def why_not_converted(model: nn.Module) -> Optional[str]:
     """One line on why `convert_vit` cannot convert a model, None where it can."""
     if isinstance(model, FeatureGetterNet):
@@ -175,9 +183,9 @@ def why_not_converted(model: nn.Module) -> Optional[str]:
     rate = getattr(getattr(model, 'patch_drop', None), 'prob', 0.0)
     if rate > 0:
         return f'patch_drop_rate {rate:g} takes tokens out of the grid in training; make the model without it'
-    for name, part in model.named_modules():
-        if isinstance(vars(part).get('weight', vars(part).get('bias')), torch.Tensor):  # and no parameter of the module
-            return f'{name} {_COMPUTED}, with prune.remove or remove_weight_norm'
+    computed = _computed_weights(model)
+    if computed is not None:
+        return computed
     seen: Set[int] = set()
     for number, block in enumerate(cast(Any, model).blocks):
         kind = type(block).__name__
@@ -366,12 +374,16 @@ def revert_vit(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: Change the model that is given. By default it stays as it is and its weights are copied.
 
     Raises:
-        ValueError: the model is not a converted one, or has blocks in a wrapper that is not known.
+        ValueError: the model is not a converted one, has blocks in a wrapper that is not known, or was pruned since,
+            which PyTorch does not copy.
     """
     check_flags(inplace=inplace)
     inner = model.model if isinstance(model, FeatureGetterNet) else model
     if not isinstance(inner, ConvertedModel):
         raise ValueError(f'{type(inner).__name__} is not a converted model; evavit.convert_vit makes one')
+    computed = None if inplace else _computed_weights(model)
+    if computed is not None:
+        raise ValueError(f'{computed}; or pass inplace=True')
     model = model if inplace else copy.deepcopy(model)
     vit: Any = model.model if isinstance(model, FeatureGetterNet) else model
     for holder, _ in list(_places(vit)):

@@ -436,6 +436,8 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     if given & {'img_size', 'input_size'}:  # either says the size, of which the run may have told the model itself
         given = given | {'img_size', 'input_size'}
         kwargs.pop('img_size', None)
+    if 'convert' in given and model.convert != saved.get('convert'):  # the run's options are another attention's
+        given = given | {'convert_kwargs'}
     if saved.get('convert') and 'convert' not in given:
         _check_convertible(model.model, path, saved.get('model'))
     for name in FROM_CHECKPOINT:

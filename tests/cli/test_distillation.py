@@ -30,6 +30,7 @@ from evavit.hub import save_folder
 from evavit.models import write_weights
 from evavit.training.checks import check_settings
 from evavit.training.config import parse_settings
+from evavit.training.contents import complete_from_checkpoint
 
 PARENT = ['--model', 'deit_tiny_patch16_224', '--model-kwargs', *(f'{key}={value}' for key, value in SOFTMAX.items())]
 CONVERT = words('--convert eva --convert-kwargs window_size=2 partition_grid=2')
@@ -235,6 +236,18 @@ def test_a_converted_model_holds_no_parent(call, images, tmp_path, parent):
         code, _, err = call('train', *flags, name, path)
         assert code == 2 and err.count('\n') == 1, err
         assert f'kd_model_name parent: {path} is of a converted model, and holds no parent; give that one by' in err
+
+
+def test_another_attention_than_the_run_s_has_none_of_its_options(tmp_path):
+    model = timm.create_model(PARENT[1], num_classes=3, **SOFTMAX)
+    settings = dict(model=PARENT[1], model_kwargs=SOFTMAX, convert='eva', convert_kwargs=dict(window_size=2))
+    path = tmp_path / 'converted.safetensors'
+    write_weights(convert_vit(model, window_size=2).state_dict(), path, dict(args=json.dumps(settings)))
+    for attention, options in (('softmax', None), ('local', None), ('eva', dict(window_size=2))):
+        flags = ['--checkpoint', str(path), '--data-dir', 'x', '--convert', attention]
+        config, given = parse_settings('validate', flags)
+        complete_from_checkpoint(config, given)
+        assert config.model.convert_kwargs == options, attention
 
 
 def test_a_teacher_of_other_classes(train, call, images, tmp_path, parent):

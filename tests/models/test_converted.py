@@ -573,6 +573,17 @@ def test_other_weights_and_scales_are_one_line(change, message):
         assert '\n' not in str(error.value)
 
 
+def test_a_converted_model_that_was_pruned_is_reverted_in_place_alone():
+    model = evavit.convert_vit(original('vit_tiny_patch16_224'), window_size=2)
+    prune.l1_unstructured(model.blocks[0].attn.qkv, 'weight', 0.5)
+    with pytest.raises(ValueError, match=r'qkv computes its weights anew .* prune\.remove .*; or pass inplace=True'):
+        evavit.revert_vit(model)
+    x = images(model)
+    weight = model.blocks[0].attn.qkv.weight
+    reverted = evavit.revert_vit(model, inplace=True)
+    assert reverted(x).isfinite().all() and torch.equal(reverted.blocks[0].attn.qkv.weight, weight)
+
+
 def test_a_default_dtype_of_float64():
     """Of weights in float32 and in float64."""
     models = [original('vit_tiny_patch16_224'), original('vit_tiny_patch16_224').double()]

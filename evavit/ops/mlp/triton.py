@@ -317,5 +317,5 @@ def mlp_fused(
     tensors = [x, weight1, bias1, weight2, bias2]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y, _ = mlp(flat, weight1.contiguous(), bias1.contiguous(), weight2.contiguous(), bias2, save)
+    y, _ = mlp(flat, weight1.contiguous(), bias1.contiguous(), weight2.contiguous(), bias2.contiguous(), save)
     return y.view(*x.shape[:-1], weight2.shape[0])
