@@ -359,10 +359,8 @@ def main() -> int:
             elif step == 'page':
                 good &= not subprocess.run([sys.executable, 'docs/make/tables.py'], cwd=ROOT, check=False).returncode
             elif step == 'test':
-                good &= driver.once(
-                    f'test_{checked}',
-                    [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', '-n', '12', '--durations', '5'],
-                )
+                flags = _words('-q -m gpu -n 12 --dist worksteal --durations 5')
+                good &= driver.once(f'test_{checked}', [sys.executable, '-m', 'pytest', *flags])
             elif shutil.which('compute-sanitizer') is None:
                 driver.say('sanitize: compute-sanitizer is not on the path; left out')
             else:
