@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -140,7 +141,8 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
     """The rows of a CSV file; none where there is no file. Those of an older file get the columns `ADDED`.
 
     Raises:
-        UserError: the file cannot be read, or has other columns, the same in another order, or a row with more cells.
+        UserError: the file cannot be read, or has other columns, the same in another order, or a row with more cells or
+            fewer, as where it was cut short.
     """
     if not path.exists():
         return []
@@ -156,8 +158,9 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
     if not found or found not in (tuple(columns), older):
         raise UserError(f'{path} has other columns; name another file')
     for number, row in enumerate(rows, 1):
-        if None in row:
-            raise UserError(f'{path}: row {number} has more cells than columns; mend it, or name another file')
+        if None in row or None in row.values():
+            cells = 'more' if None in row else 'fewer'
+            raise UserError(f'{path}: row {number} has {cells} cells than columns; mend it, or name another file')
     if found == tuple(columns):
         return rows
     none = dict.fromkeys(ADDED, '')
@@ -259,10 +262,20 @@ def _table_of(file: IO[bytes], suffix: str) -> Tuple[List[str], List[Row]]:
     return names, rows
 
 
+def _is_whole(row: Row) -> bool:
+    """Whether a row is no failure and, where it was measured, has its time."""
+    if row['status'] != 'ok':
+        return row['status'] in HARMLESS
+    try:
+        return math.isfinite(float(row['ms']))
+    except ValueError:
+        return False
+
+
 def is_done(path: Path, key: Row) -> bool:
-    """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, and no failure among them."""
+    """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, all of them whole."""
     rows = [row for row in read_rows(path) if _key(row) == _key(key) and row['commit'] == key['commit']]
-    return bool(rows) and all(row['status'] in HARMLESS for row in rows)
+    return bool(rows) and all(map(_is_whole, rows))
 
 
 def store_rows(path: Path, rows: List[Row], columns: Sequence[str] = COLUMNS, key: Sequence[str] = KEY) -> None:

@@ -27,7 +27,10 @@ def test_failures_are_measured_again(tmp_path):
     row = dict(bench='op', case='5x5', tokens=25, device='cpu', commit='abc', status='2e-1 from float64')
     store_rows(path, [row])
     assert not is_done(path, row)
-    store_rows(path, [dict(row, status='ok')])
+    for ms in ('', 'nan', '1.5x'):
+        store_rows(path, [dict(row, status='ok', ms=ms)])
+        assert not is_done(path, row)
+    store_rows(path, [dict(row, status='ok', ms=1.5)])
     assert is_done(path, row) and len(read_rows(path)) == 1 and not is_done(path, dict(row, tokens=36))
     assert tuple(read_rows(path)[0]) == COLUMNS
 
@@ -57,14 +60,14 @@ def test_programs_side_by_side_lose_no_row(tmp_path):
     assert [job.exitcode for job in jobs] == [0, 0, 0] and len(read_rows(path)) == 60
 
 
-def test_a_row_of_more_cells_is_a_line(tmp_path):
+@pytest.mark.parametrize('cells, line', [('more', '4,5,6\n'), ('fewer', '4')])
+def test_a_row_of_more_cells_or_fewer_is_a_line(tmp_path, cells, line):
     path = tmp_path / 'rows.csv'
-    path.write_text('a,b\n1,2\n3\n4,5,6\n')
-    with pytest.raises(UserError, match=r'rows\.csv: row 3 has more cells than columns; mend it, or name'):
-        read_rows(path, ('a', 'b'))
-    path.write_text('a,b\n1,2\n3\n')
-    store_rows(path, [], ('a', 'b'), ('a',))
-    assert path.read_text() == 'a,b\n1,2\n3,\n'
+    path.write_text(f'a,b\n1,2\n{line}')
+    for refused in (lambda: read_rows(path, ('a', 'b')), lambda: store_rows(path, [], ('a', 'b'), ('a',))):
+        with pytest.raises(UserError, match=rf'rows\.csv: row 2 has {cells} cells than columns; mend it, or name'):
+            refused()
+    assert path.read_text() == f'a,b\n1,2\n{line}'
 
 
 def test_a_file_of_before_the_sizes_is_read(tmp_path):
