@@ -272,13 +272,21 @@ def _is_whole(row: Row) -> bool:
         return False
 
 
-def is_done(path: Path, key: Row) -> bool:
-    """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, all of them whole."""
+def is_done(path: Path, key: Row, backends: Sequence[str] = ()) -> bool:
+    """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, all of them whole: of these
+    backends, or all that are there if () is given."""
     rows = [row for row in read_rows(path) if _key(row) == _key(key) and row['commit'] == key['commit']]
-    return bool(rows) and all(map(_is_whole, rows))
+    rows = [row for row in rows if not backends or row['backend'] in backends]
+    return bool(rows) and {row['backend'] for row in rows} >= set(backends) and all(map(_is_whole, rows))
 
 
-def store_rows(path: Path, rows: List[Row], columns: Sequence[str] = COLUMNS, key: Sequence[str] = KEY) -> None:
+def store_rows(
+    path: Path,
+    rows: List[Row],
+    columns: Sequence[str] = COLUMNS,
+    key: Sequence[str] = KEY,
+    beside: Callable[[Row], bool] = lambda _: False,
+) -> None:
     """Put the rows of comparisons into a CSV file, in place of earlier rows of the same ones.
 
     Args:
@@ -286,13 +294,15 @@ def store_rows(path: Path, rows: List[Row], columns: Sequence[str] = COLUMNS, ke
         rows: What was measured.
         columns: Of the file.
         key: Those of them by which a comparison is known.
+        beside: Whether an earlier row stays beside the new ones of its comparison.
 
     Raises:
         UserError: the file has other columns.
     """
     new = {_key(row, key) for row in rows}
     with _locked(path):
-        write_rows(path, [row for row in read_rows(path, columns) if _key(row, key) not in new] + rows, columns)
+        kept = [row for row in read_rows(path, columns) if _key(row, key) not in new or beside(row)]
+        write_rows(path, kept + rows, columns)
 
 
 @contextlib.contextmanager

@@ -205,6 +205,32 @@ def test_resume_and_replace(bench, monkeypatch):
     assert len(bench(*flags, '--dim', '16')[2]) == 2
 
 
+OP = words('--bench op --grid 5 -b 2 --dim 32 --num-heads 2')
+INFER = ['--bench', 'infer', '--model', MODEL, *words('--img-size 32 -b 1')]
+
+
+@pytest.mark.parametrize('flags', [OP, INFER])
+def test_backends_that_a_file_lacks_are_measured(bench, flags, monkeypatch):
+    """Beside those that it has of this commit; of another commit all rows of the comparison go."""
+    monkeypatch.setenv('COMMIT', 'abc')
+    (plain,) = bench(*flags, '--backend', 'plain')[2]
+    rows = bench(*flags, '--backend', 'sdpa', '--resume')[2]
+    assert rows[0] == plain and [row['backend'] for row in rows] == ['plain', 'sdpa']
+    for named in (['--backend', 'plain'], ['--backend', 'sdpa', 'plain'], []):
+        assert bench(*flags, *named, '--resume')[2] == rows
+    monkeypatch.setenv('COMMIT', 'def')
+    assert [row['backend'] for row in bench(*flags, '--backend', 'sdpa')[2]] == ['sdpa']
+    assert [row['backend'] for row in bench(*flags, '--resume')[2]] == ['plain', 'sdpa']
+
+
+def test_a_model_with_nothing_beside_it_is_done(bench, monkeypatch):
+    """Where timm has no softmax model of its size, that backend is not waited for."""
+    monkeypatch.setattr('evavit.bench.models._twin', lambda *_: None)
+    flags = [*INFER, '--backend', 'plain', 'sdpa']
+    rows = bench(*flags)[2]
+    assert [row['backend'] for row in rows] == ['plain'] and bench(*flags, '--resume')[2] == rows
+
+
 BAD = {
     'unknown model': (['--model', 'eva_deit_tin'], ['eva_deit_tin', 'eva_deit_tiny']),
     'argument of another type': (['--model', 'eva_deit_tiny:depth=x', '--bench', 'infer'], ['(depth is text; give']),
