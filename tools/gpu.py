@@ -4,8 +4,8 @@
 Steps, what says most first, each on its own with --steps; those that measure write one file a table, such as
 results/op_h200.csv. The step page makes the tables anew, test runs the tests marked gpu, sanitize the kernels under
 compute-sanitizer. A stop at any time keeps what was measured, and the same line goes on from there: logs and rows of
-this code are in a folder of output/gpu. A results file has rows of this code alone. COMMIT in the environment names the
-commit where there is no git.
+this code are in a folder of output/gpu. A results file has rows of this code alone: it is written, in place of what was
+there, once all tasks of its table are done. COMMIT in the environment names the commit where there is no git.
 """
 
 import argparse
@@ -160,7 +160,6 @@ TABLES: Dict[str, List[Task]] = {
     'convert': [Task('convert', _words('--bench convert --img-size 224 518 1022 2044 --repeats 10 --warmup 2'), 230)],
     'convert_graphs': _graphs(),
 }
-WHOLE = ('convert',)  # README.md and others need all rows of this file: it is replaced once they are there
 FILES = {'cells': 'op_cells'}  # where the file is not called as the step
 # What rows depend on, and what the steps test and sanitize do.
 MEASURED = tuple(f'evavit/{room}' for room in ('ops/**/*', 'layers/**/*', 'models/**/*', 'bench/**/*'))
@@ -291,12 +290,17 @@ def expected(tasks: List[Task]) -> float:
 
 
 def store(driver: Driver, tasks: List[Task], target: Path) -> None:
-    """Put the rows of this code into a results file, in place of all that it had."""
+    """Put the rows of this code into a results file, in place of all that it had, once all are there."""
+    done = {task.name for task in tasks if (driver.work / f'{task.name}.done').exists()}
+    done |= {task.instead_of for task in tasks if task.instead_of and task.name in done}
+    left = sum(not done & {task.name, task.instead_of} for task in tasks)
+    if left:
+        driver.say(f'{target.name} stays as it is: {left} tasks of its table are left; rows are in {driver.work}')
+        return
     rows = [row for task in tasks for row in driver.rows(task.name)]
     failed = {task.instead_of for task in tasks if task.instead_of and driver.rows(task.name)}
     dropped = [row for name in failed for row in driver.rows(name) if row['status'] not in HARMLESS]
-    if rows:
-        write_rows(target, [row for row in rows if row not in dropped])
+    write_rows(target, [row for row in rows if row not in dropped])
 
 
 def main() -> int:
@@ -351,9 +355,7 @@ def main() -> int:
                 try:
                     good &= driver.measure_all(tables[step])
                 finally:
-                    whole = all((work / f'{task.name}.done').exists() for task in TABLES[step])
-                    if whole or step not in WHOLE:
-                        store(driver, TABLES[step], targets[step])
+                    store(driver, TABLES[step], targets[step])
             elif driver.stopped:
                 good = False
             elif step == 'page':
