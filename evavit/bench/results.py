@@ -14,7 +14,8 @@ import platform
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from types import MappingProxyType
+from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import timm
 import torch
@@ -137,8 +138,10 @@ def _key(row: Row, key: Sequence[str] = KEY) -> Tuple[str, ...]:
     return tuple(str(row.get(column, '')) for column in key)
 
 
-def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
-    """The rows of a CSV file; none where there is no file. Those of an older file get the columns `ADDED`.
+def read_rows(
+    path: Path, columns: Sequence[str] = COLUMNS, added: Mapping[str, str] = MappingProxyType(ADDED)
+) -> List[Row]:
+    """The rows of a CSV file; none where there is no file. Those of an older file get the columns `added`.
 
     Raises:
         UserError: the file cannot be read, or has other columns, the same in another order, or a row with more cells or
@@ -154,7 +157,7 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
         found, rows = (), []
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({reason_of(error)}); name another file') from error
-    older = tuple(column for column in columns if column not in ADDED)
+    older = tuple(column for column in columns if column not in added)
     if not found or found not in (tuple(columns), older):
         raise UserError(f'{path} has other columns; name another file')
     for number, row in enumerate(rows, 1):
@@ -163,8 +166,8 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
             raise UserError(f'{path}: row {number} has {cells} cells than columns; mend it, or name another file')
     if found == tuple(columns):
         return rows
-    none = dict.fromkeys(ADDED, '')
-    return [{**(ADDED if row['bench'] in ('op', 'layer') else none), **row} for row in rows]
+    none = dict.fromkeys(added, '')
+    return [{**(added if row['bench'] in ('op', 'layer') else none), **row} for row in rows]
 
 
 def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
@@ -286,6 +289,7 @@ def store_rows(
     columns: Sequence[str] = COLUMNS,
     key: Sequence[str] = KEY,
     beside: Callable[[Row], bool] = lambda _: False,
+    added: Mapping[str, str] = MappingProxyType(ADDED),
 ) -> None:
     """Put the rows of comparisons into a CSV file, in place of earlier rows of the same ones.
 
@@ -295,13 +299,14 @@ def store_rows(
         columns: Of the file.
         key: Those of them by which a comparison is known.
         beside: Whether an earlier row stays beside the new ones of its comparison.
+        added: As `read_rows` takes it.
 
     Raises:
         UserError: the file has other columns.
     """
     new = {_key(row, key) for row in rows}
     with _locked(path):
-        kept = [row for row in read_rows(path, columns) if _key(row, key) not in new or beside(row)]
+        kept = [row for row in read_rows(path, columns, added) if _key(row, key) not in new or beside(row)]
         write_rows(path, kept + rows, columns)
 
 

@@ -6,11 +6,12 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import KWARGS, QUICK, words
 from runs import MODEL as TINY
-from runs import QUICK, words
 
 from evavit.bench import contenders
 from evavit.bench.contenders import Setting
+from evavit.bench.models import describe
 from evavit.ops.eva import EVA
 
 FEW = ['--device', 'cpu', '--repeats', '2', '--warmup', '1']
@@ -379,6 +380,8 @@ def test_loader_and_step(call, images, tmp_path, monkeypatch):
         assert min(alone, step, both) > 0 and 0 <= float(row['wait_share']) <= 100
         assert float(row['step_share']) == pytest.approx(100 * step / alone, rel=0.01)
     assert float(rows[0]['cpu_ms_per_img']) > 0 and not rows[1]['cpu_ms_per_img']
+    assert {(row['img_size'], row['torchcompile']) for row in rows} == {('16', 'no')}
+    assert {row['model'] for row in rows} == {describe('eva_deit_tiny', KWARGS)}
     (tmp_path / 'other.csv').write_text('a,b\n')
     monkeypatch.setattr('evavit.bench.loader.measure', None)  # known before anything is measured
     code, _, err = call('benchmark', '--bench', 'data', *flags[:-1], tmp_path / 'other.csv', '--loader-only')
