@@ -179,19 +179,18 @@ def digest_of(parts: Sequence[str]) -> str:
 
 def work_folder() -> Path:
     """Where this code's logs and rows are: other code of what is measured starts with nothing done."""
-    folder = ROOT / 'output' / 'gpu' / digest_of(MEASURED)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return ROOT / 'output' / 'gpu' / digest_of(MEASURED)
 
 
 class Driver:
     """Runs commands with their output in logs, until it is stopped.
 
     Args:
-        work: The folder of logs, rows and marks of what is done.
+        work: The folder of logs, rows and marks of what is done. It is made if missing.
     """
 
     def __init__(self, work: Path) -> None:
+        work.mkdir(parents=True, exist_ok=True)
         self.work, self.begin, self.stopped = work, time.monotonic(), False
         self.printing, self.running = threading.Lock(), set()
 
@@ -325,6 +324,9 @@ def main() -> int:
         for step, tasks in TABLES.items()
         if step in args.steps
     }
+    if tables and not any(tables.values()):
+        print(f'error: --only {" ".join(args.only)}: no task has such a name; --list names them', file=sys.stderr)
+        return 2
     total = sum(map(expected, tables.values()))
     for step, tasks in tables.items():
         done = sum((work / f'{task.name}.done').exists() for task in tasks)
@@ -357,6 +359,7 @@ def main() -> int:
                 finally:
                     store(driver, TABLES[step], targets[step])
             elif driver.stopped:
+                driver.say(f'{step}: stopped before; the same line goes on')
                 good = False
             elif step == 'page':
                 good &= not subprocess.run([sys.executable, 'docs/make/tables.py'], cwd=ROOT, check=False).returncode

@@ -151,7 +151,7 @@ def read_rows(
         return []
     try:
         with open_regular(path) as file:
-            reader = csv.DictReader(io.TextIOWrapper(file, encoding='utf-8', newline=''))
+            reader = csv.DictReader(io.TextIOWrapper(file, encoding='utf-8-sig', newline=''))
             found, rows = tuple(reader.fieldnames or ()), list(reader)
     except (UnicodeDecodeError, csv.Error):  # no table at all
         found, rows = (), []
@@ -159,7 +159,8 @@ def read_rows(
         raise UserError(f'{path}: cannot be read ({reason_of(error)}); name another file') from error
     older = tuple(column for column in columns if column not in added)
     if not found or found not in (tuple(columns), older):
-        raise UserError(f'{path} has other columns; name another file')
+        fault = 'has other columns' if path.stat().st_size else 'is empty'
+        raise UserError(f'{path} {fault}; name another file')
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             cells = 'more' if None in row else 'fewer'

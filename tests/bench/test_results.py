@@ -45,6 +45,15 @@ def test_a_file_of_other_columns_stays(tmp_path):
     assert read_rows(path, ('a', 'b')) == [{'a': '1', 'b': '2'}] and read_rows(tmp_path / 'none.csv') == []
 
 
+def test_a_file_that_is_empty_or_begins_with_a_mark(tmp_path):
+    path = tmp_path / 'rows.csv'
+    path.touch()
+    with pytest.raises(UserError, match=r'rows\.csv is empty; name another file'):
+        read_rows(path, ('a', 'b'))
+    path.write_text('a,b\n1,2\n', encoding='utf-8-sig')  # as spreadsheets write it
+    assert read_rows(path, ('a', 'b')) == [{'a': '1', 'b': '2'}]
+
+
 def _store(path, name):
     for number in range(20):
         store_rows(path, [dict(bench='op', case=f'{name} {number}', status='ok')])

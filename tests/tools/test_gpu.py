@@ -1,5 +1,6 @@
 """The steps of `make gpu`, and tools/sanitize.py where there is no GPU."""
 
+import contextlib
 import csv
 import os
 import subprocess
@@ -127,6 +128,20 @@ def test_when_it_is_stopped(gpu, monkeypatch, capsys):
     assert gpu.call('--steps', 'op', 'page') == 1 and not gpu.commands
     assert 'op: stopped before; the same line goes on' in capsys.readouterr().out
     assert not (gpu.work_folder() / 'all' / 'op_h200.csv').exists()  # a table of nothing is none
+
+
+def test_a_page_that_is_not_made_says_so(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.Driver, 'until', lambda driver, _: driver.stop() or contextlib.nullcontext())
+    assert gpu.call('--steps', 'page', '--seconds', '0') == 1 and not gpu.commands
+    assert 'page: stopped before; the same line goes on' in capsys.readouterr().out
+
+
+def test_a_name_of_no_task_is_a_line_and_leaves_no_folder(gpu, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu, 'work_folder', lambda: tmp_path / 'work')
+    assert gpu.call('--list', '--only', 'zzz') == 2
+    assert capsys.readouterr() == ('', 'error: --only zzz: no task has such a name; --list names them\n')
+    assert gpu.call('--list') == 0 and not (tmp_path / 'work').exists()
+    assert gpu.call('--steps', 'op') == 0 and (tmp_path / 'work' / 'op.done').exists()
 
 
 STOPPED = """
