@@ -4,8 +4,8 @@
 Steps, what says most first, each on its own with --steps; those that measure write one file a table, such as
 results/op_h200.csv. The step page makes the tables anew, test runs the tests marked gpu, sanitize the kernels under
 compute-sanitizer. A stop at any time keeps what was measured, and the same line goes on from there: logs and rows of
-this code are in a folder of output/gpu. A results file has rows of this code alone. COMMIT in the environment names the
-commit where there is no git.
+this code are in a folder of output/gpu. A results file has rows of this code alone: it is written, in place of what was
+there, once all tasks of its table are done. COMMIT in the environment names the commit where there is no git.
 """
 
 import argparse
@@ -160,7 +160,6 @@ TABLES: Dict[str, List[Task]] = {
     'convert': [Task('convert', _words('--bench convert --img-size 224 518 1022 2044 --repeats 10 --warmup 2'), 230)],
     'convert_graphs': _graphs(),
 }
-WHOLE = ('convert',)  # README.md and others need all rows of this file: it is replaced once they are there
 FILES = {'cells': 'op_cells'}  # where the file is not called as the step
 # What rows depend on, and what the steps test and sanitize do.
 MEASURED = tuple(f'evavit/{room}' for room in ('ops/**/*', 'layers/**/*', 'models/**/*', 'bench/**/*'))
@@ -180,19 +179,18 @@ def digest_of(parts: Sequence[str]) -> str:
 
 def work_folder() -> Path:
     """Where this code's logs and rows are: other code of what is measured starts with nothing done."""
-    folder = ROOT / 'output' / 'gpu' / digest_of(MEASURED)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return ROOT / 'output' / 'gpu' / digest_of(MEASURED)
 
 
 class Driver:
     """Runs commands with their output in logs, until it is stopped.
 
     Args:
-        work: The folder of logs, rows and marks of what is done.
+        work: The folder of logs, rows and marks of what is done. It is made if missing.
     """
 
     def __init__(self, work: Path) -> None:
+        work.mkdir(parents=True, exist_ok=True)
         self.work, self.begin, self.stopped = work, time.monotonic(), False
         self.printing, self.running = threading.Lock(), set()
 
@@ -291,12 +289,17 @@ def expected(tasks: List[Task]) -> float:
 
 
 def store(driver: Driver, tasks: List[Task], target: Path) -> None:
-    """Put the rows of this code into a results file, in place of all that it had."""
+    """Put the rows of this code into a results file, in place of all that it had, once all are there."""
+    done = {task.name for task in tasks if (driver.work / f'{task.name}.done').exists()}
+    done |= {task.instead_of for task in tasks if task.instead_of and task.name in done}
+    left = sum(not done & {task.name, task.instead_of} for task in tasks)
+    if left:
+        driver.say(f'{target.name} stays as it is: {left} tasks of its table are left; rows are in {driver.work}')
+        return
     rows = [row for task in tasks for row in driver.rows(task.name)]
     failed = {task.instead_of for task in tasks if task.instead_of and driver.rows(task.name)}
     dropped = [row for name in failed for row in driver.rows(name) if row['status'] not in HARMLESS]
-    if rows:
-        write_rows(target, [row for row in rows if row not in dropped])
+    write_rows(target, [row for row in rows if row not in dropped])
 
 
 def main() -> int:
@@ -321,6 +324,9 @@ def main() -> int:
         for step, tasks in TABLES.items()
         if step in args.steps
     }
+    if tables and not any(tables.values()):
+        print(f'error: --only {" ".join(args.only)}: no task has such a name; --list names them', file=sys.stderr)
+        return 2
     total = sum(map(expected, tables.values()))
     for step, tasks in tables.items():
         done = sum((work / f'{task.name}.done').exists() for task in tasks)
@@ -351,10 +357,9 @@ def main() -> int:
                 try:
                     good &= driver.measure_all(tables[step])
                 finally:
-                    whole = all((work / f'{task.name}.done').exists() for task in TABLES[step])
-                    if whole or step not in WHOLE:
-                        store(driver, TABLES[step], targets[step])
+                    store(driver, TABLES[step], targets[step])
             elif driver.stopped:
+                driver.say(f'{step}: stopped before; the same line goes on')
                 good = False
             elif step == 'page':
                 good &= not subprocess.run([sys.executable, 'docs/make/tables.py'], cwd=ROOT, check=False).returncode

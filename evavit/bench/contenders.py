@@ -43,6 +43,7 @@ __all__ = [
     'Setting',
     'Sizes',
     'WrongResult',
+    'attention_backends',
     'backend_names',
     'bench_layer',
     'bench_op',
@@ -291,7 +292,8 @@ def default_batch(side: int, device: torch.device) -> int:
     return batch if device.type == 'cuda' else max(1, batch // 16)
 
 
-def _attention_backends(setting: Setting) -> Sequence[str]:
+def attention_backends(setting: Setting) -> Sequence[str]:
+    """The contenders of `bench_op` and `bench_layer`."""
     return setting.backends or ((*EVA.backends, *SDPA_BACKENDS) if setting.cuda else ('plain', 'sdpa'))
 
 
@@ -480,7 +482,7 @@ def bench_op(
     kinds = {'plain': 'plain', **dict.fromkeys(PEERS, 'peer')}
     rows = measure(
         setting,
-        [contender(backend) for backend in _attention_backends(setting)],
+        [contender(backend) for backend in attention_backends(setting)],
         lambda row: ERROR_BOUNDS[kinds.get(row['backend'], 'op')][dtype],
     )
     forward_bytes, backward_bytes = traffic(batch, N, heads * d, dtype)
@@ -553,7 +555,7 @@ def bench_layer(
 
     return measure(
         setting,
-        [contender(backend) for backend in (('plain', 'sdpa') if host else _attention_backends(setting))],
+        [contender(backend) for backend in (('plain', 'sdpa') if host else attention_backends(setting))],
         lambda row: ERROR_BOUNDS['layer'][setting.dtype],
         host_seconds if host else median_seconds,
     )

@@ -18,6 +18,7 @@ from evavit.training.compilation import choose_compilation
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
+from .models import describe
 from .results import ORIGIN, Row, check_writable, origin, read_rows, store_rows
 
 __all__ = ['Repeated', 'main', 'measure', 'parse']
@@ -37,9 +38,12 @@ COLUMNS = (
     'augment_device',
     'aa',
     'amp',
+    'img_size',
+    'torchcompile',
     'img_per_s',
     'cpu_ms_per_img',
 )
+ADDED = dict(img_size='', torchcompile='')  # columns that older files lack
 STEP_COLUMNS = ('step_img_per_s', 'step_share', 'both_img_per_s', 'wait_share')  # without --loader-only
 
 
@@ -73,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     if own.results_file:  # before the timing
         path = Path(own.results_file)
         check_writable(path)
-        read_rows(path, columns)
+        read_rows(path, columns, ADDED)
     process = start_process(settings.machine.device, alone='benchmark.py')
     if own.augment_devices and 'cuda' in places and process.device.type != 'cuda':  # before anything is measured
         raise UserError(f'--augment-devices cuda needs a GPU, and this run is on {process.device}; leave it out')
@@ -82,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
         row = measure(settings, process, own.seconds, own.repeats, own.loader_only) | origin(process.device)
         print('  '.join(f'{key} {value}' for key, value in row.items()), flush=True)
         if own.results_file:
-            store_rows(path, [row], columns, key=columns)  # no row but its own copy is replaced
+            store_rows(path, [row], columns, key=columns, added=ADDED)  # no row but its own copy is replaced
     torch.distributed.destroy_process_group()
 
 
@@ -126,9 +130,13 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
             rates['wait'].append(wait)
             rates['step'].append(_step_rate(step, settings, config, model, process, seconds / 3))
     median = {name: statistics.median(values) for name, values in rates.items() if values}
+    asked = settings.model
+    kwargs = {**(asked.model_kwargs or {}), **({'convert': asked.convert} if asked.convert else {})}
+    kwargs |= asked.convert_kwargs or {}
+    compilation = choose_compilation(machine.torchcompile, machine.torchcompile_mode, process.device)
     row: Row = {
         'bench': 'data',
-        'model': settings.model.model,
+        'model': describe(settings.model.model, kwargs),
         'dataset': settings.data.dataset or 'folder',
         'images': images,
         'batch_size': batch_size,
@@ -137,6 +145,8 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
         'augment_device': machine.augment_device + (', cached' if machine.cache_device else ''),
         'aa': settings.augment.aa or '',
         'amp': machine.amp_dtype if machine.amp else 'float32',
+        'img_size': 'x'.join(dict.fromkeys(map(str, config['input_size'][1:]))),  # one number where it is square
+        'torchcompile': '' if loader_only else compilation.label,
         'img_per_s': round(median['alone'], 1),
         # Without workers all of the work is this process's: its processor time is the same on a machine that is shared.
         'cpu_ms_per_img': '' if machine.workers else round(median['cpu'], 2),

@@ -34,7 +34,7 @@ from .contenders import (
 )
 from .results import Row
 
-__all__ = ['bench_model', 'build', 'describe', 'input_size', 'parse_model']
+__all__ = ['bench_model', 'build', 'describe', 'input_size', 'model_contenders', 'parse_model']
 
 
 def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
@@ -115,7 +115,7 @@ def _eva_backend(module: nn.Module) -> str:
     return 'plain' if 'plain' in taken else next(backend for backend in EVA.backends if backend in taken)
 
 
-def _model_contenders(
+def model_contenders(
     text: str, setting: Setting, img_size: Optional[int]
 ) -> List[Tuple[str, Dict[str, Any], str, str]]:
     """(name, arguments, attention, backend) of a model and of the softmax model beside it."""
@@ -240,7 +240,7 @@ def bench_model(
 
     rows = measure(
         setting,
-        [contender(*which) for which in _model_contenders(text, setting, img_size)],
+        [contender(*which) for which in model_contenders(text, setting, img_size)],
         lambda row: ERROR_BOUNDS['model'][setting.dtype],
     )
     for row in rows:

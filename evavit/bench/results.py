@@ -8,12 +8,14 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from types import MappingProxyType
+from typing import IO, Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import timm
 import torch
@@ -136,32 +138,37 @@ def _key(row: Row, key: Sequence[str] = KEY) -> Tuple[str, ...]:
     return tuple(str(row.get(column, '')) for column in key)
 
 
-def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> List[Row]:
-    """The rows of a CSV file; none where there is no file. Those of an older file get the columns `ADDED`.
+def read_rows(
+    path: Path, columns: Sequence[str] = COLUMNS, added: Mapping[str, str] = MappingProxyType(ADDED)
+) -> List[Row]:
+    """The rows of a CSV file; none where there is no file. Those of an older file get the columns `added`.
 
     Raises:
-        UserError: the file cannot be read, or has other columns, the same in another order, or a row with more cells.
+        UserError: the file cannot be read, or has other columns, the same in another order, or a row with more cells or
+            fewer, as where it was cut short.
     """
     if not path.exists():
         return []
     try:
         with open_regular(path) as file:
-            reader = csv.DictReader(io.TextIOWrapper(file, encoding='utf-8', newline=''))
+            reader = csv.DictReader(io.TextIOWrapper(file, encoding='utf-8-sig', newline=''))
             found, rows = tuple(reader.fieldnames or ()), list(reader)
     except (UnicodeDecodeError, csv.Error):  # no table at all
         found, rows = (), []
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({reason_of(error)}); name another file') from error
-    older = tuple(column for column in columns if column not in ADDED)
+    older = tuple(column for column in columns if column not in added)
     if not found or found not in (tuple(columns), older):
-        raise UserError(f'{path} has other columns; name another file')
+        fault = 'has other columns' if path.stat().st_size else 'is empty'
+        raise UserError(f'{path} {fault}; name another file')
     for number, row in enumerate(rows, 1):
-        if None in row:
-            raise UserError(f'{path}: row {number} has more cells than columns; mend it, or name another file')
+        if None in row or None in row.values():
+            cells = 'more' if None in row else 'fewer'
+            raise UserError(f'{path}: row {number} has {cells} cells than columns; mend it, or name another file')
     if found == tuple(columns):
         return rows
-    none = dict.fromkeys(ADDED, '')
-    return [{**(ADDED if row['bench'] in ('op', 'layer') else none), **row} for row in rows]
+    none = dict.fromkeys(added, '')
+    return [{**(added if row['bench'] in ('op', 'layer') else none), **row} for row in rows]
 
 
 def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
@@ -259,13 +266,32 @@ def _table_of(file: IO[bytes], suffix: str) -> Tuple[List[str], List[Row]]:
     return names, rows
 
 
-def is_done(path: Path, key: Row) -> bool:
-    """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, and no failure among them."""
+def _is_whole(row: Row) -> bool:
+    """Whether a row is no failure and, where it was measured, has its time."""
+    if row['status'] != 'ok':
+        return row['status'] in HARMLESS
+    try:
+        return math.isfinite(float(row['ms']))
+    except ValueError:
+        return False
+
+
+def is_done(path: Path, key: Row, backends: Sequence[str] = ()) -> bool:
+    """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, all of them whole: of these
+    backends, or all that are there if () is given."""
     rows = [row for row in read_rows(path) if _key(row) == _key(key) and row['commit'] == key['commit']]
-    return bool(rows) and all(row['status'] in HARMLESS for row in rows)
+    rows = [row for row in rows if not backends or row['backend'] in backends]
+    return bool(rows) and {row['backend'] for row in rows} >= set(backends) and all(map(_is_whole, rows))
 
 
-def store_rows(path: Path, rows: List[Row], columns: Sequence[str] = COLUMNS, key: Sequence[str] = KEY) -> None:
+def store_rows(
+    path: Path,
+    rows: List[Row],
+    columns: Sequence[str] = COLUMNS,
+    key: Sequence[str] = KEY,
+    beside: Callable[[Row], bool] = lambda _: False,
+    added: Mapping[str, str] = MappingProxyType(ADDED),
+) -> None:
     """Put the rows of comparisons into a CSV file, in place of earlier rows of the same ones.
 
     Args:
@@ -273,13 +299,16 @@ def store_rows(path: Path, rows: List[Row], columns: Sequence[str] = COLUMNS, ke
         rows: What was measured.
         columns: Of the file.
         key: Those of them by which a comparison is known.
+        beside: Whether an earlier row stays beside the new ones of its comparison.
+        added: As `read_rows` takes it.
 
     Raises:
         UserError: the file has other columns.
     """
     new = {_key(row, key) for row in rows}
     with _locked(path):
-        write_rows(path, [row for row in read_rows(path, columns) if _key(row, key) not in new] + rows, columns)
+        kept = [row for row in read_rows(path, columns, added) if _key(row, key) not in new or beside(row)]
+        write_rows(path, kept + rows, columns)
 
 
 @contextlib.contextmanager

@@ -36,9 +36,18 @@ import torch
 from evavit.arguments import Parser, find_device, program
 from evavit.bench import loader
 from evavit.bench.clocks import copy_rate
-from evavit.bench.contenders import GRIDS, Setting, Sizes, backend_names, bench_layer, bench_op, default_batch
+from evavit.bench.contenders import (
+    GRIDS,
+    Setting,
+    Sizes,
+    attention_backends,
+    backend_names,
+    bench_layer,
+    bench_op,
+    default_batch,
+)
 from evavit.bench.convert import SIDES, VITS, bench_convert, fit_side
-from evavit.bench.models import bench_model, input_size, parse_model
+from evavit.bench.models import bench_model, input_size, model_contenders, parse_model
 from evavit.bench.peers import PEERS
 from evavit.bench.results import HARMLESS, Row, check_writable, is_done, origin, read_rows, store_rows
 from evavit.errors import UserError, first_line, reason_of, run_script
@@ -132,7 +141,11 @@ def parse(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     add('--device', help='cpu, cuda or cuda:N (default: cuda where there is one, else cpu)')
     add('--repeats', type=positive, default=30, help='calls of which the median is taken (default: 30)')
     add('--warmup', type=positive, default=5, help='calls before them (default: 5)')
-    add('--results-file', type=Path, help='CSV; rows of the same comparison are replaced')
+    add(
+        '--results-file',
+        type=Path,
+        help='CSV; rows of the same comparison are replaced, but for those of other backends at this commit',
+    )
     add('--resume', action='store_true', help='leave out what the results file has of this device and commit')
     add('--lock', type=Path, help='a file: runs that name the same one compile side by side, and measure one at a time')
     return parser.parse_args(argv)
@@ -178,10 +191,15 @@ def attention_sizes(args: argparse.Namespace, setting: Setting, bench: str) -> I
         yield side, sizes
 
 
+def model_backends(text: str, setting: Setting, img_size: Optional[int]) -> List[str]:
+    return [backend for *_, backend in model_contenders(text, setting, img_size)]
+
+
 def comparisons(
     args: argparse.Namespace, setting: Setting, compilation: Compilation
-) -> Iterator[Tuple[Row, Callable[[], List[Row]]]]:
-    """(what the rows of a comparison share, function that makes them), of all that the flags ask for."""
+) -> Iterator[Tuple[Row, Callable[[], List[Row]], Callable[[], Sequence[str]]]]:
+    """(what the rows of a comparison share, function that makes them, function that tells their backends: none where
+    they are not chosen by name), of all that the flags ask for."""
     shared = {'amp_dtype': setting.dtype_name}
     models = find_models(args)
     for bench in args.bench:
@@ -201,15 +219,17 @@ def comparisons(
                 )
                 asked = setting, batch, side, args.num_heads, args.dim // args.num_heads
                 if bench == 'op':
-                    yield key | shared, partial(bench_op, *asked, sizes)
+                    yield key | shared, partial(bench_op, *asked, sizes), partial(attention_backends, setting)
+                elif bench == 'layer':
+                    yield key | shared, partial(bench_layer, *asked), partial(attention_backends, setting)
                 else:
-                    yield key | shared, partial(bench_layer, *asked, host=bench == 'host')
+                    yield key | shared, partial(bench_layer, *asked, host=True), tuple
         elif bench == 'convert':
             for text, asked in itertools.product(models, args.img_size or SIDES):
                 side, batch = fit_side(text, asked)
                 batch = args.batch_size or batch
                 key = dict(bench=bench, case=text, batch_size=batch, img_size=side, torchcompile=compilation.label)
-                yield key | shared, partial(bench_convert, setting, text, batch, side, compilation)
+                yield key | shared, partial(bench_convert, setting, text, batch, side, compilation), tuple
         else:
             if args.img_size and len(args.img_size) > 1:
                 raise UserError(f'--img-size {" ".join(map(str, args.img_size))}: --bench {bench} takes one')
@@ -226,6 +246,7 @@ def comparisons(
                 yield (
                     key | shared,
                     partial(bench_model, setting, bench, text, batch, img_size, compilation),
+                    partial(model_backends, text, setting, img_size),
                 )
 
 
@@ -252,6 +273,16 @@ def report(row: Row) -> None:
         'backward_of_copy',
     )
     print('  '.join(f'{name} {row[name]}' for name in shown if row.get(name, '') != ''), flush=True)
+
+
+def store(path: Path, rows: List[Row]) -> None:
+    """In place of earlier rows of the comparison, but for those of other backends at this commit."""
+    backends = {row['backend'] for row in rows}
+
+    def beside(row: Row) -> bool:
+        return row['commit'] == rows[0]['commit'] and row['backend'] not in backends
+
+    store_rows(path, rows, beside=beside)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -289,8 +320,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         with setting.turn(alone=True):
             setting.copy_gb_per_s = copy_rate(device)
     failed = False
-    for key, measure in planned:
-        if args.resume and is_done(args.results_file, key | where):
+    for key, measure, backends in planned:
+        if args.resume and is_done(args.results_file, key | where, backends()):
             print(f'{key["bench"]} {key["case"]}: in {args.results_file} already')
             continue
         try:
@@ -300,7 +331,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for row in rows:
             report(row)
         if args.results_file:  # after every comparison, so that a run cut short leaves what it measured
-            store_rows(args.results_file, rows)
+            store(args.results_file, rows)
         failed |= any(row['status'] not in HARMLESS for row in rows)
     if failed:
         raise SystemExit(1)

@@ -75,7 +75,7 @@ class Compilation(NamedTuple):
             return 'the model is not compiled'
         mode = f', mode {self.mode or "default"}' if self.backend == 'inductor' else ''
         what = ' (CUDA graphs)' if self.graphs else ''
-        return f'the model is compiled by {self.backend}{mode}{what}; the first updates wait for it'
+        return f'the model is compiled by {self.backend}{mode}{what}; the first batches wait for it'
 
 
 AS_IS = Compilation()

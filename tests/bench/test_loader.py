@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from programs import ROOT
 
 from evavit.bench import loader
-from evavit.bench.results import ORIGIN, read_rows
+from evavit.bench.results import ORIGIN, read_rows, store_rows
 from evavit.errors import UserError
 
 COLUMNS = [*loader.COLUMNS, *ORIGIN]
@@ -33,6 +34,15 @@ def test_programs_side_by_side_lose_no_row(tmp_path):
         job.join()
     found = {(row['model'], row['workers']) for row in read_rows(path, COLUMNS)}
     assert [job.exitcode for job in jobs] == [0, 0, 0] and found == {(m, str(n)) for m in models for n in range(30)}
+
+
+def test_a_file_of_before_the_image_size_is_read(tmp_path):
+    path, columns = tmp_path / 'data.csv', [*loader.COLUMNS, *loader.STEP_COLUMNS, *ORIGIN]
+    path.write_text((ROOT / 'results' / 'data_cpu.csv').read_text())
+    before = len(read_rows(path, columns, loader.ADDED))
+    store_rows(path, [dict(model='eva_deit_tiny', img_size=64)], columns, key=columns, added=loader.ADDED)
+    rows = read_rows(path, columns)
+    assert [row['img_size'] for row in rows] == [*[''] * before, '64'] and rows[0]['device']
 
 
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])

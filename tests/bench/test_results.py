@@ -27,7 +27,10 @@ def test_failures_are_measured_again(tmp_path):
     row = dict(bench='op', case='5x5', tokens=25, device='cpu', commit='abc', status='2e-1 from float64')
     store_rows(path, [row])
     assert not is_done(path, row)
-    store_rows(path, [dict(row, status='ok')])
+    for ms in ('', 'nan', '1.5x'):
+        store_rows(path, [dict(row, status='ok', ms=ms)])
+        assert not is_done(path, row)
+    store_rows(path, [dict(row, status='ok', ms=1.5)])
     assert is_done(path, row) and len(read_rows(path)) == 1 and not is_done(path, dict(row, tokens=36))
     assert tuple(read_rows(path)[0]) == COLUMNS
 
@@ -40,6 +43,15 @@ def test_a_file_of_other_columns_stays(tmp_path):
             refused()
     assert path.read_text() == 'a,b\n1,2\n'
     assert read_rows(path, ('a', 'b')) == [{'a': '1', 'b': '2'}] and read_rows(tmp_path / 'none.csv') == []
+
+
+def test_a_file_that_is_empty_or_begins_with_a_mark(tmp_path):
+    path = tmp_path / 'rows.csv'
+    path.touch()
+    with pytest.raises(UserError, match=r'rows\.csv is empty; name another file'):
+        read_rows(path, ('a', 'b'))
+    path.write_text('a,b\n1,2\n', encoding='utf-8-sig')  # as spreadsheets write it
+    assert read_rows(path, ('a', 'b')) == [{'a': '1', 'b': '2'}]
 
 
 def _store(path, name):
@@ -57,14 +69,14 @@ def test_programs_side_by_side_lose_no_row(tmp_path):
     assert [job.exitcode for job in jobs] == [0, 0, 0] and len(read_rows(path)) == 60
 
 
-def test_a_row_of_more_cells_is_a_line(tmp_path):
+@pytest.mark.parametrize('cells, line', [('more', '4,5,6\n'), ('fewer', '4')])
+def test_a_row_of_more_cells_or_fewer_is_a_line(tmp_path, cells, line):
     path = tmp_path / 'rows.csv'
-    path.write_text('a,b\n1,2\n3\n4,5,6\n')
-    with pytest.raises(UserError, match=r'rows\.csv: row 3 has more cells than columns; mend it, or name'):
-        read_rows(path, ('a', 'b'))
-    path.write_text('a,b\n1,2\n3\n')
-    store_rows(path, [], ('a', 'b'), ('a',))
-    assert path.read_text() == 'a,b\n1,2\n3,\n'
+    path.write_text(f'a,b\n1,2\n{line}')
+    for refused in (lambda: read_rows(path, ('a', 'b')), lambda: store_rows(path, [], ('a', 'b'), ('a',))):
+        with pytest.raises(UserError, match=rf'rows\.csv: row 2 has {cells} cells than columns; mend it, or name'):
+            refused()
+    assert path.read_text() == f'a,b\n1,2\n{line}'
 
 
 def test_a_file_of_before_the_sizes_is_read(tmp_path):

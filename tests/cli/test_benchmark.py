@@ -6,11 +6,12 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import KWARGS, QUICK, words
 from runs import MODEL as TINY
-from runs import QUICK, words
 
 from evavit.bench import contenders
 from evavit.bench.contenders import Setting
+from evavit.bench.models import describe
 from evavit.ops.eva import EVA
 
 FEW = ['--device', 'cpu', '--repeats', '2', '--warmup', '1']
@@ -205,6 +206,32 @@ def test_resume_and_replace(bench, monkeypatch):
     assert len(bench(*flags, '--dim', '16')[2]) == 2
 
 
+OP = words('--bench op --grid 5 -b 2 --dim 32 --num-heads 2')
+INFER = ['--bench', 'infer', '--model', MODEL, *words('--img-size 32 -b 1')]
+
+
+@pytest.mark.parametrize('flags', [OP, INFER])
+def test_backends_that_a_file_lacks_are_measured(bench, flags, monkeypatch):
+    """Beside those that it has of this commit; of another commit all rows of the comparison go."""
+    monkeypatch.setenv('COMMIT', 'abc')
+    (plain,) = bench(*flags, '--backend', 'plain')[2]
+    rows = bench(*flags, '--backend', 'sdpa', '--resume')[2]
+    assert rows[0] == plain and [row['backend'] for row in rows] == ['plain', 'sdpa']
+    for named in (['--backend', 'plain'], ['--backend', 'sdpa', 'plain'], []):
+        assert bench(*flags, *named, '--resume')[2] == rows
+    monkeypatch.setenv('COMMIT', 'def')
+    assert [row['backend'] for row in bench(*flags, '--backend', 'sdpa')[2]] == ['sdpa']
+    assert [row['backend'] for row in bench(*flags, '--resume')[2]] == ['plain', 'sdpa']
+
+
+def test_a_model_with_nothing_beside_it_is_done(bench, monkeypatch):
+    """Where timm has no softmax model of its size, that backend is not waited for."""
+    monkeypatch.setattr('evavit.bench.models._twin', lambda *_: None)
+    flags = [*INFER, '--backend', 'plain', 'sdpa']
+    rows = bench(*flags)[2]
+    assert [row['backend'] for row in rows] == ['plain'] and bench(*flags, '--resume')[2] == rows
+
+
 BAD = {
     'unknown model': (['--model', 'eva_deit_tin'], ['eva_deit_tin', 'eva_deit_tiny']),
     'argument of another type': (['--model', 'eva_deit_tiny:depth=x', '--bench', 'infer'], ['(depth is text; give']),
@@ -353,6 +380,8 @@ def test_loader_and_step(call, images, tmp_path, monkeypatch):
         assert min(alone, step, both) > 0 and 0 <= float(row['wait_share']) <= 100
         assert float(row['step_share']) == pytest.approx(100 * step / alone, rel=0.01)
     assert float(rows[0]['cpu_ms_per_img']) > 0 and not rows[1]['cpu_ms_per_img']
+    assert {(row['img_size'], row['torchcompile']) for row in rows} == {('16', 'no')}
+    assert {row['model'] for row in rows} == {describe('eva_deit_tiny', KWARGS)}
     (tmp_path / 'other.csv').write_text('a,b\n')
     monkeypatch.setattr('evavit.bench.loader.measure', None)  # known before anything is measured
     code, _, err = call('benchmark', '--bench', 'data', *flags[:-1], tmp_path / 'other.csv', '--loader-only')

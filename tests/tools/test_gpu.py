@@ -1,5 +1,6 @@
 """The steps of `make gpu`, and tools/sanitize.py where there is no GPU."""
 
+import contextlib
 import csv
 import os
 import subprocess
@@ -72,7 +73,7 @@ def test_steps_of_a_gpu_machine(gpu, capsys):
     assert set(names[:-3]) == {name for name in measured if not name.endswith('784_default') or name[0] == '7'}
     files = {path.name for path in (gpu.work_folder() / 'all').iterdir()}
     assert files == {
-        f'{name}_h200.csv' for name in ('op', 'host', 'models', 'modes', 'layer', 'op_cells', 'wide', 'peers', 'zoo')
+        f'{name}_h200.csv' for name in ('op', 'models', 'modes', 'layer', 'op_cells', 'wide', 'peers', 'zoo')
     }
     out = capsys.readouterr().out
     assert 'minutes on an H200' in out and ' op: of a row\n' in out and 'host: exit code 1' in out
@@ -106,13 +107,16 @@ def test_checks_are_done_anew_where_what_they_check_changed(gpu, monkeypatch):
         assert gpu.call('--steps', 'test', 'sanitize') == 0 and list(gpu.commands) == commands
 
 
-def test_a_file_that_others_need_whole(gpu):
-    file = gpu.work_folder() / 'all' / 'convert_h200.csv'
-    store_rows(file, [dict(bench='convert', case='older', status='ok')])
-    gpu.fails = {'convert'}
-    assert gpu.call('--steps', 'convert') == 1 and cases(file) == ['older']
+def test_a_file_is_replaced_once_its_table_is_whole(gpu, capsys):
+    file, names = gpu.work_folder() / 'all' / 'models_h200.csv', [task.name for task in gpu.TABLES['models']]
+    store_rows(file, [dict(bench='train', case='older', status='ok')])
+    assert gpu.call('--steps', 'models', '--only', 'tiny_eva_train') == 0 and cases(file) == ['older']
+    line = f'models_h200.csv stays as it is: {len(names) - 1} tasks of its table are left; rows are in '
+    assert line in capsys.readouterr().out
+    gpu.fails = {names[-1]}
+    assert gpu.call('--steps', 'models') == 1 and cases(file) == ['older']
     gpu.fails = set()
-    assert gpu.call('--steps', 'convert') == 0 and cases(file) == ['convert']
+    assert gpu.call('--steps', 'models') == 0 and cases(file) == names
 
 
 def test_when_it_is_stopped(gpu, monkeypatch, capsys):
@@ -124,6 +128,20 @@ def test_when_it_is_stopped(gpu, monkeypatch, capsys):
     assert gpu.call('--steps', 'op', 'page') == 1 and not gpu.commands
     assert 'op: stopped before; the same line goes on' in capsys.readouterr().out
     assert not (gpu.work_folder() / 'all' / 'op_h200.csv').exists()  # a table of nothing is none
+
+
+def test_a_page_that_is_not_made_says_so(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.Driver, 'until', lambda driver, _: driver.stop() or contextlib.nullcontext())
+    assert gpu.call('--steps', 'page', '--seconds', '0') == 1 and not gpu.commands
+    assert 'page: stopped before; the same line goes on' in capsys.readouterr().out
+
+
+def test_a_name_of_no_task_is_a_line_and_leaves_no_folder(gpu, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu, 'work_folder', lambda: tmp_path / 'work')
+    assert gpu.call('--list', '--only', 'zzz') == 2
+    assert capsys.readouterr() == ('', 'error: --only zzz: no task has such a name; --list names them\n')
+    assert gpu.call('--list') == 0 and not (tmp_path / 'work').exists()
+    assert gpu.call('--steps', 'op') == 0 and (tmp_path / 'work' / 'op.done').exists()
 
 
 STOPPED = """
@@ -149,7 +167,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize('flags', [['--seconds', '3'], []])
 def test_a_run_that_is_stopped_keeps_its_rows(tmp_path, flags):
-    """With real processes, by the clock or by a signal: what was told before is stored, and nothing more begins."""
+    """With real processes, by the clock or by a signal: what was told before is kept, and nothing more begins."""
     (tmp_path / 'benchmark.py').write_text(BENCHMARK)
     store_rows(tmp_path / 'ready.csv', [dict(bench='op', case='first', status='ok')])
     start, lines = time.monotonic(), []
@@ -162,7 +180,7 @@ def test_a_run_that_is_stopped_keeps_its_rows(tmp_path, flags):
     assert process.returncode == 1 and time.monotonic() - start < 300
     assert any('host: stopped before' in line for line in lines) and any('op: not done' in line for line in lines)
     assert (tmp_path / 'op.log').read_text() == 'bench first\n' and not (tmp_path / 'op.done').exists()
-    assert cases(tmp_path / 'all' / 'op_h200.csv') == ['first']
+    assert cases(tmp_path / 'op.csv') == ['first'] and not (tmp_path / 'all' / 'op_h200.csv').exists()
 
 
 def test_its_benches_parse(gpu):
