@@ -107,6 +107,11 @@ def read_metrics(path, checkpoint):
         raise UserError(
             f'--results-file {path}: of other weights ({shown(of)}) than {checkpoint}; let validate.py judge these'
         )
+    if contents.has_average(checkpoint) and not row.get('use_ema'):
+        raise UserError(
+            f'--results-file {path}: not of the averaged weights of {checkpoint}, which are saved; let validate.py '
+            f'judge them with --use-ema'
+        )
     return metrics
 
 

@@ -32,7 +32,7 @@ COLUMNS = (  # of a results file
     *('model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation'),
     *('loss', 'images', 'checkpoint', 'checkpoint_sha256'),
 )
-OPTIONAL = re.compile('ece|(macro|micro|weighted)_(precision|recall|f1_score)|(batch_)?latency_ms')
+OPTIONAL = re.compile('use_ema|ece|(macro|micro|weighted)_(precision|recall|f1_score)|(batch_)?latency_ms')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -111,7 +111,8 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         log.info(f'{", ".join(files[:-1])} and {files[-1]} are in {config.run.report_dir}')
     if config.run.results_file:
         row = result_row(config, metrics, images, parameters, data_config, digest)
-        write_results(Path(config.run.results_file), {**row, **more})
+        judged = dict(use_ema=True) if config.weights.use_ema else {}
+        write_results(Path(config.run.results_file), {**row, **judged, **more})
 
 
 def detailed_metrics(predictions: report.Predictions, classes: int, average: Optional[str]) -> Dict[str, float]:

@@ -77,9 +77,13 @@ class Saver(CheckpointSaver):
         another run. Some network disks number folders and files anew; the time of the lock then is the same."""
         folder = self.last.parent
         place, lock = _identity(folder) if folder.is_dir() else self.place
-        if place == self.place[0] or lock in (None, self.place[1]):
+        same = place[:2] == self.place[0][:2]
+        if place == self.place[0] or (lock is None and same) or (lock is not None and lock == self.place[1]):
             return
-        if place[:2] == self.place[0][:2]:
+        if lock is None and not any(folder.iterdir()):  # a new folder, in which nothing is
+            self.place = place, lock
+            return
+        if same:
             raise LocalError(
                 f'{folder}: the .lock of this run was removed, and another run has begun there; nothing more is written'
             )

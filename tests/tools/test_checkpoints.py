@@ -225,6 +225,24 @@ def test_metrics_of_other_weights_are_not_taken(run, tmp_path, capsys):
     assert tool('save_for_hub')(*hub, '--results-file', tmp_path / 'own.csv') == 0
 
 
+def test_metrics_are_of_the_weights_that_are_saved(run, tmp_path, capsys):
+    """Of a checkpoint with an average that one, which is judged by a flag."""
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    checkpoint['state_dict_ema'] = {name: 0.9 * x for name, x in checkpoint['state_dict'].items()}
+    path = tmp_path / 'averaged.pth.tar'
+    torch.save(checkpoint, path)
+    flags = ['--checkpoint', path, '--data-dir', run.parent / 'images', '--workers', '0', '--device', 'cpu']
+    hub = ['--output', tmp_path / 'hub', '--data', 'x', '--licence', 'mit', '--checkpoint', path]
+    for name, more in (('plain', []), ('average', ['--use-ema'])):
+        words = [*flags, *more, '--results-file', tmp_path / f'{name}.csv']
+        assert run_script(load_script('validate').main, [str(word) for word in words]) == 0
+    capsys.readouterr()
+    assert tool('save_for_hub')(*hub, '--results-file', tmp_path / 'plain.csv') == 2
+    line = capsys.readouterr().err
+    assert 'not of the averaged weights' in line and '--use-ema' in line and not (tmp_path / 'hub').exists()
+    assert tool('save_for_hub')(*hub, '--results-file', tmp_path / 'average.csv') == 0
+
+
 def test_settings_that_no_card_can_have(run, tmp_path, capsys):
     hub = ['--output', tmp_path / 'hub', '--data', 'x', '--licence', 'mit', '--checkpoint']
     assert tool('save_for_hub')(*hub, changed(run, tmp_path / 'a.safetensors', eval_metric=['top1'])) == 2

@@ -659,9 +659,15 @@ def test_a_run_leaves_the_folder_alone_that_took_the_place_of_its_own(saver, tmp
     folder.rename(tmp_path / 'old')
     moved.check_folder()  # that nothing can be written says the write
     folder.mkdir()
-    moved.check_folder()  # as a network disk that was mounted anew: no other run is there
+    again = saver_of(run_of(), folder)
+    again.place = moved.place
+    again.check_folder()  # nothing is there
+    (folder / 'summary.csv').touch()
+    again.check_folder()  # it may be what this run has written since
+    with pytest.raises(LocalError, match='this run began in another folder'):
+        moved.check_folder()
     shutil.copy2(tmp_path / 'old' / '.lock', folder)
-    moved.check_folder()
+    moved.check_folder()  # as a network disk that was mounted anew
     os.utime(folder / '.lock', (1, 1))
     with pytest.raises(LocalError, match='this run began in another folder of that name, which was moved or removed'):
         moved.check_folder()
