@@ -20,6 +20,24 @@ from PIL import Image
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'JPEG2000')  # for some others Pillow starts a program
 
 
+def to_8_bits(picture: Image.Image) -> Image.Image:
+    """A picture whose 16 bits, which Pillow would cut at 255, are scaled; ValueError where its range is not known."""
+    tags = getattr(picture, 'tag_v2', {})
+    bits, kinds = tags.get(258, (16,))[0], tags.get(339, (1,))  # BitsPerSample, SampleFormat
+    if tags.get(284) == 2 and tags.get(277, 1) > 1 and bits > 8:  # PlanarConfiguration, SamplesPerPixel
+        raise ValueError(f'{bits} bits in a plane for each channel, which Pillow takes for 8')
+    if picture.mode == 'F':
+        raise ValueError('floating-point pixels, whose range is not known')
+    if kinds[0] != 1:
+        raise ValueError('pixels with a sign, whose range is not known')
+    if not picture.mode.startswith('I'):
+        return picture
+    if bits > 16:
+        raise ValueError(f'integers of {bits} bits, whose range is not known')
+    pixels = np.asarray(picture).clip(0, 2**bits - 1).astype(np.uint16) >> (bits - 8)
+    return Image.fromarray(pixels.astype(np.uint8) ^ np.uint8(255 * (tags.get(262) == 0)))  # WhiteIsZero
+
+
 def prepare(picture: Image.Image, about: dict) -> np.ndarray:
     """A picture as the model takes it, `(1, C, H, W)`: resized, its centre cropped, normalised, as in validation.
 
@@ -29,10 +47,7 @@ def prepare(picture: Image.Image, about: dict) -> np.ndarray:
             metadata.
     """
     channels, height, width = about['input_size']
-    if picture.mode == 'F':
-        raise ValueError('floating-point pixels, whose range is not known')
-    if picture.mode.startswith('I'):  # 16 bits, which Pillow would cut at 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
+    picture = to_8_bits(picture)
     picture = picture.convert('L' if channels == 1 else 'RGB')
     tall, wide = (math.floor(side / about['crop_pct']) for side in (height, width))
     ratios, fill, mode = (picture.height / tall, picture.width / wide), 0, about.get('crop_mode', 'center')

@@ -1,6 +1,8 @@
 """The example of inference prepares pictures as timm does in validation, without timm."""
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,9 @@ from PIL import Image
 from programs import load_program
 from runs import ROOT
 from timm.data import create_transform
+from training.data.test_decode import planes, tiff
+
+from evavit.training.data.decode import BadImageError, decode
 
 pytest.importorskip('onnxruntime', reason='needs evavit[export]')
 
@@ -52,6 +57,28 @@ def test_16_bits_are_scaled(example):
     about = dict(input_size=(1, 4, 4), crop_pct=1.0, interpolation='nearest', mean=(0,), std=(1,))
     picture = Image.fromarray(np.full((4, 4), 100 * 257, np.uint16))
     np.testing.assert_allclose(example.prepare(picture, about), 100 / 255)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        *(tiff([0, 4095, 65535], photometric=photometric) for photometric in (0, 1)),
+        tiff([0, 16, 2048, 4095], bits=12),
+        *(tiff([-100, 100], bits=bits, kind=2) for bits in (8, 16, 32)),
+        tiff([0, 63], bits=32),
+        *(planes(bits) for bits in (8, 16)),
+    ],
+)
+def test_a_tiff_is_read_or_refused_as_by_inference(example, content):
+    picture = Image.open(io.BytesIO(content))
+    about = dict(input_size=(1, 1, picture.width), crop_pct=1.0, interpolation='nearest', mean=(0,), std=(1,))
+    try:
+        expected = decode(io.BytesIO(content), 'L')
+    except BadImageError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            example.prepare(picture, about)
+    else:
+        assert np.array_equal(example.prepare(picture, about), example.prepare(expected, about))
 
 
 class Session:

@@ -16,7 +16,7 @@ from evavit.training.data.decode import BadImageError, is_turned
 from evavit.training.data.endings import is_image, read_endings
 from evavit.training.data.folders import is_hidden, natural_key, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
-from evavit.training.data.tars import Member, entries
+from evavit.training.data.tars import Member, check_version, entries, version_of
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Pictures(Reader):
 
     Raises:
         UserError: There is no such thing, it cannot be read, or no picture is in it.
+        LocalError: While reading, the tar file is another one than that which was walked.
     """
 
     def __init__(self, root: Path):
@@ -62,8 +63,7 @@ class Pictures(Reader):
         if not self.names:
             raise UserError(f'{root}: no picture in it ({", ".join(read_endings())})')
 
-    @staticmethod
-    def _members(path: Path) -> Optional[Dict[str, tarfile.TarInfo]]:
+    def _members(self, path: Path) -> Optional[Dict[str, tarfile.TarInfo]]:
         """The pictures of a tar file by name, None for a file of another kind."""
         if not path.is_file():
             what = 'neither a folder nor a regular file' if path.exists() else 'no such folder or file'
@@ -73,7 +73,8 @@ class Pictures(Reader):
         found: Dict[str, tarfile.TarInfo] = {}
         originals: Dict[str, tarfile.TarInfo] = {}  # by their names without a dot in front, as links may have them
         try:
-            with tarfile.open(path, tarinfo=Member) as tar:
+            with open_regular(path) as file, tarfile.open(fileobj=file, tarinfo=Member) as tar:
+                self.version = version_of(file)
                 for info in entries(tar):
                     if not info.isdir() and _is_picture(info.name):
                         one = originals.get(os.path.normpath(info.linkname), info) if info.islnk() else info
@@ -92,8 +93,12 @@ class Pictures(Reader):
         if not member.isfile():
             raise BadImageError('a link or no file, which in a tar file is not followed')
         if os.getpid() not in self.tars:
-            self.tars[os.getpid()] = tarfile.open(self.root, tarinfo=Member)  # noqa: SIM115  it stays open
-        stream = self.tars[os.getpid()].extractfile(member)
+            file = open_regular(self.root)
+            check_version(file, self.version, self.root)
+            self.tars[os.getpid()] = tarfile.open(fileobj=file, tarinfo=Member)  # noqa: SIM115  it stays open
+        tar = self.tars[os.getpid()]
+        check_version(tar.fileobj, self.version, self.root)
+        stream = tar.extractfile(member)
         assert stream is not None  # a regular file
         return stream, 0
 

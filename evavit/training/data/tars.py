@@ -8,7 +8,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
-from typing import IO, Any, Dict, Iterator, List, Set, Tuple
+from typing import IO, Any, Dict, Iterator, List, Set, Tuple, Union
 
 from evavit.errors import LocalError, UserError, reason_of
 from evavit.files import open_regular
@@ -34,7 +34,7 @@ class ClassTar(ClassFolders):
         content = _Content()
         try:
             with open_regular(root) as file:
-                self.version = _version(file)
+                self.version = version_of(file)
                 content.add(file, str(root))
         except UserError:
             raise
@@ -58,8 +58,7 @@ class ClassTar(ClassFolders):
         first, size = self.places[path]
         check_bytes(size)
         with open_regular(self.root) as file:
-            if _version(file) != self.version:
-                raise LocalError(f'{self.root}: the file was changed after this run began to read it; start again')
+            check_version(file, self.version, self.root)
             file.seek(first)
             content = file.read(size)
         if len(content) < size:
@@ -87,9 +86,16 @@ def entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
-def _version(file: IO[bytes]) -> Tuple[int, int]:
+def version_of(file: Any) -> Tuple[int, int]:
+    """What differs where an open file is another one, or has other content."""
     about = os.fstat(file.fileno())
     return about.st_size, about.st_mtime_ns
+
+
+def check_version(file: Any, version: Tuple[int, int], path: Union[str, Path]) -> None:
+    """LocalError where an open file is not the one that was walked: what was found in that one lies elsewhere in it."""
+    if version_of(file) != version:
+        raise LocalError(f'{path}: the file was changed after this run began to read it; start again')
 
 
 class _Content:

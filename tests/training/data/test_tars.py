@@ -145,6 +145,30 @@ def test_a_tar_that_is_replaced_under_way(images, tmp_path):
         opened[0]
 
 
+@pytest.mark.parametrize('mode', ['w', 'w:gz'])
+def test_no_picture_of_a_tar_that_is_replaced_has_another_ones_name(images, tmp_path, mode):
+    names = [f'{number}.png' for number in range(4)]
+    for tar, order in dict(first=names, second=names[::-1]).items():
+        with tarfile.open(tmp_path / f'{tar}.tar', mode) as archive:
+            for name in order:
+                add(archive, name, (images / 'train' / CLASSES[0] / name).read_bytes())
+    place, other = tmp_path / 'first.tar', tmp_path / 'second.tar'
+    expected, pictures = data.open_pictures(str(images / 'train' / CLASSES[0])), data.open_pictures(str(place))
+    assert pictures[0] == expected[0]
+    place.unlink()
+    shutil.copy(other, place)
+    assert [pictures[i] for i in range(4)] == [expected[i] for i in range(4)]  # of the old file, which is still open
+    pictures = data.open_pictures(str(place))
+    shutil.move(other, place)  # before this process opens it, as a loading process that starts later
+    with pytest.raises(LocalError, match=r'first\.tar: the file was changed after this run began'):
+        pictures[0]
+    pictures = data.open_pictures(str(place))
+    assert pictures[0] == expected[0]
+    place.write_bytes(place.read_bytes()[::-1])  # in its place
+    with pytest.raises(LocalError, match=r'first\.tar: the file was changed after this run began'):
+        pictures[1]
+
+
 @pytest.mark.parametrize('kind', [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
 @pytest.mark.parametrize('labels', [True, False])
 def test_a_header_without_end_fills_no_memory(images, tmp_path, kind, labels):
