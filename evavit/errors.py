@@ -133,7 +133,7 @@ def _expected(error: Exception) -> Optional[LocalError]:
     if lost or (lost := _no_memory(error)):
         return lost
     if isinstance(error, OSError) and error.errno in FULL:
-        return LocalError(f'{error.filename or "standard output, or a file"}: cannot be written ({reason_of(error)})')
+        return LocalError(f'{error.filename or "a file"}: cannot be written ({reason_of(error)})')
     if isinstance(error, (RuntimeError, OSError)) and (_numbers(error) & MANY_FILES or MANY_WORDS in str(error)):
         return LocalError(f'{MANY_WORDS}: {MORE_FILES}, or lower --workers')
     if isinstance(error, OSError) and error.errno in PATHS and error.filename is not None:
@@ -257,14 +257,42 @@ def _tell_thread(args: 'threading.ExceptHookArgs') -> None:
         threading.__excepthook__(args)
 
 
+class _Stdout:
+    """Standard output that is given up where it takes no more: what a program does, and its exit code, do not depend on
+    who reads it. Of files that a program writes the errors stay."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            _give_up_stdout(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            _give_up_stdout(error)
+
+
 def print_anything() -> None:
     """Standard output takes what its encoding has no character for, as that of standard error. One that is closed leads
-    nowhere, or the next file that is opened would take its number."""
+    nowhere, or the next file that is opened would take its number. One that takes no more is given up."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115  it stays open
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')
+    stream: Any = sys.stdout
+    if not isinstance(stream, _Stdout):
+        stream = _Stdout(stream)
+    sys.stdout = stream  # to the end, as Python flushes it once more
 
 
 def tell(line: str) -> None:
@@ -276,7 +304,7 @@ def tell(line: str) -> None:
         _lead_nowhere(sys.stderr)
 
 
-def give_up_stdout(error: BaseException) -> None:
+def _give_up_stdout(error: BaseException) -> None:
     """Of a standard output that takes no more, as a full disk or a pipe that nobody reads: a line, and what else goes
     there is lost."""
     _lead_nowhere(sys.stdout)
@@ -291,10 +319,7 @@ def _lead_nowhere(stream: TextIO) -> None:
 
 def _flush() -> None:
     """At its end Python would make another exit code of what cannot be written."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        give_up_stdout(error)
+    sys.stdout.flush()
     try:
         sys.stderr.flush()
     except OSError:

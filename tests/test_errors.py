@@ -132,6 +132,35 @@ def test_a_terminal_without_a_character_is_shown_its_code(monkeypatch):
     assert content.getvalue() == b'2 \\xd7 3\n'
 
 
+@pytest.mark.parametrize('kind', ['full', 'broken'])
+def test_a_script_goes_on_where_standard_output_takes_no_more(kind, monkeypatch, capsys):
+    """Each line of it fails, or the last flush; a file that cannot be written is still a fault."""
+    if kind == 'full':
+        number = os.open('/dev/full', os.O_WRONLY)
+    else:
+        reader, number = os.pipe()
+        os.close(reader)
+
+    def main(argv):
+        for _ in range(9):
+            print('a line', flush=True)
+        done.append(sys.stdout.isatty())
+        print('the rest')
+        if argv:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'x.csv')
+
+    for argv, code, told in (([], 0, []), (['x'], 2, ['error: x.csv: cannot be written'])):
+        done = []
+        with os.fdopen(os.dup(number), 'w') as stream:
+            monkeypatch.setattr('sys.stdout', stream)
+            assert run_script(main, argv) == code and done == [False]
+        lines = capsys.readouterr().err.splitlines()
+        expected = ['warning: standard output is not written any more (', *told]
+        assert len(lines) == len(expected), lines
+        assert all(line.startswith(words) for line, words in zip(lines, expected, strict=True)), lines
+    os.close(number)
+
+
 class Fails(torch.utils.data.Dataset):
     def __len__(self):
         return 1

@@ -25,7 +25,7 @@ from timm.utils import random_seed
 from timm.utils.distributed import init_distributed_device_so
 
 from evavit.arguments import find_device
-from evavit.errors import LocalError, SharedError, UserError, give_up_stdout, launched, one_line, printable, reason_of
+from evavit.errors import LocalError, SharedError, UserError, launched, one_line, printable, reason_of
 from evavit.files import open_own
 from evavit.ops.backends import check_environment
 from evavit.training.stalls import Watchdog
@@ -204,22 +204,6 @@ class _LogFile(logging.FileHandler):
         log.warning(f'warning: {self.path} is not written any more ({reason_of(sys.exc_info()[1] or OSError())})')
 
 
-class _Screen(logging.StreamHandler):
-    """Standard output; one that cannot be written any more is given up with a warning, and the run goes on."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stdout)
-        self.setFormatter(_LineFormatter('%(message)s'))
-        self.setLevel(logging.INFO)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            give_up_stdout(error)
-        else:
-            super().handleError(record)
-
-
 def start_log(primary: bool, for_file: bool = False) -> None:
     """Lines of this package go to standard output of the first process, with `for_file` also to `log_to` once that is
     entered; libraries only warn."""
@@ -229,7 +213,10 @@ def start_log(primary: bool, for_file: bool = False) -> None:
     package.handlers.clear()
     package.propagate = False
     if primary:
-        package.handlers += [_Screen(), *kept]
+        screen = logging.StreamHandler(sys.stdout)
+        screen.setFormatter(_LineFormatter('%(message)s'))
+        screen.setLevel(logging.INFO)
+        package.handlers += [screen, *kept]
         package.setLevel(logging.DEBUG)
     else:
         package.addHandler(logging.NullHandler())

@@ -16,7 +16,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from evavit.errors import Preempted, SharedError, UserError, give_up_stdout, printable
+from evavit.errors import Preempted, SharedError, UserError, printable
 from evavit.training.compilation import AS_IS, Compilation, choose_compilation, report_skips
 from evavit.training.config import MachineConfig, OptimConfig, RunConfig
 from evavit.training.data.images import UNREADABLE, BadImages
@@ -177,11 +177,7 @@ class ProgressLine:
         line = f'{label} {done}/{self.total}  {text}'
         if self.live and (time.monotonic() - self.last > 0.1 or done == self.total):
             self.last = time.monotonic()
-            try:
-                print(f'\r\033[K{line}', end='\n' if done == self.total else '', flush=True)
-            except OSError as error:  # a terminal that is gone
-                give_up_stdout(error)
-                self.live = False
+            print(f'\r\033[K{line}', end='\n' if done == self.total else '', flush=True)
         slow = not self.live and time.monotonic() - self.told > SILENCE
         if self.shown and (done % self.interval == 0 or done == self.total or slow):
             self.told = time.monotonic()

@@ -39,6 +39,33 @@ def test_a_run_goes_on_without_standard_output(kind, images, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['full', 'broken'])
+def test_what_is_printed_changes_no_exit_code(kind, tmp_path):
+    """Of benchmark.py all rows are stored, of a tool the folder is whole, as with `| head`; also in one flush at the
+    end, as without PYTHONUNBUFFERED."""
+    file, folder = tmp_path / 'bench.csv', tmp_path / 'digits'
+    measure = '--bench op --grid 4 8 --window-size 2 --partition-grid 2 --repeats 1 --warmup 1 --device cpu'
+    for program, flags in (
+        ('benchmark', [*measure.split(), '--results-file', file]),
+        (ROOT / 'tools' / 'build_digits.py', [folder]),
+        (ROOT / 'tools' / 'build_digits.py', ['--help']),
+    ):
+        if kind == 'full':
+            stream = os.open('/dev/full', os.O_WRONLY)
+        else:
+            reader, stream = os.pipe()
+            os.close(reader)
+        line, environment = command_line(program, *flags, variables=dict(PYTHONUNBUFFERED='', PYTHONPATH=ROOT))
+        done = subprocess.run(
+            line, env=environment, stdout=stream, stderr=subprocess.PIPE, text=True, timeout=240 * PATIENCE
+        )
+        os.close(stream)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith('warning: standard output is not written any more (')
+        assert done.stderr.count('\n') == 1, done.stderr
+    assert len(file.read_text().splitlines()) == 5 and len(list(folder.glob('*/*'))) == 20
+
+
+@pytest.mark.parametrize('kind', ['full', 'broken'])
 def test_a_run_goes_on_where_neither_stream_is_written(kind, images, tmp_path):
     """As with `> FILE 2>&1` on a disk that is full, or `2>&1 | head`. Exit codes are those of any run."""
     if kind == 'full':

@@ -1,10 +1,6 @@
 """The training step: numbers that go bad are skipped, and adversarial images do not make them go bad."""
 
-import errno
 import importlib.util
-import io
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -169,22 +165,6 @@ def compare_exchanges(rank, file):
 
 def test_gradients_of_graphs_are_exchanged_as_distributed_data_parallel_does(tmp_path):
     torch.multiprocessing.spawn(compare_exchanges, (tmp_path / 'meet',), nprocs=2)
-
-
-def test_a_terminal_that_is_gone_ends_no_run(monkeypatch, caplog):
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    given_up = []
-    monkeypatch.setattr('evavit.training.loop.give_up_stdout', given_up.append)
-    monkeypatch.setattr(sys, 'stdout', Gone())
-    caplog.set_level('INFO', logger='evavit')
-    line = ProgressLine(2, 1, shown=True)
-    line.live = True
-    for done in (1, 2):
-        line.show(done, 'epoch 0', 'x')
-    assert len(given_up) == 1 and caplog.messages == ['epoch 0 1/2  x', 'epoch 0 2/2  x']
 
 
 def test_slow_steps_have_a_line_before_the_interval(monkeypatch, caplog):
