@@ -170,7 +170,9 @@ def test_weights_of_another_image_size(tmp_path, monkeypatch, capsys):
     """The position embedding of a plain model is resampled as timm does it, which the table says, once."""
     written = []
     script = load_script('export')
-    monkeypatch.setattr(script, 'write', lambda model, output, *rest: (written.append(model), output.touch(), output)[-1])
+    monkeypatch.setattr(
+        script, 'write', lambda model, output, *rest: (written.append(model), output.touch(), output)[-1]
+    )
     torch.save(timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).state_dict(), tmp_path / 'w.pth')
     kwargs = [f'{key}={value}' for key, value in KWARGS.items() if key != 'img_size']
     flags = [
