@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
-from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Set, TextIO, Tuple
+from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Set, TextIO, Tuple, cast
 
 INTERRUPTED = 130  # as a shell has it for Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -289,10 +289,8 @@ def print_anything() -> None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115  it stays open
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')
-    stream: Any = sys.stdout
-    if not isinstance(stream, _Stdout):
-        stream = _Stdout(stream)
-    sys.stdout = stream  # to the end, as Python flushes it once more
+    if not isinstance(sys.stdout, _Stdout):
+        sys.stdout = cast(Any, _Stdout(sys.stdout))  # to the end, as Python flushes it once more
 
 
 def tell(line: str) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     'BLANK',
     'DamagedError',
     'append_to',
+    'file_digest',
     'holds',
     'is_stamped',
     'new_folder',
@@ -351,6 +352,15 @@ def is_stamped(path: Union[str, Path]) -> bool:
         if file.read(DIGITS) != digest:
             raise DamagedError('damaged: its SHA-256 is not the one that was written into it')
         return True
+
+
+def file_digest(path: Union[str, Path]) -> str:
+    """The SHA-256 of a file's whole content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def stored_digest(path: Union[str, Path]) -> str:

@@ -129,6 +129,15 @@ def load_script(name):
     return importlib.import_module(f'evavit.cli.{name}')
 
 
+def unwritable(kind):
+    """The number of a stream that takes nothing: 'full', a disk without room, or 'broken', a pipe that nobody reads."""
+    if kind == 'full':
+        return os.open('/dev/full', os.O_WRONLY)
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
 def command_line(script, *flags, processes=1, launcher_flags=(), variables=()):
     """The words and the environment that start a script as a user does, with torchrun for several processes.
 

@@ -9,6 +9,7 @@ import traceback
 import numpy as np
 import pytest
 import torch
+from runs import unwritable
 from safetensors import SafetensorError
 
 from evavit.arguments import Parser
@@ -135,11 +136,7 @@ def test_a_terminal_without_a_character_is_shown_its_code(monkeypatch):
 @pytest.mark.parametrize('kind', ['full', 'broken'])
 def test_a_script_goes_on_where_standard_output_takes_no_more(kind, monkeypatch, capsys):
     """Each line of it fails, or the last flush; a file that cannot be written is still a fault."""
-    if kind == 'full':
-        number = os.open('/dev/full', os.O_WRONLY)
-    else:
-        reader, number = os.pipe()
-        os.close(reader)
+    number = unwritable(kind)
 
     def main(argv):
         for _ in range(9):

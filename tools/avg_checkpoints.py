@@ -8,7 +8,6 @@ The flags are those of timm's script of this name.
 --hash puts the first eight digits of the file's SHA-256 before its ending, which timm and torch.hub check.
 """
 
-import hashlib
 import os
 import sys
 from itertools import zip_longest
@@ -18,7 +17,7 @@ import torch
 
 from evavit.arguments import Parser, shown
 from evavit.errors import UserError, first_line, printable, reason_of, run_script
-from evavit.files import replacing, stamp
+from evavit.files import file_digest, replacing, stamp
 from evavit.models import write_weights
 from evavit.models._weights import other_kinds
 from evavit.training import build
@@ -75,7 +74,7 @@ def distinct(paths):
     first = {}
     for path in paths:
         try:
-            digest = hashlib.sha256(path.read_bytes()).digest()
+            digest = file_digest(path)
         except OSError as error:
             raise UserError(f'{path}: cannot be read ({reason_of(error)})') from error
         if first.setdefault(digest, path) != path:
@@ -163,7 +162,7 @@ def save(weights, path, hashed=False):
                 with open(partial, 'wb') as file:
                     torch.save(weights, file)
                 stamp(partial)
-            digest = hashlib.sha256(partial.read_bytes()).hexdigest()[:8] if hashed else ''
+            digest = file_digest(partial)[:8] if hashed else ''
             named = path.with_name(f'{path.stem}-{digest}{path.suffix}')
             if hashed and os.path.lexists(named):
                 raise UserError(f'--output {path}: {named.name} exists already; choose another name')

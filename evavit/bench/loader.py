@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from evavit.arguments import Parser
 from evavit.errors import UserError
 from evavit.training import build, checks, data, loop
-from evavit.training.compilation import choose_compilation
+from evavit.training.compilation import Compilation, choose_compilation
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
 
@@ -118,7 +118,10 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
     loader = data.train_loader(
         train_set, settings.augment, config, batch_size=batch_size, machine=machine, seed=seed, process=process
     )
-    step = None if loader_only else _training_step(model, settings, process)
+    step, label = None, ''
+    if not loader_only:
+        compilation = choose_compilation(machine.torchcompile, machine.torchcompile_mode, process.device)
+        step, label = _training_step(model, settings, process, compilation), compilation.label
     rates: Dict[str, List[float]] = {name: [] for name in ('alone', 'cpu', 'both', 'wait', 'step')}
     for epoch in range(repeats):
         rate, _, cpu = _pass(loader, settings, process, seconds, epoch)
@@ -133,7 +136,6 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
     asked = settings.model
     kwargs = {**(asked.model_kwargs or {}), **({'convert': asked.convert} if asked.convert else {})}
     kwargs |= asked.convert_kwargs or {}
-    compilation = choose_compilation(machine.torchcompile, machine.torchcompile_mode, process.device)
     row: Row = {
         'bench': 'data',
         'model': describe(settings.model.model, kwargs),
@@ -146,7 +148,7 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
         'aa': settings.augment.aa or '',
         'amp': machine.amp_dtype if machine.amp else 'float32',
         'img_size': 'x'.join(dict.fromkeys(map(str, config['input_size'][1:]))),  # one number where it is square
-        'torchcompile': '' if loader_only else compilation.label,
+        'torchcompile': label,
         'img_per_s': round(median['alone'], 1),
         # Without workers all of the work is this process's: its processor time is the same on a machine that is shared.
         'cpu_ms_per_img': '' if machine.workers else round(median['cpu'], 2),
@@ -161,10 +163,9 @@ def measure(settings: Any, process: Any, seconds: float, repeats: int, loader_on
     return row
 
 
-def _training_step(model: Any, settings: Any, process: Any) -> Step:
+def _training_step(model: Any, settings: Any, process: Any, compilation: Compilation) -> Step:
     optimizer = build.build_optimizer(model, settings.optim, 1e-4)
     machine = settings.machine
-    compilation = choose_compilation(machine.torchcompile, machine.torchcompile_mode, process.device)
     mixup = build.build_mixup(settings.loss, model.num_classes)
     task = build.build_task(model.train(), settings.loss, process.device, settings.ema)
     build.compile_and_distribute(task, compilation, process)

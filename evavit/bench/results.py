@@ -276,12 +276,13 @@ def _is_whole(row: Row) -> bool:
         return False
 
 
-def is_done(path: Path, key: Row, backends: Sequence[str] = ()) -> bool:
-    """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, all of them whole: of these
-    backends, or all that are there if () is given."""
+def is_done(path: Path, key: Row, backends: Callable[[], Sequence[str]] = tuple) -> bool:
+    """Whether a file has the rows of a comparison (columns of `KEY`) at this commit, all of them whole: of the
+    backends that the function tells, or all that are there if it tells none."""
     rows = [row for row in read_rows(path) if _key(row) == _key(key) and row['commit'] == key['commit']]
-    rows = [row for row in rows if not backends or row['backend'] in backends]
-    return bool(rows) and {row['backend'] for row in rows} >= set(backends) and all(map(_is_whole, rows))
+    wanted = set(backends()) if rows else set()  # to tell them a model is built
+    rows = [row for row in rows if not wanted or row['backend'] in wanted]
+    return bool(rows) and {row['backend'] for row in rows} >= wanted and all(map(_is_whole, rows))
 
 
 def store_rows(

@@ -321,7 +321,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             setting.copy_gb_per_s = copy_rate(device)
     failed = False
     for key, measure, backends in planned:
-        if args.resume and is_done(args.results_file, key | where, backends()):
+        if args.resume and is_done(args.results_file, key | where, backends):
             print(f'{key["bench"]} {key["case"]}: in {args.results_file} already')
             continue
         try:

@@ -4,11 +4,9 @@ A checkpoint holds no weights of the teacher, but its identity, so that a run go
 """
 
 import functools
-import hashlib
 import logging
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -25,6 +23,7 @@ from torch import nn
 
 from evavit.arguments import shown
 from evavit.errors import UserError
+from evavit.files import file_digest
 from evavit.hub import source_weights
 from evavit.training import build, data
 from evavit.training.config import PARENT, DistilConfig, ExportConfig, ModelConfig, TrainConfig
@@ -217,7 +216,7 @@ def build_teacher(
     identity = dict(
         model=source.model,
         model_kwargs=source.model_kwargs or {},
-        weights=f'sha256:{_digest(file)}' if file else _tag(model),
+        weights=f'sha256:{file_digest(file)}' if file else _tag(model),
     )
     if source.convert:
         identity |= dict(convert=source.convert, convert_kwargs=source.convert_kwargs or {})
@@ -303,14 +302,6 @@ def _feature_shape(model: Any, input_size: Sequence[int], tokens: bool) -> List[
     features = features if tokens else model.forward_head(features, pre_logits=True)
     model.train(training)
     return list(features.shape[1:])
-
-
-def _digest(path: Union[str, Path]) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _tag(model: Any) -> str:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import MODEL, PATIENCE, QUICK, ROOT, command_line, rows, wait_for
+from runs import MODEL, PATIENCE, QUICK, ROOT, command_line, rows, unwritable, wait_for
 
 resource = pytest.importorskip('resource')
 
@@ -49,11 +49,7 @@ def test_what_is_printed_changes_no_exit_code(kind, tmp_path):
         (ROOT / 'tools' / 'build_digits.py', [folder]),
         (ROOT / 'tools' / 'build_digits.py', ['--help']),
     ):
-        if kind == 'full':
-            stream = os.open('/dev/full', os.O_WRONLY)
-        else:
-            reader, stream = os.pipe()
-            os.close(reader)
+        stream = unwritable(kind)
         line, environment = command_line(program, *flags, variables=dict(PYTHONUNBUFFERED='', PYTHONPATH=ROOT))
         done = subprocess.run(
             line, env=environment, stdout=stream, stderr=subprocess.PIPE, text=True, timeout=240 * PATIENCE
@@ -68,11 +64,7 @@ def test_what_is_printed_changes_no_exit_code(kind, tmp_path):
 @pytest.mark.parametrize('kind', ['full', 'broken'])
 def test_a_run_goes_on_where_neither_stream_is_written(kind, images, tmp_path):
     """As with `> FILE 2>&1` on a disk that is full, or `2>&1 | head`. Exit codes are those of any run."""
-    if kind == 'full':
-        stream = os.open('/dev/full', os.O_WRONLY)
-    else:
-        reader, stream = os.pipe()
-        os.close(reader)
+    stream = unwritable(kind)
     flags = ['--output', tmp_path, '--experiment', 'run', '--data-dir']
     words, environment = command_line('train', *MODEL, *QUICK, *flags, images, '--epochs', '1000')
     process = subprocess.Popen(words, env=environment, stdout=stream, stderr=stream)
