@@ -23,6 +23,7 @@ def _cuda_seconds(calls: Sequence[Call], repeats: int, warmup: int) -> List[floa
 
     def timed(call: Call) -> Tuple[torch.cuda.Event, torch.cuda.Event]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()  # no call launches while the one before it still runs
         cache.zero_()
         begin.record()
         call()
