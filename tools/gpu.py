@@ -46,6 +46,7 @@ ENVIRONMENT = {
 BACKENDS = ('--backend', 'gluon', 'triton', 'flash', 'cudnn', 'efficient')
 PEERS = ('--backend', 'gluon', 'triton', 'cudnn', 'flash', 'flex', 'windows', 'linear', 'natten')
 FEW = ('--repeats', '20', '--warmup', '3')
+GRAPHS = ('--torchcompile', 'reduce-overhead')
 LENGTHS = ('14', '28', '56', '112', '256')
 
 
@@ -58,6 +59,7 @@ class Task(NamedTuple):
         seconds: About how long it takes on an H200 with 16 cores.
         compiles: It may compile beside others; they measure one at a time.
         instead_of: It runs only where the task of this name failed.
+        warms: It fills the compiler's cache for those after it, and its rows go nowhere.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Task(NamedTuple):
     seconds: int
     compiles: bool = False
     instead_of: str = ''
+    warms: bool = False
 
 
 def _words(text: str) -> Tuple[str, ...]:
@@ -81,30 +84,47 @@ SIZES = {  # model, batch, side of the images if not the model's, seconds to com
 }
 
 
-def _compiled(mode: str, sizes: List[str]) -> List[Task]:
+def _graphs() -> List[Task]:
     """EVA's model beside timm's softmax model, and our own softmax model, a process each."""
     tasks = []
-    for size in sizes:
-        name, batch, side, seconds = SIZES[size]
+    for size, (name, batch, side, seconds) in SIZES.items():
         for bench, share in (('train', 1.0), ('infer', 0.6)):
             for attention, models in (('eva', 2), ('softmax', 1)):
-                flags = ['--bench', bench, '--model', f'{attention}_{name}', '-b', batch, '--torchcompile', mode, *FEW]
+                flags = ['--bench', bench, '--model', f'{attention}_{name}', '-b', batch, *GRAPHS, *FEW]
                 flags += ['--img-size', side] if side else []
                 needed = int(20 + share * seconds * models)
-                tasks.append(Task(f'{size}_{attention}_{bench}_{mode}', tuple(flags), needed, True))
+                tasks.append(Task(f'{size}_{attention}_{bench}', tuple(flags), needed, True))
     return tasks
 
 
-def _eager() -> List[Task]:
-    return [
+def _modes() -> List[Task]:
+    """The same in eager mode and in the default mode, where Python is in the times: nothing else runs meanwhile."""
+    sizes = {size: values for size, values in SIZES.items() if not values[2]}
+    default = ('--torchcompile', 'default')
+
+    def tasks(mode: str, seconds: int, *flags: str) -> List[Task]:
+        return [
+            Task(
+                f'{size}_{mode}',
+                ('--bench', 'train', 'infer', '--model', f'eva_{name}', f'softmax_{name}', '-b', batch, *flags, *FEW),
+                seconds,
+            )
+            for size, (name, batch, *_) in sizes.items()
+        ]
+
+    warm = [
         Task(
-            f'{size}_eager',
-            ('--bench', 'train', 'infer', '--model', f'eva_{name}', f'softmax_{name}', '-b', batch, *FEW),
-            35,
+            f'{size}_{attention}_{bench}_warm',
+            ('--bench', bench, '--model', f'{attention}_{name}', '-b', batch, *default, '--repeats', '1'),
+            20 + seconds,
+            compiles=True,
+            warms=True,
         )
-        for size, (name, batch, side, _) in SIZES.items()
-        if not side
+        for size, (name, batch, _, seconds) in sizes.items()
+        for bench in ('train', 'infer')
+        for attention in ('eva', 'softmax')
     ]
+    return [*tasks('eager', 35), *warm, *tasks('default', 60, *default)]
 
 
 def _zoo() -> List[Task]:
@@ -124,8 +144,8 @@ def _zoo() -> List[Task]:
     return tasks
 
 
-def _graphs() -> List[Task]:
-    flags = _words('--bench convert --repeats 6 --warmup 2 --torchcompile reduce-overhead')
+def _converted_graphs() -> List[Task]:
+    flags = (*_words('--bench convert --repeats 6 --warmup 2'), *GRAPHS)
     return [
         Task(f'convert_{number}_{side}_graphs', (*flags, '--model', vit, '--img-size', side), 150, True)
         for side in ('518', '1022', '224')
@@ -137,8 +157,8 @@ def _graphs() -> List[Task]:
 TABLES: Dict[str, List[Task]] = {
     'op': [Task('op', ('--bench', 'op', '--grid', *LENGTHS, *BACKENDS, *FEW), 100)],
     'host': [Task('host', _words('--bench host --repeats 300 --warmup 30'), 25)],
-    'models': _compiled('reduce-overhead', list(SIZES)),
-    'modes': [*_eager(), *_compiled('default', [size for size, (*_, side, _) in SIZES.items() if not side])],
+    'models': _graphs(),
+    'modes': _modes(),
     'layer': [Task('layer', ('--bench', 'layer', '--grid', *LENGTHS, *BACKENDS, *FEW), 90)],
     'cells': [
         Task(
@@ -158,7 +178,7 @@ TABLES: Dict[str, List[Task]] = {
     'peers': [Task('peers', ('--bench', 'op', '--grid', '14', '28', '56', '112', '224', *PEERS, *FEW), 170)],
     'zoo': _zoo(),
     'convert': [Task('convert', _words('--bench convert --img-size 224 518 1022 2044 --repeats 10 --warmup 2'), 230)],
-    'convert_graphs': _graphs(),
+    'convert_graphs': _converted_graphs(),
 }
 FILES = {'cells': 'op_cells'}  # where the file is not called as the step
 # What rows depend on, and what the steps test and sanitize do.
@@ -296,7 +316,7 @@ def store(driver: Driver, tasks: List[Task], target: Path) -> None:
     if left:
         driver.say(f'{target.name} stays as it is: {left} tasks of its table are left; rows are in {driver.work}')
         return
-    rows = [row for task in tasks for row in driver.rows(task.name)]
+    rows = [row for task in tasks if not task.warms for row in driver.rows(task.name)]
     failed = {task.instead_of for task in tasks if task.instead_of and driver.rows(task.name)}
     dropped = [row for name in failed for row in driver.rows(name) if row['status'] not in HARMLESS]
     write_rows(target, [row for row in rows if row not in dropped])

@@ -1,8 +1,8 @@
 """How long a call takes and how much memory it needs.
 
 The calls that are compared take turns, so that what slows the machine slows them alike; `triton.testing.do_bench` and
-PyTorch's timers take one at a time. On a CUDA device events time each call, after a write that empties the L2 cache. A
-call may be the replay of a CUDA graph, so that Python is not measured; `graphed` is ours because `do_bench_cudagraph`
+PyTorch's timers take one at a time. On a CUDA device events time a call after another of its own, as in a loop, and
+after a write that empties the L2 cache. A call may be the replay of a CUDA graph, so that Python is not measured; `graphed` is ours because `do_bench_cudagraph`
 never empties the cache.
 """
 
@@ -23,7 +23,8 @@ def _cuda_seconds(calls: Sequence[Call], repeats: int, warmup: int) -> List[floa
 
     def timed(call: Call) -> Tuple[torch.cuda.Event, torch.cuda.Event]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()  # no call launches while the one before it still runs
+        torch.cuda.synchronize()  # nothing of the other calls still runs while this one launches,
+        call()  # but the same call before it does
         cache.zero_()
         begin.record()
         call()

@@ -52,8 +52,8 @@ def test_numbers_of_calls_on_a_gpu(monkeypatch, each, count):
     monkeypatch.setattr(torch, 'empty', lambda *args, **kwargs: torch.zeros(1))
     calls = [call('a', each), call('b', 1.0)]
     assert clocks._cuda_seconds(calls, repeats=30, warmup=2) == pytest.approx([each / 1e3, 1e-3])
-    assert log[: 2 * count] == ['a', 'b'] * count
-    assert [log.count(name) for name in 'ab'] == [3 + count, 33]  # two to warm up, and the first
+    assert log[: 4 * (1 + count)] == [*'abab', *'aabb' * count]  # each timed call after one of its own
+    assert [log.count(name) for name in 'ab'] == [2 + 2 * (1 + count), 64]  # two to warm up, and the first
 
 
 def test_no_copy_rate_of_a_cpu():

@@ -101,6 +101,15 @@ def test_a_zoo_without_graphs_is_compiled_without_them(gpu):
     assert 'reformer_deit_tiny_784_default' in found and 'reformer_deit_tiny_784_reduce-overhead' not in found
 
 
+def test_rows_of_what_only_warms_go_nowhere(gpu):
+    """The default mode is measured with nothing beside it, once its code is in the compiler's cache."""
+    assert gpu.call('--steps', 'modes') == 0
+    found = cases(gpu.work_folder() / 'all' / 'modes_h200.csv')
+    assert found == [f'{size}_{mode}' for mode in ('eager', 'default') for size in ('pvt', 'small', '784', 'tiny')]
+    default = [name for name in gpu.commands if name.endswith(('_warm', '_default'))]
+    assert len(default) == 20 and default[-4:] == found[-4:]
+
+
 def test_checks_are_done_anew_where_what_they_check_changed(gpu, monkeypatch):
     for digest, commands in (('one', ['-m', 'tools/sanitize.py']), ('one', []), ('two', ['-m', 'tools/sanitize.py'])):
         monkeypatch.setattr(gpu, 'digest_of', lambda parts, digest=digest: digest)
@@ -191,8 +200,8 @@ def test_its_benches_parse(gpu):
     for args in parsed.values():
         benchmark.find_models(args)
     assert {name for name, args in parsed.items() if args.lock} == {
-        name for name, args in parsed.items() if args.torchcompile
-    }
+        name for name, args in parsed.items() if args.torchcompile not in (None, 'default')
+    } | {task.name for task in gpu.TABLES['modes'] if task.warms}
     models = {
         (model, args.batch_size, *(args.img_size or [None]), bench, args.torchcompile)
         for task in (*gpu.TABLES['models'], *gpu.TABLES['modes'])
@@ -220,7 +229,7 @@ def test_a_list_needs_no_gpu(gpu, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert 'op: benchmark.py --bench op --grid 14' in out and 'convert_' not in out
     minutes = int(out.split('About ')[1].split()[0])
-    assert 15 <= minutes <= 30  # of an H200
+    assert 15 <= minutes <= 35  # of an H200
 
 
 @pytest.mark.parametrize(
