@@ -1,8 +1,8 @@
 """The attentions' options, and the paper's Tables 1, 2 and 6 on our models, for `tables.py` beside this file.
 
 Parameters and multiply-adds are counted on the code. Memory and time come from results/zoo_h200.csv, which tools/gpu.py
-measures, and where it is missing from zoo_h100.csv, which is older. Where a count differs from the paper's in a digit
-that the paper prints, `REASONS` says why; a difference without a reason and a reason without a difference are errors.
+measures. Where a count differs from the paper's in a digit that the paper prints, `REASONS` says why; a difference
+without a reason and a reason without a difference are errors.
 """
 
 import inspect
@@ -56,7 +56,7 @@ PAPER = {
 }
 # Table 6: memory (G) and milliseconds an iteration, of training DeiT-Tiny-784 on V100s.
 PAPER_STEP = {'performer': (8.1, 87), 'local': (7.8, 65), 'eva': (9.9, 94), 'softmax': (17.7, 99)}
-STEPS = ('zoo_h200.csv', 'zoo_h100.csv')  # the first that is there
+STEPS = 'zoo_h200.csv'
 GRAPHS = ('reduce-overhead', 'default')  # modes of torch.compile, the one to show first
 UNITS = {'parameters': 'M', 'multiply-adds': 'G'}
 
@@ -224,8 +224,7 @@ def options() -> str:
 
 def measured() -> list:
     """Rows of whole models with each attention. Beside EVA's stands timm's softmax model, which is none of the zoo."""
-    rows = next((rows for name in STEPS if (rows := pages.read_results(name))), [])
-    return [row for row in rows if row['attention'] in ('', 'eva')]
+    return [row for row in pages.read_results(STEPS) if row['attention'] in ('', 'eva')]
 
 
 def steps() -> str:
@@ -235,7 +234,7 @@ def steps() -> str:
         return 'Not measured yet.'
     batches = sorted({int(row['batch_size']) for row in rows})
     if len(batches) > 1 or len({row['device'] for row in rows}) > 1:
-        raise SystemExit(f'error: {STEPS[0]} mixes batch sizes {batches} or devices; keep one of each')
+        raise SystemExit(f'error: {STEPS} mixes batch sizes {batches} or devices; keep one of each')
     columns = ['model', 'GiB, eager', 'ms, eager', 'ms, compiled', 'inference, compiled, img/s']
     lines = []
     for attention in ATTENTIONS:
@@ -250,7 +249,8 @@ def steps() -> str:
         line += [str(figure) for figure in PAPER_STEP.get(attention, ('–', '–'))]
         lines.append([*line, PAPER['deit_tiny_784'].get(attention, ('', '', '–'))[2]])
     graphs = any(row['torchcompile'] == GRAPHS[0] for row in rows)
-    mode = 'in CUDA graphs, * in the default mode' if graphs else 'in the default mode'
+    star = ', * in the default mode' if any(' *' in cell for line in lines for cell in line) else ''
+    mode = f'in CUDA graphs{star}' if graphs else 'in the default mode'
     return (
         pages.table([*columns, 'G in the paper', 'ms in the paper', 'top-1 in the paper'], lines)
         + f'\n\nBatch {batches[0]}, {rows[0]["amp_dtype"]} autocast, compiled {mode}. {pages.origins(rows)}'

@@ -2,8 +2,8 @@
 
 The calls that are compared take turns, so that what slows the machine slows them alike; `triton.testing.do_bench` and
 PyTorch's timers take one at a time. On a CUDA device events time a call after another of its own, as in a loop, and
-after a write that empties the L2 cache. A call may be the replay of a CUDA graph, so that Python is not measured; `graphed` is ours because `do_bench_cudagraph`
-never empties the cache.
+after a write that empties the L2 cache. A call may be the replay of a CUDA graph, so that Python is not measured;
+`graphed` is ours because `do_bench_cudagraph` never empties the cache.
 """
 
 import statistics
