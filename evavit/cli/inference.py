@@ -205,8 +205,8 @@ def results_base(config: InferenceConfig, model: Any, data_config: Dict[str, Any
 
 def _are_own(names: List[str], rows: Sequence[Row], results: ResultsConfig) -> bool:
     """Whether a table is one of results, of other flags too: no other columns, the lists of a row of one length, and
-    outputs as they are written here, of which one is not short. Names, numbers of classes and short numbers may be
-    anybody's."""
+    outputs as they are written here, of which one is not short unless each row has a picture of attention. Names,
+    numbers of classes and short numbers may be anybody's."""
     for row in rows:
         lists = [cell for cell in row.values() if isinstance(cell, list)]
         plain = [value for cell in row.values() for value in (cell if isinstance(cell, list) else [cell])]
@@ -219,7 +219,9 @@ def _are_own(names: List[str], rows: Sequence[Row], results: ResultsConfig) -> b
     values = [value for cell in cells for value in (cell if isinstance(cell, list) else [cell])]
     numbers = [float(value) for value in values]
     as_written = [str(value) for value in values] == [repr(round(number, DECIMALS)) for number in numbers]
-    return known.issuperset(kinds.values()) and as_written and any(number != round(number, 4) for number in numbers)
+    drawn = bool(rows) and all(f'{DRAWN}/' in str(row.get('attention')) for row in rows)
+    long = any(number != round(number, 4) for number in numbers)
+    return known.issuperset(kinds.values()) and as_written and (drawn or long)
 
 
 def class_namer(

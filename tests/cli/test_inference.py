@@ -809,6 +809,15 @@ def test_pictures_of_attention_of_an_earlier_run_go(call, hub, tmp_path):
         assert (folder / f'000000_{picture}.png').read_bytes() != first  # of a new picture
 
 
+def test_a_short_output_with_a_picture_of_attention_is_its_own(call, hub, tmp_path):
+    assert attention_of(call, hub, tmp_path, 'a.png') == (0, '')
+    path = tmp_path / 'results.csv'
+    rows = [line.split(',') for line in path.read_text().splitlines()]
+    rows[1][rows[0].index('prob')] = '0.5'
+    path.write_text(''.join(f'{",".join(row)}\n' for row in rows))
+    assert attention_of(call, hub, tmp_path, 'a.png') == (0, '')
+
+
 def test_pictures_of_attention_are_not_classified(infer, call, hub, tmp_path):
     """Where results go to the folder of the pictures; a folder of the user's that is called so is read."""
     place = ['--data-dir', tmp_path, '--checkpoint', hub, '--workers', '0', '--results-file', tmp_path / 'results.csv']
