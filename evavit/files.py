@@ -283,9 +283,9 @@ def place_after(path: Path, check: Callable[[Path], None]) -> Path:
     return other
 
 
-def set_aside(path: Union[str, Path]) -> Path:
+def set_aside(path: Union[str, Path], ending: str = 'damaged') -> Path:
     """Rename what another file is going to replace to `.damaged`, `.damaged1`, …: the first name that nobody has."""
-    names = (Path(f'{path}.damaged{number or ""}') for number in itertools.count())
+    names = (Path(f'{path}.{ending}{number or ""}') for number in itertools.count())
     kept = next(name for name in names if not os.path.lexists(name))
     os.replace(path, kept)
     return kept

@@ -113,13 +113,36 @@ class Saver(CheckpointSaver):
             whole = str(self.last.with_name('tmp.pth.tar'))
             self._duplicate(path, whole)
             self._replace(whole, str(self.last))
-        weights = checkpoint.get('state_dict_ema') or checkpoint['state_dict']
         self.written = True
         self.save_checkpoint(epoch, metric)
-        self._save_weights(
-            clean_state_dict(weights), epoch, metric, vars(checkpoint.get('args') or argparse.Namespace())
-        )
+        self._save_weights(_exported(checkpoint), epoch, metric, _args(checkpoint))
         self.written = False
+
+    def restore_best(self) -> None:
+        """Give `model_best` back to the ranking's best epoch where it is of an epoch that the run went back behind;
+        set it aside where that epoch's checkpoint is no longer there."""
+        best = self.best_epoch, self.best_metric
+        kept = Path(self._checkpoint_path(self.best_epoch))
+        whole, alone = (self.last.with_name(name) for name in ('model_best.pth.tar', 'model_best.safetensors'))
+        wrong = []
+        if whole.exists() and not (kept.exists() and kept.samefile(whole)) and _epoch_of(whole)[0] != best:
+            wrong.append(whole)
+        if alone.exists() and not has_metadata(alone, dict(epoch=str(best[0]), metric=str(best[1]))):
+            wrong.append(alone)
+        there, checkpoint = _epoch_of(kept) if wrong else (None, {})
+        for path in wrong:
+            gone = f'warning: {path} is of an epoch that this run has no longer'
+            if there != best or best[0] is None:
+                why = (
+                    'none is ranked yet' if best[0] is None else f'no checkpoint of epoch {best[0]}, its best, is left'
+                )
+                log.warning(f'{gone}, and {why}: it is {set_aside(path, "before").name} now')
+                continue
+            log.warning(f'{gone}: epoch {best[0]}, its best, takes its place')
+            if path == whole:
+                self._duplicate(kept, whole)
+            else:
+                self._export(alone, _exported(checkpoint), *best, _args(checkpoint))
 
     def save_position(self, position: Position) -> None:
         """Write the state within an epoch, or after one that is not validated, unless its weights have gone bad.
@@ -148,12 +171,14 @@ class Saver(CheckpointSaver):
         self.checkpoint_files = self.checkpoint_files[: self.max_history]
 
     def _save_weights(self, weights: Dict[str, Any], epoch: int, metric: float, settings: Dict[str, Any]) -> None:
-        about = dict(epoch=str(epoch), metric=str(metric), args=json.dumps(settings))
         for name in ('last.safetensors', *['model_best.safetensors'] * (self.best_epoch == epoch)):
-            path = self.last.with_name(name)
-            if not self.written or not has_metadata(path, about):
-                with saving(path) as partial:
-                    write_weights(weights, partial, about)
+            self._export(self.last.with_name(name), weights, epoch, metric, settings)
+
+    def _export(self, path: Path, weights: Dict[str, Any], epoch: int, metric: float, settings: Dict[str, Any]) -> None:
+        about = dict(epoch=str(epoch), metric=str(metric), args=json.dumps(settings))
+        if not self.written or not has_metadata(path, about):
+            with saving(path) as partial:
+                write_weights(weights, partial, about)
 
     def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
         if self.written:
@@ -178,6 +203,20 @@ class Saver(CheckpointSaver):
             return
         with saving(dst) as partial:
             super()._duplicate(os.path.realpath(src), partial)  # of a link what it leads to
+
+
+def _exported(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
+    """What the files of weights alone hold of a checkpoint."""
+    return clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
+
+
+def _epoch_of(path: Path) -> Tuple[Optional[Tuple[Any, Any]], Dict[str, Any]]:
+    """The epoch and metric of a checkpoint, and its content; None and nothing where it is not whole."""
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError:
+        return None, {}
+    return (checkpoint.get('epoch'), checkpoint.get('metric')), checkpoint
 
 
 def _identity(folder: Path) -> Tuple[Tuple[int, ...], Optional[int]]:
@@ -272,6 +311,7 @@ def resume(
         saver.load_state_dict(checkpoint['saver'])
         if position.epoch and not position.update and checkpoint.get('metric') is not None:
             saver.finish_epoch(path, checkpoint)
+        saver.restore_best()
     return position
 
 

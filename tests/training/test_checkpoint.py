@@ -530,6 +530,44 @@ def test_a_resume_from_an_earlier_checkpoint_of_the_folder(tmp_path):
     assert (tmp_path / 'last.pth.tar').read_bytes() == first and (tmp_path / 'last.pth.tar.damaged').is_file()
 
 
+@pytest.mark.parametrize('how', ['back', 'damaged', 'within an epoch', 'gone', 'none ranked'])
+def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, caplog, how):
+    """`model_best` of an epoch behind becomes that of the ranking's best epoch, or is set aside."""
+    saver = saver_of(run_of('--checkpoint-hist', '4'), tmp_path)
+    if how == 'none ranked':
+        saver.save_position(Position(0, 5))
+        shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'early.pth.tar')
+    for epoch, metric in enumerate((30.0, 10.0, 40.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+        if how == 'within an epoch' and epoch == 1:
+            saver.save_position(Position(2, 5))
+            shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'early.pth.tar')
+    best = [tmp_path / f'model_best.{form}' for form in ('pth.tar', 'safetensors')]
+    abandoned = [path.read_bytes() for path in best]
+    first = (tmp_path / 'checkpoint-0.pth.tar').read_bytes()
+    if how == 'damaged':  # the last, which is `model_best` and checkpoint-2 too
+        change(tmp_path / 'last.pth.tar', 'half')
+    if how == 'gone':
+        (tmp_path / 'checkpoint-0.pth.tar').unlink()
+    early = tmp_path / 'early.pth.tar'
+    candidates = [early if early.exists() else tmp_path / 'checkpoint-1.pth.tar']
+    run = run_of('--checkpoint-hist', '4')
+    again = saver_of(run, tmp_path)
+    resume(run_folder.find_resume('auto', tmp_path) if how == 'damaged' else candidates, run, again)
+    assert again.best_epoch == (None if how == 'none ranked' else 0)
+    said = [record.getMessage() for record in caplog.records if 'an epoch that this run has no longer' in record.msg]
+    assert len(said) == 2
+    if how in ('gone', 'none ranked'):
+        assert not any(path.exists() for path in best)
+        assert [path.with_name(f'{path.name}.before').read_bytes() for path in best] == abandoned
+    else:
+        assert best[0].read_bytes() == first
+        assert contents.stored_metric(best[1]) == 30 and load_file(best[1]).keys() == {'weight', 'bias'}
+    resume(candidates, run := run_of('--checkpoint-hist', '4'), saver_of(run, tmp_path))
+    assert [path.exists() for path in best] == [how not in ('gone', 'none ranked')] * 2
+    assert sum('has no longer' in record.getMessage() for record in caplog.records) == 2  # once
+
+
 def test_a_full_disk_is_called_so(saver, tmp_path, monkeypatch):
     """Also where PyTorch or safetensors put an error of their own over the system's. And what was saved before."""
 
