@@ -3,11 +3,13 @@
 
 --input is a folder, whose checkpoints are ranked by the metric that train.py stored in them. The best -n are averaged
 in float64; without metrics, or with --no-sort, all of them. Or it is one file, whose weights are kept: optimizer,
-settings and position go, and the average stays where there is one. Files of the same content count once.
+settings and position go, and the average stays where there is one. Equal weights of equal settings count once.
 The flags are those of timm's script of this name.
 --hash puts the first eight digits of the file's SHA-256 before its ending, which timm and torch.hub check.
 """
 
+import hashlib
+import json
 import os
 import sys
 from itertools import zip_longest
@@ -21,7 +23,7 @@ from evavit.files import file_digest, replacing, stamp
 from evavit.models import write_weights
 from evavit.models._weights import other_kinds
 from evavit.training import build
-from evavit.training.contents import saved_settings, stored_metric
+from evavit.training.contents import check_choice, saved_settings, stored_metric
 from evavit.training.distributed import check_alone
 
 
@@ -47,7 +49,9 @@ def main(argv=None):
         raise UserError(f'--output {output} exists already; choose another name')
     if args.n < 1:
         raise UserError(f'-n {args.n}: must be at least 1')
-    paths = distinct(paths)
+    for path in paths if args.no_use_ema else ():
+        check_choice('--no-use-ema', path)
+    paths = distinct(paths, use_ema=not args.no_use_ema)
     if len(paths) > 1 and not args.no_sort:
         metrics = {path: stored_metric(path) for path in paths}
         if None not in metrics.values():
@@ -69,17 +73,26 @@ def main(argv=None):
     print(printable(f'{output}: {what}, {count / 1e6:.2f} M numbers'))
 
 
-def distinct(paths):
-    """Each content once: a run's last, best and previous checkpoints are often those of an epoch by another name."""
+def distinct(paths, use_ema=True):
+    """Equal weights once: a run's last, best and previous checkpoints are often those of an epoch by another name, and
+    its .safetensors hold them too. Files whose settings differ all stay, for the checks that come."""
+    if len(paths) == 1:
+        return paths
     first = {}
     for path in paths:
-        try:
-            digest = file_digest(path)
-        except OSError as error:
-            raise UserError(f'{path}: cannot be read ({reason_of(error)})') from error
-        if first.setdefault(digest, path) != path:
-            print(printable(f'{path.name} holds the same as {first[digest].name}, and is left out'))
+        content = weights_digest(build.read_weights(path, use_ema=use_ema)), json.dumps(saved_settings(path))
+        if first.setdefault(content, path) != path:
+            print(printable(f'{path.name} holds the weights of {first[content].name}, and is left out'))
     return list(first.values())
+
+
+def weights_digest(weights):
+    """Of names, types, shapes and values; neither of the file nor of what else is in it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}\n'.encode())
+        digest.update(value.resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def check_classes(paths):
@@ -122,7 +135,7 @@ def check_averages(paths):
     if len(kept) > 1:
         raise UserError(
             f'{kept[True]} has a moving average, {kept[False]} has none: their mean is no model; name those of one '
-            f'with --filter, or take the plain weights of all with --no-use-ema'
+            f'with --filter, or take the plain weights of .pth.tar files with --no-use-ema'
         )
 
 

@@ -22,7 +22,7 @@ from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, unwrap_model
 
 from evavit.errors import LocalError, UserError, first_line, reason_of
-from evavit.files import RUN_WEIGHTS, replacing, set_aside, stamp, stored_digest, sync_folder
+from evavit.files import RUN_WEIGHTS, file_digest, replacing, set_aside, stamp, stored_digest, sync_folder
 from evavit.models import write_weights
 from evavit.models._weights import other_kinds
 from evavit.training import data
@@ -300,7 +300,7 @@ def resume(
         ) from error
     if not weights_are_finite(task):
         raise UserError(f'{path}: not a checkpoint of train.py (its weights are not finite)')
-    _check_same(run, f'{path}, {stored_digest(path)[:8]}', position)
+    _check_same(run, f'{path}, {(stored_digest(path) or file_digest(path))[:8]}', position)
     log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
     _warn_of_changes(path, checkpoint, settings)
     if other:

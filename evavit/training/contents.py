@@ -318,6 +318,15 @@ def stored_metric(path: Union[str, Path]) -> Optional[float]:
     return metric
 
 
+def check_choice(flag: str, path: Union[str, Path]) -> None:
+    """UserError where a flag chooses between the plain and the averaged weights of a file that has one set of them."""
+    if str(path).endswith('.safetensors'):
+        raise UserError(
+            f'{flag}: {path} holds one set of weights, the averaged one where the run kept an average; leave the flag '
+            f'out, or give a .pth.tar'
+        )
+
+
 def check_source(config: Loaded) -> None:
     """UserError unless the settings, completed from a checkpoint, name a model and weights that there are."""
     path = config.weights.checkpoint
@@ -326,11 +335,8 @@ def check_source(config: Loaded) -> None:
         raise UserError(f'{path}: does not say of which model it is; give --model NAME')
     if not config.model.model:
         raise UserError('no model: give --model NAME, or --checkpoint FILE of a run of train.py')
-    if config.weights.use_ema and str(path).endswith('.safetensors'):
-        raise UserError(
-            f'--use-ema: {path} holds one set of weights, the averaged one where the run '
-            f'kept an average; leave the flag out'
-        )
+    if config.weights.use_ema and path:
+        check_choice('--use-ema', path)
 
 
 # Of a run's folder, the first that is there. A safetensors file holds the averaged weights, where the run kept some.

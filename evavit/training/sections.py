@@ -20,6 +20,7 @@ BREAKS = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')  # what would break a li
 LONGEST_SIDE = 10**5  # pixels of an image
 LONGEST = 4096  # characters of a text: Linux takes no longer path
 MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
+MOST_LEVELS = 100  # of lists in lists: what compares or writes them goes down one by one
 MOST_WORKERS = max(32, 8 * (os.cpu_count() or 1))
 
 BOTH = ('train', 'validate')
@@ -39,10 +40,10 @@ def is_number(value: Any) -> bool:
 
 def is_plain(value: Any, other: Callable[[Any], bool] = lambda item: False) -> bool:
     """Nothing, truth values, numbers, texts, and lists and dictionaries of these, as JSON has them, or of what `other`
-    says; and few enough."""
-    rest, left = [value], MOST_VALUES
+    says; few enough, and not too deep."""
+    rest, left = [(value, 0)], MOST_VALUES
     while rest:
-        item = rest.pop()
+        item, level = rest.pop()
         left -= 1
         if isinstance(item, dict) and all(isinstance(key, str) for key in item):
             parts = [*item.values()]
@@ -52,9 +53,9 @@ def is_plain(value: Any, other: Callable[[Any], bool] = lambda item: False) -> b
             continue
         else:
             return False
-        if len(parts) + len(rest) > left:
+        if level == MOST_LEVELS or len(parts) + len(rest) > left:
             return False
-        rest += parts
+        rest += [(part, level + 1) for part in parts]
     return True
 
 
@@ -108,7 +109,7 @@ class Option:
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
                 raise ValueError
             for key, item in value.items():
-                if not is_plain(item):
+                if not is_plain({self.name: {key: item}}):  # as deep as it lies in a checkpoint's settings
                     raise UserError(
                         f'{self.name}: {key}={shown(item)} is nothing that a checkpoint keeps; give true, false, null, '
                         f'a number below 2^63, a text, or a list or dictionary of these'

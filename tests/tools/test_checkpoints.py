@@ -68,13 +68,14 @@ def test_average(run, tmp_path, capsys):
 
 
 def test_an_epoch_of_several_names_counts_once(run, tmp_path, capsys):
-    """Links and copies of it: last, best and previous."""
+    """Links and copies of it: last, best and previous, also as weights alone."""
     one, all_names = tmp_path / 'one.safetensors', tmp_path / 'all.safetensors'
     assert tool('avg_checkpoints')('--input', run, '--output', one) == 0
     capsys.readouterr()
-    assert tool('avg_checkpoints')('--input', run, '--output', all_names, '--filter', '*.pth.tar') == 0
+    assert tool('avg_checkpoints')('--input', run, '--output', all_names, '--filter', '*.[ps][ta][hf]*') == 0
     out = capsys.readouterr().out
-    assert 'last.pth.tar holds the same as checkpoint-1.pth.tar, and is left out' in out and out.count('left out') > 1
+    for name in ('last.pth.tar', 'last.safetensors'):
+        assert f'{name} holds the weights of checkpoint-1.pth.tar, and is left out' in out
     expected = weights(one)
     for name, value in weights(all_names).items():
         torch.testing.assert_close(value, expected[name])
@@ -289,7 +290,22 @@ def test_averages_and_plain_weights_have_no_mean(run, tmp_path, capsys):
     line = capsys.readouterr().err
     assert f'{tmp_path}/a.safetensors has a moving average, {tmp_path}/b.safetensors has none' in line
     assert line.count('\n') == 1 and not (tmp_path / 'mean.pth').exists()
-    assert tool('avg_checkpoints')(*flags, '--no-use-ema') == 0
+
+
+def test_plain_weights_are_not_taken_from_a_file_of_averages(run, tmp_path, capsys):
+    """A .safetensors of a run with an average holds that alone, and says nothing of the plain weights."""
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    checkpoint['state_dict_ema'] = {name: 0.9 * x for name, x in checkpoint['state_dict'].items()}
+    torch.save(checkpoint, tmp_path / 'a.pth.tar')
+    changed(run, tmp_path / 'b.safetensors', model_ema=True)
+    out = tmp_path / 'out.pth'
+    for flags in (['--input', tmp_path / 'b.safetensors'], ['--input', tmp_path, '--filter', '[ab].*']):
+        assert tool('avg_checkpoints')(*flags, '--no-use-ema', '--output', out) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f'error: --no-use-ema: {tmp_path}/b.safetensors holds one set of weights, the averaged')
+        assert line.count('\n') == 1 and not out.exists()
+    assert tool('avg_checkpoints')('--input', tmp_path / 'a.pth.tar', '--no-use-ema', '--output', out) == 0
+    assert all(torch.equal(value, checkpoint['state_dict'][name]) for name, value in torch.load(out).items())
 
 
 def test_names_reach_the_terminal_without_control_characters(run, tmp_path, capsys):

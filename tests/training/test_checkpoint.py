@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,6 +244,25 @@ def test_processes_that_see_different_checkpoints_stop(saver, tmp_path):
     for candidates in ([tmp_path / 'last.pth.tar'], []):
         with pytest.raises(UserError, match='one folder that all machines see'):
             resume(candidates, run, None)
+
+
+@pytest.mark.parametrize('digest', [True, False])
+def test_processes_that_see_other_bytes_stop(tmp_path, monkeypatch, digest):
+    """Checkpoints of one path and place on two disks; earlier versions wrote no digest into them."""
+    seen = []
+    for name in ('here', 'there'):
+        (tmp_path / name).mkdir()
+        run = run_of()
+        saver = saver_of(run, tmp_path / name)
+        with torch.no_grad():
+            saver.model.bias.fill_(len(seen))
+        saver.save_position(Position(2, 5))
+        if not digest:
+            rewritten(tmp_path / name / 'last.pth.tar', lambda content: None)
+        run.process = argparse.Namespace(world_size=1, check_equal=lambda value, _: seen.append(value), primary=False)
+        monkeypatch.chdir(tmp_path / name)
+        resume([Path('last.pth.tar')], run)
+    assert seen[0] != seen[1] and seen[0][1] == seen[1][1]
 
 
 def test_a_position_whose_weights_are_bad_is_not_saved(saver, tmp_path):

@@ -1,6 +1,7 @@
 """What is in a checkpoint is believed only where a run can have written it; each fault is one line."""
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -130,6 +131,7 @@ CHANGES = [
     at('args', value=dict(model='tiny')),
     setting('model_ema', torch.ones(2)),
     setting('model_kwargs', NESTED),
+    setting('model_kwargs', dict(depth=functools.reduce(lambda inner, _: [inner], range(150)))),
     setting('epochs', 10**400),
     *(setting('class_names', value, 'its class_names is') for value in (5, 3.5, True, ['a', 1, None], 'ab', {'a': 1})),
     *(setting('held_out_sha256', value, 'its held_out_sha256 is') for value in ([1], {}, 5)),
