@@ -9,4 +9,4 @@ from evavit.errors import run_script
 __all__ = ['attention_matrix', 'image_qkv', 'make_attention', 'open_picture', 'relative_rms']
 
 if __name__ == '__main__':
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, no_memory='lower the batch size (-b) or --tokens'))

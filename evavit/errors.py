@@ -113,24 +113,28 @@ NO_MEMORY = re.compile(  # the words of Python, PyTorch, CUDA's libraries, C++ a
 )
 
 
-def _no_memory(error: Exception) -> Optional[LocalError]:
+SMALLER = 'lower the batch size (-b) or the image size (--img-size)'  # in programs that have these flags
+MORE_MEMORY = 'end other programs, or take a machine with more'  # in those that have nothing to lower
+
+
+def _no_memory(error: Exception, remedy: str) -> Optional[LocalError]:
     """One line where memory was asked for, of the CPU or a GPU, and there is none; else None."""
     found = NO_MEMORY.search(str(error))
     if not (found or isinstance(error, MemoryError)):
         return None
     told = ' '.join(found[0].split()) if found else first_line(error)
-    return LocalError(f'no memory is left ({told[:200]}): lower the batch size (-b) or the image size (--img-size)')
+    return LocalError(f'no memory is left ({told[:200]}): {remedy}')
 
 
 # A path of the user's that leads nowhere: through a closed folder, one that is a file, links in a circle, ….
 PATHS = {getattr(errno, name) for name in ('EACCES', 'EPERM', 'EROFS', 'ENAMETOOLONG', 'ELOOP', 'ENOTDIR')}
 
 
-def _expected(error: Exception) -> Optional[LocalError]:
+def _expected(error: Exception, no_memory: str) -> Optional[LocalError]:
     """One line on what is raised where a loading process is lost, memory or a disk is full, no more files can be
     opened, or a path cannot be followed; None of other errors."""
     lost = _lost_worker(error) if isinstance(error, (RuntimeError, OSError, EOFError)) else None
-    if lost or (lost := _no_memory(error)):
+    if lost or (lost := _no_memory(error, no_memory)):
         return lost
     if isinstance(error, OSError) and error.errno in FULL:
         return LocalError(f'{error.filename or "a file"}: cannot be written ({reason_of(error)})')
@@ -324,9 +328,13 @@ def _flush() -> None:
         _lead_nowhere(sys.stderr)
 
 
-def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> int:
+def run_script(
+    main: Callable[[Optional[Sequence[str]]], None],
+    argv: Optional[Sequence[str]] = None,
+    no_memory: str = MORE_MEMORY,
+) -> int:
     """Call `main(argv)`; the exit code is 0, 2 after one line on an expected fault, PREEMPTED after a signal that
-    saves, INTERRUPTED after Ctrl-C where nothing is saved."""
+    saves, INTERRUPTED after Ctrl-C where nothing is saved. `no_memory` is what to do where memory ends."""
     code, local_rank, rank, world_size = 0, 0, 0, 1
     threading.excepthook = _tell_thread
     print_anything()
@@ -340,7 +348,7 @@ def run_script(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[S
     except Exception as error:
         code = 2
         with _quiet_children():
-            fault = error if isinstance(error, UserError) else _expected(error)
+            fault = error if isinstance(error, UserError) else _expected(error, no_memory)
             if fault is None:
                 raise
             if rank and not isinstance(fault, (LocalError, SharedError)):

@@ -28,7 +28,7 @@ import evavit
 from evavit.arguments import Parser
 from evavit.bench.clocks import median_seconds, peak_bytes
 from evavit.cli.inference import choose_weights, class_namer
-from evavit.errors import UserError, first_line, printable, run_script
+from evavit.errors import SMALLER, UserError, first_line, printable, run_script
 from evavit.layers import GridAttention
 from evavit.layers.reformer import ReformerAttention
 from evavit.layers.softmax import SoftmaxAttention
@@ -436,4 +436,4 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, no_memory=SMALLER))

@@ -15,7 +15,7 @@ import sys
 import torch
 
 from evavit.arguments import Parser
-from evavit.errors import UserError, run_script
+from evavit.errors import SMALLER, UserError, run_script
 from evavit.training import build, checks, data, loop
 from evavit.training.config import parse_settings
 from evavit.training.data.images import UNREADABLE
@@ -89,4 +89,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, no_memory=SMALLER))

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import sys
 import traceback
 
@@ -13,13 +14,16 @@ from runs import unwritable
 from safetensors import SafetensorError
 
 from evavit.arguments import Parser
+from evavit.cli import scripts
 from evavit.errors import (
     ALONE,
     INTERRUPTED,
+    MORE_MEMORY,
     PLACES,
     LocalError,
     SharedError,
     UserError,
+    begun,
     end_now,
     launched,
     mend_of,
@@ -113,13 +117,30 @@ def test_a_full_disk_is_a_line(tmp_path, capsys):
 )
 def test_no_memory_is_a_line(fault, told, capsys):
     """Of the CPU or a GPU, whoever asks for it; other errors of the same kinds are faults of the program."""
-    assert run_script(lambda argv: fault()) == 2
-    err = capsys.readouterr().err
-    assert err.startswith('error: no memory is left (') and told in err and err.count('\n') == 1, err
-    assert err.endswith(': lower the batch size (-b) or the image size (--img-size)\n')
+    for remedy, given in (MORE_MEMORY, {}), ('lower -n', dict(no_memory='lower -n')):
+        assert run_script(lambda argv: fault(), **given) == 2
+        err = capsys.readouterr().err
+        assert err.startswith('error: no memory is left (') and told in err and err.count('\n') == 1, err
+        assert err.endswith(f': {remedy}\n')
     for other in (RuntimeError('shapes differ'), ValueError('none'), Exception('none')):
         with pytest.raises(type(other), match=str(other)):
             run_script(lambda argv, other=other: _raise(other))
+
+
+@pytest.mark.parametrize('name', ['train', 'validate', 'inference', 'export'])
+def test_the_line_on_memory_names_flags_of_the_program(name, monkeypatch, capsys):
+    monkeypatch.setattr(f'evavit.cli.{name}.main', lambda argv: _raise(MemoryError()))
+    monkeypatch.setattr(sys, 'argv', [name])
+    try:
+        assert getattr(scripts, name)() == 2
+    finally:
+        begun()  # train.py's own signals
+    flags = re.findall(r'\((-[-a-z]+)\)', capsys.readouterr().err)
+    monkeypatch.setattr(sys, 'argv', [name, '--help'])
+    with pytest.raises(SystemExit):
+        scripts._list_flags(name)
+    told = capsys.readouterr().out
+    assert flags == ['-b', '--img-size'] and all(f' {flag} ' in told for flag in flags)
 
 
 def _raise(error):

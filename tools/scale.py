@@ -469,4 +469,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, no_memory='lower the batch size (-b)'))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Optional, Sequence
 
 from evavit.arguments import asks_for_help
-from evavit.errors import UserError, loaded, one_line, print_anything, quiet_start, run_script, tell
+from evavit.errors import SMALLER, UserError, loaded, one_line, print_anything, quiet_start, run_script, tell
 from evavit.training.config import parse_settings
 
 
@@ -44,7 +44,7 @@ def _run(name: Any) -> int:
         check_backend()
         main(argv)
 
-    return run_script(checked)
+    return run_script(checked, no_memory=SMALLER)
 
 
 def _list_flags(name: Any) -> int:

@@ -40,6 +40,7 @@ class _HeldLinear(nn.Linear):
 
 
 _PLAIN = frozenset((_HeldLinear, nn.Linear, nn.LayerNorm))
+_EPS = 1e-5  # of the LayerNorms that the operators apply
 
 
 def _own(module: nn.Module, name: str) -> Any:
@@ -49,12 +50,22 @@ def _own(module: nn.Module, name: str) -> Any:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is its parameters and nothing else: no adapter, no hook, no quantized or computed weight."""
-    return (
-        type(module) in _PLAIN
-        and not is_hooked(module)
-        and (type(_own(module, 'weight')) is nn.Parameter or not is_traceable_wrapper_subclass(module.weight))
-    )
+    """Whether a module is a weight and a bias and nothing else: no adapter, no hook, no quantized or computed weight,
+    no other eps."""
+    if type(module) not in _PLAIN or is_hooked(module) or module.__dict__.get('eps', _EPS) != _EPS:
+        return False
+    weight = _own(module, 'weight')
+    if weight is None or _own(module, 'bias') is None:
+        return False
+    return type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight)
+
+
+def _eps(norm: nn.Module) -> float:
+    """That of a LayerNorm, in a wrapper or not. ValueError where there is none: the operators apply nothing else."""
+    found = {module.eps for module in norm.modules() if isinstance(module, nn.LayerNorm)}
+    if len(found) != 1 or min(found) <= 0:
+        raise ValueError(f'the norm of a summary must be a LayerNorm with an eps above 0, got {norm}')
+    return min(found)
 
 
 class Summary(nn.Module):
@@ -63,7 +74,8 @@ class Summary(nn.Module):
     `evavit.ops.eva_attention` applies them to the means that it makes. Whatever stands in the place of `proj` counts as
     it computes: an adapter, a pruned, quantized or hooked Linear is called on the rows of the identity and on zero,
     which gives its weight and bias with their gradients, in one product of d × d. It has to be affine. Dropout in front
-    of an adapter drops its input channels, the same for all cells of a call.
+    of an adapter drops its input channels, the same for all cells of a call. In the place of `norm` stands a LayerNorm,
+    of any eps, or one in a wrapper that is affine.
 
     Args:
         head_dim: Channels of a head.
@@ -91,6 +103,8 @@ class Summary(nn.Module):
         if self.proj is not None:
             parameters += [self.proj.weight, self.proj.bias]
         if self.norm is not None:
+            if self.norm.eps != 1e-5:  # as in `_effective`
+                parameters = [(1e-5 / self.norm.eps) ** 0.5 * parameter for parameter in parameters]
             parameters += [self.norm.weight, self.norm.bias]
         return parameters
 
@@ -117,10 +131,13 @@ class Summary(nn.Module):
             if self.norm is not None:
                 if _is_plain(self.norm):
                     return [*parameters, self.norm.weight, self.norm.bias]
-                # Two opposite vectors; large, so that the norm's eps is nothing beside their variance.
+                # LN of x with another eps is LN of x · (1e-5 / eps)^½ with 1e-5.
+                eps = _eps(self.norm)
+                parameters = [(_EPS / eps) ** 0.5 * parameter for parameter in parameters]
+                # Two opposite vectors, far from each other.
                 signs = 1.0 - 2.0 * (torch.arange(self.head_dim, device=rows.device) % 2).to(rows.dtype)
                 rows = 100.0 * torch.stack([signs - signs.mean(), signs.mean() - signs])
-                normal = F.layer_norm(rows[0], [self.head_dim])
+                normal = F.layer_norm(rows[0], [self.head_dim], eps=eps)
                 up, down = self.norm(rows)
                 parameters += [(up - down) / (2 * normal), (up + down) / 2]
         return parameters

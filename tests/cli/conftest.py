@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs import CLASSES, MODEL, QUICK, load_script, write_images
 
-from evavit.errors import run_script
+from evavit.errors import SMALLER, run_script
 
 
 @pytest.fixture(scope='session')
@@ -30,7 +30,7 @@ def call(capfd):
 
     def call(script, *flags):
         capfd.readouterr()
-        code = run_script(load_script(script).main, [str(flag) for flag in flags])
+        code = run_script(load_script(script).main, [str(flag) for flag in flags], SMALLER)
         out, err = capfd.readouterr()
         return code, out, err
 

@@ -1,6 +1,8 @@
 """python -m evavit.compare: rows and files, and every fault is one line."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -120,6 +122,13 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, flags, words):
     lines = err.splitlines()
     assert code == 2 and len(lines) == 1 and lines[0].startswith('error: ') and all(word in err for word in words), err
     assert not list(tmp_path.iterdir())
+
+
+def test_no_memory_is_a_line_on_its_own_flags():
+    flags = ['--tokens', '100000000x100000000', '--device', 'cpu']
+    done = subprocess.run([sys.executable, '-m', 'evavit.compare', *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('error: no memory is left ('), done.stderr
+    assert done.stderr.endswith(': lower the batch size (-b) or --tokens\n') and done.stderr.count('\n') == 1
 
 
 def test_a_table_of_others_is_not_replaced(capsys, tmp_path):

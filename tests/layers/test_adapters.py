@@ -61,6 +61,64 @@ def test_effective_parameters_are_those_of_the_modules(kind):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize(
+    'norm',
+    [
+        *(nn.LayerNorm(8, eps=eps, dtype=torch.float64) for eps in (1e-12, 1e-6, 10.0)),
+        nn.LayerNorm(8, eps=10.0, bias=False, dtype=torch.float64),
+        nn.LayerNorm(8, elementwise_affine=False),
+        nn.Sequential(nn.LayerNorm(8, eps=10.0, dtype=torch.float64)),
+        timm.layers.LayerNorm(8, eps=10.0, dtype=torch.float64),
+    ],
+)
+def test_another_layer_norm_counts_as_it_computes(norm):
+    """Its eps, and what it lacks of weight and bias."""
+    summary, x = Summary(8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    summary.norm = norm
+    randomise(summary)
+    weight, bias, norm_weight, norm_bias = summary()
+    ours = nn.functional.layer_norm(nn.functional.linear(x, weight, bias), [8], norm_weight, norm_bias)
+    expected = norm(summary.proj(x))
+    torch.testing.assert_close(ours, expected)
+    parameters = list(summary.parameters())
+    grads = [torch.autograd.grad(y.square().sum(), parameters) for y in (ours, expected)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_projection_without_a_bias():
+    summary = Summary(8)
+    summary.proj = nn.Linear(8, 8, bias=False)
+    weight, bias, *_ = summary()
+    torch.testing.assert_close(weight, summary.proj.weight)
+    assert not bias.any()
+
+
+@pytest.mark.parametrize('eps', [1e-5, 10.0])
+@pytest.mark.parametrize('make', [EvaAttention, EvaAttention1d])
+def test_compiled_and_scripted_layers_see_another_norm(make, eps):
+    sizes, args = (dict(cell_size=2), ()) if make is EvaAttention1d else (dict(partition_grid=2), ([4, 4],))
+    layer, x = randomise(make(16, 2, window_size=2, **sizes)).eval(), torch.randn(1, 16, 16)
+    before = layer(x, *args)
+    layer.summary_k.norm.eps = eps
+    after = layer(x, *args)
+    assert torch.allclose(after, before) == (eps == 1e-5)
+    if make is EvaAttention:  # the other is not written for TorchScript
+        torch.testing.assert_close(torch.jit.script(layer)(x, *args), after)
+    layer.summary_q.norm = nn.Sequential(layer.summary_q.norm)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: layer(x, *args), backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x), after)
+
+
+@pytest.mark.parametrize('norm', [nn.RMSNorm(8), nn.Identity(), nn.LayerNorm(8, eps=0.0)], ids=str)
+def test_a_norm_that_the_operators_cannot_apply_is_an_error(norm):
+    layer = EvaAttention(16, 2, window_size=2, partition_grid=2)
+    layer.summary_q.norm = norm
+    with pytest.raises(ValueError, match=r'must be a LayerNorm with an eps above 0, got (RMS|Iden|LayerNorm)'):
+        layer(torch.randn(1, 16, 16), (4, 4))
+
+
 def test_plain_parameters_are_handed_on_as_they_are():
     summary = Summary(8)
     assert all(a is b for a, b in zip(summary(), summary.parameters(), strict=True))

@@ -36,16 +36,18 @@ def takes_eva_cpu(tokens: Tuple[torch.Tensor, ...], options: EvaOptions) -> bool
     whose products are not the bottleneck; windows that differ in what their queries attend to; prefix tokens, which
     come with such windows.
     """
-    x, feat_size, window_size, summary_k = tokens[0], options.feat_size, options.window_size, options.summary_k
+    x, feat_size, window_size = tokens[0], options.feat_size, options.window_size
     if len(tokens) > 1 or x.device.type != 'cpu' or x.dtype not in (torch.float32, torch.float64):
         return False
-    if window_size == 0 or summary_k is None or options.count_cells != 'one' or options.num_prefix_tokens > 0:
+    if window_size == 0 or options.partition_grid == 0:  # without cells, summaries may be given all the same
+        return False
+    if options.count_cells != 'one' or options.num_prefix_tokens > 0:
         return False
     if any(size % min(size, window_size) for size in feat_size) or options.dropout_p > 0.0:
         return False
     if needs_plain() is not None:
         return False
-    parts = (x, *summary_k, *(options.summary_q or ()), options.rel_pos_bias, options.noise)
+    parts = (x, *(options.summary_q or ()), *(options.summary_k or ()), options.rel_pos_bias, options.noise)
     return not (torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts))
 
 

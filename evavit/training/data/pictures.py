@@ -16,7 +16,7 @@ from evavit.training.data.decode import BadImageError, is_turned
 from evavit.training.data.endings import is_image, read_endings
 from evavit.training.data.folders import is_hidden, natural_key, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
-from evavit.training.data.tars import Member, check_version, entries, version_of
+from evavit.training.data.tars import Member, check_version, entries, unpacked_name, version_of
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +71,13 @@ class Pictures(Reader):
         if not path.name.lower().endswith(ARCHIVES):
             return None
         found: Dict[str, tarfile.TarInfo] = {}
-        originals: Dict[str, tarfile.TarInfo] = {}  # by their names without a dot in front, as links may have them
         try:
             with open_regular(path) as file, tarfile.open(fileobj=file, tarinfo=Member) as tar:
                 self.version = version_of(file)
                 for info in entries(tar):
-                    if not info.isdir() and _is_picture(info.name):
-                        one = originals.get(os.path.normpath(info.linkname), info) if info.islnk() else info
-                        found[info.name] = originals[os.path.normpath(info.name)] = one
+                    name = unpacked_name(info.name)
+                    if not info.isdir() and _is_picture(name):
+                        found[name] = found.get(unpacked_name(info.linkname), info) if info.islnk() else info
             return found
         except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{path}: not a readable tar file ({first_line(error)[:400]})') from error

@@ -6,6 +6,7 @@ keeps where the images lie in it, which it then believes of any other file of th
 
 import io
 import os
+import posixpath
 import tarfile
 from pathlib import Path
 from typing import IO, Any, Dict, Iterator, List, Set, Tuple, Union
@@ -86,6 +87,12 @@ def entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield member
 
 
+def unpacked_name(name: str) -> str:
+    """The one name that a member has in the folder that its tar file unpacks to: a/1.png for ./a/1.png, a//1.png and
+    a/b/../1.png. One that begins with `..` leads out of that folder."""
+    return posixpath.normpath(f'./{name}')
+
+
 def version_of(file: Any) -> Tuple[int, int]:
     """What differs where an open file is another one, or has other content."""
     about = os.fstat(file.fileno())
@@ -118,8 +125,9 @@ class _Content:
                 raise tarfile.ReadError(f'damaged or cut short at byte {start + archive.offset}')
 
     def _add_member(self, archive: tarfile.TarFile, member: tarfile.TarInfo, root: str, start: int) -> None:
-        path, ending = _path(root, member.name), os.path.splitext(member.name)[1].lower()
-        if is_hidden(member.name):
+        name = unpacked_name(member.name)
+        path, ending = _path(root, name), os.path.splitext(name)[1].lower()
+        if is_hidden(name):
             return
         if member.isdir():
             self._add_folder(path, root)
@@ -130,7 +138,7 @@ class _Content:
             self.add(inner, path, start + member.offset_data)
         elif check_format(path):
             self._add_folder(os.path.dirname(path), root)
-            original = self.places.get(_path(root, member.linkname)) if member.islnk() else None
+            original = self.places.get(_path(root, unpacked_name(member.linkname))) if member.islnk() else None
             if member.isfile() and not member.issparse():
                 self.places[path] = start + member.offset_data, member.size
             elif original:
@@ -146,7 +154,7 @@ class _Content:
 
 
 def _path(root: str, name: str) -> str:
-    parts = [part for part in name.split('/') if part not in ('', '.')]
-    if '..' in parts:
+    parts = name.split('/')
+    if parts[0] == '..':
         raise tarfile.ReadError(f'its member {name} lies outside of it')
-    return os.path.join(root, *parts)
+    return root if name == '.' else os.path.join(root, *parts)

@@ -7,7 +7,17 @@ from helpers import grid_cells, grid_windows
 from ops.eva.references import eva_loop
 from timm.layers import RelPosBias
 
-from evavit.ops import eva_attention, eva_attention_1d, eva_attention_packed, eva_attention_variant, eva_num_cells
+from evavit.ops import (
+    eva_attention,
+    eva_attention_1d,
+    eva_attention_1d_step,
+    eva_attention_mass,
+    eva_attention_packed,
+    eva_attention_variant,
+    eva_num_cells,
+)
+from evavit.ops.eva import eva_attention_projected
+from evavit.ops.eva.case import EvaOptions, as_summary
 from evavit.ops.eva.counts import log_counts
 
 GRIDS = [(14, 14), (28, 28), (13, 13), (24, 24), (7, 50), (50, 7), (1, 1), (5, 3)]
@@ -460,6 +470,52 @@ def test_packed_is_the_same():
     grads = [torch.autograd.grad(out.square().sum(), list(leaves.values())) for out in (packed, apart)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def _apart(qkv, summaries, **kwargs):
+    return eva_attention(*qkv, (4, 4), *summaries, window_size=2, partition_grid=0, **kwargs)
+
+
+def _packed(qkv, summaries, **kwargs):
+    return eva_attention_packed(qkv, (4, 4), *summaries, window_size=2, partition_grid=0, **kwargs)
+
+
+def _projected(qkv, summaries, num_prefix_tokens=0):
+    summaries = [as_summary(summary) for summary in summaries]
+    options = EvaOptions([4, 4], *summaries, None, 2, 0, 8**-0.5, 1.0, None, 0.0, 1e-5, 'one', num_prefix_tokens)
+    return eva_attention_projected(qkv.permute(1, 3, 0, 2, 4).flatten(2), 2, options)
+
+
+def _variant(qkv, summaries):
+    return eva_attention_variant(*qkv, (4, 4), *summaries, window_size=2, partition_grid=0)
+
+
+def _mass(qkv, summaries, **kwargs):
+    return torch.stack(eva_attention_mass(*qkv[:2], (4, 4), summaries[1], window_size=2, partition_grid=0, **kwargs))
+
+
+def _sequence(qkv, summaries):
+    return eva_attention_1d(*qkv, *summaries, window_size=4, cell_size=0)
+
+
+def _step(qkv, summaries):
+    return eva_attention_1d_step(*qkv[:, :, :, :1], None, *summaries, window_size=4, cell_size=0)[0]
+
+
+@pytest.mark.parametrize(
+    'of, options',
+    [
+        *((of, dict(fused=fused)) for of in (_apart, _packed) for fused in (False, True)),
+        *((of, dict(fused=True, num_prefix_tokens=2)) for of in (_apart, _packed)),
+        *((of, dict(num_prefix_tokens=P)) for of in (_projected, _mass) for P in (0, 2)),
+        *((of, {}) for of in (_variant, _sequence, _step)),
+    ],
+)
+@pytest.mark.parametrize('grad', [False, True])
+def test_without_cells_summaries_are_not_read(of, options, grad):
+    qkv = torch.randn(3, 2, 2, 16 + options.get('num_prefix_tokens', 0), 8, requires_grad=grad)
+    summary = torch.randn(8, 8), *torch.randn(3, 8)
+    torch.testing.assert_close(of(qkv, [summary] * 2, **options), of(qkv, [None] * 2, **options), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,31 @@ def test_a_tar_of_tars_with_links_and_versions(images, tmp_path):
     assert open_both(tars) == open_both(images)
 
 
+def test_a_member_has_one_name_however_it_is_written(images, tmp_path):
+    """As in the folder that the tar file unpacks to, the last one of a name counts; no part of a name is hidden that
+    its path does not go through."""
+    names = ['0.png', './/1.png', 'sub/../2.png', './.hidden/../3.png']
+    expected, tars = open_both(images), pack(images, tmp_path / 'tars')
+    with tarfile.open(tars / 'train.tar', 'w') as archive:
+        for old in (True, False):
+            for label in CLASSES:
+                for name in names:
+                    content = (images / 'train' / label / os.path.basename(name)).read_bytes()
+                    add(archive, f'{label}/{os.path.basename(name) if old else name}', b'old' if old else content)
+    assert open_both(tars) == expected
+    ours, theirs = (data.open_pictures(str(place)) for place in (tars / 'train.tar', images / 'train'))
+    assert [ours[i] for i in range(len(ours))] == [theirs[i] for i in range(len(theirs))]
+
+
+@pytest.mark.parametrize('name', ['../0.png', './../0.png', '/../0.png', 'pear/../../0.png'])
+def test_a_member_outside_of_its_tar_is_a_line(images, tmp_path, name):
+    tars = pack(images, tmp_path / 'tars')
+    with tarfile.open(tars / 'train.tar', 'a') as archive:
+        add(archive, name, (images / 'train' / 'pear' / '0.png').read_bytes())
+    with pytest.raises(UserError, match=r'train\.tar: .*its member .*0\.png lies outside of it'):
+        open_both(tars)
+
+
 def test_a_tar_that_is_replaced_under_way(images, tmp_path):
     tars = pack(images, tmp_path / 'tars')
     settings, _ = parse_settings('train', ['--data-dir', str(tars)])
