@@ -7,14 +7,17 @@ give fewer bits per pixel than any model of single pixels can; new digits then c
 `EvaAttention1d.step`. Needs scikit-learn.
 """
 
-import argparse
 import math
+import sys
 import time
+from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evavit.arguments import Parser
+from evavit.errors import UserError, run_script
 from evavit.layers import EvaAttention1d
 
 LEVELS, PIXELS = 17, 64
@@ -130,12 +133,15 @@ def draw(images: torch.Tensor) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--epochs', type=int, default=15)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--samples', type=int, default=5, help='digits to draw')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name, low, high in (('epochs', 1, 10**6), ('seed', 0, 2**63 - 1), ('samples', 0, 1000)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f'--{name} {getattr(args, name)}: takes a whole number of {low} to {high}')
     torch.manual_seed(args.seed)
     images, test = load()
     model = PixelModel()
@@ -152,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_script(main))

@@ -157,7 +157,12 @@ def main() -> None:
             parser.error(shown(f'{args.model}: its outputs for {path} are not finite'))
         done += 1
         best = np.argsort(-row)[:3]
-        print(shown(f'{path}: ' + ', '.join(f'{names[i] if names else i} {100 * row[i]:.1f} %' for i in best)))
+        shares = ', '.join(f'{names[i] if names else i} {100 * row[i]:.1f} %' for i in best)
+        try:
+            print(shown(f'{path}: {shares}'), flush=True)
+        except OSError as error:
+            sys.stdout = None  # or Python would write the line once more, at its end
+            parser.error(f'standard output: {error}')
     if not done:
         parser.error(shown(f'no picture of {" ".join(args.pictures)} can be read, for images of {size}'))
 
@@ -165,4 +170,6 @@ def main() -> None:
 if __name__ == '__main__':
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end as other programs do where the reader has ended: | head
+    if sys.stdout:  # it is None where it is closed
+        sys.stdout.reconfigure(errors='backslashreplace')  # for names that its encoding has no characters for
     sys.exit(main())

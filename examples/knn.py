@@ -16,8 +16,9 @@ import torch
 
 from evavit.arguments import Parser
 from evavit.errors import SMALLER, UserError, run_script
-from evavit.training import build, checks, data, loop
+from evavit.training import build, checks, contents, data, loop
 from evavit.training.config import parse_settings
+from evavit.training.data.folders import SPLIT_NAMES
 from evavit.training.data.images import UNREADABLE
 from evavit.training.distributed import start_process
 
@@ -47,6 +48,7 @@ def features(model, dataset, settings, config, process):
 def judge(settings, k):
     """Top-1, balanced accuracy and macro F1 in percent, and the number of pictures looked up and judged."""
     process = start_process(settings.machine.device, alone='knn.py')
+    settings.model.pretrained_path = contents.enter_run_folder(settings.model.pretrained_path)
     torch.manual_seed(0)  # the weights, where no file gives them
     read = dict(in_chans=checks.image_channels(settings.model), batch_size=settings.batch.batch_size)
     read['seed'] = settings.run.seed
@@ -71,13 +73,17 @@ def main(argv=None):
     about = dict(description=__doc__.splitlines()[0], epilog='Its other flags are those of validate.py.')
     parser = Parser(**about)
     parser.add_argument('-k', type=int, default=20, help='neighbours (20)')
-    parser.add_argument('--weights', metavar='FILE', help='weights of the model, its classifier is not used')
+    parser.add_argument(
+        '--weights', metavar='FILE', help="file of weights, or a run's folder; the classifier is not used"
+    )
     args, flags = parser.parse_known_args(argv)
     settings, given = parse_settings('validate', flags, __doc__)
     if unused := sorted(given & UNUSED):
         raise UserError(f'--{unused[0].replace("_", "-")}: knn.py does not take it; weights are given with --weights')
     if args.k < 1:
         raise UserError(f'-k {args.k}: must be at least 1')
+    if settings.data.split in SPLIT_NAMES[0]:
+        raise UserError(f'--split {settings.data.split}: each picture would be its own nearest; judge another split')
     if not settings.model.model:
         raise UserError('no model: give --model NAME')
     settings.model.pretrained_path = args.weights

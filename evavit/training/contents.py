@@ -281,16 +281,20 @@ def _parse(settings: Dict[str, Any], names: Sequence[str], path: Union[str, Path
 
 
 def enter_run_folders(config: TrainConfig) -> None:
-    """Put the best weights of a run's folder in its place, where a run starts from them or a teacher has them. Other
-    folders stay, to be refused."""
+    """`enter_run_folder`, where a run starts from weights or a teacher has them."""
     for section, name in (
         (config.model, 'pretrained_path'),
         (config.model, 'initial_checkpoint'),
         (config.distil, 'kd_pretrained_path'),
     ):
-        folder = getattr(section, name) or ''
-        if any(os.path.isfile(os.path.join(folder, weights)) for weights in BEST_FIRST) and os.path.isdir(folder):
-            setattr(section, name, str(best_weights(Path(folder))))
+        setattr(section, name, enter_run_folder(getattr(section, name)))
+
+
+def enter_run_folder(path: Optional[str]) -> Optional[str]:
+    """The file of the best weights where this is a run's folder. Other folders stay, to be refused."""
+    if path and os.path.isdir(path) and any(os.path.isfile(os.path.join(path, name)) for name in BEST_FIRST):
+        return str(best_weights(Path(path)))
+    return path
 
 
 def has_metadata(path: Path, entries: Dict[str, str]) -> bool:

@@ -1,5 +1,6 @@
 """The autoregressive image model learns, and draws pixel by pixel what it learned."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import torch
 
 pytest.importorskip('sklearn')
 from programs import ROOT, load_program
+from runs import PATIENCE, unwritable
+
+from evavit.errors import run_script
 
 SCRIPT = ROOT / 'examples' / 'causal_digits.py'
 causal_digits = load_program('examples/causal_digits.py')
@@ -33,6 +37,26 @@ def test_sampling_draws_from_the_logits_of_the_whole_sequence():
     assert images.shape == (3, 64) and len(set(images.flatten().tolist())) > 3
     assert torch.equal(model(images).argmax(-1), images)
     assert len(causal_digits.draw(images).splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    'flags', [('--epochs', '0'), ('--epochs', '-1'), ('--samples', '-1'), ('--seed', '9' * 20), ('--seed', '9' * 23)]
+)
+def test_flags_out_of_range_are_a_line_before_the_training(flags, monkeypatch, capsys):
+    monkeypatch.setattr(causal_digits, 'train', lambda *_: pytest.fail('trained'))
+    assert run_script(causal_digits.main, flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and flags[0] in err and err.count('\n') == 1
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='/dev/full, a disk that is full, is of Linux')
+def test_a_training_is_not_lost_with_standard_output():
+    stream = unwritable('full')
+    words = [sys.executable, SCRIPT, '--epochs', '1', '--samples', '0']
+    done = subprocess.run(words, stdout=stream, stderr=subprocess.PIPE, text=True, timeout=240 * PATIENCE)
+    os.close(stream)
+    assert done.returncode == 0 and done.stderr.startswith('warning: standard output is not written any more (')
+    assert done.stderr.count('\n') == 1, done.stderr
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The example of inference prepares pictures as timm does in validation, without timm."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import pytest
 from faults import postscript
 from PIL import Image
 from programs import load_program
-from runs import ROOT
+from runs import ROOT, unwritable
 from timm.data import create_transform
 from training.data.test_decode import planes, tiff
 
@@ -138,8 +139,8 @@ def test_mistakes_are_one_clear_error(example, tmp_path, monkeypatch, capsys):
         assert stop.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(signal, 'SIGPIPE'), reason='a signal of POSIX')
-def test_a_reader_that_has_ended_is_no_traceback(tmp_path):
+def command(folder, class_names='null'):
+    """The words that classify one picture by its mean colour."""
     onnx = pytest.importorskip('onnx', reason='needs evavit[export]')
     image, logits = (
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
@@ -151,18 +152,50 @@ def test_a_reader_that_has_ended_is_no_traceback(tmp_path):
     )
     graph = onnx.helper.make_graph([*mean], 'mean', [image], [logits])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 18)], ir_version=8)
-    about = dict(input_size='[3, 8, 8]', crop_pct='1.0', interpolation='"bilinear"', class_names='null')
+    about = dict(input_size='[3, 8, 8]', crop_pct='1.0', interpolation='"bilinear"', class_names=class_names)
     onnx.helper.set_model_props(model, {**about, 'mean': '[0.5, 0.5, 0.5]', 'std': '[0.1, 0.1, 0.1]'})
-    onnx.save(model, tmp_path / 'mean.onnx')
-    Image.new('RGB', (20, 10)).save(tmp_path / 'a.png')
-    command = [sys.executable, ROOT / 'examples/classify.py', tmp_path / 'mean.onnx', tmp_path / 'a.png']
-    whole = subprocess.run(command, capture_output=True, text=True)
+    onnx.save(model, folder / 'mean.onnx')
+    Image.new('RGB', (20, 10)).save(folder / 'a.png')
+    return [sys.executable, ROOT / 'examples/classify.py', folder / 'mean.onnx', folder / 'a.png']
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGPIPE'), reason='a signal of POSIX')
+def test_a_reader_that_has_ended_is_no_traceback(tmp_path):
+    words = command(tmp_path)
+    whole = subprocess.run(words, capture_output=True, text=True)
     assert whole.returncode == 0 and 'a.png: ' in whole.stdout, whole.stderr
     read, write = os.pipe()
     os.close(read)
-    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    ended = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert ended.stderr == '' and ended.returncode == -signal.SIGPIPE
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii', 'latin-1', 'utf-8'])
+def test_names_that_the_output_has_no_characters_for(tmp_path, encoding):
+    names = ['Käfer', '中文', '\udc80']
+    done = subprocess.run(
+        command(tmp_path, json.dumps(names)), capture_output=True, env={**os.environ, 'PYTHONIOENCODING': encoding}
+    )
+    shown = ', '.join(f'{name} 33.3 %' for name in [*names[:2], r'\udc80'])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f'{tmp_path}/a.png: {shown}\n'.encode(encoding, 'backslashreplace')
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='/dev/full, a disk that is full, is of Linux')
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_a_full_disk_is_a_line_of_classify(tmp_path, unbuffered):
+    stream = unwritable('full')
+    full = subprocess.run(
+        command(tmp_path),
+        stdout=stream,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'PYTHONUNBUFFERED': unbuffered},
+    )
+    os.close(stream)
+    usage, line = full.stderr.splitlines()
+    assert full.returncode == 2 and usage.startswith('usage: ') and 'error: standard output: ' in line
 
 
 ABOUT = dict(

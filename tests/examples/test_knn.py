@@ -3,12 +3,16 @@
 import re
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
 pytest.importorskip('sklearn')
 from programs import load_program
 from runs import CLASSES, write_images
 
 from evavit.errors import UserError, run_script
+
+MODEL = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
 
 
 def test_neighbours_of_features(tmp_path, capsys):
@@ -19,11 +23,7 @@ def test_neighbours_of_features(tmp_path, capsys):
         '--model',
         'eva_deit_tiny',
         '--model-kwargs',
-        'img_size=16',
-        'patch_size=4',
-        'embed_dim=16',
-        'depth=1',
-        'num_heads=2',
+        *(f'{name}={value}' for name, value in MODEL.items()),
         '--data-dir',
         str(tmp_path),
         '--device',
@@ -44,6 +44,15 @@ def test_neighbours_of_features(tmp_path, capsys):
     assert '18 images' in capsys.readouterr().err
     assert run_script(example.main, [*flags, '--weights', str(tmp_path)]) == 2
     assert f'{tmp_path}: is a folder; give a file' in capsys.readouterr().err
+    run = tmp_path / 'run'
+    run.mkdir()
+    save_file(timm.create_model('eva_deit_tiny', **MODEL).state_dict(), run / 'last.safetensors')
+    assert run_script(example.main, [*flags, '--weights', str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f'{run}: last.safetensors of this run' in out and '3 nearest of 18 images' in out
+    for split in ('train', 'training'):
+        assert run_script(example.main, [*flags, '--split', split]) == 2
+        assert f'--split {split}: each picture would be its own nearest' in capsys.readouterr().err
     for split in ('train', 'validation'):
         (tmp_path / split / CLASSES[0] / '0.png').write_text('x')
     assert run_script(example.main, flags) == 2
