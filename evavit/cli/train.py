@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence
 
 import torch
-from timm.utils import unwrap_model, world_info_from_env
+from timm.utils import distribute_bn, unwrap_model, world_info_from_env
 
 from evavit.errors import Preempted, UserError, begun, reason_of
 from evavit.training import build, checkpoint, checks, data, distillation, dry_run, loop, run_folder
@@ -251,6 +251,10 @@ def evaluate(run: loop.Run, loader: Any, look: Any) -> Dict[str, float]:
     """Metrics of the weights that the run is judged by, whose outputs `look` sees; with an average, those of the plain
     weights are raw_*."""
     task = run.task
+    if run.process.distributed:  # statistics of a batch norm are each process's own; the first one's are saved
+        with run.process.waiting('broadcast'):
+            for average in (False, *[True] * task.has_ema()):
+                distribute_bn(unwrap_model(task.get_eval_model(ema=average)), run.process.world_size)
 
     def metrics_of(ema: bool = False) -> Dict[str, float]:
         metrics, _ = loop.evaluate(

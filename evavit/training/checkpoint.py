@@ -21,6 +21,7 @@ import torch
 from timm.models import clean_state_dict
 from timm.utils import CheckpointSaver, unwrap_model
 
+from evavit.arguments import shown
 from evavit.errors import LocalError, UserError, first_line, reason_of
 from evavit.files import RUN_WEIGHTS, file_digest, replacing, set_aside, stamp, stored_digest, sync_folder
 from evavit.models import write_weights
@@ -33,6 +34,8 @@ from evavit.training.run_folder import is_of, remedy
 from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
+
+BEHIND = 'is of an epoch that this run has no longer'
 
 
 @contextlib.contextmanager
@@ -118,6 +121,12 @@ class Saver(CheckpointSaver):
         self._save_weights(_exported(checkpoint), epoch, metric, _args(checkpoint))
         self.written = False
 
+    def leave_behind(self, epoch: int) -> None:
+        """Set aside what is kept of this epoch and later ones, which a run that went back has no longer."""
+        for path in sorted(Path(self.checkpoint_dir).iterdir()):
+            if (found := KEPT.fullmatch(path.name)) and int(found[1]) >= epoch:
+                log.warning(f'warning: {path} {BEHIND}: it is {set_aside(path, "before").name} now')
+
     def restore_best(self) -> None:
         """Give `model_best` back to the ranking's best epoch where it is of an epoch that the run went back behind;
         set it aside where that epoch's checkpoint is no longer there."""
@@ -131,7 +140,7 @@ class Saver(CheckpointSaver):
             wrong.append(alone)
         there, checkpoint = _epoch_of(kept) if wrong else (None, {})
         for path in wrong:
-            gone = f'warning: {path} is of an epoch that this run has no longer'
+            gone = f'warning: {path} {BEHIND}'
             if there != best or best[0] is None:
                 why = (
                     'none is ranked yet' if best[0] is None else f'no checkpoint of epoch {best[0]}, its best, is left'
@@ -311,6 +320,7 @@ def resume(
         saver.load_state_dict(checkpoint['saver'])
         if position.epoch and not position.update and checkpoint.get('metric') is not None:
             saver.finish_epoch(path, checkpoint)
+        saver.leave_behind(position.epoch)
         saver.restore_best()
     return position
 
@@ -453,7 +463,7 @@ def _check_optimizer(path: Path, checkpoint: Dict[str, Any], opt: str) -> None:
 def _check_teacher(path: Path, checkpoint: Dict[str, Any], teacher: Optional[Dict[str, Any]]) -> None:
     before = _args(checkpoint).get('kd_teacher')
     if before != teacher:
-        old, new = (' '.join(map(str, it.values())) if isinstance(it, dict) else 'none' for it in (before, teacher))
+        old, new = (' '.join(map(shown, it.values())) if isinstance(it, dict) else 'none' for it in (before, teacher))
         raise UserError(
             f'{path} was written with another teacher: {old}, and this run has {new}; continue with the same '
             f'--kd-model-name and weights, or take the weights alone with --no-resume-opt'
@@ -499,7 +509,7 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
         raise ValueError('it lacks the scale of float16')
     if run.stepper.scaling and scaler is not None:
         scale, tracker = scaler.get('scale'), scaler.get('_growth_tracker')
-        if not (is_number(scale) and scale > 0 and is_whole(tracker)):
+        if not (is_number(scale) and 0 < scale <= torch.finfo().max and is_whole(tracker) and tracker < 2**31):
             raise ValueError(f'its scale of float16 is {scale}, after {tracker} updates')
         run.stepper.load_state_dict({**run.stepper.state_dict(), 'scale': scale, '_growth_tracker': tracker})
     for number, entry in state['state'].items():  # in a file two of them can share their memory
@@ -546,16 +556,16 @@ def _position(path: Path, checkpoint: Dict[str, Any], run: Run) -> Position:
         return Position(epoch=checkpoint.get('epoch', -1) + 1)
     position, then, now = Position(**saved['position']), saved['plan'], batches_of(run)
     changed = f'{path} was written by {then["processes"]} processes with {then["images_per_update"]} images an update'
-    if position.update and any(then[key] != now[key] for key in ('images_per_update', 'updates_per_epoch')):
-        log.info(
-            f'{changed}, here {now["processes"]} have {now["images_per_update"]}: the order of the images '
-            f'restarts at epoch {position.epoch}'
-        )
-        return Position(epoch=position.epoch)
     if position.update and then.get('images', now.get('images')) != now.get('images'):
         log.warning(
             f'warning: {path} was written with {then["images"]} images to train on, here there are {now["images"]}: '
             f'their order restarts at epoch {position.epoch}'
+        )
+        return Position(epoch=position.epoch)
+    if position.update and any(then[key] != now[key] for key in ('images_per_update', 'updates_per_epoch')):
+        log.info(
+            f'{changed}, here {now["processes"]} have {now["images_per_update"]}: the order of the images '
+            f'restarts at epoch {position.epoch}'
         )
         return Position(epoch=position.epoch)
     if run.bad is not None and any(index >= run.bad.indices for index in position.bad):

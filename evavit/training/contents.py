@@ -62,7 +62,7 @@ FROM_CHECKPOINT = (
     'convert_kwargs',
 )
 DIVISION = ('val_fraction', 'seed', 'train_split', 'data_dir')  # which images a run held out
-KEPT = re.compile(r'checkpoint-[0-9]{1,9}\.pth\.tar')  # the names of the best few checkpoints in a run's folder
+KEPT = re.compile(r'checkpoint-([0-9]{1,9})\.pth\.tar')  # the names of the best few checkpoints in a run's folder
 PLAN = {'images_per_update', 'updates_per_epoch', 'processes'}  # and images, which earlier versions did not write
 MOST_EPOCHS = 1_000_000  # where the settings of the run do not say
 

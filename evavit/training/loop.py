@@ -125,6 +125,10 @@ class Run:
         """Whether gradients are exchanged by `exchange`, not by DistributedDataParallel."""
         return self.process.distributed and self.compilation.graphs
 
+    def learning_rate(self) -> float:
+        """That of the schedule, as the classifier has it; --layer-decay lowers that of the layers before it."""
+        return max(group['lr'] for group in self.optimizer.param_groups)
+
     def done(self, position: Position) -> int:
         """Updates since the run's first one."""
         return position.epoch * self.updates_per_epoch + position.update
@@ -332,7 +336,7 @@ def train_epoch(
     epoch, steps = position.epoch, run.grad_accum_steps
     tracker, delayed = EpochTracker(run, position, write), DelayedRead(process.watchdog)
     if position.update == 0:
-        position.lr = run.optimizer.param_groups[0]['lr']
+        position.lr = run.learning_rate()
 
     def serve(asked: Tuple[bool, bool]) -> None:
         if not any(asked):
@@ -385,7 +389,7 @@ def train_epoch(
             run.optimizer, loss, parameters, task.get_clip_parameters(exclude_head='agc' in run.stepper.clip_mode)
         )
         task.update_ema(step=epoch * run.updates_per_epoch + done)
-        about = update, run.optimizer.param_groups[0]['lr']
+        about = update, run.learning_rate()
         if run.schedule is not None:
             run.schedule.step_update(epoch * run.updates_per_epoch + done)
         run.bad.review(process, together=done % config.log_interval == 0 or done == run.updates_per_epoch)

@@ -1,5 +1,6 @@
 """Several processes: the result of one, and an end together."""
 
+import csv
 import os
 import re
 import shutil
@@ -93,6 +94,20 @@ def test_several_processes_equal_one_with_the_same_global_batch(
         f'{processes} processes{", repeated" if "--aug-repeats" in flags else ""}: losses, '
         f'gradients and accuracies within {worst:.0e}',
     )
+
+
+def test_batch_norm_is_judged_by_the_statistics_that_are_saved(call, images, tmp_path):
+    """Those of the first process, for weights and average alike; each process has its own while it trains."""
+    model = ['--model', 'resnet10t', '--img-size', '32', '--model-ema', '--model-ema-decay', '0.5']
+    done = command(
+        'train', *model, *QUICK, '-b', '2', '--lr', '1e-2', '--data-dir', images, '--output', tmp_path, processes=2
+    )
+    assert done.returncode == 0, done.stderr
+    run = next(tmp_path.glob('*/last.safetensors')).parent
+    flags = ['--data-dir', images, '--workers', '0', '--results-file', tmp_path / 'found.csv']
+    assert call('validate', '--checkpoint', run / 'last.safetensors', *flags)[0] == 0
+    (found,) = csv.DictReader((tmp_path / 'found.csv').read_text().splitlines())
+    assert float(found['loss']) == pytest.approx(float(rows(run)[-1]['eval_loss']), abs=1e-4)
 
 
 @pytest.mark.parametrize(

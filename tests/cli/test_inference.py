@@ -688,7 +688,9 @@ def test_links_in_a_tar_file_are_read_or_named(infer, hub, tmp_path):
         Image.new('RGB', (8 + number, 8), (90 * number,) * 3).save(tmp_path / name)
     with tarfile.open(tmp_path / 'in.tar.gz', 'w:gz') as tar:
         tar.add(tmp_path / 'a.png', './a.png')
+        tar.add(tmp_path / 'a.png', 'data.bin')
         for name, kind, leads in (
+            ('bin.png', tarfile.LNKTYPE, 'data.bin'),
             ('h.png', tarfile.LNKTYPE, 'a.png'),
             ('lost.png', tarfile.LNKTYPE, 'nowhere.png'),
             ('pipe.png', tarfile.FIFOTYPE, ''),
@@ -701,11 +703,11 @@ def test_links_in_a_tar_file_are_read_or_named(infer, hub, tmp_path):
         tar.add(tmp_path / 'a.png', 'z.png')
     for workers in ('0', '1'):
         rows, out = infer('--data-dir', tmp_path / 'in.tar.gz', '--checkpoint', hub, '--workers', workers)
-        assert [row['filename'] for row in rows] == ['a.png', 'h.png', 'z.png']
-        assert rows[1]['prob'] == rows[2]['prob'] != rows[0]['prob']
+        assert [row['filename'] for row in rows] == ['a.png', 'bin.png', 'h.png', 'z.png']
+        assert rows[1]['prob'] == rows[2]['prob'] == rows[3]['prob'] != rows[0]['prob']
         for name in ('lost.png', 'pipe.png', 's.png'):
             assert any(f'in.tar.gz: {name} is not a readable image (a link or no file' in line for line in out), name
-        assert '3 pictures classified, 3 not readable' in out[-1]
+        assert '4 pictures classified, 3 not readable' in out[-1]
 
 
 def test_more_loading_processes_than_cores_say_nothing(infer, hub, pictures, recwarn):

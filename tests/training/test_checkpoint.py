@@ -265,6 +265,13 @@ def test_processes_that_see_other_bytes_stop(tmp_path, monkeypatch, digest):
     assert seen[0] != seen[1] and seen[0][1] == seen[1][1]
 
 
+def test_the_learning_rate_that_is_told_is_the_schedule_s():
+    """Not that of the first layers, which --layer-decay lowers."""
+    run = run_of()
+    run.optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(1))], lr=0.5))
+    assert run.learning_rate() == 0.5
+
+
 def test_a_position_whose_weights_are_bad_is_not_saved(saver, tmp_path):
     saver.save_position(Position(0, 3))
     with torch.no_grad():
@@ -296,6 +303,7 @@ def test_another_number_of_images(tmp_path, caplog, before, update, expected):
     saver_of(run, tmp_path).save_position(Position(2, update, bad={7: 'a.png\nempty'} if update else {}))
     run = run_of()
     run.bad = BadImages(43, 1.0)
+    run.updates_per_epoch += before == 40  # more images are more updates
     with caplog.at_level('INFO', 'evavit'):
         position = resume([tmp_path / 'last.pth.tar'], run, None)
     assert (position.epoch, position.update, list(position.bad)) == (2, expected, [7] * (expected > 0))
@@ -576,7 +584,11 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
     resume(run_folder.find_resume('auto', tmp_path) if how == 'damaged' else candidates, run, again)
     assert again.best_epoch == (None if how == 'none ranked' else 0)
     said = [record.getMessage() for record in caplog.records if 'an epoch that this run has no longer' in record.msg]
-    assert len(said) == 2
+    behind = range(0 if how == 'none ranked' else 2, 3)
+    assert len(said) == 2 + len(behind)
+    assert {path.name for path in tmp_path.glob('checkpoint-*.before')} == {
+        f'checkpoint-{epoch}.pth.tar.before' for epoch in behind
+    }
     if how in ('gone', 'none ranked'):
         assert not any(path.exists() for path in best)
         assert [path.with_name(f'{path.name}.before').read_bytes() for path in best] == abandoned
@@ -585,7 +597,7 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
         assert contents.stored_metric(best[1]) == 30 and load_file(best[1]).keys() == {'weight', 'bias'}
     resume(candidates, run := run_of('--checkpoint-hist', '4'), saver_of(run, tmp_path))
     assert [path.exists() for path in best] == [how not in ('gone', 'none ranked')] * 2
-    assert sum('has no longer' in record.getMessage() for record in caplog.records) == 2  # once
+    assert sum('has no longer' in record.getMessage() for record in caplog.records) == len(said)  # once
 
 
 def test_a_full_disk_is_called_so(saver, tmp_path, monkeypatch):

@@ -210,7 +210,15 @@ def test_no_flag_of_the_optimizer_comes_from_a_checkpoint(saver, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'scaler', [None, dict(scale=0.0), dict(scale=float('nan'), _growth_tracker=0), dict(scale=8.0, _growth_tracker=-1)]
+    'scaler',
+    [
+        None,
+        dict(scale=0.0),
+        dict(scale=float('nan'), _growth_tracker=0),
+        dict(scale=8.0, _growth_tracker=-1),
+        dict(scale=8.0, _growth_tracker=2**31),
+        dict(scale=1e39, _growth_tracker=0),
+    ],
 )
 def test_a_scale_that_is_none_is_named(tmp_path, scaler):
     flags = ['--amp', '--amp-dtype', 'float16']

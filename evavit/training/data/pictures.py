@@ -71,13 +71,17 @@ class Pictures(Reader):
         if not path.name.lower().endswith(ARCHIVES):
             return None
         found: Dict[str, tarfile.TarInfo] = {}
+        files: Dict[str, tarfile.TarInfo] = {}  # what a hard link may lead to, which need not be called a picture
         try:
             with open_regular(path) as file, tarfile.open(fileobj=file, tarinfo=Member) as tar:
                 self.version = version_of(file)
                 for info in entries(tar):
                     name = unpacked_name(info.name)
-                    if not info.isdir() and _is_picture(name):
-                        found[name] = found.get(unpacked_name(info.linkname), info) if info.islnk() else info
+                    if info.isdir():
+                        continue
+                    files[name] = files.get(unpacked_name(info.linkname), info) if info.islnk() else info
+                    if _is_picture(name):
+                        found[name] = files[name]
             return found
         except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{path}: not a readable tar file ({first_line(error)[:400]})') from error
