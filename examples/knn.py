@@ -10,13 +10,14 @@ comparison. Other flags are those of validate.py (--model-kwargs, --img-size, --
 --val-fraction and --seed for a folder without splits). Needs scikit-learn.
 """
 
+import logging
 import sys
 
 import torch
 
 from evavit.arguments import Parser
 from evavit.errors import SMALLER, UserError, run_script
-from evavit.training import build, checks, contents, data, loop
+from evavit.training import build, checks, contents, data, dry_run, loop
 from evavit.training.config import parse_settings
 from evavit.training.data.folders import SPLIT_NAMES
 from evavit.training.data.images import UNREADABLE
@@ -27,6 +28,8 @@ try:
     from sklearn.neighbors import KNeighborsClassifier
 except ModuleNotFoundError:
     raise SystemExit('error: scikit-learn is not installed: pip install scikit-learn') from None
+
+log = logging.getLogger('evavit')
 
 UNUSED = {'checkpoint', 'use_ema', 'results_file', 'report_dir', 'metrics_avg', 'latency'}  # of validate.py's flags
 
@@ -55,6 +58,9 @@ def judge(settings, k):
     train_set, names = data.open_dataset(settings.data, 'train', **read)
     eval_set, _ = data.open_dataset(settings.data, settings.data.split, class_names=names, **read)
     model = build.build_model(settings.model, 0).to(process.device).eval()
+    path = settings.model.pretrained_path
+    if path and (line := dry_run.other_model(path, contents.saved_settings(path), settings.model)):
+        log.warning(f'warning: {line}')
     config = data.resolve_input(settings.model, model)
     known, labels = features(model, train_set, settings, config, process)
     asked, truth = features(model, eval_set, settings, config, process)

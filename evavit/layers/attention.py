@@ -75,8 +75,8 @@ class GridAttention(nn.Module):
         dtype: Of the parameters.
 
     Raises:
-        ValueError: num_heads does not divide dim; a dropout rate outside 0 to 1; prefix tokens or norms that the
-            attention does not take.
+        ValueError: num_heads does not divide dim; a dropout rate outside 0 to 1; prefix tokens, norms or rotary
+            embeddings that the attention does not take.
     """
 
     fixed_grid: ClassVar[bool] = False
@@ -118,6 +118,8 @@ class GridAttention(nn.Module):
             )
         if (qk_norm or scale_norm) and not self.takes_qk_norm:
             raise ValueError(f'{type(self).__name__} has no qk_norm and no scale_norm; leave them out')
+        if rotate_half and not self.takes_qk_norm:
+            raise ValueError(f'{type(self).__name__} has no rotary embeddings; leave rotate_half out')
         dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
         self.num_prefix_tokens = num_prefix_tokens
         self.rotate_half = rotate_half

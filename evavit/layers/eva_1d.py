@@ -124,8 +124,11 @@ class EvaAttention1d(GridAttention):
 
     Raises:
         ValueError: num_heads does not divide dim; sizes that are no whole numbers or negative, both 0, or do not divide
-            if causal; a negative noise_std; a dropout rate outside 0 to 1; a max_distance too small for num_buckets.
+            if causal; a negative noise_std; a dropout rate outside 0 to 1; a max_distance too small for num_buckets;
+            another option of `GridAttention`, which it does not take.
     """
+
+    takes_qk_norm = False
 
     def __init__(
         self,

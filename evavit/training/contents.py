@@ -468,7 +468,10 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
         model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
     if name.startswith('local-dir:') and not local:
         content = {}
-    return _class_names(content if local else saved or content)
+    content = content if local else saved or content
+    if isinstance(config, ValidateConfig) and not config.data.class_map:
+        _check_label_names(content, path or name)
+    return _class_names(content)
 
 
 def origin(path: Optional[str], model: Optional[str] = None) -> Dict[str, Any]:
@@ -502,6 +505,20 @@ def _class_names(content: Dict[str, Any]) -> Optional[List[str]]:
     if of_run:
         return names
     return names if len(names) == len(set(names)) == content.get('num_classes', len(names)) else None
+
+
+def _check_label_names(content: Dict[str, Any], source: str) -> None:
+    """UserError where the names of a `config.json` are not one for each class: labels might mean other classes."""
+    names = content.get('label_names')
+    if content.get('class_names') or names is None or isinstance(names, dict):  # timm's, by class number
+        return
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        fault = 'damaged, no list of names'
+    elif len(names) == len(set(names)) == content.get('num_classes', len(names)):
+        return
+    else:
+        fault = f'{len(set(names))} different names for {content.get("num_classes", len(names))} classes'
+    raise UserError(f'{source}: label_names in its config.json: {fault}; give --class-map FILE with a name for each')
 
 
 def _take_held_out(config: ValidateConfig, given: Set[str], held: Dict[str, Any]) -> None:

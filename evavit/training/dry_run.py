@@ -33,6 +33,21 @@ from evavit.training.config import ModelConfig, TrainConfig
 FEW_UPDATES = 10  # of an epoch, below which a warning says so
 ROUND = 512  # bytes: PyTorch's CUDA allocator gives memory in multiples of it
 
+# Arguments of models that may be others than in training: weights are fitted to them, or they act in training alone.
+FREE_KWARGS = {
+    'img_size',
+    'patch_size',
+    'window_size',
+    'partition_grid',
+    'in_chans',
+    'num_classes',
+    'dynamic_img_size',
+    'dynamic_img_pad',
+    'strict_img_size',
+    'noise_std',
+    'init_values',
+}
+
 
 @dataclass(frozen=True)
 class CheckedRun:
@@ -275,12 +290,7 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
         learnt = contents.learnt_classes(model)
     except UserError:  # what is wrong with it is told where it is read
         return []
-    lines = []
-    if _other_model(saved, model):
-        lines.append(
-            f'{path} holds weights of another model than this run makes, {model.model}, to which they are fitted; to '
-            f'go on with its own, give {shlex.join(_model_flags(saved))[:400]}'
-        )
+    lines = [line] if (line := other_model(path, saved, model)) else []
     held, here = held_out(saved), (config.data.val_fraction, config.run.seed)
     same = held.get('data_dir_sha256') == folder_digest(config.data.data_dir or '')
     if here[0] and same and here != (before := (held.get('val_fraction'), held.get('seed'))):
@@ -297,14 +307,32 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
     return lines
 
 
-def _other_model(saved: Dict[str, Any], config: ModelConfig) -> bool:
-    """Whether settings are of another model, or of one converted in another way. Weights from before a conversion are
-    meant."""
+def other_model(path: Optional[str], saved: Dict[str, Any], config: ModelConfig) -> Optional[str]:
+    """A line where the settings of a file's run are of another model than `config`, or of one converted in another way.
+    Weights from before a conversion are meant."""
     model, convert = saved.get('model'), saved.get('convert')
-    same = model == config.model and convert in (None, config.convert)
-    return bool(model) and not (
-        same and not (convert and (saved.get('convert_kwargs') or {}) != (config.convert_kwargs or {}))
+    same = (
+        model == config.model
+        and _lasting(saved.get('model_kwargs')) == _lasting(config.model_kwargs)
+        and convert in (None, config.convert)
+        and not (convert and (saved.get('convert_kwargs') or {}) != (config.convert_kwargs or {}))
     )
+    if not model or same:
+        return None
+    return (
+        f'{path} holds weights of another model than this run makes, {config.model}, to which they are fitted; to '
+        f'go on with its own, give {shlex.join(_model_flags(saved))[:400]}'
+    )
+
+
+def _lasting(kwargs: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    """The arguments of a model that its weights were trained for: without sizes to which weights are resampled, and
+    what acts in training alone."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in (kwargs or {}).items()
+        if name not in FREE_KWARGS and 'drop' not in name
+    }
 
 
 def _model_flags(saved: Dict[str, Any]) -> Iterator[str]:

@@ -102,6 +102,19 @@ def test_a_conversion_of_a_runs_own_model_is_no_other_model(train, call, images,
     assert code == 0 and 'another model' not in out, out + err
 
 
+def test_a_start_from_a_run_with_other_arguments_of_the_model_is_told(train, call, images):
+    """Those that change no tensor's shape. Sizes, and what acts in training alone, may be others."""
+    file = train('own', *words('--epochs 1 --num-classes 3')) / 'last.safetensors'
+    free = words('window_size=4 partition_grid=1 patch_size=8 img_size=32 proj_drop_rate=0.1 noise_std=0')
+    for kwargs, told in (([], False), (free, False), (['proposal_scale=0.5'], True), (['count_cells=all'], True)):
+        flags = [*MODEL, *kwargs, *QUICK, '--data-dir', images, '--pretrained-path', file, '--dry-run']
+        code, out, err = call('train', *flags)
+        line = f'{file} holds weights of another model than this run makes, eva_deit_tiny'
+        assert code == 0 and (line in out) == told, (kwargs, out + err)
+        own = ' '.join(MODEL)
+        assert (f'to go on with its own, give {own}' in out) == told, out
+
+
 def test_a_start_from_a_file_whose_labels_mean_other_classes(train, call, images, tmp_path):
     """The same ones in another order are refused where the classifier is kept; others are told of."""
     (tmp_path / 'map.txt').write_text('\n'.join(reversed(CLASSES)))

@@ -113,6 +113,30 @@ def test_every_image_of_shards_counts_once(train, images, judged, tmp_path):
         assert row['loss'] == pytest.approx(whole['loss'], abs=1e-5)
 
 
+@pytest.mark.parametrize('start', ['checkpoint', 'model'])
+def test_damaged_names_of_a_folder_for_the_hub_are_a_line(call, images, judged, tmp_path, start):
+    """As inference.py refuses them: labels might mean other classes."""
+    folder = save_folder(timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS), tmp_path / 'hub', **HUB)
+    config = json.loads((folder / 'config.json').read_text())
+    flags = ['--checkpoint', folder] if start == 'checkpoint' else ['--model', f'local-dir:{folder}', '--pretrained']
+    (tmp_path / 'map.txt').write_text('\n'.join(CLASSES))
+    for names, fault in (
+        (['a', 'b'], '2 different names for 3 classes'),
+        ([*CLASSES[:2], CLASSES[0]], '2 different names for 3 classes'),
+        ([], '0 different names for 3 classes'),
+        ([*CLASSES[:2], None], 'damaged, no list of names'),
+        ('apple', 'damaged, no list of names'),
+    ):
+        (folder / 'config.json').write_text(json.dumps({**config, 'label_names': names}))
+        code, _, err = call('validate', '--data-dir', images, '--workers', '0', *flags)
+        assert code == 2 and f'label_names in its config.json: {fault}; give --class-map' in err, err
+        assert err.count('\n') == 1
+    judged(*flags, '--class-map', tmp_path / 'map.txt')
+    for names in (CLASSES, None):
+        (folder / 'config.json').write_text(json.dumps({**config, 'label_names': names}))
+        judged(*flags)
+
+
 def test_a_folder_of_some_classes_keeps_their_indices(train, images, judged, tmp_path):
     folder = train('run')
     one = tmp_path / 'one'

@@ -1,9 +1,11 @@
 """examples/knn.py on images whose classes differ in colour."""
 
+import argparse
 import re
 
 import pytest
 import timm
+import torch
 from safetensors.torch import save_file
 
 pytest.importorskip('sklearn')
@@ -50,6 +52,14 @@ def test_neighbours_of_features(tmp_path, capsys):
     assert run_script(example.main, [*flags, '--weights', str(run)]) == 0
     out = capsys.readouterr().out
     assert f'{run}: last.safetensors of this run' in out and '3 nearest of 18 images' in out
+    other = argparse.Namespace(model='eva_deit_tiny', model_kwargs={**MODEL, 'count_cells': 'all'})
+    for name, args in (('other', other), ('own', argparse.Namespace(model='eva_deit_tiny', model_kwargs=MODEL))):
+        state = timm.create_model('eva_deit_tiny', **args.model_kwargs).state_dict()
+        torch.save(dict(state_dict=state, args=args), file := tmp_path / f'{name}.pth.tar')
+        assert run_script(example.main, [*flags, '--weights', str(file)]) == 0
+        said = ''.join(capsys.readouterr())
+        line = f'warning: {file} holds weights of another model than this run makes, eva_deit_tiny'
+        assert (line in said) == ('count_cells=all' in said) == (name == 'other'), said
     for split in ('train', 'training'):
         assert run_script(example.main, [*flags, '--split', split]) == 2
         assert f'--split {split}: each picture would be its own nearest' in capsys.readouterr().err

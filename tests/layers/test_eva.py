@@ -262,6 +262,8 @@ def test_prefix_tokens_that_an_attention_does_not_take():
         EvaAttention(32, 2, num_prefix_tokens=1, overlap=True)
     with pytest.raises(ValueError, match='ReformerAttention has no qk_norm and no scale_norm'):
         ReformerAttention(32, 2, qk_norm=True)
+    with pytest.raises(ValueError, match='ReformerAttention has no rotary embeddings; leave rotate_half out'):
+        ReformerAttention(32, 2, rotate_half=True)
 
 
 @pytest.mark.parametrize('options', [{}, dict(qk_norm=True, num_prefix_tokens=2), dict(rotate_half=True)])

@@ -142,6 +142,9 @@ def test_device_and_dtype_reach_everything():
         (dict(cell_size=2.0), 'cell_size must be a whole number'),
         (dict(num_buckets=2), 'max_distance must be above 0 for num_buckets 2'),
         (dict(max_distance=8), 'max_distance must be above 8 for num_buckets 32'),
+        (dict(qk_norm=True), 'EvaAttention1d has no qk_norm and no scale_norm; leave them out'),
+        (dict(scale_norm=True), 'EvaAttention1d has no qk_norm and no scale_norm; leave them out'),
+        (dict(rotate_half=True), 'EvaAttention1d has no rotary embeddings; leave rotate_half out'),
     ],
 )
 def test_bad_arguments(kwargs, message):
