@@ -177,7 +177,8 @@ def test_names_of_the_classes_decide_the_labels(tmp_path):
     config = json.loads((folder / 'config.json').read_text())
     for damaged in (names[:2], 5, [1, 2, 3], ['a', 'a', 'b']):
         (folder / 'config.json').write_text(json.dumps({**config, 'label_names': damaged}))
-        assert complete_from_checkpoint(*parse_settings('validate', ['--checkpoint', str(folder)])) is None
+        with pytest.raises(UserError, match=r'label_names in its config\.json: .*; give --class-map FILE'):
+            complete_from_checkpoint(*parse_settings('validate', ['--checkpoint', str(folder)]))
 
 
 @pytest.mark.parametrize('place', ['top', 'pretrained_cfg'])
