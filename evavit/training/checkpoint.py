@@ -30,7 +30,7 @@ from evavit.training import data
 from evavit.training.build import check_fit
 from evavit.training.contents import KEPT, has_metadata, read_checkpoint
 from evavit.training.loop import Position, Run, weights_are_finite
-from evavit.training.run_folder import is_of, remedy
+from evavit.training.run_folder import is_of, kept_in, remedy
 from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,8 @@ class Saver(CheckpointSaver):
 
     def leave_behind(self, epoch: int) -> None:
         """Set aside what is kept of this epoch and later ones, which a run that went back has no longer."""
-        for path in sorted(Path(self.checkpoint_dir).iterdir()):
-            if (found := KEPT.fullmatch(path.name)) and int(found[1]) >= epoch:
+        for kept, path in kept_in(Path(self.checkpoint_dir)):
+            if kept >= epoch:
                 log.warning(f'warning: {path} {BEHIND}: it is {set_aside(path, "before").name} now')
 
     def restore_best(self) -> None:

@@ -512,12 +512,12 @@ def _check_label_names(content: Dict[str, Any], source: str) -> None:
     names = content.get('label_names')
     if content.get('class_names') or names is None or isinstance(names, dict):  # timm's, by class number
         return
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        fault = 'damaged, no list of names'
-    elif len(names) == len(set(names)) == content.get('num_classes', len(names)):
+    if _class_names(content) is not None:
         return
-    else:
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
         fault = f'{len(set(names))} different names for {content.get("num_classes", len(names))} classes'
+    else:
+        fault = 'damaged, no list of names'
     raise UserError(f'{source}: label_names in its config.json: {fault}; give --class-map FILE with a name for each')
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import IO, Iterator, List, Optional, Union
+from typing import IO, Iterator, List, Optional, Tuple, Union
 
 from evavit.errors import LocalError, UserError, mend_of, reason_of
 from evavit.files import open_own, open_regular
@@ -112,7 +112,7 @@ def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
     checkpoints.
     """
     found = checkpoints_in(folder)
-    kept = (path for path in folder.glob('checkpoint-*.pth.tar') if KEPT.fullmatch(path.name) and path not in found)
+    kept = (path for _, path in kept_in(folder) if path not in found)
     left = [*found, *(folder / f'{name}.safetensors' for name in ('last', 'model_best')), *kept]
     left = [path for path in left if path.is_file() or path.is_symlink()]  # also one to a disk that is not there
     if not left:
@@ -141,10 +141,16 @@ def is_of(path: Path, folder: Union[str, Path]) -> bool:
     return Path(folder).resolve() in (path.parent.resolve(), path.resolve().parent)
 
 
+def kept_in(folder: Path) -> List[Tuple[int, Path]]:
+    """(epoch, path) of the best few checkpoints in a folder, by epoch, the newest first: a copy may lose times."""
+    found = ((KEPT.fullmatch(path.name), path) for path in folder.glob('checkpoint-*.pth.tar'))
+    kept = [(int(name[1]), path) for name, path in found if name]
+    return sorted(kept, key=lambda one: one[0], reverse=True)
+
+
 def checkpoints_in(folder: Path) -> List[Path]:
     """A run's checkpoints, the newest first, and the best."""
-    kept = [path for path in folder.glob('checkpoint-*.pth.tar') if KEPT.fullmatch(path.name) and path.is_file()]
-    kept.sort(key=lambda path: int(path.name.split('-')[1].split('.')[0]), reverse=True)  # a copy need not keep times
+    kept = [path for _, path in kept_in(folder) if path.is_file()]
     last, *others = (folder / f'{name}.pth.tar' for name in ('last', 'previous', 'model_best'))
     found = (last, others[0], *kept, others[1])
     return [path for path in found if path.is_file() or path.is_symlink()]  # also one to a disk that is not there
