@@ -102,6 +102,8 @@ def program(script: str) -> str:
 
 def running() -> Optional[str]:
     """Which of our programs this process is, in a clone or as an installed command; None of another one."""
+    if getattr(sys, 'argv', [])[:1] == ['-m'] and 'evavit.compare' in sys.orig_argv:
+        return 'compare'
     script = Path((getattr(sys, 'argv', []) or [''])[0])  # which a program around Python may lack
     in_clone = script.suffix == '.py' and script.resolve().parent == Path(__file__).resolve().parents[1]
     name = script.stem if in_clone else script.stem.removeprefix('evavit-')

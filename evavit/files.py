@@ -167,6 +167,18 @@ def remove_marked(folder: Path, name: Pattern[str], place: int, mark: bytes) -> 
             path.unlink()
 
 
+def check_parts(path: Union[str, Path], sums: bool = False) -> None:
+    """ValueError unless the parts of an archive of `torch.save` are plain files, not compressed: a small one fills no
+    memory. With `sums` also where the checksum of one is wrong."""
+    with zipfile.ZipFile(path) as file:
+        for part in file.infolist():
+            if part.external_attr or part.compress_type:  # torch.save writes plain files, not compressed
+                raise ValueError(f'the entry of its part {part.filename} is damaged')
+        damaged = file.testzip() if sums else None
+    if damaged:
+        raise ValueError(f'its part {damaged} is damaged')
+
+
 def unpack(archive: zipfile.ZipFile, folder: Union[str, Path]) -> None:
     """Add the members of a zip archive to a folder as files, each whole; one that is there with its content stays.
 

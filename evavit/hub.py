@@ -287,6 +287,12 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} has {foreign[0]}); save the folder anew')
     if excess := too_large(arguments) or too_large(conversion or {}):
         raise ValueError(f'{folder}: config.json makes no model: {excess}')
+    architecture = config.get('architecture')
+    if architecture is not None and not (isinstance(architecture, str) and re.fullmatch(r'[\w.]+', architecture)):
+        raise ValueError(
+            f'{folder}: config.json is damaged (architecture {shown(architecture)} is no name of a model); save the '
+            f'folder anew'
+        )
     if not isinstance(held_out(config), dict):
         raise ValueError(f'{folder}: config.json is damaged ({_HELD_OUT} holds no entries); save the folder anew')
     about = config.get('pretrained_cfg', config)  # timm's older form has all in one place

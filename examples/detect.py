@@ -113,8 +113,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
     parser.add_argument('--steps', type=int, default=20)
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        raise UserError(f'--steps {args.steps}: at least 1')
+    if not 1 <= args.steps <= 1_000_000:
+        raise UserError(f'--steps {args.steps}: must be 1 to 1,000,000')
     if not args.pretrained_path:
         args.model = args.model or 'eva_pvt_v2_b3'
     torch.manual_seed(0)

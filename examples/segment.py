@@ -129,8 +129,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--pretrained-path', metavar='FILE', help='weights of a run of the encoder, .safetensors')
     parser.add_argument('--steps', type=int, default=30)
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        raise UserError(f'--steps {args.steps}: at least 1')
+    if not 1 <= args.steps <= 1_000_000:
+        raise UserError(f'--steps {args.steps}: must be 1 to 1,000,000')
     torch.manual_seed(0)
     image, mask = coins()
     path = args.pretrained_path

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evavit.arguments import Parser
+from evavit.arguments import Parser, shown
 from evavit.errors import UserError, printable, run_script
 from evavit.files import new_folder
 
 WIDTH, HEIGHT, CLASSES = 500, 375, 10
+MOST = 10**6  # images: 60 GB
 
 
 def write(folder, count, seed):
@@ -42,8 +43,8 @@ def main(argv=None):
     parser.add_argument('folder', type=Path)
     parser.add_argument('--images', type=int, default=256, help='images to train on; an eighth as many to validate on')
     args = parser.parse_args(argv)
-    if args.images < 1:
-        raise UserError(f'--images {args.images} is below 1')
+    if not 1 <= args.images <= MOST:
+        raise UserError(f'--images {shown(args.images)}: must be 1 to {MOST:,}')
     with new_folder(args.folder) as folder:
         for split, count in (('train', args.images), ('validation', max(CLASSES, args.images // 8))):
             write(folder / split, count, seed=len(split))

@@ -180,7 +180,7 @@ def compare(
         repeats: Calls of which the median is taken.
         warmup: Calls before them.
     """
-    row: Dict[str, object] = dict(tokens=feat_size[0] * feat_size[1], attention=name)
+    row: Dict[str, object] = dict(tokens=grid_name(feat_size), attention=name)
     if name == 'mean':
         mean = qkv[2].mean(2, keepdim=True).expand_as(qkv[2])
         return row | dict(error=f'{relative_rms(mean[:1], expected):.4f}', **UNTIMED)
@@ -207,6 +207,12 @@ def compare(
     )
 
 
+def grid_name(feat_size: Sequence[int]) -> str:
+    """What rows call a grid: a square by its number of tokens, another one 28x42."""
+    height, width = feat_size
+    return str(height * width) if height == width else f'{height}x{width}'
+
+
 def compare_all(
     picture: Image.Image,
     grids: Sequence[List[int]],
@@ -228,5 +234,5 @@ def compare_all(
             try:
                 yield compare(name, qkv, feat_size, expected, seed, repeats, warmup)
             except (torch.cuda.OutOfMemoryError, MemoryError):
-                yield dict(tokens=feat_size[0] * feat_size[1], attention=name, error='out of memory', **UNTIMED)
+                yield dict(tokens=grid_name(feat_size), attention=name, error='out of memory', **UNTIMED)
                 torch.cuda.empty_cache()

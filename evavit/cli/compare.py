@@ -116,7 +116,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         f'standard deviation of the logits {args.logit_std:g}'
     )
     print(''.join(f'{name:>{width}}' for name, width in COLUMNS.items()))
-    rows = []
+    shared = {name: getattr(args, name) for name in SHARED} | dict(image=args.image or 'china.jpg') | origin(device)
+    key = ['tokens', 'attention', *SHARED, 'device']
     for row in compare_all(
         open_picture(args.image),
         args.tokens,
@@ -130,8 +131,5 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         args.warmup,
     ):
         print(''.join(f'{row[name]:>{width}}' for name, width in COLUMNS.items()), flush=True)
-        rows.append(row)
-    if args.results_file:
-        shared = {name: getattr(args, name) for name in SHARED} | dict(image=args.image or 'china.jpg') | origin(device)
-        key = ['tokens', 'attention', *SHARED, 'device']
-        store_rows(args.results_file, [row | shared for row in rows], [*COLUMNS, *SHARED, *ORIGIN], key)
+        if args.results_file:  # at once: a run that is cut short keeps what it measured
+            store_rows(args.results_file, [row | shared], [*COLUMNS, *SHARED, *ORIGIN], key)

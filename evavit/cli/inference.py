@@ -192,7 +192,8 @@ def check_columns(results: ResultsConfig, formats: Sequence[str], named: bool, c
 
 def results_base(config: InferenceConfig, model: Any, data_config: Dict[str, Any]) -> Path:
     """Folder and name of the results, without an ending; by default the model's name and its image size, as in timm."""
-    name = config.run.results_file or f'{model.pretrained_cfg["architecture"]}-{data_config["input_size"][-1]}'
+    architecture = re.sub(r'[^\w.]+', '_', model.pretrained_cfg['architecture'])  # of a repository of the Hub: any text
+    name = config.run.results_file or f'{architecture}-{data_config["input_size"][-1]}'
     base = Path(config.results.results_dir or '', name)
     if config.run.results_file and base.suffix in ENDINGS.values():
         base = base.with_suffix('')
@@ -255,6 +256,8 @@ def class_namer(
             )
         if names:
             words = published.get('label_descriptions') if names is published.get('label_names') else None
+            if words is not None and not all(isinstance(word, str) for word in dict(words).values()):
+                raise TypeError('label_descriptions hold more than texts')
             info: Any = CustomDatasetInfo(names, words)
         else:
             subset = infer_imagenet_subset({'num_classes': model.num_classes})

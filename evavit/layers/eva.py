@@ -41,6 +41,7 @@ class _HeldLinear(nn.Linear):
 
 _PLAIN = frozenset((_HeldLinear, nn.Linear, nn.LayerNorm))
 _EPS = 1e-5  # of the LayerNorms that the operators apply
+_PROBE = 256.0  # length of the rows that a projection is tried on
 
 
 def _own(module: nn.Module, name: str) -> Any:
@@ -75,7 +76,7 @@ class Summary(nn.Module):
     it computes: an adapter, a pruned, quantized or hooked Linear is called on the rows of the identity and on zero,
     which gives its weight and bias with their gradients, in one product of d × d. It has to be affine. Dropout in front
     of an adapter drops its input channels, the same for all cells of a call. In the place of `norm` stands a LayerNorm,
-    of any eps, or one in a wrapper that is affine.
+    of any eps, or one in a wrapper that scales and shifts each channel by itself.
 
     Args:
         head_dim: Channels of a head.
@@ -122,12 +123,13 @@ class Summary(nn.Module):
     def _effective(self) -> List[torch.Tensor]:
         """The parameters of a projection and a norm that compute what `proj` and `norm` do."""
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-        rows = torch.eye(self.head_dim + 1, self.head_dim, dtype=like.dtype, device=like.device)
+        # Rows so large that a bias beside them does not round the weights away in 16 bits.
+        rows = _PROBE * torch.eye(self.head_dim + 1, self.head_dim, dtype=like.dtype, device=like.device)
         parameters: List[torch.Tensor] = []
         with torch.autocast(rows.device.type, enabled=False):
             if self.proj is not None:
                 weight, bias = self.proj(rows).split([self.head_dim, 1])
-                parameters += [(weight - bias).t(), bias[0]]
+                parameters += [(weight - bias).t() / _PROBE, bias[0]]
             if self.norm is not None:
                 if _is_plain(self.norm):
                     return [*parameters, self.norm.weight, self.norm.bias]

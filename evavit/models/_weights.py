@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union, cast
@@ -16,7 +17,7 @@ from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES
 from torch import nn
 
 from evavit.errors import reason_of
-from evavit.files import BLANK, DamagedError, is_stamped, stamp, why_no_file
+from evavit.files import BLANK, DamagedError, check_parts, is_stamped, stamp, why_no_file
 from evavit.layers.eva import EvaAttention, HaloRelPosBias
 from evavit.layers.linformer import TokenProjection, resize_token_projection
 from evavit.layers.performer import PerformerAttention
@@ -64,6 +65,8 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
         if not Path(path).is_file():  # timm would log a line of its own
             raise FileNotFoundError(path)
         is_stamped(path)
+        if zipfile.is_zipfile(path):
+            check_parts(path)
         weights = load_state_dict(str(path), use_ema=use_ema)
         tensors = _unwrap(weights)
         if not tensors:

@@ -7,6 +7,7 @@ from typing import List, Optional
 import torch
 
 __all__ = [
+    'check_bool',
     'check_bias_table',
     'check_count_of_tokens',
     'check_dropout',
@@ -86,6 +87,13 @@ def _check_real(name: str, value: float, what: str) -> None:
             isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat))
         ):
             raise ValueError(f'{name} must be {what}, got ' + repr(value))
+
+
+def check_bool(name: str, value: bool) -> None:
+    """True or False: text such as 'no' would count as True."""
+    if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} must be True or False, got ' + repr(value))
 
 
 def check_number(name: str, value: float, above_zero: bool = False) -> None:

@@ -50,6 +50,10 @@ OWN_OPTIONS = dict(
     dtype='--amp',
     pretrained='--pretrained',
     checkpoint_path='--initial-checkpoint in train.py, --checkpoint in validate.py',
+    pretrained_cfg='--pretrained-path in train.py, --checkpoint in validate.py',
+    pretrained_cfg_overlay='--pretrained-path in train.py, --checkpoint in validate.py',
+    pretrained_strict='--initial-checkpoint in train.py, --checkpoint in validate.py',
+    cache_dir='HF_HUB_CACHE in the environment',
 )
 FUSED = ('adam', 'adamw', 'sgd', 'nesterov', 'momentum')  # timm's names of optimizers that PyTorch fuses
 OURS = (GridVisionTransformer, GridPyramidVisionTransformerV2)
@@ -176,7 +180,9 @@ def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
     if config.in_chans or config.input_size:
         arguments.pop('in_chans', None)
     kwargs = {**arguments, **(config.model_kwargs or {})}
-    config.model, config.model_kwargs = content.get('architecture'), kwargs
+    known, config.model, config.model_kwargs = config.model, content.get('architecture'), kwargs
+    if not timm.is_model((config.model or '').split('.')[0]):
+        raise UserError(f'model {known}: its config.json names {config.model}, which timm does not have')
     attention = (conversion or {}).pop('attention', 'eva')
     if conversion is not None and config.convert in (None, attention):
         config.convert, config.convert_kwargs = attention, {**conversion, **(config.convert_kwargs or {})}

@@ -24,7 +24,7 @@ from timm.utils import load_checkpoint_metadata
 from torch import nn
 
 from evavit.errors import UserError, first_line, reason_of
-from evavit.files import RUN_WEIGHTS, is_stamped, why_no_file
+from evavit.files import RUN_WEIGHTS, check_parts, is_stamped, why_no_file
 from evavit.hub import folder_digest, held_out, saved_config, source_folder
 from evavit.models import model_names
 from evavit.models._weights import strange
@@ -97,7 +97,7 @@ def read_archive(path: Path) -> Any:
     try:
         if not path.is_file():
             raise FileNotFoundError(why_no_file(path, what='checkpoint'))
-        _check_parts(path, sums=not is_stamped(path))
+        check_parts(path, sums=not is_stamped(path))
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=True)
     except PermissionError as error:
@@ -107,18 +107,6 @@ def read_archive(path: Path) -> Any:
         if 'weights_only' in why or 'Weights only' in why:  # PyTorch's own, with the advice to load it all the same
             why = 'it carries more than tensors and plain values, which may be code, so none of it is loaded'
         raise UserError(f'{path}: not a readable checkpoint ({why[:200]})') from error
-
-
-def _check_parts(path: Path, sums: bool) -> None:
-    """ValueError unless the parts of an archive are plain files, not compressed: a small one fills no memory. With
-    `sums`, whose digest says nothing, also where the checksum of one is wrong."""
-    with zipfile.ZipFile(path) as file:
-        for part in file.infolist():
-            if part.external_attr or part.compress_type:  # torch.save writes plain files, not compressed
-                raise ValueError(f'the entry of its part {part.filename} is damaged')
-        damaged = file.testzip() if sums else None
-    if damaged:
-        raise ValueError(f'its part {damaged} is damaged')
 
 
 def _judged(checkpoint: Dict[str, Any]) -> Iterator[Tuple[str, Any, bool]]:

@@ -6,7 +6,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import torch
 
 from evavit.ops.backends import autocast_dtype
-from evavit.ops.checks import check_grid
+from evavit.ops.checks import check_grid, check_int
 from evavit.ops.grid import block_counts, cell_shape, static_size
 
 __all__ = [
@@ -119,6 +119,9 @@ def as_summary(summary: Optional[SummaryTensors]) -> Optional[Summary]:
 
 def eva_num_cells(feat_size: List[int], partition_grid: int) -> int:
     """Number of cells C_p on a grid of `feat_size` (H, W) tokens; at most `partition_grid`², and none for 0."""
+    check_int('partition_grid', partition_grid)
+    if partition_grid < 0:
+        raise ValueError(f'partition_grid must be 0 (no cells) or more, got {partition_grid}')
     if partition_grid == 0:
         return 0
     feat_size = static_size(feat_size)

@@ -22,6 +22,7 @@ __all__ = [
     'check_count',
     'check_count_of_tokens',
     'check_eva_options',
+    'check_four',
     'check_packed_tokens',
     'check_partition',
     'check_sequence',
@@ -71,7 +72,8 @@ def check_packed_tokens(qkv: torch.Tensor, feat_size: List[int], num_prefix_toke
     check_count_of_tokens('qkv', qkv.shape[3], feat_size, num_prefix_tokens)
 
 
-def _check_four(name: str, summary: Summary, d: int) -> None:
+def check_four(name: str, summary: Summary, d: int) -> None:
+    """A summary's weight, bias and the two vectors of its norm fit the head dim."""
     weight, bias, norm_weight, norm_bias = summary
     if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript skips this block, but not a longer condition
         if weight.shape == (d, d) and bias.shape == norm_weight.shape == norm_bias.shape == (d,):
@@ -94,8 +96,8 @@ def check_eva_options(batch: int, heads: int, head_dim: int, options: EvaOptions
     if options.partition_grid > 0:
         if summary_q is None or summary_k is None:
             raise ValueError(f'partition_grid {options.partition_grid} needs summary_q and summary_k; got None')
-        _check_four('summary_q', summary_q, head_dim)
-        _check_four('summary_k', summary_k, head_dim)
+        check_four('summary_q', summary_q, head_dim)
+        check_four('summary_k', summary_k, head_dim)
         if noise is not None:
             cells = eva_num_cells(options.feat_size, options.partition_grid)
             if list(noise.shape) != [batch, heads, cells, head_dim]:

@@ -17,7 +17,7 @@ from evavit.ops.grid import (
 )
 
 from .case import SummaryTensors, as_summary
-from .checks import check_count, check_partition, softmax_scale
+from .checks import check_count, check_four, check_partition, check_tokens, softmax_scale
 from .counts import log_counts
 from .plain import summarise
 
@@ -53,9 +53,11 @@ def eva_attention_mass(
         none, or where `count_cells='outside'` leaves none.
 
     Raises:
-        ValueError: a rel_pos_bias of another shape, a summary_k that is not four tensors, a number that cannot be.
+        ValueError: tokens that are not those of the grid, a rel_pos_bias of another shape, a summary_k that is not
+            four tensors of its shapes, a number that cannot be.
     """
     feat_size = static_size(feat_size)
+    check_tokens(q, k, k, feat_size, num_prefix_tokens)
     check_partition(window_size, partition_grid)
     check_number('norm_eps', norm_eps, above_zero=True)
     check_count(count_cells)
@@ -63,6 +65,8 @@ def eva_attention_mass(
     summary = as_summary(summary_k)
     if partition_grid > 0 and summary is None:
         raise ValueError(f'partition_grid {partition_grid} needs summary_k; got None')
+    if partition_grid > 0 and summary is not None:
+        check_four('summary_k', summary, q.shape[3])
     dtype = accumulation_dtype(q)
     prefix = k[:, :, :num_prefix_tokens].to(dtype)
     q, k = q[:, :, num_prefix_tokens:].to(dtype), k[:, :, num_prefix_tokens:].to(dtype)

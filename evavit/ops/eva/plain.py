@@ -144,7 +144,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: EvaOptio
     if window_size > 0:
         local = attn_local @ to_windows(v, feat_size, window)
         if out is not None:
-            local += out.view_as(local)
+            local = local + out.view_as(local)  # not in place: under vmap either part may be the batched one
         out = from_windows(local, feat_size, window)
     assert out is not None
     if P > 0:

@@ -8,6 +8,7 @@ from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 
+from evavit.ops.checks import check_bool
 from evavit.ops.grid import from_blocks, halo_mask, to_halos
 
 from .case import SequenceOptions
@@ -166,6 +167,8 @@ def eva_attention_1d(
     Raises:
         ValueError: arguments that do not fit each other; the message names the value.
     """
+    check_bool('causal', causal)
+    check_bool('overlap', overlap)
     options = SequenceOptions(
         summary_q,
         summary_k,
@@ -220,6 +223,7 @@ def eva_attention_1d_step(
     Raises:
         ValueError: more than one token, a cache of other sequences, or arguments that do not fit each other.
     """
+    check_bool('overlap', overlap)
     options = SequenceOptions(
         summary_q,
         summary_k,

@@ -13,6 +13,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from evavit.ops.checks import check_bool
 from evavit.ops.grid import (
     accumulation_dtype,
     block_counts,
@@ -408,6 +409,7 @@ def eva_attention_variant(
     """
     feat_size = static_size(feat_size)
     check_partition(window_size, partition_grid)
+    check_bool('overlap', overlap)
     options = VariantOptions(
         feat_size,
         summary_q,

@@ -16,7 +16,7 @@ from evavit.training.data.decode import BadImageError, is_turned
 from evavit.training.data.endings import is_image, read_endings
 from evavit.training.data.folders import is_hidden, natural_key, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
-from evavit.training.data.tars import Member, check_version, entries, unpacked_name, version_of
+from evavit.training.data.tars import Member, check_links, check_version, entries, linked, unpacked_name, version_of
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Pictures(Reader):
             return None
         found: Dict[str, tarfile.TarInfo] = {}
         files: Dict[str, tarfile.TarInfo] = {}  # what a hard link may lead to, which need not be called a picture
+        links: Dict[str, str] = {}
         try:
             with open_regular(path) as file, tarfile.open(fileobj=file, tarinfo=Member) as tar:
                 self.version = version_of(file)
@@ -82,7 +83,12 @@ class Pictures(Reader):
                     files[name] = files.get(unpacked_name(info.linkname), info) if info.islnk() else info
                     if _is_picture(name):
                         found[name] = files[name]
+                    elif info.issym() and not is_hidden(name):
+                        links[name] = linked(name, info.linkname)
+            check_links(links, {name for name, info in files.items() if info.isfile()} if links else {}, path)
             return found
+        except UserError:
+            raise
         except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{path}: not a readable tar file ({first_line(error)[:400]})') from error
 

@@ -9,7 +9,7 @@ import os
 import posixpath
 import tarfile
 from pathlib import Path
-from typing import IO, Any, Dict, Iterator, List, Set, Tuple, Union
+from typing import IO, Any, Container, Dict, Iterator, List, Mapping, Set, Tuple, Union
 
 from evavit.errors import LocalError, UserError, reason_of
 from evavit.files import open_regular
@@ -41,6 +41,7 @@ class ClassTar(ClassFolders):
             raise
         except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{root}: not a readable tar file of CLASS/IMAGE files ({reason_of(error)})') from error
+        check_links(content.links, {*content.places, *content.files}, root)
         warn_of_strange(content.strange)
         self.places = content.places
         images: Dict[str, List[str]] = {folder: [] for folder in content.folders}
@@ -93,6 +94,22 @@ def unpacked_name(name: str) -> str:
     return posixpath.normpath(f'./{name}')
 
 
+def linked(path: str, target: str) -> str:
+    """Where a symbolic link in a tar file leads to, as a name in it if that is inside."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+
+
+def check_links(links: Mapping[str, str], files: Container[str], root: Path) -> None:
+    """UserError where one of the links of a tar file (name → where it leads) leads to no file in it, and so perhaps to
+    a folder: its pictures would be missing without a word."""
+    for name, target in links.items():
+        if target not in files:
+            raise UserError(
+                f'{root}: its member {os.path.relpath(name, root) if name.startswith(str(root)) else name} is a link, '
+                f'and what it leads to is not in the file; pack it with tar --dereference'
+            )
+
+
 def version_of(file: Any) -> Tuple[int, int]:
     """What differs where an open file is another one, or has other content."""
     about = os.fstat(file.fileno())
@@ -111,6 +128,8 @@ class _Content:
     def __init__(self) -> None:
         self.places: Dict[str, Tuple[int, int]] = {}  # image → its first byte in the outermost file, number of bytes
         self.folders: Dict[str, Set[str]] = {}  # folder → names of the folders in it
+        self.files: Dict[str, Tuple[int, int]] = {}  # the same of files that are not called images
+        self.links: Dict[str, str] = {}  # what is not called an image and leads elsewhere → where
         self.strange: List[str] = []
 
     def add(self, file: IO[bytes], root: str, start: int = 0) -> None:
@@ -129,22 +148,32 @@ class _Content:
         path, ending = _path(root, name), os.path.splitext(name)[1].lower()
         if is_hidden(name):
             return
+        place = (start + member.offset_data, member.size) if member.isfile() and not member.issparse() else None
+        if member.islnk():
+            original = _path(root, unpacked_name(member.linkname))
+            place = self.places.get(original) or self.files.get(original)
         if member.isdir():
             self._add_folder(path, root)
         elif ending == '.tar' and member.isfile():
+            if not place:
+                raise tarfile.ReadError(f'its member {name} is packed as a sparse file; pack it without --sparse')
             path = path[: -len(ending)]
             self._add_folder(path, root)
             inner: Any = archive.extractfile(member)
             self.add(inner, path, start + member.offset_data)
         elif check_format(path):
             self._add_folder(os.path.dirname(path), root)
-            original = self.places.get(_path(root, unpacked_name(member.linkname))) if member.islnk() else None
-            if member.isfile() and not member.issparse():
-                self.places[path] = start + member.offset_data, member.size
-            elif original:
-                self.places[path] = original
+            self.places.pop(path, None)
+            if place:
+                self.places[path] = place
             else:
                 self.strange.append(path)
+        elif ending == '.tar':
+            self.links[path] = ''
+        elif member.issym():
+            self.links[path] = linked(path, member.linkname)
+        elif place:
+            self.files[path] = place
 
     def _add_folder(self, path: str, root: str) -> None:
         while path not in self.folders:
