@@ -7,8 +7,8 @@ from typing import List, Optional
 import torch
 
 __all__ = [
-    'check_bool',
     'check_bias_table',
+    'check_bool',
     'check_count_of_tokens',
     'check_dropout',
     'check_grid',
