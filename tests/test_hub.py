@@ -338,6 +338,10 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
         (json.dumps({**config, 'evavit_convert': []}), 'config.json is damaged'),
         (json.dumps({**config, 'evavit_convert': {'windw_size': 1}}), 'did you mean window_size'),
         (json.dumps({**config, 'architecture': 'vit_of_mine'}), 'config.json makes no model'),
+        *(
+            (json.dumps({**config, 'architecture': value}), 'damaged .architecture .* is no name of a model')
+            for value in (5, '/tmp/x', '../x', 'hf-hub:evil/x', 'local-dir:x', 'a\nb')
+        ),
         (json.dumps({**config, 'model_args': {**config['model_args'], 'depth': 1}}), 'not the weights of config.json'),
         (
             json.dumps({**config, 'model_args': {**config['model_args'], 'device': 'meta'}}),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evavit.bench import compare as attentions
 from evavit.cli import compare
 from evavit.errors import UserError, run_script
 from evavit.training.distributed import start_process
@@ -46,7 +47,7 @@ def test_a_table_and_a_file(capsys, tmp_path):
     with open(path, newline='') as stream:
         rows = list(csv.DictReader(stream))
     assert [(row['tokens'], row['attention']) for row in rows] == [
-        (tokens, name) for tokens in ('49', '45') for name in ('mean', 'softmax', 'eva', 'reformer')
+        (tokens, name) for tokens in ('49', '5x9') for name in ('mean', 'softmax', 'eva', 'reformer')
     ]
     by_name = {row['attention']: row for row in rows[:4]}
     assert float(by_name['softmax']['error']) < 1e-4 < float(by_name['eva']['error']) < float(by_name['mean']['error'])
@@ -144,3 +145,28 @@ def test_a_backend_that_no_operator_has_is_a_line(capsys, monkeypatch):
     assert code == 2 and err == "error: EVAVIT_BACKEND is 'cudnn'; choose from gluon, plain, triton\n"
     with pytest.raises(UserError, match="EVAVIT_BACKEND is 'cudnn'"):  # as the examples do
         start_process('cpu')
+
+
+def test_a_grid_that_is_no_square_has_its_own_rows_as_they_come(capsys, monkeypatch, tmp_path):
+    pytest.importorskip('sklearn')
+    path = tmp_path / 'rows.csv'
+    flags = ['--attentions', 'softmax', '--repeats', 1, '--warmup', 1, '--device', 'cpu', '--results-file', path]
+
+    def stored():
+        with open(path, newline='') as stream:
+            return [(row['tokens'], row['attention']) for row in csv.DictReader(stream)]
+
+    for grid in ('2x8', '4', '8x2', '16'):
+        assert call(capsys, '--tokens', grid, *flags)[0] == 0
+    rows = [(tokens, name) for tokens in ('2x8', '4', '8x2', '16') for name in ('mean', 'softmax')]
+    assert stored() == rows
+    before, made = attentions.make_attention, []
+
+    def once(*args):
+        made.append(args)
+        return before(*args) if len(made) == 1 else pytest.fail('killed')
+
+    monkeypatch.setattr(attentions, 'make_attention', once)
+    with pytest.raises(BaseException, match='killed'):
+        call(capsys, '--tokens', '9', '25', *flags)
+    assert stored() == [*rows, ('9', 'mean'), ('9', 'softmax'), ('25', 'mean')]

@@ -20,10 +20,11 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 import evavit
-from evavit.cli.inference import picture_names
+from evavit.cli.inference import picture_names, results_base
 from evavit.errors import UserError, run_script
 from evavit.hub import save_folder
 from evavit.models import read_weights, write_weights
+from evavit.training.config import parse_settings
 from evavit.training.sections import ResultsConfig
 
 
@@ -890,3 +891,36 @@ def test_help_names_every_flag(capsys):
     out = capsys.readouterr().out
     flags = '--data-dir --checkpoint --topk --fullname --include-attention --results-format --label-type --img-size'
     assert all(flag in out for flag in words(flags)) and '--epochs' not in out
+
+
+def test_a_folder_does_not_say_where_results_go():
+    model = timm.create_model('eva_deit_tiny', depth=1)
+    model.pretrained_cfg['architecture'] = '../up/evil'
+    config, _ = parse_settings('inference', ['--data-dir', 'x'])
+    assert str(results_base(config, model, dict(input_size=(3, 16, 16)))) == '.._up_evil-16'
+
+
+def test_descriptions_that_are_no_text_are_a_line(call, hub, pictures, tmp_path):
+    folder = shutil.copytree(hub, tmp_path / 'hub')
+    config = json.loads((folder / 'config.json').read_text())
+    config['label_descriptions'] = {name: [name] for name in CLASSES}
+    (folder / 'config.json').write_text(json.dumps(config))
+    code, _, err = call(
+        'inference', '--data-dir', pictures[0], '--checkpoint', folder, '--workers', '0', '--label-type', 'description'
+    )
+    assert code == 2 and 'the names of its classes are damaged' in err and err.count('\n') == 1, err
+
+
+@pytest.mark.parametrize('leads', ['pool', '../elsewhere'])
+def test_a_link_to_a_folder_in_a_tar_file_is_a_line(call, hub, tmp_path, leads):
+    """Its pictures would be missing without a word."""
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    with tarfile.open(tmp_path / 'in.tar', 'w') as tar:
+        tar.add(tmp_path / 'a.png', './pool/a.png')
+        tar.add(tmp_path / 'a.png', 'data.bin')
+        for name, target in (('read_me', 'data.bin'), ('more', leads)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            tar.addfile(member)
+    code, _, err = call('inference', '--data-dir', tmp_path / 'in.tar', '--checkpoint', hub, '--workers', '0')
+    assert code == 2 and 'in.tar: its member more is a link' in err and err.count('\n') == 1, err

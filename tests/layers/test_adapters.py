@@ -273,3 +273,16 @@ def test_every_attention_takes_quantized_linears(name):
     small = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear})
     assert type(small.proj) is not nn.Linear
     assert relative(small(x, (4, 4)), layer(x, (4, 4))) < 0.2
+
+
+@pytest.mark.parametrize('dtype, bound', [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+def test_an_adapter_in_half_precision_keeps_the_weights_beside_a_large_bias(dtype, bound):
+    """As `convert_vit` starts them: a bias near 1 beside much smaller weights."""
+    summary = Summary(64)
+    nn.init.normal_(summary.proj.weight, std=0.01)
+    nn.init.constant_(summary.proj.bias, 1.0)
+    summary.to(dtype)
+    weight = summary.proj.weight.detach().float()
+    summary.proj = nn.Sequential(summary.proj)
+    found = summary()[0].detach().float()
+    assert (found - weight).norm() < bound * weight.norm()

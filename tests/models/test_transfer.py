@@ -1,6 +1,7 @@
 """Weights from elsewhere: softmax models, other sizes, wrong files, and what became of each tensor."""
 
 import logging
+import zipfile
 from collections import Counter
 
 import pytest
@@ -403,3 +404,13 @@ def test_a_missing_file_is_told_of_once(caplog):
     with pytest.raises(RuntimeError, match='no such checkpoint'):
         read_weights('nowhere.pth')
     assert not caplog.records
+
+
+def test_a_compressed_archive_fills_no_memory(tmp_path, monkeypatch):
+    torch.save({'weight': torch.zeros(10_000)}, tmp_path / 'plain.pth')
+    with zipfile.ZipFile(tmp_path / 'plain.pth') as plain, zipfile.ZipFile(tmp_path / 'small.pth', 'w') as small:
+        for part in plain.namelist():
+            small.writestr(part, plain.read(part), zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: pytest.fail('the file is unpacked'))
+    with pytest.raises(RuntimeError, match=r'small\.pth: not a readable checkpoint: .*its part .* is damaged'):
+        read_weights(tmp_path / 'small.pth')

@@ -32,6 +32,14 @@ def test_without_scikit_learn(name, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.endswith('which is not installed: pip install scikit-learn\n')
 
 
+def test_more_photographs_than_a_disk_holds_are_a_line(tmp_path, capsys):
+    main = load_program('tools/build_photos.py').main
+    for number in (0, 10**8):
+        assert run_script(main, [str(tmp_path / 'photos'), '--images', str(number)]) == 2
+        assert f'--images {number}: must be 1 to 1,000,000' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_photographs_lie_in_a_folder_of_their_own(tmp_path, capsys):
     pytest.importorskip('sklearn')
     main, folder = load_program('tools/build_photos.py').main, tmp_path / 'photos'

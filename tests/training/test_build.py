@@ -520,3 +520,24 @@ def test_positions_of_images_that_are_no_square(tmp_path, caplog, convert, size)
     started.pretrained_path = str(path)
     started = build.build_model(started, 3).state_dict()
     assert torch.equal(started['pos_embed'], expected['pos_embed']) and started['head.weight'].shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    'architecture, words', [('hf-hub:evil/x', 'is no name of a model'), ('vit_of_2040', 'timm does')]
+)
+@pytest.mark.parametrize('convert', [None, 'eva'])
+def test_the_config_of_a_folder_names_a_model_of_timm(monkeypatch, tmp_path, architecture, words, convert):
+    """Another source in it would be asked, over the network or in a folder that nobody named."""
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1, embed_dim=24, num_heads=1)
+    save_folder(convert_vit(vit, window_size=2, partition_grid=0), tmp_path / 'mine', data='x', licence='mit')
+    config = json.loads((tmp_path / 'mine' / 'config.json').read_text())
+    (tmp_path / 'mine' / 'config.json').write_text(json.dumps({**config, 'architecture': architecture}))
+    monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: pytest.fail('a model is made'))
+    with pytest.raises(UserError, match=words):
+        build.build_model(ModelConfig(model=f'local-dir:{tmp_path / "mine"}', convert=convert), 3)
+
+
+@pytest.mark.parametrize('name', ['pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'cache_dir'])
+def test_where_weights_are_is_no_argument_of_a_model(name):
+    with pytest.raises(UserError, match=f'^model_kwargs: {name} has an option of its own'):
+        build.build_model(ModelConfig(model='eva_deit_tiny', model_kwargs={name: {}}), 3)

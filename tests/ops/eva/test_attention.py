@@ -611,3 +611,26 @@ def test_numbers_of_other_types_are_taken():
     expected = run_op(leaves, noise, (4, 4), 2, 2, scale=1.0, proposal_scale=1.0)
     sizes = (np.int64(4), np.int32(4)), np.int64(2), np.int64(2)
     assert torch.equal(run_op(leaves, noise, *sizes, scale=1, proposal_scale=np.float32(1)), expected)
+
+
+@pytest.mark.parametrize('num_prefix_tokens', [0, 2])
+@pytest.mark.parametrize('count_cells', ['one', 'outside'])
+def test_several_draws_of_one_input(num_prefix_tokens, count_cells):
+    """vmap over the noise alone, as an ensemble of one input has it."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 16 + num_prefix_tokens, 8, dtype=torch.float64)
+    summary = [torch.eye(8, dtype=torch.float64), *torch.randn(3, 8, dtype=torch.float64)]
+    noise = torch.randn(3, 2, 2, 4, 8, dtype=torch.float64)
+    options = dict(window_size=2, partition_grid=2, count_cells=count_cells, num_prefix_tokens=num_prefix_tokens)
+
+    def draw(noise):
+        return eva_attention(q, k, v, (4, 4), summary, summary, noise=noise, **options)
+
+    expected = torch.stack([draw(one) for one in noise])
+    torch.testing.assert_close(torch.func.vmap(draw)(noise), expected)
+
+
+def test_numbers_of_cells_that_cannot_be():
+    for number, words in ((-1, r'must be 0 \(no cells\) or more, got -1'), (2.5, 'must be a whole number, got 2.5')):
+        with pytest.raises(ValueError, match=f'partition_grid {words}'):
+            eva_num_cells((4, 4), number)

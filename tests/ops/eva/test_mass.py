@@ -71,3 +71,22 @@ def test_cells_without_a_summary_and_numbers_that_cannot_be_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             eva_attention_mass(q, k, (3, 3), **(dict(window_size=3, partition_grid=0) | change))
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(feat_size=(3, 4)), r'feat_size \(3, 4\) does not hold the 9 tokens'),
+        (dict(num_prefix_tokens=1), 'and 1 prefix tokens do not make the 9 tokens'),
+        (dict(num_prefix_tokens=-9), 'num_prefix_tokens must be 0 or more, got -9'),
+        (dict(k=torch.zeros(1, 1, 9, 4)), 'must have one shape'),
+        (dict(k=torch.zeros(1, 2, 9, 4).double()), 'must have one dtype'),
+        (dict(summary_k=[torch.zeros(5, 5), *[torch.zeros(5)] * 3]), r'summary_k must hold a \(4, 4\) weight'),
+    ],
+    ids=str,
+)
+def test_tokens_and_summaries_that_do_not_fit_are_refused(change, words):
+    q = torch.zeros(1, 2, 9, 4)
+    given = dict(q=q, k=q, feat_size=(3, 3), summary_k=[torch.zeros(4, 4), *[torch.zeros(4)] * 3], window_size=3)
+    with pytest.raises(ValueError, match=words):
+        eva_attention_mass(**(given | change))

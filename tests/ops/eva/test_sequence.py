@@ -261,3 +261,10 @@ def test_a_cache_of_other_sequences():
     cache = eva_attention_1d_step(q, q, q, None, window_size=4, cell_size=0)[1]
     with pytest.raises(ValueError, match=r'the cache is of .* = \[2, 1, 4\], the token of \[1, 1, 4\]'):
         eva_attention_1d_step(q[:1], q[:1], q[:1], cache, window_size=4, cell_size=0)
+
+
+@pytest.mark.parametrize('name', ['causal', 'overlap'])
+def test_text_is_no_truth_value(name):
+    q = torch.randn(1, 1, 8, 4)
+    with pytest.raises(ValueError, match=f"^{name} must be True or False, got 'no'$"):
+        eva_attention_1d(q, q, q, window_size=4, cell_size=0, **{name: 'no'})

@@ -215,3 +215,51 @@ def test_a_member_larger_than_any_image_fills_no_memory(images, tmp_path, monkey
     reader = ClassTar(archive)
     with little_memory(), pytest.raises(BadImageError, match='more than 16,777,216 bytes'):
         reader[0]
+
+
+@pytest.mark.parametrize(
+    'name, leads, kind',
+    [
+        ('zebra', 'pear', tarfile.SYMTYPE),
+        ('zebra', '../pool/zebra', tarfile.SYMTYPE),
+        ('zebra.tar', 'pear.tar', tarfile.SYMTYPE),
+        ('zebra.tar', 'pear.tar', tarfile.LNKTYPE),
+    ],
+)
+def test_a_link_to_a_class_is_a_line(images, tmp_path, name, leads, kind):
+    """Its images would be missing without a word, and labels be others."""
+    tars = pack(images, tmp_path / 'tars')
+    with tarfile.open(tars / 'train.tar', 'a') as archive:
+        add(archive, name, type=kind, linkname=leads)
+    with pytest.raises(UserError, match=rf'train\.tar: its member {name} is a link, .*--dereference'):
+        open_both(tars)
+
+
+def test_links_to_other_files_are_left(images, tmp_path):
+    """A link to a text, an image of which a hard link has another kind of name, an image that a later link replaces."""
+    expected, tars = open_both(images), pack(images, tmp_path / 'tars')
+    with tarfile.open(tars / 'train.tar', 'a') as archive:
+        add(archive, 'about', b'text')
+        add(archive, 'README', type=tarfile.SYMTYPE, linkname='./about')
+        add(archive, 'pear/original', (images / 'train' / 'pear' / '1.png').read_bytes())
+        add(archive, 'pear/1.png', type=tarfile.LNKTYPE, linkname='pear/original')
+        add(archive, 'pear/8.png', (images / 'train' / 'pear' / '1.png').read_bytes())
+        add(archive, 'pear/8.png', type=tarfile.SYMTYPE, linkname='nowhere.png')
+    assert open_both(tars) == expected
+
+
+def test_a_sparse_tar_in_a_tar_is_a_line(images, tmp_path):
+    """Where its members lie follows from a map of its holes."""
+    tars = pack(images, tmp_path / 'tars')
+    with open(tars / 'train.tar', 'rb+') as file:
+        header = bytearray(tarfile.TarInfo('zebra.tar').tobuf(tarfile.GNU_FORMAT))
+        header[156:157] = tarfile.GNUTYPE_SPARSE
+        header[148:156] = b' ' * 8
+        header[148:156] = b'%06o\0 ' % sum(header)
+        content = file.read().rstrip(b'\0')
+        content += bytes(-len(content) % 512) + bytes(header) + bytes(1024)
+        file.seek(0)
+        file.write(content)
+        file.truncate()
+    with pytest.raises(UserError, match=r'its member zebra\.tar is packed as a sparse file; pack it without --sparse'):
+        open_both(tars)
