@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, Match, Set, Union
 
+from evavit.arguments import shown
 from evavit.errors import UserError, reason_of
 from evavit.files import open_regular
 from evavit.training.data.decode import BadImageError, check_bytes
@@ -45,10 +46,12 @@ def shard_root(data_dir: str, split: str) -> str:
 
 
 def check_shards(reader: Any) -> None:
-    """UserError where a shard that should lie here is no file."""
-    if '://' in reader.root:
-        return
+    """UserError where a shard that should lie here is no file, or a server names one that lies here."""
     for name in reader.split_info.filenames:
+        if '://' in reader.root:
+            if os.path.isabs(name):
+                raise UserError(f'{reader.root}: its shard {shown(name)} is a file of this machine, which is not read')
+            continue
         shard = os.path.join(reader.root, name)
         if not os.path.isfile(shard):
             raise UserError(f'{shard[:500]}: {"not a regular file" if os.path.exists(shard) else "no such shard"}')

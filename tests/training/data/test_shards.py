@@ -1,14 +1,17 @@
 """How several processes, and the loading processes of each, share a validation split that is a stream."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from runs import write_images, write_shards
 from training.data import fake_tfds
 
+from evavit.errors import UserError
 from evavit.training import data
 from evavit.training.config import parse_settings
+from evavit.training.data.shards import check_shards
 
 SIZES = {'uneven': (7, 4, 1, 2), 'few': (13,)}
 
@@ -77,3 +80,10 @@ def test_each_image_is_judged_once(kind, sizes, request):
             assert sorted(again) == sorted(first)
             found += first
         assert sorted(found) == list(range(number)), (processes, workers)
+
+
+def test_a_server_names_no_shard_of_this_machine(tmp_path):
+    """Its list of shards may have any name: an absolute one would be opened here."""
+    names = SimpleNamespace(filenames=['train-0.tar', str(tmp_path / 'mine.tar')])
+    with pytest.raises(UserError, match=r'http://host/x: its shard .*mine\.tar. is a file of this machine'):
+        check_shards(SimpleNamespace(root='http://host/x', split_info=names))
