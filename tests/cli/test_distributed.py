@@ -96,6 +96,7 @@ def test_several_processes_equal_one_with_the_same_global_batch(
     )
 
 
+@pytest.mark.slow
 def test_batch_norm_is_judged_by_the_statistics_that_are_saved(call, images, tmp_path):
     """Those of the first process, for weights and average alike; each process has its own while it trains."""
     model = ['--model', 'resnet10t', '--img-size', '32', '--model-ema', '--model-ema-decay', '0.5']
@@ -146,6 +147,7 @@ def test_processes_that_differ_stop_before_the_first_update(images, tmp_path, fl
     assert results[1][1] == '' and not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_of_one_name_that_differ(images, tmp_path, monkeypatch):
     """Two machines, each with a disk and a run of its own: alike in name and place, but not in weights."""
     jobs, flags = [], [*MODEL, *QUICK, '--data-dir', images, '--output', 'out', '--experiment', 'run']

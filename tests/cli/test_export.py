@@ -109,7 +109,7 @@ def test_checkpoint_to_onnx(train, call, tmp_path):
 
 
 @needs_onnx
-@pytest.mark.parametrize('mode', ['squash', 'border'])
+@pytest.mark.parametrize('mode', ['squash', pytest.param('border', marks=pytest.mark.slow)])
 def test_an_onnx_file_says_how_images_are_cropped(call, tmp_path, mode):
     model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS).eval()
     torch.nn.init.normal_(model.head.weight)
@@ -219,6 +219,7 @@ def test_a_flag_for_the_size_wins_over_the_checkpoints(train, tmp_path):
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_pyramid_in_float16(call, tmp_path):
     """Windows and cells that do not divide the grid: padding and masks are in ONNX's operators, too."""
     path = tmp_path / 'model.onnx'
@@ -526,7 +527,7 @@ def test_an_archive_of_another_program_is_no_package(tmp_path):
 
 
 @needs_onnx
-@pytest.mark.parametrize('name', ['notes.onnx', 'notes.pt2'])
+@pytest.mark.parametrize('name', ['notes.onnx', pytest.param('notes.pt2', marks=pytest.mark.slow)])
 def test_a_file_of_another_kind_is_not_replaced(call, tmp_path, name):
     (tmp_path / name).write_text('my notes')
     code, _, err = call('export', tmp_path / name, *MODEL, '--num-classes', '3')

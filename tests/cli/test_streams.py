@@ -38,7 +38,7 @@ def test_a_run_goes_on_without_standard_output(kind, images, tmp_path):
         assert err.startswith('warning: standard output is not written any more (') and err.count('\n') == 1
 
 
-@pytest.mark.parametrize('kind', ['full', 'broken'])
+@pytest.mark.parametrize('kind', [pytest.param('full', marks=pytest.mark.slow), 'broken'])
 def test_what_is_printed_changes_no_exit_code(kind, tmp_path):
     """Of benchmark.py all rows are stored, of a tool the folder is whole, as with `| head`; also in one flush at the
     end, as without PYTHONUNBUFFERED."""
@@ -61,7 +61,7 @@ def test_what_is_printed_changes_no_exit_code(kind, tmp_path):
     assert len(file.read_text().splitlines()) == 5 and len(list(folder.glob('*/*'))) == 20
 
 
-@pytest.mark.parametrize('kind', ['full', 'broken'])
+@pytest.mark.parametrize('kind', [pytest.param('full', marks=pytest.mark.slow), 'broken'])
 def test_a_run_goes_on_where_neither_stream_is_written(kind, images, tmp_path):
     """As with `> FILE 2>&1` on a disk that is full, or `2>&1 | head`. Exit codes are those of any run."""
     stream = unwritable(kind)

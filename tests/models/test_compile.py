@@ -49,7 +49,10 @@ def test_compile_fullgraph(name):
         assert len(graphs) == expected, size
 
 
-@pytest.mark.parametrize('name', ['eva_deit_tiny', 'eva_deit_tiny_784', 'eva_pvt_v2_b3'])
+@pytest.mark.parametrize(
+    'name',
+    ['eva_deit_tiny', *(pytest.param(name, marks=pytest.mark.slow) for name in ('eva_deit_tiny_784', 'eva_pvt_v2_b3'))],
+)
 def test_compiled_training_steps_on_two_sizes(name):
     """With the gradient of a position embedding that is resampled to the second size."""
     kwargs = dict(num_classes=10) if name in PYRAMIDS else dict(num_classes=10, dynamic_img_size=True)

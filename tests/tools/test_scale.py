@@ -77,6 +77,7 @@ def broken(folder, where):
     return program, dict(PYTHONPATH=os.pathsep.join(map(str, paths)))
 
 
+@pytest.mark.slow
 def test_a_failed_row_keeps_the_others_and_is_replaced(tmp_path):
     """What was measured before stays, the row names its bench, and a good row takes its place."""
     rows = tmp_path / 'rows.csv'
@@ -90,6 +91,7 @@ def test_a_failed_row_keeps_the_others_and_is_replaced(tmp_path):
     assert [(row['bench'], row['status']) for row in read(rows)] == [('weak', 'ok'), ('strong', 'ok')]
 
 
+@pytest.mark.slow
 def test_a_fault_of_one_process_ends_all_with_a_line(tmp_path):
     rows = tmp_path / 'rows.csv'
     program, variables = broken(tmp_path, "os.environ['RANK'] == '1' and self.run.grad_accum_steps > 1")
