@@ -29,7 +29,8 @@ from evavit.models._weights import other_kinds
 from evavit.training import data
 from evavit.training.build import check_fit
 from evavit.training.contents import KEPT, has_metadata, read_checkpoint
-from evavit.training.loop import Position, Run, weights_are_finite
+from evavit.training.loop import Position, Run, Stepper, weights_are_finite
+from evavit.training.optimizer_state import fit_state
 from evavit.training.run_folder import is_of, kept_in, remedy
 from evavit.training.sections import is_number, is_whole
 
@@ -470,83 +471,31 @@ def _check_teacher(path: Path, checkpoint: Dict[str, Any], teacher: Optional[Dic
         )
 
 
-# What the flags decide in an optimizer; "fused" follows the device, see `build.build_optimizer`.
-FROM_FLAGS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum', 'fused')
-
-
 def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) -> None:
     """Optimizer and scaler. Raises ValueError, before anything is loaded, on a state that is not one of theirs."""
-    state, groups = checkpoint['optimizer'], run.optimizer.param_groups
-    if len(groups) != len(state['param_groups']):
-        raise ValueError(
-            f'it has {len(state["param_groups"])} groups of parameters, this run {len(groups)} '
-            f'(--layer-decay, --weight-decay 0)'
-        )
-    if lacking := run.optimizer.state_dict().keys() - state.keys():  # such as the generator's state of timm's Kron
-        raise ValueError(f'its optimizer lacks {", ".join(sorted(lacking))}')
-    after = _after_a_step(run.optimizer)
-    for group, saved, tried in zip(groups, state['param_groups'], after.get('param_groups', groups), strict=True):
-        for name, value in group.items():
-            if name in FROM_FLAGS or isinstance(value, (bool, torch.dtype)) or name not in saved:
-                saved[name] = value
-        for name, value in tried.items():
-            if is_number(value) or isinstance(value, torch.Tensor):
-                _check_form(name, saved.get(name), value)
-        for name in saved.keys() - group.keys() - tried.keys():
-            if not (saved[name] is None or isinstance(saved[name], bool) or is_number(saved[name])):
-                raise ValueError(f'its {name} is {_form(saved[name])}, not a number')
-            if after or name == 'lr_scale':  # nothing of this run's: a scheduler would multiply by it
-                del saved[name]
-    expected = after.get('state', {})
-    for number, entry in state['state'].items():
-        for name, value in expected.get(number, {}).items():
-            _check_form(f'{name} of parameter {number}', entry.get(name), value)
-    stepped = run.done(position) > position.streak  # else every update up to now was skipped
-    if stepped and any(expected.values()) and not state['state']:
-        raise ValueError(f'it lacks the state of the optimizer after {run.done(position)} updates')
-    scaler, before = checkpoint.get(run.stepper.state_dict_key), _args(checkpoint)
-    if run.stepper.scaling and scaler is None and before.get('amp') and before.get('amp_dtype') == 'float16':
-        raise ValueError('it lacks the scale of float16')
+    check_states(checkpoint, run.optimizer, run.stepper, run.done(position), position.streak)
+    state, scaler = checkpoint['optimizer'], checkpoint.get(run.stepper.state_dict_key)
     if run.stepper.scaling and scaler is not None:
-        scale, tracker = scaler.get('scale'), scaler.get('_growth_tracker')
-        if not (is_number(scale) and 0 < scale <= torch.finfo().max and is_whole(tracker) and tracker < 2**31):
-            raise ValueError(f'its scale of float16 is {scale}, after {tracker} updates')
-        run.stepper.load_state_dict({**run.stepper.state_dict(), 'scale': scale, '_growth_tracker': tracker})
+        kept = {name: scaler[name] for name in ('scale', '_growth_tracker')}
+        run.stepper.load_state_dict({**run.stepper.state_dict(), **kept})
     for number, entry in state['state'].items():  # in a file two of them can share their memory
         state['state'][number] = {name: copy.deepcopy(value) for name, value in entry.items()}
     run.optimizer.load_state_dict(state)
 
 
-def _after_a_step(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
-    """The state dict of a fresh optimizer after a step, empty where a copy of it cannot make one: on parameters without
-    content, or of zeros."""
-    for device in ('meta', 'cpu'):
-        memo: Dict[int, Any] = {}
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group['params']):
-            twin = torch.nn.Parameter(torch.zeros_like(parameter, device=device))
-            twin.grad = torch.ones_like(twin)
-            memo[id(parameter)] = twin
-        with contextlib.suppress(Exception):  # such as those that ask for a value, which only the CPU has
-            trial = copy.deepcopy(optimizer, memo)
-            for group in trial.param_groups:
-                group.update((name, False) for name in ('fused', 'foreach') if name in group)
-            trial.step()
-            return trial.state_dict()
-    return {}
-
-
-def _check_form(name: str, value: Any, expected: Any) -> None:
-    if _form(value) != _form(expected):
-        raise ValueError(f'its {name} is {_form(value)}, not {_form(expected)}')
-
-
-def _form(value: Any) -> str:
-    """Shape and type of a value in an optimizer's state, for comparison."""
-    if isinstance(value, torch.Tensor):
-        return f'{"×".join(map(str, value.shape)) or "a number"} of {str(value.dtype)[6:]}'
-    if isinstance(value, (list, tuple)):
-        return f'[{", ".join(map(_form, value))}]'
-    return 'a number' if is_number(value) else 'missing' if value is None else type(value).__name__
+def check_states(
+    checkpoint: Dict[str, Any], optimizer: torch.optim.Optimizer, stepper: Stepper, updates: int, skipped: int
+) -> None:
+    """ValueError where the states of optimizer and scaler in a checkpoint are not those of a run after so many updates,
+    of which the last `skipped` were skipped. What the flags decide in it becomes the run's."""
+    fit_state(checkpoint['optimizer'], optimizer, updates, skipped)
+    scaler, before = checkpoint.get(stepper.state_dict_key), _args(checkpoint)
+    if stepper.scaling and scaler is None and before.get('amp') and before.get('amp_dtype') == 'float16':
+        raise ValueError('it lacks the scale of float16')
+    if stepper.scaling and scaler is not None:
+        scale, tracker = scaler.get('scale'), scaler.get('_growth_tracker')
+        if not (is_number(scale) and 0 < scale <= torch.finfo().max and is_whole(tracker) and tracker < 2**31):
+            raise ValueError(f'its scale of float16 is {scale}, after {tracker} updates')
 
 
 def _position(path: Path, checkpoint: Dict[str, Any], run: Run) -> Position:
