@@ -36,6 +36,7 @@ from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
 
+BEST = ('model_best.pth.tar', 'model_best.safetensors')
 BEHIND = 'is of an epoch that this run has no longer'
 
 
@@ -122,6 +123,17 @@ class Saver(CheckpointSaver):
         self._save_weights(_exported(checkpoint), epoch, metric, _args(checkpoint))
         self.written = False
 
+    def go_on(self, path: Path, checkpoint: Dict[str, Any], position: Position) -> None:
+        """Take over the ranking of a checkpoint of this folder, up to the epoch that it ends."""
+        here, there = self.max_history, _args(checkpoint).get('checkpoint_hist')
+        if is_whole(there):  # where it kept more, timm would make room for its epoch
+            self.max_history = max(here, there)
+        self.load_state_dict(checkpoint['saver'])
+        if position.epoch and not position.update and checkpoint.get('metric') is not None:
+            self.finish_epoch(path, checkpoint)
+        # What --checkpoint-hist keeps no more stays in the folder: timm would remove a better one with it.
+        self.max_history, self.checkpoint_files = here, self.checkpoint_files[:here]
+
     def leave_behind(self, epoch: int) -> None:
         """Set aside what is kept of this epoch and later ones, which a run that went back has no longer."""
         for kept, path in kept_in(Path(self.checkpoint_dir)):
@@ -129,30 +141,60 @@ class Saver(CheckpointSaver):
                 log.warning(f'warning: {path} {BEHIND}: it is {set_aside(path, "before").name} now')
 
     def restore_best(self) -> None:
-        """Give `model_best` back to the ranking's best epoch where it is of an epoch that the run went back behind;
-        set it aside where that epoch's checkpoint is no longer there."""
-        best = self.best_epoch, self.best_metric
-        kept = Path(self._checkpoint_path(self.best_epoch))
-        whole, alone = (self.last.with_name(name) for name in ('model_best.pth.tar', 'model_best.safetensors'))
-        wrong = []
-        if whole.exists() and not (kept.exists() and kept.samefile(whole)) and _epoch_of(whole)[0] != best:
-            wrong.append(whole)
-        if alone.exists() and not has_metadata(alone, dict(epoch=str(best[0]), metric=str(best[1]))):
-            wrong.append(alone)
-        there, checkpoint = _epoch_of(kept) if wrong else (None, {})
-        for path in wrong:
-            gone = f'warning: {path} {BEHIND}'
-            if there != best or best[0] is None:
-                why = (
-                    'none is ranked yet' if best[0] is None else f'no checkpoint of epoch {best[0]}, its best, is left'
-                )
-                log.warning(f'{gone}, and {why}: it is {set_aside(path, "before").name} now')
-                continue
-            log.warning(f'{gone}: epoch {best[0]}, its best, takes its place')
-            if path == whole:
-                self._duplicate(kept, whole)
+        """Make `model_best` that of the ranking's best epoch where it is missing or of an epoch that the run went back
+        behind: from what is left of that epoch, else of the best one that is left. Set it aside where there is none."""
+        if self.best_epoch is None:
+            self.leave_best(f'{BEHIND}, and none is ranked yet')
+            return
+        wrong = self._not_best()
+        path, checkpoint = self._best_left() if wrong else (self.last, {})
+        if wrong and checkpoint.get('epoch') != self.best_epoch:
+            gone = f'no checkpoint of epoch {self.best_epoch}, its best, is left'
+            whole, alone = (self.last.with_name(name) for name in BEST)
+            if alone not in wrong:  # the best epoch's weights alone are worth more than another epoch
+                log.warning(f'warning: {whole} is missing or damaged, and {gone}: {alone.name} has its weights')
+                return
+            self.best_epoch, self.best_metric = checkpoint.get('epoch'), checkpoint.get('metric')
+            other = 'the next one validated' if self.best_epoch is None else f'epoch {self.best_epoch}, of those left,'
+            log.warning(f'warning: {whole.parent}: {gone}: {other} is the best')
+            wrong = self._not_best()
+            if whole in wrong:
+                self.leave_best(BEHIND)
+        for file in wrong if checkpoint else ():
+            why = BEHIND if file.exists() else 'is missing'
+            log.warning(f'warning: {file} {why}: epoch {self.best_epoch}, its best, takes its place')
+            if file.name == BEST[0]:
+                self._duplicate(path, file)
             else:
-                self._export(alone, _exported(checkpoint), *best, _args(checkpoint))
+                self._export(file, _exported(checkpoint), checkpoint['epoch'], checkpoint['metric'], _args(checkpoint))
+
+    def leave_best(self, why: str) -> None:
+        """Set `model_best` aside, which the next best epoch would replace."""
+        for path in (self.last.with_name(name) for name in BEST):
+            if os.path.lexists(path):
+                log.warning(f'warning: {path} {why}: it is {set_aside(path, "before").name} now')
+
+    def _not_best(self) -> List[Path]:
+        """The files of `model_best` that are missing, or not of the best epoch."""
+        whole, alone = (self.last.with_name(name) for name in BEST)
+        best, kept = (self.best_epoch, self.best_metric), Path(self._checkpoint_path(self.best_epoch))
+        linked = kept.exists() and whole.exists() and kept.samefile(whole)
+        wrong = [] if linked or _epoch_of(whole)[0] == best else [whole]
+        return wrong if has_metadata(alone, dict(epoch=str(best[0]), metric=str(best[1]))) else [*wrong, alone]
+
+    def _best_left(self) -> Tuple[Path, Dict[str, Any]]:
+        """The best ranked checkpoint that is left, and its content: nothing where there is none."""
+        names = (BEST[0], 'last.pth.tar', 'previous.pth.tar')
+        places = (Path(self._checkpoint_path(self.best_epoch)), *(self.last.with_name(name) for name in names))
+        for path in places:
+            about, checkpoint = _epoch_of(path)
+            if about == (self.best_epoch, self.best_metric):
+                return path, checkpoint
+        for name, metric in self.checkpoint_files:
+            about, checkpoint = _epoch_of(Path(name))
+            if about is not None and metric is not None and about[1] == metric:
+                return Path(name), checkpoint
+        return self.last, {}
 
     def save_position(self, position: Position) -> None:
         """Write the state within an epoch, or after one that is not validated, unless its weights have gone bad.
@@ -177,8 +219,6 @@ class Saver(CheckpointSaver):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, 'pending': (None, None)})
-        # What --checkpoint-hist keeps no more stays in the folder: timm would remove a better one with it.
-        self.checkpoint_files = self.checkpoint_files[: self.max_history]
 
     def _save_weights(self, weights: Dict[str, Any], epoch: int, metric: float, settings: Dict[str, Any]) -> None:
         for name in ('last.safetensors', *['model_best.safetensors'] * (self.best_epoch == epoch)):
@@ -317,12 +357,15 @@ def resume(
         log.warning(f'warning: {other}')
     for before in damaged if saver is not None else ():
         set_aside(before)  # the next save would put it in the place of the whole one before it
-    if saver is not None and not other and is_of(path, saver.checkpoint_dir) and checkpoint.get('saver'):
-        saver.load_state_dict(checkpoint['saver'])
-        if position.epoch and not position.update and checkpoint.get('metric') is not None:
-            saver.finish_epoch(path, checkpoint)
+    if saver is not None and is_of(path, saver.checkpoint_dir):
+        ranked = not other and checkpoint.get('saver')
+        if ranked:
+            saver.go_on(path, checkpoint, position)
         saver.leave_behind(position.epoch)
-        saver.restore_best()
+        if ranked:
+            saver.restore_best()
+        elif position.epoch < run.epochs:
+            saver.leave_best('is the best of a ranking with which this run does not go on')
     return position
 
 

@@ -1,5 +1,5 @@
-"""The state of an optimizer in a checkpoint, believed only after it has been checked, as the rest in `contents`, and fit
-to the optimizer of the run that goes on."""
+"""The state of an optimizer in a checkpoint: believed only after it has been checked, as the rest in `contents`, and
+fit to the optimizer of the run that goes on."""
 
 import contextlib
 import copy
