@@ -319,7 +319,7 @@ def resume(
         UserError: None is whole, one does not fit this run, or the processes do not see the same one.
     """
     if not candidates:
-        _check_same(run, 'none', Position())
+        _check_same(run, None, '', Position())
         return Position()
     path, checkpoint, damaged = _first_whole(candidates)
     task, full = run.task, not run.config.no_resume_opt
@@ -350,7 +350,7 @@ def resume(
         ) from error
     if not weights_are_finite(task):
         raise UserError(f'{path}: not a checkpoint of train.py (its weights are not finite)')
-    _check_same(run, f'{path}, {(stored_digest(path) or file_digest(path))[:8]}', position)
+    _check_same(run, path, stored_digest(path) or file_digest(path), position)
     log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
     _warn_of_changes(path, checkpoint, settings)
     if other:
@@ -374,15 +374,17 @@ def _args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     return vars(checkpoint.get('args') or argparse.Namespace())
 
 
-def _check_same(run: Run, path: Union[str, Path], position: Position) -> None:
-    run.process.check_equal(
-        (str(path), dataclasses.astuple(position)),
-        lambda seen: (
-            f'the processes would continue from different checkpoints '
-            f'({" and ".join(sorted({one[0] for one in seen}))}): '
+def _check_same(run: Run, path: Optional[Path], digest: str, position: Position) -> None:
+    """SharedError unless all processes go on from the same bytes: a folder may have other names on other machines."""
+
+    def differs(_: List[Any]) -> str:
+        found = run.process.gather(f'{path}, {digest[:8]}' if path else 'none')
+        return (
+            f'the processes would continue from different checkpoints ({" and ".join(sorted(set(found)))}): '
             f'--output must be one folder that all machines see'
-        ),
-    )
+        )
+
+    run.process.check_equal((digest, dataclasses.astuple(position)), differs)
 
 
 NO_EFFECT = {  # settings that may change from start to start without changing what is trained

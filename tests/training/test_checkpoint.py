@@ -234,16 +234,35 @@ def test_processes_that_see_different_checkpoints_stop(saver, tmp_path):
     """As where a folder is not shared: the other process found none."""
     saver.save_position(Position(2, 5))
     run = run_of()
-    other = ('none', (0,))
+    other = ('', (0,))
 
     def agree(value, remark):
         if value != other:
             raise UserError(remark([value, other]))
 
-    run.process = argparse.Namespace(world_size=2, check_equal=agree, primary=False)
-    for candidates in ([tmp_path / 'last.pth.tar'], []):
-        with pytest.raises(UserError, match='one folder that all machines see'):
+    run.process = argparse.Namespace(
+        world_size=2, check_equal=agree, gather=lambda item: [item, 'another'], primary=False
+    )
+    for candidates, told in (
+        ([tmp_path / 'last.pth.tar'], r'last\.pth\.tar, [0-9a-f]{8} and another'),
+        ([], 'another and none'),
+    ):
+        with pytest.raises(UserError, match=rf'{told}\): --output must be one folder that all machines see'):
             resume(candidates, run, None)
+
+
+@pytest.mark.parametrize('digest', [True, False])
+def test_processes_that_see_one_folder_by_two_names_go_on(saver, tmp_path, digest):
+    """As where it is mounted at another place on each machine."""
+    saver.save_position(Position(2, 5))
+    if not digest:
+        rewritten(tmp_path / 'last.pth.tar', lambda content: None)
+    (tmp_path / 'other name').symlink_to(tmp_path)
+    run, seen = run_of(), []
+    run.process = argparse.Namespace(world_size=1, check_equal=lambda value, _: seen.append(value), primary=False)
+    for folder in (tmp_path, tmp_path / 'other name'):
+        resume([folder / 'last.pth.tar'], run)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize('digest', [True, False])
