@@ -332,22 +332,17 @@ def resume(
     other = check_classes(path, checkpoint, class_names, weights_alone=not full)
     if saver is not None:
         check_ranking(path, checkpoint, run.config.eval_metric, Path(saver.checkpoint_dir))
-    try:
+    with fitting(path):
         for name in ('task_state', 'task_state_ema'):
             for part, state in (checkpoint.get(name) or {}).items():
                 if wrong := other_kinds(state, task.get_task_state().get(part, {})):
                     raise ValueError(f'its {name} has in another type of number {part}.{wrong[0]}')
         if full:
             check_training(path, checkpoint, settings['opt'], settings.get('kd_teacher'))
-            _load_optimizer(run, checkpoint, position)
+            _load_optimizer(run, checkpoint)
         task.load_checkpoint_state(weights, checkpoint.get('task_state'))
         if task.has_ema():
             task.load_checkpoint_state(average, checkpoint.get('task_state_ema'), ema=True)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f'{path} does not fit this run: {first_line(error)[:300]}; resume with the settings it was '
-            f'written with, or the weights alone with --no-resume-opt'
-        ) from error
     if not weights_are_finite(task):
         raise UserError(f'{path}: not a checkpoint of train.py (its weights are not finite)')
     _check_same(run, path, stored_digest(path) or file_digest(path), position)
@@ -367,6 +362,18 @@ def resume(
         elif position.epoch < run.epochs:
             saver.leave_best('is the best of a ranking with which this run does not go on')
     return position
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """What a checkpoint has other than the run becomes a UserError that names it."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f'{path} does not fit this run: {first_line(error)[:300]}; resume with the settings it was '
+            f'written with, or the weights alone with --no-resume-opt'
+        ) from error
 
 
 def _args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
@@ -516,9 +523,9 @@ def _check_teacher(path: Path, checkpoint: Dict[str, Any], teacher: Optional[Dic
         )
 
 
-def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) -> None:
+def _load_optimizer(run: Run, checkpoint: Dict[str, Any]) -> None:
     """Optimizer and scaler. Raises ValueError, before anything is loaded, on a state that is not one of theirs."""
-    check_states(checkpoint, run.optimizer, run.stepper, run.done(position), position.streak)
+    check_states(checkpoint, run.optimizer, run.stepper)
     state, scaler = checkpoint['optimizer'], checkpoint.get(run.stepper.state_dict_key)
     if run.stepper.scaling and scaler is not None:
         kept = {name: scaler[name] for name in ('scale', '_growth_tracker')}
@@ -528,11 +535,13 @@ def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) ->
     run.optimizer.load_state_dict(state)
 
 
-def check_states(
-    checkpoint: Dict[str, Any], optimizer: torch.optim.Optimizer, stepper: Stepper, updates: int, skipped: int
-) -> None:
-    """ValueError where the states of optimizer and scaler in a checkpoint are not those of a run after so many updates,
-    of which the last `skipped` were skipped. What the flags decide in it becomes the run's."""
+def check_states(checkpoint: Dict[str, Any], optimizer: torch.optim.Optimizer, stepper: Stepper) -> None:
+    """ValueError where the states of optimizer and scaler in a checkpoint are not those of a run with these. What the
+    flags decide in it becomes the run's."""
+    saved, updates, skipped = checkpoint.get('saver') or {}, checkpoint.get('epoch', -1) + 1, 0
+    if 'position' in saved:
+        position = Position(**saved['position'])
+        updates, skipped = position.epoch * saved['plan']['updates_per_epoch'] + position.update, position.streak
     fit_state(checkpoint['optimizer'], optimizer, updates, skipped)
     scaler, before = checkpoint.get(stepper.state_dict_key), _args(checkpoint)
     if stepper.scaling and scaler is None and before.get('amp') and before.get('amp_dtype') == 'float16':

@@ -21,6 +21,7 @@ from training.small_run import resume, rewritten, run_of, saver_of, settings_of,
 from evavit.errors import LocalError, UserError
 from evavit.training import checkpoint, contents, dry_run, loop, run_folder
 from evavit.training.agreement import code_version
+from evavit.training.build import build_optimizer
 from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.data.images import BadImages
 from evavit.training.loop import Position
@@ -438,6 +439,30 @@ def test_the_flags_of_a_resumed_run_hold(saver, tmp_path, caplog):
     run.optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(1))]))
     with pytest.raises(UserError, match='1 groups of parameters, this run 2'):
         resume([tmp_path / 'last.pth.tar'], run, None)
+
+
+@pytest.mark.parametrize(
+    'flags, change, told',
+    [
+        ((), None, None),
+        (('--weight-decay', '0'), None, 'it has 2 groups of parameters, this run 1'),
+        (('--layer-decay', '0.5', '--no-resume-opt'), None, None),
+        ((), state('exp_avg', torch.ones(3)), 'its exp_avg of parameter 0 is 3 of float32, not 2 of float32'),
+        ((), lambda content: content['optimizer'].update(state={}), 'it lacks the state of the optimizer after 5 up'),
+    ],
+)
+def test_a_dry_run_refuses_what_does_not_fit_the_optimizer(saver, tmp_path, flags, change, told):
+    run = run_of()
+    run.optimizer = build_optimizer(run.task.get_trainable_module(), settings_of().optim, 0.1)
+    run.task.get_trainable_module()(torch.ones(1, 4)).sum().backward()
+    run.optimizer.step()
+    saver_of(run, tmp_path).save_position(Position(0, 5))
+    if change:
+        rewritten(tmp_path / 'last.pth.tar', change)
+    config = settings_of(*flags, '--resume', 'auto')
+    model = torch.nn.Linear(4, 2, device='meta')
+    with pytest.raises(UserError, match=told) if told else contextlib.nullcontext():
+        assert dry_run.check_resume(config, tmp_path, model)
 
 
 def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
