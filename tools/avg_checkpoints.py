@@ -23,6 +23,7 @@ from evavit.files import file_digest, replacing, stamp
 from evavit.models import write_weights
 from evavit.models._weights import other_kinds
 from evavit.training import build
+from evavit.training.checkpoint import NO_EFFECT
 from evavit.training.contents import check_choice, saved_settings, stored_metric
 from evavit.training.distributed import check_alone
 
@@ -75,12 +76,14 @@ def main(argv=None):
 
 def distinct(paths, use_ema=True):
     """Equal weights once: a run's last, best and previous checkpoints are often those of an epoch by another name, and
-    its .safetensors hold them too. Files whose settings differ all stay, for the checks that come."""
+    its .safetensors hold them too. Files whose settings differ all stay, for the checks that come; not for those, such
+    as `resume`, that a run may change from start to start."""
     if len(paths) == 1:
         return paths
     first = {}
     for path in paths:
-        content = weights_digest(build.read_weights(path, use_ema=use_ema)), json.dumps(saved_settings(path))
+        settings = {name: value for name, value in saved_settings(path).items() if name not in NO_EFFECT}
+        content = weights_digest(build.read_weights(path, use_ema=use_ema)), json.dumps(settings)
         if first.setdefault(content, path) != path:
             print(printable(f'{path.name} holds the weights of {first[content].name}, and is left out'))
     return list(first.values())

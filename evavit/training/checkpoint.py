@@ -29,12 +29,14 @@ from evavit.models._weights import other_kinds
 from evavit.training import data
 from evavit.training.build import check_fit
 from evavit.training.contents import KEPT, has_metadata, read_checkpoint
-from evavit.training.loop import Position, Run, weights_are_finite
+from evavit.training.loop import Position, Run, Stepper, weights_are_finite
+from evavit.training.optimizer_state import fit_state
 from evavit.training.run_folder import is_of, kept_in, remedy
 from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
 
+BEST = ('model_best.pth.tar', 'model_best.safetensors')
 BEHIND = 'is of an epoch that this run has no longer'
 
 
@@ -121,6 +123,17 @@ class Saver(CheckpointSaver):
         self._save_weights(_exported(checkpoint), epoch, metric, _args(checkpoint))
         self.written = False
 
+    def go_on(self, path: Path, checkpoint: Dict[str, Any], position: Position) -> None:
+        """Take over the ranking of a checkpoint of this folder, up to the epoch that it ends."""
+        here, there = self.max_history, _args(checkpoint).get('checkpoint_hist')
+        if is_whole(there):  # where it kept more, timm would make room for its epoch
+            self.max_history = max(here, there)
+        self.load_state_dict(checkpoint['saver'])
+        if position.epoch and not position.update and checkpoint.get('metric') is not None:
+            self.finish_epoch(path, checkpoint)
+        # What --checkpoint-hist keeps no more stays in the folder: timm would remove a better one with it.
+        self.max_history, self.checkpoint_files = here, self.checkpoint_files[:here]
+
     def leave_behind(self, epoch: int) -> None:
         """Set aside what is kept of this epoch and later ones, which a run that went back has no longer."""
         for kept, path in kept_in(Path(self.checkpoint_dir)):
@@ -128,30 +141,60 @@ class Saver(CheckpointSaver):
                 log.warning(f'warning: {path} {BEHIND}: it is {set_aside(path, "before").name} now')
 
     def restore_best(self) -> None:
-        """Give `model_best` back to the ranking's best epoch where it is of an epoch that the run went back behind;
-        set it aside where that epoch's checkpoint is no longer there."""
-        best = self.best_epoch, self.best_metric
-        kept = Path(self._checkpoint_path(self.best_epoch))
-        whole, alone = (self.last.with_name(name) for name in ('model_best.pth.tar', 'model_best.safetensors'))
-        wrong = []
-        if whole.exists() and not (kept.exists() and kept.samefile(whole)) and _epoch_of(whole)[0] != best:
-            wrong.append(whole)
-        if alone.exists() and not has_metadata(alone, dict(epoch=str(best[0]), metric=str(best[1]))):
-            wrong.append(alone)
-        there, checkpoint = _epoch_of(kept) if wrong else (None, {})
-        for path in wrong:
-            gone = f'warning: {path} {BEHIND}'
-            if there != best or best[0] is None:
-                why = (
-                    'none is ranked yet' if best[0] is None else f'no checkpoint of epoch {best[0]}, its best, is left'
-                )
-                log.warning(f'{gone}, and {why}: it is {set_aside(path, "before").name} now')
-                continue
-            log.warning(f'{gone}: epoch {best[0]}, its best, takes its place')
-            if path == whole:
-                self._duplicate(kept, whole)
+        """Make `model_best` that of the ranking's best epoch where it is missing or of an epoch that the run went back
+        behind: from what is left of that epoch, else of the best one that is left. Set it aside where there is none."""
+        if self.best_epoch is None:
+            self.leave_best(f'{BEHIND}, and none is ranked yet')
+            return
+        wrong = self._not_best()
+        path, checkpoint = self._best_left() if wrong else (self.last, {})
+        if wrong and checkpoint.get('epoch') != self.best_epoch:
+            gone = f'no checkpoint of epoch {self.best_epoch}, its best, is left'
+            whole, alone = (self.last.with_name(name) for name in BEST)
+            if alone not in wrong:  # the best epoch's weights alone are worth more than another epoch
+                log.warning(f'warning: {whole} is missing or damaged, and {gone}: {alone.name} has its weights')
+                return
+            self.best_epoch, self.best_metric = checkpoint.get('epoch'), checkpoint.get('metric')
+            other = 'the next one validated' if self.best_epoch is None else f'epoch {self.best_epoch}, of those left,'
+            log.warning(f'warning: {whole.parent}: {gone}: {other} is the best')
+            wrong = self._not_best()
+            if whole in wrong:
+                self.leave_best(BEHIND)
+        for file in wrong if checkpoint else ():
+            why = BEHIND if file.exists() else 'is missing'
+            log.warning(f'warning: {file} {why}: epoch {self.best_epoch}, its best, takes its place')
+            if file.name == BEST[0]:
+                self._duplicate(path, file)
             else:
-                self._export(alone, _exported(checkpoint), *best, _args(checkpoint))
+                self._export(file, _exported(checkpoint), checkpoint['epoch'], checkpoint['metric'], _args(checkpoint))
+
+    def leave_best(self, why: str) -> None:
+        """Set `model_best` aside, which the next best epoch would replace."""
+        for path in (self.last.with_name(name) for name in BEST):
+            if os.path.lexists(path):
+                log.warning(f'warning: {path} {why}: it is {set_aside(path, "before").name} now')
+
+    def _not_best(self) -> List[Path]:
+        """The files of `model_best` that are missing, or not of the best epoch."""
+        whole, alone = (self.last.with_name(name) for name in BEST)
+        best, kept = (self.best_epoch, self.best_metric), Path(self._checkpoint_path(self.best_epoch))
+        linked = kept.exists() and whole.exists() and kept.samefile(whole)
+        wrong = [] if linked or _epoch_of(whole)[0] == best else [whole]
+        return wrong if has_metadata(alone, dict(epoch=str(best[0]), metric=str(best[1]))) else [*wrong, alone]
+
+    def _best_left(self) -> Tuple[Path, Dict[str, Any]]:
+        """The best ranked checkpoint that is left, and its content: nothing where there is none."""
+        names = (BEST[0], 'last.pth.tar', 'previous.pth.tar')
+        places = (Path(self._checkpoint_path(self.best_epoch)), *(self.last.with_name(name) for name in names))
+        for path in places:
+            about, checkpoint = _epoch_of(path)
+            if about == (self.best_epoch, self.best_metric):
+                return path, checkpoint
+        for name, metric in self.checkpoint_files:
+            about, checkpoint = _epoch_of(Path(name))
+            if about is not None and metric is not None and about[1] == metric:
+                return Path(name), checkpoint
+        return self.last, {}
 
     def save_position(self, position: Position) -> None:
         """Write the state within an epoch, or after one that is not validated, unless its weights have gone bad.
@@ -176,8 +219,6 @@ class Saver(CheckpointSaver):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, 'pending': (None, None)})
-        # What --checkpoint-hist keeps no more stays in the folder: timm would remove a better one with it.
-        self.checkpoint_files = self.checkpoint_files[: self.max_history]
 
     def _save_weights(self, weights: Dict[str, Any], epoch: int, metric: float, settings: Dict[str, Any]) -> None:
         for name in ('last.safetensors', *['model_best.safetensors'] * (self.best_epoch == epoch)):
@@ -278,7 +319,7 @@ def resume(
         UserError: None is whole, one does not fit this run, or the processes do not see the same one.
     """
     if not candidates:
-        _check_same(run, 'none', Position())
+        _check_same(run, None, '', Position())
         return Position()
     path, checkpoint, damaged = _first_whole(candidates)
     task, full = run.task, not run.config.no_resume_opt
@@ -291,38 +332,48 @@ def resume(
     other = check_classes(path, checkpoint, class_names, weights_alone=not full)
     if saver is not None:
         check_ranking(path, checkpoint, run.config.eval_metric, Path(saver.checkpoint_dir))
-    try:
+    with fitting(path):
         for name in ('task_state', 'task_state_ema'):
             for part, state in (checkpoint.get(name) or {}).items():
                 if wrong := other_kinds(state, task.get_task_state().get(part, {})):
                     raise ValueError(f'its {name} has in another type of number {part}.{wrong[0]}')
         if full:
             check_training(path, checkpoint, settings['opt'], settings.get('kd_teacher'))
-            _load_optimizer(run, checkpoint, position)
+            _load_optimizer(run, checkpoint)
         task.load_checkpoint_state(weights, checkpoint.get('task_state'))
         if task.has_ema():
             task.load_checkpoint_state(average, checkpoint.get('task_state_ema'), ema=True)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f'{path} does not fit this run: {first_line(error)[:300]}; resume with the settings it was '
-            f'written with, or the weights alone with --no-resume-opt'
-        ) from error
     if not weights_are_finite(task):
         raise UserError(f'{path}: not a checkpoint of train.py (its weights are not finite)')
-    _check_same(run, f'{path}, {(stored_digest(path) or file_digest(path))[:8]}', position)
+    _check_same(run, path, stored_digest(path) or file_digest(path), position)
     log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
     _warn_of_changes(path, checkpoint, settings)
     if other:
         log.warning(f'warning: {other}')
     for before in damaged if saver is not None else ():
         set_aside(before)  # the next save would put it in the place of the whole one before it
-    if saver is not None and not other and is_of(path, saver.checkpoint_dir) and checkpoint.get('saver'):
-        saver.load_state_dict(checkpoint['saver'])
-        if position.epoch and not position.update and checkpoint.get('metric') is not None:
-            saver.finish_epoch(path, checkpoint)
+    if saver is not None and is_of(path, saver.checkpoint_dir):
+        ranked = not other and checkpoint.get('saver')
+        if ranked:
+            saver.go_on(path, checkpoint, position)
         saver.leave_behind(position.epoch)
-        saver.restore_best()
+        if ranked:
+            saver.restore_best()
+        elif position.epoch < run.epochs:
+            saver.leave_best('is the best of a ranking with which this run does not go on')
     return position
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """What a checkpoint has other than the run becomes a UserError that names it."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f'{path} does not fit this run: {first_line(error)[:300]}; resume with the settings it was '
+            f'written with, or the weights alone with --no-resume-opt'
+        ) from error
 
 
 def _args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
@@ -330,15 +381,17 @@ def _args(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     return vars(checkpoint.get('args') or argparse.Namespace())
 
 
-def _check_same(run: Run, path: Union[str, Path], position: Position) -> None:
-    run.process.check_equal(
-        (str(path), dataclasses.astuple(position)),
-        lambda seen: (
-            f'the processes would continue from different checkpoints '
-            f'({" and ".join(sorted({one[0] for one in seen}))}): '
+def _check_same(run: Run, path: Optional[Path], digest: str, position: Position) -> None:
+    """SharedError unless all processes go on from the same bytes: a folder may have other names on other machines."""
+
+    def differs(_: List[Any]) -> str:
+        found = run.process.gather(f'{path}, {digest[:8]}' if path else 'none')
+        return (
+            f'the processes would continue from different checkpoints ({" and ".join(sorted(set(found)))}): '
             f'--output must be one folder that all machines see'
-        ),
-    )
+        )
+
+    run.process.check_equal((digest, dataclasses.astuple(position)), differs)
 
 
 NO_EFFECT = {  # settings that may change from start to start without changing what is trained
@@ -470,83 +523,33 @@ def _check_teacher(path: Path, checkpoint: Dict[str, Any], teacher: Optional[Dic
         )
 
 
-# What the flags decide in an optimizer; "fused" follows the device, see `build.build_optimizer`.
-FROM_FLAGS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum', 'fused')
-
-
-def _load_optimizer(run: Run, checkpoint: Dict[str, Any], position: Position) -> None:
+def _load_optimizer(run: Run, checkpoint: Dict[str, Any]) -> None:
     """Optimizer and scaler. Raises ValueError, before anything is loaded, on a state that is not one of theirs."""
-    state, groups = checkpoint['optimizer'], run.optimizer.param_groups
-    if len(groups) != len(state['param_groups']):
-        raise ValueError(
-            f'it has {len(state["param_groups"])} groups of parameters, this run {len(groups)} '
-            f'(--layer-decay, --weight-decay 0)'
-        )
-    if lacking := run.optimizer.state_dict().keys() - state.keys():  # such as the generator's state of timm's Kron
-        raise ValueError(f'its optimizer lacks {", ".join(sorted(lacking))}')
-    after = _after_a_step(run.optimizer)
-    for group, saved, tried in zip(groups, state['param_groups'], after.get('param_groups', groups), strict=True):
-        for name, value in group.items():
-            if name in FROM_FLAGS or isinstance(value, (bool, torch.dtype)) or name not in saved:
-                saved[name] = value
-        for name, value in tried.items():
-            if is_number(value) or isinstance(value, torch.Tensor):
-                _check_form(name, saved.get(name), value)
-        for name in saved.keys() - group.keys() - tried.keys():
-            if not (saved[name] is None or isinstance(saved[name], bool) or is_number(saved[name])):
-                raise ValueError(f'its {name} is {_form(saved[name])}, not a number')
-            if after or name == 'lr_scale':  # nothing of this run's: a scheduler would multiply by it
-                del saved[name]
-    expected = after.get('state', {})
-    for number, entry in state['state'].items():
-        for name, value in expected.get(number, {}).items():
-            _check_form(f'{name} of parameter {number}', entry.get(name), value)
-    stepped = run.done(position) > position.streak  # else every update up to now was skipped
-    if stepped and any(expected.values()) and not state['state']:
-        raise ValueError(f'it lacks the state of the optimizer after {run.done(position)} updates')
-    scaler, before = checkpoint.get(run.stepper.state_dict_key), _args(checkpoint)
-    if run.stepper.scaling and scaler is None and before.get('amp') and before.get('amp_dtype') == 'float16':
-        raise ValueError('it lacks the scale of float16')
+    check_states(checkpoint, run.optimizer, run.stepper)
+    state, scaler = checkpoint['optimizer'], checkpoint.get(run.stepper.state_dict_key)
     if run.stepper.scaling and scaler is not None:
-        scale, tracker = scaler.get('scale'), scaler.get('_growth_tracker')
-        if not (is_number(scale) and 0 < scale <= torch.finfo().max and is_whole(tracker) and tracker < 2**31):
-            raise ValueError(f'its scale of float16 is {scale}, after {tracker} updates')
-        run.stepper.load_state_dict({**run.stepper.state_dict(), 'scale': scale, '_growth_tracker': tracker})
+        kept = {name: scaler[name] for name in ('scale', '_growth_tracker')}
+        run.stepper.load_state_dict({**run.stepper.state_dict(), **kept})
     for number, entry in state['state'].items():  # in a file two of them can share their memory
         state['state'][number] = {name: copy.deepcopy(value) for name, value in entry.items()}
     run.optimizer.load_state_dict(state)
 
 
-def _after_a_step(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
-    """The state dict of a fresh optimizer after a step, empty where a copy of it cannot make one: on parameters without
-    content, or of zeros."""
-    for device in ('meta', 'cpu'):
-        memo: Dict[int, Any] = {}
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group['params']):
-            twin = torch.nn.Parameter(torch.zeros_like(parameter, device=device))
-            twin.grad = torch.ones_like(twin)
-            memo[id(parameter)] = twin
-        with contextlib.suppress(Exception):  # such as those that ask for a value, which only the CPU has
-            trial = copy.deepcopy(optimizer, memo)
-            for group in trial.param_groups:
-                group.update((name, False) for name in ('fused', 'foreach') if name in group)
-            trial.step()
-            return trial.state_dict()
-    return {}
-
-
-def _check_form(name: str, value: Any, expected: Any) -> None:
-    if _form(value) != _form(expected):
-        raise ValueError(f'its {name} is {_form(value)}, not {_form(expected)}')
-
-
-def _form(value: Any) -> str:
-    """Shape and type of a value in an optimizer's state, for comparison."""
-    if isinstance(value, torch.Tensor):
-        return f'{"×".join(map(str, value.shape)) or "a number"} of {str(value.dtype)[6:]}'
-    if isinstance(value, (list, tuple)):
-        return f'[{", ".join(map(_form, value))}]'
-    return 'a number' if is_number(value) else 'missing' if value is None else type(value).__name__
+def check_states(checkpoint: Dict[str, Any], optimizer: torch.optim.Optimizer, stepper: Stepper) -> None:
+    """ValueError where the states of optimizer and scaler in a checkpoint are not those of a run with these. What the
+    flags decide in it becomes the run's."""
+    saved, updates, skipped = checkpoint.get('saver') or {}, checkpoint.get('epoch', -1) + 1, 0
+    if 'position' in saved:
+        position = Position(**saved['position'])
+        updates, skipped = position.epoch * saved['plan']['updates_per_epoch'] + position.update, position.streak
+    fit_state(checkpoint['optimizer'], optimizer, updates, skipped)
+    scaler, before = checkpoint.get(stepper.state_dict_key), _args(checkpoint)
+    if stepper.scaling and scaler is None and before.get('amp') and before.get('amp_dtype') == 'float16':
+        raise ValueError('it lacks the scale of float16')
+    if stepper.scaling and scaler is not None:
+        scale, tracker = scaler.get('scale'), scaler.get('_growth_tracker')
+        if not (is_number(scale) and 0 < scale <= torch.finfo().max and is_whole(tracker) and tracker < 2**31):
+            raise ValueError(f'its scale of float16 is {scale}, after {tracker} updates')
 
 
 def _position(path: Path, checkpoint: Dict[str, Any], run: Run) -> Position:

@@ -353,11 +353,13 @@ class _KeyValues(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        pairs = dict(getattr(namespace, self.dest, {}))
+        pairs: Dict[str, Any] = {}
         for text in values:
             key, equals, value = text.partition('=')
             if not (key and equals) or len(text) > LONGEST:
                 raise UserError(f'{option_string}: {shown(text)} is not of the form key=value')
+            if key in pairs:
+                raise UserError(f'{option_string}: key {shown(key)} is given twice')
             try:
                 tree = ast.parse(value, mode='eval')
                 pairs[key] = ast.literal_eval(tree)
@@ -365,7 +367,7 @@ class _KeyValues(argparse.Action):
                 pairs[key] = {'true': True, 'false': False}.get(value, value)
             else:
                 self._check_numbers(tree, value, option_string)
-        setattr(namespace, self.dest, pairs)
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **pairs})  # the later flag wins
 
     @staticmethod
     def _check_numbers(tree: ast.AST, text: str, where: Any) -> None:

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evavit.arguments import shown
 from evavit.errors import UserError, first_line
 from evavit.hub import folder_digest, held_out
-from evavit.training import build, checkpoint, checks, contents, data, distillation, run_folder
+from evavit.training import build, checkpoint, checks, contents, data, distillation, loop, run_folder
 from evavit.training.config import ModelConfig, TrainConfig
 
 FEW_UPDATES = 10  # of an epoch, below which a warning says so
@@ -368,9 +368,9 @@ def check_resume(
     """Whether a run would find something of itself to go on from, in its folder or as the file of --resume. UserError
     where it could not go on.
 
-    The file is read, its weights are compared with the shapes of `model` unless that is None; the images that are held
-    out (`data.held_out`) where the data is there; classes, optimizer and teacher with the run's where it would go on
-    with them.
+    The file is read, its weights and optimizer's state are compared with the shapes of `model` unless that is None; the
+    images that are held out (`data.held_out`) where the data is there; classes, optimizer and teacher with the run's
+    where it would go on with them.
     """
     run_folder.check_lock(folder)
     candidates = run_folder.find_resume(config.run.resume, folder)
@@ -388,8 +388,20 @@ def check_resume(
             checkpoint.check_classes(path, content, class_names, weights_alone=config.run.no_resume_opt)
             if not config.run.no_resume_opt:
                 checkpoint.check_training(path, content, config.optim.opt, teacher.identity if teacher else None)
+                if model is not None:
+                    _check_states(path, content, config, model, teacher)
             return True
     return False
+
+
+def _check_states(path: Path, content: Any, config: TrainConfig, model: Any, teacher: Any) -> None:
+    """UserError where a checkpoint's states of optimizer and scaler are not the run's."""
+    cpu = torch.device('cpu')
+    task = build.build_task(model, config.loss, cpu, kind=distillation.task_kind(config.distil, teacher))
+    # No rate is compared: the flags decide on it.
+    optimizer = build.build_optimizer(task.get_trainable_module() or model, config.optim, lr=1.0)
+    with checkpoint.fitting(path):
+        checkpoint.check_states(content, optimizer, loop.Stepper(config.machine, config.optim, cpu))
 
 
 def _batches(train_set: Any, aug_repeats: int, batch: checks.GlobalBatch) -> int:

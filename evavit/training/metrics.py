@@ -161,11 +161,14 @@ class MetricsWriter:
             self._write_hyperparameters({}, ended=True)
 
     def _trim_summary(self, epoch: int) -> None:
-        """Drop the rows from `epoch` on. A file that is not this run's is no reason to stop it, and is kept."""
+        """Drop the rows from `epoch` on. A file that is not this run's is no reason to stop it, and is kept. One that
+        cannot be read may be this run's."""
         try:
             self._check_summary(epoch)
             self._rewrite_summary(lambda name: trim_summary(name, epoch))
-        except (OSError, ValueError, csv.Error) as error:
+        except OSError as error:
+            raise LocalError(f'{self.summary}: cannot be read ({reason_of(error)}); mend that or move it') from error
+        except (ValueError, csv.Error) as error:
             kept = set_aside(self.summary)
             log.warning(f'warning: {self.summary} is no summary of this run ({str(error)[:80]}): kept as {kept}')
 

@@ -1,11 +1,17 @@
-"""The state of an optimizer in a checkpoint, believed only after it has been checked, as the rest in `contents`."""
+"""The state of an optimizer in a checkpoint: believed only after it has been checked, as the rest in `contents`, and
+fit to the optimizer of the run that goes on."""
 
-from typing import Any, Iterator, Tuple
+import contextlib
+import copy
+from typing import Any, Dict, Iterator, Tuple
 
 import torch
 
 from evavit.models._weights import strange
 from evavit.training.sections import is_number, is_plain, is_whole
+
+# What the flags decide in an optimizer; "fused" follows the device, see `build.build_optimizer`.
+FROM_FLAGS = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'betas', 'eps', 'momentum', 'fused')
 
 
 def judged_optimizer(optimizer: Any) -> Iterator[Tuple[str, Any, bool]]:
@@ -84,3 +90,67 @@ def _is_computed(name: str, value: Any) -> bool:
     if strange(value) or any(size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True)):
         return False  # elements that share their memory cannot be updated in place
     return bool(value.isfinite().all() and (not positive or value.is_complex() or (value >= 0).all()))
+
+
+def fit_state(state: Dict[str, Any], optimizer: torch.optim.Optimizer, updates: int, skipped: int) -> None:
+    """ValueError where a judged state is not one of this optimizer after so many updates, of which the last `skipped`
+    were skipped. What the flags decide in it becomes the optimizer's."""
+    groups = optimizer.param_groups
+    if len(groups) != len(state['param_groups']):
+        raise ValueError(
+            f'it has {len(state["param_groups"])} groups of parameters, this run {len(groups)} '
+            f'(--layer-decay, --weight-decay 0)'
+        )
+    if lacking := optimizer.state_dict().keys() - state.keys():  # such as the generator's state of timm's Kron
+        raise ValueError(f'its optimizer lacks {", ".join(sorted(lacking))}')
+    after = _after_a_step(optimizer)
+    for group, saved, tried in zip(groups, state['param_groups'], after.get('param_groups', groups), strict=True):
+        for name, value in group.items():
+            if name in FROM_FLAGS or isinstance(value, (bool, torch.dtype)) or name not in saved:
+                saved[name] = value
+        for name, value in tried.items():
+            if is_number(value) or isinstance(value, torch.Tensor):
+                _check_form(name, saved.get(name), value)
+        for name in saved.keys() - group.keys() - tried.keys():
+            if not (saved[name] is None or isinstance(saved[name], bool) or is_number(saved[name])):
+                raise ValueError(f'its {name} is {_form(saved[name])}, not a number')
+            if after or name == 'lr_scale':  # nothing of this run's: a scheduler would multiply by it
+                del saved[name]
+    expected = after.get('state', {})
+    for number, entry in state['state'].items():
+        for name, value in expected.get(number, {}).items():
+            _check_form(f'{name} of parameter {number}', entry.get(name), value)
+    if updates > skipped and any(expected.values()) and not state['state']:
+        raise ValueError(f'it lacks the state of the optimizer after {updates} updates')
+
+
+def _after_a_step(optimizer: torch.optim.Optimizer) -> Dict[str, Any]:
+    """The state dict of a fresh optimizer after a step, empty where a copy of it cannot make one: on parameters without
+    content, or of zeros."""
+    for device in ('meta', 'cpu'):
+        memo: Dict[int, Any] = {}
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group['params']):
+            twin = torch.nn.Parameter(torch.zeros_like(parameter, device=device))
+            twin.grad = torch.ones_like(twin)
+            memo[id(parameter)] = twin
+        with contextlib.suppress(Exception):  # such as those that ask for a value, which only the CPU has
+            trial = copy.deepcopy(optimizer, memo)
+            for group in trial.param_groups:
+                group.update((name, False) for name in ('fused', 'foreach') if name in group)
+            trial.step()
+            return trial.state_dict()
+    return {}
+
+
+def _check_form(name: str, value: Any, expected: Any) -> None:
+    if _form(value) != _form(expected):
+        raise ValueError(f'its {name} is {_form(value)}, not {_form(expected)}')
+
+
+def _form(value: Any) -> str:
+    """Shape and type of a value in an optimizer's state, for comparison."""
+    if isinstance(value, torch.Tensor):
+        return f'{"×".join(map(str, value.shape)) or "a number"} of {str(value.dtype)[6:]}'
+    if isinstance(value, (list, tuple)):
+        return f'[{", ".join(map(_form, value))}]'
+    return 'a number' if is_number(value) else 'missing' if value is None else type(value).__name__

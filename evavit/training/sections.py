@@ -102,7 +102,11 @@ class Option:
                 raise ValueError
             return [self._parse_one(item) for item in value]
         except (ValueError, TypeError):
-            raise UserError(f'{where}: {shown(value)} does not fit {self.name}, which takes {self.expects()}') from None
+            told = f'{where}: {shown(value)} does not fit {self.name}, which takes {self.expects()}'
+            items = value if isinstance(value, (list, tuple)) else [value]
+            if self.type is str and not all(isinstance(item, str) for item in items):  # YAML reads 1.10 as 1.1
+                told += '; put a text that YAML reads as something else in quotes'
+            raise UserError(told) from None
 
     def _parse_one(self, value: Any) -> Any:
         if self.type is dict:
@@ -121,7 +125,7 @@ class Option:
             return value
         if isinstance(value, (bool, dict, list)) or value is None:
             raise ValueError
-        if self.type is str and not isinstance(value, (str, int, float)):
+        if self.type is str and not isinstance(value, (str, int)):
             raise ValueError
         if self.type is int and isinstance(value, float):
             raise ValueError

@@ -1,5 +1,6 @@
 """Runs that are stopped or killed in an epoch go on as if nothing had been, and a stop is orderly."""
 
+import errno
 import os
 import random
 import re
@@ -29,8 +30,8 @@ from runs import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from evavit.errors import PREEMPTED
-from evavit.training import checkpoint, data, loop
+from evavit.errors import PREEMPTED, LocalError
+from evavit.training import checkpoint, data, loop, metrics
 from evavit.training.signals import SIGNALS
 
 RESUMED = [
@@ -350,6 +351,21 @@ def test_a_summary_that_is_none_is_kept_aside(train):
         kept = folder / f'summary.csv.damaged{number or ""}'
         assert kept.is_fifo() if content is None else kept.read_bytes() == content
         assert [row['epoch'] for row in rows(folder)] == [str(number + 2)]
+
+
+def test_a_summary_that_may_not_be_read_stays_where_it_is(tmp_path, monkeypatch):
+    """It may be whole, as may a checkpoint."""
+    writer = object.__new__(metrics.MetricsWriter)
+    writer.summary = tmp_path / 'summary.csv'
+    writer.summary.write_text('epoch,train_loss\n0,2\n')
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(metrics, 'open', refused, raising=False)
+    with pytest.raises(LocalError, match=r'summary\.csv: cannot be read \(Permission denied\)'):
+        writer._trim_summary(1)
+    assert [path.name for path in tmp_path.iterdir()] == ['summary.csv']
 
 
 def test_a_summary_that_was_cut_loses_no_row(train):

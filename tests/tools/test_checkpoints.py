@@ -81,6 +81,17 @@ def test_an_epoch_of_several_names_counts_once(run, tmp_path, capsys):
         torch.testing.assert_close(value, expected[name])
 
 
+def test_an_epoch_of_several_starts_counts_once(tmp_path, capsys):
+    """Its settings say by which flags the run went on; what is trained by them is the same."""
+    for name, value, resume in (('last', 1.0, 'auto'), ('previous', 1.0, None), ('model_best', 4.0, None)):
+        about = argparse.Namespace(model='x', resume=resume, workers=len(name))
+        torch.save(dict(state_dict={'weight': torch.full((2,), value)}, args=about), tmp_path / f'{name}.pth.tar')
+    out = tmp_path / 'mean.pth'
+    assert tool('avg_checkpoints')('--input', tmp_path, '--output', out, '--filter', '*.tar') == 0
+    assert 'previous.pth.tar holds the weights of last.pth.tar, and is left out' in capsys.readouterr().out
+    assert torch.equal(torch.load(out)['weight'], torch.full((2,), 2.5))
+
+
 def test_the_best_by_loss_has_the_smallest(tmp_path, capsys):
     for number, metric in enumerate((0.5, 0.2, 0.9)):
         about = dict(args=argparse.Namespace(model='x', eval_metric='loss'), metric=metric, epoch=number)

@@ -21,6 +21,7 @@ from training.small_run import resume, rewritten, run_of, saver_of, settings_of,
 from evavit.errors import LocalError, UserError
 from evavit.training import checkpoint, contents, dry_run, loop, run_folder
 from evavit.training.agreement import code_version
+from evavit.training.build import build_optimizer
 from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.data.images import BadImages
 from evavit.training.loop import Position
@@ -234,16 +235,35 @@ def test_processes_that_see_different_checkpoints_stop(saver, tmp_path):
     """As where a folder is not shared: the other process found none."""
     saver.save_position(Position(2, 5))
     run = run_of()
-    other = ('none', (0,))
+    other = ('', (0,))
 
     def agree(value, remark):
         if value != other:
             raise UserError(remark([value, other]))
 
-    run.process = argparse.Namespace(world_size=2, check_equal=agree, primary=False)
-    for candidates in ([tmp_path / 'last.pth.tar'], []):
-        with pytest.raises(UserError, match='one folder that all machines see'):
+    run.process = argparse.Namespace(
+        world_size=2, check_equal=agree, gather=lambda item: [item, 'another'], primary=False
+    )
+    for candidates, told in (
+        ([tmp_path / 'last.pth.tar'], r'last\.pth\.tar, [0-9a-f]{8} and another'),
+        ([], 'another and none'),
+    ):
+        with pytest.raises(UserError, match=rf'{told}\): --output must be one folder that all machines see'):
             resume(candidates, run, None)
+
+
+@pytest.mark.parametrize('digest', [True, False])
+def test_processes_that_see_one_folder_by_two_names_go_on(saver, tmp_path, digest):
+    """As where it is mounted at another place on each machine."""
+    saver.save_position(Position(2, 5))
+    if not digest:
+        rewritten(tmp_path / 'last.pth.tar', lambda content: None)
+    (tmp_path / 'other name').symlink_to(tmp_path)
+    run, seen = run_of(), []
+    run.process = argparse.Namespace(world_size=1, check_equal=lambda value, _: seen.append(value), primary=False)
+    for folder in (tmp_path, tmp_path / 'other name'):
+        resume([folder / 'last.pth.tar'], run)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize('digest', [True, False])
@@ -421,6 +441,30 @@ def test_the_flags_of_a_resumed_run_hold(saver, tmp_path, caplog):
         resume([tmp_path / 'last.pth.tar'], run, None)
 
 
+@pytest.mark.parametrize(
+    'flags, change, told',
+    [
+        ((), None, None),
+        (('--weight-decay', '0'), None, 'it has 2 groups of parameters, this run 1'),
+        (('--layer-decay', '0.5', '--no-resume-opt'), None, None),
+        ((), state('exp_avg', torch.ones(3)), 'its exp_avg of parameter 0 is 3 of float32, not 2 of float32'),
+        ((), lambda content: content['optimizer'].update(state={}), 'it lacks the state of the optimizer after 5 up'),
+    ],
+)
+def test_a_dry_run_refuses_what_does_not_fit_the_optimizer(saver, tmp_path, flags, change, told):
+    run = run_of()
+    run.optimizer = build_optimizer(run.task.get_trainable_module(), settings_of().optim, 0.1)
+    run.task.get_trainable_module()(torch.ones(1, 4)).sum().backward()
+    run.optimizer.step()
+    saver_of(run, tmp_path).save_position(Position(0, 5))
+    if change:
+        rewritten(tmp_path / 'last.pth.tar', change)
+    config = settings_of(*flags, '--resume', 'auto')
+    model = torch.nn.Linear(4, 2, device='meta')
+    with pytest.raises(UserError, match=told) if told else contextlib.nullcontext():
+        assert dry_run.check_resume(config, tmp_path, model)
+
+
 def test_another_run_s_folder_is_not_overwritten(saver, tmp_path):
     saver.save_position(Position(0, 3))
     (tmp_path / 'other').mkdir()
@@ -560,7 +604,8 @@ def test_a_resume_from_an_earlier_checkpoint_of_the_folder(tmp_path):
 
 @pytest.mark.parametrize('how', ['back', 'damaged', 'within an epoch', 'gone', 'none ranked'])
 def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, caplog, how):
-    """`model_best` of an epoch behind becomes that of the ranking's best epoch, or is set aside."""
+    """`model_best` of an epoch behind becomes that of the ranking's best epoch. Where nothing is left of that one, it
+    is set aside, and the best of what is left takes its place."""
     saver = saver_of(run_of('--checkpoint-hist', '4'), tmp_path)
     if how == 'none ranked':
         saver.save_position(Position(0, 5))
@@ -582,7 +627,7 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
     run = run_of('--checkpoint-hist', '4')
     again = saver_of(run, tmp_path)
     resume(run_folder.find_resume('auto', tmp_path) if how == 'damaged' else candidates, run, again)
-    assert again.best_epoch == (None if how == 'none ranked' else 0)
+    assert again.best_epoch == {'none ranked': None, 'gone': 1}.get(how, 0)
     said = [record.getMessage() for record in caplog.records if 'an epoch that this run has no longer' in record.msg]
     behind = range(0 if how == 'none ranked' else 2, 3)
     assert len(said) == 2 + len(behind)
@@ -590,14 +635,87 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
         f'checkpoint-{epoch}.pth.tar.before' for epoch in behind
     }
     if how in ('gone', 'none ranked'):
-        assert not any(path.exists() for path in best)
         assert [path.with_name(f'{path.name}.before').read_bytes() for path in best] == abandoned
+    if how == 'none ranked':
+        assert not any(path.exists() for path in best)
+    elif how == 'gone':
+        assert best[0].samefile(tmp_path / 'checkpoint-1.pth.tar') and contents.stored_metric(best[1]) == 10
     else:
         assert best[0].read_bytes() == first
         assert contents.stored_metric(best[1]) == 30 and load_file(best[1]).keys() == {'weight', 'bias'}
     resume(candidates, run := run_of('--checkpoint-hist', '4'), saver_of(run, tmp_path))
-    assert [path.exists() for path in best] == [how not in ('gone', 'none ranked')] * 2
+    assert [path.exists() for path in best] == [how != 'none ranked'] * 2
     assert sum('has no longer' in record.getMessage() for record in caplog.records) == len(said)  # once
+
+
+@pytest.mark.parametrize('back', [True, False])
+def test_a_ranking_that_begins_anew_replaces_nothing_of_the_one_before(tmp_path, caplog, back):
+    """With other classes the run takes the weights alone: the best of the classes before is not that of these."""
+    saver = saver_of(run_of(), tmp_path)
+    for epoch, metric in enumerate((10.0, 30.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+    names = [f'model_best.{form}' for form in ('pth.tar', 'safetensors')] + ['checkpoint-1.pth.tar'] * back
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    first = (tmp_path / 'checkpoint-0.pth.tar').read_bytes()
+    chosen = tmp_path / ('checkpoint-0.pth.tar' if back else 'last.pth.tar')
+
+    def other_classes(epochs):
+        run = run_of('--no-resume-opt')
+        run.epochs = epochs
+        again = checkpoint.Saver(run, settings_of().flat(), ['a', 'zz'], tmp_path)
+        position = checkpoint.resume([chosen], run, settings_of().flat(), again, ['a', 'zz'])
+        return again, position
+
+    again, position = other_classes(3)
+    assert again.best_epoch is None and position.epoch == 2 - back
+    assert sum(' it is ' in record.getMessage() for record in caplog.records) == len(names)
+    again.save_epoch(position.next_epoch(), 5.0)
+    assert checkpoint.read_checkpoint(tmp_path / 'model_best.pth.tar')['metric'] == 5
+    assert {path.name for path in tmp_path.glob('*.before')} == {f'{name}.before' for name in names}
+    assert {name: (tmp_path / f'{name}.before').read_bytes() for name in names} == before
+    assert (tmp_path / 'checkpoint-0.pth.tar').read_bytes() == first
+
+
+def test_a_ranking_that_has_no_epoch_to_come_leaves_the_best_of_the_one_before(tmp_path):
+    saver_of(run_of(), tmp_path).save_epoch(Position(3), 10.0)
+    before = contents_of(tmp_path)
+    run = run_of('--no-resume-opt')
+    again = checkpoint.Saver(run, settings_of().flat(), ['a', 'zz'], tmp_path)
+    checkpoint.resume([tmp_path / 'last.pth.tar'], run, settings_of().flat(), again, ['a', 'zz'])
+    assert contents_of(tmp_path) == before
+
+
+@pytest.mark.parametrize('left', ['checkpoint-0', 'previous', 'weights', 'last', 'within'])
+def test_a_best_checkpoint_that_is_missing_is_made_of_what_is_left(tmp_path, caplog, left):
+    """A folder to which only some files were copied ends with a `model_best`, the one that the run names."""
+    first = saver_of(run_of(), tmp_path)
+    for epoch, metric in enumerate((30.0, 10.0)):
+        first.save_epoch(Position(epoch + 1), metric)
+    if left == 'within':
+        first.save_position(Position(2, 5))
+    folder = tmp_path / 'copy'
+    folder.mkdir()
+    best, weights_alone = folder / 'model_best.pth.tar', folder / 'model_best.safetensors'
+    names = dict(weights=weights_alone.name, last='last.pth.tar', within='last.pth.tar')
+    for name in {'last.pth.tar', names.get(left, f'{left}.pth.tar')}:
+        shutil.copy(tmp_path / name, folder)
+
+    run = run_of()
+    saver = saver_of(run, folder)
+    resume([folder / 'last.pth.tar'], run, saver)
+    if left in ('checkpoint-0', 'previous'):
+        assert saver.best_epoch == 0 == checkpoint.read_checkpoint(best)['epoch']
+        assert 'model_best.pth.tar is missing: epoch 0, its best, takes its place' in caplog.text
+    else:
+        assert 'no checkpoint of epoch 0, its best, is left: ' in caplog.text
+        assert saver.best_epoch == dict(weights=0, last=1, within=None)[left]
+    if left != 'within':
+        assert contents.stored_metric(weights_alone) == saver.best_metric
+    saver.save_epoch(Position(3), 5.0)
+    if left == 'weights':
+        assert saver.best_metric == 30 == contents.stored_metric(weights_alone)
+    else:
+        assert checkpoint.read_checkpoint(best)['metric'] == saver.best_metric == dict(last=10, within=5).get(left, 30)
 
 
 def test_a_full_disk_is_called_so(saver, tmp_path, monkeypatch):
@@ -689,6 +807,18 @@ def test_fewer_kept_checkpoints_cost_no_better_one(tmp_path):
     assert {path.name for path in tmp_path.glob('checkpoint-*')} == {
         f'checkpoint-{epoch}.pth.tar' for epoch in (1, 2, 4)
     }
+
+
+def test_fewer_kept_checkpoints_cost_none_of_before(tmp_path):
+    """The last epoch of before is ranked as it was."""
+    saver = checkpoint.Saver(run_of(), settings_of().flat(), None, tmp_path)
+    for epoch, metric in enumerate((10.0, 30.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+    before = contents_of(tmp_path)
+    run = run_of('--checkpoint-hist', '1')
+    saver = saver_of(run, tmp_path)
+    resume([tmp_path / 'last.pth.tar'], run, saver)
+    assert contents_of(tmp_path) == before and saver.max_history == len(saver.checkpoint_files) == 1
 
 
 def test_a_checkpoint_that_cannot_take_its_place_is_a_line(saver, tmp_path, monkeypatch):

@@ -60,6 +60,18 @@ def test_a_name_that_looks_like_a_number_stays_a_name(text, tmp_path):
     assert settings_of('-c', str(tmp_path / 'args.yaml'))['experiment'] == text
 
 
+@pytest.mark.parametrize(
+    'line', ['experiment: 1.10', 'output: .5', 'experiment: 2026-12-01', 'experiment: no', 'wandb_tags: [a, 1.10]']
+)
+def test_a_text_that_yaml_reads_as_something_else_wants_quotes(line, config):
+    """1.10 would be the folder of the experiment 1.1."""
+    name, _, text = line.partition(': ')
+    with pytest.raises(UserError, match=f'does not fit {name}, which takes .*; put a text .* in quotes'):
+        settings_of('-c', config(line))
+    quoted = text.replace('1.10', "'1.10'") if text.startswith('[') else f"'{text}'"
+    assert settings_of('-c', config(f'{name}: {quoted}'))[name] == (['a', '1.10'] if text.startswith('[') else text)
+
+
 @pytest.mark.parametrize('text', ['２４', '2_4', ' 24', '24 ', '1:30', '0x18', '0b1', '1e3', '9' * 30])
 def test_numbers_are_plain_digits(text, config):
     for flags in (['--epochs', text], ['-c', config(f'epochs: "{text}"')]):
@@ -128,6 +140,15 @@ def test_every_option_survives_flag_and_file(script, tmp_path):
         assert settings.flat()[name] == value == getattr(getattr(settings, option.section), name)
         settings.save(tmp_path / 'args.yaml', ['a remark'])
         assert settings_of('-c', str(tmp_path / 'args.yaml'), script=script) == settings.flat()
+
+
+def test_a_key_given_twice_is_refused():
+    """In one flag: a second flag wins over the first, as elsewhere."""
+    for flag in ('--model-kwargs', '--convert-kwargs', '--kd-model-kwargs'):
+        with pytest.raises(UserError, match=f"{flag}: key 'depth' is given twice"):
+            settings_of(flag, 'depth=2', 'heads=1', 'depth=3')
+        values = settings_of(flag, 'depth=2', 'heads=1', flag, 'depth=3')[flag[2:].replace('-', '_')]
+        assert values == dict(depth=3, heads=1)
 
 
 def test_defaults_fit_their_own_options():
