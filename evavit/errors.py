@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, Optional, Sequence, Set, TextIO, Tuple, cast
 
 INTERRUPTED = 130  # as a shell has it for Ctrl-C
@@ -237,6 +238,9 @@ def end_now(code: int, line: str) -> NoReturn:
     with suppress(OSError):  # of a standard error that takes no more
         os.write(2, f'error: {printable(line)}\n'.encode(errors='replace'))
     for child in multiprocessing.active_children():
+        with suppress(OSError, ValueError):  # what it started, such as curl, would hold our streams open (Linux alone)
+            for started in Path('/proc', str(child.pid), 'task', str(child.pid), 'children').read_text().split():
+                os.kill(int(started), signal.SIGKILL)
         child.kill()
     os._exit(code)
 

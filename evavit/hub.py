@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from timm.layers import to_2tuple
-from timm.models import get_model_args, get_model_input_config, resolve_model_input_args
+from timm.models import build_model_with_cfg, get_model_args, get_model_input_config, resolve_model_input_args
 from timm.models._features import FeatureGetterNet
 from timm.models._hub import (
     HF_SAFE_WEIGHTS_NAME,
@@ -51,7 +51,9 @@ _CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of
 _CARD = 'evavit_card_sha256'  # the one with the digest of the README.md that was written with it
 _HELD_OUT = 'evavit_held_out'  # the one with what a run held out of its images, see `held_out`
 
-_NOT_OF_A_MODEL = {'device', 'dtype', *inspect.signature(timm.create_model).parameters} - {'kwargs'}
+_MAKERS = timm.create_model, build_model_with_cfg
+_NOT_OF_A_MODEL = {'device', 'dtype', *(name for maker in _MAKERS for name in inspect.signature(maker).parameters)}
+_NOT_OF_A_MODEL -= {'kwargs'}
 
 
 def held_out(settings: Dict[str, Any]) -> Dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+LONGEST = 100  # sides beyond 100:1 would fill the memory: pictures are resized by the shorter one
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM', 'JPEG2000')  # for some others Pillow starts a program
 
 
@@ -47,6 +48,8 @@ def prepare(picture: Image.Image, about: dict) -> np.ndarray:
             metadata.
     """
     channels, height, width = about['input_size']
+    if max(picture.size) > LONGEST * min(picture.size):
+        raise ValueError(f'{picture.width} × {picture.height} pixels, sides beyond {LONGEST}:1')
     picture = to_8_bits(picture)
     picture = picture.convert('L' if channels == 1 else 'RGB')
     tall, wide = (math.floor(side / about['crop_pct']) for side in (height, width))
@@ -148,10 +151,11 @@ def main() -> None:
             OSError,
             SyntaxError,
             ValueError,
+            MemoryError,
             Image.DecompressionBombWarning,
             Image.DecompressionBombError,
         ) as error:
-            print(shown(f'{path} is left out: {error}'), file=sys.stderr)
+            print(shown(f'{path} is left out: {error or type(error).__name__}'), file=sys.stderr)
             continue
         if not np.isfinite(row).all():
             parser.error(shown(f'{args.model}: its outputs for {path} are not finite'))

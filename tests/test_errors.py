@@ -2,10 +2,14 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import re
+import subprocess
 import sys
+import time
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +91,31 @@ def test_a_process_that_is_stuck_ends_without_standard_error(monkeypatch):
     monkeypatch.setattr(os, '_exit', sys.exit)
     with pytest.raises(SystemExit, match='143'):
         end_now(143, 'SIGTERM for the second time')
+
+
+def _start(path):
+    with subprocess.Popen(['sleep', '600'], close_fds=True) as started:
+        path.with_suffix('.new').write_text(str(started.pid))
+        path.with_suffix('.new').rename(path)
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='Linux alone says what a process started')
+def test_what_a_loading_process_started_ends_with_it(monkeypatch, tmp_path):
+    """Such as curl, which would hold the streams of a run that has ended."""
+    worker = multiprocessing.Process(target=_start, args=(tmp_path / 'pid',))
+    worker.start()
+    while not (tmp_path / 'pid').exists():
+        time.sleep(0.01)
+    monkeypatch.setattr(os, '_exit', sys.exit)
+    with pytest.raises(SystemExit, match='75'):
+        end_now(75, 'no image came')
+    worker.join()
+    place = Path('/proc', (tmp_path / 'pid').read_text(), 'stat')
+    for _ in range(500):
+        if not place.exists() or place.read_text().split()[2] == 'Z':
+            return
+        time.sleep(0.01)
+    pytest.fail('it still runs')
 
 
 def test_a_full_disk_is_a_line(tmp_path, capsys):

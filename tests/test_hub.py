@@ -347,7 +347,10 @@ def test_damaged_folders_and_other_weights_are_one_line(tmp_path):
             json.dumps({**config, 'model_args': {**config['model_args'], 'device': 'meta'}}),
             'device in model_args is no',
         ),
-        (json.dumps({**config, 'model_args': {**config['model_args'], 'dtype': 'x'}}), 'dtype in model_args is no'),
+        *(
+            (json.dumps({**config, 'model_args': {**config['model_args'], name: 'x'}}), f'{name} in model_args is no')
+            for name in ('dtype', 'pretrained_strict', 'cache_dir')
+        ),
         (json.dumps({**config, 'model_args': dict(checkpoint_path='x')}), 'checkpoint_path in model_args is no'),
         (
             json.dumps({**config, 'model_args': {**config['model_args'], 'depth': 10**7}}),

@@ -12,6 +12,7 @@ from timm.utils import load_checkpoint_metadata
 
 from evavit.arguments import PREPARATION, wrong_preparation
 from evavit.errors import first_line
+from evavit.files import open_regular
 
 __all__ = ['as_trained', 'saved_args', 'saved_conversion', 'saved_preparation', 'trained_size']
 
@@ -39,7 +40,8 @@ def trained_size(file: Union[str, Path]) -> Optional[Tuple[int, int]]:
     sizes = [saved.get('input_size'), saved.get('img_size'), saved.get('model_kwargs')]
     if not saved and Path(file).name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
         with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-            content = json.loads(beside.read_text(encoding='utf-8'))
+            with open_regular(beside) as stream:
+                content = json.load(stream)
             sizes = [content.get('pretrained_cfg', content).get('input_size'), content.get('model_args')]
     for size in sizes:
         size = size.get('img_size') if isinstance(size, dict) else size

@@ -251,6 +251,8 @@ def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
         settings = vars(args) if isinstance(args, argparse.Namespace) else {}
     if not isinstance(settings, dict) or not is_plain(settings):
         raise UserError(f'{path}: not a checkpoint of train.py (its settings are not names with plain values)')
+    if isinstance(settings.get('input_size'), int):  # of DeiT's main.py, or of one of those made of it
+        return {}
     for name, value, right in _judged_settings(settings):
         if not right:
             raise UserError(f'{path}: not a checkpoint of train.py (its {name} is {_shown(value)})')

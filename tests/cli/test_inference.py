@@ -918,7 +918,7 @@ def test_a_link_to_a_folder_in_a_tar_file_is_a_line(call, hub, tmp_path, leads):
     with tarfile.open(tmp_path / 'in.tar', 'w') as tar:
         tar.add(tmp_path / 'a.png', './pool/a.png')
         tar.add(tmp_path / 'a.png', 'data.bin')
-        for name, target in (('read_me', 'data.bin'), ('more', leads)):
+        for name, target in (('read_me', 'again'), ('again', 'data.bin'), ('more', leads)):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = tarfile.SYMTYPE, target
             tar.addfile(member)

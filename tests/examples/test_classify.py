@@ -111,6 +111,7 @@ def test_folders_and_broken_pictures(example, tmp_path, monkeypatch, capsys):
     (tmp_path / 'drawing.png').write_bytes(postscript())
     Image.new('F', (20, 10), 0.5).save(tmp_path / 'float.tif')
     os.mkfifo(tmp_path / 'pipe.png')
+    Image.new('RGB', (1, 101)).save(tmp_path / 'thin.png')
     (tmp_path / 'notes.txt').write_text('no picture')
     monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path), str(tmp_path / 'deep' / 'b.webp')])
     example.main()
@@ -121,7 +122,9 @@ def test_folders_and_broken_pictures(example, tmp_path, monkeypatch, capsys):
         'drawing.png',
         'float.tif',
         'pipe.png',
+        'thin.png',
     ]
+    assert 'thin.png is left out: 1 × 101 pixels, sides beyond 100:1' in err
     assert 'float.tif is left out: floating-point pixels, whose range is not known' in err
     assert 'drawing.png is left out: cannot identify' in err and 'pipe.png is left out: not a regular file' in err
     monkeypatch.setattr('sys.argv', ['classify.py', 'm.onnx', str(tmp_path / 'broken.png')])

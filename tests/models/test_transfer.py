@@ -1,6 +1,7 @@
 """Weights from elsewhere: softmax models, other sizes, wrong files, and what became of each tensor."""
 
 import logging
+import os
 import zipfile
 from collections import Counter
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 import evavit
 from evavit.convert import changes_table, convert_softmax, linear_summary
 from evavit.models import fit_checkpoint, read_weights
+from evavit.models._saved import trained_size
 
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2)
 EVA = dict(window_size=4, partition_grid=4)
@@ -414,3 +416,9 @@ def test_a_compressed_archive_fills_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: pytest.fail('the file is unpacked'))
     with pytest.raises(RuntimeError, match=r'small\.pth: not a readable checkpoint: .*its part .* is damaged'):
         read_weights(tmp_path / 'small.pth')
+
+
+def test_a_pipe_beside_weights_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'config.json')
+    save_file({'weight': torch.zeros(1)}, tmp_path / 'model.safetensors')
+    assert trained_size(tmp_path / 'model.safetensors') is None

@@ -290,3 +290,10 @@ def test_a_metric_that_is_none_is_named(tmp_path, metric):
 def test_a_metric_is_read(written):
     for name in ('last.pth.tar', 'last.safetensors'):
         assert contents.stored_metric(written / name) == 30
+
+
+def test_settings_of_deit_s_own_program_are_another_program_s(tmp_path):
+    """Its `input_size` is one number."""
+    args = argparse.Namespace(model='deit_tiny_patch16_224', input_size=224, lr=5e-4, epochs=300, data_path='/x')
+    torch.save(dict(model={'weight': torch.zeros(1)}, args=args, epoch=5), tmp_path / 'deit.pth')
+    assert contents.saved_settings(tmp_path / 'deit.pth') == {}

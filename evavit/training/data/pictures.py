@@ -81,6 +81,7 @@ class Pictures(Reader):
                     if info.isdir():
                         continue
                     files[name] = files.get(unpacked_name(info.linkname), info) if info.islnk() else info
+                    links.pop(name, None)
                     if _is_picture(name):
                         found[name] = files[name]
                     elif info.issym() and not is_hidden(name):

@@ -42,7 +42,7 @@ class ClassTar(ClassFolders):
         except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{root}: not a readable tar file of CLASS/IMAGE files ({reason_of(error)})') from error
         check_links(content.links, {*content.places, *content.files}, root)
-        warn_of_strange(content.strange)
+        warn_of_strange([*content.strange])
         self.places = content.places
         images: Dict[str, List[str]] = {folder: [] for folder in content.folders}
         for path in sorted(self.places):
@@ -95,7 +95,7 @@ def unpacked_name(name: str) -> str:
 
 
 def linked(path: str, target: str) -> str:
-    """Where a symbolic link in a tar file leads to, as a name in it if that is inside."""
+    """Where a symbolic link in a tar file leads to, as a name of it if that is inside."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
 
 
@@ -103,6 +103,10 @@ def check_links(links: Mapping[str, str], files: Container[str], root: Path) -> 
     """UserError where one of the links of a tar file (name → where it leads) leads to no file in it, and so perhaps to
     a folder: its pictures would be missing without a word."""
     for name, target in links.items():
+        seen = {name}
+        while target in links and target not in seen:
+            seen.add(target)
+            target = links[target]
         if target not in files:
             raise UserError(
                 f'{root}: its member {os.path.relpath(name, root) if name.startswith(str(root)) else name} is a link, '
@@ -130,7 +134,7 @@ class _Content:
         self.folders: Dict[str, Set[str]] = {}  # folder → names of the folders in it
         self.files: Dict[str, Tuple[int, int]] = {}  # the same of files that are not called images
         self.links: Dict[str, str] = {}  # what is not called an image and leads elsewhere → where
-        self.strange: List[str] = []
+        self.strange: Dict[str, None] = {}  # what is called an image and is no file
 
     def add(self, file: IO[bytes], root: str, start: int = 0) -> None:
         """Note the members of a tar file, which begins at byte `start` of the outermost one."""
@@ -146,13 +150,15 @@ class _Content:
     def _add_member(self, archive: tarfile.TarFile, member: tarfile.TarInfo, root: str, start: int) -> None:
         name = unpacked_name(member.name)
         path, ending = _path(root, name), os.path.splitext(name)[1].lower()
-        if is_hidden(name):
-            return
         place = (start + member.offset_data, member.size) if member.isfile() and not member.issparse() else None
         if member.islnk():
             original = _path(root, unpacked_name(member.linkname))
             place = self.places.get(original) or self.files.get(original)
-        if member.isdir():
+        for older in (self.places, self.files, self.links, self.strange):
+            older.pop(path, None)
+        if is_hidden(name):
+            self.files.update({path: place} if place else {})
+        elif member.isdir():
             self._add_folder(path, root)
         elif ending == '.tar' and member.isfile():
             if not place:
@@ -163,15 +169,14 @@ class _Content:
             self.add(inner, path, start + member.offset_data)
         elif check_format(path):
             self._add_folder(os.path.dirname(path), root)
-            self.places.pop(path, None)
             if place:
                 self.places[path] = place
             else:
-                self.strange.append(path)
+                self.strange[path] = None
         elif ending == '.tar':
             self.links[path] = ''
         elif member.issym():
-            self.links[path] = linked(path, member.linkname)
+            self.links[path] = os.path.join(root, linked(name, member.linkname))
         elif place:
             self.files[path] = place
 

@@ -245,7 +245,12 @@ def test_links_to_other_files_are_left(images, tmp_path):
         add(archive, 'pear/1.png', type=tarfile.LNKTYPE, linkname='pear/original')
         add(archive, 'pear/8.png', (images / 'train' / 'pear' / '1.png').read_bytes())
         add(archive, 'pear/8.png', type=tarfile.SYMTYPE, linkname='nowhere.png')
-    assert open_both(tars) == expected
+        add(archive, 'LICENSE', type=tarfile.SYMTYPE, linkname='README')
+        add(archive, 'config', type=tarfile.SYMTYPE, linkname='.config')
+        add(archive, '.config', b'text')
+        add(archive, 'more', type=tarfile.SYMTYPE, linkname='nowhere')
+        add(archive, 'more', b'text')
+    assert open_both(tars) == open_both(tars / '..' / tars.name) == expected
 
 
 def test_a_sparse_tar_in_a_tar_is_a_line(images, tmp_path):
