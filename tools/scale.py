@@ -108,7 +108,7 @@ def parse(argv=None):
     )
     add('-b', '--batch-size', type=int, help='images on each GPU (default: 256, or 128 of the larger models)')
     add('--device', help='cpu, cuda (default: cuda where there is one)')
-    add('--seconds', type=float, default=1e9, help='begin no measurement after so many seconds')
+    add('--seconds', type=float, default=1e9, help='begin no other model, mode or number of GPUs after so many seconds')
     add('--row-seconds', type=float, default=2.0, help='of the timing of one number')
     add('--results-file', type=Path, help='CSV; rows of the same measurement are replaced')
     add('--data-dir', type=Path, help='train: photographs, made here if the folder is not there')

@@ -28,6 +28,7 @@ from evavit.bench.compare import compare_all, open_picture
 from evavit.bench.results import ORIGIN, check_writable, origin, read_rows, store_rows
 from evavit.cli.benchmark import positive
 from evavit.errors import UserError
+from evavit.files import file_digest
 from evavit.layers import ATTENTIONS
 from evavit.training.distributed import check_backend
 
@@ -116,10 +117,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         f'standard deviation of the logits {args.logit_std:g}'
     )
     print(''.join(f'{name:>{width}}' for name, width in COLUMNS.items()))
-    shared = {name: getattr(args, name) for name in SHARED} | dict(image=args.image or 'china.jpg') | origin(device)
+    picture = open_picture(args.image)
+    image = f'{args.image}, {file_digest(args.image)[:8]}' if args.image else 'china.jpg'  # other content is another one
+    shared = {name: getattr(args, name) for name in SHARED} | dict(image=image) | origin(device)
     key = ['tokens', 'attention', *SHARED, 'device']
     for row in compare_all(
-        open_picture(args.image),
+        picture,
         args.tokens,
         args.attentions,
         args.batch_size,

@@ -169,4 +169,12 @@ def test_a_grid_that_is_no_square_has_its_own_rows_as_they_come(capsys, monkeypa
     monkeypatch.setattr(attentions, 'make_attention', once)
     with pytest.raises(BaseException, match='killed'):
         call(capsys, '--tokens', '9', '25', *flags)
-    assert stored() == [*rows, ('9', 'mean'), ('9', 'softmax'), ('25', 'mean')]
+    rows += [('9', 'mean'), ('9', 'softmax'), ('25', 'mean')]
+    assert stored() == rows
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for colour in ('red', 'blue'):  # pictures of one name, that of the picture by default
+        Image.new('RGB', (32, 32), colour).save('china.jpg')
+        assert call(capsys, '--tokens', '4', *flags, '--image', 'china.jpg')[0] == 0
+        rows += [('4', 'mean'), ('4', 'softmax')]
+    assert stored() == rows
