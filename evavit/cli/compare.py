@@ -118,7 +118,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
     print(''.join(f'{name:>{width}}' for name, width in COLUMNS.items()))
     picture = open_picture(args.image)
-    image = f'{args.image}, {file_digest(args.image)[:8]}' if args.image else 'china.jpg'  # other content is another one
+    image = f'{args.image}, {file_digest(args.image)[:8]}' if args.image else 'china.jpg'  # two of one name differ
     shared = {name: getattr(args, name) for name in SHARED} | dict(image=image) | origin(device)
     key = ['tokens', 'attention', *SHARED, 'device']
     for row in compare_all(
