@@ -281,7 +281,7 @@ def test_shared_memory_that_is_small_or_read_only(options, workers, folder, tmp_
     inside = ['unshare', '-rm', 'sh', '-c', f'mount -t tmpfs -o {options} tmpfs /dev/shm && exec "$@"', 'sh']
     if not shutil.which('unshare') or subprocess.run([*inside, 'true'], capture_output=True).returncode:
         pytest.skip('needs the right to mount in a namespace of its own')
-    flags = [*MODEL, 'img_size=64', *QUICK, '-b', '8', *ALLOW]
+    flags = [*MODEL, '--model-kwargs', 'img_size=64', *QUICK, '-b', '8', *ALLOW]
     flags += ['--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--workers', workers]
     line, environment = command_line('train', *flags)
     done = subprocess.run([*inside, *line], capture_output=True, text=True, env=environment, timeout=120)
