@@ -297,10 +297,15 @@ def place_after(path: Path, check: Callable[[Path], None]) -> Path:
 
 def set_aside(path: Union[str, Path], ending: str = 'damaged') -> Path:
     """Rename what another file is going to replace to `.damaged`, `.damaged1`, …: the first name that nobody has."""
-    names = (Path(f'{path}.{ending}{number or ""}') for number in itertools.count())
-    kept = next(name for name in names if not os.path.lexists(name))
+    kept = free_name(path, ending)
     os.replace(path, kept)
     return kept
+
+
+def free_name(path: Union[str, Path], ending: str) -> Path:
+    """The first of `PATH.ENDING`, `PATH.ENDING1`, … that nobody has."""
+    names = (Path(f'{path}.{ending}{number or ""}') for number in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def sync_folder(folder: Union[str, Path]) -> None:

@@ -23,7 +23,7 @@ from timm.utils import CheckpointSaver, unwrap_model
 
 from evavit.arguments import shown
 from evavit.errors import LocalError, UserError, first_line, reason_of
-from evavit.files import RUN_WEIGHTS, file_digest, replacing, set_aside, stamp, stored_digest, sync_folder
+from evavit.files import RUN_WEIGHTS, file_digest, free_name, replacing, set_aside, stamp, stored_digest, sync_folder
 from evavit.models import write_weights
 from evavit.models._weights import other_kinds
 from evavit.training import data
@@ -31,7 +31,7 @@ from evavit.training.build import check_fit
 from evavit.training.contents import KEPT, has_metadata, read_checkpoint
 from evavit.training.loop import Position, Run, Stepper, weights_are_finite
 from evavit.training.optimizer_state import fit_state
-from evavit.training.run_folder import is_of, kept_in, remedy
+from evavit.training.run_folder import epoch_in, epoch_of, is_of, kept_in, position_in, remedy
 from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
@@ -134,20 +134,31 @@ class Saver(CheckpointSaver):
         # What --checkpoint-hist keeps no more stays in the folder: timm would remove a better one with it.
         self.max_history, self.checkpoint_files = here, self.checkpoint_files[:here]
 
-    def leave_behind(self, epoch: int) -> None:
-        """Set aside what is kept of this epoch and later ones, which a run that went back has no longer."""
-        for kept, path in kept_in(Path(self.checkpoint_dir)):
-            if kept >= epoch:
-                log.warning(f'warning: {path} {BEHIND}: it is {set_aside(path, "before").name} now')
+    def leave_behind(self, path: Path, position: Position) -> None:
+        """Set aside what is there of later epochs, which a run that went back to this checkpoint has no longer."""
+        kept = kept_in(self.last.parent)
+        weights = [file for name in BEST if (file := self.last.with_name(name)).exists()]
+        for epoch, file in [*((epoch_in(file, kept), file) for file in weights), *kept]:
+            if epoch is not None and epoch >= position.epoch:
+                self._leave(file, BEHIND)
+        if self.last.exists() and not self.last.samefile(path):  # it stays, for a kill before the next one is written
+            there = position_in(self.last)
+            copies = self.last.parent.glob(f'{self.last.name}.before*')
+            if there > (position.epoch, position.update) and not any(self.last.samefile(copy) for copy in copies):
+                self._duplicate(self.last, copy := free_name(self.last, 'before'))
+                log.warning(f'warning: {self.last} {BEHIND}: it is kept as {copy.name}')
 
-    def restore_best(self) -> None:
-        """Make `model_best` that of the ranking's best epoch where it is missing or of an epoch that the run went back
-        behind: from what is left of that epoch, else of the best one that is left. Set it aside where there is none."""
+    def _leave(self, path: Path, why: str) -> None:
+        log.warning(f'warning: {path} {why}: it is {set_aside(path, "before").name} now')
+
+    def restore_best(self, position: Position) -> None:
+        """Make `model_best` that of the ranking's best epoch where it is not: from what is left of that epoch, else of
+        the best one that is left. What stood in its place is set aside."""
         if self.best_epoch is None:
             self.leave_best(f'{BEHIND}, and none is ranked yet')
             return
         wrong = self._not_best()
-        path, checkpoint = self._best_left() if wrong else (self.last, {})
+        path, checkpoint = self._best_left(position.epoch) if wrong else (self.last, {})
         if wrong and checkpoint.get('epoch') != self.best_epoch:
             gone = f'no checkpoint of epoch {self.best_epoch}, its best, is left'
             whole, alone = (self.last.with_name(name) for name in BEST)
@@ -158,11 +169,12 @@ class Saver(CheckpointSaver):
             other = 'the next one validated' if self.best_epoch is None else f'epoch {self.best_epoch}, of those left,'
             log.warning(f'warning: {whole.parent}: {gone}: {other} is the best')
             wrong = self._not_best()
-            if whole in wrong:
-                self.leave_best(BEHIND)
-        for file in wrong if checkpoint else ():
-            why = BEHIND if file.exists() else 'is missing'
-            log.warning(f'warning: {file} {why}: epoch {self.best_epoch}, its best, takes its place')
+        for file in wrong:
+            if os.path.lexists(file):
+                self._leave(file, 'is damaged, or not of the best epoch')
+            if not checkpoint:
+                continue
+            log.warning(f'warning: {file} is missing: epoch {self.best_epoch}, its best, takes its place')
             if file.name == BEST[0]:
                 self._duplicate(path, file)
             else:
@@ -172,29 +184,31 @@ class Saver(CheckpointSaver):
         """Set `model_best` aside, which the next best epoch would replace."""
         for path in (self.last.with_name(name) for name in BEST):
             if os.path.lexists(path):
-                log.warning(f'warning: {path} {why}: it is {set_aside(path, "before").name} now')
+                self._leave(path, why)
 
     def _not_best(self) -> List[Path]:
         """The files of `model_best` that are missing, or not of the best epoch."""
         whole, alone = (self.last.with_name(name) for name in BEST)
         best, kept = (self.best_epoch, self.best_metric), Path(self._checkpoint_path(self.best_epoch))
         linked = kept.exists() and whole.exists() and kept.samefile(whole)
-        wrong = [] if linked or _epoch_of(whole)[0] == best else [whole]
+        wrong = [] if linked or epoch_of(whole)[0] == best else [whole]
         return wrong if has_metadata(alone, dict(epoch=str(best[0]), metric=str(best[1]))) else [*wrong, alone]
 
-    def _best_left(self) -> Tuple[Path, Dict[str, Any]]:
-        """The best ranked checkpoint that is left, and its content: nothing where there is none."""
+    def _best_left(self, end: int) -> Tuple[Path, Dict[str, Any]]:
+        """The best checkpoint that is left of the epochs before this one, and its content: nothing where none is."""
         names = (BEST[0], 'last.pth.tar', 'previous.pth.tar')
         places = (Path(self._checkpoint_path(self.best_epoch)), *(self.last.with_name(name) for name in names))
         for path in places:
-            about, checkpoint = _epoch_of(path)
+            about, checkpoint = epoch_of(path)
             if about == (self.best_epoch, self.best_metric):
                 return path, checkpoint
-        for name, metric in self.checkpoint_files:
-            about, checkpoint = _epoch_of(Path(name))
-            if about is not None and metric is not None and about[1] == metric:
-                return Path(name), checkpoint
-        return self.last, {}
+        best: Tuple[Path, Dict[str, Any]] = self.last, {}
+        for path in (*(Path(name) for name, _ in self.checkpoint_files), *places[2:]):
+            about, checkpoint = epoch_of(path)
+            metric = about[1] if about and None not in about and about[0] < end else None
+            if metric is not None and (not best[1] or self.cmp(metric, best[1]['metric'])):
+                best = path, checkpoint
+        return best
 
     def save_position(self, position: Position) -> None:
         """Write the state within an epoch, or after one that is not validated, unless its weights have gone bad.
@@ -258,15 +272,6 @@ class Saver(CheckpointSaver):
 def _exported(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     """What the files of weights alone hold of a checkpoint."""
     return clean_state_dict(checkpoint.get('state_dict_ema') or checkpoint['state_dict'])
-
-
-def _epoch_of(path: Path) -> Tuple[Optional[Tuple[Any, Any]], Dict[str, Any]]:
-    """The epoch and metric of a checkpoint, and its content; None and nothing where it is not whole."""
-    try:
-        checkpoint = read_checkpoint(path)
-    except UserError:
-        return None, {}
-    return (checkpoint.get('epoch'), checkpoint.get('metric')), checkpoint
 
 
 def _identity(folder: Path) -> Tuple[Tuple[int, ...], Optional[int]]:
@@ -354,11 +359,10 @@ def resume(
         set_aside(before)  # the next save would put it in the place of the whole one before it
     if saver is not None and is_of(path, saver.checkpoint_dir):
         ranked = not other and checkpoint.get('saver')
+        saver.leave_behind(path, position)
         if ranked:
             saver.go_on(path, checkpoint, position)
-        saver.leave_behind(position.epoch)
-        if ranked:
-            saver.restore_best()
+            saver.restore_best(position)
         elif position.epoch < run.epochs:
             saver.leave_best('is the best of a ranking with which this run does not go on')
     return position

@@ -289,10 +289,15 @@ def enter_run_folder(path: Optional[str]) -> Optional[str]:
 
 def has_metadata(path: Path, entries: Dict[str, str]) -> bool:
     """Whether a safetensors file is there, whole, and has these entries."""
+    return entries.items() <= metadata_of(path).items()
+
+
+def metadata_of(path: Path) -> Dict[str, str]:
+    """What a safetensors file of a run says beside its weights: nothing where it is not there or not whole."""
     try:
-        return is_stamped(path) and entries.items() <= _metadata(path).items()
+        return _metadata(path) if is_stamped(path) else {}
     except (OSError, ValueError, UserError):
-        return False
+        return {}
 
 
 def has_average(path: Union[str, Path]) -> bool:

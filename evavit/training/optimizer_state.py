@@ -109,7 +109,8 @@ def fit_state(state: Dict[str, Any], optimizer: torch.optim.Optimizer, updates: 
             if name in FROM_FLAGS or isinstance(value, (bool, torch.dtype)) or name not in saved:
                 saved[name] = value
         for name, value in tried.items():
-            if is_number(value) or isinstance(value, torch.Tensor):
+            first = skipped and saved.get(name) is None  # Lamb and Adan write it in their first step
+            if not first and (is_number(value) or isinstance(value, torch.Tensor)):
                 _check_form(name, saved.get(name), value)
         for name in saved.keys() - group.keys() - tried.keys():
             if not (saved[name] is None or isinstance(saved[name], bool) or is_number(saved[name])):
@@ -120,7 +121,8 @@ def fit_state(state: Dict[str, Any], optimizer: torch.optim.Optimizer, updates: 
     for number, entry in state['state'].items():
         for name, value in expected.get(number, {}).items():
             _check_form(f'{name} of parameter {number}', entry.get(name), value)
-    if updates > skipped and any(expected.values()) and not state['state']:
+    # A skipped update may be the first of its optimizer, which with --no-resume-opt begins within a run.
+    if updates and not skipped and any(expected.values()) and not state['state']:
         raise ValueError(f'it lacks the state of the optimizer after {updates} updates')
 
 

@@ -6,11 +6,11 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import IO, Iterator, List, Optional, Tuple, Union
+from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from evavit.errors import LocalError, UserError, mend_of, reason_of
 from evavit.files import open_own, open_regular
-from evavit.training.contents import KEPT
+from evavit.training.contents import KEPT, metadata_of, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,30 @@ def kept_in(folder: Path) -> List[Tuple[int, Path]]:
     found = ((KEPT.fullmatch(path.name), path) for path in folder.glob('checkpoint-*.pth.tar'))
     kept = [(int(name[1]), path) for name, path in found if name]
     return sorted(kept, key=lambda one: one[0], reverse=True)
+
+
+def epoch_of(path: Path) -> Tuple[Optional[Tuple[Any, Any]], Dict[str, Any]]:
+    """The epoch and metric of a checkpoint, and its content; None and nothing where it is not whole."""
+    try:
+        checkpoint = read_checkpoint(path)
+    except UserError:
+        return None, {}
+    return (checkpoint.get('epoch'), checkpoint.get('metric')), checkpoint
+
+
+def epoch_in(path: Path, kept: Sequence[Tuple[int, Path]]) -> Optional[int]:
+    """The epoch of a file that need not say it in its name, None where that cannot be read."""
+    if path.suffix == '.safetensors':
+        epoch = metadata_of(path).get('epoch', '')
+        return int(epoch) if re.fullmatch('[0-9]{1,9}', epoch) else None
+    linked = [epoch for epoch, file in kept if file.exists() and file.samefile(path)]
+    return linked[0] if linked else epoch_of(path)[1].get('epoch')
+
+
+def position_in(path: Path) -> Tuple[int, int]:
+    """The epoch and update with which a checkpoint goes on; -1 where that cannot be read."""
+    position = (epoch_of(path)[1].get('saver') or {}).get('position') or {}
+    return position.get('epoch', -1), position.get('update', -1)
 
 
 def checkpoints_in(folder: Path) -> List[Path]:

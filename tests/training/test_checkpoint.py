@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from training.small_run import resume, rewritten, run_of, saver_of, settings_of, state
 
@@ -25,6 +26,7 @@ from evavit.training.build import build_optimizer
 from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.data.images import BadImages
 from evavit.training.loop import Position
+from evavit.training.optimizer_state import fit_state
 
 
 @pytest.fixture
@@ -630,11 +632,15 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
     assert again.best_epoch == {'none ranked': None, 'gone': 1}.get(how, 0)
     said = [record.getMessage() for record in caplog.records if 'an epoch that this run has no longer' in record.msg]
     behind = range(0 if how == 'none ranked' else 2, 3)
-    assert len(said) == 2 + len(behind)
+    assert len(said) == 2 + len(behind) + (how != 'damaged')
+    if how == 'damaged':  # the name without metadata does not say its epoch
+        assert best[0].with_name(f'{best[0].name}.before').exists()
+    else:
+        assert (tmp_path / 'last.pth.tar.before').read_bytes() == abandoned[0]
     assert {path.name for path in tmp_path.glob('checkpoint-*.before')} == {
         f'checkpoint-{epoch}.pth.tar.before' for epoch in behind
     }
-    if how in ('gone', 'none ranked'):
+    if how != 'damaged':
         assert [path.with_name(f'{path.name}.before').read_bytes() for path in best] == abandoned
     if how == 'none ranked':
         assert not any(path.exists() for path in best)
@@ -668,11 +674,12 @@ def test_a_ranking_that_begins_anew_replaces_nothing_of_the_one_before(tmp_path,
 
     again, position = other_classes(3)
     assert again.best_epoch is None and position.epoch == 2 - back
-    assert sum(' it is ' in record.getMessage() for record in caplog.records) == len(names)
+    assert sum(' it is ' in record.getMessage() for record in caplog.records) == len(names) + back
     again.save_epoch(position.next_epoch(), 5.0)
     assert checkpoint.read_checkpoint(tmp_path / 'model_best.pth.tar')['metric'] == 5
+    names += ['last.pth.tar'] * back
     assert {path.name for path in tmp_path.glob('*.before')} == {f'{name}.before' for name in names}
-    assert {name: (tmp_path / f'{name}.before').read_bytes() for name in names} == before
+    assert {name: (tmp_path / f'{name}.before').read_bytes() for name in before} == before
     assert (tmp_path / 'checkpoint-0.pth.tar').read_bytes() == first
 
 
@@ -807,6 +814,47 @@ def test_fewer_kept_checkpoints_cost_no_better_one(tmp_path):
     assert {path.name for path in tmp_path.glob('checkpoint-*')} == {
         f'checkpoint-{epoch}.pth.tar' for epoch in (1, 2, 4)
     }
+
+
+def test_a_run_that_goes_back_keeps_what_it_leaves(tmp_path):
+    """Also where the best of a later epoch has no other name, and the last has none."""
+    saver = saver_of(run_of('--checkpoint-hist', '4'), tmp_path)
+    for epoch, metric in enumerate((10.0, 20.0, 40.0, 30.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+    (tmp_path / 'checkpoint-2.pth.tar').unlink()
+    names = ('model_best.pth.tar', 'model_best.safetensors', 'last.pth.tar')
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    run = run_of('--checkpoint-hist', '4')
+    again = saver_of(run, tmp_path)
+    resume([tmp_path / 'checkpoint-1.pth.tar'], run, again)
+    assert again.best_epoch == 1 and (tmp_path / 'model_best.pth.tar').samefile(tmp_path / 'checkpoint-1.pth.tar')
+    again.save_epoch(Position(3), 50.0)
+    assert {name: (tmp_path / f'{name}.before').read_bytes() for name in names} == before
+
+
+def test_the_best_that_is_left_may_be_the_one_before_the_last(tmp_path):
+    first = saver_of(run_of(), tmp_path)
+    for epoch, metric in enumerate((30.0, 20.0, 10.0)):
+        first.save_epoch(Position(epoch + 1), metric)
+    folder = tmp_path / 'copy'
+    folder.mkdir()
+    for name in ('last.pth.tar', 'previous.pth.tar'):
+        shutil.copy(tmp_path / name, folder)
+    run = run_of()
+    saver = saver_of(run, folder)
+    resume([folder / 'last.pth.tar'], run, saver)
+    assert (saver.best_epoch, saver.best_metric) == (1, 20)
+    assert checkpoint.read_checkpoint(folder / 'model_best.pth.tar')['metric'] == 20
+
+
+@pytest.mark.parametrize('name', ['lamb', 'adan', 'adamw'])
+def test_an_optimizer_of_which_each_update_was_skipped_has_no_state(name):
+    """As at the beginning of float16. With --no-resume-opt an optimizer begins after other updates."""
+    optimizer = create_optimizer_v2(torch.nn.Linear(2, 2), name)
+    for updates in (1, 7):
+        fit_state(optimizer.state_dict(), optimizer, updates, 1)
+    with pytest.raises(ValueError, match=r'its step is missing|it lacks the state of the optimizer'):
+        fit_state(optimizer.state_dict(), optimizer, 1, 0)
 
 
 def test_fewer_kept_checkpoints_cost_none_of_before(tmp_path):
