@@ -437,8 +437,9 @@ def _place_in_header(file: IO[bytes], size: int) -> Optional[int]:
     header = file.read(length)
     try:
         metadata = json.loads(header)['__metadata__']
-        # By either name or form, so that one changed bit does not hide it.
-        marked = 'digest' in metadata or any(value.startswith(BLANK[:7]) for value in metadata.values())
+        # By either name or form, so that one changed bit does not hide it; shorter ones are another program's.
+        long = {name: value for name, value in metadata.items() if 64 < len(value) <= len(BLANK)}
+        marked = 'digest' in long or any(value.startswith(BLANK[:7]) for value in long.values())
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return None
     key = f'"digest":"{BLANK[:7]}'.encode()

@@ -29,6 +29,8 @@ def saved_conversion(file: Union[str, Path]) -> Optional[str]:
     saved = _settings_of_run(file)
     if not isinstance(saved.get('model'), str):
         return None
+    if 'convert' not in saved and not str(file).endswith('.safetensors'):  # of another program, such as DeiT's
+        return None
     convert = saved.get('convert')
     return convert if isinstance(convert, str) and convert != 'softmax' else ''
 

@@ -133,6 +133,27 @@ def _check_kinds(names: List[str], kind: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def noting_missing() -> Iterator[List[str]]:
+    """The names of what timm does not find in the file of a pretrained model, of which it logs where nobody sees it."""
+    names: List[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        if found := re.match(r'Missing keys \((.*)\) discovered', record.getMessage()):
+            names.extend(found[1].split(', '))
+        return record.levelno > logging.INFO
+
+    logger = logging.getLogger('timm.models._builder')
+    level = logger.level
+    logger.addFilter(note)
+    logger.setLevel(logging.INFO)
+    try:
+        yield names
+    finally:
+        logger.removeFilter(note)
+        logger.setLevel(level)
+
+
 def folder_weights(folder: Union[str, Path]) -> Optional[Path]:
     """The file from which timm takes the weights of 'local-dir:FOLDER'; None where there is none."""
     found = [path for name in _PREFERRED_FILES if (path := Path(folder, name)).exists()]

@@ -32,7 +32,7 @@ from evavit.models import (
 )
 from evavit.models._grid import bias_tables, warn_of_cut
 from evavit.models._saved import saved_conversion, trained_size
-from evavit.models._weights import check_kinds, folder_weights, other_kinds
+from evavit.models._weights import check_kinds, folder_weights, noting_missing, other_kinds
 from evavit.training.checks import check_convert_kwargs, check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
@@ -117,8 +117,11 @@ def build_model(
             arguments['pretrained'] = False
         loaded = None if strict else file or (config.pretrained_path if arguments.get('pretrained') else None)
         weights = read_weights(loaded) if loaded else {}
-        model: Any = timm.create_model(**arguments)
+        with noting_missing() as missing:
+            model: Any = timm.create_model(**arguments)
         check_kinds(weights, model)
+        if weights and missing:
+            _check_missing(model, missing, str(loaded))
         if not hasattr(model, 'num_classes'):
             raise UserError(
                 f'model {name}{_shown(kwargs)}: it has no classes; leave features_only out of --model-kwargs'
@@ -147,6 +150,21 @@ def build_model(
     if config.linear_probe:
         freeze_body(model)
     return model
+
+
+def _check_missing(model: nn.Module, missing: Sequence[str], path: str) -> None:
+    """UserError where a file lacks weights of the model's body. Tokens, norms and what pools or classifies may begin
+    anew, the norms with a warning."""
+    own = model.state_dict()
+    begun = (*(f'{head}.' for head in _heads_of(model)), 'attn_pool.')
+    lacking = [name for name in missing if name in own and '.' in name and not name.startswith(begun)]
+    more = f'{lacking[0]} and {len(lacking) - 1} more' if len(lacking) > 1 else ''.join(lacking)
+    if any(own[name].ndim > 1 for name in lacking):
+        raise UserError(
+            f'{path} does not fit the model: it lacks {more}; check --model, --model-kwargs and the names in the file'
+        )
+    if lacking:
+        log.warning(f'warning: {path} lacks {more}: they begin anew')
 
 
 def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:

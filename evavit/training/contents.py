@@ -249,17 +249,26 @@ def saved_settings(path: Union[str, Path]) -> Dict[str, Any]:
     else:
         args = _archive(path).get('args')
         settings = vars(args) if isinstance(args, argparse.Namespace) else {}
+    other = isinstance(settings, dict) and 'convert' not in settings and not str(path).endswith('.safetensors')
+    try:
+        _check_settings(settings, path)
+    except UserError:
+        if other:  # of another program, such as DeiT's, which means something else by these names
+            return {}
+        raise
+    return settings
+
+
+def _check_settings(settings: Any, path: Union[str, Path]) -> None:
+    """UserError unless these are settings that train.py takes; they are what it makes of them then."""
     if not isinstance(settings, dict) or not is_plain(settings):
         raise UserError(f'{path}: not a checkpoint of train.py (its settings are not names with plain values)')
-    if isinstance(settings.get('input_size'), int):  # of DeiT's main.py, or of one of those made of it
-        return {}
     for name, value, right in _judged_settings(settings):
         if not right:
             raise UserError(f'{path}: not a checkpoint of train.py (its {name} is {_shown(value)})')
     _parse(settings, (*FROM_CHECKPOINT, 'model_kwargs'), path)
     if settings.get('val_fraction') is not None:
         _parse(settings, DIVISION, path)
-    return settings
 
 
 def _parse(settings: Dict[str, Any], names: Sequence[str], path: Union[str, Path]) -> None:
@@ -301,7 +310,8 @@ def metadata_of(path: Path) -> Dict[str, str]:
 
 
 def has_average(path: Union[str, Path]) -> bool:
-    return not str(path).endswith('.safetensors') and _archive(path).get('state_dict_ema') is not None
+    names = 'state_dict_ema', 'model_ema'  # as timm reads them
+    return not str(path).endswith('.safetensors') and any(_archive(path).get(name) is not None for name in names)
 
 
 def stored_metric(path: Union[str, Path]) -> Optional[float]:

@@ -107,7 +107,8 @@ def test_a_start_from_a_run_with_other_arguments_of_the_model_is_told(train, cal
     file = train('own', *words('--epochs 1 --num-classes 3')) / 'last.safetensors'
     free = words('window_size=4 partition_grid=1 patch_size=8 img_size=32 proj_drop_rate=0.1 noise_std=0')
     for kwargs, told in (([], False), (free, False), (['proposal_scale=0.5'], True), (['count_cells=all'], True)):
-        flags = [*MODEL, *kwargs, *QUICK, '--data-dir', images, '--pretrained-path', file, '--dry-run']
+        flags = [*MODEL, *['--model-kwargs', *kwargs] * bool(kwargs), *QUICK]
+        flags += ['--data-dir', images, '--pretrained-path', file, '--dry-run']
         code, out, err = call('train', *flags)
         line = f'{file} holds weights of another model than this run makes, eva_deit_tiny'
         assert code == 0 and (line in out) == told, (kwargs, out + err)

@@ -105,7 +105,8 @@ def test_flags_of_train_py_are_in_the_row(tmp_path):
     """Measurements that they make another one stand side by side."""
     scale, rows = load_program('tools/scale.py'), tmp_path / 'rows.csv'
     flags = [*SMALL, '--bench', 'weak', '--row-seconds', '0.01', '--results-file', str(rows)]
-    for more in ([], ['depth=1', '--opt', 'sgd', '--workers', '1'], ['depth=1', '--opt', 'sgd']):
+    other = ['--model-kwargs', 'depth=1', '--opt', 'sgd']
+    for more in ([], [*other, '--workers', '1'], other):
         scale.main([*flags, *more])
     one, other = read(rows)
     assert 'opt=' not in one['flags'] and "'depth': 2" in one['flags']

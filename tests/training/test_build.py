@@ -541,3 +541,40 @@ def test_the_config_of_a_folder_names_a_model_of_timm(monkeypatch, tmp_path, arc
 def test_where_weights_are_is_no_argument_of_a_model(name):
     with pytest.raises(UserError, match=f'^model_kwargs: {name} has an option of its own'):
         build.build_model(ModelConfig(model='eva_deit_tiny', model_kwargs={name: {}}), 3)
+
+
+@pytest.mark.parametrize('lacks', ['blocks.1.', 'mlp', 'prefix', 'norm.', ''])
+@pytest.mark.parametrize('classes', [5, 0])
+def test_a_start_from_a_file_that_lacks_the_body_is_a_line(tmp_path, caplog, lacks, classes):
+    """With other classes timm takes what it finds, and leaves the rest random without a word that is seen."""
+    small = dict(img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=1)
+    torch.manual_seed(0)
+    state = timm.create_model('vit_tiny_patch16_224', num_classes=classes, **small).state_dict()
+    if lacks == 'prefix':
+        state = {f'encoder.{name}': value for name, value in state.items()}
+    else:
+        state = {name: value for name, value in state.items() if not lacks or lacks not in name}
+    torch.save(state, tmp_path / 'file.pth')
+    config = ModelConfig(model='vit_tiny_patch16_224', model_kwargs=small, pretrained_path=str(tmp_path / 'file.pth'))
+    if lacks in ('', 'norm.'):
+        model = build.build_model(config, 3)
+        torch.testing.assert_close(model.state_dict()['blocks.0.mlp.fc1.weight'], state['blocks.0.mlp.fc1.weight'])
+        assert ('file.pth lacks norm.weight and 1 more: they begin anew' in caplog.text) == (lacks == 'norm.')
+    else:
+        with pytest.raises(UserError, match=r'file\.pth does not fit the model: it lacks .* more; check --model'):
+            build.build_model(config, 3)
+
+
+def test_a_converted_network_of_another_program_keeps_its_summaries(tmp_path):
+    """Its settings are not train.py's: they do not say that nothing was converted."""
+    small = dict(img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=1)
+    vit = timm.create_model('vit_tiny_patch16_224', num_classes=5, **small)
+    state = convert_vit(vit, window_size=2, partition_grid=2).state_dict()
+    state = {name: value + 0.1 for name, value in state.items()}
+    args = argparse.Namespace(model='vit_tiny_patch16_224', input_size=32, lr=1e-3)
+    torch.save(dict(model=state, epoch=1, args=args), tmp_path / 'mine.pth')
+    config = ModelConfig(model='vit_tiny_patch16_224', model_kwargs=small, pretrained_path=str(tmp_path / 'mine.pth'))
+    config.convert, config.convert_kwargs = 'eva', dict(window_size=2, partition_grid=2)
+    made = build.build_model(config, 3).state_dict()
+    names = [name for name in state if '.summary_' in name]
+    assert len(names) == 8 and all(torch.equal(made[name], state[name]) for name in names)

@@ -294,6 +294,13 @@ def test_a_metric_is_read(written):
 
 def test_settings_of_deit_s_own_program_are_another_program_s(tmp_path):
     """Its `input_size` is one number."""
-    args = argparse.Namespace(model='deit_tiny_patch16_224', input_size=224, lr=5e-4, epochs=300, data_path='/x')
-    torch.save(dict(model={'weight': torch.zeros(1)}, args=args, epoch=5), tmp_path / 'deit.pth')
-    assert contents.saved_settings(tmp_path / 'deit.pth') == {}
+    weights = {'weight': torch.zeros(1)}
+    for other in (
+        dict(input_size=224),
+        dict(input_size=[32, 32]),
+        dict(interpolation=3),
+        dict(device=torch.device('cpu')),
+    ):
+        args = argparse.Namespace(model='deit_tiny_patch16_224', lr=5e-4, epochs=300, data_path='/x', **other)
+        torch.save(dict(model=weights, model_ema=weights, args=args, epoch=5), tmp_path / 'deit.pth')
+        assert contents.saved_settings(tmp_path / 'deit.pth') == {} and contents.has_average(tmp_path / 'deit.pth')

@@ -9,7 +9,7 @@ import os
 import posixpath
 import tarfile
 from pathlib import Path
-from typing import IO, Any, Container, Dict, Iterator, List, Mapping, Set, Tuple, Union
+from typing import IO, Any, Container, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 from evavit.errors import LocalError, UserError, reason_of
 from evavit.files import open_regular
@@ -134,6 +134,7 @@ class _Content:
         self.folders: Dict[str, Set[str]] = {}  # folder → names of the folders in it
         self.files: Dict[str, Tuple[int, int]] = {}  # the same of files that are not called images
         self.links: Dict[str, str] = {}  # what is not called an image and leads elsewhere → where
+        self.tars: Dict[str, Tuple[int, int]] = {}  # tar file in it → its first byte in the outermost file, its size
         self.strange: Dict[str, None] = {}  # what is called an image and is no file
 
     def add(self, file: IO[bytes], root: str, start: int = 0) -> None:
@@ -163,6 +164,8 @@ class _Content:
         elif ending == '.tar' and member.isfile():
             if not place:
                 raise tarfile.ReadError(f'its member {name} is packed as a sparse file; pack it without --sparse')
+            self._forget(self.tars.get(path))
+            self.tars[path] = place
             path = path[: -len(ending)]
             self._add_folder(path, root)
             inner: Any = archive.extractfile(member)
@@ -179,6 +182,13 @@ class _Content:
             self.links[path] = os.path.join(root, linked(name, member.linkname))
         elif place:
             self.files[path] = place
+
+    def _forget(self, older: Optional[Tuple[int, int]]) -> None:
+        """Drop what came of a tar file that a newer one of its name replaces."""
+        start, size = older or (0, 0)
+        for found in (self.places, self.files):
+            for path in [path for path, (first, _) in found.items() if start <= first < start + size]:
+                del found[path]
 
     def _add_folder(self, path: str, root: str) -> None:
         while path not in self.folders:

@@ -268,3 +268,17 @@ def test_a_sparse_tar_in_a_tar_is_a_line(images, tmp_path):
         file.truncate()
     with pytest.raises(UserError, match=r'its member zebra\.tar is packed as a sparse file; pack it without --sparse'):
         open_both(tars)
+
+
+def test_a_tar_in_a_tar_that_is_packed_anew_takes_the_place_of_the_old_one(images, tmp_path):
+    """What was moved to another class since is not of both."""
+    expected, tars = open_both(images), pack(images, tmp_path / 'tars')
+    with tarfile.open(tars / 'train.tar', 'w') as archive:
+        for old in (True, False):
+            for label in CLASSES:
+                inner = io.BytesIO()
+                with tarfile.open(fileobj=inner, mode='w') as one:
+                    for path in sorted((images / 'train' / label).iterdir()):
+                        add(one, f'moved{path.name}' if old else path.name, path.read_bytes())
+                add(archive, f'{label}.tar', inner.getvalue())
+    assert open_both(tars) == expected
