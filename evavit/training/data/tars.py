@@ -8,8 +8,9 @@ import io
 import os
 import posixpath
 import tarfile
+from collections import ChainMap
 from pathlib import Path
-from typing import IO, Any, Container, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
+from typing import IO, Any, Container, Dict, Iterator, List, Mapping, Set, Tuple, Union
 
 from evavit.errors import LocalError, UserError, reason_of
 from evavit.files import open_regular
@@ -41,7 +42,7 @@ class ClassTar(ClassFolders):
             raise
         except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{root}: not a readable tar file of CLASS/IMAGE files ({reason_of(error)})') from error
-        check_links(content.links, {*content.places, *content.files}, root)
+        check_links(content.links, ChainMap(content.places, content.files), root)
         warn_of_strange([*content.strange])
         self.places = content.places
         images: Dict[str, List[str]] = {folder: [] for folder in content.folders}
@@ -164,7 +165,8 @@ class _Content:
         elif ending == '.tar' and member.isfile():
             if not place:
                 raise tarfile.ReadError(f'its member {name} is packed as a sparse file; pack it without --sparse')
-            self._forget(self.tars.get(path))
+            if path in self.tars:
+                self._forget(*self.tars[path])
             self.tars[path] = place
             path = path[: -len(ending)]
             self._add_folder(path, root)
@@ -183,9 +185,8 @@ class _Content:
         elif place:
             self.files[path] = place
 
-    def _forget(self, older: Optional[Tuple[int, int]]) -> None:
-        """Drop what came of a tar file that a newer one of its name replaces."""
-        start, size = older or (0, 0)
+    def _forget(self, start: int, size: int) -> None:
+        """Drop what came of a tar file in it, which a newer one of its name replaces."""
         for found in (self.places, self.files):
             for path in [path for path, (first, _) in found.items() if start <= first < start + size]:
                 del found[path]
