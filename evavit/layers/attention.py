@@ -18,7 +18,8 @@ _logger = logging.getLogger(__name__)
 
 
 def check_heads(dim: int, num_heads: int) -> None:
-    """Raise ValueError unless num_heads divides dim."""
+    """Raise ValueError unless dim is a whole number of at least 1 that num_heads divides."""
+    check_whole('dim', dim, 1)
     if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
         raise ValueError(f'num_heads {num_heads} does not divide dim {dim}; choose a divisor')
 

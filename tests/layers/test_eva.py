@@ -144,6 +144,8 @@ def test_device_and_dtype_reach_every_parameter_and_buffer():
     'args, kwargs, message',
     [
         ((48, 5), {}, 'num_heads 5 does not divide dim 48'),
+        ((48.0, 3), {}, 'dim must be a whole number'),
+        ((0, 3), {}, 'dim must be a whole number of at least 1, got 0'),
         ((48, 3), dict(window_size=0, partition_grid=0), 'nothing to attend to'),
         ((48, 3), dict(window_size=-7), 'window_size must be'),
         ((48, 3), dict(noise_std=-1.0), 'noise_std must be'),
