@@ -22,6 +22,7 @@ EXTENSIONS = (  # kinds of headers that Python reads whole, before the file that
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 LARGEST_EXTENSION = 2**20  # bytes: names and times of one file
+END = 2**24  # bytes that are looked at behind the end: writers fill up a block, of 10 KiB mostly
 
 
 class ClassTar(ClassFolders):
@@ -70,7 +71,19 @@ class ClassTar(ClassFolders):
 
 
 class Member(tarfile.TarInfo):
-    """For `tarfile.open(tarinfo=Member)`: a header of any size would fill the memory."""
+    """For `tarfile.open(tarinfo=Member)`: a header of any size would fill the memory, and a damaged one that is not the
+    first would count as the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros, the end
+            raise
+        except tarfile.HeaderError as error:
+            if archive.offset == 0:
+                raise
+            raise tarfile.ReadError(_damaged(archive)) from error
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> 'Member':
@@ -81,12 +94,20 @@ class Member(tarfile.TarInfo):
 
 
 def entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The entries of a tar file in their order. Raises all kinds of errors where it is damaged."""
+    """The entries of a tar file in their order. Raises all kinds of errors where it is damaged or goes on after its
+    end: one header of zeros, as of a bad sector, looks like the end, and what comes after it would be missing."""
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill the memory
         if member.size < 0:  # Python before 3.13.6 goes round in a circle
             raise tarfile.ReadError(f'the entry of {member.name} is damaged')
         yield member
+    stream: Any = archive.fileobj  # after a block of zeros
+    if stream.read(END).strip(b'\0'):
+        raise tarfile.ReadError(f'{_damaged(archive)}, or several tar files in one')
+
+
+def _damaged(archive: tarfile.TarFile) -> str:
+    return f'damaged or cut short at byte {archive.offset}'
 
 
 def unpacked_name(name: str) -> str:
@@ -144,10 +165,6 @@ class _Content:
         with tarfile.open(fileobj=file, mode='r:', tarinfo=Member) as archive:
             for member in entries(archive):
                 self._add_member(archive, member, root, start)
-            file.seek(archive.offset)
-            end: bytes = file.read(tarfile.BLOCKSIZE)
-            if end != bytes(tarfile.BLOCKSIZE):  # where Python, too, would take a damaged entry for the end
-                raise tarfile.ReadError(f'damaged or cut short at byte {start + archive.offset}')
 
     def _add_member(self, archive: tarfile.TarFile, member: tarfile.TarInfo, root: str, start: int) -> None:
         name = unpacked_name(member.name)

@@ -15,6 +15,19 @@ def hostile_header(path, kind=tarfile.XHDTYPE, size=2**26):
     return path
 
 
+def wounds(content, place):
+    """A tar file whose entry at byte `place` is damaged, named by what happened to it: none of them loads as whole."""
+    block = tarfile.BLOCKSIZE
+    return {
+        'a letter of the header': content[:place] + b'X' + content[place + 1 :],
+        'a header of zeros': content[:place] + bytes(block) + content[place + block :],
+        'two blocks of zeros': content[:place] + bytes(2 * block) + content[place + 2 * block :],
+        'cut before the header': content[:place],
+        'cut in the header': content[: place + 100],
+        'two files in one': content + content,
+    }
+
+
 @contextmanager
 def little_memory():
     tracemalloc.start()
