@@ -165,6 +165,7 @@ CONTRADICTIONS = (
     '--aa rand-m9-n1000000',
     '--aa rand-m9-n２',
     '--aa rand-m9-n1_0',
+    '--aa rand-m9-mstd.-inc1',
     '--aa augmix-m5-w1000000',
     '--aa augmix-m5-d1000000',
     f'--aa rand-m{"9" * 400}',

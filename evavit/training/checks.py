@@ -178,7 +178,7 @@ def _check_policy(aa: str) -> None:
     for section in aa.split('-')[1:]:
         number = re.fullmatch(r'([a-z]+)([0-9.]+)', section)
         most = MOST_OPERATIONS if number and number[1] in ('n', 'w', 'd') else 1000
-        if number and (not re.fullmatch(r'[0-9]*\.?[0-9]*', number[2]) or float(number[2]) > most):
+        if number and (not re.fullmatch(r'[0-9]+\.?[0-9]*|\.[0-9]+', number[2]) or float(number[2]) > most):
             raise UserError(f'aa {aa}: {section} takes a number ≤ {most}')
 
 
