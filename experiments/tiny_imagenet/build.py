@@ -89,11 +89,13 @@ def pack(folder, out, files):
     names = [out / f'tiny-{number}.zip' for number in range(files)]
     if there := next(filter(os.path.lexists, names), None):
         raise UserError(f'{there} is there already; name another folder')
+    if out.exists() and not out.is_dir():
+        raise UserError(f'--pack {out}: is no folder; name another one')
     out.mkdir(parents=True, exist_ok=True)
     listed = [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in pictures]
     own = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
     for number, (name, share) in enumerate(zip(names, shares, strict=True)):
-        with replacing(name) as partial, zipfile.ZipFile(partial, 'w', zipfile.ZIP_STORED) as file:
+        with replacing(name) as partial, zipfile.ZipFile(partial, 'w', strict_timestamps=False) as file:
             file.comment = json.dumps(dict(part=number, parts=files, pictures=len(pictures), pack=own)).encode()
             for path in share:
                 file.write(path, path.relative_to(folder).as_posix())

@@ -19,7 +19,7 @@ from programs import load_program
 from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, Code, load_script, words, write_images
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
-from training.data.hostile_tars import wounds
+from training.data.hostile_tars import bomb, wounds
 
 import evavit
 from evavit.cli.inference import picture_names, results_base
@@ -451,6 +451,13 @@ def test_a_damaged_tar_file_is_a_line(call, hub, pictures, tmp_path, compressed)
         code, _, err = call('inference', '--workers', '0', '--data-dir', archive, '--checkpoint', hub)
         assert code == 2 and err.startswith(f'error: {archive}: not a readable tar file'), err
         assert 'damaged or cut short at byte' in err and err.count('\n') == 1
+
+
+def test_a_small_archive_that_unpacks_to_terabytes_is_a_line(call, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr('evavit.training.data.tars.LITTLE', 2**20)
+    archive = bomb(tmp_path / 'in.tar.bz2', 2**26)
+    code, _, err = call('inference', '--workers', '0', '--data-dir', archive, '--checkpoint', hub)
+    assert code == 2 and 'in.tar.bz2: not a readable tar file (unpacks to more than 1,000 times its size' in err
 
 
 @pytest.mark.parametrize('names', ['map', ['a', 'b'], ['a', 'b', 'b'], ['a', 'b', 'c', 'd']], ids=str)

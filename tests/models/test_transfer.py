@@ -408,6 +408,12 @@ def test_a_missing_file_is_told_of_once(caplog):
     assert not caplog.records
 
 
+def test_a_file_of_the_safetensors_format_with_another_name_is_called_so(tmp_path):
+    save_file({'weight': torch.zeros(1)}, tmp_path / 'weights.pth')
+    with pytest.raises(RuntimeError, match=r'weights\.pth: not read: it is of the safetensors format'):
+        read_weights(tmp_path / 'weights.pth')
+
+
 def test_a_compressed_archive_fills_no_memory(tmp_path, monkeypatch):
     torch.save({'weight': torch.zeros(10_000)}, tmp_path / 'plain.pth')
     with zipfile.ZipFile(tmp_path / 'plain.pth') as plain, zipfile.ZipFile(tmp_path / 'small.pth', 'w') as small:

@@ -1,5 +1,6 @@
 """Tar files that say they hold more than they do, and a bound on the memory that reading them takes."""
 
+import bz2
 import tarfile
 import tracemalloc
 from contextlib import contextmanager
@@ -26,6 +27,18 @@ def wounds(content, place):
         'cut in the header': content[: place + 100],
         'two files in one': content + content,
     }
+
+
+def bomb(path, size):
+    """A small compressed tar file of one file of zeros."""
+    member = tarfile.TarInfo('x.png')
+    member.size = size
+    with bz2.open(path, 'wb') as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(size // 2**20):
+            file.write(bytes(2**20))
+        file.write(bytes(2**10))
+    return path
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from PIL import EpsImagePlugin, ImageFile
 from runs import CLASSES, MODEL, QUICK, load_script, write_images
 from training.data import fake_tfds
-from training.data.hostile_tars import hostile_header, little_memory, wounds
+from training.data.hostile_tars import bomb, hostile_header, little_memory, wounds
 
 from evavit.errors import LocalError, UserError, run_script
 from evavit.training import data
@@ -329,6 +329,16 @@ def _sparse(name, size):
     member.pax_headers = {f'GNU.sparse.{key}': value for key, value in told.items()}
     member.size = 4
     return member
+
+
+def test_a_small_shard_that_unpacks_to_terabytes_is_a_bad_image(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr('evavit.training.data.tars.LITTLE', 2**20)
+    bomb(tmp_path / 'shards' / 'set-train-0000.tar', 2**26)
+    settings, _ = parse_settings('train', [*map(str, shards), '--max-bad-images', '1'])
+    opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+    assert sum(1 for _ in opened) == 24
+    opened.bad._look()
+    assert any('unpacks to more than 1,000 times its size' in line for line in opened.bad.found.values())
 
 
 @pytest.mark.parametrize('kind', ['sparse', 'header'])
