@@ -64,9 +64,9 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
     try:
         if not Path(path).is_file():  # timm would log a line of its own
             raise FileNotFoundError(path)
-        is_stamped(path)
+        stamped = is_stamped(path)
         if zipfile.is_zipfile(path):
-            check_parts(path)
+            check_parts(path, sums=not stamped)
         weights = load_state_dict(str(path), use_ema=use_ema)
         tensors = _unwrap(weights)
         if not tensors:

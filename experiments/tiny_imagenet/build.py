@@ -51,10 +51,12 @@ def source_pictures(source, held, seed):
         raise UserError(f'{labels}: cannot be read ({reason_of(error)})') from error
     if not lines:
         raise UserError(f'{labels}: is empty, so there are no pictures to judge by; take the whole data set')
+    seen = set()
     for number, line in enumerate(lines, 1):
         name, label, *_ = [*line.split('\t'), '', '']
-        if label not in classes or Path(name).name != name:
-            raise UserError(f'{labels}: line {number} is no picture and a class of train/, {line[:100]!r}')
+        if label not in classes or Path(name).name != name or name in seen:
+            raise UserError(f'{labels}: line {number} is no new picture and a class of train/, {line[:100]!r}')
+        seen.add(name)
         yield 'val', label, Path(source, 'val', 'images', name)
 
 

@@ -298,7 +298,7 @@ def test_labels_of_the_publisher_that_are_no_class(build, source, tmp_path, caps
         (source / 'val' / 'val_annotations.txt').write_text(line + '\n')
         assert run_script(build.main, [str(tmp_path / 'new'), '--source', str(source)]) == 2
         err = capsys.readouterr().err
-        assert 'line 1 is no picture and a class of train/' in err and err.count('\n') == 1
+        assert 'line 1 is no new picture and a class of train/' in err and err.count('\n') == 1
         assert not (tmp_path / 'new').exists() and not (tmp_path / 'escaped').exists()
 
 

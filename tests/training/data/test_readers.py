@@ -375,7 +375,8 @@ def test_the_rest_of_a_damaged_shard_is_a_bad_image(compressed, shards, tmp_path
         opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
         assert sum(1 for _ in opened) == 24
         opened.bad._look()
-        assert any('damaged or cut short at byte' in line for line in opened.bad.found.values())
+        told = f'{path}\nthe rest of the shard is lost: damaged or cut short at byte'
+        assert any(line.startswith(told) for line in opened.bad.found.values()), opened.bad.found
 
 
 def test_a_second_file_of_a_sample_is_named_with_its_shard(shards, tmp_path):
