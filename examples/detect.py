@@ -13,7 +13,7 @@ from typing import Optional, Sequence
 import timm
 import torch
 from scipy import ndimage
-from segment import check, coins, crops, is_converted
+from segment import check, check_body, coins, crops, is_converted
 from timm.data import resolve_data_config
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -42,6 +42,7 @@ def build(
         if is_converted(weights):
             raise ValueError('a converted run knows its model; leave --model out')
         evavit.models.read_weights(weights)  # which says what is wrong with it
+        check_body(model, weights, **kwargs)
     if is_plain(model):
         kwargs = dict(dynamic_img_size=True, dynamic_img_pad=True, out_indices=1, **kwargs)  # the last block's map
     if weights:

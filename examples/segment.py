@@ -19,7 +19,8 @@ from timm.data import resolve_data_config
 import evavit
 from evavit.arguments import Parser
 from evavit.errors import UserError, first_line, run_script
-from evavit.training.build import check_finite
+from evavit.training.build import build_model, check_finite
+from evavit.training.config import ModelConfig
 
 try:
     import segmentation_models_pytorch as smp
@@ -104,6 +105,15 @@ def check(name: str, path: Optional[str]) -> None:
         check_finite(evavit.models.read_weights(path), path)
 
 
+def check_body(name: str, path: Optional[str], **kwargs) -> None:
+    """UserError where a file lacks weights of the model's body, which timm begins at random in a model of features.
+
+    The models of this package see to it themselves.
+    """
+    if path and name not in evavit.models.model_names():
+        build_model(ModelConfig(model=name, pretrained_path=path, model_kwargs=kwargs), num_classes=0)
+
+
 def is_converted(path: str) -> bool:
     """Whether these are weights of a converted ViT."""
     try:
@@ -142,6 +152,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 'a converted ViT, which is no pyramid; put evavit.load_converted in the encoder of smp.DPT, '
                 'as docs/dense.md shows'
             )
+        if args.encoder.startswith('tu-'):
+            check_body(args.encoder.removeprefix('tu-'), path)
         model = smp.create_model(args.decoder, args.encoder, classes=1, **weights(path))
     except UserError as error:
         raise UserError(f'{asked}: {error}') from error

@@ -137,6 +137,29 @@ def test_weights_that_are_not_finite_are_a_line(capsys, tmp_path, name):
     test_mistakes(capsys, name, [*model, '--pretrained-path', str(tmp_path / 'nan.safetensors')], ['are not finite'])
 
 
+@pytest.mark.parametrize(
+    'name, flag, model', [('segment', '--encoder=tu-', 'pvt_v2_b0'), ('detect', '--model=', 'vit_tiny_patch16_224')]
+)
+def test_weights_that_lack_part_of_the_body_are_a_line(capsys, tmp_path, name, flag, model):
+    """Of timm's models, of which timm begins those at random."""
+    state = timm.create_model(model, num_classes=3).state_dict()
+    part = {key: value for key, value in state.items() if not key.startswith(('blocks.9.', 'stages.3.'))}
+    for weights in (part, {f'encoder.{key}': value for key, value in state.items()}):
+        write_weights(weights, tmp_path / 'part.safetensors')
+        flags = [flag + model, '--pretrained-path', str(tmp_path / 'part.safetensors')]
+        test_mistakes(capsys, name, flags, ['part.safetensors does not fit the model: it lacks'])
+
+
+def test_weights_of_timm_with_other_classes_or_none(tmp_path):
+    for classes in (3, 0):
+        trained = timm.create_model('vit_tiny_patch16_224', num_classes=classes, **PLAIN).state_dict()
+        write_weights(trained, tmp_path / 'vit.safetensors')
+        file = str(tmp_path / 'vit.safetensors')
+        state = detect.build('vit_tiny_patch16_224', 'retinanet', side=96, weights=file, **PLAIN).state_dict()
+        key = 'blocks.1.mlp.fc2.weight'
+        assert torch.equal(state[f'backbone.features.model.{key}'], trained[key])
+
+
 PLACES = [
     ('segment', '--encoder=tu-'),
     ('detect', '--model='),

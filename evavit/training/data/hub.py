@@ -6,6 +6,7 @@
 import dataclasses
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Iterator, Optional, Set
 
 import yaml
@@ -39,7 +40,7 @@ def network(config: DataConfig) -> Iterator[None]:
 
     name = config.dataset.partition('/')[2]
     if may_download(config):
-        _check_classes(Path(name), config.data_dir)
+        _check_classes(Path(name))
         yield
         return
     _check_metadata(Path(name))
@@ -48,7 +49,7 @@ def network(config: DataConfig) -> Iterator[None]:
     try:
         for place in switches:
             place.HF_HUB_OFFLINE = True
-        _check_classes(Path(name), config.data_dir)
+        _check_classes(Path(name))
         yield
     except OSError as error:
         if Path(name).exists():
@@ -123,26 +124,28 @@ def _is_list(kind: Any) -> bool:
     return False
 
 
-def _check_classes(folder: Path, cache: Optional[str]) -> None:
-    """UserError where files of a local table call its classes otherwise: `datasets` takes the names of README.md or of
-    the first file for all, and a split that was encoded by itself would have other labels."""
+def _check_classes(folder: Path) -> None:
+    """UserError where files of a local table call its classes otherwise, or one names them and another does not:
+    `datasets` takes the names of README.md or of the first file for all, or none, and a split that was encoded by
+    itself would have other labels. Files without names are those that README.md names."""
     import datasets
 
     if not any(path.suffix in TABLES for path in (folder.rglob('*') if folder.is_dir() else ())):
         return
-    builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)  # knows which of the files are read
+    with TemporaryDirectory() as empty:  # in a cache are names of a file that was read before, as if README.md had them
+        builder = datasets.load_dataset_builder(str(folder), cache_dir=empty)  # knows which of the files are read
     found = [('README.md', builder.info.features or {})]
     for path in (path for split in (builder.config.data_files or {}).values() for path in split):
         if Path(path).suffix in TABLES:
             with suppress(Exception):  # `datasets` says what it is
                 found.append((path, datasets.Features.from_arrow_schema(_schema(Path(path)))))
-    named = [(path, features['label'].names) for path, features in found if hasattr(features.get('label'), 'names')]
-    for path, names in named:
-        first, those = named[0]
-        if names != those:
+    classes = [(path, getattr(features['label'], 'names', None)) for path, features in found if 'label' in features]
+    first, those = next((named for named in classes if named[1]), ('', None))
+    for path, names in classes:
+        if names != those and (names or first != 'README.md'):
             raise UserError(
-                f'{path}: its classes (label) are {str(names)[:100]}, those of {first} {str(those)[:100]}; encode all '
-                f'splits with the same names'
+                f'{path}: its classes (label) are {str(names or "without names")[:100]}, those of {first} '
+                f'{str(those)[:100]}; encode all splits with the same names'
             )
 
 

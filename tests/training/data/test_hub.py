@@ -164,6 +164,33 @@ def test_no_split_gives_classes_other_labels(kind, names, tmp_path):
     assert read(kind, opened(kind, tmp_path / 'table', tmp_path / 'again')) == [(16, 16)] * 8
 
 
+NUMBER = datasets.Value('int64')
+
+
+@pytest.mark.parametrize('label, other, about', [(NUMBER, CLASS, ''), (CLASS, NUMBER, ''), (CLASS, CLASS, 'int64')])
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_names_that_only_some_files_say(kind, label, other, about, tmp_path):
+    """`datasets` drops them, or takes them for all, as an earlier reading in its cache does."""
+    write_part(tmp_path / 'table' / 'train.parquet', label)
+    write_part(tmp_path / 'table' / 'validation.parquet', other)
+    if about:
+        text = ABOUT.partition('    dtype:\n      class')[0] + f'    dtype: {about}\n---\n'
+        (tmp_path / 'table' / 'README.md').write_text(text)
+    datasets.load_dataset(str(tmp_path / 'table'), cache_dir=str(tmp_path / 'cache'))
+    without = 'README.md' if about else 'train.parquet' if label is NUMBER else 'validation.parquet'
+    with pytest.raises(UserError, match=rf'{without}: its classes .* are without names, those of .*apple') as error:
+        opened(kind, tmp_path / 'table', tmp_path / 'cache')
+    assert '\n' not in str(error.value) and 'encode all splits with the same names' in str(error.value)
+
+
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_a_readme_names_the_classes_of_files_that_do_not(kind, tmp_path):
+    for split, label in (('train', NUMBER), ('validation', CLASS)):
+        write_part(tmp_path / 'table' / f'{split}.parquet', label)
+    (tmp_path / 'table' / 'README.md').write_text(ABOUT)
+    assert read(kind, opened(kind, tmp_path / 'table', tmp_path / 'cache')) == [(16, 16)] * 8
+
+
 @pytest.mark.parametrize('kind', ['hfds', 'hfids'])
 def test_another_part_of_a_folder_may_have_other_classes(kind, tmp_path):
     for part, label in (('a', CLASS), ('b', SWAPPED)):
