@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, the lock on it, and the checkpoints in it to go on from."""
+"""The folder of a run: whose it is, the lock on it, the checkpoints in it to go on from and those to leave behind."""
 
 import contextlib
 import csv
@@ -219,7 +219,7 @@ def left_behind(folder: Path, path: Path, checkpoint: Dict[str, Any], end: int, 
     """
     known, last, summary = ranking_of(checkpoint), folder / 'last.pth.tar', folder / 'summary.csv'
     there, content = (None, {}) if not last.exists() or is_copy(last, path) else epoch_of(last)
-    named, own = {*known, *ranking_of(content)}, None if checkpoint.get('metric') is None else checkpoint['epoch']
+    named, own = {*known, *ranking_of(content)}, None if checkpoint.get('metric') is None else checkpoint.get('epoch')
     found = [(*ranked_as(file), file) for name in BEST if (file := folder / name).exists()]
     found += [(epoch, ranked_as(file)[1] if epoch in named else None, file) for epoch, file in kept_in(folder)]
 
