@@ -23,7 +23,7 @@ from timm.utils import CheckpointSaver, unwrap_model
 
 from evavit.arguments import shown
 from evavit.errors import LocalError, UserError, first_line, reason_of
-from evavit.files import RUN_WEIGHTS, file_digest, free_name, replacing, set_aside, stamp, stored_digest, sync_folder
+from evavit.files import RUN_WEIGHTS, free_name, replacing, set_aside, stamp, sync_folder
 from evavit.models import write_weights
 from evavit.models._weights import other_kinds
 from evavit.training import data
@@ -31,13 +31,12 @@ from evavit.training.build import check_fit
 from evavit.training.contents import KEPT, has_metadata, read_checkpoint
 from evavit.training.loop import Position, Run, Stepper, weights_are_finite
 from evavit.training.optimizer_state import fit_state
-from evavit.training.run_folder import epoch_in, epoch_of, is_of, kept_in, position_in, remedy
+from evavit.training.run_folder import BEST, digest_of, epoch_of, is_of, left_behind, remedy
 from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
 
-BEST = ('model_best.pth.tar', 'model_best.safetensors')
-BEHIND = 'is of an epoch that this run has no longer'
+BEHIND = 'of an epoch that this run has no longer'
 
 
 @contextlib.contextmanager
@@ -114,7 +113,7 @@ class Saver(CheckpointSaver):
         """What comes after an epoch's checkpoint (the best few, their ranking, the weights alone), made from that file
         where a kill left it undone. A file that is right already is not touched."""
         epoch, metric = checkpoint['epoch'], checkpoint['metric']
-        if path.resolve() != self.last.resolve():  # that was damaged, or an earlier checkpoint was asked for
+        if not (self.last.exists() and self.last.samefile(path)):  # it was damaged, or another one was asked for
             whole = str(self.last.with_name('tmp.pth.tar'))
             self._duplicate(path, whole)
             self._replace(whole, str(self.last))
@@ -134,19 +133,15 @@ class Saver(CheckpointSaver):
         # What --checkpoint-hist keeps no more stays in the folder: timm would remove a better one with it.
         self.max_history, self.checkpoint_files = here, self.checkpoint_files[:here]
 
-    def leave_behind(self, path: Path, position: Position) -> None:
-        """Set aside what is there of later epochs, which a run that went back to this checkpoint has no longer."""
-        kept = kept_in(self.last.parent)
-        weights = [file for name in BEST if (file := self.last.with_name(name)).exists()]
-        for epoch, file in [*((epoch_in(file, kept), file) for file in weights), *kept]:
-            if epoch is not None and epoch >= position.epoch:
-                self._leave(file, BEHIND)
-        if self.last.exists() and not self.last.samefile(path):  # it stays, for a kill before the next one is written
-            there = position_in(self.last)
-            copies = self.last.parent.glob(f'{self.last.name}.before*')
-            if there > (position.epoch, position.update) and not any(self.last.samefile(copy) for copy in copies):
-                self._duplicate(self.last, copy := free_name(self.last, 'before'))
-                log.warning(f'warning: {self.last} {BEHIND}: it is kept as {copy.name}')
+    def leave_behind(self, path: Path, checkpoint: Dict[str, Any], position: Position) -> None:
+        """Set aside what is there of epochs that a run which goes on from this checkpoint has not, or no longer."""
+        metric = f'eval_{self.args.eval_metric}'
+        for file in left_behind(self.last.parent, path, checkpoint, position.epoch, metric):
+            if file == self.last:  # it stays, for a kill before the next one is written
+                self._duplicate(file, copy := free_name(file, 'before'))
+                log.warning(f'warning: {file} is {BEHIND}: it is kept as {copy.name}')
+            else:
+                self._leave(file, f'{"tells" if file.suffix == ".csv" else "is"} {BEHIND}')
 
     def _leave(self, path: Path, why: str) -> None:
         log.warning(f'warning: {path} {why}: it is {set_aside(path, "before").name} now')
@@ -155,7 +150,7 @@ class Saver(CheckpointSaver):
         """Make `model_best` that of the ranking's best epoch where it is not: from what is left of that epoch, else of
         the best one that is left. What stood in its place is set aside."""
         if self.best_epoch is None:
-            self.leave_best(f'{BEHIND}, and none is ranked yet')
+            self.leave_best(f'is {BEHIND}, and none is ranked yet')
             return
         wrong = self._not_best()
         path, checkpoint = self._best_left(position.epoch) if wrong else (self.last, {})
@@ -350,7 +345,7 @@ def resume(
             task.load_checkpoint_state(average, checkpoint.get('task_state_ema'), ema=True)
     if not weights_are_finite(task):
         raise UserError(f'{path}: not a checkpoint of train.py (its weights are not finite)')
-    _check_same(run, path, stored_digest(path) or file_digest(path), position)
+    _check_same(run, path, digest_of(path), position)
     log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
     _warn_of_changes(path, checkpoint, settings)
     if other:
@@ -359,7 +354,7 @@ def resume(
         set_aside(before)  # the next save would put it in the place of the whole one before it
     if saver is not None and is_of(path, saver.checkpoint_dir):
         ranked = not other and checkpoint.get('saver')
-        saver.leave_behind(path, position)
+        saver.leave_behind(path, checkpoint, position)
         if ranked:
             saver.go_on(path, checkpoint, position)
             saver.restore_best(position)

@@ -1,18 +1,27 @@
-"""The folder of a run: whose it is, the lock on it, and the checkpoints in it to go on from."""
+"""The folder of a run: whose it is, the lock on it, the checkpoints in it to go on from and those to leave behind."""
 
 import contextlib
+import csv
+import io
+import json
 import logging
+import math
 import os
 import re
 import socket
 from pathlib import Path
-from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import IO, Any, Dict, Iterator, List, Optional, Tuple, Union
+
+from timm.utils import load_checkpoint_metadata
 
 from evavit.errors import LocalError, UserError, mend_of, reason_of
-from evavit.files import open_own, open_regular
+from evavit.files import file_digest, open_own, open_regular, stored_digest
 from evavit.training.contents import KEPT, metadata_of, read_checkpoint
+from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
+
+BEST = ('model_best.pth.tar', 'model_best.safetensors')
 
 # What a run's own files hold: the lock, and the line of `agreement.code_version` in train.log with its time.
 LOCK = re.compile(rb'(process [0-9]+ on [^\n]+)?')
@@ -141,10 +150,16 @@ def is_of(path: Path, folder: Union[str, Path]) -> bool:
     return Path(folder).resolve() in (path.parent.resolve(), path.resolve().parent)
 
 
+def _epoch_named(name: str) -> Optional[int]:
+    """The epoch in the name of one of the best few checkpoints, None of another name."""
+    kept = KEPT.fullmatch(name)
+    return int(kept[1]) if kept else None
+
+
 def kept_in(folder: Path) -> List[Tuple[int, Path]]:
     """(epoch, path) of the best few checkpoints in a folder, by epoch, the newest first: a copy may lose times."""
-    found = ((KEPT.fullmatch(path.name), path) for path in folder.glob('checkpoint-*.pth.tar'))
-    kept = [(int(name[1]), path) for name, path in found if name]
+    found = ((_epoch_named(path.name), path) for path in folder.glob('checkpoint-*.pth.tar'))
+    kept = [(epoch, path) for epoch, path in found if epoch is not None]
     return sorted(kept, key=lambda one: one[0], reverse=True)
 
 
@@ -157,19 +172,80 @@ def epoch_of(path: Path) -> Tuple[Optional[Tuple[Any, Any]], Dict[str, Any]]:
     return (checkpoint.get('epoch'), checkpoint.get('metric')), checkpoint
 
 
-def epoch_in(path: Path, kept: Sequence[Tuple[int, Path]]) -> Optional[int]:
-    """The epoch of a file that need not say it in its name, None where that cannot be read."""
-    if path.suffix == '.safetensors':
-        epoch = metadata_of(path).get('epoch', '')
-        return int(epoch) if re.fullmatch('[0-9]{1,9}', epoch) else None
-    linked = [epoch for epoch, file in kept if file.exists() and file.samefile(path)]
-    return linked[0] if linked else epoch_of(path)[1].get('epoch')
+def ranked_as(path: Path) -> Tuple[Optional[int], Optional[float]]:
+    """The epoch and metric that a file of a run says, None where it does not. This is quick and judges no digest: it is
+    for whether a file keeps its name, not for what goes on from it."""
+    try:
+        if path.suffix == '.safetensors':
+            metadata = metadata_of(path)
+            about: Dict[str, Any] = {name: json.loads(metadata[name]) for name in ('epoch', 'metric')}
+        else:
+            about = load_checkpoint_metadata(str(path)) if path.is_file() else {}
+        epoch, metric = about.get('epoch'), about.get('metric')
+    except Exception:  # each format has its own errors for a broken file
+        return None, None
+    return epoch if is_whole(epoch) else None, metric if is_number(metric) else None
 
 
-def position_in(path: Path) -> Tuple[int, int]:
-    """The epoch and update with which a checkpoint goes on; -1 where that cannot be read."""
-    position = (epoch_of(path)[1].get('saver') or {}).get('position') or {}
-    return position.get('epoch', -1), position.get('update', -1)
+def digest_of(path: Path) -> str:
+    """The digest that a file holds, whether it is right or not, or else that of its content."""
+    return stored_digest(path) or file_digest(path)
+
+
+def is_copy(one: Path, other: Path) -> bool:
+    """Whether two files are the same, or one a copy of the other."""
+    try:
+        return one.samefile(other) or (other.is_file() and digest_of(one) == digest_of(other))
+    except OSError:  # a link that leads nowhere, or a file that may not be read
+        return False
+
+
+def ranking_of(checkpoint: Dict[str, Any]) -> Dict[int, float]:
+    """The metrics by epoch that a checkpoint knows: of its ranking, of the best epoch and of its own."""
+    saved = checkpoint.get('saver') or {}
+    known: List[Tuple[Any, Any]] = [(_epoch_named(name), metric) for name, metric in saved.get('checkpoint_files', ())]
+    known.append((saved.get('best_epoch'), saved.get('best_metric')))
+    known.append((checkpoint.get('epoch'), checkpoint.get('metric')))
+    return {epoch: metric for epoch, metric in known if epoch is not None and metric is not None}
+
+
+def left_behind(folder: Path, path: Path, checkpoint: Dict[str, Any], end: int, column: str) -> List[Path]:
+    """What a folder has of epochs that a run which goes on from a checkpoint has not, or no longer: those from `end`
+    on, and those of another branch, which began where a run had gone back.
+
+    Of another branch are epochs that the checkpoint's ranking names with another metric, or that the ranking of the
+    other `last.pth.tar` alone names; of its own epoch another file. What neither names may be this run's: it kept more
+    checkpoints then. A `summary.csv` is of another branch where its `column` has another metric for an epoch.
+    """
+    known, last, summary = ranking_of(checkpoint), folder / 'last.pth.tar', folder / 'summary.csv'
+    there, content = (None, {}) if not last.exists() or is_copy(last, path) else epoch_of(last)
+    named, own = {*known, *ranking_of(content)}, None if checkpoint.get('metric') is None else checkpoint.get('epoch')
+    found = [(*ranked_as(file), file) for name in BEST if (file := folder / name).exists()]
+    found += [(epoch, ranked_as(file)[1] if epoch in named else None, file) for epoch, file in kept_in(folder)]
+
+    def is_left(epoch: int, metric: Optional[float], file: Path) -> bool:
+        if epoch >= end or metric not in (None, known.get(epoch)):
+            return True
+        whole = folder / BEST[0] if file.name == BEST[1] else file
+        return epoch == own and whole.exists() and not is_copy(whole, path)  # an equal metric does not make it the same
+
+    left = [file for epoch, metric, file in found if epoch is not None and is_left(epoch, metric, file)]
+    if there and not any(is_copy(last, copy) for copy in folder.glob(f'{last.name}.before*')):
+        left.append(last)
+    return [*left, summary] if _tells_others(summary, column, known) else left
+
+
+def _tells_others(summary: Path, column: str, known: Dict[int, float]) -> bool:
+    """Whether a table has another metric for an epoch than is known. What is wrong with a file is for who writes it to
+    say."""
+    try:
+        with open_regular(summary) as file:
+            rows = csv.DictReader(io.TextIOWrapper(file, 'utf-8', newline=''))
+            told = {int(row['epoch']): float(row[column]) for row in rows if row[column]}
+    except (OSError, KeyError, TypeError, ValueError, csv.Error):
+        return False
+    # A spreadsheet may have rounded them.
+    return any(epoch in known and not math.isclose(told[epoch], known[epoch], rel_tol=1e-6) for epoch in told)
 
 
 def checkpoints_in(folder: Path) -> List[Path]:

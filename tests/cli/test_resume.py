@@ -396,6 +396,19 @@ def test_a_fresh_run_keeps_what_another_one_told(train, tmp_path, content):
     assert kept == [content] * (content.count('\n') > 2) and [row['epoch'] for row in rows(folder)] == ['0', '1']
 
 
+def test_the_summary_of_another_branch_is_kept_aside(train):
+    """A run went back and on otherwise, and then the one that it had left goes on: no table has rows of both."""
+    flags = ['--eval-metric', 'loss', '--resume']
+    folder = train('run', *flags, 'auto')
+    train('run', '--lr', '0.01', *flags, folder / 'checkpoint-0.pth.tar')
+    other = (folder / 'summary.csv').read_bytes()
+    train('run', '--epochs', '3', *flags, folder / 'last.pth.tar.before')
+    kept = folder / 'summary.csv.before'
+    assert kept.read_bytes() == other and [row['epoch'] for row in rows(folder)] == ['2']
+    line = f'summary.csv tells of an epoch that this run has no longer: it is {kept.name} now'
+    assert line in (folder / 'train.log').read_text()
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize('writes', [0, 5, 9, 20])
 def test_a_disk_that_the_curves_fill_ends_the_run_with_a_line(call, images, tmp_path, monkeypatch, writes):

@@ -632,7 +632,7 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
     assert again.best_epoch == {'none ranked': None, 'gone': 1}.get(how, 0)
     said = [record.getMessage() for record in caplog.records if 'an epoch that this run has no longer' in record.msg]
     behind = range(0 if how == 'none ranked' else 2, 3)
-    assert len(said) == 2 + len(behind) + (how != 'damaged')
+    assert len(said) == 1 + len(behind) + 2 * (how != 'damaged')
     if how == 'damaged':  # the name without metadata does not say its epoch
         assert best[0].with_name(f'{best[0].name}.before').exists()
     else:
@@ -652,6 +652,69 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
     resume(candidates, run := run_of('--checkpoint-hist', '4'), saver_of(run, tmp_path))
     assert [path.exists() for path in best] == [how != 'none ranked'] * 2
     assert sum('has no longer' in record.getMessage() for record in caplog.records) == len(said)  # once
+
+
+def gone_on(folder, path, metrics):
+    """The saver of a run that went on from this checkpoint of a folder, for an epoch to each of these metrics."""
+    run = run_of()
+    saver = saver_of(run, folder)
+    position = resume([path], run, saver) if path else Position()
+    with torch.no_grad():
+        saver.model.bias.add_(len(list(folder.iterdir())))  # other weights on each branch
+    for metric in metrics:
+        position = position.next_epoch()
+        saver.save_epoch(position, metric)
+    return saver
+
+
+@pytest.mark.parametrize('how', ['by name', 'renamed'])
+@pytest.mark.parametrize(
+    'other',
+    [(20.0,), (20.0, 35.0), (20.0, 15.0, 10.0), (20.0, 15.0, 40.0), (10.0, 5.0, 40.0), (20.0, 15.0, 10.0, 50.0)],
+    ids=['shorter', 'best where none was kept', 'worse', 'as good', 'alike', 'longer'],
+)
+def test_a_run_that_goes_on_from_what_was_left_keeps_the_other_branch(tmp_path, other, how):
+    """A run goes back, and then the one that it had left goes on: of the branch between no checkpoint is lost."""
+    last, left, best = (tmp_path / name for name in ('last.pth.tar', 'last.pth.tar.before', 'model_best.safetensors'))
+    gone_on(tmp_path, None, (30.0, 10.0, 5.0, 40.0))
+    ended, weights = last.read_bytes(), load_file(best)
+    gone_on(tmp_path, tmp_path / 'checkpoint-0.pth.tar', other)
+    assert left.read_bytes() == ended
+    if how == 'renamed':
+        left = left.rename(last)
+    names = [path.name for path in tmp_path.glob('*.pth.tar') if path.name != 'previous.pth.tar']
+    before = {name: (tmp_path / name).read_bytes() for name in [*names, *[best.name] * (max(other) > 30)]}
+    again = gone_on(tmp_path, left, ())
+    after = contents_of(tmp_path)
+    assert [name for name, content in before.items() if content not in after.values()] == []
+    assert {after[name] for name in ('last.pth.tar', 'model_best.pth.tar', 'checkpoint-3.pth.tar')} == {ended}
+    assert torch.equal(load_file(best)['bias'], weights['bias'])
+    assert [(Path(path).name, metric) for path, metric in again.checkpoint_files] == [
+        ('checkpoint-3.pth.tar', 40.0),
+        ('checkpoint-0.pth.tar', 30.0),
+    ]
+    gone_on(tmp_path, left, ())
+    assert contents_of(tmp_path) == after  # once
+
+
+@pytest.mark.parametrize(
+    'rows, left',
+    [
+        ('0,0.123456789012345\n1,0.5', False),
+        ('0,0.1234567890\n2,7', False),  # rounded by a spreadsheet, and an epoch that is not ranked
+        ('0,0.123456789012345\n1,0.51', True),
+        ('1,', False),
+        ('1,text', False),
+        ('1', False),
+    ],
+)
+def test_a_summary_is_of_another_branch_where_its_metric_is(saver, tmp_path, rows, left):
+    """What is wrong with the file otherwise is told when it is written."""
+    for epoch, metric in enumerate((0.123456789012345, 0.5)):
+        saver.save_epoch(Position(epoch + 1), metric)
+    (tmp_path / 'summary.csv').write_text(f'epoch,eval_top1\n{rows}\n')
+    gone_on(tmp_path, tmp_path / 'last.pth.tar', ())
+    assert (tmp_path / 'summary.csv.before').exists() == left != (tmp_path / 'summary.csv').exists()
 
 
 @pytest.mark.parametrize('back', [True, False])
