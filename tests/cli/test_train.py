@@ -29,7 +29,8 @@ from timm.utils import load_checkpoint_metadata
 import evavit
 from evavit.errors import INTERRUPTED
 from evavit.hub import save_folder
-from evavit.training import checkpoint
+from evavit.training import build, checkpoint, dry_run
+from evavit.training.config import parse_settings
 
 LONGER = ['--epochs', '4', '--warmup-epochs', '1']
 
@@ -114,6 +115,35 @@ def test_a_start_from_a_run_with_other_arguments_of_the_model_is_told(train, cal
         assert code == 0 and (line in out) == told, (kwargs, out + err)
         own = ' '.join(MODEL)
         assert (f'to go on with its own, give {own}' in out) == told, out
+
+
+def test_a_start_from_a_file_of_a_folder_keeps_what_its_config_says(call, images, tmp_path):
+    """As from a run's file: of a conversion it makes no softmax model, and other arguments of the model are told."""
+    vit = [*VIT, 'img_size=16']
+    kwargs = dict(patch_size=4, embed_dim=16, depth=2, num_heads=2, img_size=16, num_classes=3)
+    local = evavit.convert_vit(timm.create_model(VIT[1], **kwargs), attention='local', window_size=2)
+    scaled = timm.create_model(MODEL[1], num_classes=3, **KWARGS, proposal_scale=0.5)
+    cases = [
+        (local, [*vit, '--convert', 'local', '--convert-kwargs', 'window_size=2'], False),
+        (local, [*vit, '--convert', 'local', '--convert-kwargs', 'window_size=3'], True),
+        (scaled, MODEL, True),
+        (scaled, [*MODEL, 'proposal_scale=0.5', 'global_pool=avg', 'qkv_bias=true'], False),  # which are the defaults
+    ]
+    for model, flags, told in cases:
+        file = save_folder(model, tmp_path / 'hub', data='fruit', licence='mit') / 'model.safetensors'
+        config, _ = parse_settings('train', [*flags, '--pretrained-path', str(file)])
+        lines = dry_run.other_start(config, 3, None)
+        assert [f'give --pretrained --model local-dir:{tmp_path}/hub in place of' in line for line in lines] == [
+            True
+        ] * told
+        given = ['--pretrained', '--model', f'local-dir:{file.parent}']
+        config, _ = parse_settings('train', given)
+        build.name_converted(config.model, softmax_too=True)
+        assert not dry_run.other_start(config, 3, None)
+    save_folder(local, tmp_path / 'hub', data='fruit', licence='mit')
+    for start in ('--pretrained-path', '--initial-checkpoint'):
+        code, _, err = call('train', *vit, *QUICK, '--data-dir', images, start, file, '--dry-run')
+        assert code == 2 and f'{file} is of a converted model' in err and err.count('\n') == 1, err
 
 
 def test_a_start_from_a_file_whose_labels_mean_other_classes(train, call, images, tmp_path):
