@@ -543,7 +543,7 @@ def test_where_weights_are_is_no_argument_of_a_model(name):
         build.build_model(ModelConfig(model='eva_deit_tiny', model_kwargs={name: {}}), 3)
 
 
-@pytest.mark.parametrize('lacks', ['blocks.1.', 'mlp', 'prefix', 'norm.', ''])
+@pytest.mark.parametrize('lacks', ['blocks.1.', 'mlp', 'prefix', 'pos_embed', 'cls_token', 'norm.', ''])
 @pytest.mark.parametrize('classes', [5, 0])
 def test_a_start_from_a_file_that_lacks_the_body_is_a_line(tmp_path, caplog, lacks, classes):
     """With other classes timm takes what it finds, and leaves the rest random without a word that is seen."""
@@ -561,8 +561,19 @@ def test_a_start_from_a_file_that_lacks_the_body_is_a_line(tmp_path, caplog, lac
         torch.testing.assert_close(model.state_dict()['blocks.0.mlp.fc1.weight'], state['blocks.0.mlp.fc1.weight'])
         assert ('file.pth lacks norm.weight and 1 more: they begin anew' in caplog.text) == (lacks == 'norm.')
     else:
-        with pytest.raises(UserError, match=r'file\.pth does not fit the model: it lacks .* more; check --model'):
+        with pytest.raises(UserError, match=r'file\.pth does not fit the model: it lacks .*; check --model'):
             build.build_model(config, 3)
+
+
+def test_a_pooling_that_a_file_lacks_begins_anew_where_it_is_trained(tmp_path, caplog):
+    small = dict(img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=2)
+    torch.save(timm.create_model('vit_base_patch16_siglip_gap_224', **small).state_dict(), file := tmp_path / 'gap.pth')
+    about = dict(model='vit_base_patch16_siglip_224', model_kwargs=small, pretrained_path=str(file))
+    build.build_model(ModelConfig(**about), 3)
+    assert f'warning: {file} lacks attn_pool.' in caplog.text and 'they begin anew' in caplog.text
+    for config, new_head in ((ModelConfig(**about, linear_probe=True), True), (ModelConfig(**about), False)):
+        with pytest.raises(UserError, match=r'gap\.pth does not fit the model: it lacks attn_pool\.'):
+            build.build_model(config, 3, new_head=new_head)
 
 
 def test_a_converted_network_of_another_program_keeps_its_summaries(tmp_path):
