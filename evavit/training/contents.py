@@ -23,6 +23,7 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
+from evavit.arguments import PREPARATION
 from evavit.errors import UserError, first_line, reason_of
 from evavit.files import RUN_WEIGHTS, check_parts, is_stamped, why_no_file
 from evavit.hub import folder_digest, held_out, saved_config, source_folder
@@ -55,10 +56,7 @@ FROM_CHECKPOINT = (
     'in_chans',
     'img_size',
     'input_size',
-    'crop_pct',
-    'mean',
-    'std',
-    'interpolation',
+    *PREPARATION,
     'convert',
     'convert_kwargs',
 )
