@@ -489,11 +489,14 @@ def origin(path: Optional[str], model: Optional[str] = None) -> Dict[str, Any]:
     return folder_settings(_config_of(place)[0]) if place else {}
 
 
-def learnt_classes(config: ModelConfig) -> Optional[List[str]]:
+def learnt_classes(config: ModelConfig, class_map: Optional[str] = None) -> Optional[List[str]]:
     """The names by label of the classes that the weights which a model starts from have learnt, None where nothing
-    says. UserError of `origin`."""
+    says. UserError of `origin`, and where names are damaged and no `class_map` stands for them."""
     path = config.pretrained_path or config.initial_checkpoint
-    return _class_names(origin(path, config.model if config.pretrained else None))
+    content = origin(path, config.model if config.pretrained else None)
+    if not class_map:
+        _check_label_names(content, path or config.model or '')
+    return _class_names(content)
 
 
 def _class_names(content: Dict[str, Any]) -> Optional[List[str]]:

@@ -282,16 +282,16 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
         class_names: Of the run by label, where they are known.
 
     Raises:
-        UserError: The run keeps the classifier of the file, and has its classes in another order.
+        UserError: The run keeps the classifier of the file, and has its classes in another order, or cannot know it.
     """
     path, model = starting_file(config), config.model
     if not path and not model.pretrained:
         return []
     try:
-        saved = contents.origin(path) if path else {}
-        learnt = contents.learnt_classes(model)
+        content = contents.origin(path, model.model if model.pretrained else None)
     except UserError:  # what is wrong with it is told where it is read
         return []
+    saved = content if path else {}
     lines = [line] if (line := other_model(path, saved, model)) else []
     held, here = held_out(saved), (config.data.val_fraction, config.run.seed)
     same = held.get('data_dir_sha256') == folder_digest(config.data.data_dir or '')
@@ -303,8 +303,9 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
     if path and not model.initial_checkpoint:
         kept = build.head_classes(model.model or '', build.read_weights(path)) == num_classes
     else:
-        kept = bool(path) or len(learnt or ()) == num_classes
-    if kept and (other := data.other_classes(learnt, class_names, str(path or model.model))):
+        kept = bool(path) or content.get('num_classes') == num_classes
+    learnt = contents.learnt_classes(model, config.data.class_map) if kept else None
+    if other := data.other_classes(learnt, class_names, str(path or model.model)):
         lines.append(f'{path or model.model} has learnt other classes: {other}; the run starts with its classifier')
     return lines
 

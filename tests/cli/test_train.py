@@ -202,6 +202,27 @@ def test_a_start_from_a_folder_for_the_hub_whose_labels_mean_other_classes(call,
         assert code == 0 and out.count('learnt other classes: class 0 was called x, and is apple in') == 1, out + err
 
 
+def test_a_start_from_a_folder_with_damaged_names_of_its_classes_is_a_line(call, images, tmp_path):
+    """As validate.py refuses them, where the classifier is kept: labels might mean other classes."""
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS)
+    folder = save_folder(model, tmp_path / 'hub', data='fruit', licence='mit')
+    (tmp_path / 'map.txt').write_text('\n'.join(CLASSES))
+    start, content = (
+        ['--model', f'local-dir:{folder}', '--pretrained'],
+        json.loads((folder / 'config.json').read_text()),
+    )
+    teacher = [*MODEL, '--kd-model-name', f'local-dir:{folder}']
+    for names in (['plum', 'pear', 'plum'], ['plum', 'pear']):
+        (folder / 'config.json').write_text(json.dumps({**content, 'label_names': names}))
+        for flags in (start, teacher):
+            code, out, err = call('train', *flags, *QUICK, '--data-dir', images, '--dry-run')
+            line = err.splitlines()[-1]
+            assert code == 2 and 'label_names in its config.json: 2 different names for 3 classes' in line, out + err
+    for more in (['--class-map', tmp_path / 'map.txt'], ['--num-classes', '4']):  # of 4 classes the classifier is new
+        code, out, err = call('train', *start, *QUICK, '--data-dir', images, *more, '--dry-run')
+        assert (code == 0 or '--num-classes' in more) and 'label_names' not in err, out + err
+
+
 @pytest.mark.parametrize('model', [MODEL, ['--model', 'resnet10t']], ids=['eva', 'batch norm'])
 def test_a_linear_probe_trains_the_classifier_alone(train, tmp_path, model):
     kwargs = KWARGS if model is MODEL else {}
