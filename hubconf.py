@@ -8,6 +8,10 @@ dependencies = ['timm', 'torch']
 
 import timm as _timm  # noqa: E402
 
+from evavit.hub import load_converted as _load_converted  # noqa: E402
+from evavit.hub import lost_conversion as _lost_conversion  # noqa: E402
+from evavit.hub import saved_config as _saved_config  # noqa: E402
+from evavit.hub import source_folder as _source_folder  # noqa: E402
 from evavit.hub import source_weights as _source_weights  # noqa: E402
 from evavit.models import model_names as _model_names  # noqa: E402
 from evavit.models import read_weights as _read_weights  # noqa: E402
@@ -39,5 +43,13 @@ for _name in _model_names():
 
 
 def timm_model(name, pretrained=False, **kwargs):
-    """A model by any name that `timm.create_model` takes, with the models of this package registered."""
+    """A model by any name that `timm.create_model` takes, with the models of this package registered. What
+    `evavit.load_converted` takes is loaded so, with its arguments: timm alone would make the network with softmax."""
+    folder = _source_folder(name)
+    if folder is not None and _saved_config(folder)[1] is not None:
+        if not pretrained:
+            raise ValueError(f'{name}: a converted model, which comes with its weights alone; add pretrained=True')
+        return _load_converted(name, **kwargs)
+    if folder is not None and pretrained and (reason := _lost_conversion(folder)):
+        raise ValueError(reason)
     return _create(name, pretrained, kwargs)

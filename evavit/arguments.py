@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # --help does without it
     import torch
 
 __all__ = [
+    'CROP_MODES',
     'NUMBER',
     'PREPARATION',
     'Parser',
@@ -38,6 +39,7 @@ PROGRAMS = ('train', 'validate', 'inference', 'benchmark', 'export')
 LISTED = ('train', 'validate', 'export')  # programs whose flags are the table of `evavit.training.sections`
 MOST_BLOCKS = 1000  # of a model: more only take a day to build
 MOST_NUMBER = 10**6  # of anything else: tokens, channels, a window, or times as many
+CROP_MODES = ('center', 'squash', 'border')
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _BLOCKS = re.compile(
     '(?:^|_)(?:block|branch|depth|expert|layer|level|rep|scale|sec|stage)'
@@ -158,7 +160,7 @@ def too_large(kwargs: Mapping[str, Any]) -> Optional[str]:
     return None
 
 
-PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct')  # settings of train.py: how images are prepared
+PREPARATION = ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')  # settings of train.py: how images are prepared
 
 
 def per_channel(values: Sequence[float], channels: int) -> Sequence[float]:
@@ -188,7 +190,7 @@ def wrong_preparation(about: Any, in_chans: Optional[int] = None) -> Optional[st
     crop_pct = about.get('crop_pct')
     if crop_pct is not None and not numbers([crop_pct], 0.01, 2):  # timm has models of 1.15
         return f'crop_pct {shown(crop_pct)} is no number of 0.01 to 2'
-    for name, choices in (('interpolation', INTERPOLATIONS), ('crop_mode', ('center', 'squash', 'border'))):
+    for name, choices in (('interpolation', INTERPOLATIONS), ('crop_mode', CROP_MODES)):
         if about.get(name) is not None and about[name] not in choices:
             return f'{name} {shown(about[name])} is none of {", ".join(choices)}'
     return None

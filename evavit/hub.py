@@ -38,7 +38,7 @@ from evavit.card import model_card
 from evavit.errors import first_line
 from evavit.files import RUN_WEIGHTS, DamagedError, is_stamped, replacing_in
 from evavit.models import ConvertedModel, convert_vit, model_names, read_weights, write_weights
-from evavit.models._saved import saved_args, saved_preparation
+from evavit.models._saved import CONVERSION, HELD_OUT, saved_args, saved_preparation
 from evavit.models._weights import check_kinds, disk_errors, folder_weights
 from evavit.version import __version__
 
@@ -47,9 +47,7 @@ __all__ = ['load_converted', 'publish', 'save_folder', 'saved_config']
 log = logging.getLogger(__name__)
 
 _HUB = 'hf-hub:'
-_CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
-_CARD = 'evavit_card_sha256'  # the one with the digest of the README.md that was written with it
-_HELD_OUT = 'evavit_held_out'  # the one with what a run held out of its images, see `held_out`
+_CARD = 'evavit_card_sha256'  # the entry of config.json with the digest of the README.md that was written with it
 
 _MAKERS = timm.create_model, build_model_with_cfg
 _NOT_OF_A_MODEL = {'device', 'dtype', *(name for maker in _MAKERS for name in inspect.signature(maker).parameters)}
@@ -63,8 +61,8 @@ def held_out(settings: Dict[str, Any]) -> Dict[str, Any]:
     digest of where it lay, which others can compare and not read. Newer runs also say what `val_fraction` came to, in
     the keys of `training.data.held_out`.
     """
-    if _HELD_OUT in settings:
-        return settings[_HELD_OUT]
+    if HELD_OUT in settings:
+        return settings[HELD_OUT]
     if settings.get('val_fraction') is None:
         return {}
     found = {name: settings.get(name) for name in ('val_fraction', 'seed', 'train_split')}
@@ -89,9 +87,9 @@ def _config(
 ) -> Dict[str, Any]:
     config: Dict[str, Any] = {'pretrained_cfg': {'license': licence}, _CARD: hashlib.sha256(readme).hexdigest()}
     if isinstance(model, ConvertedModel):
-        config[_CONVERSION] = model.conversion
+        config[CONVERSION] = model.conversion
     if held := held_out(recipe or {}):
-        config[_HELD_OUT] = held
+        config[HELD_OUT] = held
     return {**config, 'label_names': list(label_names)} if label_names else config
 
 
@@ -275,7 +273,7 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
         )
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        conversion, arguments = config.get(_CONVERSION), config.get('model_args') or {}
+        conversion, arguments = config.get(CONVERSION), config.get('model_args') or {}
         own = sorted(_NOT_OF_A_MODEL & arguments.keys())
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(
@@ -284,9 +282,9 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
     if own:
         raise ValueError(f'{folder}: config.json makes no model: {", ".join(own)} in model_args is no argument of one')
     if conversion is not None and not isinstance(conversion, dict):
-        raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} holds no arguments); save the folder anew')
+        raise ValueError(f'{folder}: config.json is damaged ({CONVERSION} holds no arguments); save the folder anew')
     if foreign := sorted({'model', 'inplace'} & (conversion or {}).keys()):
-        raise ValueError(f'{folder}: config.json is damaged ({_CONVERSION} has {foreign[0]}); save the folder anew')
+        raise ValueError(f'{folder}: config.json is damaged ({CONVERSION} has {foreign[0]}); save the folder anew')
     if excess := too_large(arguments) or too_large(conversion or {}):
         raise ValueError(f'{folder}: config.json makes no model: {excess}')
     architecture = config.get('architecture')
@@ -296,7 +294,7 @@ def saved_config(folder: Path) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]
             f'folder anew'
         )
     if not isinstance(held_out(config), dict):
-        raise ValueError(f'{folder}: config.json is damaged ({_HELD_OUT} holds no entries); save the folder anew')
+        raise ValueError(f'{folder}: config.json is damaged ({HELD_OUT} holds no entries); save the folder anew')
     about = config.get('pretrained_cfg', config)  # timm's older form has all in one place
     if wrong := wrong_preparation(about, arguments.get('in_chans')):
         raise ValueError(f'{folder}: config.json is damaged (pretrained_cfg: {wrong}); save the folder anew')

@@ -57,9 +57,9 @@ def judge(settings, k):
     read['seed'] = settings.run.seed
     train_set, names = data.open_dataset(settings.data, 'train', **read)
     eval_set, _ = data.open_dataset(settings.data, settings.data.split, class_names=names, **read)
-    model = build.build_model(settings.model, 0).to(process.device).eval()
+    model = build.build_model(settings.model, 0, new_head=False).to(process.device).eval()
     path = settings.model.pretrained_path
-    if path and (line := dry_run.other_model(path, contents.saved_settings(path), settings.model)):
+    if path and (line := dry_run.other_model(path, contents.origin(path), settings.model)):
         log.warning(f'warning: {line}')
     config = data.resolve_input(settings.model, model)
     known, labels = features(model, train_set, settings, config, process)

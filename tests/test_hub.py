@@ -623,6 +623,34 @@ def test_torch_hub_and_timm_name_a_damaged_folder(name, tmp_path):
         assert str(path) in str(told.value) and '\n' not in str(told.value)
 
 
+@pytest.mark.parametrize('options', [dict(attention='local', window_size=2), dict(window_size=2, partition_grid=2)])
+def test_torch_hub_loads_a_folder_of_a_converted_model_as_load_converted_does(options, tmp_path):
+    vit = timm.create_model('vit_tiny_patch16_224', **{**SMALL, 'num_classes': 3})
+    torch.nn.init.normal_(vit.blocks[0].attn.qkv.weight)
+    model = evavit.convert_vit(vit, **options).eval()
+    name, images = (
+        f'local-dir:{save_folder(model, tmp_path / "mine", data="x", licence="mit")}',
+        torch.randn(2, 3, 32, 32),
+    )
+
+    def load(**kwargs):
+        return torch.hub.load(str(ROOT), 'timm_model', name, source='local', **kwargs)
+
+    torch.testing.assert_close(load(pretrained=True).eval()(images), model(images), rtol=0, atol=0)
+    for kwargs, line in (
+        (dict(pretrained=True, num_classes=5), 'not the weights of config.json with num_classes=5'),
+        ({}, 'add pretrained=True'),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(line)) as told:
+            load(**kwargs)
+        assert '\n' not in str(told.value)
+    if 'attention' not in options:  # as timm's save_for_hf leaves it
+        config = json.loads((tmp_path / 'mine' / 'config.json').read_text())
+        (tmp_path / 'mine' / 'config.json').write_text(json.dumps({**config, 'evavit_convert': None}))
+        with pytest.raises(ValueError, match=r'its config\.json says no conversion'):
+            load(pretrained=True)
+
+
 def test_torch_hub_lists_every_model():
     scope = {}
     exec(compile((ROOT / 'hubconf.py').read_text(), 'hubconf.py', 'exec'), scope)

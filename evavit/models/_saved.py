@@ -1,4 +1,4 @@
-"""What stands beside weights in a file: the settings of the run that wrote it."""
+"""What stands beside weights: in their file the settings of the run that wrote it, or in a folder its config.json."""
 
 import contextlib
 import json
@@ -10,11 +10,24 @@ import safetensors
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 
-from evavit.arguments import PREPARATION, wrong_preparation
+from evavit.arguments import PREPARATION, per_channel, wrong_preparation
 from evavit.errors import first_line
 from evavit.files import open_regular
 
-__all__ = ['as_trained', 'saved_args', 'saved_conversion', 'saved_preparation', 'trained_size']
+__all__ = [
+    'CONVERSION',
+    'HELD_OUT',
+    'as_trained',
+    'config_beside',
+    'folder_settings',
+    'saved_args',
+    'saved_conversion',
+    'saved_preparation',
+    'trained_size',
+]
+
+CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
+HELD_OUT = 'evavit_held_out'  # the one with what a run held out of its images, see `hub.held_out`
 
 
 def saved_args(file: Union[str, Path]) -> Any:
@@ -24,12 +37,13 @@ def saved_args(file: Union[str, Path]) -> Any:
 
 
 def saved_conversion(file: Union[str, Path]) -> Optional[str]:
-    """The attention to which the run that wrote a file of `read_weights` converted its network, '' where it left
-    softmax, None where the file does not say."""
-    saved = _settings_of_run(file)
-    if not isinstance(saved.get('model'), str):
-        return None
-    if 'convert' not in saved and not str(file).endswith('.safetensors'):  # of another program, such as DeiT's
+    """The attention to which the network of a file of `read_weights` was converted, '' where its run left softmax, None
+    where nothing says."""
+    saved = _settings_of(file)
+    others = config_beside(file) or not str(file).endswith(
+        '.safetensors'
+    )  # can be of timm, or a program such as DeiT's
+    if not isinstance(saved.get('model'), str) or ('convert' not in saved and others):
         return None
     convert = saved.get('convert')
     return convert if isinstance(convert, str) and convert != 'softmax' else ''
@@ -38,14 +52,8 @@ def saved_conversion(file: Union[str, Path]) -> Optional[str]:
 def trained_size(file: Union[str, Path]) -> Optional[Tuple[int, int]]:
     """Height and width of the images that the weights of a file were trained on, None where neither the settings of a
     run in it nor the config.json beside it say."""
-    saved, beside = _settings_of_run(file), Path(file).parent / 'config.json'
-    sizes = [saved.get('input_size'), saved.get('img_size'), saved.get('model_kwargs')]
-    if not saved and Path(file).name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-            with open_regular(beside) as stream:
-                content = json.load(stream)
-            sizes = [content.get('pretrained_cfg', content).get('input_size'), content.get('model_args')]
-    for size in sizes:
+    saved = _settings_of(file)
+    for size in (saved.get('input_size'), saved.get('img_size'), saved.get('model_kwargs')):
         size = size.get('img_size') if isinstance(size, dict) else size
         size = [size, size] if isinstance(size, int) else size
         if isinstance(size, (list, tuple)) and len(size) >= 2 and all(isinstance(side, int) for side in size):
@@ -53,14 +61,44 @@ def trained_size(file: Union[str, Path]) -> Optional[Tuple[int, int]]:
     return None
 
 
-def _settings_of_run(file: Union[str, Path]) -> Dict[str, Any]:
-    """The settings in a file of `read_weights` that train.py wrote, {} where there are none."""
+def config_beside(file: Union[str, Path]) -> Optional[Path]:
+    """The config.json that tells of a file of `hub.save_folder` or of timm, None of others."""
+    beside = Path(file).with_name('config.json')
+    return beside if Path(file).name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME) and beside.is_file() else None
+
+
+def folder_settings(content: Dict[str, Any]) -> Dict[str, Any]:
+    """What a config.json tells of its model, in the words of a run's settings; classes and what was held out in its
+    own."""
+    about, kwargs = content.get('pretrained_cfg', content), dict(content.get('model_args') or {})
+    own = {name: content[name] for name in ('num_classes', 'label_names', HELD_OUT) if name in content}
+    size, channels = about.get('input_size'), kwargs.pop('in_chans', None)
+    kwargs.pop('num_classes', None)  # which timm's save_for_hf has there
+    settings = dict(model=content.get('architecture'), model_kwargs=kwargs, in_chans=channels)
+    if size and 'img_size' not in kwargs:  # of models of any size there is no other record
+        settings['input_size'] = [channels or size[0], *size[1:]]
+    for name in PREPARATION:
+        if (value := about.get(name)) is not None:
+            settings[name] = [*per_channel(value, channels or 3)] if name in ('mean', 'std') else value
+    conversion = dict(content.get(CONVERSION) or {})
+    if conversion:
+        settings |= dict(convert=conversion.pop('attention', 'eva'), convert_kwargs=conversion)
+    return {**own, **settings}
+
+
+def _settings_of(file: Union[str, Path]) -> Dict[str, Any]:
+    """The settings in a file of `read_weights` that train.py wrote, else those of `config_beside`, {} where there are
+    none."""
     saved: Any = None
     with contextlib.suppress(Exception):  # settings of others, of any kind
         if str(file).endswith('.safetensors'):
             saved = saved_args(file)
         elif zipfile.is_zipfile(file):
             saved = vars(load_checkpoint_metadata(str(file))['args'])
+    with contextlib.suppress(Exception):
+        if not saved and (beside := config_beside(file)):
+            with open_regular(beside) as stream:
+                saved = folder_settings(json.load(stream))
     return saved if isinstance(saved, dict) else {}
 
 
@@ -73,10 +111,10 @@ def saved_preparation(args: Any) -> Dict[str, Any]:
 
 
 def as_trained(overlay: Mapping[str, Any]) -> Dict[str, Any]:
-    """A `pretrained_cfg_overlay` with how images were prepared by the run of train.py that wrote its file, if it does
-    not say. ValueError where the run's settings are none by which images can be prepared."""
+    """A `pretrained_cfg_overlay` with how images were prepared for the weights of its file, if it does not say.
+    ValueError where the settings beside them are none by which images can be prepared."""
     file = str(overlay.get('file'))
-    saved = _settings_of_run(file) if file.endswith('.safetensors') else {}
+    saved = _settings_of(file) if file.endswith('.safetensors') else {}
     if not isinstance(saved.get('model'), str):  # no file, or one of others
         return dict(overlay)
     try:

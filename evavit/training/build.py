@@ -69,7 +69,8 @@ def build_model(
 
     With a device, such as meta, it is built there without those weights: to look at, not to train. Where `config.model`
     is a folder or repository with a converted network, `config` then names its parts, see `name_converted`. Without
-    `new_head`, for a model that is not to be trained, the weights of such a place must have a classifier.
+    `new_head`, for a model that is not to be trained, the weights of such a place must have a classifier, and those of
+    a file all else.
     """
     check_source(config)
     check_convert_kwargs(config)
@@ -121,7 +122,7 @@ def build_model(
             model: Any = timm.create_model(**arguments)
         check_kinds(weights, model)
         if weights and missing:
-            _check_missing(model, missing, str(loaded))
+            _check_missing(model, missing, str(loaded), new_head and not config.linear_probe)
         if not hasattr(model, 'num_classes'):
             raise UserError(
                 f'model {name}{_shown(kwargs)}: it has no classes; leave features_only out of --model-kwargs'
@@ -152,14 +153,13 @@ def build_model(
     return model
 
 
-def _check_missing(model: nn.Module, missing: Sequence[str], path: str) -> None:
-    """UserError where a file lacks weights of the model's body. Tokens, norms and what pools or classifies may begin
-    anew, the norms with a warning."""
-    own = model.state_dict()
-    begun = (*(f'{head}.' for head in _heads_of(model)), 'attn_pool.')
-    lacking = [name for name in missing if name in own and '.' in name and not name.startswith(begun)]
+def _check_missing(model: nn.Module, missing: Sequence[str], path: str, trained: bool) -> None:
+    """UserError where a file lacks weights of the model's body. What classifies may begin anew, and with a warning
+    norms, and in a body that is `trained` what pools."""
+    own, heads = model.state_dict(), tuple(f'{head}.' for head in _heads_of(model))
+    lacking = [name for name in missing if name in own and not name.startswith(heads)]
     more = f'{lacking[0]} and {len(lacking) - 1} more' if len(lacking) > 1 else ''.join(lacking)
-    if any(own[name].ndim > 1 for name in lacking):
+    if any(own[name].ndim > 1 and not (trained and name.startswith('attn_pool.')) for name in lacking):
         raise UserError(
             f'{path} does not fit the model: it lacks {more}; check --model, --model-kwargs and the names in the file'
         )

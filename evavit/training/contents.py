@@ -23,10 +23,12 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
+from evavit.arguments import PREPARATION
 from evavit.errors import UserError, first_line, reason_of
 from evavit.files import RUN_WEIGHTS, check_parts, is_stamped, why_no_file
 from evavit.hub import folder_digest, held_out, saved_config, source_folder
 from evavit.models import model_names
+from evavit.models._saved import config_beside, folder_settings
 from evavit.models._weights import strange
 from evavit.training.build import keep_cells, load_weights, read_weights, try_model
 from evavit.training.config import (
@@ -54,10 +56,7 @@ FROM_CHECKPOINT = (
     'in_chans',
     'img_size',
     'input_size',
-    'crop_pct',
-    'mean',
-    'std',
-    'interpolation',
+    *PREPARATION,
     'convert',
     'convert_kwargs',
 )
@@ -354,7 +353,7 @@ BEST_FIRST = (*RUN_WEIGHTS, 'model_best.pth.tar', 'last.pth.tar')
 
 def _enter_folder(config: Loaded, given: Set[str]) -> Dict[str, Any]:
     """Put the file that is meant in the place of a folder: a run's best weights, or those of `hub.save_folder`, with
-    the model that its config.json makes. Returns what that holds, {} of a run."""
+    the model that its config.json makes unless --model names one. Returns what makes that model, {} of others."""
     folder = Path(config.weights.checkpoint or '')
     try:
         os.listdir(folder)
@@ -376,9 +375,8 @@ def _enter_folder(config: Loaded, given: Set[str]) -> Dict[str, Any]:
             if conversion is not None and config.model.convert in (None, attention):
                 config.model.convert = attention
                 config.model.convert_kwargs = {**conversion, **(config.model.convert_kwargs or {})}
-        elif conversion is not None:
-            _check_convertible(config.model.model, folder, content.get('architecture'))
-        return content
+            return content
+        return {}
     config.weights.checkpoint = str(best_weights(folder, config.weights.use_ema))
     return {}
 
@@ -442,7 +440,7 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     if config.weights.checkpoint and Path(config.weights.checkpoint).is_dir():
         content = _enter_folder(config, given)
     model, path = config.model, config.weights.checkpoint
-    saved = saved_settings(path) if path else {}
+    saved = origin(path) if path and not content else {}
     if 'model' not in given and ':' in (saved.get('model') or ''):
         raise UserError(
             f'{path}: its model {saved["model"]} would have to be fetched; name the architecture with --model'
@@ -463,13 +461,11 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
     local = name.startswith('local-dir:') and not isinstance(config, InferenceConfig)  # which has more names
     if local and not content:
         content, _ = _config_of(Path(name.removeprefix('local-dir:')))
-    elif path and not saved and not content:
-        content = origin(path)
     if isinstance(config, ValidateConfig) and (held := held_out(saved or content)):
         _parse(held, ('val_fraction', 'seed', 'train_split'), path or name)
         config.held_out = held
         _take_held_out(config, given, held)
-    if not saved or model.model == saved.get('model'):
+    if not saved or saved.get('model') in (model.model, name.split('.')[0]):
         model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
     if name.startswith('local-dir:') and not local:
         content = {}
@@ -480,25 +476,27 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
 
 
 def origin(path: Optional[str], model: Optional[str] = None) -> Dict[str, Any]:
-    """What tells where weights come from: the settings of the run that wrote the file, or the `config.json` beside a
-    file of `hub.save_folder`; without a file that of the folder that 'local-dir:FOLDER' or 'hf-hub:owner/name' is. {}
-    of others. UserError of what is damaged."""
+    """What tells where weights come from: the settings of the run that wrote the file, or in their words the
+    `config.json` beside a file of `hub.save_folder`; without a file that of the folder that 'local-dir:FOLDER' or
+    'hf-hub:owner/name' is. {} of others. UserError of what is damaged."""
     if path:
-        saved, folder = saved_settings(path), Path(path).parent
-        of_hub = Path(path).name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME) and (folder / 'config.json').is_file()
-        return saved or (_config_of(folder)[0] if of_hub else {})
+        beside = config_beside(path)
+        return saved_settings(path) or (folder_settings(_config_of(beside.parent)[0]) if beside else {})
     try:
         place = source_folder(model or '')
     except ValueError as error:
         raise UserError(f'model {error}') from error
-    return _config_of(place)[0] if place else {}
+    return folder_settings(_config_of(place)[0]) if place else {}
 
 
-def learnt_classes(config: ModelConfig) -> Optional[List[str]]:
+def learnt_classes(config: ModelConfig, class_map: Optional[str] = None) -> Optional[List[str]]:
     """The names by label of the classes that the weights which a model starts from have learnt, None where nothing
-    says. UserError of `origin`."""
+    says. UserError of `origin`, and where names are damaged and no `class_map` stands for them."""
     path = config.pretrained_path or config.initial_checkpoint
-    return _class_names(origin(path, config.model if config.pretrained else None))
+    content = origin(path, config.model if config.pretrained else None)
+    if not class_map:
+        _check_label_names(content, path or config.model or '')
+    return _class_names(content)
 
 
 def _class_names(content: Dict[str, Any]) -> Optional[List[str]]:

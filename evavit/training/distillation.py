@@ -223,7 +223,7 @@ def build_teacher(
     own, given = ((found['mean'], found['std']) for found in (known, data_config))
     teacher = Teacher(model, identity, own, given, tokens=tokens, logits=kind == 'logit+feature')
     if kind != 'feature':
-        teacher.class_names = learnt_classes(source)
+        teacher.class_names = learnt_classes(source, config.data.class_map)
     return teacher
 
 

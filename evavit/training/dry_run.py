@@ -4,6 +4,7 @@ Where the weights are not needed, the model is built on the meta device, where t
 data is read, no device is touched, no memory is filled.
 """
 
+import inspect
 import logging
 import shlex
 import weakref
@@ -16,7 +17,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, get_model_args
 from timm.utils import random_seed
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evavit.arguments import shown
 from evavit.errors import UserError, first_line
 from evavit.hub import folder_digest, held_out
+from evavit.models._saved import config_beside
 from evavit.training import build, checkpoint, checks, contents, data, distillation, loop, run_folder
 from evavit.training.config import ModelConfig, TrainConfig
 
@@ -280,16 +282,16 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
         class_names: Of the run by label, where they are known.
 
     Raises:
-        UserError: The run keeps the classifier of the file, and has its classes in another order.
+        UserError: The run keeps the classifier of the file, and has its classes in another order, or cannot know it.
     """
     path, model = starting_file(config), config.model
     if not path and not model.pretrained:
         return []
     try:
-        saved = contents.saved_settings(path) if path else {}
-        learnt = contents.learnt_classes(model)
+        content = contents.origin(path, model.model if model.pretrained else None)
     except UserError:  # what is wrong with it is told where it is read
         return []
+    saved = content if path else {}
     lines = [line] if (line := other_model(path, saved, model)) else []
     held, here = held_out(saved), (config.data.val_fraction, config.run.seed)
     same = held.get('data_dir_sha256') == folder_digest(config.data.data_dir or '')
@@ -301,28 +303,57 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
     if path and not model.initial_checkpoint:
         kept = build.head_classes(model.model or '', build.read_weights(path)) == num_classes
     else:
-        kept = bool(path) or len(learnt or ()) == num_classes
-    if kept and (other := data.other_classes(learnt, class_names, str(path or model.model))):
+        kept = bool(path) or content.get('num_classes') == num_classes
+    learnt = contents.learnt_classes(model, config.data.class_map) if kept else None
+    if other := data.other_classes(learnt, class_names, str(path or model.model)):
         lines.append(f'{path or model.model} has learnt other classes: {other}; the run starts with its classifier')
     return lines
 
 
 def other_model(path: Optional[str], saved: Dict[str, Any], config: ModelConfig) -> Optional[str]:
-    """A line where the settings of a file's run are of another model than `config`, or of one converted in another way.
-    Weights from before a conversion are meant."""
-    model, convert = saved.get('model'), saved.get('convert')
-    same = (
-        model == config.model
-        and _lasting(saved.get('model_kwargs')) == _lasting(config.model_kwargs)
-        and convert in (None, config.convert)
-        and not (convert and (saved.get('convert_kwargs') or {}) != (config.convert_kwargs or {}))
-    )
-    if not model or same:
+    """A line where what `contents.origin` says of a file is of another model than `config`, or of one converted in
+    another way. Weights from before a conversion are meant."""
+    own = vars(config)
+    if not saved.get('model') or _alike(saved, own) or _alike(_completed(saved, saved), _completed(own, saved)):
         return None
+    if beside := config_beside(path or ''):
+        flags = '--pretrained', '--model', f'local-dir:{beside.parent}'
+        advice = f'{shlex.join(flags)} in place of the file, and leave --model-kwargs and --convert out'
+    else:
+        advice = shlex.join(_model_flags(saved))[:400]
     return (
         f'{path} holds weights of another model than this run makes, {config.model}, to which they are fitted; to '
-        f'go on with its own, give {shlex.join(_model_flags(saved))[:400]}'
+        f'go on with its own, give {advice}'
     )
+
+
+def _alike(saved: Dict[str, Any], own: Dict[str, Any]) -> bool:
+    model, convert = own.get('model') or '', saved.get('convert')
+    return (
+        saved['model'] in (model, model.split('.')[0])
+        and _lasting(saved.get('model_kwargs')) == _lasting(own.get('model_kwargs'))
+        and convert in (None, own.get('convert'))
+        and not (convert and (saved.get('convert_kwargs') or {}) != (own.get('convert_kwargs') or {}))
+    )
+
+
+def _completed(settings: Dict[str, Any], saved: Dict[str, Any]) -> Dict[str, Any]:
+    """Settings of a model with the arguments that they leave out, for images of the size in `saved`; as they are where
+    they make none. A config.json has all arguments, and flags few."""
+    size = (saved.get('model_kwargs') or {}).get('img_size')
+    kwargs = {name: value for name, value in (settings.get('model_kwargs') or {}).items() if name != 'img_size'}
+    about = {name: settings.get(name) for name in ('model', 'convert', 'convert_kwargs')}
+    about |= {name: saved.get(name) for name in ('img_size', 'input_size', 'in_chans')}
+    about['model_kwargs'] = kwargs if size is None else {**kwargs, 'img_size': size}
+    try:
+        model: Any = build.build_model(ModelConfig(**about), 2, 'meta')
+    except UserError:
+        return settings
+    parents = [kind for kind in reversed(type(model).__mro__) if issubclass(kind, torch.nn.Module)]
+    arguments = [one for kind in parents for one in inspect.signature(kind.__init__).parameters.values()]
+    defaults = {one.name: one.default for one in arguments if one.default is not one.empty}
+    kwargs = {**defaults, **get_model_args(model)}
+    return {**settings, 'model_kwargs': kwargs, 'convert_kwargs': getattr(model, 'conversion', None)}
 
 
 def _lasting(kwargs: Optional[Dict[str, Any]]) -> Dict[str, Any]:

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
-from evavit.arguments import NUMBER, shown
+from evavit.arguments import CROP_MODES, NUMBER, shown
 from evavit.errors import UserError
 
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')  # of torch.compile's Inductor
@@ -239,6 +239,9 @@ class ModelConfig:
     )
     crop_pct: Optional[float] = option(
         None, 'share of the image that the centre crop of validation keeps', low=0.01, high=1, scripts=ALL
+    )
+    crop_mode: Optional[str] = option(
+        None, "how validation makes other shapes of images fit; default: the model's", choices=CROP_MODES, scripts=ALL
     )
     mean: Optional[List[float]] = option(None, 'mean of each channel, of values in 0…1', low=0, high=1, scripts=ALL)
     std: Optional[List[float]] = option(

@@ -28,6 +28,7 @@ from evavit import convert_vit
 from evavit.errors import PREEMPTED, UserError
 from evavit.hub import save_folder
 from evavit.models import write_weights
+from evavit.training import distillation
 from evavit.training.checks import check_settings
 from evavit.training.config import parse_settings
 from evavit.training.contents import complete_from_checkpoint
@@ -291,6 +292,20 @@ def test_a_teacher_of_a_folder_for_the_hub_or_a_run_with_other_classes(train, ca
     for more in ([], ['--dry-run']):
         code, _, err = call('train', *place, '--kd-model-name', f'local-dir:{folder}', '--resume', 'auto', *more)
         assert code == 2 and 'another teacher' in err and err.count('\n') == 1, err
+
+
+def test_a_teacher_of_a_folders_file_is_converted_as_its_config_says(call, images, tmp_path, monkeypatch):
+    """No softmax model of weights that a local attention has trained."""
+    teachers, build = [], distillation.build_teacher
+    monkeypatch.setattr(distillation, 'build_teacher', lambda *args: teachers.append(build(*args)) or teachers[-1])
+    model = timm.create_model(PARENT[1], num_classes=3, **SOFTMAX)
+    local = convert_vit(model, attention='local', window_size=2)
+    file = save_folder(local, tmp_path / 'hub', data='fruit', licence='mit') / 'model.safetensors'
+    flags = [*MODEL, *QUICK, '--data-dir', images, '--num-classes', '3', '--dry-run']
+    teacher = ['--kd-model-name', PARENT[1], '--kd-model-kwargs', *PARENT[3:], '--kd-pretrained-path', file]
+    code, out, err = call('train', *flags, *teacher)
+    assert code == 0, out + err
+    assert teachers and all(teacher.identity.get('convert') == 'local' for teacher in teachers)
 
 
 def test_a_teacher_without_a_classifier(train, call, images, tmp_path, parent):

@@ -29,7 +29,8 @@ from timm.utils import load_checkpoint_metadata
 import evavit
 from evavit.errors import INTERRUPTED
 from evavit.hub import save_folder
-from evavit.training import checkpoint
+from evavit.training import build, checkpoint, dry_run
+from evavit.training.config import parse_settings
 
 LONGER = ['--epochs', '4', '--warmup-epochs', '1']
 
@@ -116,6 +117,35 @@ def test_a_start_from_a_run_with_other_arguments_of_the_model_is_told(train, cal
         assert (f'to go on with its own, give {own}' in out) == told, out
 
 
+def test_a_start_from_a_file_of_a_folder_keeps_what_its_config_says(call, images, tmp_path):
+    """As from a run's file: of a conversion it makes no softmax model, and other arguments of the model are told."""
+    vit = [*VIT, 'img_size=16']
+    kwargs = dict(patch_size=4, embed_dim=16, depth=2, num_heads=2, img_size=16, num_classes=3)
+    local = evavit.convert_vit(timm.create_model(VIT[1], **kwargs), attention='local', window_size=2)
+    scaled = timm.create_model(MODEL[1], num_classes=3, **KWARGS, proposal_scale=0.5)
+    cases = [
+        (local, [*vit, '--convert', 'local', '--convert-kwargs', 'window_size=2'], False),
+        (local, [*vit, '--convert', 'local', '--convert-kwargs', 'window_size=3'], True),
+        (scaled, MODEL, True),
+        (scaled, [*MODEL, 'proposal_scale=0.5', 'global_pool=avg', 'qkv_bias=true'], False),  # which are the defaults
+    ]
+    for model, flags, told in cases:
+        file = save_folder(model, tmp_path / 'hub', data='fruit', licence='mit') / 'model.safetensors'
+        config, _ = parse_settings('train', [*flags, '--pretrained-path', str(file)])
+        lines = dry_run.other_start(config, 3, None)
+        assert [f'give --pretrained --model local-dir:{tmp_path}/hub in place of' in line for line in lines] == [
+            True
+        ] * told
+        given = ['--pretrained', '--model', f'local-dir:{file.parent}']
+        config, _ = parse_settings('train', given)
+        build.name_converted(config.model, softmax_too=True)
+        assert not dry_run.other_start(config, 3, None)
+    save_folder(local, tmp_path / 'hub', data='fruit', licence='mit')
+    for start in ('--pretrained-path', '--initial-checkpoint'):
+        code, _, err = call('train', *vit, *QUICK, '--data-dir', images, start, file, '--dry-run')
+        assert code == 2 and f'{file} is of a converted model' in err and err.count('\n') == 1, err
+
+
 def test_a_start_from_a_file_whose_labels_mean_other_classes(train, call, images, tmp_path):
     """The same ones in another order are refused where the classifier is kept; others are told of."""
     (tmp_path / 'map.txt').write_text('\n'.join(reversed(CLASSES)))
@@ -170,6 +200,27 @@ def test_a_start_from_a_folder_for_the_hub_whose_labels_mean_other_classes(call,
         save_folder(model, folder, label_names=['x', *CLASSES[1:]], data='fruit', licence='mit')
         code, out, err = call('train', *QUICK, *flags, *start, '--experiment', f'b{number}')
         assert code == 0 and out.count('learnt other classes: class 0 was called x, and is apple in') == 1, out + err
+
+
+def test_a_start_from_a_folder_with_damaged_names_of_its_classes_is_a_line(call, images, tmp_path):
+    """As validate.py refuses them, where the classifier is kept: labels might mean other classes."""
+    model = timm.create_model('eva_deit_tiny', num_classes=3, **KWARGS)
+    folder = save_folder(model, tmp_path / 'hub', data='fruit', licence='mit')
+    (tmp_path / 'map.txt').write_text('\n'.join(CLASSES))
+    start, content = (
+        ['--model', f'local-dir:{folder}', '--pretrained'],
+        json.loads((folder / 'config.json').read_text()),
+    )
+    teacher = [*MODEL, '--kd-model-name', f'local-dir:{folder}']
+    for names in (['plum', 'pear', 'plum'], ['plum', 'pear']):
+        (folder / 'config.json').write_text(json.dumps({**content, 'label_names': names}))
+        for flags in (start, teacher):
+            code, out, err = call('train', *flags, *QUICK, '--data-dir', images, '--dry-run')
+            line = err.splitlines()[-1]
+            assert code == 2 and 'label_names in its config.json: 2 different names for 3 classes' in line, out + err
+    for more in (['--class-map', tmp_path / 'map.txt'], ['--num-classes', '4']):  # of 4 classes the classifier is new
+        code, out, err = call('train', *start, *QUICK, '--data-dir', images, *more, '--dry-run')
+        assert (code == 0 or '--num-classes' in more) and 'label_names' not in err, out + err
 
 
 @pytest.mark.parametrize('model', [MODEL, ['--model', 'resnet10t']], ids=['eva', 'batch norm'])

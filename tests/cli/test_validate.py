@@ -12,9 +12,10 @@ from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, load_script, together, 
 
 import evavit
 from evavit.hub import save_folder
-from evavit.models import write_weights
+from evavit.models import read_weights, write_weights
 
 COLUMNS = ['model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation']
+SOFT = ['--model', 'vit_tiny_patch16_224', '--model-kwargs', *(f'{key}={value}' for key, value in SOFTMAX.items())]
 HUB = dict(label_names=[*CLASSES], data='fruit', licence='mit')
 
 
@@ -163,6 +164,27 @@ def test_a_class_map_is_compared_with_the_classes_of_the_checkpoint(train, image
         ), err
     turned.write_text('\n'.join(CLASSES))
     assert judged('--checkpoint', folder, '--class-map', turned) == judged('--checkpoint', folder)
+
+
+def test_a_file_of_a_folder_is_of_the_model_of_its_config(judged, tmp_path):
+    """With --model and without: a conversion without weights of its own is not lost, nor arguments of the model."""
+    torch.manual_seed(0)
+    vit = timm.create_model(SOFT[1], num_classes=3, **SOFTMAX)
+    own = timm.create_model(MODEL[1], num_classes=3, **{**KWARGS, 'proposal_scale': 4.0})
+    for model, flags in (
+        (evavit.convert_vit(vit, attention='local', window_size=2), SOFT),
+        (own, MODEL),
+    ):
+        for parameter in model.parameters():  # as if trained
+            torch.nn.init.normal_(parameter, std=0.3)
+        folder = save_folder(model.eval(), tmp_path / flags[1], **HUB)
+        file = folder / 'model.safetensors'
+        ways = [[folder], [folder, *flags], [file, *flags], [file]]
+        first, *others = (judged('--checkpoint', *way)['loss'] for way in ways)
+        assert others == [first] * 3
+        write_weights(read_weights(file), tmp_path / 'plain.safetensors')
+        plain = judged('--checkpoint', tmp_path / 'plain.safetensors', *flags, '--num-classes', '3')['loss']
+        assert plain != pytest.approx(first, abs=1e-4)
 
 
 def _only(images, tmp_path, name):

@@ -60,6 +60,17 @@ def test_neighbours_of_features(tmp_path, capsys):
         said = ''.join(capsys.readouterr())
         line = f'warning: {file} holds weights of another model than this run makes, eva_deit_tiny'
         assert (line in said) == ('count_cells=all' in said) == (name == 'other'), said
+    small = dict(img_size=16, patch_size=4, depth=1, embed_dim=12, num_heads=2)
+    vit = timm.create_model('vit_base_patch16_siglip_gap_224', **small).state_dict()
+    for name, lacks in (
+        ('vit_base_patch16_siglip_gap_224', 'pos_embed'),
+        ('vit_base_patch16_siglip_224', 'attn_pool.'),
+    ):
+        state = {key: value for key, value in vit.items() if key != lacks}
+        torch.save(state, file := tmp_path / 'part.pth')
+        given = [*flags, '--weights', str(file), '--model', name, '--model-kwargs']
+        assert run_script(example.main, [*given, *(f'{key}={value}' for key, value in small.items())]) == 2
+        assert f'{file} does not fit the model: it lacks {lacks}' in capsys.readouterr().err
     for split in ('train', 'training'):
         assert run_script(example.main, [*flags, '--split', split]) == 2
         assert f'--split {split}: each picture would be its own nearest' in capsys.readouterr().err

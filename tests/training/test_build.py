@@ -495,6 +495,29 @@ def test_a_run_from_a_folder_takes_its_size_of_images(tmp_path, given):
 
 
 @pytest.mark.parametrize('convert', [None, 'eva', 'ours'])
+@pytest.mark.parametrize('classes', [2, 3])
+def test_images_are_prepared_as_a_folder_says(tmp_path, convert, classes):
+    """By the run that starts from it, and by whoever reads that run's file."""
+    name = 'eva_deit_tiny' if convert == 'ours' else 'vit_tiny_patch16_224'
+    model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=2)
+    model = convert_vit(model, window_size=2, partition_grid=0) if convert == 'eva' else model
+    about = dict(mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1), interpolation='nearest', crop_pct=0.7, crop_mode='squash')
+    folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit', data_config=about)
+    config = ModelConfig(model=f'local-dir:{folder}', pretrained=True)
+    build.name_converted(config, softmax_too=True)
+    made = build.build_model(config, classes)
+    write_weights(made.state_dict(), run := tmp_path / 'run.safetensors', dict(args=json.dumps(vars(config))))
+    validated, given = parse_settings('validate', ['--checkpoint', str(run), '--num-classes', str(classes)])
+    complete_from_checkpoint(validated, given)
+    for settings in (config, validated.model):
+        found = data.resolve_input(settings, made)
+        assert {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()} == {
+            **about,
+            'input_size': (3, 32, 32),
+        }
+
+
+@pytest.mark.parametrize('convert', [None, 'eva', 'ours'])
 @pytest.mark.parametrize('size', [(48, 16), (24, 24), (16, 16)], ids=str)  # the last has as many patches as before
 def test_positions_of_images_that_are_no_square(tmp_path, caplog, convert, size):
     """They come to another size as the model's own `set_input_size` brings them there."""
@@ -543,7 +566,7 @@ def test_where_weights_are_is_no_argument_of_a_model(name):
         build.build_model(ModelConfig(model='eva_deit_tiny', model_kwargs={name: {}}), 3)
 
 
-@pytest.mark.parametrize('lacks', ['blocks.1.', 'mlp', 'prefix', 'norm.', ''])
+@pytest.mark.parametrize('lacks', ['blocks.1.', 'mlp', 'prefix', 'pos_embed', 'cls_token', 'norm.', ''])
 @pytest.mark.parametrize('classes', [5, 0])
 def test_a_start_from_a_file_that_lacks_the_body_is_a_line(tmp_path, caplog, lacks, classes):
     """With other classes timm takes what it finds, and leaves the rest random without a word that is seen."""
@@ -561,8 +584,19 @@ def test_a_start_from_a_file_that_lacks_the_body_is_a_line(tmp_path, caplog, lac
         torch.testing.assert_close(model.state_dict()['blocks.0.mlp.fc1.weight'], state['blocks.0.mlp.fc1.weight'])
         assert ('file.pth lacks norm.weight and 1 more: they begin anew' in caplog.text) == (lacks == 'norm.')
     else:
-        with pytest.raises(UserError, match=r'file\.pth does not fit the model: it lacks .* more; check --model'):
+        with pytest.raises(UserError, match=r'file\.pth does not fit the model: it lacks .*; check --model'):
             build.build_model(config, 3)
+
+
+def test_a_pooling_that_a_file_lacks_begins_anew_where_it_is_trained(tmp_path, caplog):
+    small = dict(img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=2)
+    torch.save(timm.create_model('vit_base_patch16_siglip_gap_224', **small).state_dict(), file := tmp_path / 'gap.pth')
+    about = dict(model='vit_base_patch16_siglip_224', model_kwargs=small, pretrained_path=str(file))
+    build.build_model(ModelConfig(**about), 3)
+    assert f'warning: {file} lacks attn_pool.' in caplog.text and 'they begin anew' in caplog.text
+    for config, new_head in ((ModelConfig(**about, linear_probe=True), True), (ModelConfig(**about), False)):
+        with pytest.raises(UserError, match=r'gap\.pth does not fit the model: it lacks attn_pool\.'):
+            build.build_model(config, 3, new_head=new_head)
 
 
 def test_a_converted_network_of_another_program_keeps_its_summaries(tmp_path):

@@ -11,7 +11,7 @@ from timm.data import IterableImageDataset, create_loader, resolve_data_config
 from timm.data.loader import fast_collate
 from timm.models import get_model_input_config
 
-from evavit.arguments import per_channel
+from evavit.arguments import PREPARATION, per_channel
 from evavit.errors import LocalError, UserError, first_line
 from evavit.training.config import AugmentConfig, BatchConfig, MachineConfig, ModelConfig
 from evavit.training.data.augment import SeededErasing, repair_posterize
@@ -155,7 +155,7 @@ def _on_device(
 
 def resolve_input(config: ModelConfig, model: torch.nn.Module) -> Dict[str, Any]:
     """timm's data settings (input size, mean, std, crop, interpolation) for the model as it was built."""
-    names = ('in_chans', 'img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct')
+    names = ('in_chans', 'img_size', 'input_size', *PREPARATION)
     given = {name: getattr(config, name) for name in names}
     if given['input_size'] is None and given['img_size'] is None:
         given['input_size'] = get_model_input_config(model)['input_size']
