@@ -28,10 +28,10 @@ from evavit.models import write_weights
 from evavit.models._weights import other_kinds
 from evavit.training import data
 from evavit.training.build import check_fit
-from evavit.training.contents import KEPT, has_metadata, read_checkpoint
+from evavit.training.contents import KEPT, has_metadata
 from evavit.training.loop import Position, Run, Stepper, weights_are_finite
 from evavit.training.optimizer_state import fit_state
-from evavit.training.run_folder import BEST, digest_of, epoch_of, is_of, left_behind, remedy
+from evavit.training.run_folder import BEST, digest_of, epoch_of, furthest_whole, is_of, left_behind, remedy
 from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ def resume(
     saver: Optional[Saver],
     class_names: Optional[Sequence[str]] = None,
 ) -> Position:
-    """Restore weights, average, optimizer and scaler from the first candidate that is whole.
+    """Restore weights, average, optimizer and scaler from the candidate of `furthest_whole`.
 
     Args:
         candidates: From `find_resume`.
@@ -321,7 +321,7 @@ def resume(
     if not candidates:
         _check_same(run, None, '', Position())
         return Position()
-    path, checkpoint, damaged = _first_whole(candidates)
+    path, checkpoint, damaged = furthest_whole(candidates)
     task, full = run.task, not run.config.no_resume_opt
     weights = clean_state_dict(checkpoint['state_dict'])
     average = clean_state_dict(checkpoint.get('state_dict_ema') or {}) or weights  # a run may begin to keep one
@@ -466,18 +466,6 @@ def check_classes(
             f'{line}; continue with the data that it was written with, or take the weights alone with --no-resume-opt'
         )
     return f'{line}; the run goes on with its classifier, and ranks its epochs anew'
-
-
-def _first_whole(candidates: List[Path]) -> Tuple[Path, Dict[str, Any], List[Path]]:
-    """The path and content of the first whole checkpoint, and the paths before it."""
-    for number, path in enumerate(candidates):
-        try:
-            return path, read_checkpoint(path), candidates[:number]
-        except UserError as error:
-            if number + 1 == len(candidates) or isinstance(error.__cause__, PermissionError):  # it may be whole
-                raise
-            log.warning(f'{error}: going back to {candidates[number + 1].name}, the one before')
-    raise ValueError('no candidates')
 
 
 def check_ranking(path: Path, checkpoint: Dict[str, Any], eval_metric: str, folder: Path) -> None:

@@ -342,7 +342,7 @@ def _completed(settings: Dict[str, Any], saved: Dict[str, Any]) -> Dict[str, Any
     they make none. A config.json has all arguments, and flags few."""
     size = (saved.get('model_kwargs') or {}).get('img_size')
     kwargs = {name: value for name, value in (settings.get('model_kwargs') or {}).items() if name != 'img_size'}
-    about = {name: settings.get(name) for name in ('model', 'convert', 'convert_kwargs')}
+    about: Dict[str, Any] = {name: settings.get(name) for name in ('model', 'convert', 'convert_kwargs')}
     about |= {name: saved.get(name) for name in ('img_size', 'input_size', 'in_chans')}
     about['model_kwargs'] = kwargs if size is None else {**kwargs, 'img_size': size}
     try:
@@ -405,24 +405,19 @@ def check_resume(
     """
     run_folder.check_lock(folder)
     candidates = run_folder.find_resume(config.run.resume, folder)
-    for path in candidates:
-        try:
-            content = checkpoint.read_checkpoint(path)
-        except UserError:
-            if path == candidates[-1]:
-                raise
-        else:
-            checkpoint.check_division(path, content, {**config.flat(), **(held_out or {})})
-            if model is not None:
-                build.check_fit(model, clean_state_dict(content['state_dict']), path)
-            checkpoint.check_ranking(path, content, config.run.eval_metric, folder)
-            checkpoint.check_classes(path, content, class_names, weights_alone=config.run.no_resume_opt)
-            if not config.run.no_resume_opt:
-                checkpoint.check_training(path, content, config.optim.opt, teacher.identity if teacher else None)
-                if model is not None:
-                    _check_states(path, content, config, model, teacher)
-            return True
-    return False
+    if not candidates:
+        return False
+    path, content, _ = run_folder.furthest_whole(candidates)
+    checkpoint.check_division(path, content, {**config.flat(), **(held_out or {})})
+    if model is not None:
+        build.check_fit(model, clean_state_dict(content['state_dict']), path)
+    checkpoint.check_ranking(path, content, config.run.eval_metric, folder)
+    checkpoint.check_classes(path, content, class_names, weights_alone=config.run.no_resume_opt)
+    if not config.run.no_resume_opt:
+        checkpoint.check_training(path, content, config.optim.opt, teacher.identity if teacher else None)
+        if model is not None:
+            _check_states(path, content, config, model, teacher)
+    return True
 
 
 def _check_states(path: Path, content: Any, config: TrainConfig, model: Any, teacher: Any) -> None:

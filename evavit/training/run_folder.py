@@ -10,7 +10,7 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import IO, Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from timm.utils import load_checkpoint_metadata
 
@@ -254,6 +254,40 @@ def checkpoints_in(folder: Path) -> List[Path]:
     last, *others = (folder / f'{name}.pth.tar' for name in ('last', 'previous', 'model_best'))
     found = (last, others[0], *kept, others[1])
     return [path for path in found if path.is_file() or path.is_symlink()]  # also one to a disk that is not there
+
+
+def furthest_whole(candidates: Sequence[Path]) -> Tuple[Path, Dict[str, Any], List[Path]]:
+    """The first of the checkpoints to go on from, or where it is damaged the whole one that comes furthest, with its
+    content and those that are damaged, which a warning names.
+
+    Raises:
+        UserError: None is whole, or one may not be read, which may be whole.
+    """
+    damaged: Dict[Path, UserError] = {}
+    found: Optional[Tuple[Path, Dict[str, Any]]] = None
+    for path in candidates:
+        try:
+            content = read_checkpoint(path)
+        except UserError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise
+            damaged[path] = error
+            continue
+        if found is None or _place(content) > _place(found[1]):
+            found = path, content
+        if not damaged:
+            break
+    if found is None:
+        raise damaged[candidates[-1]]
+    for fault in damaged.values():
+        log.warning(f'{fault}: going back to {found[0].name}')
+    return (*found, [*damaged])
+
+
+def _place(content: Dict[str, Any]) -> Tuple[int, int]:
+    """The epoch and update at which a checkpoint goes on."""
+    position = (content.get('saver') or {}).get('position') or {}
+    return position.get('epoch', content.get('epoch', -1) + 1), position.get('update', 0)
 
 
 def remedy(folder: Path, error: BaseException) -> str:
