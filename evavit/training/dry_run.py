@@ -313,8 +313,9 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
 def other_model(path: Optional[str], saved: Dict[str, Any], config: ModelConfig) -> Optional[str]:
     """A line where what `contents.origin` says of a file is of another model than `config`, or of one converted in
     another way. Weights from before a conversion are meant."""
-    own = vars(config)
-    if not saved.get('model') or _alike(saved, own) or _alike(_completed(saved, saved), _completed(own, saved)):
+    own, named = vars(config), saved.get('model') in (config.model, (config.model or '').split('.')[0])
+    same = named and (_alike(saved, own) or _alike(_completed(saved, saved), _completed(own, saved)))
+    if same or not saved.get('model'):
         return None
     if beside := config_beside(path or ''):
         flags = '--pretrained', '--model', f'local-dir:{beside.parent}'
@@ -328,10 +329,9 @@ def other_model(path: Optional[str], saved: Dict[str, Any], config: ModelConfig)
 
 
 def _alike(saved: Dict[str, Any], own: Dict[str, Any]) -> bool:
-    model, convert = own.get('model') or '', saved.get('convert')
+    convert = saved.get('convert')
     return (
-        saved['model'] in (model, model.split('.')[0])
-        and _lasting(saved.get('model_kwargs')) == _lasting(own.get('model_kwargs'))
+        _lasting(saved.get('model_kwargs')) == _lasting(own.get('model_kwargs'))
         and convert in (None, own.get('convert'))
         and not (convert and (saved.get('convert_kwargs') or {}) != (own.get('convert_kwargs') or {}))
     )

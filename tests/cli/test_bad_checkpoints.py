@@ -56,11 +56,11 @@ def test_a_converted_checkpoint_under_the_name_of_a_model_of_ours(call, images, 
     safetensors.torch.save_file({'weight': torch.ones(2)}, path, dict(args=json.dumps(args)))
     vit = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1, num_classes=3)
     folder = save_folder(evavit.convert_vit(vit, window_size=1), tmp_path / 'mine', data='x', licence='mit')
-    for source in (path, folder):
+    for source, file in ((path, path), (folder, folder / 'model.safetensors')):
         for script, flags in loaders(source, images, tmp_path).items():
             code, _, err = call(script, *flags, '--model', 'eva_deit_tiny')
             assert code == 2 and err == (
-                f'error: --model eva_deit_tiny: {source} is a converted vit_tiny_patch16_224; leave --model out, the '
+                f'error: --model eva_deit_tiny: {file} is a converted vit_tiny_patch16_224; leave --model out, the '
                 f'checkpoint names it\n'
             )
 
