@@ -36,7 +36,7 @@ from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
 
-BEHIND = 'of an epoch that this run has no longer'
+BEHIND = 'is no part of what this run goes on from'
 
 
 @contextlib.contextmanager
@@ -139,9 +139,9 @@ class Saver(CheckpointSaver):
         for file in left_behind(self.last.parent, path, checkpoint, position.epoch, metric):
             if file == self.last:  # it stays, for a kill before the next one is written
                 self._duplicate(file, copy := free_name(file, 'before'))
-                log.warning(f'warning: {file} is {BEHIND}: it is kept as {copy.name}')
+                log.warning(f'warning: {file} {BEHIND}: it is kept as {copy.name}')
             else:
-                self._leave(file, f'{"tells" if file.suffix == ".csv" else "is"} {BEHIND}')
+                self._leave(file, BEHIND)
 
     def _leave(self, path: Path, why: str) -> None:
         log.warning(f'warning: {path} {why}: it is {set_aside(path, "before").name} now')
@@ -150,7 +150,7 @@ class Saver(CheckpointSaver):
         """Make `model_best` that of the ranking's best epoch where it is not: from what is left of that epoch, else of
         the best one that is left. What stood in its place is set aside."""
         if self.best_epoch is None:
-            self.leave_best(f'is {BEHIND}, and none is ranked yet')
+            self.leave_best(f'{BEHIND}, and none is ranked yet')
             return
         wrong = self._not_best()
         path, checkpoint = self._best_left(position.epoch) if wrong else (self.last, {})
@@ -350,9 +350,15 @@ def resume(
     _warn_of_changes(path, checkpoint, settings)
     if other:
         log.warning(f'warning: {other}')
-    for before in damaged if saver is not None else ():
+    if saver is None:
+        return position
+    last, here = saver.last, is_of(path, saver.checkpoint_dir)
+    if here and last.exists() and last not in (path, *damaged) and epoch_of(last)[0] is None:  # of --resume FILE
+        log.warning(f'warning: {last} is damaged: it is set aside')
+        damaged.append(last)
+    for before in damaged:
         set_aside(before)  # the next save would put it in the place of the whole one before it
-    if saver is not None and is_of(path, saver.checkpoint_dir):
+    if here:
         ranked = not other and checkpoint.get('saver')
         saver.leave_behind(path, checkpoint, position)
         if ranked:

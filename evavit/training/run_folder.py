@@ -196,7 +196,7 @@ def is_copy(one: Path, other: Path) -> bool:
     """Whether two files are the same, or one a copy of the other."""
     try:
         return one.samefile(other) or (other.is_file() and digest_of(one) == digest_of(other))
-    except OSError:  # a link that leads nowhere, or a file that may not be read
+    except (OSError, ValueError):  # a link that leads nowhere, a file that may not be read, or one that is damaged
         return False
 
 

@@ -405,7 +405,7 @@ def test_the_summary_of_another_branch_is_kept_aside(train):
     train('run', '--epochs', '3', *flags, folder / 'last.pth.tar.before')
     kept = folder / 'summary.csv.before'
     assert kept.read_bytes() == other and [row['epoch'] for row in rows(folder)] == ['2']
-    line = f'summary.csv tells of an epoch that this run has no longer: it is {kept.name} now'
+    line = f'summary.csv is no part of what this run goes on from: it is {kept.name} now'
     assert line in (folder / 'train.log').read_text()
 
 

@@ -174,6 +174,24 @@ def test_the_whole_checkpoint_that_comes_furthest_is_taken(saver, tmp_path, capl
     assert 'going back to checkpoint-0.pth.tar' in caplog.text
 
 
+@pytest.mark.parametrize('cut', ['last.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar.before'])
+def test_a_damaged_file_beside_the_one_that_is_gone_on_from(saver, tmp_path, cut):
+    """A run that was asked to go on from a whole one does, and a damaged `last` replaces no whole `previous`."""
+    for epoch in (1, 2):
+        saver.save_epoch(Position(epoch), 10.0)
+    for path in [*tmp_path.iterdir()]:  # a copied folder: no file is another's name
+        shutil.copy(path, tmp_path / 'copy')
+        (tmp_path / 'copy').replace(path)
+    shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'last.pth.tar.before')
+    change(tmp_path / cut, 'half')
+    run, first = run_of(), tmp_path / 'checkpoint-0.pth.tar'
+    found = [first] if cut != 'checkpoint-1.pth.tar' else run_folder.find_resume('auto', tmp_path)
+    previous = contents.read_checkpoint(tmp_path / 'previous.pth.tar')['epoch']
+    resume(found, run, saver_of(run, tmp_path))
+    assert contents.read_checkpoint(tmp_path / 'previous.pth.tar')['epoch'] >= previous
+    assert (tmp_path / 'last.pth.tar.damaged').exists() == (cut == 'last.pth.tar')
+
+
 def test_a_checkpoint_that_may_not_be_read_stays_where_it_is(saver, tmp_path, monkeypatch):
     """It may be whole: its owner can let the run read it."""
     for update in (3, 6):
@@ -644,7 +662,7 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
     again = saver_of(run, tmp_path)
     resume(run_folder.find_resume('auto', tmp_path) if how == 'damaged' else candidates, run, again)
     assert again.best_epoch == {'none ranked': None, 'gone': 1}.get(how, 0)
-    said = [record.getMessage() for record in caplog.records if 'an epoch that this run has no longer' in record.msg]
+    said = [record.getMessage() for record in caplog.records if 'no part of what this run goes on from' in record.msg]
     behind = range(0 if how == 'none ranked' else 2, 3)
     ending = 'damaged' if how == 'damaged' else 'before'
     left = {path.name for path in tmp_path.glob(f'*.{ending}')}
@@ -664,7 +682,7 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
         assert contents.stored_metric(best[1]) == 30 and load_file(best[1]).keys() == {'weight', 'bias'}
     resume(candidates, run := run_of('--checkpoint-hist', '4'), saver_of(run, tmp_path))
     assert [path.exists() for path in best] == [how != 'none ranked'] * 2
-    assert sum('has no longer' in record.getMessage() for record in caplog.records) == len(said)  # once
+    assert sum('no part of' in record.getMessage() for record in caplog.records) == len(said)  # once
 
 
 def gone_on(folder, path, metrics):
