@@ -257,8 +257,8 @@ def checkpoints_in(folder: Path) -> List[Path]:
 
 
 def furthest_whole(candidates: Sequence[Path]) -> Tuple[Path, Dict[str, Any], List[Path]]:
-    """The first of the checkpoints to go on from, or where it is damaged the whole one that comes furthest, with its
-    content and those that are damaged, which a warning names.
+    """The last of the checkpoints to go on from, or where it is damaged or missing the whole one that comes furthest,
+    with its content and those that are damaged, which a warning names.
 
     Raises:
         UserError: None is whole, or one may not be read, which may be whole.
@@ -275,7 +275,7 @@ def furthest_whole(candidates: Sequence[Path]) -> Tuple[Path, Dict[str, Any], Li
             continue
         if found is None or _place(content) > _place(found[1]):
             found = path, content
-        if not damaged:
+        if path.name == 'last.pth.tar':
             break
     if found is None:
         raise damaged[candidates[-1]]

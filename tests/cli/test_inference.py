@@ -453,11 +453,12 @@ def test_a_damaged_tar_file_is_a_line(call, hub, pictures, tmp_path, compressed)
         assert 'damaged or cut short at byte' in err and err.count('\n') == 1
 
 
-def test_a_small_archive_that_unpacks_to_terabytes_is_a_line(call, hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize('name', ['in.tar.bz2', 'in.tar'])
+def test_a_small_archive_that_unpacks_to_terabytes_is_a_line(call, hub, tmp_path, monkeypatch, name):
     monkeypatch.setattr('evavit.training.data.tars.LITTLE', 2**20)
-    archive = bomb(tmp_path / 'in.tar.bz2', 2**26)
+    archive = bomb(tmp_path / name, 2**26)
     code, _, err = call('inference', '--workers', '0', '--data-dir', archive, '--checkpoint', hub)
-    assert code == 2 and 'in.tar.bz2: not a readable tar file (unpacks to more than 1,000 times its size' in err
+    assert code == 2 and f'{name}: not a readable tar file (unpacks to more than 1,000 times its size' in err
 
 
 @pytest.mark.parametrize('names', ['map', ['a', 'b'], ['a', 'b', 'b'], ['a', 'b', 'c', 'd']], ids=str)

@@ -160,7 +160,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(saver, tmp_path,
         resume(candidates, run, None)
 
 
-def test_the_whole_checkpoint_that_comes_furthest_is_taken(saver, tmp_path, caplog):
+@pytest.mark.parametrize('missing', [False, True])
+def test_the_whole_checkpoint_that_comes_furthest_is_taken(saver, tmp_path, caplog, missing):
     """In a copied folder the best few share no bytes with the last one, and may be later than `previous`."""
     saver.save_position(Position(0, 3))
     saver.save_epoch(Position(epoch=1), 10.0)
@@ -168,10 +169,12 @@ def test_the_whole_checkpoint_that_comes_furthest_is_taken(saver, tmp_path, capl
     shutil.copy(kept, tmp_path / 'copy')
     (tmp_path / 'copy').replace(kept)
     change(tmp_path / 'last.pth.tar', 'half')
+    if missing:
+        (tmp_path / 'last.pth.tar').unlink()
     run = run_of()
     with caplog.at_level('WARNING', 'evavit'):
         assert resume(run_folder.find_resume('auto', tmp_path), run, saver_of(run, tmp_path)).epoch == 1
-    assert 'going back to checkpoint-0.pth.tar' in caplog.text
+    assert 'going back to checkpoint-0.pth.tar' in caplog.text  # of the damaged model_best
 
 
 @pytest.mark.parametrize('cut', ['last.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar.before'])

@@ -17,6 +17,7 @@ from evavit.training.config import DataConfig
 
 ADDRESS = 'hf://datasets/'
 TABLES = ('.parquet', '.geoparquet', '.gpq', '.arrow')  # files that can say how they call their classes
+ABOUT = ('README.md', '.huggingface.yaml')  # what may say of which files a folder's data set is
 
 
 def may_download(config: DataConfig) -> bool:
@@ -130,7 +131,8 @@ def _check_classes(folder: Path) -> None:
     itself would have other labels. Files without names are those that README.md names."""
     import datasets
 
-    if not any(path.suffix in TABLES for path in (folder.rglob('*') if folder.is_dir() else ())):
+    about = any((folder / name).is_file() for name in ABOUT)  # which may name tables elsewhere
+    if not about and not any(path.suffix in TABLES for path in (folder.rglob('*') if folder.is_dir() else ())):
         return
     with TemporaryDirectory() as empty:  # in a cache are names of a file that was read before, as if README.md had them
         builder = datasets.load_dataset_builder(str(folder), cache_dir=empty)  # knows which of the files are read
@@ -167,7 +169,7 @@ def _check_metadata(folder: Path) -> None:
     read as `datasets` reads it."""
     from huggingface_hub import DatasetCard
 
-    for path in (folder / 'README.md', folder / '.huggingface.yaml'):
+    for path in map(folder.joinpath, ABOUT):
         if not path.is_file():
             continue
         try:

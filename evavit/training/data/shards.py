@@ -4,15 +4,19 @@ webdataset opens what it is given: `pipe:` starts a command, a pipe blocks, and 
 what a shard is said to hold, terabytes of nothing too; here a shard is read by the rules of `tars`.
 """
 
+import bz2
 import contextlib
+import gzip
+import io
 import json
+import lzma
 import math
 import os
 import re
 import stat
 import tarfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Match, Optional, Set, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Match, Optional, Set, Tuple, Union
 
 from evavit.arguments import shown
 from evavit.errors import UserError, reason_of
@@ -22,6 +26,11 @@ from evavit.training.data.tars import Member, entries
 
 MOST_SHARDS = 1_000_000
 LONGEST_SPLIT = 10_000  # characters
+PACKED: Dict[bytes, Any] = {
+    b'\x1f\x8b': lambda file: gzip.GzipFile(fileobj=file),
+    b'BZh': bz2.BZ2File,
+    b'\xfd7zXZ': lzma.LZMAFile,
+}
 LARGEST_INFO = 2**28  # bytes of a description of a million shards
 
 
@@ -89,8 +98,9 @@ def _first(files: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]
 def _files(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:
     for shard in shards:
         try:
-            with tarfile.open(fileobj=shard['stream'], mode='r|*', tarinfo=Member) as archive:
-                for member in entries(archive, _packed(archive, shard['stream'])):
+            content, packed = _unpacked(shard['stream'])
+            with tarfile.open(fileobj=content, mode='r|', tarinfo=Member) as archive:
+                for member in entries(archive, packed):
                     if member.isfile() and not re.match('__[^/]*__($|/)', member.name):  # as webdataset: no metadata
                         yield dict(fname=member.name, data=_content(archive, member), __url__=shard['url'])
         except Exception as error:  # hostile headers bring all kinds
@@ -100,11 +110,32 @@ def _files(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool
         yield {}  # the end of a shard is that of its last sample
 
 
-def _packed(archive: Any, stream: Any) -> Optional[int]:
-    """The bytes of a compressed shard, None of others and where they are not known, as of one that a server sends."""
+class _Bytes(io.RawIOBase):
+    """What a stream gives, such as one of webdataset's from a server, for `io.BufferedReader`."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, place: Any) -> int:
+        found = self.stream.read(len(place))
+        place[: len(found)] = found
+        return len(found)
+
+
+def _unpacked(stream: Any) -> Tuple[Any, Optional[int]]:
+    """The tar file in a stream, and the bytes of a compressed one where they are known, as not of one from a server.
+    `tarfile` unpacks a piece of one whole, which may be gigabytes."""
+    content = io.BufferedReader(_Bytes(stream))
+    unpack = next((kind for begin, kind in PACKED.items() if content.peek(6).startswith(begin)), None)
+    if not unpack:
+        return content, None
+    size = None
     with contextlib.suppress(AttributeError, OSError):
-        return os.fstat(stream.fileno()).st_size if archive.fileobj.comptype != 'tar' else None
-    return None
+        size = os.fstat(stream.fileno()).st_size
+    return unpack(content), size
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Union[bytes, str]:

@@ -24,7 +24,7 @@ EXTENSIONS = (  # kinds of headers that Python reads whole, before the file that
 )
 LARGEST_EXTENSION = 2**20  # bytes: names and times of one file
 LARGEST_GAIN, LITTLE = 1000, 2**30  # a compressed file unpacks to so many times its bytes, or to so many bytes
-END = 2**24  # bytes that are looked at behind the end: writers fill up a block, of 10 KiB mostly
+END = 2**21  # bytes of zeros behind the end, at most: writers fill up a block, of 10 KiB mostly
 
 
 class ClassTar(ClassFolders):
@@ -97,8 +97,8 @@ class Member(tarfile.TarInfo):
 
 def entries(archive: tarfile.TarFile, packed: Optional[int] = None) -> Iterator[tarfile.TarInfo]:
     """The entries of a tar file in their order; `packed` is the bytes of a compressed one. Raises all kinds of errors
-    where it is damaged, unpacks to far more than pictures do, which would take hours, or goes on after its end: one
-    header of zeros, as of a bad sector, looks like the end, and what comes after it would be missing."""
+    where it is damaged, unpacks to far more than pictures do, which would take hours, or goes on after its end: zeros,
+    as of a bad sector or of a download that was broken off, look like the end."""
     most = max(LARGEST_GAIN * packed, LITTLE) if packed else sys.maxsize
     while (member := archive.next()) is not None:
         if archive.offset > most:
@@ -108,7 +108,8 @@ def entries(archive: tarfile.TarFile, packed: Optional[int] = None) -> Iterator[
             raise tarfile.ReadError(f'the entry of {member.name} is damaged')
         yield member
     stream: Any = archive.fileobj  # after a block of zeros
-    if stream.read(END).strip(b'\0'):
+    rest = stream.read(END)
+    if len(rest) == END or rest.strip(b'\0'):
         raise tarfile.ReadError(f'{_damaged(archive)}, or several tar files in one')
 
 

@@ -164,6 +164,16 @@ def test_no_split_gives_classes_other_labels(kind, names, tmp_path):
     assert read(kind, opened(kind, tmp_path / 'table', tmp_path / 'again')) == [(16, 16)] * 8
 
 
+@pytest.mark.parametrize('kind', ['hfds', 'hfids'])
+def test_tables_elsewhere_that_a_readme_names_are_compared_too(kind, tmp_path):
+    (tmp_path / 'table').mkdir()
+    (tmp_path / 'table' / 'README.md').write_text(PARTS.replace('path: ', 'path: ../other/'))
+    for split, label in (('train', CLASS), ('val', SWAPPED)):
+        write_part(tmp_path / 'other' / 'a' / f'{split}.parquet', label)
+    with pytest.raises(UserError, match=r'its classes \(label\) are .*; encode all splits with'):
+        opened(kind, tmp_path / 'table', tmp_path / 'cache')
+
+
 NUMBER = datasets.Value('int64')
 
 

@@ -34,6 +34,18 @@ def pack(images, target, order=sorted):
     return target
 
 
+def enlarge(path, size=11 * 2**30):
+    """Add a file that is no image and takes no room on the disk: it is a hole."""
+    with tarfile.open(path) as archive:
+        end = archive.members[-1].offset_data + -(-archive.members[-1].size // 512) * 512 if archive.getmembers() else 0
+    large = tarfile.TarInfo('hole')
+    large.size = size
+    with open(path, 'r+b') as file:
+        file.seek(end)
+        file.write(large.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(end + 512 + size + 1024)
+
+
 def add(archive, name, content=b'', **about):
     member = tarfile.TarInfo(name)
     member.size = len(content)
@@ -91,11 +103,11 @@ def test_what_is_a_mistake_in_a_folder_is_one_in_a_tar(images, tmp_path, mistake
 def test_nothing_beside_a_large_tar_is_read_or_written(images, tmp_path):
     """timm keeps there where the images of a tar file of 10 GiB lie, and gives another file's images their names."""
     expected, tars = open_both(images), pack(images, tmp_path / 'tars')
-    os.truncate(tars / 'train.tar', 11 * 2**30)  # takes no room: the end is a hole
+    enlarge(tars / 'train.tar')
     assert open_both(tars) == expected and sorted(os.listdir(tars)) == ['train.tar', 'validation.tar']
     pack(images, tmp_path / 'other', lambda paths: sorted(paths, reverse=True))
     shutil.move(tmp_path / 'other' / 'train.tar', tars / 'train.tar')
-    os.truncate(tars / 'train.tar', 11 * 2**30)
+    enlarge(tars / 'train.tar')
     assert open_both(tars) == expected
     os.mkfifo(tars / '_train_tarinfos.pickle')
     assert open_both(tars) == expected
@@ -112,6 +124,17 @@ def test_a_damaged_entry_is_not_the_end(images, tmp_path):
         ) as error:
             open_both(tmp_path / 'tars')
         assert '\n' not in str(error.value)
+
+
+def test_a_download_that_was_broken_off_is_no_end(images, tmp_path):
+    """Whoever writes a file in pieces makes room for all of it first: what did not come is zeros."""
+    archive = pack(images, tmp_path / 'tars') / 'train.tar'
+    enlarge(archive, 2**22)
+    content = archive.read_bytes()
+    place = content.index(b'plum/2.png')
+    archive.write_bytes(content[:place] + bytes(len(content) - place))
+    with pytest.raises(UserError, match=r'train\.tar: not a readable tar file .*damaged or cut short at byte'):
+        open_both(tmp_path / 'tars')
 
 
 def test_a_tar_of_tars_with_links_and_versions(images, tmp_path):
