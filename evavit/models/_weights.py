@@ -64,9 +64,9 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
     try:
         if not Path(path).is_file():  # timm would log a line of its own
             raise FileNotFoundError(path)
-        is_stamped(path)
+        stamped = is_stamped(path)
         if zipfile.is_zipfile(path):
-            check_parts(path)
+            check_parts(path, sums=not stamped)
         weights = load_state_dict(str(path), use_ema=use_ema)
         tensors = _unwrap(weights)
         if not tensors:
@@ -197,7 +197,7 @@ def _fault(path: Path, error: Exception) -> str:
     if not path.is_file():
         return why_no_file(path, what='checkpoint')
     with open(path, 'rb') as file:
-        head = file.read(4)
+        head = file.read(10)
     if not head:
         return 'not a readable checkpoint: the file is empty'
     text = ' '.join(str(error).split())
@@ -205,6 +205,8 @@ def _fault(path: Path, error: Exception) -> str:
         return f'not a readable checkpoint: {text}'
     if path.suffix == '.safetensors':
         return f'not a readable checkpoint: cut short, or not of the safetensors format ({text[:200]})'
+    if head[8:] == b'{"':  # after the eight bytes of its header's length
+        return 'not read: it is of the safetensors format, and its name has to end in .safetensors'
     # A zip archive and a pickle (from protocol 2 on) begin so; anything else was never written by torch.save.
     if not head.startswith((b'PK\x03\x04', b'\x80')):
         return 'not a readable checkpoint: neither of the safetensors format nor written by torch.save'

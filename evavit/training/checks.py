@@ -177,9 +177,14 @@ def _check_policy(aa: str) -> None:
         raise UserError(f'aa {shown(aa)}: takes letters, plain digits, points and dashes, such as rand-m9-mstd0.5-inc1')
     for section in aa.split('-')[1:]:
         number = re.fullmatch(r'([a-z]+)([0-9.]+)', section)
-        most = MOST_OPERATIONS if number and number[1] in ('n', 'w', 'd') else 1000
-        if number and (not re.fullmatch(r'[0-9]*\.?[0-9]*', number[2]) or float(number[2]) > most):
-            raise UserError(f'aa {aa}: {section} takes a number ≤ {most}')
+        if not number:
+            continue
+        name, text = number.groups()
+        most = MOST_OPERATIONS if name in ('n', 'w', 'd') else 1000
+        positive = aa.startswith('augmix') and name in ('a', 'w')  # its widths and shares of chains
+        plain = re.fullmatch(r'[0-9]+\.?[0-9]*', text)
+        if not plain or float(text) > most or (positive and float(text) == 0):
+            raise UserError(f'aa {aa}: {section} takes a number {"> 0 and " * positive}≤ {most}')
 
 
 def _check_run(config: RunConfig) -> None:

@@ -449,11 +449,14 @@ def _batches(train_set: Any, aug_repeats: int, batch: checks.GlobalBatch) -> int
 def multiply_adds(model: Any, input_size: Tuple[int, ...]) -> int:
     """Multiply-adds of the forward pass of one image (torch.utils.flop_counter)."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+    training, trained = model.training, [value for value in model.parameters() if value.requires_grad]
+    # The counter looks for the gradient of whatever requires one, which under no_grad a pooling's latent has not.
+    model.eval().requires_grad_(False)
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         model(torch.zeros(1, *input_size, device=device))
     model.train(training)
+    for value in trained:
+        value.requires_grad_()
     return flops.get_total_flops() // 2
 
 

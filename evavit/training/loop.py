@@ -268,8 +268,7 @@ class EpochTracker:
             log.warning(f'{where}: skipped, {position.streak} in a row')
             return
         raise SharedError(
-            f'{where}, {position.streak} in a row: stopped, and what was saved before is kept; '
-            f'{self.run.stepper.remedy()}'
+            f'{where}, {position.streak} in a row: stopped, and nothing more is saved; {self.run.stepper.remedy()}'
         )
 
     def metrics(self) -> Dict[str, float]:
@@ -427,8 +426,8 @@ def check_finite(run: Run, metrics: Dict[str, float], position: Position) -> Non
         whole = position.update == run.updates_per_epoch
         place = f'epoch {position.epoch}' if whole else f'update {position.update} of epoch {position.epoch}'
         raise SharedError(
-            f'{", ".join(bad)} after {place} (lr {position.lr:g}): stopped, and what was saved before '
-            f'is kept; {run.stepper.remedy()}'
+            f'{", ".join(bad)} after {place} (lr {position.lr:g}): stopped, and nothing more is '
+            f'saved; {run.stepper.remedy()}'
         )
 
 

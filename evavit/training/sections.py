@@ -333,7 +333,7 @@ class AugmentConfig:
     )
     hflip: float = option(0.5, 'probability of a horizontal flip', low=0, high=1)
     vflip: float = option(0.0, 'probability of a vertical flip', low=0, high=1)
-    color_jitter: float = option(0.4, 'colour jitter; off where aa is set, as in timm', low=0)
+    color_jitter: float = option(0.4, 'colour jitter; off where aa is set, as in timm', low=0, high=1000)
     aa: Optional[str] = option(None, 'AutoAugment or RandAugment policy, such as rand-m9-mstd0.5-inc1')
     aug_repeats: int = option(
         0,

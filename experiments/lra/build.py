@@ -73,6 +73,8 @@ def main(argv=None):
         raise UserError('give --image CIFAR10, --pathfinder COUNT, or both')
     if args.pathfinder is not None and args.pathfinder < 20:
         raise UserError(f'--pathfinder {args.pathfinder}: at least 20, so that every split has pictures')
+    if args.jobs < 1:
+        raise UserError(f'--jobs {args.jobs}: at least one process draws')
     makers = dict(
         image=args.image and functools.partial(build_image, source=args.image),
         pathfinder=args.pathfinder

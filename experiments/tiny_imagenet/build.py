@@ -51,10 +51,12 @@ def source_pictures(source, held, seed):
         raise UserError(f'{labels}: cannot be read ({reason_of(error)})') from error
     if not lines:
         raise UserError(f'{labels}: is empty, so there are no pictures to judge by; take the whole data set')
+    seen = set()
     for number, line in enumerate(lines, 1):
         name, label, *_ = [*line.split('\t'), '', '']
-        if label not in classes or Path(name).name != name:
-            raise UserError(f'{labels}: line {number} is no picture and a class of train/, {line[:100]!r}')
+        if label not in classes or Path(name).name != name or name in seen:
+            raise UserError(f'{labels}: line {number} is no new picture and a class of train/, {line[:100]!r}')
+        seen.add(name)
         yield 'val', label, Path(source, 'val', 'images', name)
 
 
@@ -89,11 +91,13 @@ def pack(folder, out, files):
     names = [out / f'tiny-{number}.zip' for number in range(files)]
     if there := next(filter(os.path.lexists, names), None):
         raise UserError(f'{there} is there already; name another folder')
+    if out.exists() and not out.is_dir():
+        raise UserError(f'--pack {out}: is no folder; name another one')
     out.mkdir(parents=True, exist_ok=True)
     listed = [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in pictures]
     own = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
     for number, (name, share) in enumerate(zip(names, shares, strict=True)):
-        with replacing(name) as partial, zipfile.ZipFile(partial, 'w', zipfile.ZIP_STORED) as file:
+        with replacing(name) as partial, zipfile.ZipFile(partial, 'w', strict_timestamps=False) as file:
             file.comment = json.dumps(dict(part=number, parts=files, pictures=len(pictures), pack=own)).encode()
             for path in share:
                 file.write(path, path.relative_to(folder).as_posix())

@@ -394,7 +394,7 @@ def test_weights_that_break_in_the_last_update_are_not_saved(average, call, imag
     place = ['--data-dir', images, '--output', tmp_path, '--experiment', 'nan']
     code, _, err = call('train', *MODEL, *QUICK, *place, *flags)
     line = only_line(err)
-    assert code == 2 and 'after epoch 1' in line and 'is kept; try a lower --lr, --clip-grad 1' in line, line
+    assert code == 2 and 'after epoch 1' in line and 'is saved; try a lower --lr, --clip-grad 1' in line, line
     for name in ('last', 'model_best'):
         assert torch.load(tmp_path / 'nan' / f'{name}.pth.tar', weights_only=False)['epoch'] == 0
         assert all(value.isfinite().all() for value in weights(tmp_path / 'nan' / f'{name}.safetensors').values())

@@ -163,6 +163,12 @@ def test_dry_run_without_data(call, flags):
     assert code == 0 and 'unknown without data' in out, err
 
 
+def test_dry_run_of_a_pooling_by_attention(call):
+    """Its latent is a parameter that a module is given."""
+    code, out, err = call('train', *MODEL, 'global_pool=map', *QUICK, '--num-classes', '3', '--dry-run')
+    assert code == 0 and 'multiply-adds' in out, err
+
+
 @pytest.mark.parametrize('flag', ['--output', '--experiment'])
 def test_a_folder_whose_name_is_no_text(call, tmp_path, flag):
     """TensorBoard cannot write there: the run would end in its midst."""

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -18,6 +19,7 @@ from programs import load_program
 from runs import CLASSES, KWARGS, MODEL, QUICK, SOFTMAX, Code, load_script, words, write_images
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
+from training.data.hostile_tars import bomb, wounds
 
 import evavit
 from evavit.cli.inference import picture_names, results_base
@@ -436,6 +438,26 @@ def test_mistakes_are_one_line(call, places, hub, pictures, monkeypatch, flags, 
     code, _, err = call('inference', '--workers', '0', *(stand.get(flag, flag) for flag in flags))
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
     assert all(text in err for text in said), err
+
+
+@pytest.mark.parametrize('compressed', [False, True])
+def test_a_damaged_tar_file_is_a_line(call, hub, pictures, tmp_path, compressed):
+    whole, archive = io.BytesIO(), tmp_path / f'in.tar{".gz" * compressed}'
+    with tarfile.open(fileobj=whole, mode='w') as tar:
+        for number in range(4):
+            tar.add(pictures[0] / 'a9.png', arcname=f'{number}.png')
+    for content in wounds(whole.getvalue(), whole.getvalue().index(b'2.png')).values():
+        archive.write_bytes(gzip.compress(content) if compressed else content)
+        code, _, err = call('inference', '--workers', '0', '--data-dir', archive, '--checkpoint', hub)
+        assert code == 2 and err.startswith(f'error: {archive}: not a readable tar file'), err
+        assert 'damaged or cut short at byte' in err and err.count('\n') == 1
+
+
+def test_a_small_archive_that_unpacks_to_terabytes_is_a_line(call, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr('evavit.training.data.tars.LITTLE', 2**20)
+    archive = bomb(tmp_path / 'in.tar.bz2', 2**26)
+    code, _, err = call('inference', '--workers', '0', '--data-dir', archive, '--checkpoint', hub)
+    assert code == 2 and 'in.tar.bz2: not a readable tar file (unpacks to more than 1,000 times its size' in err
 
 
 @pytest.mark.parametrize('names', ['map', ['a', 'b'], ['a', 'b', 'b'], ['a', 'b', 'c', 'd']], ids=str)

@@ -105,6 +105,7 @@ def test_a_bad_source_is_a_line(load, tmp_path, capsys):
     (tmp_path / 'data_batch_3.bin').write_bytes(b'123')
     assert 'data_batch_3.bin: no whole file' in told('--image', tmp_path)
     assert 'at least 20' in told('--pathfinder', 3)
+    assert '--jobs 0: at least one process' in told('--pathfinder', 20, '--jobs', 0)
     assert 'give --image' in told()
 
 

@@ -82,11 +82,13 @@ def test_pictures_are_sorted_packed_and_unpacked(build, source, tmp_path, capsys
     assert call('again', '--source', source, '--held', '0.25') == 0
     assert call('tiny', '--source', source, '--held', '0.5') == 2 and 'is there already' in capsys.readouterr().err
     assert content(tmp_path / 'again') == content(tmp_path / 'tiny') == found
+    os.utime(next((tmp_path / 'tiny').rglob('*.JPEG')), (0, 0))  # before zip files have dates
     assert call('tiny', '--pack', tmp_path / 'packed', '--files', '3') == 0
     files = sorted((tmp_path / 'packed').iterdir())
     sizes = [path.stat().st_size for path in files]
     assert len(files) == 3 and max(sizes) < 1.3 * min(sizes)
     assert call('tiny', '--pack', tmp_path / 'packed') == 2 and 'tiny-0.zip is there already' in capsys.readouterr().err
+    assert call('tiny', '--pack', files[0]) == 2 and 'tiny-0.zip: is no folder' in capsys.readouterr().err
     assert call('moved', '--unpack', *files[:2]) == 0
     assert '2 of 3 packed files' in capsys.readouterr().out
     assert call('moved', '--unpack', *files) == 0
@@ -296,7 +298,7 @@ def test_labels_of_the_publisher_that_are_no_class(build, source, tmp_path, caps
         (source / 'val' / 'val_annotations.txt').write_text(line + '\n')
         assert run_script(build.main, [str(tmp_path / 'new'), '--source', str(source)]) == 2
         err = capsys.readouterr().err
-        assert 'line 1 is no picture and a class of train/' in err and err.count('\n') == 1
+        assert 'line 1 is no new picture and a class of train/' in err and err.count('\n') == 1
         assert not (tmp_path / 'new').exists() and not (tmp_path / 'escaped').exists()
 
 

@@ -408,6 +408,31 @@ def test_a_missing_file_is_told_of_once(caplog):
     assert not caplog.records
 
 
+def test_a_file_of_the_safetensors_format_with_another_name_is_called_so(tmp_path):
+    save_file({'weight': torch.zeros(1)}, tmp_path / 'weights.pth')
+    with pytest.raises(RuntimeError, match=r'weights\.pth: not read: it is of the safetensors format'):
+        read_weights(tmp_path / 'weights.pth')
+
+
+def test_a_flipped_bit_in_a_file_of_another_program_is_found(tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save({'weight': torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the tensor
+    path.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r'weights\.pth: not a readable checkpoint: .*its part .* is damaged'):
+        read_weights(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({'weight': torch.ones(3)}, tmp_path / 'weights.pth')
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_weights(tmp_path / 'weights.pth')['weight'].tolist() == [1, 1, 1]
+
+
 def test_a_compressed_archive_fills_no_memory(tmp_path, monkeypatch):
     torch.save({'weight': torch.zeros(10_000)}, tmp_path / 'plain.pth')
     with zipfile.ZipFile(tmp_path / 'plain.pth') as plain, zipfile.ZipFile(tmp_path / 'small.pth', 'w') as small:

@@ -436,6 +436,7 @@ class CheckedStream(IterableImageDataset):
             self.bad.mark(None, error.args[1], error.args[0])
             return True
         url = next((part for part in reversed(error.args) if isinstance(part, str)), 'a shard')
+        error.args = tuple(part for part in error.args if isinstance(part, (int, str)) and part != url)
         self.bad.mark(None, url, f'the rest of the shard is lost: {reason(error)}')
         return True
 

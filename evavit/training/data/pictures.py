@@ -76,7 +76,7 @@ class Pictures(Reader):
         try:
             with open_regular(path) as file, tarfile.open(fileobj=file, tarinfo=Member) as tar:
                 self.version = version_of(file)
-                for info in entries(tar):
+                for info in entries(tar, None if path.name.lower().endswith('.tar') else self.version[0]):
                     name = unpacked_name(info.name)
                     if info.isdir():
                         continue

@@ -4,6 +4,7 @@ webdataset opens what it is given: `pipe:` starts a command, a pipe blocks, and 
 what a shard is said to hold, terabytes of nothing too; here a shard is read by the rules of `tars`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import re
 import stat
 import tarfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Match, Set, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Match, Optional, Set, Union
 
 from evavit.arguments import shown
 from evavit.errors import UserError, reason_of
@@ -89,7 +90,7 @@ def _files(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool
     for shard in shards:
         try:
             with tarfile.open(fileobj=shard['stream'], mode='r|*', tarinfo=Member) as archive:
-                for member in entries(archive):
+                for member in entries(archive, _packed(archive, shard['stream'])):
                     if member.isfile() and not re.match('__[^/]*__($|/)', member.name):  # as webdataset: no metadata
                         yield dict(fname=member.name, data=_content(archive, member), __url__=shard['url'])
         except Exception as error:  # hostile headers bring all kinds
@@ -97,6 +98,13 @@ def _files(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool
             if not handler(error):
                 return
         yield {}  # the end of a shard is that of its last sample
+
+
+def _packed(archive: Any, stream: Any) -> Optional[int]:
+    """The bytes of a compressed shard, None of others and where they are not known, as of one that a server sends."""
+    with contextlib.suppress(AttributeError, OSError):
+        return os.fstat(stream.fileno()).st_size if archive.fileobj.comptype != 'tar' else None
+    return None
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Union[bytes, str]:

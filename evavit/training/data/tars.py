@@ -7,10 +7,11 @@ keeps where the images lie in it, which it then believes of any other file of th
 import io
 import os
 import posixpath
+import sys
 import tarfile
 from collections import ChainMap
 from pathlib import Path
-from typing import IO, Any, Container, Dict, Iterator, List, Mapping, Set, Tuple, Union
+from typing import IO, Any, Container, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
 
 from evavit.errors import LocalError, UserError, reason_of
 from evavit.files import open_regular
@@ -22,6 +23,8 @@ EXTENSIONS = (  # kinds of headers that Python reads whole, before the file that
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 LARGEST_EXTENSION = 2**20  # bytes: names and times of one file
+LARGEST_GAIN, LITTLE = 1000, 2**30  # a compressed file unpacks to so many times its bytes, or to so many bytes
+END = 2**24  # bytes that are looked at behind the end: writers fill up a block, of 10 KiB mostly
 
 
 class ClassTar(ClassFolders):
@@ -70,7 +73,19 @@ class ClassTar(ClassFolders):
 
 
 class Member(tarfile.TarInfo):
-    """For `tarfile.open(tarinfo=Member)`: a header of any size would fill the memory."""
+    """For `tarfile.open(tarinfo=Member)`: a header of any size would fill the memory, and a damaged one that is not the
+    first would count as the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros, the end
+            raise
+        except tarfile.HeaderError as error:
+            if archive.offset == 0:
+                raise
+            raise tarfile.ReadError(_damaged(archive)) from error
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> 'Member':
@@ -80,13 +95,25 @@ class Member(tarfile.TarInfo):
         return member
 
 
-def entries(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The entries of a tar file in their order. Raises all kinds of errors where it is damaged."""
+def entries(archive: tarfile.TarFile, packed: Optional[int] = None) -> Iterator[tarfile.TarInfo]:
+    """The entries of a tar file in their order; `packed` is the bytes of a compressed one. Raises all kinds of errors
+    where it is damaged, unpacks to far more than pictures do, which would take hours, or goes on after its end: one
+    header of zeros, as of a bad sector, looks like the end, and what comes after it would be missing."""
+    most = max(LARGEST_GAIN * packed, LITTLE) if packed else sys.maxsize
     while (member := archive.next()) is not None:
+        if archive.offset > most:
+            raise tarfile.ReadError(f'unpacks to more than {LARGEST_GAIN:,} times its size; unpack it first')
         archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill the memory
         if member.size < 0:  # Python before 3.13.6 goes round in a circle
             raise tarfile.ReadError(f'the entry of {member.name} is damaged')
         yield member
+    stream: Any = archive.fileobj  # after a block of zeros
+    if stream.read(END).strip(b'\0'):
+        raise tarfile.ReadError(f'{_damaged(archive)}, or several tar files in one')
+
+
+def _damaged(archive: tarfile.TarFile) -> str:
+    return f'damaged or cut short at byte {archive.offset}'
 
 
 def unpacked_name(name: str) -> str:
@@ -144,10 +171,6 @@ class _Content:
         with tarfile.open(fileobj=file, mode='r:', tarinfo=Member) as archive:
             for member in entries(archive):
                 self._add_member(archive, member, root, start)
-            file.seek(archive.offset)
-            end: bytes = file.read(tarfile.BLOCKSIZE)
-            if end != bytes(tarfile.BLOCKSIZE):  # where Python, too, would take a damaged entry for the end
-                raise tarfile.ReadError(f'damaged or cut short at byte {start + archive.offset}')
 
     def _add_member(self, archive: tarfile.TarFile, member: tarfile.TarInfo, root: str, start: int) -> None:
         name = unpacked_name(member.name)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from PIL import EpsImagePlugin, ImageFile
 from runs import CLASSES, MODEL, QUICK, load_script, write_images
 from training.data import fake_tfds
-from training.data.hostile_tars import hostile_header, little_memory
+from training.data.hostile_tars import bomb, hostile_header, little_memory, wounds
 
 from evavit.errors import LocalError, UserError, run_script
 from evavit.training import data
@@ -331,6 +331,16 @@ def _sparse(name, size):
     return member
 
 
+def test_a_small_shard_that_unpacks_to_terabytes_is_a_bad_image(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr('evavit.training.data.tars.LITTLE', 2**20)
+    bomb(tmp_path / 'shards' / 'set-train-0000.tar', 2**26)
+    settings, _ = parse_settings('train', [*map(str, shards), '--max-bad-images', '1'])
+    opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+    assert sum(1 for _ in opened) == 24
+    opened.bad._look()
+    assert any('unpacks to more than 1,000 times its size' in line for line in opened.bad.found.values())
+
+
 @pytest.mark.parametrize('kind', ['sparse', 'header'])
 @pytest.mark.parametrize('compressed', [False, True])
 def test_no_shard_fills_the_memory(kind, compressed, shards, tmp_path):
@@ -351,6 +361,22 @@ def test_no_shard_fills_the_memory(kind, compressed, shards, tmp_path):
     opened.bad._look()
     told = dict(sparse='a sparse file', header='a header of 67,108,864 bytes')[kind]
     assert sorted(told in line for line in opened.bad.found.values()) == [False, True]  # the other one is pear_3
+
+
+@pytest.mark.parametrize('compressed', [False, True])
+def test_the_rest_of_a_damaged_shard_is_a_bad_image(compressed, shards, tmp_path):
+    path = tmp_path / 'shards' / 'set-train-0000.tar'
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        place = archive.getmembers()[4].offset
+    settings, _ = parse_settings('train', [*map(str, shards), '--max-bad-images', '1'])
+    for content in wounds(whole, place).values():
+        path.write_bytes(gzip.compress(content) if compressed else content)
+        opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+        assert sum(1 for _ in opened) == 24
+        opened.bad._look()
+        told = f'{path}\nthe rest of the shard is lost: damaged or cut short at byte'
+        assert any(line.startswith(told) for line in opened.bad.found.values()), opened.bad.found
 
 
 def test_a_second_file_of_a_sample_is_named_with_its_shard(shards, tmp_path):

@@ -8,7 +8,7 @@ import tarfile
 import pytest
 from PIL import Image
 from runs import CLASSES, write_images
-from training.data.hostile_tars import hostile_header, little_memory
+from training.data.hostile_tars import hostile_header, little_memory, wounds
 
 from evavit.errors import LocalError, UserError
 from evavit.training import data
@@ -102,11 +102,10 @@ def test_nothing_beside_a_large_tar_is_read_or_written(images, tmp_path):
 
 
 def test_a_damaged_entry_is_not_the_end(images, tmp_path):
-    """Python's tarfile takes the first entry that it cannot read for the end of the file."""
+    """Python's tarfile takes the first entry that it cannot read for the end of the file, and a block of zeros."""
     archive = pack(images, tmp_path / 'tars') / 'train.tar'
     whole = archive.read_bytes()
-    place = whole.index(b'plum/2.png')
-    for content in (whole[:place] + b'X' + whole[place + 1 :], whole[:place], whole[: place + 100]):
+    for content in wounds(whole, whole.index(b'plum/2.png')).values():
         archive.write_bytes(content)
         with pytest.raises(
             UserError, match=r'train\.tar: not a readable tar file .*damaged or cut short at byte'
