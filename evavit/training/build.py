@@ -21,7 +21,7 @@ from torch import nn
 from evavit import models
 from evavit.arguments import PREPARATION, nearest, per_channel, shown, too_large
 from evavit.errors import UserError, first_line
-from evavit.hub import lost_conversion, saved_config, source_folder, source_weights, why_not_fetched
+from evavit.hub import lost_conversion, saved_config, source_folder, source_of, source_weights, why_not_fetched
 from evavit.models import (
     ConvertedModel,
     GridPyramidVisionTransformerV2,
@@ -87,8 +87,9 @@ def build_model(
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     try:
-        if name.startswith('local-dir:'):
-            folder = Path(name.removeprefix('local-dir:'))
+        source, place = source_of(name)
+        if source == 'local-dir':
+            folder = Path(place)
             saved_config(folder)
             if config.pretrained and (reason := lost_conversion(folder)):
                 raise UserError(reason)
@@ -178,7 +179,7 @@ def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
         content, conversion = saved_config(folder) if folder else ({}, None)
     except ValueError as error:
         raise UserError(f'model {error}') from error
-    local = (config.model or '').startswith('local-dir:')
+    local = source_of(config.model)[0] == 'local-dir'
     if folder is None or (conversion is None and not (local and (config.convert or softmax_too))):
         return
     softmax = conversion is None and not config.convert
