@@ -470,7 +470,7 @@ def source_weights(name: str) -> Optional[Path]:
     before: timm looks at no digest.
 
     Raises:
-        ValueError: that of `source_folder`.
+        ValueError: one line on what cannot be had from the Hub.
     """
     folder = source_folder(name)
     source, repository = source_of(name)
@@ -479,8 +479,12 @@ def source_weights(name: str) -> Optional[Path]:
     content = saved_config(folder)[0]
     own = content.get('pretrained_cfg', content).get('hf_hub_filename')
     for file in (own,) if own else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
-        with contextlib.suppress(EntryNotFoundError):
+        try:
             return Path(download_from_hf(repository, file))
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # the Hub's client has many
+            raise ValueError(f'{name}: {why_not_fetched(error)}') from error
     return None
 
 
