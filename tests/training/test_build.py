@@ -494,6 +494,31 @@ def test_a_run_from_a_folder_takes_its_size_of_images(tmp_path, given):
     )
 
 
+@pytest.mark.parametrize('name', ['eva_deit_tiny', 'vit_tiny_patch16_224'])
+def test_one_of_several_files_is_not_taken_for_the_weights(tmp_path, name):
+    """As transformers writes large ones: what lies in the others would begin at random."""
+    model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=2)
+    folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit')
+    (folder / 'model.safetensors').unlink()
+    body, head = (folder / f'model-0000{number}-of-00002.safetensors' for number in (1, 2))
+    state = model.state_dict()
+    write_weights({key: value for key, value in state.items() if not key.startswith('head.')}, body)
+    write_weights({key: value for key, value in state.items() if key.startswith('head.')}, head)
+    told = r'00001-of-00002\.safetensors: one of 2 files that are the weights together; save them as one'
+    for about in (
+        dict(model=f'local-dir:{folder}', pretrained=True),
+        dict(model=name, model_kwargs=dict(img_size=32), pretrained_path=str(body)),
+    ):
+        config = ModelConfig(**about)
+        with pytest.raises(UserError, match=told):
+            build.build_model(ModelConfig(**about), 2)  # as validate.py
+        with pytest.raises(UserError, match=told):
+            build.name_converted(config, softmax_too=True)  # as train.py
+            build.build_model(config, 2)
+    write_weights(state, whole := tmp_path / 'model-00001-of-00001.safetensors')
+    assert build.read_weights(whole).keys() == state.keys()
+
+
 @pytest.mark.parametrize('source', ['local-dir', 'hf-hub'])
 @pytest.mark.parametrize('convert', [None, 'eva', 'ours'])
 @pytest.mark.parametrize('classes', [2, 3])
