@@ -427,6 +427,14 @@ def load_converted(
     return model
 
 
+def source_of(name: Optional[str]) -> Tuple[str, str]:
+    """('local-dir', folder) or ('hf-hub', repository) of a model's name, as timm reads it; ('', '') for one of its
+    list."""
+    source, _, rest = (name or '').partition(':')
+    source = source.lower().replace('_', '-')
+    return (source, rest) if source in ('local-dir', 'hf-hub') else ('', '')
+
+
 def source_folder(name: str) -> Optional[Path]:
     """The folder that 'local-dir:FOLDER' names, or the one of the Hub's cache that holds 'hf-hub:owner/name', which is
     downloaded where it is not there; None for a name of timm's list.
@@ -434,8 +442,7 @@ def source_folder(name: str) -> Optional[Path]:
     Raises:
         ValueError: one line on what cannot be had from the Hub.
     """
-    source, _, rest = name.partition(':')
-    source = source.lower().replace('_', '-')
+    source, rest = source_of(name)
     if source == 'local-dir':
         if not os.path.isdir(rest):
             raise ValueError(f'{name}: no such folder')
@@ -463,16 +470,21 @@ def source_weights(name: str) -> Optional[Path]:
     before: timm looks at no digest.
 
     Raises:
-        ValueError: that of `source_folder`.
+        ValueError: one line on what cannot be had from the Hub.
     """
     folder = source_folder(name)
-    if folder is None or name.lower().startswith('local'):
+    source, repository = source_of(name)
+    if folder is None or source == 'local-dir':
         return folder and folder_weights(folder)
     content = saved_config(folder)[0]
     own = content.get('pretrained_cfg', content).get('hf_hub_filename')
     for file in (own,) if own else (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
-        with contextlib.suppress(EntryNotFoundError):
-            return Path(download_from_hf(name.partition(':')[2], file))
+        try:
+            return Path(download_from_hf(repository, file))
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # the Hub's client has many
+            raise ValueError(f'{name}: {why_not_fetched(error)}') from error
     return None
 
 

@@ -168,17 +168,71 @@ def test_arguments_that_do_not_fit_a_converted_folder(tmp_path):
         assert '\n' not in str(caught.value)
 
 
-def test_names_of_the_classes_decide_the_labels(tmp_path):
+def test_names_of_the_classes_decide_the_labels(tmp_path, monkeypatch):
+    """Of a folder and of a repository, however its kind is written."""
     names = list(reversed(CLASSES))
     model = timm.create_model(PLAIN[0], **{**PLAIN[1], 'num_classes': len(names)})
     folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit', label_names=names)
-    for flags in (['--checkpoint', str(folder)], ['--model', f'local-dir:{folder}', '--pretrained']):
-        assert complete_from_checkpoint(*parse_settings('validate', flags)) == names
+    monkeypatch.setattr('evavit.hub.download_from_hf', lambda name, file: str(folder / file))
+    places = f'local-dir:{folder}', f'LOCAL-DIR:{folder}', 'hf-hub:me/mine', 'HF_HUB:me/mine'
+    for flags in (['--checkpoint', str(folder)], *(['--model', place, '--pretrained'] for place in places)):
+        for script in ('validate', 'export'):
+            assert complete_from_checkpoint(*parse_settings(script, flags)) == names
     config = json.loads((folder / 'config.json').read_text())
     for damaged in (names[:2], 5, [1, 2, 3], ['a', 'a', 'b']):
         (folder / 'config.json').write_text(json.dumps({**config, 'label_names': damaged}))
         with pytest.raises(UserError, match=r'label_names in its config\.json: .*; give --class-map FILE'):
             complete_from_checkpoint(*parse_settings('validate', ['--checkpoint', str(folder)]))
+
+
+def test_a_folder_as_the_model_of_another_file(tmp_path, monkeypatch):
+    """Classes are those of the weights, and so is what their own file says; the rest is as the folder says."""
+    model, about = timm.create_model(PLAIN[0], **PLAIN[1]), dict(mean=(0.1,), crop_mode='squash')
+    labels = dict(label_names=['a', 'b', 'c'], data_config=about)
+    folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit', **labels)
+    softmax = save_folder(small_vit(), tmp_path / 'softmax', data='x', licence='mit')
+    converted = evavit.convert_vit(small_vit(), attention='local', window_size=2)
+    save_folder(converted, tmp_path / 'local', data='x', licence='mit', label_names=['a', 'b', 'c'])
+    monkeypatch.setattr('evavit.hub.download_from_hf', lambda name, file: str(folder / file))
+
+    def completed(file, *flags):
+        config, given = parse_settings('validate', ['--checkpoint', str(file), *flags])
+        return complete_from_checkpoint(config, given), config.model
+
+    run = dict(model=PLAIN[0], model_kwargs=PLAIN[1], class_names=['x', 'y', 'z'], mean=[0.3])
+    old = {**run, 'model': 'hf-hub:me/mine', 'model_kwargs': None, 'mean': None}  # before runs stood by themselves
+    for name, settings in (('run', run), ('old', old), ('plain', {})):
+        metadata = dict(args=json.dumps(settings))
+        evavit.models.write_weights(model.state_dict(), tmp_path / f'{name}.safetensors', metadata)
+    for place in (f'local-dir:{folder}', 'hf-hub:me/mine'):
+        names, about = completed(tmp_path / 'run.safetensors', '--model', place)
+        assert names == ['x', 'y', 'z'] and about.mean == [0.3] and about.model == PLAIN[0]
+        for name, wanted in (('old', ['x', 'y', 'z']), ('plain', None)):
+            names, about = completed(tmp_path / f'{name}.safetensors', '--model', place)
+            assert names == wanted and (about.model, about.mean, about.crop_mode) == (
+                PLAIN[0],
+                [0.1],
+                'squash',
+            )
+            assert about.model_kwargs['embed_dim'] == PLAIN[1]['embed_dim']
+    names, about = completed(tmp_path / 'local/model.safetensors', '--model', f'local-dir:{tmp_path / "local"}')
+    assert (about.convert, about.num_classes, names) == ('local', 3, ['a', 'b', 'c'])
+    with pytest.raises(
+        UserError, match=r'old\.safetensors: its model hf-hub:me/mine lies elsewhere, .*; if it is not, add'
+    ):
+        completed(tmp_path / 'old.safetensors')
+    for source in (tmp_path / 'local', tmp_path / 'local/model.safetensors'):
+        with pytest.raises(
+            UserError, match=r"another model than that of .* \(convert None, not 'local'\); leave --model"
+        ):
+            completed(source, '--model', f'local-dir:{softmax}')
+    with pytest.raises(UserError, match=r"\(model 'vit_tiny_patch16_224', not 'eva_deit_tiny'\); leave --model out"):
+        completed(tmp_path / 'run.safetensors', '--model', f'local-dir:{softmax}')
+    save_folder(
+        timm.create_model(PLAIN[0], **{**PLAIN[1], 'proposal_scale': 4.0}), tmp_path / 'x', data='x', licence='mit'
+    )
+    with pytest.raises(UserError, match=r'\(proposal_scale 4.0, not .*\); leave --model out'):
+        completed(folder, '--model', f'local-dir:{tmp_path / "x"}')
 
 
 @pytest.mark.parametrize('place', ['top', 'pretrained_cfg'])

@@ -19,7 +19,7 @@ from evavit.bench.clocks import median_seconds
 from evavit.bench.results import check_replaced, place_of
 from evavit.errors import LocalError, SharedError, UserError, encodable, reason_of
 from evavit.files import replacing, stored_digest
-from evavit.training import build, checks, contents, data, loop, report
+from evavit.training import build, checks, contents, data, held_out, loop, report
 from evavit.training.agreement import check_agreement
 from evavit.training.compilation import Compilation, check_compilation
 from evavit.training.config import MachineConfig, ValidateConfig, parse_settings
@@ -58,7 +58,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         seed=config.run.seed,
     )
     data.check_labels(learnt, class_names, 'the checkpoint')
-    contents.warn_of_held_out(config, data.held_out(dataset))
+    held_out.warn_of_held_out(config, data.held_out(dataset))
     digest = checkpoint_digest(config)
     model: Any = build.build_model(config.model, config.model.num_classes, new_head=False)
     data.class_count(config.data, model.num_classes, class_names, dataset)

@@ -59,7 +59,8 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
     Raises:
         RuntimeError: one line that names the file and what is wrong with it: not there, empty, cut short, damaged since
             this package wrote it (see `evavit.files.stamp`), no weights, a tensor that is none of numbers in memory
-            (see `strange`), or a pickle that carries more than tensors, of which nothing is run.
+            (see `strange`), one of several files that are the weights together, or a pickle that carries more than
+            tensors, of which nothing is run.
     """
     try:
         if not Path(path).is_file():  # timm would log a line of its own
@@ -78,6 +79,11 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
         raise RuntimeError(f'{path}: {_fault(Path(path), error)}') from error
     if fault := next((f'its {name} is {why}' for name, value in tensors.items() if (why := strange(value))), None):
         raise RuntimeError(f'{path}: not a readable checkpoint: {fault}; save it with plain tensors')
+    if (part := re.search(r'-\d{5}-of-(\d{5})\.', Path(path).name)) and int(part[1]) > 1:  # as transformers names them
+        raise RuntimeError(
+            f'{path}: one of {int(part[1])} files that are the weights together; save them as one, with transformers '
+            f"by save_pretrained(FOLDER, max_shard_size='100GB')"
+        )
     return weights
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from evavit import models
 from evavit.arguments import PREPARATION, nearest, per_channel, shown, too_large
 from evavit.errors import UserError, first_line
-from evavit.hub import lost_conversion, saved_config, source_folder, source_weights, why_not_fetched
+from evavit.hub import lost_conversion, saved_config, source_folder, source_of, source_weights, why_not_fetched
 from evavit.models import (
     ConvertedModel,
     GridPyramidVisionTransformerV2,
@@ -87,8 +87,9 @@ def build_model(
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     try:
-        if name.startswith('local-dir:'):
-            folder = Path(name.removeprefix('local-dir:'))
+        source, place = source_of(name)
+        if source == 'local-dir':
+            folder = Path(place)
             saved_config(folder)
             if config.pretrained and (reason := lost_conversion(folder)):
                 raise UserError(reason)
@@ -168,19 +169,21 @@ def _check_missing(model: nn.Module, missing: Sequence[str], path: str, trained:
 
 
 def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
-    """Of a folder or repository with a converted network, which timm alone would make with softmax, or of a folder
-    with one that is to be converted: put architecture, conversion, image settings and the file of its weights in the
-    place of its name. So a run's checkpoints say them. Of a conversion, what `config` says goes before what is there.
-    With `softmax_too` a folder with any other network is one, whose content may be another when the run goes on.
+    """Of a folder or repository with a converted network, which timm alone would make with softmax, or with one that
+    is to be converted: put architecture, conversion, image settings and the file of its weights in the place of its
+    name. So a run's checkpoints say them. Of a conversion, what `config` says goes before what is there. With
+    `softmax_too` any other network is one, whose place may hold another when the run goes on.
     """
+    weights = None
     try:
         folder = source_folder(config.model or '')
         content, conversion = saved_config(folder) if folder else ({}, None)
+        if folder is None or (conversion is None and not (config.convert or softmax_too)):
+            return
+        if config.pretrained:
+            weights = source_weights(config.model or '') if conversion is None else folder / HF_SAFE_WEIGHTS_NAME
     except ValueError as error:
         raise UserError(f'model {error}') from error
-    local = (config.model or '').startswith('local-dir:')
-    if folder is None or (conversion is None and not (local and (config.convert or softmax_too))):
-        return
     softmax = conversion is None and not config.convert
     try:
         reason = lost_conversion(folder) if softmax and config.pretrained else None
@@ -188,7 +191,6 @@ def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
         raise UserError(str(error)) from error
     if reason:
         raise UserError(reason)
-    weights = source_weights(config.model or '') if conversion is None else folder / HF_SAFE_WEIGHTS_NAME
     if config.pretrained and weights is None:
         return
     arguments = dict(content.get('model_args') or {})
@@ -204,7 +206,7 @@ def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
     attention = (conversion or {}).pop('attention', 'eva')
     if conversion is not None and config.convert in (None, attention):
         config.convert, config.convert_kwargs = attention, {**conversion, **(config.convert_kwargs or {})}
-    published = content.get('pretrained_cfg') or {}
+    published = content.get('pretrained_cfg', content)  # timm's older form has all in one place
     channels = config.input_size[0] if config.input_size else config.in_chans
     for name in PREPARATION:
         value = published.get(name)

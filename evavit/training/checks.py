@@ -14,7 +14,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 from evavit.arguments import check_device, nearest, shown
 from evavit.errors import UserError, first_line
 from evavit.files import WEIGHTS, why_no_file
-from evavit.hub import saved_config, source_folder
+from evavit.hub import saved_config, source_folder, source_of
 from evavit.training import data
 from evavit.training.compilation import check_compilation
 from evavit.training.config import (
@@ -98,7 +98,7 @@ def check_convert_kwargs(config: ModelConfig) -> None:
 def check_source(config: ModelConfig, dry_run: bool = False) -> None:
     """A model of the Hub, whose settings come over the network too, only where the user lets it: not in a dry run."""
     name = config.model or ''
-    if not name.lower().replace('_', '-').startswith('hf-hub:'):
+    if source_of(name)[0] != 'hf-hub':
         return
     if not config.pretrained:
         raise UserError(f'model {name} lies on the Hugging Face Hub: allow the download with --pretrained')
@@ -249,7 +249,7 @@ def image_channels(config: ModelConfig) -> int:
     """Channels that images are loaded with: 1 for grey, 3 for colour, as the settings say, or the `config.json` of a
     folder or repository that is the model. Another number is a UserError."""
     name, channels = config.model or '', given_channels(config)
-    if channels is None and (name.startswith('local-dir:') or (':' in name and config.pretrained)):
+    if channels is None and (source_of(name)[0] == 'local-dir' or config.pretrained):
         try:
             folder = source_folder(name)
             arguments = (saved_config(folder)[0] if folder else {}).get('model_args') or {}

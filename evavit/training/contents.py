@@ -23,12 +23,12 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
-from evavit.arguments import PREPARATION
+from evavit.arguments import PREPARATION, shown
 from evavit.errors import UserError, first_line, reason_of
 from evavit.files import RUN_WEIGHTS, check_parts, is_stamped, why_no_file
-from evavit.hub import folder_digest, held_out, saved_config, source_folder
+from evavit.hub import held_out, saved_config, source_folder, source_of
 from evavit.models import model_names
-from evavit.models._saved import config_beside, folder_settings
+from evavit.models._saved import HELD_OUT, config_beside, folder_settings
 from evavit.models._weights import strange
 from evavit.training.build import keep_cells, load_weights, read_weights, try_model
 from evavit.training.config import (
@@ -41,6 +41,7 @@ from evavit.training.config import (
     options_of,
 )
 from evavit.training.data import resolve_input
+from evavit.training.held_out import take_held_out
 from evavit.training.loop import Position
 from evavit.training.optimizer_state import judged_optimizer
 from evavit.training.sections import is_number, is_plain, is_whole
@@ -418,7 +419,7 @@ def _enter_converted(config: Loaded, given: Set[str]) -> Set[str]:
     given then. timm alone would make the network with softmax."""
     fetched = isinstance(config, InferenceConfig) or config.model.pretrained
     name = config.model.model or ''
-    if config.weights.checkpoint or not (fetched or name.lower().startswith('local')):
+    if config.weights.checkpoint or not (fetched or source_of(name)[0] == 'local-dir'):
         return given
     try:
         folder = source_folder(name)
@@ -441,9 +442,12 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
         content = _enter_folder(config, given)
     model, path = config.model, config.weights.checkpoint
     saved = origin(path) if path and not content else {}
-    if 'model' not in given and ':' in (saved.get('model') or ''):
+    if path and not content and source_of(model.model)[0]:
+        saved, given = _of_both(path, saved, model), given - {'model'}
+    if 'model' not in given and source_of(saved.get('model'))[0]:
         raise UserError(
-            f'{path}: its model {saved["model"]} would have to be fetched; name the architecture with --model'
+            f'{path}: its model {saved["model"]} lies elsewhere, where it may be another by now; if it is not, add '
+            f'--model {saved["model"]}'
         )
     kwargs = dict(saved.get('model_kwargs') or {})
     if given & {'img_size', 'input_size'}:  # either says the size, of which the run may have told the model itself
@@ -458,21 +462,53 @@ def complete_from_checkpoint(config: Loaded, given: Set[str]) -> Optional[List[s
             setattr(model, name, saved[name])
     keep_cells(model, saved, given)
     name = model.model or ''
-    local = name.startswith('local-dir:') and not isinstance(config, InferenceConfig)  # which has more names
-    if local and not content:
-        content, _ = _config_of(Path(name.removeprefix('local-dir:')))
+    if isinstance(config, InferenceConfig):  # which has more names
+        content = {}
+    elif model.pretrained:
+        content = origin(None, name)
     if isinstance(config, ValidateConfig) and (held := held_out(saved or content)):
         _parse(held, ('val_fraction', 'seed', 'train_split'), path or name)
         config.held_out = held
-        _take_held_out(config, given, held)
+        take_held_out(config, given, held)
     if not saved or saved.get('model') in (model.model, name.split('.')[0]):
         model.model_kwargs = {**kwargs, **(model.model_kwargs or {})}
-    if name.startswith('local-dir:') and not local:
-        content = {}
-    content = content if local else saved or content
+    content = saved or content
     if isinstance(config, ValidateConfig) and not config.data.class_map:
         _check_label_names(content, path or name)
     return _class_names(content)
+
+
+def _of_both(path: str, saved: Dict[str, Any], model: ModelConfig) -> Dict[str, Any]:
+    """The settings in a checkpoint, `saved`, where --model is a folder or repository: of another model than theirs is a
+    UserError. What they leave open is as that place says, except its classes and images, which are of its own weights.
+    """
+    place = {name: value for name, value in origin(None, model.model).items() if name not in ('label_names', HELD_OUT)}
+    if not saved.get('model') or source_of(saved['model'])[0]:  # weights alone, or of a run that named a place
+        told = {name: value for name, value in saved.items() if value is not None}
+        kwargs = dict(place['model_kwargs'])
+        if told.keys() & {'img_size', 'input_size'}:
+            place.pop('input_size', None)
+            kwargs.pop('img_size', None)
+        kwargs |= told.get('model_kwargs', {})
+        return {**place, **told, 'model': place['model'], 'model_kwargs': kwargs}
+
+    def parts(settings: Dict[str, Any]) -> Dict[str, Any]:
+        conversion = {'convert': settings.get('convert'), **(settings.get('convert_kwargs') or {})}
+        return {
+            'model': settings['model'],
+            **(settings.get('model_kwargs') or {}),
+            **({} if model.convert else conversion),
+        }
+
+    own, other = parts(saved), parts(place)
+    flags = {'img_size', *(model.model_kwargs or ()), *(model.convert_kwargs or ())}
+    for name in own:
+        if name in other and name not in flags and own[name] != other[name]:
+            raise UserError(
+                f'{model.model} is another model than that of {path} ({name} {shown(other[name])}, not '
+                f'{shown(own[name])}); leave --model out, or name {saved["model"]}'
+            )
+    return saved
 
 
 def origin(path: Optional[str], model: Optional[str] = None) -> Dict[str, Any]:
@@ -522,43 +558,6 @@ def _check_label_names(content: Dict[str, Any], source: str) -> None:
     else:
         fault = 'damaged, no list of names'
     raise UserError(f'{source}: label_names in its config.json: {fault}; give --class-map FILE with a name for each')
-
-
-def _take_held_out(config: ValidateConfig, given: Set[str], held: Dict[str, Any]) -> None:
-    """Of the folder that a run divided, validate on what it held out (`hub.held_out`): the rest are the images that it
-    has seen."""
-    share, seed = held.get('val_fraction'), held.get('seed')
-    if 'dataset' in given or not share:
-        return
-    same = bool(config.data.data_dir) and folder_digest(config.data.data_dir or '') == held.get('data_dir_sha256')
-    if same and 'val_fraction' not in given:
-        config.data.val_fraction = share
-        config.data.train_split = held.get('train_split') or config.data.train_split
-    if config.data.val_fraction is None:
-        if 'split' not in given:
-            log.warning(
-                f'warning: the run held out {share:g} of its data for validation, and this is another folder, taken '
-                f'whole; if it is a copy, add --val-fraction {share:g}'
-            )
-        return
-    if 'seed' not in given and seed is not None:
-        config.run.seed = seed
-    if (config.data.val_fraction, config.run.seed) != (share, seed):
-        log.warning(
-            f'warning: the run held out {share:g} with seed {seed}: of these images it has seen some in '
-            f'training; leave --val-fraction and --seed out'
-        )
-
-
-def warn_of_held_out(config: ValidateConfig, here: Dict[str, Any]) -> None:
-    """A warning where a folder is divided as the run did it, and has other images since: `here` is `data.held_out`."""
-    before, digest = config.held_out, 'held_out_sha256'
-    same = (config.data.val_fraction, config.run.seed) == (before.get('val_fraction'), before.get('seed'))
-    if same and digest in before and digest in here and before[digest] != here[digest]:
-        log.warning(
-            f'warning: the run held out a part of {before.get("held_out_of")} images, and the folder has '
-            f'{here["held_out_of"]} now: of those that are held out here it may have seen some in training'
-        )
 
 
 def load_checkpoint(model: nn.Module, config: WeightsConfig) -> None:

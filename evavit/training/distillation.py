@@ -24,7 +24,7 @@ from torch import nn
 from evavit.arguments import shown
 from evavit.errors import UserError
 from evavit.files import file_digest
-from evavit.hub import source_weights
+from evavit.hub import source_of, source_weights
 from evavit.training import build, data
 from evavit.training.config import PARENT, DistilConfig, ExportConfig, ModelConfig, TrainConfig
 from evavit.training.contents import complete_from_checkpoint, learnt_classes
@@ -270,7 +270,7 @@ def _source(config: TrainConfig) -> ModelConfig:
 def _check_hub(config: DistilConfig, dry_run: bool) -> None:
     """A teacher of the Hub, whose settings come over the network: not in a dry run, nor with weights of a file."""
     name = config.kd_model_name or ''
-    if name.lower().replace('_', '-').startswith('hf-hub:') and (dry_run or config.kd_pretrained_path):
+    if source_of(name)[0] == 'hf-hub' and (dry_run or config.kd_pretrained_path):
         reason = 'a dry run fetches nothing' if dry_run else '--kd-pretrained-path is to replace what lies there'
         raise UserError(
             f'kd_model_name {name} lies on the Hugging Face Hub, and {reason}; name the architecture and its file with '

@@ -34,7 +34,7 @@ def loaders(path, images, folder):
     'settings, words',
     [
         ([1, 2], 'its settings are not names with plain values'),
-        (dict(model='hf-hub:x/y', num_classes=3), 'its model hf-hub:x/y would have to be fetched'),
+        (dict(model='hf-hub:x/y', num_classes=3), 'its model hf-hub:x/y lies elsewhere'),
         (dict(model='eva_deit_tiny', num_classes=-3), 'does not fit num_classes'),
         (dict(model='eva_deit_tiny', num_classes=3, model_kwargs=dict(features_only=True)), 'it has no classes'),
         (dict(model='eva_deit_tiny', class_names={'a': 1}), 'its class_names is'),

@@ -494,17 +494,45 @@ def test_a_run_from_a_folder_takes_its_size_of_images(tmp_path, given):
     )
 
 
+@pytest.mark.parametrize('name', ['eva_deit_tiny', 'vit_tiny_patch16_224'])
+def test_one_of_several_files_is_not_taken_for_the_weights(tmp_path, name):
+    """As transformers writes large ones: what lies in the others would begin at random."""
+    model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=2)
+    folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit')
+    (folder / 'model.safetensors').unlink()
+    body, head = (folder / f'model-0000{number}-of-00002.safetensors' for number in (1, 2))
+    state = model.state_dict()
+    write_weights({key: value for key, value in state.items() if not key.startswith('head.')}, body)
+    write_weights({key: value for key, value in state.items() if key.startswith('head.')}, head)
+    told = r'00001-of-00002\.safetensors: one of 2 files that are the weights together; save them as one'
+    for about in (
+        dict(model=f'local-dir:{folder}', pretrained=True),
+        dict(model=name, model_kwargs=dict(img_size=32), pretrained_path=str(body)),
+    ):
+        config = ModelConfig(**about)
+        with pytest.raises(UserError, match=told):
+            build.build_model(ModelConfig(**about), 2)  # as validate.py
+        with pytest.raises(UserError, match=told):
+            build.name_converted(config, softmax_too=True)  # as train.py
+            build.build_model(config, 2)
+    write_weights(state, whole := tmp_path / 'model-00001-of-00001.safetensors')
+    assert build.read_weights(whole).keys() == state.keys()
+
+
+@pytest.mark.parametrize('source', ['local-dir', 'hf-hub'])
 @pytest.mark.parametrize('convert', [None, 'eva', 'ours'])
 @pytest.mark.parametrize('classes', [2, 3])
-def test_images_are_prepared_as_a_folder_says(tmp_path, convert, classes):
-    """By the run that starts from it, and by whoever reads that run's file."""
+def test_images_are_prepared_as_a_folder_says(tmp_path, monkeypatch, source, convert, classes):
+    """By the run that starts from it, and by whoever reads that run's file, which needs neither it nor the Hub."""
     name = 'eva_deit_tiny' if convert == 'ours' else 'vit_tiny_patch16_224'
     model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=2)
     model = convert_vit(model, window_size=2, partition_grid=0) if convert == 'eva' else model
     about = dict(mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1), interpolation='nearest', crop_pct=0.7, crop_mode='squash')
     folder = save_folder(model, tmp_path / 'mine', data='x', licence='mit', data_config=about)
-    config = ModelConfig(model=f'local-dir:{folder}', pretrained=True)
+    monkeypatch.setattr('evavit.hub.download_from_hf', lambda name, file: str(folder / file))
+    config = ModelConfig(model=f'local-dir:{folder}' if source == 'local-dir' else 'hf-hub:me/mine', pretrained=True)
     build.name_converted(config, softmax_too=True)
+    assert config.model == name and config.pretrained_path == str(folder / 'model.safetensors')
     made = build.build_model(config, classes)
     write_weights(made.state_dict(), run := tmp_path / 'run.safetensors', dict(args=json.dumps(vars(config))))
     validated, given = parse_settings('validate', ['--checkpoint', str(run), '--num-classes', str(classes)])

@@ -271,7 +271,9 @@ def test_a_checkpoint_names_no_model_of_the_network(tmp_path, model):
     torch.save(dict(state_dict={}, args=argparse.Namespace(model=model)), tmp_path / 'file.pth')
     for name in (path, str(tmp_path / 'file.pth')):
         config, given = parse_settings('validate', ['--checkpoint', name])
-        with pytest.raises(UserError, match='name the architecture with --model'):
+        with pytest.raises(
+            UserError, match='lies elsewhere, where it may be another by now; if it is not, add --model '
+        ):
             contents.complete_from_checkpoint(config, given)
         config, given = parse_settings('validate', ['--checkpoint', name, '--model', 'eva_deit_tiny'])
         contents.complete_from_checkpoint(config, given)

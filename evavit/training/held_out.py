@@ -1,0 +1,46 @@
+"""To judge a model by the images that its run held out: of the same folder these, of another one a word."""
+
+import logging
+from typing import Any, Dict, Set
+
+from evavit.hub import folder_digest
+from evavit.training.config import ValidateConfig
+
+log = logging.getLogger(__name__)
+
+
+def take_held_out(config: ValidateConfig, given: Set[str], held: Dict[str, Any]) -> None:
+    """Of the folder that a run divided, validate on what it held out (`hub.held_out`): the rest are the images that it
+    has seen."""
+    share, seed = held.get('val_fraction'), held.get('seed')
+    if 'dataset' in given or not share:
+        return
+    same = bool(config.data.data_dir) and folder_digest(config.data.data_dir or '') == held.get('data_dir_sha256')
+    if same and 'val_fraction' not in given:
+        config.data.val_fraction = share
+        config.data.train_split = held.get('train_split') or config.data.train_split
+    if config.data.val_fraction is None:
+        if 'split' not in given:
+            log.warning(
+                f'warning: the run held out {share:g} of its data for validation, and this is another folder, taken '
+                f'whole; if it is a copy, add --val-fraction {share:g}'
+            )
+        return
+    if 'seed' not in given and seed is not None:
+        config.run.seed = seed
+    if (config.data.val_fraction, config.run.seed) != (share, seed):
+        log.warning(
+            f'warning: the run held out {share:g} with seed {seed}: of these images it has seen some in '
+            f'training; leave --val-fraction and --seed out'
+        )
+
+
+def warn_of_held_out(config: ValidateConfig, here: Dict[str, Any]) -> None:
+    """A warning where a folder is divided as the run did it, and has other images since: `here` is `data.held_out`."""
+    before, digest = config.held_out, 'held_out_sha256'
+    same = (config.data.val_fraction, config.run.seed) == (before.get('val_fraction'), before.get('seed'))
+    if same and digest in before and digest in here and before[digest] != here[digest]:
+        log.warning(
+            f'warning: the run held out a part of {before.get("held_out_of")} images, and the folder has '
+            f'{here["held_out_of"]} now: of those that are held out here it may have seen some in training'
+        )
