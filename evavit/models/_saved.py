@@ -40,10 +40,8 @@ def saved_conversion(file: Union[str, Path]) -> Optional[str]:
     """The attention to which the network of a file of `read_weights` was converted, '' where its run left softmax, None
     where nothing says."""
     saved = _settings_of(file)
-    others = config_beside(file) or not str(file).endswith(
-        '.safetensors'
-    )  # can be of timm, or a program such as DeiT's
-    if not isinstance(saved.get('model'), str) or ('convert' not in saved and others):
+    of_others = config_beside(file) or not str(file).endswith('.safetensors')  # such as timm or DeiT's program
+    if not isinstance(saved.get('model'), str) or ('convert' not in saved and of_others):
         return None
     convert = saved.get('convert')
     return convert if isinstance(convert, str) and convert != 'softmax' else ''
