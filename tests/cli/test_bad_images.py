@@ -28,7 +28,7 @@ from runs import (
 )
 
 from evavit.errors import INTERRUPTED, PREEMPTED
-from evavit.training import checkpoint
+from evavit.training import contents
 from evavit.training.data import folders as folders_module
 from evavit.training.data import images as images_module
 
@@ -112,7 +112,7 @@ def test_a_stop_with_bad_images_changes_nothing(train, tmp_path, monkeypatch, fl
         signal_at(monkeypatch, [moment])
         assert train('parts', *flags)[0] == PREEMPTED
         monkeypatch.undo()
-        known += checkpoint.read_checkpoint(tmp_path / 'parts' / 'last.pth.tar')['saver']['position']['bad'].values()
+        known += contents.read_checkpoint(tmp_path / 'parts' / 'last.pth.tar')['saver']['position']['bad'].values()
     assert any('pear/3.png' in line or 'plum/5.png' in line for line in known)
     assert train('parts', *flags)[0] == 0
     assert_same_run(tmp_path / 'whole', tmp_path / 'parts')
