@@ -28,7 +28,7 @@ from runs import (
 )
 
 from evavit.errors import INTERRUPTED, PREEMPTED
-from evavit.training import contents
+from evavit.training import checkpoint, contents
 from evavit.training.data import folders as folders_module
 from evavit.training.data import images as images_module
 
