@@ -137,9 +137,11 @@ class Saver(CheckpointSaver):
         """Set aside what is there of epochs that a run which goes on from this checkpoint has not, or no longer."""
         metric = f'eval_{self.args.eval_metric}'
         for file in left_behind(self.last.parent, path, checkpoint, position.epoch, metric):
-            if file == self.last:  # it stays, for a kill before the next one is written
+            if file == self.last:
                 self._duplicate(file, copy := free_name(file, 'before'))
                 log.warning(f'warning: {file} {BEHIND}: it is kept as {copy.name}')
+                for name in (file, file.with_name('previous.pth.tar')):  # which --resume auto would go on from
+                    self._duplicate(path, name)
             else:
                 self._leave(file, BEHIND)
 

@@ -629,7 +629,8 @@ def test_a_resume_from_an_earlier_checkpoint_of_the_folder(tmp_path):
     run = run_of()
     resume([tmp_path / 'checkpoint-0.pth.tar'], run, saver_of(run, tmp_path))
     assert (tmp_path / 'last.pth.tar').read_bytes() == first == (tmp_path / 'model_best.pth.tar').read_bytes()
-    assert contents.read_checkpoint(tmp_path / 'previous.pth.tar')['epoch'] == 1
+    assert (tmp_path / 'previous.pth.tar').read_bytes() == first  # a damaged last one leads to no other branch
+    assert contents.read_checkpoint(tmp_path / 'last.pth.tar.before')['epoch'] == 1
     assert contents.stored_metric(tmp_path / 'last.safetensors') == 10
 
     saver.save_epoch(Position(2), 30.0)
