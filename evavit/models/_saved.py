@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
+TIMM_S = {'pretrained_cfg', 'input_size'}  # one of them is in a config.json of timm's beside `architecture`, by its age
 HELD_OUT = 'evavit_held_out'  # the one with what a run held out of its images, see `hub.held_out`
 
 
@@ -62,7 +63,13 @@ def trained_size(file: Union[str, Path]) -> Optional[Tuple[int, int]]:
 def config_beside(file: Union[str, Path]) -> Optional[Path]:
     """The config.json that tells of a file of `hub.save_folder` or of timm, None of others."""
     beside = Path(file).with_name('config.json')
-    return beside if Path(file).name in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME) and beside.is_file() else None
+    if Path(file).name not in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME) or not beside.is_file():
+        return None
+    with contextlib.suppress(OSError, ValueError, RecursionError), open_regular(beside) as stream:
+        content = json.load(stream)
+        if not isinstance(content, dict) or not TIMM_S & content.keys() or 'architecture' not in content:
+            return None
+    return beside
 
 
 def folder_settings(content: Dict[str, Any]) -> Dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import evavit
 from evavit.convert import changes_table, convert_softmax, linear_summary
 from evavit.models import fit_checkpoint, read_weights
-from evavit.models._saved import trained_size
+from evavit.models._saved import config_beside, trained_size
 
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2)
 EVA = dict(window_size=4, partition_grid=4)
@@ -441,6 +441,16 @@ def test_a_compressed_archive_fills_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: pytest.fail('the file is unpacked'))
     with pytest.raises(RuntimeError, match=r'small\.pth: not a readable checkpoint: .*its part .* is damaged'):
         read_weights(tmp_path / 'small.pth')
+
+
+def test_a_config_json_of_another_program_is_none_of_a_model(tmp_path):
+    save_file({'weight': torch.zeros(1)}, tmp_path / 'model.safetensors')
+    for text in ('{"model": "x", "mean": 0.5}', '[1, 2]', '{"architectures": ["ViT"], "image_size": 32}'):
+        (tmp_path / 'config.json').write_text(text)
+        assert config_beside(tmp_path / 'model.safetensors') is None
+    for text in ('{"architecture": "x", "pretrained_cfg": {}}', '{"architecture": "x", "input_size": [3, 8, 8]}', '{'):
+        (tmp_path / 'config.json').write_text(text)
+        assert config_beside(tmp_path / 'model.safetensors') == tmp_path / 'config.json'
 
 
 def test_a_pipe_beside_weights_is_not_waited_for(tmp_path):
