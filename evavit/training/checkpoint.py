@@ -31,7 +31,7 @@ from evavit.training.build import check_fit
 from evavit.training.contents import KEPT, has_metadata
 from evavit.training.loop import Position, Run, Stepper, weights_are_finite
 from evavit.training.optimizer_state import fit_state
-from evavit.training.run_folder import BEST, digest_of, epoch_of, furthest_whole, is_of, left_behind, remedy
+from evavit.training.run_folder import BEST, digest_of, epoch_of, furthest_whole, is_copy, is_of, left_behind, remedy
 from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
@@ -138,8 +138,9 @@ class Saver(CheckpointSaver):
         metric = f'eval_{self.args.eval_metric}'
         for file in left_behind(self.last.parent, path, checkpoint, position.epoch, metric):
             if file == self.last:
-                self._duplicate(file, copy := free_name(file, 'before'))
-                log.warning(f'warning: {file} {BEHIND}: it is kept as {copy.name}')
+                if not any(is_copy(file, copy) for copy in file.parent.glob(f'{file.name}.before*')):
+                    self._duplicate(file, copy := free_name(file, 'before'))
+                    log.warning(f'warning: {file} {BEHIND}: it is kept as {copy.name}')
                 for name in (file, file.with_name('previous.pth.tar')):  # which --resume auto would go on from
                     self._duplicate(path, name)
             else:

@@ -230,8 +230,7 @@ def left_behind(folder: Path, path: Path, checkpoint: Dict[str, Any], end: int, 
         return epoch == own and whole.exists() and not is_copy(whole, path)  # an equal metric does not make it the same
 
     left = [file for epoch, metric, file in found if epoch is not None and is_left(epoch, metric, file)]
-    if there and not any(is_copy(last, copy) for copy in folder.glob(f'{last.name}.before*')):
-        left.append(last)
+    left = [last, *left] if there else left  # first: a kill on the way leads on from the checkpoint that was asked for
     return [*left, summary] if _tells_others(summary, column, known) else left
 
 

@@ -177,6 +177,23 @@ def test_the_whole_checkpoint_that_comes_furthest_is_taken(saver, tmp_path, capl
     assert 'going back to checkpoint-0.pth.tar' in caplog.text  # of the damaged model_best
 
 
+def test_a_kill_before_the_first_save_leads_on_from_what_was_asked_for(tmp_path):
+    """Also within an epoch, where nothing is saved at once."""
+    saver = saver_of(run_of(), tmp_path)
+    saver.save_position(Position(0, 3))
+    shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'early.pth.tar')
+    for epoch in (1, 2):
+        saver.save_epoch(Position(epoch), 10.0)
+    resume([tmp_path / 'early.pth.tar'], run := run_of(), saver_of(run, tmp_path))  # and is killed here
+    for damaged in ('', 'last.pth.tar'):
+        if damaged:
+            (tmp_path / damaged).unlink()
+        run = run_of()
+        position = resume(run_folder.find_resume('auto', tmp_path), run, saver_of(run, tmp_path))
+        assert (position.epoch, position.update) == (0, 3)
+    assert contents.read_checkpoint(tmp_path / 'last.pth.tar.before')['epoch'] == 1
+
+
 @pytest.mark.parametrize('cut', ['last.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar.before'])
 def test_a_damaged_file_beside_the_one_that_is_gone_on_from(saver, tmp_path, cut):
     """A run that was asked to go on from a whole one does, and a damaged `last` replaces no whole `previous`."""

@@ -202,7 +202,8 @@ class Labels:
         count = self.num_classes
         if not isinstance(label, numbers.Integral) or not 0 <= int(label) < (count or 2**31):
             known = f'the {count} classes have the numbers 0 to {count - 1}' if count else 'classes have numbers from 0'
-            raise LocalError(f'{shown}, but {known}; correct it, or --num-classes')
+            kind = ' (a text)' if isinstance(label, str) else ''
+            raise LocalError(f'{shown}{kind}, but {known}; correct it, or --num-classes')
         return int(label)
 
 
