@@ -201,12 +201,14 @@ def test_a_folder_as_the_model_of_another_file(tmp_path, monkeypatch):
 
     run = dict(model=PLAIN[0], model_kwargs=PLAIN[1], class_names=['x', 'y', 'z'], mean=[0.3])
     old = {**run, 'model': 'hf-hub:me/mine', 'model_kwargs': None, 'mean': None}  # before runs stood by themselves
-    for name, settings in (('run', run), ('old', old), ('plain', {})):
+    tagged = {**run, 'model': f'{PLAIN[0]}.in1k'}  # of a timm model with a tag, which its folder has not
+    for name, settings in (('run', run), ('tagged', tagged), ('old', old), ('plain', {})):
         metadata = dict(args=json.dumps(settings))
         evavit.models.write_weights(model.state_dict(), tmp_path / f'{name}.safetensors', metadata)
     for place in (f'local-dir:{folder}', 'hf-hub:me/mine'):
         names, about = completed(tmp_path / 'run.safetensors', '--model', place)
         assert names == ['x', 'y', 'z'] and about.mean == [0.3] and about.model == PLAIN[0]
+        assert completed(tmp_path / 'tagged.safetensors', '--model', place)[1].mean == [0.3]
         for name, wanted in (('old', ['x', 'y', 'z']), ('plain', None)):
             names, about = completed(tmp_path / f'{name}.safetensors', '--model', place)
             assert names == wanted and (about.model, about.mean, about.crop_mode) == (

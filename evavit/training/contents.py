@@ -495,7 +495,7 @@ def _of_both(path: str, saved: Dict[str, Any], model: ModelConfig) -> Dict[str, 
     def parts(settings: Dict[str, Any]) -> Dict[str, Any]:
         conversion = {'convert': settings.get('convert'), **(settings.get('convert_kwargs') or {})}
         return {
-            'model': settings['model'],
+            'model': settings['model'].split('.')[0],  # a tag says which weights, and those of the file are used
             **(settings.get('model_kwargs') or {}),
             **({} if model.convert else conversion),
         }
