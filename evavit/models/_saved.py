@@ -4,7 +4,7 @@ import contextlib
 import json
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple, Union
 
 import safetensors
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
@@ -20,6 +20,7 @@ __all__ = [
     'as_trained',
     'config_beside',
     'folder_settings',
+    'lacks_summaries',
     'saved_args',
     'saved_conversion',
     'saved_preparation',
@@ -46,6 +47,17 @@ def saved_conversion(file: Union[str, Path]) -> Optional[str]:
         return None
     convert = saved.get('convert')
     return convert if isinstance(convert, str) and convert != 'softmax' else ''
+
+
+def lacks_summaries(file: Union[str, Path], names: Iterable[str]) -> bool:
+    """Whether what stands beside a file says a conversion that has summaries, and none is among its `names`: another
+    program has made the model, with softmax, and saved it."""
+    saved = _settings_of(file)
+    options = saved.get('convert_kwargs')
+    if saved.get('convert') != 'eva' or not isinstance(options, dict):  # or such as do not say
+        return False
+    has = options.get('partition_grid') != 0 and options.get('summary') != 'identity'
+    return has and not any('.attn.summary_' in name for name in names)
 
 
 def trained_size(file: Union[str, Path]) -> Optional[Tuple[int, int]]:

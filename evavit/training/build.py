@@ -31,7 +31,7 @@ from evavit.models import (
     revert_vit,
 )
 from evavit.models._grid import bias_tables, warn_of_cut
-from evavit.models._saved import saved_conversion, trained_size
+from evavit.models._saved import as_trained, lacks_summaries, saved_conversion, trained_size
 from evavit.models._weights import check_kinds, folder_weights, noting_missing, other_kinds
 from evavit.training.checks import check_convert_kwargs, check_source, mixes
 from evavit.training.compilation import Compilation
@@ -87,6 +87,8 @@ def build_model(
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     try:
+        if config.pretrained_path:
+            _prepare_as(config, as_trained(dict(file=config.pretrained_path)))
         source, place = source_of(name)
         if source == 'local-dir':
             folder = Path(place)
@@ -207,18 +209,23 @@ def name_converted(config: ModelConfig, softmax_too: bool = False) -> None:
     if conversion is not None and config.convert in (None, attention):
         config.convert, config.convert_kwargs = attention, {**conversion, **(config.convert_kwargs or {})}
     published = content.get('pretrained_cfg', content)  # timm's older form has all in one place
-    channels = config.input_size[0] if config.input_size else config.in_chans
-    for name in PREPARATION:
-        value = published.get(name)
-        if name in ('mean', 'std') and value and channels is not None:
-            value = [*per_channel(value, channels)]
-        if getattr(config, name) is None:
-            setattr(config, name, value)
+    _prepare_as(config, published)
     size = published.get('input_size')
     if softmax and size and not (config.img_size or config.input_size or 'img_size' in kwargs):
         config.input_size = [config.in_chans or size[0], *size[1:]]  # of models of any size there is no other record
     if config.pretrained:
         config.pretrained, config.pretrained_path = False, str(weights)
+
+
+def _prepare_as(config: ModelConfig, about: Mapping[str, Any]) -> None:
+    """Have images prepared as a `pretrained_cfg` says, where `config` says nothing."""
+    channels = config.input_size[0] if config.input_size else config.in_chans
+    for name in PREPARATION:
+        value = about.get(name)
+        if name in ('mean', 'std') and value and channels is not None:
+            value = [*per_channel(value, channels)]
+        if getattr(config, name) is None:
+            setattr(config, name, value)
 
 
 def keep_cells(config: ModelConfig, saved: Mapping[str, Any], given: Set[str]) -> None:
@@ -416,6 +423,11 @@ def _converted(
     model: ConvertedModel, weights: Dict[str, torch.Tensor], path: Union[str, Path]
 ) -> Mapping[str, torch.Tensor]:
     """Weights of a converted model, or those from before a conversion: what this one adds to them starts anew."""
+    if lacks_summaries(path, weights):
+        raise UserError(
+            f'{path}: it was converted to EVA, as stands beside it, and has no summaries: another program has saved it '
+            f'anew, with softmax; give the file or folder from before that'
+        )
     parent, own, convert = revert_vit(model), model.state_dict(), saved_conversion(path)
     added = own.keys() - parent.state_dict().keys()
     if added.isdisjoint(weights) and weights.keys() <= parent.state_dict().keys() and (added or convert == ''):

@@ -546,6 +546,37 @@ def test_images_are_prepared_as_a_folder_says(tmp_path, monkeypatch, source, con
 
 
 @pytest.mark.parametrize('convert', [None, 'eva', 'ours'])
+def test_a_start_from_a_file_prepares_images_as_its_run(tmp_path, convert):
+    name, flags = 'eva_deit_tiny' if convert == 'ours' else 'vit_tiny_patch16_224', dict(crop_pct=0.5)
+    kwargs = dict(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2)
+    settings = dict(model=name, model_kwargs=kwargs, convert=None if convert == 'ours' else convert)
+    made = build.build_model(ModelConfig(**settings), 2)
+    about = dict(mean=[0.1, 0.2, 0.3], std=[0.3, 0.2, 0.1], crop_pct=0.7, crop_mode='squash')
+    write_weights(
+        made.state_dict(), path := tmp_path / 'last.safetensors', dict(args=json.dumps({**settings, **about}))
+    )
+    config = ModelConfig(**settings, **flags, pretrained_path=str(path))
+    found = data.resolve_input(config, build.build_model(config, 2))
+    assert {key: found[key] for key in ('mean', 'crop_pct', 'crop_mode')} == dict(
+        mean=(0.1, 0.2, 0.3), crop_pct=0.5, crop_mode='squash'
+    )
+    assert config.mean == about['mean']  # which its checkpoints say then
+
+
+def test_a_conversion_that_another_program_saved_anew_is_a_line(tmp_path):
+    """Such as transformers, which makes the model with softmax and leaves the summaries out."""
+    converted = convert_vit(small_vit('vit_tiny_patch16_224', 64), window_size=2)
+    folder = save_folder(converted, tmp_path / 'mine', data='x', licence='mit')
+    softmax = {name: value for name, value in converted.state_dict().items() if '.attn.summary_' not in name}
+    write_weights(softmax, folder / 'model.safetensors')
+    config, given = parse_settings('validate', ['--checkpoint', str(folder)])
+    complete_from_checkpoint(config, given)
+    model = build.build_model(config.model, config.model.num_classes, new_head=False)
+    with pytest.raises(UserError, match=r'it was converted to EVA, .* and has no summaries'):
+        build.load_weights(model, config.weights.checkpoint)
+
+
+@pytest.mark.parametrize('convert', [None, 'eva', 'ours'])
 @pytest.mark.parametrize('size', [(48, 16), (24, 24), (16, 16)], ids=str)  # the last has as many patches as before
 def test_positions_of_images_that_are_no_square(tmp_path, caplog, convert, size):
     """They come to another size as the model's own `set_input_size` brings them there."""
