@@ -87,8 +87,8 @@ def build_model(
     if ':' not in name and not timm.is_model(name.split('.')[0]):
         raise UserError(f'unknown model {name}{nearest(name, timm.list_models())}')
     try:
-        if config.pretrained_path:
-            _prepare_as(config, as_trained(dict(file=config.pretrained_path)))
+        if start := config.initial_checkpoint or config.pretrained_path:
+            _prepare_as(config, as_trained(dict(file=start)))
         source, place = source_of(name)
         if source == 'local-dir':
             folder = Path(place)

@@ -545,8 +545,9 @@ def test_images_are_prepared_as_a_folder_says(tmp_path, monkeypatch, source, con
         }
 
 
+@pytest.mark.parametrize('way', ['pretrained_path', 'initial_checkpoint'])
 @pytest.mark.parametrize('convert', [None, 'eva', 'ours'])
-def test_a_start_from_a_file_prepares_images_as_its_run(tmp_path, convert):
+def test_a_start_from_a_file_prepares_images_as_its_run(tmp_path, convert, way):
     name, flags = 'eva_deit_tiny' if convert == 'ours' else 'vit_tiny_patch16_224', dict(crop_pct=0.5)
     kwargs = dict(img_size=32, patch_size=8, embed_dim=12, depth=1, num_heads=2)
     settings = dict(model=name, model_kwargs=kwargs, convert=None if convert == 'ours' else convert)
@@ -555,7 +556,7 @@ def test_a_start_from_a_file_prepares_images_as_its_run(tmp_path, convert):
     write_weights(
         made.state_dict(), path := tmp_path / 'last.safetensors', dict(args=json.dumps({**settings, **about}))
     )
-    config = ModelConfig(**settings, **flags, pretrained_path=str(path))
+    config = ModelConfig(**settings, **flags, **{way: str(path)})
     found = data.resolve_input(config, build.build_model(config, 2))
     assert {key: found[key] for key in ('mean', 'crop_pct', 'crop_mode')} == dict(
         mean=(0.1, 0.2, 0.3), crop_pct=0.5, crop_mode='squash'
