@@ -57,6 +57,7 @@ def judge(settings, k):
     read['seed'] = settings.run.seed
     train_set, names = data.open_dataset(settings.data, 'train', **read)
     eval_set, _ = data.open_dataset(settings.data, settings.data.split, class_names=names, **read)
+    build.name_converted(settings.model, softmax_too=True)
     model = build.build_model(settings.model, 0, new_head=False).to(process.device).eval()
     path = settings.model.pretrained_path
     if path and (line := dry_run.other_model(path, contents.origin(path), settings.model)):

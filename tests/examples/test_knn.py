@@ -13,6 +13,7 @@ from programs import load_program
 from runs import CLASSES, write_images
 
 from evavit.errors import UserError, run_script
+from evavit.hub import save_folder
 
 MODEL = dict(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
 
@@ -71,6 +72,10 @@ def test_neighbours_of_features(tmp_path, capsys):
         given = [*flags, '--weights', str(file), '--model', name, '--model-kwargs']
         assert run_script(example.main, [*given, *(f'{key}={value}' for key, value in small.items())]) == 2
         assert f'{file} does not fit the model: it lacks {lacks}' in capsys.readouterr().err
+    folder = save_folder(timm.create_model('eva_deit_tiny', **MODEL), tmp_path / 'mine', data='x', licence='mit')
+    place = ['--model', f'local-dir:{folder}', *flags[-8:]]
+    assert run_script(example.main, [*place, '--weights', str(folder / 'model.safetensors')]) == 0
+    assert '3 nearest of 18 images' in capsys.readouterr().out
     for split in ('train', 'training'):
         assert run_script(example.main, [*flags, '--split', split]) == 2
         assert f'--split {split}: each picture would be its own nearest' in capsys.readouterr().err
