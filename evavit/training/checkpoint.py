@@ -135,16 +135,18 @@ class Saver(CheckpointSaver):
 
     def leave_behind(self, path: Path, checkpoint: Dict[str, Any], position: Position) -> None:
         """Set aside what is there of epochs that a run which goes on from this checkpoint has not, or no longer."""
-        metric = f'eval_{self.args.eval_metric}'
+        metric, first = f'eval_{self.args.eval_metric}', (self.last, self.last.with_name('previous.pth.tar'))
         for file in left_behind(self.last.parent, path, checkpoint, position.epoch, metric):
-            if file == self.last:
-                if not any(is_copy(file, copy) for copy in file.parent.glob(f'{file.name}.before*')):
-                    self._duplicate(file, copy := free_name(file, 'before'))
-                    log.warning(f'warning: {file} {BEHIND}: it is kept as {copy.name}')
-                for name in (file, file.with_name('previous.pth.tar')):  # which --resume auto would go on from
-                    self._duplicate(path, name)
-            else:
+            if file not in first:
                 self._leave(file, BEHIND)
+                continue
+            if not any(is_copy(file, copy) for copy in file.parent.glob(f'{file.name}.before*')):
+                self._duplicate(file, copy := free_name(file, 'before'))
+                log.warning(f'warning: {file} {BEHIND}: it is kept as {copy.name}')
+            for name in first:  # which --resume auto would go on from
+                self._duplicate(path, name)
+        if not self.last.exists():
+            self._duplicate(path, self.last)
 
     def _leave(self, path: Path, why: str) -> None:
         log.warning(f'warning: {path} {why}: it is {set_aside(path, "before").name} now')
@@ -196,7 +198,7 @@ class Saver(CheckpointSaver):
         """The best checkpoint that is left of the epochs before this one, and its content: nothing where none is."""
         names = (BEST[0], 'last.pth.tar', 'previous.pth.tar')
         places = (Path(self._checkpoint_path(self.best_epoch)), *(self.last.with_name(name) for name in names))
-        for path in places:
+        for path in (*places, *sorted(self.last.parent.glob('*.pth.tar.before*'))):  # a run may come back to it
             about, checkpoint = epoch_of(path)
             if about == (self.best_epoch, self.best_metric):
                 return path, checkpoint

@@ -218,7 +218,7 @@ def left_behind(folder: Path, path: Path, checkpoint: Dict[str, Any], end: int, 
     checkpoints then. A `summary.csv` is of another branch where its `column` has another metric for an epoch.
     """
     known, last, summary = ranking_of(checkpoint), folder / 'last.pth.tar', folder / 'summary.csv'
-    there, content = (None, {}) if not last.exists() or is_copy(last, path) else epoch_of(last)
+    newest, content = _newest_other(last, path, checkpoint)
     named, own = {*known, *ranking_of(content)}, None if checkpoint.get('metric') is None else checkpoint.get('epoch')
     found = [(*ranked_as(file), file) for name in BEST if (file := folder / name).exists()]
     found += [(epoch, ranked_as(file)[1] if epoch in named else None, file) for epoch, file in kept_in(folder)]
@@ -230,8 +230,21 @@ def left_behind(folder: Path, path: Path, checkpoint: Dict[str, Any], end: int, 
         return epoch == own and whole.exists() and not is_copy(whole, path)  # an equal metric does not make it the same
 
     left = [file for epoch, metric, file in found if epoch is not None and is_left(epoch, metric, file)]
-    left = [last, *left] if there else left  # first: a kill on the way leads on from the checkpoint that was asked for
+    left = [newest, *left] if newest else left  # first: a kill on the way leads on from what was asked for
     return [*left, summary] if _tells_others(summary, column, known) else left
+
+
+def _newest_other(last: Path, path: Path, checkpoint: Dict[str, Any]) -> Tuple[Optional[Path], Dict[str, Any]]:
+    """The run's last checkpoint and its content where another one is gone on from; where it is not whole the one
+    before it, if that comes further."""
+    if is_copy(last, path):
+        return None, {}
+    for file in (last, last.with_name('previous.pth.tar')):
+        whole, content = epoch_of(file)
+        if whole:
+            other = not is_copy(file, path) and (file == last or _place(content) > _place(checkpoint))
+            return (file, content) if other else (None, {})
+    return None, {}
 
 
 def _tells_others(summary: Path, column: str, known: Dict[int, float]) -> bool:

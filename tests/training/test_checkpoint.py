@@ -194,6 +194,42 @@ def test_a_kill_before_the_first_save_leads_on_from_what_was_asked_for(tmp_path)
     assert contents.read_checkpoint(tmp_path / 'last.pth.tar.before')['epoch'] == 1
 
 
+@pytest.mark.parametrize('within', [False, True])
+def test_the_one_before_a_damaged_last_is_left_behind_like_it(tmp_path, within):
+    saver = saver_of(run_of('--checkpoint-hist', '1'), tmp_path)
+    early = tmp_path / ('early.pth.tar' if within else 'model_best.pth.tar')
+    saver.save_position(Position(0, 3))
+    if within:
+        shutil.copy(tmp_path / 'last.pth.tar', early)
+    for epoch, metric in enumerate((30.0, 10.0, 20.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+    (tmp_path / 'last.pth.tar').unlink()
+    (tmp_path / 'last.pth.tar').write_bytes(b'')
+    resume([early], run := run_of('--checkpoint-hist', '1'), saver_of(run, tmp_path))  # and is killed before it saves
+    assert contents.read_checkpoint(tmp_path / 'previous.pth.tar.before')['epoch'] == 1
+    assert (tmp_path / 'last.pth.tar.damaged').exists()
+    for missing in ('', 'last.pth.tar'):
+        if missing:
+            (tmp_path / missing).unlink()
+        run = run_of('--checkpoint-hist', '1')
+        position = resume(run_folder.find_resume('auto', tmp_path), run, saver_of(run, tmp_path))
+        assert (position.epoch, position.update) == ((0, 3) if within else (1, 0))
+
+
+def test_a_run_that_comes_back_has_its_best_again(tmp_path):
+    """It lies where the run that went back has left it."""
+    flags = ('--checkpoint-hist', '4')
+    saver = saver_of(run_of(*flags), tmp_path)
+    for epoch, metric in enumerate((30.0, 40.0, 10.0)):
+        saver.save_epoch(Position(epoch + 1), metric)
+    best = (tmp_path / 'model_best.pth.tar').read_bytes()
+    resume([tmp_path / 'checkpoint-0.pth.tar'], run := run_of(*flags), back := saver_of(run, tmp_path))
+    back.save_epoch(Position(2), 20.0)
+    resume([tmp_path / 'last.pth.tar.before'], run := run_of(*flags), again := saver_of(run, tmp_path))
+    assert again.best_epoch == 1 and (tmp_path / 'model_best.pth.tar').read_bytes() == best
+    assert contents.stored_metric(tmp_path / 'model_best.safetensors') == 40
+
+
 @pytest.mark.parametrize('cut', ['last.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar.before'])
 def test_a_damaged_file_beside_the_one_that_is_gone_on_from(saver, tmp_path, cut):
     """A run that was asked to go on from a whole one does, and a damaged `last` replaces no whole `previous`."""
