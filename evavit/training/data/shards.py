@@ -16,7 +16,7 @@ import re
 import stat
 import tarfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Match, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Match, Optional, Set, Tuple, Union
 
 from evavit.arguments import shown
 from evavit.errors import UserError, reason_of
@@ -96,13 +96,22 @@ def _first(files: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]
 
 
 def _files(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:
+    """Those of each whole sample; of one in which a shard breaks off a part would be told as one without a label."""
+    from webdataset.tariterators import base_plus_ext
+
     for shard in shards:
+        sample: List[Dict[str, Any]] = []
         try:
             content, packed = _unpacked(shard['stream'])
             with tarfile.open(fileobj=content, mode='r|', tarinfo=Member) as archive:
                 for member in entries(archive, packed):
-                    if member.isfile() and not re.match('__[^/]*__($|/)', member.name):  # as webdataset: no metadata
-                        yield dict(fname=member.name, data=_content(archive, member), __url__=shard['url'])
+                    if not member.isfile() or re.match('__[^/]*__($|/)', member.name):  # as webdataset: no metadata
+                        continue
+                    if sample and base_plus_ext(sample[0]['fname'])[0] != base_plus_ext(member.name)[0]:
+                        yield from sample
+                        sample = []
+                    sample.append(dict(fname=member.name, data=_content(archive, member), __url__=shard['url']))
+            yield from sample
         except Exception as error:  # hostile headers bring all kinds
             error.args = (*error.args, shard['stream'], shard['url'])  # by which webdataset's handlers know it
             if not handler(error):

@@ -364,12 +364,13 @@ def test_no_shard_fills_the_memory(kind, compressed, shards, tmp_path):
     assert sorted(told in line for line in opened.bad.found.values()) == [False, True]  # the other one is pear_3
 
 
+@pytest.mark.parametrize('broken', ['an image', 'its label'])
 @pytest.mark.parametrize('compressed', [False, True])
-def test_the_rest_of_a_damaged_shard_is_a_bad_image(compressed, shards, tmp_path):
+def test_the_rest_of_a_damaged_shard_is_a_bad_image(compressed, broken, shards, tmp_path):
     path = tmp_path / 'shards' / 'set-train-0000.tar'
     whole = path.read_bytes()
     with tarfile.open(path) as archive:
-        place = archive.getmembers()[4].offset
+        place = archive.getmembers()[4 if broken == 'an image' else 5].offset
     settings, _ = parse_settings('train', [*map(str, shards), '--max-bad-images', '1'])
     for content in wounds(whole, place).values():
         path.write_bytes(gzip.compress(content) if compressed else content)
