@@ -23,7 +23,7 @@ from timm.utils import CheckpointSaver, unwrap_model
 
 from evavit.arguments import shown
 from evavit.errors import LocalError, UserError, first_line, reason_of
-from evavit.files import RUN_WEIGHTS, free_name, replacing, set_aside, stamp, sync_folder
+from evavit.files import RUN_WEIGHTS, replacing, set_aside, stamp, sync_folder
 from evavit.models import write_weights
 from evavit.models._weights import other_kinds
 from evavit.training import data
@@ -31,7 +31,17 @@ from evavit.training.build import check_fit
 from evavit.training.contents import KEPT, has_metadata
 from evavit.training.loop import Position, Run, Stepper, weights_are_finite
 from evavit.training.optimizer_state import fit_state
-from evavit.training.run_folder import BEST, digest_of, epoch_of, furthest_whole, is_copy, is_of, left_behind, remedy
+from evavit.training.run_folder import (
+    BEST,
+    check_furthest,
+    digest_of,
+    epoch_of,
+    files_from,
+    furthest_whole,
+    is_copy,
+    is_of,
+    remedy,
+)
 from evavit.training.sections import is_number, is_whole
 
 log = logging.getLogger(__name__)
@@ -113,10 +123,6 @@ class Saver(CheckpointSaver):
         """What comes after an epoch's checkpoint (the best few, their ranking, the weights alone), made from that file
         where a kill left it undone. A file that is right already is not touched."""
         epoch, metric = checkpoint['epoch'], checkpoint['metric']
-        if not (self.last.exists() and self.last.samefile(path)):  # it was damaged, or another one was asked for
-            whole = str(self.last.with_name('tmp.pth.tar'))
-            self._duplicate(path, whole)
-            self._replace(whole, str(self.last))
         self.written = True
         self.save_checkpoint(epoch, metric)
         self._save_weights(_exported(checkpoint), epoch, metric, _args(checkpoint))
@@ -133,20 +139,14 @@ class Saver(CheckpointSaver):
         # What --checkpoint-hist keeps no more stays in the folder: timm would remove a better one with it.
         self.max_history, self.checkpoint_files = here, self.checkpoint_files[:here]
 
-    def leave_behind(self, path: Path, checkpoint: Dict[str, Any], position: Position) -> None:
-        """Set aside what is there of epochs that a run which goes on from this checkpoint has not, or no longer."""
-        metric, first = f'eval_{self.args.eval_metric}', (self.last, self.last.with_name('previous.pth.tar'))
-        for file in left_behind(self.last.parent, path, checkpoint, position.epoch, metric):
-            if file not in first:
-                self._leave(file, BEHIND)
-                continue
-            if not any(is_copy(file, copy) for copy in file.parent.glob(f'{file.name}.before*')):
-                self._duplicate(file, copy := free_name(file, 'before'))
-                log.warning(f'warning: {file} {BEHIND}: it is kept as {copy.name}')
-            for name in first:  # which --resume auto would go on from
-                self._duplicate(path, name)
-        if not self.last.exists():
-            self._duplicate(path, self.last)
+    def begin_from(self, path: Path, epoch: int) -> None:
+        """Make a checkpoint of this folder its last one, and set aside what is there of epochs that it has not."""
+        for file in files_from(self.last.parent, epoch):
+            self._leave(file, BEHIND)
+        if not is_copy(self.last, path):  # it was damaged, or another one was asked for
+            whole = str(self.last.with_name('tmp.pth.tar'))
+            self._duplicate(path, whole)
+            self._replace(whole, str(self.last))
 
     def _leave(self, path: Path, why: str) -> None:
         log.warning(f'warning: {path} {why}: it is {set_aside(path, "before").name} now')
@@ -198,7 +198,7 @@ class Saver(CheckpointSaver):
         """The best checkpoint that is left of the epochs before this one, and its content: nothing where none is."""
         names = (BEST[0], 'last.pth.tar', 'previous.pth.tar')
         places = (Path(self._checkpoint_path(self.best_epoch)), *(self.last.with_name(name) for name in names))
-        for path in (*places, *sorted(self.last.parent.glob('*.pth.tar.before*'))):  # a run may come back to it
+        for path in places:
             about, checkpoint = epoch_of(path)
             if about == (self.best_epoch, self.best_metric):
                 return path, checkpoint
@@ -336,7 +336,12 @@ def resume(
     check_division(path, checkpoint, settings)
     other = check_classes(path, checkpoint, class_names, weights_alone=not full)
     if saver is not None:
-        check_ranking(path, checkpoint, run.config.eval_metric, Path(saver.checkpoint_dir))
+        folder = Path(saver.checkpoint_dir)
+        check_ranking(path, checkpoint, run.config.eval_metric, folder)
+        for beside, fault in check_furthest(path, checkpoint, folder).items():
+            if beside not in damaged:
+                log.warning(f'warning: {fault}: it is set aside')
+                damaged.append(beside)
     with fitting(path):
         for name in ('task_state', 'task_state_ema'):
             for part, state in (checkpoint.get(name) or {}).items():
@@ -357,16 +362,11 @@ def resume(
         log.warning(f'warning: {other}')
     if saver is None:
         return position
-    last, here = saver.last, is_of(path, saver.checkpoint_dir)
-    if here and last.exists() and last not in (path, *damaged) and epoch_of(last)[0] is None:  # of --resume FILE
-        log.warning(f'warning: {last} is damaged: it is set aside')
-        damaged.append(last)
     for before in damaged:
         set_aside(before)  # the next save would put it in the place of the whole one before it
-    if here:
-        ranked = not other and checkpoint.get('saver')
-        saver.leave_behind(path, checkpoint, position)
-        if ranked:
+    if is_of(path, saver.checkpoint_dir):
+        saver.begin_from(path, position.epoch)
+        if not other and checkpoint.get('saver'):
             saver.go_on(path, checkpoint, position)
             saver.restore_best(position)
         elif position.epoch < run.epochs:

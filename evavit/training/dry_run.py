@@ -412,6 +412,7 @@ def check_resume(
     if model is not None:
         build.check_fit(model, clean_state_dict(content['state_dict']), path)
     checkpoint.check_ranking(path, content, config.run.eval_metric, folder)
+    run_folder.check_furthest(path, content, folder)
     checkpoint.check_classes(path, content, class_names, weights_alone=config.run.no_resume_opt)
     if not config.run.no_resume_opt:
         checkpoint.check_training(path, content, config.optim.opt, teacher.identity if teacher else None)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from timm.utils import trim_summary, unwrap_model, update_summary
 
 from evavit.errors import LocalError, encodable, first_line, printable, reason_of
-from evavit.files import set_aside
+from evavit.files import free_name, set_aside
 from evavit.layers import EvaAttention
 from evavit.layers.converted import given_tokens
 from evavit.training.checkpoint import NO_EFFECT, saving
@@ -164,7 +164,10 @@ class MetricsWriter:
         """Drop the rows from `epoch` on. A file that is not this run's is no reason to stop it, and is kept. One that
         cannot be read may be this run's."""
         try:
-            self._check_summary(epoch)
+            if self._check_summary(epoch) > epoch:  # a kill before the checkpoint leaves that of the epoch alone
+                with saving(kept := free_name(self.summary, 'before')) as partial:
+                    shutil.copy(self.summary, partial)
+                log.warning(f'warning: {self.summary} has epochs after {epoch - 1}, which come again: kept as {kept}')
             self._rewrite_summary(lambda name: trim_summary(name, epoch))
         except OSError as error:
             raise LocalError(f'{self.summary}: cannot be read ({reason_of(error)}); mend that or move it') from error
@@ -172,8 +175,9 @@ class MetricsWriter:
             kept = set_aside(self.summary)
             log.warning(f'warning: {self.summary} is no summary of this run ({str(error)[:80]}): kept as {kept}')
 
-    def _check_summary(self, epoch: int) -> None:
-        """ValueError or csv.Error where the file is not one of this run, which has come to `epoch`."""
+    def _check_summary(self, epoch: int) -> float:
+        """The last epoch in the file, -1 of none; ValueError or csv.Error where it is not one of this run, which has
+        come to `epoch`."""
         if not self.summary.is_file():
             raise ValueError('no file')
         with open(self.summary, newline='', encoding='utf-8') as file:
@@ -187,6 +191,7 @@ class MetricsWriter:
             raise ValueError('an epoch that is no whole number')
         if not epoch and len(rows) > 1:  # one is what a kill before the first checkpoint leaves
             raise ValueError('epochs of another run')
+        return max((float(row['epoch']) for row in rows), default=-1)
 
     def _fit_summary(self, name: str, columns: List[str]) -> None:
         """Columns that the new settings of a resumed run lack move to the end."""

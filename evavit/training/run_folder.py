@@ -1,11 +1,8 @@
-"""The folder of a run: whose it is, the lock on it, the checkpoints in it to go on from and those to leave behind."""
+"""The folder of a run: whose it is, the lock on it, and the checkpoints in it."""
 
 import contextlib
-import csv
-import io
 import json
 import logging
-import math
 import os
 import re
 import socket
@@ -17,7 +14,7 @@ from timm.utils import load_checkpoint_metadata
 from evavit.errors import LocalError, UserError, mend_of, reason_of
 from evavit.files import file_digest, open_own, open_regular, stored_digest
 from evavit.training.contents import KEPT, metadata_of, read_checkpoint
-from evavit.training.sections import is_number, is_whole
+from evavit.training.sections import is_whole
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +128,10 @@ def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
         if not chosen.is_file():
             raise UserError(f'--resume {chosen}: no such checkpoint')
         if left and not is_of(chosen, folder):
-            raise UserError(f'{folder} holds another run than --resume {chosen}: choose another --experiment')
+            raise UserError(
+                f'{folder} holds another run than --resume {chosen}, or one that went on from it: continue that with '
+                f'--resume auto, or choose another --experiment'
+            )
         return [chosen]
     if left and not found:
         raise UserError(
@@ -172,19 +172,15 @@ def epoch_of(path: Path) -> Tuple[Optional[Tuple[Any, Any]], Dict[str, Any]]:
     return (checkpoint.get('epoch'), checkpoint.get('metric')), checkpoint
 
 
-def ranked_as(path: Path) -> Tuple[Optional[int], Optional[float]]:
-    """The epoch and metric that a file of a run says, None where it does not. This is quick and judges no digest: it is
-    for whether a file keeps its name, not for what goes on from it."""
+def _epoch_told(path: Path) -> Optional[int]:
+    """The epoch that a file of a run says, None where it does not. This is quick and judges no digest: it is for
+    whether a file keeps its name, not for what goes on from it."""
     try:
-        if path.suffix == '.safetensors':
-            metadata = metadata_of(path)
-            about: Dict[str, Any] = {name: json.loads(metadata[name]) for name in ('epoch', 'metric')}
-        else:
-            about = load_checkpoint_metadata(str(path)) if path.is_file() else {}
-        epoch, metric = about.get('epoch'), about.get('metric')
+        told = json.loads(metadata_of(path)['epoch']) if path.suffix == '.safetensors' else None
+        told = load_checkpoint_metadata(str(path)).get('epoch') if path.suffix == '.tar' else told
     except Exception:  # each format has its own errors for a broken file
-        return None, None
-    return epoch if is_whole(epoch) else None, metric if is_number(metric) else None
+        return None
+    return told if is_whole(told) else None
 
 
 def digest_of(path: Path) -> str:
@@ -200,64 +196,10 @@ def is_copy(one: Path, other: Path) -> bool:
         return False
 
 
-def ranking_of(checkpoint: Dict[str, Any]) -> Dict[int, float]:
-    """The metrics by epoch that a checkpoint knows: of its ranking, of the best epoch and of its own."""
-    saved = checkpoint.get('saver') or {}
-    known: List[Tuple[Any, Any]] = [(_epoch_named(name), metric) for name, metric in saved.get('checkpoint_files', ())]
-    known.append((saved.get('best_epoch'), saved.get('best_metric')))
-    known.append((checkpoint.get('epoch'), checkpoint.get('metric')))
-    return {epoch: metric for epoch, metric in known if epoch is not None and metric is not None}
-
-
-def left_behind(folder: Path, path: Path, checkpoint: Dict[str, Any], end: int, column: str) -> List[Path]:
-    """What a folder has of epochs that a run which goes on from a checkpoint has not, or no longer: those from `end`
-    on, and those of another branch, which began where a run had gone back.
-
-    Of another branch are epochs that the checkpoint's ranking names with another metric, or that the ranking of the
-    other `last.pth.tar` alone names; of its own epoch another file. What neither names may be this run's: it kept more
-    checkpoints then. A `summary.csv` is of another branch where its `column` has another metric for an epoch.
-    """
-    known, last, summary = ranking_of(checkpoint), folder / 'last.pth.tar', folder / 'summary.csv'
-    newest, content = _newest_other(last, path, checkpoint)
-    named, own = {*known, *ranking_of(content)}, None if checkpoint.get('metric') is None else checkpoint.get('epoch')
-    found = [(*ranked_as(file), file) for name in BEST if (file := folder / name).exists()]
-    found += [(epoch, ranked_as(file)[1] if epoch in named else None, file) for epoch, file in kept_in(folder)]
-
-    def is_left(epoch: int, metric: Optional[float], file: Path) -> bool:
-        if epoch >= end or metric not in (None, known.get(epoch)):
-            return True
-        whole = folder / BEST[0] if file.name == BEST[1] else file
-        return epoch == own and whole.exists() and not is_copy(whole, path)  # an equal metric does not make it the same
-
-    left = [file for epoch, metric, file in found if epoch is not None and is_left(epoch, metric, file)]
-    left = [newest, *left] if newest else left  # first: a kill on the way leads on from what was asked for
-    return [*left, summary] if _tells_others(summary, column, known) else left
-
-
-def _newest_other(last: Path, path: Path, checkpoint: Dict[str, Any]) -> Tuple[Optional[Path], Dict[str, Any]]:
-    """The run's last checkpoint and its content where another one is gone on from; where it is not whole the one
-    before it, if that comes further."""
-    if is_copy(last, path):
-        return None, {}
-    for file in (last, last.with_name('previous.pth.tar')):
-        whole, content = epoch_of(file)
-        if whole:
-            other = not is_copy(file, path) and (file == last or _place(content) > _place(checkpoint))
-            return (file, content) if other else (None, {})
-    return None, {}
-
-
-def _tells_others(summary: Path, column: str, known: Dict[int, float]) -> bool:
-    """Whether a table has another metric for an epoch than is known. What is wrong with a file is for who writes it to
-    say."""
-    try:
-        with open_regular(summary) as file:
-            rows = csv.DictReader(io.TextIOWrapper(file, 'utf-8', newline=''))
-            told = {int(row['epoch']): float(row[column]) for row in rows if row[column]}
-    except (OSError, KeyError, TypeError, ValueError, csv.Error):
-        return False
-    # A spreadsheet may have rounded them.
-    return any(epoch in known and not math.isclose(told[epoch], known[epoch], rel_tol=1e-6) for epoch in told)
+def files_from(folder: Path, epoch: int) -> List[Path]:
+    """What a folder has of this epoch and later ones beside the last checkpoints: of the best, and exported weights."""
+    found = [(_epoch_told(file), file) for name in (*BEST, 'last.safetensors') if (file := folder / name).exists()]
+    return [file for told, file in [*found, *kept_in(folder)] if told is not None and told >= epoch]
 
 
 def checkpoints_in(folder: Path) -> List[Path]:
@@ -275,6 +217,15 @@ def furthest_whole(candidates: Sequence[Path]) -> Tuple[Path, Dict[str, Any], Li
     Raises:
         UserError: None is whole, or one may not be read, which may be whole.
     """
+    found, damaged = _furthest(candidates)
+    if found is None:
+        raise damaged[candidates[-1]]
+    for fault in damaged.values():
+        log.warning(f'{fault}: going back to {found[0].name}')
+    return (*found, [*damaged])
+
+
+def _furthest(candidates: Sequence[Path]) -> Tuple[Optional[Tuple[Path, Dict[str, Any]]], Dict[Path, UserError]]:
     damaged: Dict[Path, UserError] = {}
     found: Optional[Tuple[Path, Dict[str, Any]]] = None
     for path in candidates:
@@ -289,11 +240,26 @@ def furthest_whole(candidates: Sequence[Path]) -> Tuple[Path, Dict[str, Any], Li
             found = path, content
         if path.name == 'last.pth.tar':
             break
-    if found is None:
-        raise damaged[candidates[-1]]
-    for fault in damaged.values():
-        log.warning(f'{fault}: going back to {found[0].name}')
-    return (*found, [*damaged])
+    return found, damaged
+
+
+def check_furthest(path: Path, checkpoint: Dict[str, Any], folder: Path) -> Dict[Path, UserError]:
+    """The damaged checkpoints of a folder beside the one of its own that a run would go on from.
+
+    Raises:
+        UserError: The folder's run has come as far or further: what follows from here would mix with it.
+    """
+    if path.name == 'last.pth.tar' or not is_of(path, folder):
+        return {}
+    found, damaged = _furthest(checkpoints_in(folder))
+    if found and not is_copy(found[0], path) and _place(found[1]) >= _place(checkpoint):
+        epochs, update = _place(found[1])
+        within = f', {update} updates' * bool(update)
+        raise UserError(
+            f'--resume {path}: {found[0]} comes as far or further ({epochs} epochs{within}); go on with --resume auto, '
+            f'or from this file in a folder of its own, with another --experiment'
+        )
+    return damaged
 
 
 def _place(content: Dict[str, Any]) -> Tuple[int, int]:

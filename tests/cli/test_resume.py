@@ -396,17 +396,20 @@ def test_a_fresh_run_keeps_what_another_one_told(train, tmp_path, content):
     assert kept == [content] * (content.count('\n') > 2) and [row['epoch'] for row in rows(folder)] == ['0', '1']
 
 
-def test_the_summary_of_another_branch_is_kept_aside(train):
-    """A run went back and on otherwise, and then the one that it had left goes on: no table has rows of both."""
-    flags = ['--eval-metric', 'loss', '--resume']
-    folder = train('run', *flags, 'auto')
-    train('run', '--lr', '0.01', *flags, folder / 'checkpoint-0.pth.tar')
-    other = (folder / 'summary.csv').read_bytes()
-    train('run', '--epochs', '3', *flags, folder / 'last.pth.tar.before')
-    kept = folder / 'summary.csv.before'
-    assert kept.read_bytes() == other and [row['epoch'] for row in rows(folder)] == ['2']
-    line = f'summary.csv is no part of what this run goes on from: it is {kept.name} now'
-    assert line in (folder / 'train.log').read_text()
+def test_rows_of_later_epochs_than_the_checkpoint_are_kept_aside(train):
+    """Where an older checkpoint was put back. One row more is what a kill before the checkpoint leaves."""
+    folder = train('run', '--epochs', '1', '--resume', 'auto')
+    older, summary, kept = (folder / name for name in ('last.pth.tar', 'summary.csv', 'summary.csv.before'))
+    older = older.read_bytes()
+    for epochs in (2, 3):
+        train('run', '--epochs', str(epochs), '--resume', 'auto')
+        told = summary.read_bytes()
+        (folder / 'last.pth.tar').unlink()
+        (folder / 'last.pth.tar').write_bytes(older)
+        train('run', '--epochs', str(epochs), '--resume', 'auto')
+        assert [row['epoch'] for row in rows(folder)] == [*map(str, range(epochs))]
+        assert kept.exists() == (epochs == 3)
+    assert kept.read_bytes() == told and (folder / 'train.log').read_text().count('which come again: kept as') == 1
 
 
 @pytest.mark.timeout(60)

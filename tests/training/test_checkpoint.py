@@ -177,75 +177,23 @@ def test_the_whole_checkpoint_that_comes_furthest_is_taken(saver, tmp_path, capl
     assert 'going back to checkpoint-0.pth.tar' in caplog.text  # of the damaged model_best
 
 
-def test_a_kill_before_the_first_save_leads_on_from_what_was_asked_for(tmp_path):
-    """Also within an epoch, where nothing is saved at once."""
-    saver = saver_of(run_of(), tmp_path)
-    saver.save_position(Position(0, 3))
-    shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'early.pth.tar')
-    for epoch in (1, 2):
-        saver.save_epoch(Position(epoch), 10.0)
-    resume([tmp_path / 'early.pth.tar'], run := run_of(), saver_of(run, tmp_path))  # and is killed here
-    for damaged in ('', 'last.pth.tar'):
-        if damaged:
-            (tmp_path / damaged).unlink()
-        run = run_of()
-        position = resume(run_folder.find_resume('auto', tmp_path), run, saver_of(run, tmp_path))
-        assert (position.epoch, position.update) == (0, 3)
-    assert contents.read_checkpoint(tmp_path / 'last.pth.tar.before')['epoch'] == 1
-
-
-@pytest.mark.parametrize('within', [False, True])
-def test_the_one_before_a_damaged_last_is_left_behind_like_it(tmp_path, within):
-    saver = saver_of(run_of('--checkpoint-hist', '1'), tmp_path)
-    early = tmp_path / ('early.pth.tar' if within else 'model_best.pth.tar')
-    saver.save_position(Position(0, 3))
-    if within:
-        shutil.copy(tmp_path / 'last.pth.tar', early)
-    for epoch, metric in enumerate((30.0, 10.0, 20.0)):
-        saver.save_epoch(Position(epoch + 1), metric)
-    (tmp_path / 'last.pth.tar').unlink()
-    (tmp_path / 'last.pth.tar').write_bytes(b'')
-    resume([early], run := run_of('--checkpoint-hist', '1'), saver_of(run, tmp_path))  # and is killed before it saves
-    assert contents.read_checkpoint(tmp_path / 'previous.pth.tar.before')['epoch'] == 1
-    assert (tmp_path / 'last.pth.tar.damaged').exists()
-    for missing in ('', 'last.pth.tar'):
-        if missing:
-            (tmp_path / missing).unlink()
-        run = run_of('--checkpoint-hist', '1')
-        position = resume(run_folder.find_resume('auto', tmp_path), run, saver_of(run, tmp_path))
-        assert (position.epoch, position.update) == ((0, 3) if within else (1, 0))
-
-
-def test_a_run_that_comes_back_has_its_best_again(tmp_path):
-    """It lies where the run that went back has left it."""
-    flags = ('--checkpoint-hist', '4')
-    saver = saver_of(run_of(*flags), tmp_path)
-    for epoch, metric in enumerate((30.0, 40.0, 10.0)):
-        saver.save_epoch(Position(epoch + 1), metric)
-    best = (tmp_path / 'model_best.pth.tar').read_bytes()
-    resume([tmp_path / 'checkpoint-0.pth.tar'], run := run_of(*flags), back := saver_of(run, tmp_path))
-    back.save_epoch(Position(2), 20.0)
-    resume([tmp_path / 'last.pth.tar.before'], run := run_of(*flags), again := saver_of(run, tmp_path))
-    assert again.best_epoch == 1 and (tmp_path / 'model_best.pth.tar').read_bytes() == best
-    assert contents.stored_metric(tmp_path / 'model_best.safetensors') == 40
-
-
-@pytest.mark.parametrize('cut', ['last.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar.before'])
-def test_a_damaged_file_beside_the_one_that_is_gone_on_from(saver, tmp_path, cut):
+@pytest.mark.parametrize('cut', ['last.pth.tar', 'checkpoint-1.pth.tar'])
+def test_a_damaged_file_beside_the_one_that_is_gone_on_from(saver, tmp_path, caplog, cut):
     """A run that was asked to go on from a whole one does, and a damaged `last` replaces no whole `previous`."""
     for epoch in (1, 2):
         saver.save_epoch(Position(epoch), 10.0)
     for path in [*tmp_path.iterdir()]:  # a copied folder: no file is another's name
         shutil.copy(path, tmp_path / 'copy')
         (tmp_path / 'copy').replace(path)
-    shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'last.pth.tar.before')
     change(tmp_path / cut, 'half')
-    run, first = run_of(), tmp_path / 'checkpoint-0.pth.tar'
-    found = [first] if cut != 'checkpoint-1.pth.tar' else run_folder.find_resume('auto', tmp_path)
-    previous = contents.read_checkpoint(tmp_path / 'previous.pth.tar')['epoch']
-    resume(found, run, saver_of(run, tmp_path))
-    assert contents.read_checkpoint(tmp_path / 'previous.pth.tar')['epoch'] >= previous
+    kept = tmp_path / 'checkpoint-1.pth.tar'
+    found = [kept] if cut == 'last.pth.tar' else run_folder.find_resume('auto', tmp_path)
+    run = run_of()
+    assert resume(found, run, saver_of(run, tmp_path)).epoch == 2
+    assert contents.read_checkpoint(tmp_path / 'previous.pth.tar')['epoch'] == 0
+    assert contents.read_checkpoint(tmp_path / 'last.pth.tar')['epoch'] == 1
     assert (tmp_path / 'last.pth.tar.damaged').exists() == (cut == 'last.pth.tar')
+    assert ('last.pth.tar: not a readable checkpoint' in caplog.text) == (cut == 'last.pth.tar')
 
 
 def test_a_checkpoint_that_may_not_be_read_stays_where_it_is(saver, tmp_path, monkeypatch):
@@ -655,7 +603,7 @@ def test_statistics_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def contents_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.exists()}
 
 
 def test_a_resume_at_an_epoch_s_start_changes_no_file(tmp_path):
@@ -673,63 +621,83 @@ def test_a_resume_at_an_epoch_s_start_changes_no_file(tmp_path):
             assert (again.best_epoch, again.best_metric) == (saver.best_epoch, saver.best_metric)
 
 
-def test_a_resume_from_an_earlier_checkpoint_of_the_folder(tmp_path):
-    """The last one is damaged, or another one was asked for: it becomes the last, as it is."""
+@pytest.mark.parametrize('flags', [(), ('--no-resume-opt',)])
+@pytest.mark.parametrize('last', ['whole', 'damaged', 'a link that leads nowhere', 'gone'])
+def test_a_run_does_not_go_back_in_its_folder(tmp_path, tmp_path_factory, last, flags):
+    """Its files would be of two histories. What `--resume auto` would go on from has its other names."""
     saver = saver_of(run_of(), tmp_path)
-    for epoch, metric in enumerate((10.0, 30.0)):
+    saver.save_position(Position(0, 3))
+    shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'early.pth.tar')
+    for epoch, metric in enumerate((30.0, 20.0, 25.0)):
         saver.save_epoch(Position(epoch + 1), metric)
-    first = (tmp_path / 'checkpoint-0.pth.tar').read_bytes()
-    run = run_of()
-    resume([tmp_path / 'checkpoint-0.pth.tar'], run, saver_of(run, tmp_path))
-    assert (tmp_path / 'last.pth.tar').read_bytes() == first == (tmp_path / 'model_best.pth.tar').read_bytes()
-    assert (tmp_path / 'previous.pth.tar').read_bytes() == first  # a damaged last one leads to no other branch
-    assert contents.read_checkpoint(tmp_path / 'last.pth.tar.before')['epoch'] == 1
-    assert contents.stored_metric(tmp_path / 'last.safetensors') == 10
+    path = tmp_path / 'last.pth.tar'
+    shutil.copy(path, tmp_path / 'a copy.pth.tar')
+    shutil.copy(path, tmp_path / 'copy')
+    (tmp_path / 'copy').replace(tmp_path / 'checkpoint-2.pth.tar')  # no link to the last one
+    if last != 'whole':
+        path.unlink()
+    if last == 'damaged':
+        path.write_bytes(b'cut')
+    if last == 'a link that leads nowhere':
+        path.symlink_to(tmp_path / 'gone' / 'last.pth.tar')
+    before, run = contents_of(tmp_path), run_of(*flags)
+    for name, epoch in dict(early=0, previous=2, model_best=1, **{'checkpoint-0': 1}).items():
+        chosen = tmp_path / f'{name}.pth.tar'
+        line = (
+            r'comes as far or further \(3 epochs\); go on with --resume auto, or from this file in a folder of its own'
+        )
+        with pytest.raises(UserError, match=line):
+            resume([chosen], run, saver_of(run, tmp_path))
+        with pytest.raises(UserError, match=line):  # as a dry run
+            run_folder.check_furthest(chosen, contents.read_checkpoint(chosen), tmp_path)
+        assert contents_of(tmp_path) == before
+        assert resume([chosen], run, saver_of(run, tmp_path_factory.mktemp('other'))).epoch == epoch
+    for name in ('a copy.pth.tar', 'checkpoint-2.pth.tar'):
+        assert resume([tmp_path / name], run, saver_of(run, tmp_path)).epoch == 3
+        assert contents.read_checkpoint(path)['metric'] == 25
+        assert os.path.lexists(tmp_path / 'last.pth.tar.damaged') == (last in ('damaged', 'a link that leads nowhere'))
+        assert not [*tmp_path.glob('*.before')]
 
-    saver.save_epoch(Position(2), 30.0)
-    change(tmp_path / 'last.pth.tar', 'half')
-    run = run_of()
-    resume(run_folder.find_resume('auto', tmp_path), run, saver_of(run, tmp_path))
-    assert (tmp_path / 'last.pth.tar').read_bytes() == first and (tmp_path / 'last.pth.tar.damaged').is_file()
 
-
-@pytest.mark.parametrize('how', ['back', 'damaged', 'within an epoch', 'gone', 'none ranked'])
-def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, caplog, how):
-    """`model_best` of an epoch behind becomes that of the ranking's best epoch. Where nothing is left of that one, it
-    is set aside, and the best of what is left takes its place."""
-    saver = saver_of(run_of('--checkpoint-hist', '4'), tmp_path)
+@pytest.mark.parametrize('how', ['restored', 'damaged', 'within an epoch', 'gone', 'none ranked'])
+def test_files_of_later_epochs_than_the_last_are_set_aside(tmp_path, caplog, how):
+    """As where every later checkpoint is damaged, or an older one was put back. `model_best` becomes that of the
+    ranking's best epoch. Where nothing is left of that one, the best of what is left takes its place."""
+    flags = ('--checkpoint-hist', '4')
+    saver = saver_of(run_of(*flags), tmp_path)
+    last, early = tmp_path / 'last.pth.tar', tmp_path / 'early'
     if how == 'none ranked':
         saver.save_position(Position(0, 5))
-        shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'early.pth.tar')
+        shutil.copy(last, early)
     for epoch, metric in enumerate((30.0, 10.0, 40.0)):
         saver.save_epoch(Position(epoch + 1), metric)
-        if how == 'within an epoch' and epoch == 1:
-            saver.save_position(Position(2, 5))
-            shutil.copy(tmp_path / 'last.pth.tar', tmp_path / 'early.pth.tar')
+        if epoch == 1 and how != 'none ranked':
+            if how == 'within an epoch':
+                saver.save_position(Position(2, 5))
+            shutil.copy(last, early)
     best = [tmp_path / f'model_best.{form}' for form in ('pth.tar', 'safetensors')]
-    abandoned = [path.read_bytes() for path in best]
+    abandoned, exported = [path.read_bytes() for path in best], (tmp_path / 'last.safetensors').read_bytes()
     first = (tmp_path / 'checkpoint-0.pth.tar').read_bytes()
     if how == 'damaged':  # the last, which is `model_best` and checkpoint-2 too
-        change(tmp_path / 'last.pth.tar', 'half')
+        change(last, 'half')
+    else:
+        early.replace(last)
     if how == 'gone':
         (tmp_path / 'checkpoint-0.pth.tar').unlink()
-    early = tmp_path / 'early.pth.tar'
-    candidates = [early if early.exists() else tmp_path / 'checkpoint-1.pth.tar']
-    run = run_of('--checkpoint-hist', '4')
-    again = saver_of(run, tmp_path)
-    resume(run_folder.find_resume('auto', tmp_path) if how == 'damaged' else candidates, run, again)
+    again = saver_of(run := run_of(*flags), tmp_path)
+    resume(run_folder.find_resume('auto', tmp_path), run, again)
     assert again.best_epoch == {'none ranked': None, 'gone': 1}.get(how, 0)
     said = [record.getMessage() for record in caplog.records if 'no part of what this run goes on from' in record.msg]
     behind = range(0 if how == 'none ranked' else 2, 3)
+    names = ('model_best', *(f'checkpoint-{epoch}' for epoch in behind))
     ending = 'damaged' if how == 'damaged' else 'before'
-    left = {path.name for path in tmp_path.glob(f'*.{ending}')}
-    assert left >= {f'{name}.pth.tar.{ending}' for name in ('last', 'model_best', *(f'checkpoint-{e}' for e in behind))}
-    if how == 'damaged':
-        assert len(said) == 1  # of the weights alone
-    else:
-        assert len(said) == 1 + len(behind) + 2
-        assert (tmp_path / 'last.pth.tar.before').read_bytes() == abandoned[0]
-        assert [path.with_name(f'{path.name}.before').read_bytes() for path in best] == abandoned
+    assert {path.name for path in tmp_path.glob(f'*.{ending}')} >= {f'{name}.pth.tar.{ending}' for name in names}
+    assert len(said) == 2 + (how != 'damaged') * len(names)  # the weights alone of the last and the best epoch
+    assert (tmp_path / 'last.safetensors.before').read_bytes() == exported
+    assert (tmp_path / 'last.safetensors').exists() == (how not in ('within an epoch', 'none ranked'))
+    assert best[1].with_name(f'{best[1].name}.before').read_bytes() == abandoned[1]
+    if how != 'damaged':
+        assert best[0].with_name(f'{best[0].name}.before').read_bytes() == abandoned[0]
     if how == 'none ranked':
         assert not any(path.exists() for path in best)
     elif how == 'gone':
@@ -737,98 +705,28 @@ def test_a_run_that_goes_back_has_the_best_of_what_it_goes_on_from(tmp_path, cap
     else:
         assert best[0].read_bytes() == first
         assert contents.stored_metric(best[1]) == 30 and load_file(best[1]).keys() == {'weight', 'bias'}
-    resume(candidates, run := run_of('--checkpoint-hist', '4'), saver_of(run, tmp_path))
+    resume(run_folder.find_resume('auto', tmp_path), run := run_of(*flags), saver_of(run, tmp_path))
     assert [path.exists() for path in best] == [how != 'none ranked'] * 2
     assert sum('no part of' in record.getMessage() for record in caplog.records) == len(said)  # once
 
 
-def gone_on(folder, path, metrics):
-    """The saver of a run that went on from this checkpoint of a folder, for an epoch to each of these metrics."""
-    run = run_of()
-    saver = saver_of(run, folder)
-    position = resume([path], run, saver) if path else Position()
-    with torch.no_grad():
-        saver.model.bias.add_(len(list(folder.iterdir())))  # other weights on each branch
-    for metric in metrics:
-        position = position.next_epoch()
-        saver.save_epoch(position, metric)
-    return saver
-
-
-@pytest.mark.parametrize('how', ['by name', 'renamed'])
-@pytest.mark.parametrize(
-    'other',
-    [(20.0,), (20.0, 35.0), (20.0, 15.0, 10.0), (20.0, 15.0, 40.0), (10.0, 5.0, 40.0), (20.0, 15.0, 10.0, 50.0)],
-    ids=['shorter', 'best where none was kept', 'worse', 'as good', 'alike', 'longer'],
-)
-def test_a_run_that_goes_on_from_what_was_left_keeps_the_other_branch(tmp_path, other, how):
-    """A run goes back, and then the one that it had left goes on: of the branch between no checkpoint is lost."""
-    last, left, best = (tmp_path / name for name in ('last.pth.tar', 'last.pth.tar.before', 'model_best.safetensors'))
-    gone_on(tmp_path, None, (30.0, 10.0, 5.0, 40.0))
-    ended, weights = last.read_bytes(), load_file(best)
-    gone_on(tmp_path, tmp_path / 'checkpoint-0.pth.tar', other)
-    assert left.read_bytes() == ended
-    if how == 'renamed':
-        left = left.rename(last)
-    names = [path.name for path in tmp_path.glob('*.pth.tar') if path.name != 'previous.pth.tar']
-    before = {name: (tmp_path / name).read_bytes() for name in [*names, *[best.name] * (max(other) > 30)]}
-    again = gone_on(tmp_path, left, ())
-    after = contents_of(tmp_path)
-    assert [name for name, content in before.items() if content not in after.values()] == []
-    assert {after[name] for name in ('last.pth.tar', 'model_best.pth.tar', 'checkpoint-3.pth.tar')} == {ended}
-    assert torch.equal(load_file(best)['bias'], weights['bias'])
-    assert [(Path(path).name, metric) for path, metric in again.checkpoint_files] == [
-        ('checkpoint-3.pth.tar', 40.0),
-        ('checkpoint-0.pth.tar', 30.0),
-    ]
-    gone_on(tmp_path, left, ())
-    assert contents_of(tmp_path) == after  # once
-
-
-@pytest.mark.parametrize(
-    'rows, left',
-    [
-        ('0,0.123456789012345\n1,0.5', False),
-        ('0,0.1234567890\n2,7', False),  # rounded by a spreadsheet, and an epoch that is not ranked
-        ('0,0.123456789012345\n1,0.51', True),
-        ('1,', False),
-        ('1,text', False),
-        ('1', False),
-    ],
-)
-def test_a_summary_is_of_another_branch_where_its_metric_is(saver, tmp_path, rows, left):
-    """What is wrong with the file otherwise is told when it is written."""
-    for epoch, metric in enumerate((0.123456789012345, 0.5)):
-        saver.save_epoch(Position(epoch + 1), metric)
-    (tmp_path / 'summary.csv').write_text(f'epoch,eval_top1\n{rows}\n')
-    gone_on(tmp_path, tmp_path / 'last.pth.tar', ())
-    assert (tmp_path / 'summary.csv.before').exists() == left != (tmp_path / 'summary.csv').exists()
-
-
-@pytest.mark.parametrize('back', [True, False])
-def test_a_ranking_that_begins_anew_replaces_nothing_of_the_one_before(tmp_path, caplog, back):
+def test_a_ranking_that_begins_anew_replaces_nothing_of_the_one_before(tmp_path, caplog):
     """With other classes the run takes the weights alone: the best of the classes before is not that of these."""
     saver = saver_of(run_of(), tmp_path)
     for epoch, metric in enumerate((10.0, 30.0)):
         saver.save_epoch(Position(epoch + 1), metric)
-    names = [f'model_best.{form}' for form in ('pth.tar', 'safetensors')] + ['checkpoint-1.pth.tar'] * back
+    names = [f'model_best.{form}' for form in ('pth.tar', 'safetensors')]
     before = {name: (tmp_path / name).read_bytes() for name in names}
     first = (tmp_path / 'checkpoint-0.pth.tar').read_bytes()
-    chosen = tmp_path / ('checkpoint-0.pth.tar' if back else 'last.pth.tar')
-
-    def other_classes(epochs):
-        run = run_of('--no-resume-opt')
-        run.epochs = epochs
-        again = checkpoint.Saver(run, settings_of().flat(), ['a', 'zz'], tmp_path)
-        position = checkpoint.resume([chosen], run, settings_of().flat(), again, ['a', 'zz'])
-        return again, position
-
-    again, position = other_classes(3)
-    assert again.best_epoch is None and position.epoch == 2 - back
-    assert sum(' it is ' in record.getMessage() for record in caplog.records) == len(names) + back
+    run = run_of('--no-resume-opt')
+    run.epochs = 3
+    again = checkpoint.Saver(run, settings_of().flat(), ['a', 'zz'], tmp_path)
+    found = run_folder.find_resume('auto', tmp_path)
+    position = checkpoint.resume(found, run, settings_of().flat(), again, ['a', 'zz'])
+    assert again.best_epoch is None and position.epoch == 2
+    assert sum(' it is ' in record.getMessage() for record in caplog.records) == len(names)
     again.save_epoch(position.next_epoch(), 5.0)
     assert contents.read_checkpoint(tmp_path / 'model_best.pth.tar')['metric'] == 5
-    names += ['last.pth.tar'] * back
     assert {path.name for path in tmp_path.glob('*.before')} == {f'{name}.before' for name in names}
     assert {name: (tmp_path / f'{name}.before').read_bytes() for name in before} == before
     assert (tmp_path / 'checkpoint-0.pth.tar').read_bytes() == first
@@ -965,22 +863,6 @@ def test_fewer_kept_checkpoints_cost_no_better_one(tmp_path):
     assert {path.name for path in tmp_path.glob('checkpoint-*')} == {
         f'checkpoint-{epoch}.pth.tar' for epoch in (1, 2, 4)
     }
-
-
-def test_a_run_that_goes_back_keeps_what_it_leaves(tmp_path):
-    """Also where the best of a later epoch has no other name, and the last has none."""
-    saver = saver_of(run_of('--checkpoint-hist', '4'), tmp_path)
-    for epoch, metric in enumerate((10.0, 20.0, 40.0, 30.0)):
-        saver.save_epoch(Position(epoch + 1), metric)
-    (tmp_path / 'checkpoint-2.pth.tar').unlink()
-    names = ('model_best.pth.tar', 'model_best.safetensors', 'last.pth.tar')
-    before = {name: (tmp_path / name).read_bytes() for name in names}
-    run = run_of('--checkpoint-hist', '4')
-    again = saver_of(run, tmp_path)
-    resume([tmp_path / 'checkpoint-1.pth.tar'], run, again)
-    assert again.best_epoch == 1 and (tmp_path / 'model_best.pth.tar').samefile(tmp_path / 'checkpoint-1.pth.tar')
-    again.save_epoch(Position(3), 50.0)
-    assert {name: (tmp_path / f'{name}.before').read_bytes() for name in names} == before
 
 
 def test_the_best_that_is_left_may_be_the_one_before_the_last(tmp_path):
