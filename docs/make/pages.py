@@ -3,6 +3,7 @@ between markers, plots that know their data."""
 
 import csv
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Sequence
 
@@ -38,6 +39,12 @@ def origins(rows: Iterable[Row]) -> str:
         span = ' to '.join(dict.fromkeys([days[0], days[-1]]))
         texts.append(f'{what}, commit{"s" * (len(commits) > 1)} {", ".join(commits)}, {span}')
     return '; '.join(texts) + '.'
+
+
+def standard_error(row: Row) -> float:
+    """Of top-1 in percent, from the number of pictures alone: another run would add its own."""
+    share = float(row['top1']) / 100
+    return 100 * math.sqrt(share * (1 - share) / int(row['images']))
 
 
 def line(cells: Iterable[object]) -> str:

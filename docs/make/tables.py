@@ -3,15 +3,16 @@
 
 Parameters and multiply-adds are counted on the code (`zoo.py`), and the paper's numbers stand beside them. What was
 measured comes from results/ (`performance.py`, `goals.py`, `exported.py`, `elpv.py`, `counts.py`, `converted.py`,
-`gallery.py`, `evidence.py`, `starts.py`, `transfer.py`).
-A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`. The plots of
-performance.md and evidence.md carry a digest of what they show. With --check nothing is written, and the exit code is 1
-if a table or one of these plots is stale.
+`gallery.py`, `ablations.py`, `evidence.py`, `starts.py`, `transfer.py`).
+A table goes between two markers such as `<!-- models -->` and `<!-- /models -->`. The plots of performance.md,
+ablations.md, evidence.md and transfer.md carry a digest of what they show. With --check nothing is written, and the
+exit code is 1 if a table or one of these plots is stale.
 """
 
 import argparse
 import sys
 
+import ablations
 import approximation
 import attentions
 import converted
@@ -32,27 +33,6 @@ import zoo
 import evavit  # noqa: F401  (registers the models)
 
 REMEDY = 'python docs/make/tables.py'
-
-# Tables 6 and 8 of the paper, both with DeiT-Tiny-784: what is set, the keywords of the model, top-1; Table 2 prints
-# parameters (M) and FLOPs (G) of some of these.
-ABLATIONS = [
-    ('6', 'E 49, C 0: local attention', dict(partition_grid=0), '70.62', (5.7, 4.4)),
-    ('6', 'E 0, C 49', dict(window_size=0), '74.33', None),
-    ('6', 'E 49, C 1', dict(partition_grid=1), '74.10', None),
-    ('6', 'E 49, C 16', dict(partition_grid=4), '75.83', None),
-    ('6, 8', 'E 49, C 49: the default', {}, '76.67', (5.8, 4.6)),
-    ('6', 'E 49, C 196', dict(partition_grid=14), '77.10', None),
-    ('6', 'E 196, C 49', dict(window_size=14), '77.36', None),
-    ('8', 'cells over the tokens outside E', dict(partition='complement'), '76.53', None),
-    ('8', 'σ the identity', dict(summary='identity'), '75.95', None),
-    ('8', 'C 1, 49 samples', dict(partition_grid=1, num_samples=49), '76.39', None),
-    ('8', 'C 49, 49 samples', dict(num_samples=49), '76.75', None),
-    ('8', 'proposal around q̃', dict(proposal='q'), '76.77', None),
-    ('8', 'proposal around 0', dict(proposal='zero'), '76.24', None),
-    ('8', 'proposal around parameters', dict(proposal='learned'), '76.39', None),
-    ('–', 'σ a projection without LayerNorm', dict(summary='linear'), '–', None),
-    ('–', 'overlapping windows', dict(overlap=True), '–', None),
-]
 
 
 def shape(model: torch.nn.Module) -> tuple:
@@ -96,23 +76,15 @@ def models() -> str:
     return pages.table([*columns.split(', '), 'with softmax'], rows)
 
 
-def ablations() -> str:
-    """The paper's ablations of EVA, with the keywords that make each, counted."""
-    columns = 'table, what is set, keywords of `eva_deit_tiny_784`, parameters, paper, multiply-adds, paper'
-    rows = []
-    for table, what, kwargs, top1, paper in ABLATIONS:
-        parameters, multiply_adds = zoo.count('eva_deit_tiny_784', **kwargs)
-        paper_parameters, paper_flops = (f'{paper[0]} M', f'{paper[1]} G') if paper else ('–', '–')
-        keywords = ', '.join(f'`{key}={value!r}`' for key, value in kwargs.items()) or '–'
-        counted = [f'{parameters / 1e6:.2f} M', paper_parameters, f'{multiply_adds / 1e9:.2f} G', paper_flops]
-        rows.append([table, what, keywords, *counted, top1])
-    return pages.table([*columns.split(', '), 'top-1 in the paper'], rows)
-
-
 TABLES = {  # of each page, by the name of its markers
     'README.md': {'evidence': converted.evidence},
     'docs/models.md': {'models': models},
-    'docs/ablations.md': {'ablations': ablations, 'counts': counts.table},
+    'docs/ablations.md': {
+        'ablations': ablations.counted,
+        'windows': ablations.windows,
+        'trained': ablations.trained,
+        'counts': counts.table,
+    },
     'docs/attentions.md': {
         'attentions': attentions.table,
         'errors': attentions.error_table,
@@ -170,7 +142,7 @@ def main() -> int:
     fresh = True
     for page, makers in TABLES.items():
         fresh &= pages.update(page, {marker: make() for marker, make in makers.items()}, check, REMEDY)
-    for plotter in (performance, evidence, transfer):
+    for plotter in (ablations, performance, evidence, transfer):
         plot = plotter.PLOT.relative_to(pages.ROOT)
         if plotter.plot_is_fresh():
             print(f'{plot}: up to date')
