@@ -23,6 +23,7 @@ EXTENSIONS = (  # kinds of headers that Python reads whole, before the file that
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 LARGEST_EXTENSION = 2**20  # bytes: names and times of one file
+MOST_HEADERS = 1000
 LARGEST_GAIN, LITTLE = 1000, 2**30  # a compressed file unpacks to so many times its bytes, or to so many bytes
 END = 2**21  # bytes of zeros behind the end, at most: writers fill up a block, of 10 KiB mostly
 
@@ -104,6 +105,9 @@ def entries(archive: tarfile.TarFile, packed: Optional[int] = None) -> Iterator[
         if archive.offset > most:
             raise tarfile.ReadError(f'unpacks to more than {LARGEST_GAIN:,} times its size; unpack it first')
         archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill the memory
+        whole = archive.pax_headers  # of those that hold for all that follows
+        if len(whole) > MOST_HEADERS or sum(map(len, whole.values())) > LARGEST_EXTENSION:
+            raise tarfile.ReadError('more headers for the whole file than any program writes')
         if member.size < 0:  # Python before 3.13.6 goes round in a circle
             raise tarfile.ReadError(f'the entry of {member.name} is damaged')
         yield member

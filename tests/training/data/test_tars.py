@@ -1,5 +1,6 @@
 """Tar files are read as the folders they hold: the same classes, images and mistakes."""
 
+import gzip
 import io
 import os
 import shutil
@@ -223,6 +224,21 @@ def test_a_header_without_end_fills_no_memory(images, tmp_path, kind, labels):
     with little_memory(), pytest.raises(UserError, match=r'train\.tar: .*\Wa header of 67,108,864 bytes') as error:
         open_both(tmp_path / 'tars') if labels else data.open_pictures(str(tmp_path / 'tars' / 'train.tar'))
     assert '\n' not in str(error.value)
+
+
+def test_headers_for_the_whole_file_fill_no_memory(tmp_path):
+    """Each of them is of a size that may be, and Python keeps them all."""
+    archive = tmp_path / 'pictures.tar.gz'
+    with gzip.open(archive, 'wb', 1) as file:
+        for number in range(200):
+            content = b'1048500 %04d=%s\n' % (number, b'A' * (1048500 - 14))
+            header = tarfile.TarInfo('g')
+            header.type, header.size = tarfile.XGLTYPE, len(content)
+            file.write(header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512))
+            file.write(tarfile.TarInfo(f'{number}.txt').tobuf())
+        file.write(bytes(1024))
+    with pytest.raises(UserError, match='more headers for the whole file than any program writes'):
+        data.open_pictures(str(archive))
 
 
 def test_a_member_larger_than_any_image_fills_no_memory(images, tmp_path, monkeypatch):
