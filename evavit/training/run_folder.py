@@ -197,8 +197,9 @@ def is_copy(one: Path, other: Path) -> bool:
 
 
 def files_from(folder: Path, epoch: int) -> List[Path]:
-    """What a folder has of this epoch and later ones beside the last checkpoints: of the best, and exported weights."""
-    found = [(_epoch_told(file), file) for name in (*BEST, 'last.safetensors') if (file := folder / name).exists()]
+    """What a folder has of this epoch and later ones beside `last.pth.tar`."""
+    names = (*BEST, 'last.safetensors', 'previous.pth.tar')
+    found = [(_epoch_told(file), file) for name in names if (file := folder / name).exists()]
     return [file for told, file in [*found, *kept_in(folder)] if told is not None and told >= epoch]
 
 

@@ -689,7 +689,7 @@ def test_files_of_later_epochs_than_the_last_are_set_aside(tmp_path, caplog, how
     assert again.best_epoch == {'none ranked': None, 'gone': 1}.get(how, 0)
     said = [record.getMessage() for record in caplog.records if 'no part of what this run goes on from' in record.msg]
     behind = range(0 if how == 'none ranked' else 2, 3)
-    names = ('model_best', *(f'checkpoint-{epoch}' for epoch in behind))
+    names = ('model_best', *(f'checkpoint-{epoch}' for epoch in behind), *['previous'] * (how == 'none ranked'))
     ending = 'damaged' if how == 'damaged' else 'before'
     assert {path.name for path in tmp_path.glob(f'*.{ending}')} >= {f'{name}.pth.tar.{ending}' for name in names}
     assert len(said) == 2 + (how != 'damaged') * len(names)  # the weights alone of the last and the best epoch
