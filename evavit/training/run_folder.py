@@ -248,17 +248,18 @@ def check_furthest(path: Path, checkpoint: Dict[str, Any], folder: Path) -> Dict
     """The damaged checkpoints of a folder beside the one of its own that a run would go on from.
 
     Raises:
-        UserError: The folder's run has come as far or further: what follows from here would mix with it.
+        UserError: `--resume auto` would go on from another one, and what follows from here would mix with that.
     """
-    if path.name == 'last.pth.tar' or not is_of(path, folder):
+    last = folder / 'last.pth.tar'
+    if not is_of(path, folder) or (last.exists() and last.samefile(path)):
         return {}
     found, damaged = _furthest(checkpoints_in(folder))
-    if found and not is_copy(found[0], path) and _place(found[1]) >= _place(checkpoint):
+    if found and not is_copy(found[0], path):
         epochs, update = _place(found[1])
         within = f', {update} updates' * bool(update)
         raise UserError(
-            f'--resume {path}: {found[0]} comes as far or further ({epochs} epochs{within}); go on with --resume auto, '
-            f'or from this file in a folder of its own, with another --experiment'
+            f'--resume {path}: the run in this folder goes on from {found[0].name} ({epochs} epochs{within}); do so '
+            f'with --resume auto, or go on from this file in a folder of its own, with another --experiment'
         )
     return damaged
 

@@ -631,6 +631,8 @@ def test_a_run_does_not_go_back_in_its_folder(tmp_path, tmp_path_factory, last, 
     for epoch, metric in enumerate((30.0, 20.0, 25.0)):
         saver.save_epoch(Position(epoch + 1), metric)
     path = tmp_path / 'last.pth.tar'
+    saver_of(run_of(), tmp_path_factory.mktemp('branch')).save_epoch(Position(5), 50.0)
+    shutil.copy(tmp_path_factory.getbasetemp() / 'branch0' / path.name, tmp_path / 'a further one.pth.tar')
     shutil.copy(path, tmp_path / 'a copy.pth.tar')
     shutil.copy(path, tmp_path / 'copy')
     (tmp_path / 'copy').replace(tmp_path / 'checkpoint-2.pth.tar')  # no link to the last one
@@ -641,11 +643,9 @@ def test_a_run_does_not_go_back_in_its_folder(tmp_path, tmp_path_factory, last, 
     if last == 'a link that leads nowhere':
         path.symlink_to(tmp_path / 'gone' / 'last.pth.tar')
     before, run = contents_of(tmp_path), run_of(*flags)
-    for name, epoch in dict(early=0, previous=2, model_best=1, **{'checkpoint-0': 1}).items():
+    for name, epoch in {'early': 0, 'previous': 2, 'model_best': 1, 'checkpoint-0': 1, 'a further one': 5}.items():
         chosen = tmp_path / f'{name}.pth.tar'
-        line = (
-            r'comes as far or further \(3 epochs\); go on with --resume auto, or from this file in a folder of its own'
-        )
+        line = r'goes on from \S+ \(3 epochs\); do so with --resume auto, or go on from this file in a folder'
         with pytest.raises(UserError, match=line):
             resume([chosen], run, saver_of(run, tmp_path))
         with pytest.raises(UserError, match=line):  # as a dry run
