@@ -33,7 +33,7 @@ from evavit.models import (
 from evavit.models._grid import bias_tables, warn_of_cut
 from evavit.models._saved import as_trained, saved_conversion, trained_size
 from evavit.models._weights import check_kinds, folder_weights, noting_missing, other_kinds
-from evavit.training.checks import check_convert_kwargs, check_source, mixes
+from evavit.training.checks import check_conversion, check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
 from evavit.training.distributed import Process
@@ -73,9 +73,9 @@ def build_model(
     a file all else.
     """
     check_source(config)
-    check_convert_kwargs(config)
     if num_classes is not None or not config.convert:
         name_converted(config)
+    check_conversion(config)
     kwargs = dict(config.model_kwargs or {})
     for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
