@@ -23,6 +23,7 @@ import evavit
 from evavit.arguments import Parser
 from evavit.dense import DetectionBackbone
 from evavit.errors import UserError, first_line, run_script
+from evavit.models._saved import as_trained
 
 DETECTORS = {'faster_rcnn': FasterRCNN, 'retinanet': RetinaNet}
 
@@ -46,7 +47,7 @@ def build(
     if is_plain(model):
         kwargs = dict(dynamic_img_size=True, dynamic_img_pad=True, out_indices=1, **kwargs)  # the last block's map
     if weights:
-        kwargs = dict(pretrained=True, pretrained_cfg_overlay=dict(file=weights), **kwargs)
+        kwargs = dict(pretrained=True, pretrained_cfg_overlay=as_trained(dict(file=weights)), **kwargs)
     return head(timm.create_model(model, features_only=True, **kwargs), detector, side, out_channels)
 
 

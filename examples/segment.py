@@ -19,6 +19,7 @@ from timm.data import resolve_data_config
 import evavit
 from evavit.arguments import Parser
 from evavit.errors import UserError, first_line, run_script
+from evavit.models._saved import as_trained
 from evavit.training.build import build_model, check_finite
 from evavit.training.config import ModelConfig
 
@@ -90,7 +91,9 @@ def train(
 
 def weights(path: Optional[str]) -> dict:
     """smp's arguments for random weights, or for a file, which it reads with `encoder_weights=True` alone."""
-    return dict(encoder_weights=True, pretrained_cfg_overlay=dict(file=path)) if path else dict(encoder_weights=None)
+    if not path:
+        return dict(encoder_weights=None)
+    return dict(encoder_weights=True, pretrained_cfg_overlay=as_trained(dict(file=path)))
 
 
 def check(name: str, path: Optional[str]) -> None:

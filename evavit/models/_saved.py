@@ -10,7 +10,7 @@ import safetensors
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from timm.utils import load_checkpoint_metadata
 
-from evavit.arguments import PREPARATION, per_channel, wrong_preparation
+from evavit.arguments import PREPARATION, per_channel, shown, wrong_preparation
 from evavit.errors import first_line
 from evavit.files import open_regular
 
@@ -20,7 +20,7 @@ __all__ = [
     'as_trained',
     'config_beside',
     'folder_settings',
-    'lacks_summaries',
+    'saved_anew',
     'saved_args',
     'saved_conversion',
     'saved_preparation',
@@ -30,6 +30,7 @@ __all__ = [
 CONVERSION = 'evavit_convert'  # the entry of config.json with the arguments of convert_vit
 TIMM_S = {'pretrained_cfg', 'input_size'}  # one of them is in a config.json of timm's beside `architecture`, by its age
 HELD_OUT = 'evavit_held_out'  # the one with what a run held out of its images, see `hub.held_out`
+TRANSFORMERS = 'transformers_version'  # the one of transformers, which builds the model with softmax and saves that
 
 
 def saved_args(file: Union[str, Path]) -> Any:
@@ -49,15 +50,21 @@ def saved_conversion(file: Union[str, Path]) -> Optional[str]:
     return convert if isinstance(convert, str) and convert != 'softmax' else ''
 
 
-def lacks_summaries(file: Union[str, Path], names: Iterable[str]) -> bool:
-    """Whether what stands beside a file says a conversion that has summaries, and none is among its `names`: another
-    program has made the model, with softmax, and saved it."""
+def saved_anew(file: Union[str, Path], names: Iterable[str]) -> Optional[str]:
+    """One line where what stands beside a file says a conversion, and another program has made the model, with softmax,
+    and saved it: transformers, or one that left out the summaries. None else, and where summaries are among `names`."""
     saved = _settings_of(file)
-    options = saved.get('convert_kwargs')
-    if saved.get('convert') != 'eva' or not isinstance(options, dict):  # or such as do not say
-        return False
-    has = options.get('partition_grid') != 0 and options.get('summary') != 'identity'
-    return has and not any('.attn.summary_' in name for name in names)
+    convert, options, transformers = (saved.get(name) for name in ('convert', 'convert_kwargs', TRANSFORMERS))
+    summaries = convert == 'eva' and isinstance(options, dict)  # others do not say
+    summaries = summaries and options.get('partition_grid') != 0 and options.get('summary') != 'identity'
+    if not isinstance(convert, str) or convert in ('', 'softmax') or not (transformers or summaries):
+        return None
+    if any('.attn.summary_' in name for name in names):
+        return None
+    return (
+        f'it was converted to {shown(convert)}, as stands beside it, and another program has saved it anew, with '
+        f'softmax; give the file or folder from before that'
+    ) + f', or take {CONVERSION} out of its config.json to use it with softmax' * bool(transformers)
 
 
 def trained_size(file: Union[str, Path]) -> Optional[Tuple[int, int]]:
@@ -88,7 +95,7 @@ def folder_settings(content: Dict[str, Any]) -> Dict[str, Any]:
     """What a config.json tells of its model, in the words of a run's settings; classes and what was held out in its
     own."""
     about, kwargs = content.get('pretrained_cfg', content), dict(content.get('model_args') or {})
-    own = {name: content[name] for name in ('num_classes', 'label_names', HELD_OUT) if name in content}
+    own = {name: content[name] for name in ('num_classes', 'label_names', HELD_OUT, TRANSFORMERS) if name in content}
     size, channels = about.get('input_size'), kwargs.pop('in_chans', None)
     kwargs.pop('num_classes', None)  # which timm's save_for_hf has there
     settings = dict(model=content.get('architecture'), model_kwargs=kwargs, in_chans=channels)

@@ -38,6 +38,7 @@ from ._foreign import (
     projection_moments,
     weight_sources,
 )
+from ._saved import saved_anew
 
 if TYPE_CHECKING:  # which imports this file
     from ._grid import GridModel
@@ -59,8 +60,8 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
     Raises:
         RuntimeError: one line that names the file and what is wrong with it: not there, empty, cut short, damaged since
             this package wrote it (see `evavit.files.stamp`), no weights, a tensor that is none of numbers in memory
-            (see `strange`), one of several files that are the weights together, or a pickle that carries more than
-            tensors, of which nothing is run.
+            (see `strange`), one of several files that are the weights together, softmax of what stands beside it as a
+            conversion (see `saved_anew`), or a pickle that carries more than tensors, of which nothing is run.
     """
     try:
         if not Path(path).is_file():  # timm would log a line of its own
@@ -84,6 +85,8 @@ def read_weights(path: Union[str, Path], use_ema: bool = True) -> Weights:
             f'{path}: one of {int(part[1])} files that are the weights together; save them as one, with transformers '
             f"by save_pretrained(FOLDER, max_shard_size='100GB')"
         )
+    if anew := saved_anew(path, tensors):
+        raise RuntimeError(f'{path}: {anew}')
     return weights
 
 

@@ -31,9 +31,9 @@ from evavit.models import (
     revert_vit,
 )
 from evavit.models._grid import bias_tables, warn_of_cut
-from evavit.models._saved import as_trained, lacks_summaries, saved_conversion, trained_size
+from evavit.models._saved import as_trained, saved_conversion, trained_size
 from evavit.models._weights import check_kinds, folder_weights, noting_missing, other_kinds
-from evavit.training.checks import check_convert_kwargs, check_source, mixes
+from evavit.training.checks import check_conversion, check_source, mixes
 from evavit.training.compilation import Compilation
 from evavit.training.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, ScheduleConfig
 from evavit.training.distributed import Process
@@ -73,9 +73,9 @@ def build_model(
     a file all else.
     """
     check_source(config)
-    check_convert_kwargs(config)
     if num_classes is not None or not config.convert:
         name_converted(config)
+    check_conversion(config)
     kwargs = dict(config.model_kwargs or {})
     for name, instead in OWN_OPTIONS.items():
         if name in kwargs:
@@ -423,11 +423,6 @@ def _converted(
     model: ConvertedModel, weights: Dict[str, torch.Tensor], path: Union[str, Path]
 ) -> Mapping[str, torch.Tensor]:
     """Weights of a converted model, or those from before a conversion: what this one adds to them starts anew."""
-    if lacks_summaries(path, weights):
-        raise UserError(
-            f'{path}: it was converted to EVA, as stands beside it, and has no summaries: another program has saved it '
-            f'anew, with softmax; give the file or folder from before that'
-        )
     parent, own, convert = revert_vit(model), model.state_dict(), saved_conversion(path)
     added = own.keys() - parent.state_dict().keys()
     if added.isdisjoint(weights) and weights.keys() <= parent.state_dict().keys() and (added or convert == ''):

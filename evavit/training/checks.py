@@ -36,6 +36,7 @@ from evavit.training.data.decode import LONGEST
 from evavit.training.signals import parse_interval
 
 HUBS = ('hfds', 'hfids', 'tfds')  # kinds of data sets that are found by their name alone
+LEAST_ALPHA = 1e-3  # of mixup and cutmix: numpy draws NaN at far less, and here one of two images is already all
 MOST_OPERATIONS = 20  # that an augmentation policy may apply one after another, each to a whole image
 PACKAGES = dict(wds='webdataset', hfds='datasets', hfids='datasets', tfds='tensorflow_datasets')
 
@@ -50,6 +51,9 @@ def check_settings(config: TrainConfig) -> None:
         raise UserError(
             f'mixup and cutmix pair the images of a batch: batch_size {config.batch.batch_size} must be even'
         )
+    for name in ('mixup', 'cutmix'):
+        if 0 < (alpha := getattr(config.loss, name)) < LEAST_ALPHA:
+            raise UserError(f'{name} {alpha:g}: must be 0, which is off, or {LEAST_ALPHA:g} or more')
     if config.loss.smoothing >= 1:
         raise UserError(f'smoothing {config.loss.smoothing:g} leaves nothing of the label: it must be less than 1')
     _check_run(config.run)
@@ -83,12 +87,8 @@ def _check_model(config: ModelConfig, dry_run: bool) -> None:
 
 
 def check_conversion(config: ModelConfig) -> None:
+    """UserError where there are arguments of no conversion, or such as `evavit.convert_vit` is given otherwise."""
     _check_needed(('convert_kwargs', config.convert_kwargs, 'convert', config.convert))
-    check_convert_kwargs(config)
-
-
-def check_convert_kwargs(config: ModelConfig) -> None:
-    """UserError where they hold what `evavit.convert_vit` is given otherwise."""
     instead = dict(model='give it as --model', attention='give it as --convert', inplace='it changes nothing here')
     for name in instead:
         if name in (config.convert_kwargs or {}):

@@ -308,7 +308,8 @@ def _parse_flags(
         '-c',
         '--config',
         metavar='FILE',
-        default=None,
+        default=[],
+        action='append',
         help=f'YAML file with settings, or one of {", ".join(recipes())}',
     )
     groups: Dict[str, Any] = {}
@@ -317,8 +318,12 @@ def _parse_flags(
             groups[option.section] = parser.add_argument_group(*_heading(option.section))
         _add_flag(groups[option.section], option)
     flags = vars(parser.parse_args(argv))
-    config = flags.pop('config')
-    return config, {name: table[name].parse(value, table[name].flag) for name, value in flags.items()}
+    files = flags.pop('config')
+    if len(files) > 1:
+        raise UserError(f'-c {shown(files[0])}, -c {shown(files[1])}: takes one file; put the settings of both into it')
+    return files[0] if files else None, {
+        name: table[name].parse(value, table[name].flag) for name, value in flags.items()
+    }
 
 
 def _heading(section: str) -> Tuple[str, str]:

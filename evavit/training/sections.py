@@ -21,6 +21,7 @@ LONGEST_SIDE = 10**5  # pixels of an image
 LONGEST = 4096  # characters of a text: Linux takes no longer path
 MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
 MOST_LEVELS = 100  # of lists in lists: what compares or writes them goes down one by one
+MOST_LR = 1e30  # float32 holds it, times the factors of schedules and optimizers
 MOST_WORKERS = max(32, 8 * (os.cpu_count() or 1))
 
 BOTH = ('train', 'validate')
@@ -301,12 +302,14 @@ class ScheduleConfig:
     )
     sched_on_updates: bool = option(False, 'move the learning rate at each update, not at each epoch')
     epochs: int = option(300, 'epochs to train, warm-up included unless warmup_prefix', low=1)
-    lr: Optional[float] = option(None, 'learning rate; default: lr_base scaled to the global batch', low=0)
-    lr_base: float = option(0.001, 'learning rate at a global batch of lr_base_size', low=0)
+    lr: Optional[float] = option(
+        None, 'learning rate; default: lr_base scaled to the global batch', low=0, high=MOST_LR
+    )
+    lr_base: float = option(0.001, 'learning rate at a global batch of lr_base_size', low=0, high=MOST_LR)
     lr_base_size: int = option(1024, 'global batch that lr_base is meant for', low=1)
     lr_base_scale: str = option('linear', 'how lr grows with the global batch', choices=('linear', 'sqrt'))
-    min_lr: float = option(0.0, 'learning rate at the end', low=0)
-    warmup_lr: float = option(1e-06, 'learning rate at the start of the warm-up', low=0)
+    min_lr: float = option(0.0, 'learning rate at the end', low=0, high=MOST_LR)
+    warmup_lr: float = option(1e-06, 'learning rate at the start of the warm-up', low=0, high=MOST_LR)
     warmup_epochs: int = option(5, 'epochs of linear warm-up', low=0)
     warmup_prefix: bool = option(False, 'add the warm-up to the epochs, instead of counting it among them')
     cooldown_epochs: int = option(0, 'epochs at min_lr after the schedule', low=0)

@@ -220,6 +220,17 @@ def test_weights_of_other_origin(judged, tmp_path):
     assert row['images'] == 13 and 0 <= row['top1'] <= 100
 
 
+@pytest.mark.parametrize('script', ['validate', 'inference', 'export'])
+def test_arguments_of_a_conversion_that_is_none_are_refused(call, images, tmp_path, script):
+    """As train.py does: the figures would be those of softmax."""
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=3, **SOFTMAX)
+    torch.save(model.state_dict(), tmp_path / 'plain.pth')
+    flags = [*SOFT, '--num-classes', '3', '--checkpoint', tmp_path / 'plain.pth', '--convert-kwargs', 'window_size=2']
+    place = [tmp_path / 'plain.onnx'] if script == 'export' else ['--data-dir', images]
+    code, _, err = call(script, *place, *flags)
+    assert (code, err) == (2, 'error: convert_kwargs does nothing without convert; add --convert\n')
+
+
 @pytest.mark.parametrize('name, size', [('eva_deit_tiny', 24), ('softmax_deit_tiny', 16), ('vit_tiny_patch16_224', 24)])
 def test_weights_are_fitted_as_in_training_and_export(judged, tmp_path, name, size):
     """Another image size, and softmax weights in an EVA model."""

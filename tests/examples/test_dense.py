@@ -94,6 +94,24 @@ def test_weights_of_a_run(tmp_path, monkeypatch, capsys):
         assert model([torch.rand(3, 100, 140)])[0]['boxes'].shape[1] == 4
 
 
+def test_images_are_those_of_a_file_of_timms_own_model(tmp_path):
+    """The mean and std of a folder of save_folder, for which timm does not look."""
+    import segmentation_models_pytorch as smp
+
+    def saved(name, **kwargs):
+        model = timm.create_model(name, num_classes=2, **kwargs)
+        folder = save_folder(model, tmp_path / name, data='x', licence='mit', data_config=NORMAL)
+        return str(folder / 'model.safetensors')
+
+    name = 'vit_tiny_patch16_224'
+    detector = detect.build(name, 'retinanet', side=96, weights=saved(name, **PLAIN), **PLAIN)
+    assert detector.transform.image_mean == NORMAL['mean'] and detector.transform.image_std == NORMAL['std']
+    unet = smp.create_model('Unet', 'tu-resnet10t', **segment.weights(saved('resnet10t')))
+    mean, std = (torch.tensor(NORMAL[x]).view(3, 1, 1) for x in ('mean', 'std'))
+    images = torch.rand(1, 3, 4, 4)
+    torch.testing.assert_close(segment.normalized(images, unet), (images - mean) / std)
+
+
 @pytest.mark.parametrize(
     'name, flags, words',
     [

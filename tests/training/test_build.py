@@ -13,7 +13,7 @@ from timm.data import create_dataset
 from timm.models import save_for_hf
 from torch import nn
 
-from evavit import convert_vit
+from evavit import convert_vit, load_converted
 from evavit.errors import UserError
 from evavit.hub import save_folder
 from evavit.models import write_weights
@@ -564,17 +564,34 @@ def test_a_start_from_a_file_prepares_images_as_its_run(tmp_path, convert, way):
     assert config.mean == about['mean']  # which its checkpoints say then
 
 
-def test_a_conversion_that_another_program_saved_anew_is_a_line(tmp_path):
-    """Such as transformers, which makes the model with softmax and leaves the summaries out."""
-    converted = convert_vit(small_vit('vit_tiny_patch16_224', 64), window_size=2)
+@pytest.mark.parametrize(
+    ('transformers', 'options'),
+    [(False, {}), (True, {}), (True, dict(partition_grid=0)), (True, dict(attention='local'))],
+    ids=str,
+)
+def test_a_conversion_that_another_program_saved_anew_is_a_line(tmp_path, transformers, options):
+    """Such as transformers, which makes the model with softmax, leaves the summaries out and says its version."""
+    converted = convert_vit(small_vit('vit_tiny_patch16_224', 64), window_size=2, **options)
     folder = save_folder(converted, tmp_path / 'mine', data='x', licence='mit')
+    load_converted(folder)  # as we wrote it, whether it has summaries or not
+    if transformers:
+        content = json.loads((folder / 'config.json').read_text())
+        (folder / 'config.json').write_text(json.dumps({**content, 'transformers_version': '5.24.0'}))
+    if not options:
+        load_converted(folder)  # whoever wrote it, its summaries are there
     softmax = {name: value for name, value in converted.state_dict().items() if '.attn.summary_' not in name}
-    write_weights(softmax, folder / 'model.safetensors')
+    write_weights(softmax, file := folder / 'model.safetensors')
     config, given = parse_settings('validate', ['--checkpoint', str(folder)])
     complete_from_checkpoint(config, given)
     model = build.build_model(config.model, config.model.num_classes, new_head=False)
-    with pytest.raises(UserError, match=r'it was converted to EVA, .* and has no summaries'):
+    line = f"it was converted to '{options.get('attention', 'eva')}', .* saved it anew, with softmax; give"
+    with pytest.raises(UserError, match=line):
         build.load_weights(model, config.weights.checkpoint)
+    with pytest.raises(RuntimeError, match=line):
+        load_converted(folder)
+    start = ModelConfig(model='vit_tiny_patch16_224', pretrained_path=str(file))
+    with pytest.raises(UserError, match=line):
+        build.build_model(start, 2)
 
 
 @pytest.mark.parametrize('convert', [None, 'eva', 'ours'])

@@ -142,6 +142,11 @@ def test_every_option_survives_flag_and_file(script, tmp_path):
         assert settings_of('-c', str(tmp_path / 'args.yaml'), script=script) == settings.flat()
 
 
+def test_a_second_file_of_settings_is_refused():
+    with pytest.raises(UserError, match=r"-c 'eva_deit_tiny', -c 'quickstart': takes one file; put the settings of"):
+        parse_settings('validate', ['-c', 'eva_deit_tiny', '--config', 'quickstart'])
+
+
 def test_a_key_given_twice_is_refused():
     """In one flag: a second flag wins over the first, as elsewhere."""
     for flag in ('--model-kwargs', '--convert-kwargs', '--kd-model-kwargs'):
