@@ -25,6 +25,7 @@ from evavit.files import open_regular, replacing
 from evavit.training.config import DataConfig
 from evavit.training.data.folders import (
     SPLIT_NAMES,
+    SPLITS,
     ClassFolders,
     check_classes_alone,
     check_links,
@@ -201,6 +202,11 @@ def _open_folder(
     if not root.exists():
         raise UserError(f'{root}: no such folder (--data-dir)')
     if config.val_fraction is not None:
+        if split not in (config.train_split, config.val_split, *SPLITS):
+            raise UserError(
+                f'--val-fraction divides the training split, and {split} is another one; leave --val-fraction or '
+                f'--split out'
+            )
         root = find_undivided(root, config.train_split, config.val_split)
     elif root.is_file() and split in SPLIT_NAMES[0]:
         raise UserError(
@@ -216,7 +222,7 @@ def _open_folder(
         class_to_idx = {name: index for index, name in enumerate(class_names)}
     reader = (ClassFolders if root.is_dir() else ClassTar)(root, class_to_idx)
     if config.val_fraction is not None:
-        _keep_part(reader, config.val_fraction, seed, training=split == config.train_split)
+        _keep_part(reader, config.val_fraction, seed, training=split in (config.train_split, *SPLIT_NAMES[0]))
     labels = reader.class_to_idx
     return ImageDataset(str(root), reader=reader), sorted(labels, key=labels.__getitem__)
 
