@@ -123,7 +123,7 @@ def judge(checkpoint: str, data_dir: str) -> list:
     dataset, found = data.open_dataset(
         settings.data, 'validation', class_names=names, in_chans=in_chans, batch_size=batch, seed=settings.run.seed
     )
-    data.check_labels(names, found, 'the checkpoint')
+    data.check_labels(names, found, 'the checkpoint', settings.data.class_map)
     model = build.build_model(settings.model, settings.model.num_classes)
     config = contents.finish_model(model, settings)
     model.eval()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data import ImageDataset, ImageNetInfo, IterableImageDataset, create_dataset, infer_imagenet_subset
 from torchvision.datasets import CIFAR10, MNIST, QMNIST, INaturalist
 
 from evavit.arguments import nearest
@@ -338,13 +338,18 @@ def open_training_sets(
     eval_set, eval_names = open_dataset(
         config, config.val_split, class_names=names, num_samples=config.val_num_samples, **shared
     )
-    check_labels(names, eval_names, 'the training split')
+    check_labels(names, eval_names, 'the training split', config.class_map)
     return train_set, eval_set, names
 
 
-def check_labels(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str) -> None:
+def check_labels(
+    learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str, class_map: Optional[str] = None
+) -> None:
     """UserError where a data set, which may have an order of its own, gives a class another label than was learnt.
-    Where classes are called otherwise altogether, a warning. `whose` says where they were learnt."""
+    Where classes are called otherwise altogether, or on one side alone (`unnamed`), a warning. `whose` says where they
+    were learnt."""
+    if line := unnamed(learnt, here, whose, class_map):
+        log.warning(f'warning: {line}')
     labels = {name: label for label, name in enumerate(learnt or ())}
     for label, name in enumerate(here or ()):
         same = label < len(learnt or ()) and name == (learnt or ())[label]  # two classes may have one name
@@ -362,6 +367,22 @@ def check_labels(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]],
                 )
             )
             return
+
+
+def unnamed(
+    learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str, class_map: Optional[str]
+) -> Optional[str]:
+    """A line where classes have names in a data set alone, or alone where they were learnt, so that nothing compares
+    them. None where --class-map says their order, and where the names are ImageNet's in the order that all keep."""
+    names = list(learnt or here or ())
+    subset = infer_imagenet_subset({'num_classes': len(names)})
+    usual = subset and names == ImageNetInfo(subset).label_names()
+    if bool(learnt) == bool(here) or class_map or usual:
+        return None
+    return printable(
+        f'nothing says what the classes of {"this data" if learnt else whose} are called; labels are taken as numbers, '
+        f'0 for {names[0]}'
+    )
 
 
 def other_classes(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str) -> Optional[str]:
