@@ -57,7 +57,7 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
         batch_size=config.batch.batch_size,
         seed=config.run.seed,
     )
-    data.check_labels(learnt, class_names, 'the checkpoint')
+    data.check_labels(learnt, class_names, 'the checkpoint', config.data.class_map)
     held_out.warn_of_held_out(config, data.held_out(dataset))
     digest = checkpoint_digest(config)
     model: Any = build.build_model(config.model, config.model.num_classes, new_head=False)

@@ -358,8 +358,9 @@ def resume(
     _check_same(run, path, digest_of(path), position)
     log.info(f'resuming from {path}: epoch {position.epoch}, update {position.update} of {run.updates_per_epoch}')
     _warn_of_changes(path, checkpoint, settings)
-    if other:
-        log.warning(f'warning: {other}')
+    learnt = _args(checkpoint).get('class_names')
+    if line := other or data.unnamed(learnt, class_names, str(path), settings.get('class_map')):
+        log.warning(f'warning: {line}')
     if saver is None:
         return position
     for before in damaged:

@@ -209,7 +209,7 @@ def describe(config: TrainConfig, checked: CheckedRun) -> List[str]:
     held = {} if train_set is None else data.held_out(train_set)
     resumed = check_resume(config, folder, model if classes else None, checked.teacher, names, held)
     if not resumed:
-        lines += [('warning', line) for line in other_start(config, classes, names)]
+        lines += [('warning', line) for line in other_start(config, classes, names, train_set is not None)]
     schedule = config.schedule
     parameters = sum(p.numel() for p in model.parameters())
     with _counted(config.model):
@@ -273,13 +273,16 @@ def one_class(classes: Optional[int], names: Optional[Sequence[str]]) -> Optiona
     return f'one class{f", {names[0]}" if names else ""}: there is nothing to tell apart; give a folder for each class'
 
 
-def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Optional[Sequence[str]]) -> List[str]:
+def other_start(
+    config: TrainConfig, num_classes: Optional[int], class_names: Optional[Sequence[str]], opened: bool = True
+) -> List[str]:
     """Lines, mostly none, on what is other in the weights that a run starts from than in the run.
 
     Args:
         config: The run's settings.
         num_classes: Of the run, where that is known.
         class_names: Of the run by label, where they are known.
+        opened: Whether the data is there, which without names then has none.
 
     Raises:
         UserError: The run keeps the classifier of the file, and has its classes in another order, or cannot know it.
@@ -305,8 +308,11 @@ def other_start(config: TrainConfig, num_classes: Optional[int], class_names: Op
     else:
         kept = bool(path) or content.get('num_classes') == num_classes
     learnt = contents.learnt_classes(model, config.data.class_map) if kept else None
-    if other := data.other_classes(learnt, class_names, str(path or model.model)):
-        lines.append(f'{path or model.model} has learnt other classes: {other}; the run starts with its classifier')
+    whose, kept_as = str(path or model.model), 'the run starts with its classifier'
+    if other := data.other_classes(learnt, class_names, whose):
+        lines.append(f'{whose} has learnt other classes: {other}; {kept_as}')
+    elif kept and opened and (line := data.unnamed(learnt, class_names, whose, config.data.class_map)):
+        lines.append(f'{line}; {kept_as}')
     return lines
 
 

@@ -1,24 +1,28 @@
 """To judge a model by the images that its run held out: of the same folder these, of another one a word."""
 
 import logging
+from pathlib import Path
 from typing import Any, Dict, Set
 
+from evavit.errors import UserError
 from evavit.hub import folder_digest
 from evavit.training.config import ValidateConfig
+from evavit.training.data.folders import SPLIT_NAMES, SPLITS, split_in
 
 log = logging.getLogger(__name__)
 
 
 def take_held_out(config: ValidateConfig, given: Set[str], held: Dict[str, Any]) -> None:
     """Of the folder that a run divided, validate on what it held out (`hub.held_out`): the rest are the images that it
-    has seen."""
+    has seen. Not where a split is asked for that is another. UserError where the folder has one to validate on by now,
+    and nothing says which of the two is meant."""
     share, seed = held.get('val_fraction'), held.get('seed')
     if 'dataset' in given or not share:
         return
     same = bool(config.data.data_dir) and folder_digest(config.data.data_dir or '') == held.get('data_dir_sha256')
-    if same and 'val_fraction' not in given:
-        config.data.val_fraction = share
-        config.data.train_split = held.get('train_split') or config.data.train_split
+    train_split = held.get('train_split') or config.data.train_split
+    if same and 'val_fraction' not in given and not _is_another_split(config, train_split, 'split' in given):
+        config.data.val_fraction, config.data.train_split = share, train_split
     if config.data.val_fraction is None:
         if 'split' not in given:
             log.warning(
@@ -33,6 +37,17 @@ def take_held_out(config: ValidateConfig, given: Set[str], held: Dict[str, Any])
             f'warning: the run held out {share:g} with seed {seed}: of these images it has seen some in '
             f'training; leave --val-fraction and --seed out'
         )
+
+
+def _is_another_split(config: ValidateConfig, train_split: str, asked: bool) -> bool:
+    split, root = config.data.split, Path(config.data.data_dir or '')
+    place = split_in(root, split) if split in SPLIT_NAMES[1] and root.is_dir() else None
+    if place and not asked:
+        raise UserError(
+            f'{root}: has {place.name} to validate on, and the run held out a part of its images when it had none; '
+            f'give --split {place.stem}, or take {place.name} away'
+        )
+    return bool(place) or split not in (train_split, *SPLITS)
 
 
 def warn_of_held_out(config: ValidateConfig, here: Dict[str, Any]) -> None:

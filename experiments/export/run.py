@@ -121,9 +121,9 @@ def judge(checkpoint: str, data_dir: str) -> list:
     device, batch = start_process(settings.machine.device).device, settings.batch.batch_size
     in_chans = checks.image_channels(settings.model)
     dataset, found = data.open_dataset(
-        settings.data, 'validation', class_names=names, in_chans=in_chans, batch_size=batch, seed=0
+        settings.data, 'validation', class_names=names, in_chans=in_chans, batch_size=batch, seed=settings.run.seed
     )
-    data.check_labels(names, found, 'the checkpoint')
+    data.check_labels(names, found, 'the checkpoint', settings.data.class_map)
     model = build.build_model(settings.model, settings.model.num_classes)
     config = contents.finish_model(model, settings)
     model.eval()

@@ -114,6 +114,29 @@ def test_validation_takes_what_the_run_held_out_whatever_it_is_called(run, call,
     assert code == 0 and 'the run held out 0.25 with seed 5: of these images it has seen some' in out, err
 
 
+def test_a_split_that_is_asked_for_is_judged_whatever_the_run_held_out(run, call, undivided, tmp_path):
+    folder = tmp_path / 'splits'
+    shutil.copytree(undivided, folder / 'train')
+    write_images(folder / 'test', dict.fromkeys(CLASSES, 1))
+    assert run('run', '--epochs', '1', data=folder)[0] == 0
+
+    def judge(*flags):
+        place = '--checkpoint', tmp_path / 'run', '--workers', '0', '--data-dir', folder
+        code, out, err = call('validate', *place, *flags)
+        return re.findall(r'\((\d+) images\)', out) if code == 0 else err
+
+    for split, images in dict(test='3', train='13', training='13', val='4').items():
+        assert judge('--split', split) == [images], split
+    assert 'no folder nonsense, but test, train' in judge('--split', 'nonsense')
+    both = '--split', 'test', '--val-fraction', '0.25'
+    assert '--val-fraction divides the training split, and test is another one; leave' in judge(*both)
+    write_images(folder / 'validation', dict.fromkeys(CLASSES, 2))
+    line = judge()
+    assert 'has validation to validate on, and the run held out' in line and line.count('\n') == 1
+    assert judge(*re.findall('give (--split) (validation),', line)[0]) == ['6']
+    assert judge('--split', 'test') == ['3']
+
+
 def test_a_folder_for_the_hub_knows_what_the_run_held_out(run, call, undivided, tmp_path):
     """As the run's own folder does, and without the place of the data, which is nobody else's business."""
     assert run('run', '--seed', '5')[0] == 0

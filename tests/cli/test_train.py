@@ -168,6 +168,21 @@ def test_a_start_from_a_file_whose_labels_mean_other_classes(train, call, images
         assert code == 0 and 'other classes' not in out, out + err  # the classifier is new
 
 
+def test_a_start_from_a_classifier_without_names_is_told(call, images, tmp_path):
+    """Where it is kept, and the data has names."""
+    folder = save_folder(timm.create_model(MODEL[1], num_classes=3, **KWARGS), tmp_path, data='fruit', licence='mit')
+    start = [*MODEL, *QUICK, '--data-dir', images, '--pretrained-path', folder / 'model.safetensors', '--dry-run']
+    (tmp_path / 'map.txt').write_text('\n'.join(CLASSES))
+    (tmp_path / 'more.txt').write_text('\n'.join((*CLASSES, 'quince')))
+    for more, told in (([], True), (['map.txt'], False), (['more.txt'], False)):
+        code, out, err = call('train', *start, *(f'--class-map={tmp_path / name}' for name in more))
+        assert code == 0 and ('model.safetensors are called; labels are taken as numbers, 0 for' in out) == told, (
+            out + err
+        )
+    config, _ = parse_settings('train', list(map(str, start)))
+    assert not dry_run.other_start(config, 3, None) and len(dry_run.other_start(config, 3, CLASSES)) == 1
+
+
 def test_a_start_from_what_was_trained_on_the_images_to_validate_on(call, images, tmp_path):
     """Another share or seed of the same folder."""
     flags = [*MODEL, *QUICK, '--output', tmp_path, '--data-dir', images / 'train', '--epochs', '1']

@@ -732,6 +732,14 @@ def test_a_ranking_that_begins_anew_replaces_nothing_of_the_one_before(tmp_path,
     assert (tmp_path / 'checkpoint-0.pth.tar').read_bytes() == first
 
 
+def test_a_resume_where_one_side_alone_names_its_classes_is_told(tmp_path, caplog):
+    saver_of(run_of(), tmp_path).save_epoch(Position(1), 10.0)
+    for here, told in ((['a', 'b'], 0), (None, 1)):
+        caplog.clear()
+        checkpoint.resume([tmp_path / 'last.pth.tar'], run_of(), settings_of().flat(), None, here)
+        assert caplog.text.count('nothing says what the classes of this data are called') == told
+
+
 def test_a_ranking_that_has_no_epoch_to_come_leaves_the_best_of_the_one_before(tmp_path):
     saver_of(run_of(), tmp_path).save_epoch(Position(3), 10.0)
     before = contents_of(tmp_path)

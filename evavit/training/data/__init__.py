@@ -11,6 +11,7 @@ from .datasets import (
     open_training_sets,
     other_classes,
     read_class_map,
+    unnamed,
 )
 from .device import Draws, cache_size
 from .hub import may_download, without_download
@@ -49,6 +50,7 @@ __all__ = [
     'resolve_input',
     'train_loader',
     'transform_arguments',
+    'unnamed',
     'updates_per_epoch',
     'without_download',
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data import ImageDataset, ImageNetInfo, IterableImageDataset, create_dataset, infer_imagenet_subset
 from torchvision.datasets import CIFAR10, MNIST, QMNIST, INaturalist
 
 from evavit.arguments import nearest
@@ -25,6 +25,7 @@ from evavit.files import open_regular, replacing
 from evavit.training.config import DataConfig
 from evavit.training.data.folders import (
     SPLIT_NAMES,
+    SPLITS,
     ClassFolders,
     check_classes_alone,
     check_links,
@@ -201,6 +202,11 @@ def _open_folder(
     if not root.exists():
         raise UserError(f'{root}: no such folder (--data-dir)')
     if config.val_fraction is not None:
+        if split not in (config.train_split, config.val_split, *SPLITS):
+            raise UserError(
+                f'--val-fraction divides the training split, and {split} is another one; leave --val-fraction or '
+                f'--split out'
+            )
         root = find_undivided(root, config.train_split, config.val_split)
     elif root.is_file() and split in SPLIT_NAMES[0]:
         raise UserError(
@@ -216,7 +222,7 @@ def _open_folder(
         class_to_idx = {name: index for index, name in enumerate(class_names)}
     reader = (ClassFolders if root.is_dir() else ClassTar)(root, class_to_idx)
     if config.val_fraction is not None:
-        _keep_part(reader, config.val_fraction, seed, training=split == config.train_split)
+        _keep_part(reader, config.val_fraction, seed, training=split in (config.train_split, *SPLIT_NAMES[0]))
     labels = reader.class_to_idx
     return ImageDataset(str(root), reader=reader), sorted(labels, key=labels.__getitem__)
 
@@ -332,13 +338,18 @@ def open_training_sets(
     eval_set, eval_names = open_dataset(
         config, config.val_split, class_names=names, num_samples=config.val_num_samples, **shared
     )
-    check_labels(names, eval_names, 'the training split')
+    check_labels(names, eval_names, 'the training split', config.class_map)
     return train_set, eval_set, names
 
 
-def check_labels(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str) -> None:
+def check_labels(
+    learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str, class_map: Optional[str] = None
+) -> None:
     """UserError where a data set, which may have an order of its own, gives a class another label than was learnt.
-    Where classes are called otherwise altogether, a warning. `whose` says where they were learnt."""
+    Where classes are called otherwise altogether, or on one side alone (`unnamed`), a warning. `whose` says where they
+    were learnt."""
+    if line := unnamed(learnt, here, whose, class_map):
+        log.warning(f'warning: {line}')
     labels = {name: label for label, name in enumerate(learnt or ())}
     for label, name in enumerate(here or ()):
         same = label < len(learnt or ()) and name == (learnt or ())[label]  # two classes may have one name
@@ -356,6 +367,22 @@ def check_labels(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]],
                 )
             )
             return
+
+
+def unnamed(
+    learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str, class_map: Optional[str]
+) -> Optional[str]:
+    """A line where classes have names in a data set alone, or alone where they were learnt, so that nothing compares
+    them. None where --class-map says their order, and where the names are ImageNet's in the order that all keep."""
+    names = list(learnt or here or ())
+    subset = infer_imagenet_subset({'num_classes': len(names)})
+    usual = subset and names == ImageNetInfo(subset).label_names()
+    if bool(learnt) == bool(here) or class_map or usual:
+        return None
+    return printable(
+        f'nothing says what the classes of {"this data" if learnt else whose} are called; labels are taken as numbers, '
+        f'0 for {names[0]}'
+    )
 
 
 def other_classes(learnt: Optional[Sequence[str]], here: Optional[Sequence[str]], whose: str) -> Optional[str]:

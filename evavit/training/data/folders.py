@@ -40,13 +40,9 @@ def natural_key(name: str) -> Tuple[Tuple[Any, ...], str]:
 def find_split(root: Path, split: str) -> Path:
     """root/split or root/split.tar, or under its other usual name; for validation also root itself, where it holds
     classes and no split."""
+    if place := split_in(root, split):
+        return place
     inside, folders = _listed(root)
-    synonyms = next((names for names in SPLIT_NAMES if split in names), ())
-    for name in (split, *synonyms):
-        if name in folders and not _is_class(root / name, folders):
-            return root / name
-        if f'{name}.tar' in inside:
-            return root / f'{name}.tar'
     there = [name for name in folders if name in SPLITS and not _is_class(root / name, folders)]
     if split in SPLIT_NAMES[1] and folders and not there and not any(f'{name}.tar' in inside for name in SPLITS):
         log.info(f'{root} has no folder for a split: all of its images are taken for {split}')
@@ -56,6 +52,18 @@ def find_split(root: Path, split: str) -> Path:
         f'{root}: no folder {split}, but {", ".join(folders[:8]) or "none at all"}; images belong in '
         f'{root / split}/CLASS/, or hold out a part of a folder without splits with --val-fraction 0.2'
     )
+
+
+def split_in(root: Path, split: str) -> Optional[Path]:
+    """root/split or root/split.tar, or under its other usual name, where there is one."""
+    inside, folders = _listed(root)
+    synonyms = next((names for names in SPLIT_NAMES if split in names), ())
+    for name in (split, *synonyms):
+        if name in folders and not _is_class(root / name, folders):
+            return root / name
+        if f'{name}.tar' in inside:
+            return root / f'{name}.tar'
+    return None
 
 
 def _listed(root: Path) -> Tuple[List[str], List[str]]:

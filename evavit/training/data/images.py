@@ -406,14 +406,15 @@ class CheckedStream(IterableImageDataset):
             if 'handler' in getattr(stage, 'kw', {}):
                 stage.kw['handler'] = self._broken_shard
             if getattr(getattr(stage, 'f', None), '__name__', '') == 'tarfile_samples':
-                stage.f = samples
+                label = 'json' if reader.split_info.alt_label else 'cls'
+                stage.f = functools.partial(samples, images=self._image_endings(), label=label)
             if callable(next(iter(getattr(stage, 'args', ())), None)):
                 stage.args = (self._record, *stage.args[1:])
 
     def _record(self, sample: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         """What timm's reader makes of a sample of a shard, but with the image's bytes, and the label as it is."""
         name = f'{sample.get("__url__")}: {sample.get("__key__")}'
-        endings = dict.fromkeys((*self.reader.input_key.split(';'), *SHARD_ENDINGS))
+        endings = self._image_endings()
         content = next((sample[key] for key in endings if key in sample), None)
         field = self.reader.split_info.alt_label
         try:
@@ -429,6 +430,10 @@ class CheckedStream(IterableImageDataset):
         elif isinstance(content, str):  # why `shards` has not read it
             image['missing'] = content
         return dict(jpg=image, target=label)
+
+    def _image_endings(self) -> Tuple[str, ...]:
+        """Of images in shards, the first of a sample first."""
+        return tuple(dict.fromkeys((*self.reader.input_key.split(';'), *SHARD_ENDINGS)))
 
     def _broken_shard(self, error: BaseException) -> bool:
         if isinstance(error, (TypeError, LocalError)):

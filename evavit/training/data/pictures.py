@@ -1,8 +1,13 @@
 """Pictures without labels, for inference: those of a folder and the folders in it, of a tar file, or a single one."""
 
+import contextlib
+import io
 import logging
+import mmap
 import os
+import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Tuple
 
@@ -10,13 +15,22 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
-from evavit.errors import UserError, first_line
+from evavit.errors import UserError, first_line, reason_of
 from evavit.files import holds, open_regular
-from evavit.training.data.decode import BadImageError, is_turned
+from evavit.training.data.decode import BadImageError, check_bytes, is_turned
 from evavit.training.data.endings import is_image, read_endings
 from evavit.training.data.folders import is_hidden, natural_key, tree, warn_of_circles
 from evavit.training.data.images import CheckedImages
-from evavit.training.data.tars import Member, check_links, check_version, entries, linked, unpacked_name, version_of
+from evavit.training.data.tars import (
+    Member,
+    check_gain,
+    check_links,
+    check_version,
+    entries,
+    linked,
+    unpacked_name,
+    version_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +45,8 @@ class Pictures(Reader):
     with a dot in front are passed over.
 
     timm's own readers pass over other formats without a word, and want a class folder for each image. In a tar file a
-    hard link is the picture that it leads to; what else is no regular file cannot be read.
+    hard link is the picture that it leads to; what else is no regular file cannot be read. Those of a compressed one
+    are unpacked once, to a temporary file: each step back in the archive would unpack it from its start.
 
     Args:
         root: Folder, tar file or picture.
@@ -43,7 +58,9 @@ class Pictures(Reader):
 
     def __init__(self, root: Path):
         super().__init__()
-        self.root, self.members = root, None if root.is_dir() else self._members(root)
+        self.root, self.compressed = root, False
+        self.members = None if root.is_dir() else self._members(root)
+        self.unpacked = self._unpack() if self.members and self.compressed else None
         self.tars: Dict[int, tarfile.TarFile] = {}  # by process: loading processes must not share a place in the file
         if root.is_dir():
             circles: List[str] = []
@@ -75,8 +92,8 @@ class Pictures(Reader):
         links: Dict[str, str] = {}
         try:
             with open_regular(path) as file, tarfile.open(fileobj=file, tarinfo=Member) as tar:
-                self.version = version_of(file)
-                for info in entries(tar, None if tar.fileobj is file else self.version[0]):
+                self.version, self.compressed = version_of(file), tar.fileobj is not file
+                for info in entries(tar, self.version[0] if self.compressed else None):
                     name = unpacked_name(info.name)
                     if info.isdir():
                         continue
@@ -93,6 +110,37 @@ class Pictures(Reader):
         except Exception as error:  # hostile headers bring all kinds
             raise UserError(f'{path}: not a readable tar file ({first_line(error)[:400]})') from error
 
+    def _unpack(self) -> Tuple[mmap.mmap, Dict[int, slice]]:
+        """A file without a name, which loading processes share, with the pictures of a compressed tar file, and where
+        each is in it by where it is in the archive."""
+        members = {info.offset_data: info for info in (self.members or {}).values() if info.isfile()}
+        places: Dict[int, slice] = {}
+        try:
+            with tempfile.TemporaryFile() as content, open_regular(self.root) as file:
+                check_version(file, self.version, self.root)
+                content.write(b'\0')  # an empty one cannot be mapped
+                with tarfile.open(fileobj=file, tarinfo=Member) as tar:
+                    for place in sorted(members):
+                        with contextlib.suppress(BadImageError):  # which is told when it is asked for
+                            check_bytes(members[place].size)
+                            begin, stream = content.tell(), tar.extractfile(members[place])
+                            assert stream is not None  # a regular file
+                            check_gain(begin + members[place].size, self.version[0])  # of sparse files
+                            shutil.copyfileobj(stream, content)
+                            places[place] = slice(begin, content.tell())
+                content.flush()
+                return mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ), places
+        except UserError:
+            raise
+        except Exception as error:  # hostile headers bring all kinds
+            raise UserError(
+                f'{self.root}: its pictures cannot be unpacked to a temporary file ({reason_of(error)}); unpack it '
+                f'first, or name another folder in TMPDIR'
+            ) from error
+
+    def __getstate__(self) -> Dict[str, Any]:  # for loading processes that do not share what is open
+        return {**self.__dict__, 'unpacked': None, 'tars': {}}
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -102,6 +150,10 @@ class Pictures(Reader):
         member = self.members[self.names[index]]
         if not member.isfile():
             raise BadImageError('a link or no file, which in a tar file is not followed')
+        if self.compressed:
+            check_bytes(member.size)
+            content, places = self.unpacked = self.unpacked or self._unpack()
+            return io.BytesIO(content[places[member.offset_data]]), 0
         if os.getpid() not in self.tars:
             file = open_regular(self.root)
             check_version(file, self.version, self.root)

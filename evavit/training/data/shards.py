@@ -16,7 +16,7 @@ import re
 import stat
 import tarfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Match, Optional, Set, Tuple, Union
+from typing import Any, Callable, Container, Dict, Iterable, Iterator, Match, Optional, Tuple, Union
 
 from evavit.arguments import shown
 from evavit.errors import UserError, reason_of
@@ -26,6 +26,7 @@ from evavit.training.data.tars import Member, entries
 
 MOST_SHARDS = 1_000_000
 LONGEST_SPLIT = 10_000  # characters
+MOST_ENDINGS = 100  # of a sample that are named, beside those that are read
 PACKED: Dict[bytes, Any] = {
     b'\x1f\x8b': lambda file: gzip.GzipFile(fileobj=file),
     b'BZh': bz2.BZ2File,
@@ -67,51 +68,49 @@ def check_shards(reader: Any) -> None:
             raise UserError(f'{shard[:500]}: {"not a regular file" if os.path.exists(shard) else "no such shard"}')
 
 
-def samples(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:
+def samples(
+    shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool], images: Container[str], label: str
+) -> Iterator[Dict[str, Any]]:
     """webdataset's `tarfile_samples`, {key, address, ending: bytes}, by the rules of `tars`. What is not read is a text
-    that says why. The handler gets BadImageError(reason, name) of a file that is left out, else what ends a shard."""
+    that says why, empty where its ending is neither `label` nor one of `images`. The handler gets BadImageError(reason,
+    name) of a file that is left out, else what ends a shard."""
     from webdataset.tariterators import group_by_keys, url_opener
 
-    return group_by_keys(_first(_files(url_opener(shards, handler=handler), handler), handler), handler=handler)
+    return group_by_keys(_files(url_opener(shards, handler=handler), handler, images, label), handler=handler)
 
 
-def _first(files: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:
-    """Without the files of a sample that have another one's ending, of which webdataset does not say the shard."""
-    from webdataset.tariterators import base_plus_ext
-
-    sample: Any = None
-    there: Set[str] = set()
-    for file in files:
-        key, ending = base_plus_ext(file.get('fname', ''))
-        if key != sample:
-            sample, there = key, set()
-        ending = (ending or '').lower()
-        if key is None or ending not in there:
-            there.add(ending)
-            yield file
-        elif not handler(
-            BadImageError('another one of its sample has its ending', f'{file["__url__"]}: {file["fname"]}')
-        ):
-            return
-
-
-def _files(shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool]) -> Iterator[Dict[str, Any]]:
-    """Those of each whole sample; of one in which a shard breaks off a part would be told as one without a label."""
+def _files(
+    shards: Iterable[Dict[str, Any]], handler: Callable[[Exception], bool], images: Container[str], label: str
+) -> Iterator[Dict[str, Any]]:
+    """Those of each whole sample; of one in which a shard breaks off a part would be told as one without a label.
+    Without those that have another one's ending, of which webdataset does not say the shard."""
     from webdataset.tariterators import base_plus_ext
 
     for shard in shards:
-        sample: List[Dict[str, Any]] = []
+        sample: Dict[str, Dict[str, Any]] = {}  # its files by their endings
+        before = None
         try:
             content, packed = _unpacked(shard['stream'])
             with tarfile.open(fileobj=content, mode='r|', tarinfo=Member) as archive:
                 for member in entries(archive, packed):
-                    if not member.isfile() or re.match('__[^/]*__($|/)', member.name):  # as webdataset: no metadata
+                    key, ending = base_plus_ext(member.name)
+                    if not member.isfile() or key is None or re.match('__[^/]*__($|/)', member.name):  # as webdataset
                         continue
-                    if sample and base_plus_ext(sample[0]['fname'])[0] != base_plus_ext(member.name)[0]:
-                        yield from sample
-                        sample = []
-                    sample.append(dict(fname=member.name, data=_content(archive, member), __url__=shard['url']))
-            yield from sample
+                    if key != before:
+                        yield from sample.values()
+                        before, sample = key, {}
+                    ending, address = ending.lower(), shard['url']
+                    if ending in sample:
+                        why = 'another one of its sample has its ending'
+                        if not handler(BadImageError(why, f'{address}: {member.name}')):
+                            return
+                    elif ending == label or ending in images:
+                        kept = 0 if ending == label else sum(len(file['data']) for file in sample.values())
+                        data = _content(archive, member, kept)
+                        sample[ending] = dict(fname=member.name, data=data, __url__=address)
+                    elif len(sample) < MOST_ENDINGS:
+                        sample[ending] = dict(fname=member.name, data='', __url__=address)
+            yield from sample.values()
         except Exception as error:  # hostile headers bring all kinds
             error.args = (*error.args, shard['stream'], shard['url'])  # by which webdataset's handlers know it
             if not handler(error):
@@ -147,11 +146,12 @@ def _unpacked(stream: Any) -> Tuple[Any, Optional[int]]:
     return unpack(content), size
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Union[bytes, str]:
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, kept: int) -> Union[bytes, str]:
+    """Its bytes, which with those `kept` of its sample are no more than an image may have; else why it is not read."""
     if member.issparse():
         return 'a sparse file, whose size means nothing'
     try:
-        check_bytes(member.size)
+        check_bytes(kept + member.size)
     except BadImageError as error:
         return str(error)
     file: Any = archive.extractfile(member)

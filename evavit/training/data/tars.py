@@ -100,10 +100,8 @@ def entries(archive: tarfile.TarFile, packed: Optional[int] = None) -> Iterator[
     """The entries of a tar file in their order; `packed` is the bytes of a compressed one. Raises all kinds of errors
     where it is damaged, unpacks to far more than pictures do, which would take hours, or goes on after its end: zeros,
     as of a bad sector or of a download that was broken off, look like the end."""
-    most = max(LARGEST_GAIN * packed, LITTLE) if packed else sys.maxsize
     while (member := archive.next()) is not None:
-        if archive.offset > most:
-            raise tarfile.ReadError(f'unpacks to more than {LARGEST_GAIN:,} times its size; unpack it first')
+        check_gain(archive.offset, packed)
         archive.members.clear()  # type: ignore[attr-defined]  # a million of them would fill the memory
         whole = archive.pax_headers  # of those that hold for all that follows
         if len(whole) > MOST_HEADERS or sum(map(len, whole.values())) > LARGEST_EXTENSION:
@@ -115,6 +113,12 @@ def entries(archive: tarfile.TarFile, packed: Optional[int] = None) -> Iterator[
     rest = stream.read(END)
     if len(rest) == END or rest.strip(b'\0'):
         raise tarfile.ReadError(f'{_damaged(archive)}, or several tar files in one')
+
+
+def check_gain(count: int, packed: Optional[int]) -> None:
+    """ReadError where a compressed file of so many bytes, None for a plain one, unpacks to far more of them."""
+    if count > (max(LARGEST_GAIN * packed, LITTLE) if packed else sys.maxsize):
+        raise tarfile.ReadError(f'unpacks to more than {LARGEST_GAIN:,} times its size; unpack it first')
 
 
 def _damaged(archive: tarfile.TarFile) -> str:

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key as timm_key
 
 from evavit.errors import UserError
@@ -208,8 +209,6 @@ def test_a_worker_says_nothing_of_a_main_process_that_ends(capfd):
 
 def test_labels_of_a_data_set_are_those_that_were_learnt(caplog):
     data.check_labels(['b', 'a', 'c'], ['b', 'a'], 'the checkpoint')
-    data.check_labels(None, ['b', 'a'], 'the checkpoint')
-    data.check_labels(['a'], None, 'the checkpoint')
     data.check_labels(['crane', 'owl', 'crane'], ['crane', 'owl', 'crane'], 'the checkpoint')
     assert not caplog.messages
     with pytest.raises(UserError, match='a is class 0 of this data, and class 1 of the checkpoint; give the data'):
@@ -217,6 +216,18 @@ def test_labels_of_a_data_set_are_those_that_were_learnt(caplog):
     data.check_labels(['n01440764', 'n01443537'], ['tench', 'goldfish'], 'the checkpoint')
     (line,) = caplog.messages
     assert line.startswith('warning: class 0 of this data is called tench, and n01440764 in the checkpoint')
+
+
+def test_labels_that_only_one_side_names_are_told(caplog):
+    imagenet = ImageNetInfo('imagenet-1k').label_names()
+    for learnt, here in ((None, None), (imagenet, None), (None, imagenet)):
+        data.check_labels(learnt, here, 'the checkpoint')
+    data.check_labels(None, ['b', 'a'], 'the checkpoint', class_map='map.txt')
+    assert not caplog.messages
+    data.check_labels(['a', 'b'], None, 'the checkpoint')
+    data.check_labels(None, imagenet[::-1], 'the checkpoint')
+    line = 'warning: nothing says what the classes of {} are called; labels are taken as numbers, 0 for {}'
+    assert caplog.messages == [line.format('this data', 'a'), line.format('the checkpoint', imagenet[-1])]
 
 
 def test_a_split_that_lacks_a_class_shifts_no_label(tmp_path):

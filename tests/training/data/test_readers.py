@@ -364,6 +364,29 @@ def test_no_shard_fills_the_memory(kind, compressed, shards, tmp_path):
     assert sorted(told in line for line in opened.bad.found.values()) == [False, True]  # the other one is pear_3
 
 
+def test_a_sample_of_many_files_fills_no_memory(shards, tmp_path, monkeypatch):
+    """Of one name, of one name and ending, or without one: what is kept of them all is what one image may have."""
+    monkeypatch.setattr('PIL.Image.MAX_IMAGE_PIXELS', 2**19)  # an image has 2 MiB at most
+    path, zeros = tmp_path / 'shards' / 'set-train-0000.tar', bytes(2**20)
+    with tarfile.open(path, 'a') as archive:
+        for number in range(20):
+            add(archive, f'README-{number}', zeros)
+            add(archive, 'a.png', zeros)
+        add(archive, 'a.cls', b'0')
+        for ending in ('jpg', 'png', 'webp', 'jpeg', 'bmp', *(f'x{number}' for number in range(500))):
+            add(archive, f'b.{ending}', zeros if len(ending) != 4 or ending.isalpha() else b'')
+        add(archive, 'b.cls', b'1')
+    path.write_bytes(gzip.compress(path.read_bytes(), 1))
+    settings, _ = parse_settings('train', [*map(str, shards), '--max-bad-images', '1'])
+    opened, _, _ = data.open_training_sets(settings.data, in_chans=3, batch_size=4, seed=0)
+    with little_memory():
+        assert sum(1 for _ in opened) == 24
+    opened.bad._look()
+    lines = opened.bad.found.values()
+    assert sum(f'{path}: a.png\nanother one of its sample has its ending' == line for line in lines) == 1
+    assert sum(line.startswith((f'{path}: a\n', f'{path}: b\n')) for line in lines) == 2
+
+
 @pytest.mark.parametrize('broken', ['an image', 'its label'])
 @pytest.mark.parametrize('compressed', [False, True])
 def test_the_rest_of_a_damaged_shard_is_a_bad_image(compressed, broken, shards, tmp_path):

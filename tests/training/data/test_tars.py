@@ -3,10 +3,13 @@
 import gzip
 import io
 import os
+import pickle
 import shutil
 import tarfile
+import tempfile
 
 import pytest
+import torch
 from PIL import Image
 from runs import CLASSES, write_images
 from training.data.hostile_tars import hostile_header, little_memory, wounds
@@ -193,11 +196,10 @@ def test_a_tar_that_is_replaced_under_way(images, tmp_path):
         opened[0]
 
 
-@pytest.mark.parametrize('mode', ['w', 'w:gz'])
-def test_no_picture_of_a_tar_that_is_replaced_has_another_ones_name(images, tmp_path, mode):
+def test_no_picture_of_a_tar_that_is_replaced_has_another_ones_name(images, tmp_path):
     names = [f'{number}.png' for number in range(4)]
     for tar, order in dict(first=names, second=names[::-1]).items():
-        with tarfile.open(tmp_path / f'{tar}.tar', mode) as archive:
+        with tarfile.open(tmp_path / f'{tar}.tar', 'w') as archive:
             for name in order:
                 add(archive, name, (images / 'train' / CLASSES[0] / name).read_bytes())
     place, other = tmp_path / 'first.tar', tmp_path / 'second.tar'
@@ -215,6 +217,56 @@ def test_no_picture_of_a_tar_that_is_replaced_has_another_ones_name(images, tmp_
     place.write_bytes(place.read_bytes()[::-1])  # in its place
     with pytest.raises(LocalError, match=r'first\.tar: the file was changed after this run began'):
         pictures[1]
+
+
+class Counted(io.FileIO):
+    count = 0
+
+    def readinto(self, place):
+        found = super().readinto(place)
+        Counted.count += found
+        return found
+
+
+def test_a_compressed_tar_is_unpacked_once(images, tmp_path, monkeypatch):
+    """In whatever order its pictures lie in it: to seek back in it unpacks it from its start."""
+    place, folder = tmp_path / 'in.tar.gz', images / 'train' / CLASSES[0]
+    with tarfile.open(place, 'w:gz') as archive:
+        for name in ('3.png', '1.png', '0.png', '2.png'):
+            add(archive, name, (folder / name).read_bytes())
+            add(archive, f'{name}.txt', os.urandom(2**18))
+        add(archive, '4.png', type=tarfile.LNKTYPE, linkname='1.png')
+        add(archive, '5.png', bytes(2**12))
+    monkeypatch.setattr('PIL.Image.MAX_IMAGE_PIXELS', 2**10 - 1)  # an image has less than 4 KiB
+    monkeypatch.setattr('evavit.training.data.pictures.open_regular', lambda path: io.BufferedReader(Counted(path)))
+    pictures, expected = data.open_pictures(str(place)), data.open_pictures(str(folder))
+    assert [pictures[i] for i in range(5)] == [expected[i] for i in (0, 1, 2, 3, 1)]
+    assert pictures[5][1] == -1 and pictures.bad.news()[0][1].startswith('more than 4,092 bytes')
+    assert Counted.count < 3 * place.stat().st_size
+
+
+def test_a_compressed_tar_that_is_replaced(images, tmp_path):
+    """Its pictures are those that were walked; a loading process that does not share them says so."""
+    place, folder = tmp_path / 'in.tar.gz', images / 'train' / CLASSES[0]
+    with tarfile.open(place, 'w:gz') as archive:
+        archive.add(folder / '0.png', '0.png')
+    pictures, expected = data.open_pictures(str(place)), data.open_pictures(str(folder))
+    shared = torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=1, multiprocessing_context='fork')
+    other, late = (pickle.loads(pickle.dumps(pictures.dataset.reader)) for _ in range(2))
+    assert other[0][0].read() == (folder / '0.png').read_bytes()
+    place.write_bytes(gzip.compress(b''))
+    assert [pictures[0], *map(tuple, shared)] == [expected[0], expected[0]]
+    with pytest.raises(LocalError, match=r'in\.tar\.gz: the file was changed after this run began'):
+        late[0]
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='/dev/full, a disk that is full, is of Linux')
+def test_a_disk_that_a_compressed_tar_fills_is_a_line(images, tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / 'in.tar.gz', 'w:gz') as archive:
+        add(archive, '0.png', bytes(2**16))
+    monkeypatch.setattr(tempfile, 'TemporaryFile', lambda: io.FileIO('/dev/full', 'w'))
+    with pytest.raises(UserError, match=r'in\.tar\.gz: its pictures cannot be unpacked .*\(the disk is full: .*TMPDIR'):
+        data.open_pictures(str(tmp_path / 'in.tar.gz'))
 
 
 @pytest.mark.parametrize('kind', [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
