@@ -4,7 +4,7 @@ import contextlib
 import json
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import safetensors
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
@@ -54,7 +54,8 @@ def saved_anew(file: Union[str, Path], names: Iterable[str]) -> Optional[str]:
     """One line where what stands beside a file says a conversion, and another program has made the model, with softmax,
     and saved it: transformers, or one that left out the summaries. None else, and where summaries are among `names`."""
     saved = _settings_of(file)
-    convert, options, transformers = (saved.get(name) for name in ('convert', 'convert_kwargs', TRANSFORMERS))
+    told: List[Any] = [saved.get(name) for name in ('convert', 'convert_kwargs', TRANSFORMERS)]
+    convert, options, transformers = told
     summaries = convert == 'eva' and isinstance(options, dict)  # others do not say
     summaries = summaries and options.get('partition_grid') != 0 and options.get('summary') != 'identity'
     if not isinstance(convert, str) or convert in ('', 'softmax') or not (transformers or summaries):
