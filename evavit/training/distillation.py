@@ -259,7 +259,8 @@ def _source(config: TrainConfig) -> ModelConfig:
     found = ExportConfig()
     found.model.model, found.model.model_kwargs = settings.kd_model_name, settings.kd_model_kwargs
     found.weights.checkpoint = settings.kd_pretrained_path
-    found.model.in_chans = config.model.in_chans
+    size = config.model.input_size
+    found.model.in_chans = size[0] if size else config.model.in_chans
     if settings.kd_pretrained_path:
         complete_from_checkpoint(found, {'model', 'in_chans'})
     return replace(

@@ -308,6 +308,17 @@ def test_a_teacher_of_a_folders_file_is_converted_as_its_config_says(call, image
     assert teachers and all(teacher.identity.get('convert') == 'local' for teacher in teachers)
 
 
+@pytest.mark.parametrize('grey', ['--in-chans 1', '--input-size 1 16 16'])
+def test_a_teacher_of_grey_images(call, images, tmp_path, grey):
+    """Its run had no input_size; that of this run says how many channels there are."""
+    model = timm.create_model(PARENT[1], num_classes=3, in_chans=1, **SOFTMAX)
+    settings = dict(model=PARENT[1], model_kwargs=SOFTMAX, num_classes=3, class_names=CLASSES, in_chans=1)
+    write_weights(model.state_dict(), path := tmp_path / 'grey.safetensors', dict(args=json.dumps(settings)))
+    flags = [*MODEL, *QUICK, *grey.split(), '--data-dir', images, '--num-classes', '3', '--dry-run']
+    code, out, err = call('train', *flags, '--kd-model-name', PARENT[1], '--kd-pretrained-path', path)
+    assert code == 0, out + err
+
+
 def test_a_teacher_without_a_classifier(train, call, images, tmp_path, parent):
     """Of features it is one; the student's classifier is new, and without a loss on the labels it stays as it is."""
     body = {name: value for name, value in weights(parent).items() if not name.startswith('head.')}
