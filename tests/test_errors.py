@@ -36,6 +36,7 @@ from evavit.errors import (
     reason_of,
     run_script,
 )
+from evavit.training.distributed import start_process
 
 
 def test_control_characters_are_written_out():
@@ -253,6 +254,16 @@ def test_a_launcher_s_variables_are_read(monkeypatch):
     for name, value in dict(SLURM_LOCALID='1', SLURM_PROCID='5', SLURM_NTASKS='8').items():
         monkeypatch.setenv(name, value)
     assert launched() == (1, 5, 8)
+
+
+def test_a_launcher_without_a_place_to_meet(monkeypatch):
+    """As where a script for sbatch starts Python itself."""
+    for name in (*sum(PLACES, ()), 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(SLURM_LOCALID='0', SLURM_PROCID='0', SLURM_NTASKS='4').items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match='MASTER_ADDR expected, but not set; start 4 processes with torchrun or srun'):
+        start_process('cpu')
 
 
 def test_the_reason_of_a_failed_write():

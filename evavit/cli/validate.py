@@ -174,6 +174,8 @@ def check_settings(config: ValidateConfig) -> None:
     if results:
         check_replaced(Path(results), _is_own)
     if config.run.report_dir:
+        if os.path.lexists(config.run.report_dir) and not os.path.isdir(config.run.report_dir):
+            raise UserError(f'--report-dir {config.run.report_dir}: is no folder; name another one')
         for name in (*report.TABLES, report.PICTURE):
             check_report_file(Path(config.run.report_dir, name))
         if results and Path(results).resolve() in [

@@ -170,8 +170,10 @@ def start_process(
             f'{" ".join(str(error).split())[:300]}'
         ) from error
     except (ValueError, RuntimeError, AssertionError) as error:
-        what = f'--device {name}' if world_size == 1 or dist.is_initialized() else 'environment of a launcher'
-        raise UserError(f'{what}: {" ".join(str(error).split())[:300]}') from error
+        own = world_size == 1 or dist.is_initialized()
+        told = f'{f"--device {name}" if own else "environment of a launcher"}: {" ".join(str(error).split())[:300]}'
+        remedy = f'; start {world_size} processes with torchrun or srun, or one without SLURM_NTASKS and WORLD_SIZE'
+        raise UserError(told + remedy * (not own)) from error
     if not joined['distributed'] and not dist.is_initialized():
         dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     watchdog.joined()

@@ -296,6 +296,7 @@ def test_a_report_takes_no_other_file_s_place(call, images, tmp_path, name):
         code, _, err = call('validate', *flags)
         assert code == 2 and err.startswith(f'error: {path} is there') and err.count('\n') == 1, err
         assert before == {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    assert f'--report-dir {path}: is no folder' in call('validate', *flags[:-1], path)[2]
     if name.endswith('.csv'):  # nor do the results of the same run
         path.unlink()
         code, _, err = call('validate', *flags, '--results-file', path)
