@@ -43,8 +43,8 @@ def main(argv=None):
     parser.add_argument('folder', type=Path)
     parser.add_argument('--images', type=int, default=256, help='images to train on; an eighth as many to validate on')
     args = parser.parse_args(argv)
-    if not 1 <= args.images <= MOST:
-        raise UserError(f'--images {shown(args.images)}: must be 1 to {MOST:,}')
+    if not CLASSES <= args.images <= MOST:  # one of each
+        raise UserError(f'--images {shown(args.images)}: must be {CLASSES} to {MOST:,}')
     with new_folder(args.folder) as folder:
         for split, count in (('train', args.images), ('validation', max(CLASSES, args.images // 8))):
             write(folder / split, count, seed=len(split))

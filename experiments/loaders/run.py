@@ -43,6 +43,8 @@ class Files(Dataset):
 
     def __init__(self, folder):
         self.paths = sorted(map(str, (folder / 'train').rglob('*.jpg')))
+        if not self.paths:
+            raise UserError(f'--data-dir {folder}: no *.jpg in train, which these contenders decode')
 
     def __len__(self):
         return LEAST

@@ -33,9 +33,15 @@ def test_a_row_for_each_contender(photos, tmp_path, monkeypatch, capsys):
     assert list(rows) == ['cpu', 'torchvision'] and all(float(row['images_per_second']) > 0 for row in rows.values())
 
 
-def test_no_photographs_are_a_line(tmp_path, capsys):
-    assert run_script(load_program('experiments/loaders/run.py').main, ['--data-dir', str(tmp_path)]) == 2
+def test_no_photographs_are_a_line(photos, tmp_path, capsys):
+    main = load_program('experiments/loaders/run.py').main
+    assert run_script(main, ['--data-dir', str(tmp_path)]) == 2
     assert 'tools/build_photos.py' in capsys.readouterr().err
+    for path in photos.rglob('*.jpg'):
+        path.rename(path.with_suffix('.png'))
+    command = ['--data-dir', photos, '--results-file', tmp_path / 'rows.csv', '--device', 'cpu', '-b', '2']
+    assert run_script(main, [*map(str, command), '--contenders', 'torchvision']) == 2
+    assert 'no *.jpg in train, which these contenders decode' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('flags', ['--workers 1_0', '--seconds inf', '--seconds -1', '-b ２', '--repeats 0', '--hel 3'])
