@@ -11,16 +11,17 @@ take some minutes on 16 cores.
 """
 
 import functools
-import multiprocessing
 import os
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from PIL import Image
 
 from evavit.arguments import Parser
-from evavit.errors import UserError, run_script
+from evavit.errors import LocalError, UserError, run_script
 from evavit.files import new_folder
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -49,10 +50,13 @@ def build_image(folder, source):
 
 
 def build_pathfinder(folder, count, seed, jobs):
-    with multiprocessing.Pool(jobs) as pool:
-        draw = functools.partial(draw_one, folder, count, seed)
-        for _ in pool.imap_unordered(draw, range(count), chunksize=100):
-            pass
+    draw = functools.partial(draw_one, folder, count, seed)
+    try:
+        with ProcessPoolExecutor(jobs) as pool:
+            for _ in pool.map(draw, range(count), chunksize=100):
+                pass
+    except BrokenProcessPool:
+        raise LocalError('a drawing process was killed, perhaps for want of memory; lower --jobs') from None
 
 
 def draw_one(folder, count, seed, number):

@@ -1,6 +1,7 @@
 """experiments/lra: Pathfinder's pictures are answered by their curves alone; CIFAR-10's forms; runs; the table."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -121,6 +122,13 @@ def test_the_sequence_is_not_the_grid(load):
     with torch.no_grad():
         same = (model.forward_features(images) == model.forward_features(changed)).all(-1)[0]
     assert same.tolist() == [True] * 32 + [False] * 32
+
+
+def test_a_drawing_process_that_is_killed_is_a_line(load, tmp_path, monkeypatch, capsys):
+    builder = load('build')
+    monkeypatch.setattr(builder, 'pathfinder', lambda seed, number: os._exit(9))
+    assert run_script(builder.main, [str(tmp_path / 'lra'), '--pathfinder', '40', '--jobs', '1']) == 2
+    assert 'a drawing process was killed' in capsys.readouterr().err and not [*tmp_path.glob('*/*')]
 
 
 def test_the_runs_at_a_small_size(load, tmp_path, monkeypatch, capsys):
