@@ -104,15 +104,15 @@ def judge(config: ValidateConfig, given: Set[str], watchdog: Watchdog) -> None:
     if config.run.latency:
         size = data_config['input_size']
         more |= latency(model, size, config.batch.batch_size, process.device, machine, compilation)
+    if config.run.results_file:
+        row = result_row(config, metrics, images, parameters, data_config, digest)
+        judged = dict(use_ema=True) if config.weights.use_ema else {}
+        write_results(Path(config.run.results_file), {**row, **judged, **more})
     if config.run.report_dir:
         known = class_names or []
         names = [*map(encodable, known), *map(str, range(len(known), classes))]
         files = report.write_report(Path(config.run.report_dir), predictions, names, check_report_file)
         log.info(f'{", ".join(files[:-1])} and {files[-1]} are in {config.run.report_dir}')
-    if config.run.results_file:
-        row = result_row(config, metrics, images, parameters, data_config, digest)
-        judged = dict(use_ema=True) if config.weights.use_ema else {}
-        write_results(Path(config.run.results_file), {**row, **judged, **more})
 
 
 def detailed_metrics(predictions: report.Predictions, classes: int, average: Optional[str]) -> Dict[str, float]:

@@ -209,7 +209,10 @@ def build_teacher(
             f'be compared; give a teacher with as many, or --kd-distill-type feature'
         )
     known = data.resolve_input(source, model)
-    build.try_model(model, data_config['input_size'], source, classifier=kind != 'feature')
+    try:
+        build.try_model(model, data_config['input_size'], source, classifier=kind != 'feature')
+    except UserError as error:
+        raise UserError(f'kd_model_name {name}, the teacher: {error}') from error
     tokens = settings.kd_feature_level == 'tokens'
     _check_features(settings, student, model, data_config['input_size'])
     file = path or source_weights(source.model or '')  # of a folder too, whose weights may be others the next time

@@ -315,8 +315,12 @@ def test_a_teacher_of_grey_images(call, images, tmp_path, grey):
     settings = dict(model=PARENT[1], model_kwargs=SOFTMAX, num_classes=3, class_names=CLASSES, in_chans=1)
     write_weights(model.state_dict(), path := tmp_path / 'grey.safetensors', dict(args=json.dumps(settings)))
     flags = [*MODEL, *QUICK, *grey.split(), '--data-dir', images, '--num-classes', '3', '--dry-run']
-    code, out, err = call('train', *flags, '--kd-model-name', PARENT[1], '--kd-pretrained-path', path)
+    teacher = ['--kd-model-name', PARENT[1], '--kd-pretrained-path', path]
+    code, out, err = call('train', *flags, *teacher)
     assert code == 0, out + err
+    other = [f'{key}={value}' for key, value in {**SOFTMAX, 'img_size': 32}.items()]
+    code, _, err = call('train', *flags, *teacher, '--kd-model-kwargs', *other)
+    assert code == 2 and err.startswith(f'error: kd_model_name {PARENT[1]}, the teacher: ') and err.count('\n') == 1
 
 
 def test_a_teacher_without_a_classifier(train, call, images, tmp_path, parent):
