@@ -28,7 +28,7 @@ import torch
 from evavit.arguments import Parser
 from evavit.bench.results import check_writable, origin, read_rows, store_rows
 from evavit.cli import train
-from evavit.errors import UserError, reason_of, run_script
+from evavit.errors import Preempted, UserError, reason_of, run_script
 from evavit.files import append_to
 from evavit.training import build, checks, data, loop
 from evavit.training.checkpoint import remove_checkpoints
@@ -92,6 +92,8 @@ def flags_of(job, args):
         str(epochs),
         '--warmup-epochs',
         str(int(epochs > 1)),
+        '--resume',
+        'auto',
     ]
     if task == PRETRAINING:
         return [
@@ -102,8 +104,6 @@ def flags_of(job, args):
             *flags,
             '--workers',
             str(args.pretrain_workers),
-            '--resume',
-            'auto',
             *args.flags,
         ]
     weights = ['--pretrained-path', str(args.output / name_of(FIRST) / 'last.safetensors')]
@@ -217,6 +217,8 @@ def work(args, first, later):
         for job in (*first, *later):
             try:
                 yield job, run(job, args)
+            except Preempted:  # by a signal, which is meant for all
+                raise
             except Exception as error:  # the other runs go on
                 yield job, error
         return
@@ -226,12 +228,15 @@ def work(args, first, later):
         pending = {pool.submit(run, job, args): job for job in first}
         if FIRST not in first:
             pending |= {pool.submit(run, job, args): job for job in later}
-        while pending:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                job = pending.pop(future)
-                if job == FIRST:
-                    pending |= {pool.submit(run, job, args): job for job in later}
-                yield job, future.exception() or future.result()
+        try:
+            while pending:
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    job = pending.pop(future)
+                    if job == FIRST:
+                        pending |= {pool.submit(run, job, args): job for job in later}
+                    yield job, future.exception() or future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a stop
 
 
 def parse(argv):
@@ -282,6 +287,8 @@ def main(argv=None):
         raise UserError(f'--output {args.output}: cannot be made ({reason_of(error)}); name another folder') from error
     for job, row in work(args, [job for job in todo if job not in later], later):
         name = ' '.join(map(str, job))
+        if isinstance(row, Preempted):
+            raise row
         if isinstance(row, BaseException):
             failed += 1
             print(f'{name}: failed, {type(row).__name__}: {row}', flush=True)

@@ -4,6 +4,8 @@ import csv
 import gzip
 import re
 import struct
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ pytest.importorskip('sklearn')
 from programs import load_program
 from runs import write_images
 
-from evavit.errors import run_script
+from evavit.errors import Preempted, run_script
 
 
 def write_fashion_mnist(folder, count=20):
@@ -101,3 +103,21 @@ def test_data_that_is_not_there(tmp_path, capsys):
     flags = ['--data-dir', str(tmp_path), '--fashion-mnist', str(tmp_path)]
     assert run_script(example.main, flags) == 2
     assert 'experiments/elpv/build_data.py' in capsys.readouterr().err
+
+
+def test_a_signal_ends_all_runs(monkeypatch):
+    example, begun = load_program('experiments/elpv/run.py'), []
+
+    def run(job, args):
+        begun.append(job)
+        raise Preempted('asked to stop') if job else ValueError('a run of its own')
+
+    monkeypatch.setattr(example, 'run', run)
+    with pytest.raises(Preempted):
+        list(example.work(SimpleNamespace(jobs=1), [0, 1], [2]))
+    assert begun == [0, 1]
+    counts = dict.fromkeys(('epochs', 'pretrain_epochs', 'workers', 'pretrain_workers'), 1)
+    args = SimpleNamespace(**counts, **dict.fromkeys(('output', 'data_dir', 'fashion_mnist'), Path()), flags=[])
+    for job in (('type', 'eva_deit_tiny', 'scratch', 0), example.FIRST):  # and go on
+        flags = example.flags_of(job, args)
+        assert flags[flags.index('--resume') + 1] == 'auto'
