@@ -41,13 +41,19 @@ def take_held_out(config: ValidateConfig, given: Set[str], held: Dict[str, Any])
 
 def _is_another_split(config: ValidateConfig, train_split: str, asked: bool) -> bool:
     split, root = config.data.split, Path(config.data.data_dir or '')
-    place = split_in(root, split) if split in SPLIT_NAMES[1] and root.is_dir() else None
-    if place and not asked:
+    there = split_in(root, SPLIT_NAMES[1][0]) if root.is_dir() else None
+    begins = f'{root}: has {there.name} to validate on' if there else ''
+    if there and not asked:
         raise UserError(
-            f'{root}: has {place.name} to validate on, and the run held out a part of its images when it had none; '
-            f'give --split {place.stem}, or take {place.name} away'
+            f'{begins}, and the run held out a part of its images when it had none; give --split {there.stem}, or take '
+            f'{there.name} away'
         )
-    return bool(place) or split not in (train_split, *SPLITS)
+    if there and split in (train_split, *SPLIT_NAMES[0]):
+        raise UserError(
+            f'{begins}, and the run divided {split} when it had none; give --data-dir {root / split} to judge it '
+            f'whole, or take {there.name} away to judge what was trained on'
+        )
+    return bool(there and split in SPLIT_NAMES[1]) or split not in (train_split, *SPLITS)
 
 
 def warn_of_held_out(config: ValidateConfig, here: Dict[str, Any]) -> None:

@@ -141,6 +141,8 @@ def find_resume(resume: Optional[str], folder: Path) -> List[Path]:
         raise UserError(f'{folder} already holds a run: continue it with --resume auto, or choose another --experiment')
     if not found and resume == 'auto':
         log.info(f'no checkpoint in {folder} yet: starting fresh')
+        if b' resuming from ' in _begun(folder):
+            log.warning(f'warning: the run that began in {folder} went on from a file; --resume FILE again does so')
     return found
 
 

@@ -3,10 +3,9 @@
 
 The four models take images of contrast × 30, constant ones, ones with one pixel on, checkerboards between extremes, and
 plain ones between them. Each line: steps whose loss was not finite, steps that float16's scaler skipped while it sought
-its scale, the last loss. Exit code 1 where a loss or a weight was not finite, or the scaler went on skipping.
+its scale, the last loss. An error where a loss or a weight was not finite, or the scaler went on skipping.
 """
 
-import argparse
 import sys
 from typing import NamedTuple
 
@@ -14,6 +13,8 @@ import timm
 import torch
 
 import evavit  # noqa: F401  (registers the models with timm)
+from evavit.arguments import Parser, find_device
+from evavit.errors import UserError, run_script
 from evavit.training.config import parse_settings
 from evavit.training.loop import Stepper, autocast
 
@@ -84,24 +85,28 @@ def train(name, dtype, device, steps=200, small=False):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', nargs='+', choices=MODELS, default=MODELS, help='which (default: all four)')
     parser.add_argument('--steps', type=int, default=200)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--device', help='cpu, cuda or cuda:N (the first GPU, or else the CPU)')
     parser.add_argument('--small', action='store_true', help='small models, for a CPU')
-    flags, broken = parser.parse_args(), 0
+    flags, broken = parser.parse_args(argv), 0
+    if flags.steps < 1:
+        raise UserError(f'--steps {flags.steps}: at least 1')
+    device = find_device(flags.device)
     for name in flags.model:
         for dtype in DTYPES:
-            result = train(name, dtype, flags.device, flags.steps, flags.small)
+            result = train(name, dtype, device, flags.steps, flags.small)
             broken += bool(result.bad or result.late)
             print(
                 f'{name} {dtype} {flags.steps} steps: {result.bad} not finite, {result.skipped} skipped '
                 f'({result.late} in the second half), last loss {result.loss:.3f}',
                 flush=True,
             )
-    return 1 if broken else 0
+    if broken:
+        raise UserError(f'{broken} runs had a loss or weight that is not finite, or went on skipping')
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -396,6 +396,16 @@ def test_a_fresh_run_keeps_what_another_one_told(train, tmp_path, content):
     assert kept == [content] * (content.count('\n') > 2) and [row['epoch'] for row in rows(folder)] == ['0', '1']
 
 
+def test_a_branch_without_a_checkpoint_yet_is_told_of(train):
+    """It was killed before its first one; --resume auto knows no file to go on from."""
+    folder, line = train('run', '--epochs', '1'), 'went on from a file; --resume FILE again does so'
+    branch = train('branch', '--epochs', '2', '--resume', folder / 'last.pth.tar')
+    for path in [*branch.glob('*.pth.tar'), *branch.glob('*.safetensors')]:
+        path.unlink()
+    train('branch', '--epochs', '1', '--resume', 'auto')
+    assert line in (branch / 'train.log').read_text() and line not in (folder / 'train.log').read_text()
+
+
 def test_rows_of_later_epochs_than_the_checkpoint_are_kept_aside(train):
     """Where an older checkpoint was put back. One row more is what a kill before the checkpoint leaves."""
     folder = train('run', '--epochs', '1', '--resume', 'auto')

@@ -135,6 +135,8 @@ def test_a_split_that_is_asked_for_is_judged_whatever_the_run_held_out(run, call
     assert 'has validation to validate on, and the run held out' in line and line.count('\n') == 1
     assert judge(*re.findall('give (--split) (validation),', line)[0]) == ['6']
     assert judge('--split', 'test') == ['3']
+    line = judge('--split', 'train')
+    assert f'divided train when it had none; give --data-dir {folder}/train to judge it whole' in line, line
 
 
 def test_a_folder_for_the_hub_knows_what_the_run_held_out(run, call, undivided, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evavit.errors import run_script
 from evavit.training.build import build_optimizer, build_task, compile_and_distribute
 from evavit.training.compilation import AS_IS
 from evavit.training.config import parse_settings
@@ -105,6 +106,13 @@ def adversarial():
 def test_the_remedy_is_one_that_was_not_taken(flags, remedy):
     settings, _ = parse_settings('train', flags.split())
     assert Stepper(settings.machine, settings.optim, torch.device('cpu')).remedy() == remedy
+
+
+@pytest.mark.parametrize('flags', ['--steps 0', '--steps 2_0', '--device foo'])
+def test_flags_of_adversarial_images_that_cannot_be_are_a_line(adversarial, capsys, flags):
+    assert run_script(adversarial.main, ['--small', *flags.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('error: ') and flags.split()[0] in err and err.count('\n') == 1, err
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
