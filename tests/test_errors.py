@@ -259,7 +259,8 @@ def test_a_launcher_s_variables_are_read(monkeypatch):
 def test_a_launcher_without_a_place_to_meet(monkeypatch):
     """As where a script for sbatch starts Python itself."""
     for name in (*sum(PLACES, ()), 'MASTER_ADDR', 'MASTER_PORT'):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, '')  # so that what timm sets is undone
+        monkeypatch.delenv(name)
     for name, value in dict(SLURM_LOCALID='0', SLURM_PROCID='0', SLURM_NTASKS='4').items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match='MASTER_ADDR expected, but not set; start 4 processes with torchrun or srun'):
