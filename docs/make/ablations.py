@@ -174,12 +174,7 @@ def plot_is_fresh() -> bool:
 
 def draw() -> None:
     """Top-1 over cells, a line for each window, and of each ablation."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    matplotlib.rcParams['svg.hashsalt'] = 'ablations'  # the same file from the same numbers
-    import matplotlib.pyplot as plt
-
+    plt = pages.pyplot('ablations')
     data = plotted()
     figure, (over, beside) = plt.subplots(1, 2, figsize=(10, 3.6))
     for side, colour in COLOURS.items():

@@ -222,12 +222,7 @@ def evidence() -> str:
 
 
 def draw() -> None:
-    import matplotlib
-
-    matplotlib.use('Agg')
-    matplotlib.rcParams['svg.hashsalt'] = 'converted'  # the same file from the same numbers
-    import matplotlib.pyplot as plt
-
+    plt = pages.pyplot('converted')
     rows = measured()
     widths = sorted({int(row['width']) for row in rows})
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)

@@ -59,12 +59,7 @@ def table() -> str:
 
 
 def draw(rows: list) -> None:
-    import matplotlib
-
-    matplotlib.use('Agg')
-    matplotlib.rcParams['svg.hashsalt'] = 'counts'  # the same file from the same numbers
-    import matplotlib.pyplot as plt
-
+    plt = pages.pyplot('counts')
     figure, axes = plt.subplots(figsize=(6, 3.2))
     for count, colour in COUNTS.items():
         errors = [float(row['error']) for row in pages.pick(rows, count_cells=count)]

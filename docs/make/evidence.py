@@ -462,12 +462,7 @@ def plot_is_fresh() -> bool:
 
 def draw() -> None:
     """Accuracy of each attention, over the tokens that a converted network sees, and the paper's over nearness."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    matplotlib.rcParams['svg.hashsalt'] = 'evidence'  # the same file from the same numbers
-    import matplotlib.pyplot as plt
-
+    plt = pages.pyplot('evidence')
     data = plotted()
     figure, (scratch, seen, near) = plt.subplots(1, 3, figsize=(12.5, 3.8), width_ratios=[1.1, 1, 1])
 

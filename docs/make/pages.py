@@ -67,6 +67,17 @@ def plot_is_fresh(plot: Path, data: object) -> bool:
     return plot.exists() and digest(data) in plot.read_text(encoding='utf-8')
 
 
+def pyplot(salt: str) -> Any:
+    """matplotlib.pyplot without a display, for a plot that is the same file from the same numbers."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    matplotlib.rcParams['svg.hashsalt'] = salt
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def save_plot(figure: Any, path: Path, data: object = None, **options: Any) -> None:
     """A figure of Matplotlib as a file of the kind that its name ends with; with the digest of what it shows.
 

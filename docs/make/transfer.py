@@ -93,12 +93,7 @@ def draw() -> None:
     if not found:
         PLOT.unlink(missing_ok=True)
         return
-    import matplotlib
-
-    matplotlib.use('Agg')
-    matplotlib.rcParams['svg.hashsalt'] = 'transfer'  # the same file from the same numbers
-    import matplotlib.pyplot as plt
-
+    plt = pages.pyplot('transfer')
     tasks = [task for task in TASKS if any(key[0] == task for key in found)]
     figure, panels = plt.subplots(1, len(tasks), figsize=(2.9 * len(tasks), 3.4), squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
