@@ -194,7 +194,7 @@ class MetricsWriter:
         return max((float(row['epoch']) for row in rows), default=-1)
 
     def _fit_summary(self, name: str, columns: List[str]) -> None:
-        """Columns that the new settings of a resumed run lack move to the end."""
+        """Columns that the new settings of a resumed run lack move to the end; rows that lack cells get empty ones."""
         if not os.path.exists(name):
             return
         with open(name, newline='', encoding='utf-8') as file:
@@ -245,11 +245,12 @@ class MetricsWriter:
         names = self.run.task.create_evaluator(max_samples=None).metric_names
         blank = dict.fromkeys([*names, *(f'raw_{name}' for name in names if self.run.task.has_ema())], '')
         row = eval_metrics or blank
-        columns = ['epoch', *(f'train_{name}' for name in train_metrics), *(f'eval_{name}' for name in row)]
+        columns = ['epoch', *(f'train_{name}' for name in train_metrics), *(f'eval_{name}' for name in row), 'lr']
 
         def add_row(name: str) -> None:
-            self._fit_summary(name, [*columns, 'lr'])
+            self._fit_summary(name, columns)
             update_summary(position.epoch - 1, train_metrics, row, filename=name, lr=lr)
+            self._fit_summary(name, columns)  # timm's row ends with its own columns
 
         self._rewrite_summary(add_row)
         if self.wandb:

@@ -312,6 +312,10 @@ def test_a_resumed_run_with_other_flags(train, tmp_path, capfd):
     one, two, three = rows(folder)
     assert one['eval_raw_top1'] == two['eval_raw_top1'] == '' and float(three['eval_raw_top1']) >= 0
     assert float(two['lr']) < 1e-3 and float(three['lr']) == 2e-3
+    for epochs in '45':
+        train('run', '--epochs', epochs, '--resume', 'auto')  # without an average again
+    assert rows(folder)[:3] == [one, two, three] and len(rows(folder)) == 5, list(folder.iterdir())
+    assert all(row['eval_raw_top1'] == '' and float(row['eval_top1']) >= 0 for row in rows(folder)[3:])
 
 
 def test_labels_that_mean_other_classes(train, call, images, tmp_path):
