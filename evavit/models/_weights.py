@@ -322,7 +322,11 @@ def _add_fresh(state: Weights, model: 'GridModel', new_head: bool) -> Dict[str, 
     for name, attn in model.named_modules():
         if f'{name}.qkv.weight' not in state or not hasattr(attn, 'attend'):
             continue
-        missing = [key for key in own if key.startswith(f'{name}.') and key not in state]
+        there = {key[len(name) + 1 :].partition('.')[0] for key in state if key.startswith(f'{name}.')}
+        # A part, such as summary_q, is added whole: of one that is there a tensor was lost.
+        missing = [
+            key for key in own if key.startswith(f'{name}.') and key[len(name) + 1 :].partition('.')[0] not in there
+        ]
         start: Weights = {}
         if isinstance(attn, EvaAttention) and missing:
             start = _start_attention(name, attn, state, model.block_grid(name))

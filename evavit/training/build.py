@@ -493,8 +493,8 @@ def check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: Union[s
                 f'{path} does not fit the model: it {what} {keys[0]}'
                 + (f' and {len(keys) - 1} more' if len(keys) > 1 else '')
                 + '; check --model, --model-kwargs, '
-                + ('--convert, --convert-kwargs ' if isinstance(model, ConvertedModel) else '')
-                + 'and --img-size'
+                + ('--convert, --convert-kwargs, ' if isinstance(model, ConvertedModel) else '')
+                + '--in-chans and --img-size'
             )
 
 
