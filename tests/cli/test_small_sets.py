@@ -137,6 +137,11 @@ def test_a_split_that_is_asked_for_is_judged_whatever_the_run_held_out(run, call
     assert judge('--split', 'test') == ['3']
     line = judge('--split', 'train')
     assert f'divided train when it had none; give --data-dir {folder}/train to judge it whole' in line, line
+    assert run('flat', '--epochs', '1', data=undivided)[0] == 0
+    write_images(undivided / 'val', dict.fromkeys(CLASSES, 2))
+    place = '--checkpoint', tmp_path / 'flat', '--workers', '0', '--data-dir', undivided
+    line = call('validate', *place, '--split', 'train')[2]
+    assert 'divided train when it had none; take val away to judge' in line and '--data-dir' not in line, line
 
 
 def test_a_folder_for_the_hub_knows_what_the_run_held_out(run, call, undivided, tmp_path):

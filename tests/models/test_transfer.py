@@ -119,6 +119,15 @@ def test_tokens_and_norms_that_one_side_lacks():
         fit_checkpoint(plain, model)
 
 
+def test_a_summary_that_lost_a_tensor_is_not_filled_up():
+    """With what begins near softmax beside what was trained it would be neither."""
+    model = timm.create_model('eva_deit_tiny', **SMALL, **EVA)
+    state = model.state_dict()
+    del state['blocks.1.attn.summary_q.proj.weight']
+    with pytest.raises(RuntimeError, match=r'lacks blocks\.1\.attn\.summary_q\.proj\.weight'):
+        model.load_state_dict(fit_checkpoint(state, model)[0])
+
+
 def test_the_start_is_near_softmax_attention():
     """The same weights, the tables apart: far nearer to the softmax network than EVA as it is initialised."""
     source = randomise(timm.create_model('softmax_deit_tiny', **SMALL))
