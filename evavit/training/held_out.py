@@ -52,8 +52,8 @@ def _is_another_split(config: ValidateConfig, train_split: str, asked: bool) -> 
         divided = root / train_split  # not of a folder whose classes lie in it directly
         whole = f'give --data-dir {divided} to judge it whole, or ' if divided.is_dir() else ''
         raise UserError(
-            f'{begins}, and the run divided {train_split} when it had none; {whole}take {there.name} away to judge what '
-            f'was trained on'
+            f'{begins}, and the run divided {train_split} when it had none; {whole}take {there.name} away to judge '
+            f'what was trained on'
         )
     return bool(there and split in SPLIT_NAMES[1]) or split not in (train_split, *SPLITS)
 
