@@ -202,8 +202,9 @@ class Labels:
         count = self.num_classes
         if not isinstance(label, numbers.Integral) or not 0 <= int(label) < (count or 2**31):
             known = f'the {count} classes have the numbers 0 to {count - 1}' if count else 'classes have numbers from 0'
-            kind = ' (a text)' if isinstance(label, str) else ''
-            raise LocalError(f'{shown}{kind}, but {known}; correct it, or --num-classes')
+            text = isinstance(label, str) and self.map is None
+            kind, remedy = (' (a text)', 'name all texts by --class-map') if text else ('', '--num-classes')
+            raise LocalError(f'{shown}{kind}, but {known}; correct it, or {remedy}')
         return int(label)
 
 

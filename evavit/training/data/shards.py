@@ -53,6 +53,11 @@ def shard_root(data_dir: str, split: str) -> str:
         if os.path.lexists(root / name):
             _check_info(root / name)
             break
+    else:
+        if 'tar' not in split and '..' not in split:  # timm's rule for what names shards
+            raise UserError(
+                f'{root}: no _info.json says what its split {split} is; name the shards, as in train-{{0000..0009}}.tar'
+            )
     return str(root)
 
 

@@ -298,6 +298,7 @@ def test_a_label_that_is_no_class_stops_with_a_line(label, workers, shards, tmp_
     err = capfd.readouterr().err
     assert code == 2 and err.startswith('error: ') and err.count('\n') == 1, err
     assert '.tar: pear_3: ' in err and (label[:40] or 'empty') in err and 'the 3 classes have the numbers 0 to 2' in err
+    assert ('by --class-map' in err) == (label not in ('99', '-1', str(10**30)))  # those are numbers
 
 
 def _rename(path, old, new):
@@ -486,6 +487,12 @@ def test_shards_lie_in_a_folder_or_on_the_web(place, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='shards lie in a folder, or at an address that begins with https://'):
         data.open_dataset(settings.data, 'a.tar|4', batch_size=4, is_training=True)
     assert not (tmp_path / 'started').exists()
+
+
+def test_shards_that_nothing_describes_are_named_by_a_pattern(shards):
+    settings, _ = parse_settings('train', [*map(str, shards)])
+    with pytest.raises(UserError, match=r'no _info\.json says what its split train is; name the shards, as in'):
+        data.open_dataset(settings.data, 'train', batch_size=4, is_training=True)
 
 
 @pytest.mark.parametrize('name', ['_info.json', 'info.json'])
