@@ -2,7 +2,7 @@
 """Does pretraining help on few pictures? python experiments/elpv/run.py --data-dir data/elpv --fashion-mnist DIR
 
     python experiments/elpv/build_data.py data/elpv
-    python experiments/elpv/run.py --data-dir data/elpv --fashion-mnist DIR --jobs 12 --results-file FILE.csv
+    python experiments/elpv/run.py --data-dir data/elpv --fashion-mnist DIR --results-file FILE.csv
 
 An EVA model (`eva_deit_tiny`) is trained on Fashion-MNIST at 28 pixels with patch 2, then fine-tuned on ELPV at 224
 with patch 16: the same 196 tokens, the patches resampled. Beside it the same model, timm's `resnet18` and timm's
@@ -11,15 +11,14 @@ seeds; they differ in where they start and in nothing else. The last weights are
 the validation are the test here. Needs scikit-learn.
 
 Every run is one of train.py; its scores are a row of --results-file as soon as it ends, and a second call makes the
-rows that are missing. DIR/FashionMNIST/raw holds the four published files. Other flags go to train.py.
+rows that are missing. Several processes with the same flags share the runs, on one GPU too: each takes the next that
+no other has. DIR/FashionMNIST/raw holds the four published files. Other flags go to train.py.
 """
 
 import contextlib
-import multiprocessing
 import platform
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -28,12 +27,16 @@ import torch
 from evavit.arguments import Parser
 from evavit.bench.results import check_writable, origin, read_rows, store_rows
 from evavit.cli import train
-from evavit.errors import Preempted, UserError, reason_of, run_script
+from evavit.errors import Preempted, UserError, run_script
 from evavit.files import append_to
 from evavit.training import build, checks, data, loop
 from evavit.training.checkpoint import remove_checkpoints
 from evavit.training.config import parse_settings
 from evavit.training.distributed import start_process
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from driver import alone, make_output
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ('type', 'defect')
@@ -126,15 +129,12 @@ def flags_of(job, args):
 def run(job, args):
     """Train, judge the last weights on the validation split, and return the row."""
     began = time.monotonic()
-    torch.set_num_threads(1)  # several runs share the cores
     flags = flags_of(job, args)
     settings, _ = parse_settings('train', flags)
     folder = Path(settings.run.output, settings.run.experiment)
     with append_to(folder.with_suffix('.log')) as log, contextlib.redirect_stdout(log):
         train.main(flags)
         row, device = judge(folder)
-    if job != FIRST:  # the checkpoints of 40 runs are gigabytes
-        remove_checkpoints(folder, weights=True)
     if device.type == 'cuda':
         torch.cuda.empty_cache()  # this process stays, and its next run may need less
     return dict(
@@ -206,37 +206,46 @@ def spread(values):
     return f'{mean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values) > 1 else '')
 
 
-def fork_loaders():
-    """In a process of the pool: loaders fork. Its own way, a fork server, would import it all again for every epoch."""
-    multiprocessing.set_start_method('fork', force=True)
+def work(args, todo, missing):
+    """Make the rows of `todo` that are `missing` in the results file. Returns the jobs that failed."""
+    todo, failed = list(todo), []
+
+    def ready(job):
+        return job[2] != PRETRAINING or FIRST not in (*todo, *failed)
+
+    while any(map(ready, todo)):
+        for job in filter(ready, todo):
+            with alone(args.output / f'{name_of(job)}.lock') as free:
+                if not free:
+                    continue
+                if missing(job):
+                    make(job, args, failed)
+                todo.remove(job)
+                break
+        else:  # every one of them is another process's
+            time.sleep(2)
+    return failed
 
 
-def work(args, first, later):
-    """(job, its row or the exception that it ended with) as they end; `later` waits for a pretraining among `first`."""
-    if args.jobs == 1:
-        for job in (*first, *later):
-            try:
-                yield job, run(job, args)
-            except Preempted:  # by a signal, which is meant for all
-                raise
-            except Exception as error:  # the other runs go on
-                yield job, error
+def make(job, args, failed):
+    """One run and its row; where it fails it is one more of `failed`."""
+    name = ' '.join(map(str, job))
+    try:
+        row = run(job, args)
+    except Preempted:  # by a signal, which is meant for all
+        raise
+    except Exception as error:  # the other runs go on
+        failed.append(job)
+        print(f'{name}: failed, {type(error).__name__}: {error}', flush=True)
         return
-    context = multiprocessing.get_context('forkserver')  # its children have all of this imported, and no CUDA
-    context.set_forkserver_preload(['evavit.bench.results', 'evavit.training.data', 'sklearn.metrics'])
-    with ProcessPoolExecutor(args.jobs, context, fork_loaders) as pool:
-        pending = {pool.submit(run, job, args): job for job in first}
-        if FIRST not in first:
-            pending |= {pool.submit(run, job, args): job for job in later}
-        try:
-            while pending:
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    job = pending.pop(future)
-                    if job == FIRST:
-                        pending |= {pool.submit(run, job, args): job for job in later}
-                    yield job, future.exception() or future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a stop
+    store_rows(args.results_file, [row], COLUMNS, KEY)
+    if job != FIRST:  # the checkpoints of 40 runs are gigabytes
+        remove_checkpoints(args.output / name_of(job), weights=True)
+    print(
+        f'{name}: top-1 {row["top1"]}  balanced accuracy {row["balanced_accuracy"]}  macro F1 {row["macro_f1"]}  '
+        f'{row["seconds"]} s',
+        flush=True,
+    )
 
 
 def parse(argv):
@@ -248,12 +257,11 @@ def parse(argv):
     parser.add_argument('--seeds', type=int, default=5, help='(5)')
     parser.add_argument('--epochs', type=int, default=10, help='of every run on ELPV (10)')
     parser.add_argument('--pretrain-epochs', type=int, default=5, help='on Fashion-MNIST (5)')
-    parser.add_argument('--jobs', type=int, default=1, help='runs side by side (1)')
     parser.add_argument('--workers', type=int, default=1, help='loading processes of each (1)')
     parser.add_argument('--pretrain-workers', type=int, default=6, help='loading processes of the pretraining (6)')
     args, args.flags = parser.parse_known_args(argv)
-    if min(args.seeds, args.jobs, args.pretrain_epochs, args.epochs) < 1:
-        raise UserError('--seeds, --jobs, --epochs and --pretrain-epochs must be at least 1')
+    if min(args.seeds, args.pretrain_epochs, args.epochs) < 1:
+        raise UserError('--seeds, --epochs and --pretrain-epochs must be at least 1')
     for task in TASKS:
         if not (args.data_dir / task / 'validation').is_dir():
             raise UserError(
@@ -268,41 +276,23 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     commit = origin(torch.device('cpu'))['commit']
-    done = {tuple(row[name] for name in KEY) for row in read_rows(args.results_file, COLUMNS)}
 
     def missing(job):
+        """No row yet; of the pretraining also where a run to come needs its weights, and they are gone."""
+        done = {tuple(row[name] for name in KEY) for row in read_rows(args.results_file, COLUMNS)}
         epochs = args.pretrain_epochs if job == FIRST else args.epochs
-        return tuple(map(str, (*job, epochs, commit))) not in done
+        if tuple(map(str, (*job, epochs, commit))) not in done:
+            return True
+        weights = args.output / name_of(FIRST) / 'last.safetensors'
+        return job == FIRST and not weights.exists() and any(job[2] == PRETRAINING for job in filter(missing, jobs))
 
     jobs = [(task, *arm, seed) for seed in range(args.seeds) for task in TASKS for arm in ARMS]
-    todo = list(filter(missing, jobs))
-    later = [job for job in todo if job[2] == PRETRAINING]
-    if missing(FIRST) or (later and not Path(args.output, name_of(FIRST), 'last.safetensors').exists()):
-        todo = [FIRST, *todo]
-    failed = 0
     check_writable(args.results_file)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--output {args.output}: cannot be made ({reason_of(error)}); name another folder') from error
-    for job, row in work(args, [job for job in todo if job not in later], later):
-        name = ' '.join(map(str, job))
-        if isinstance(row, Preempted):
-            raise row
-        if isinstance(row, BaseException):
-            failed += 1
-            print(f'{name}: failed, {type(row).__name__}: {row}', flush=True)
-            continue
-        if missing(job):
-            store_rows(args.results_file, [row], COLUMNS, KEY)
-        print(
-            f'{name}: top-1 {row["top1"]}  balanced accuracy {row["balanced_accuracy"]}  macro F1 {row["macro_f1"]}  '
-            f'{row["seconds"]} s',
-            flush=True,
-        )
+    make_output(args)
+    failed = work(args, filter(missing, [FIRST, *jobs]), missing)
     print('\n'.join(summary(read_rows(args.results_file, COLUMNS))))
     if failed:
-        raise UserError(f'{failed} runs failed; the same command makes them again')
+        raise UserError(f'{len(failed)} runs failed; the same command makes them again')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """experiments/elpv from end to end with a model of one block: pretraining, fine-tuning, rows."""
 
+import contextlib
 import csv
 import gzip
 import re
@@ -9,13 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip('sklearn')
 from programs import load_program
 from runs import write_images
 
-from evavit.errors import Preempted, run_script
+from evavit.errors import Preempted, UserError, run_script
 
 
 def write_fashion_mnist(folder, count=20):
@@ -71,11 +71,7 @@ def test_the_comparison_at_a_small_size(tmp_path, monkeypatch, capsys):
         'embed_dim=16',
         'num_heads=2',
     ]
-    threads = torch.get_num_threads()
-    try:
-        assert run_script(example.main, list(map(str, flags))) == 0, capsys.readouterr()
-    finally:
-        torch.set_num_threads(threads)
+    assert run_script(example.main, list(map(str, flags))) == 0, capsys.readouterr()
     with open(tmp_path / 'rows.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert sorted((row['task'], row['start']) for row in rows) == [
@@ -105,19 +101,61 @@ def test_data_that_is_not_there(tmp_path, capsys):
     assert 'experiments/elpv/build_data.py' in capsys.readouterr().err
 
 
-def test_a_signal_ends_all_runs(monkeypatch):
+FLAGS = dict.fromkeys(('epochs', 'pretrain_epochs', 'workers', 'pretrain_workers'), 1)
+OTHERS = dict.fromkeys(('data_dir', 'fashion_mnist'), Path())
+
+
+def test_a_signal_ends_all_runs(monkeypatch, tmp_path):
     example, begun = load_program('experiments/elpv/run.py'), []
+    jobs = [('type', 'resnet18', 'scratch', seed) for seed in range(3)]
 
     def run(job, args):
         begun.append(job)
-        raise Preempted('asked to stop') if job else ValueError('a run of its own')
+        raise Preempted('asked to stop') if job[3] else ValueError('a run of its own')
 
     monkeypatch.setattr(example, 'run', run)
+    args = SimpleNamespace(output=tmp_path, flags=[], **FLAGS, **OTHERS)
     with pytest.raises(Preempted):
-        list(example.work(SimpleNamespace(jobs=1), [0, 1], [2]))
-    assert begun == [0, 1]
-    counts = dict.fromkeys(('epochs', 'pretrain_epochs', 'workers', 'pretrain_workers'), 1)
-    args = SimpleNamespace(**counts, **dict.fromkeys(('output', 'data_dir', 'fashion_mnist'), Path()), flags=[])
-    for job in (('type', 'eva_deit_tiny', 'scratch', 0), example.FIRST):  # and go on
+        example.work(args, jobs, lambda job: True)
+    assert begun == jobs[:2]
+    for job in (jobs[0], example.FIRST):  # and go on
         flags = example.flags_of(job, args)
         assert flags[flags.index('--resume') + 1] == 'auto'
+
+
+def test_processes_share_the_runs(monkeypatch, tmp_path):
+    """A run of another process is left to it; what needs the pretraining waits for that, and a failed one ends it."""
+    example, made = load_program('experiments/elpv/run.py'), []
+    later, alone, other = [('type', 'eva_deit_tiny', start, 0) for start in (example.PRETRAINING, 'scratch', 'x')]
+    rows = {other}
+    args = SimpleNamespace(output=tmp_path)
+
+    def of_other(seconds):
+        assert made == [alone]
+        rows.add(example.FIRST)
+        stack.close()
+
+    monkeypatch.setattr(example, 'make', lambda job, args, failed: made.append(job))
+    monkeypatch.setattr(example.time, 'sleep', of_other)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(example.alone(tmp_path / f'{example.name_of(example.FIRST)}.lock'))
+        assert example.work(args, [example.FIRST, later, alone, other], lambda job: job not in rows) == []
+    assert made == [alone, later]
+    monkeypatch.setattr(example, 'make', lambda job, args, failed: failed.append(job))
+    assert example.work(args, [example.FIRST, later], lambda job: True) == [example.FIRST]
+
+
+def test_weights_are_there_until_the_row_is(monkeypatch, tmp_path):
+    example, job = load_program('experiments/elpv/run.py'), ('type', 'resnet18', 'scratch', 0)
+    weights = tmp_path / example.name_of(job) / 'last.safetensors'
+    weights.parent.mkdir()
+    weights.touch()
+    monkeypatch.setattr(example, 'run', lambda *_: dict.fromkeys(example.COLUMNS, 1))
+    monkeypatch.setattr(example, 'remove_checkpoints', lambda folder, weights: (folder / 'last.safetensors').unlink())
+    (tmp_path / 'rows.csv').mkdir()
+    args = SimpleNamespace(output=tmp_path, results_file=tmp_path / 'rows.csv')
+    with pytest.raises((OSError, UserError)):
+        example.make(job, args, [])
+    assert weights.exists()
+    example.make(job, SimpleNamespace(output=tmp_path, results_file=tmp_path / 'r.csv'), [])
+    assert not weights.exists() and (tmp_path / 'r.csv').exists()
