@@ -67,6 +67,8 @@ def judge(settings, k):
     asked, truth = features(model, eval_set, settings, config, process)
     if k > len(known):
         raise UserError(f'-k {k}: the training split has {len(known)} images')
+    if not len(asked):
+        raise UserError(f'--split {settings.data.split}: none of its images can be read; give another')
     guess = KNeighborsClassifier(k, metric='cosine', weights='distance').fit(known, labels).predict(asked)
     scores = (
         float((guess == truth.numpy()).mean()),

@@ -157,7 +157,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             )
         if args.encoder.startswith('tu-'):
             check_body(args.encoder.removeprefix('tu-'), path)
-        model = smp.create_model(args.decoder, args.encoder, classes=1, **weights(path))
+        model = smp.create_model(args.decoder, args.encoder, classes=1, **weights(path)).eval()
+        with torch.no_grad():
+            for size in ((SIDE, SIDE), (image.shape[1], image.shape[2] // 2)):  # of training, of judging
+                model(torch.zeros(1, 3, *size))
     except UserError as error:
         raise UserError(f'{asked}: {error}') from error
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:

@@ -87,6 +87,18 @@ def test_neighbours_of_features(tmp_path, capsys):
     assert '3 nearest of 17 images, 17 judged' in capsys.readouterr().out
 
 
+def test_a_split_without_an_image_is_a_line(tmp_path, capsys):
+    write_images(tmp_path / 'train', dict.fromkeys(CLASSES, 2))
+    write_images(tmp_path / 'validation', dict.fromkeys(CLASSES, 1))
+    for path in (tmp_path / 'validation').glob('*/*'):
+        path.write_bytes(b'no image')
+    flags = ['--model', 'eva_deit_tiny', '--model-kwargs', *(f'{name}={value}' for name, value in MODEL.items())]
+    flags += ['--data-dir', str(tmp_path), '--device', 'cpu', '--workers', '0', '-k', '3', '--max-bad-images', '1']
+    assert run_script(load_program('examples/knn.py').main, flags) == 2
+    err = capsys.readouterr().err
+    assert 'error: --split validation: none of its images can be read; give another' in err
+
+
 def test_the_seed_divides_a_folder_without_splits(tmp_path, monkeypatch):
     example, seeds = load_program('examples/knn.py'), []
     write_images(tmp_path, dict.fromkeys(CLASSES, 6))
