@@ -92,7 +92,7 @@ def rows_to_report(args, columns):
     return rows
 
 
-def drive(args, jobs, columns, run, says, state=None):
+def drive(args, jobs, columns, run, says, state=None, tidy=lambda job: None):
     """What --list asks for, or the runs. Arguments are those of `work`, and `state` is `state_of` unless some wait for
     others; UserError where a run failed."""
     state = state or (lambda job, rows: state_of(job, rows, args.output))
@@ -100,7 +100,7 @@ def drive(args, jobs, columns, run, says, state=None):
         rows = read_rows(args.results_file, columns)
         for job in jobs:
             print(f'{job.name:28} {state(job, rows)}')
-    elif failed := work(args, jobs, columns, state, run, says):
+    elif failed := work(args, jobs, columns, state, run, says, tidy):
         raise UserError(f'{failed} runs failed; the same command makes them again')
 
 
@@ -111,7 +111,7 @@ def state_of(job, rows, output):
     return 'started' if (output / job.name / 'last.pth.tar').exists() else 'to do'
 
 
-def work(args, jobs, columns, state, run, says):
+def work(args, jobs, columns, state, run, says, tidy):
     """The runs in their order, until the time is over. Returns the number that failed.
 
     Args:
@@ -121,6 +121,7 @@ def work(args, jobs, columns, state, run, says):
         state: From a job and the file's rows to its state.
         run: From a job, the rows and the seconds left (None: no end) to its row.
         says: From a row to what is printed of it.
+        tidy: Removes what a job's folder has that is of no use once its row is stored.
     """
     check_writable(args.results_file)
     beside(args, 'settings')
@@ -148,6 +149,7 @@ def work(args, jobs, columns, state, run, says):
                         break
                     store_rows(args.results_file, [row], columns, key=['run'])
                     print(f'{job.name}: {says(row)}', flush=True)
+                    tidy(job)
                     break
         else:  # every one of them is another process's, or there is none
             if not ready:
@@ -180,8 +182,9 @@ def attempt(job, args, run):
 
 
 def train_to_end(flags, folder, seconds_left):
-    """Train with these flags of train.py unless that is done. Raises Preempted where the time is over before."""
-    if finished(folder):
+    """Train with these flags of train.py unless that is done and the weights are there still. Raises Preempted where
+    the time is over before."""
+    if finished(folder) and (folder / 'last.safetensors').is_file():
         return
     began = time.monotonic()
     with stopping_after(seconds_left):

@@ -176,7 +176,6 @@ def run(job, args, seconds_left):
     settings, _ = parse_settings('train', flags)
     train_to_end(flags, folder, seconds_left)
     result = judge(folder / 'last.safetensors', args.data_dir, settings, folder)
-    remove_checkpoints(folder)  # of 80 runs they are gigabytes
     epochs, measured = of_training(job, args, settings, began)
     return dict(
         run=job.name,
@@ -240,6 +239,7 @@ def main(argv=None):
         COLUMNS,
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'top-1 {row["top1"]}, held {row["held_top1"]}, {row["seconds"]} s',
+        tidy=lambda job: remove_checkpoints(args.output / job.name),  # of 80 runs they are gigabytes
     )
 
 

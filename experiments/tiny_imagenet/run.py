@@ -197,8 +197,6 @@ def run(job, args, seconds_left):
     device = start_process(settings.machine.device).device
     window, cells = SIZES.get(job.cells, ('', ''))
     file = HERE / job.file if job.epochs == 0 else folder / 'args.yaml'
-    if job.name != PARENT.name:  # the checkpoints of 40 runs are gigabytes
-        remove_checkpoints(folder)
     return dict(
         run=job.name,
         model=settings.model.model,
@@ -217,6 +215,12 @@ def run(job, args, seconds_left):
         seconds=round(time.monotonic() - began, 1),
         **about(job, file, args, device),
     )
+
+
+def tidy(job, args):
+    """The checkpoints of 40 runs are gigabytes."""
+    if job.epochs != 0 and job.name != PARENT.name:
+        remove_checkpoints(args.output / job.name)
 
 
 def table(rows):
@@ -289,6 +293,7 @@ def main(argv=None):
         state=lambda job, rows: state(job, rows, args.output),
         run=lambda job, rows, left: run(resolve(job, rows), args, left),
         says=lambda row: f'top-1 {row["top1"]}, held {row["held_top1"] or "-"}, {row["seconds"]} s',
+        tidy=lambda job: tidy(job, args),
     )
 
 

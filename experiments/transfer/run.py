@@ -225,8 +225,6 @@ def run(job, args, seconds_left):
         found = dict(top1=result['top1'], balanced_accuracy=result['macro_recall'], images=result['images'])
         found['epochs'] = settings.schedule.epochs
         _, measured = of_training(job, args, settings, began)
-        # the checkpoints of a hundred runs are gigabytes; the pretrained weights stay
-        remove_checkpoints(folder, weights=bool(job.task))
     return dict(
         run=job.name,
         group=job.group,
@@ -239,6 +237,12 @@ def run(job, args, seconds_left):
         **found,
         **measured,
     )
+
+
+def tidy(job, args):
+    """The checkpoints of a hundred runs are gigabytes; the pretrained weights stay."""
+    if job.how != 'knn':
+        remove_checkpoints(args.output / job.name, weights=bool(job.task))
 
 
 def neighbours(settings, data_dir, split, folder):
@@ -315,6 +319,7 @@ def main(argv=None):
         state=lambda job, rows: state(job, rows, args.output),
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'top-1 {row["top1"]}, {row["seconds"]} s',
+        tidy=lambda job: tidy(job, args),
     )
 
 

@@ -188,7 +188,6 @@ def run(job, args, seconds_left):
             train_images_per_second=max(rates),
         )
         file = folder / 'args.yaml'
-        remove_checkpoints(folder)
     held = pictures_of(args.data_dir / 'held')[: args.pictures]
     patch, first = agreement(original, model, held, settings, batch, device)
     return dict(
@@ -276,6 +275,7 @@ def main(argv=None):
         COLUMNS,
         run=lambda job, rows, left: run(job, args, left),
         says=lambda row: f'patch tokens {row["patch_cosine"]}, class token {row["class_cosine"]}, {row["seconds"]} s',
+        tidy=lambda job: job.updates and remove_checkpoints(args.output / job.name),
     )
 
 

@@ -28,8 +28,8 @@ def args(tmp_path):
     return Namespace(output=tmp_path / 'runs', results_file=tmp_path / 'rows.csv', seconds=None, least=1, list=False)
 
 
-def drive(driver, args, run):
-    driver.drive(args, [Job('a')], ('run', 'top1'), run, says=lambda row: row['top1'])
+def drive(driver, args, run, **more):
+    driver.drive(args, [Job('a')], ('run', 'top1'), run, says=lambda row: row['top1'], **more)
 
 
 def test_a_log_is_written_behind_no_link(driver, args, tmp_path, capsys):
@@ -66,6 +66,13 @@ def keep_settings(driver, args, folder, text):
     kept = (folder / 'settings' / found['settings']).read_bytes()
     assert kept.decode() == text and hashlib.sha256(kept).hexdigest().startswith(found['settings_sha256'])
     return found['settings']
+
+
+def test_a_folder_is_tidied_once_its_row_is_stored(driver, args):
+    tidied = []
+    row = dict(run='a', top1=1)
+    drive(driver, args, lambda *_: row, tidy=lambda job: tidied.append(args.results_file.exists()))
+    assert tidied == [True]
 
 
 def test_settings_are_kept_behind_no_link(driver, args, tmp_path):

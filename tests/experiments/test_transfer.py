@@ -94,6 +94,18 @@ def test_a_run_of_each_kind(call, tmp_path, monkeypatch):
     assert 'runs.csv is of 1; give that' in call('--pretrain-epochs', 2, *elsewhere, code=2)
 
 
+def test_a_row_that_is_lost_is_made_again(call, tmp_path):
+    """Its weights went when it was stored: the run is trained once more."""
+    call('--only', 'cifar100-finetune-scratch-s0', *SMALL)
+    folder = tmp_path / 'runs' / 'cifar100-finetune-scratch-s0'
+    assert (folder / 'train_seconds').exists() and not list(folder.glob('last.*'))
+    (first,) = rows(tmp_path).values()
+    (tmp_path / 'runs' / 'runs.csv').unlink()
+    call('--only', 'cifar100-finetune-scratch-s0', *SMALL)
+    (again,) = rows(tmp_path).values()
+    assert again['top1'] == first['top1'] and not list(folder.glob('last.*'))
+
+
 def test_the_other_starts(call, tmp_path):
     """The softmax twin, the DeiT as it is converted, and no weights at all."""
     names = ['cifar10-finetune-softmax-s0', 'elpv-linear-converted-s0', 'cifar100-finetune-converted-s0']
