@@ -45,7 +45,10 @@ def features(model, dataset, settings, config, process):
             found.append(model(images)[readable].float().cpu())  # the model has no classifier
         labels.append(target[readable].cpu())
     dataset.bad.review(process)  # names them; too many, by --max-bad-images, are an error
-    return torch.cat(found), torch.cat(labels)
+    features = torch.cat(found)
+    if not features.isfinite().all():
+        raise UserError('the features of the model are not finite; check its weights, or leave --amp out')
+    return features, torch.cat(labels)
 
 
 def judge(settings, k):

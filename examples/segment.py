@@ -163,7 +163,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                 model(torch.zeros(1, 3, *size))
     except UserError as error:
         raise UserError(f'{asked}: {error}') from error
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # timm's and smp's models have one each
         hint = '' if path and 'pvt' in args.encoder else '; a pyramid is needed, such as tu-eva_pvt_v2_b3'
         raise UserError(f'{asked}: {first_line(error)}{hint}') from error
     begin = time.time()

@@ -118,6 +118,7 @@ def test_images_are_those_of_a_file_of_timms_own_model(tmp_path):
         ('segment', ['--encoder', 'tu-eva_deit_tiny'], ['tu-eva_deit_tiny', 'a pyramid is needed']),
         ('segment', ['--encoder', 'tu-eva_pvt_v2_b9'], ['eva_pvt_v2_b9']),
         ('segment', ['--encoder', 'tu-swin_tiny_patch4_window7_224'], ['swin_tiny', 'Input height (128)']),
+        ('segment', ['--encoder', 'tu-nest_tiny'], ['nest_tiny', 'a pyramid is needed']),
         *(
             (name, ['--steps', text], ['--steps', text])
             for name in ('segment', 'detect')

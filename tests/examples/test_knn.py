@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 
 import pytest
 import timm
@@ -87,7 +88,7 @@ def test_neighbours_of_features(tmp_path, capsys):
     assert '3 nearest of 17 images, 17 judged' in capsys.readouterr().out
 
 
-def test_a_split_without_an_image_is_a_line(tmp_path, capsys):
+def test_a_split_without_an_image_and_features_that_are_not_finite_are_a_line(tmp_path, capsys):
     write_images(tmp_path / 'train', dict.fromkeys(CLASSES, 2))
     write_images(tmp_path / 'validation', dict.fromkeys(CLASSES, 1))
     for path in (tmp_path / 'validation').glob('*/*'):
@@ -97,6 +98,11 @@ def test_a_split_without_an_image_is_a_line(tmp_path, capsys):
     assert run_script(load_program('examples/knn.py').main, flags) == 2
     err = capsys.readouterr().err
     assert 'error: --split validation: none of its images can be read; give another' in err
+    shutil.copytree(tmp_path / 'train', tmp_path / 'validation', dirs_exist_ok=True)
+    state = timm.create_model('eva_deit_tiny', **MODEL).state_dict()
+    save_file({key: value * 1e30 for key, value in state.items()}, tmp_path / 'w.safetensors')
+    assert run_script(load_program('examples/knn.py').main, [*flags, '--weights', str(tmp_path / 'w.safetensors')]) == 2
+    assert 'the features of the model are not finite; check its weights' in capsys.readouterr().err
 
 
 def test_the_seed_divides_a_folder_without_splits(tmp_path, monkeypatch):
