@@ -8,7 +8,7 @@ import inspect
 import logging
 import shlex
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -116,7 +116,16 @@ def starting_file(config: TrainConfig) -> Optional[str]:
 def initial_model(config: TrainConfig, num_classes: int) -> Tuple[Any, Dict[str, Any]]:
     """The model on the CPU with the weights it starts from, the same in every process, and its data settings."""
     random_seed(config.run.seed)
-    return _make(config, num_classes)
+    try:
+        return _make(config, num_classes)
+    except UserError as error:
+        path, line = starting_file(config), None
+        if path and path in str(error):  # its weights do not fit, or cannot be read
+            with suppress(UserError):
+                line = other_model(path, contents.origin(path), config.model)
+        if not line:
+            raise
+        raise type(error)(f'{error}. {line}') from error
 
 
 def _make(config: TrainConfig, num_classes: int, device: Any = None) -> Tuple[Any, Dict[str, Any]]:

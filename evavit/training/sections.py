@@ -17,6 +17,7 @@ from evavit.errors import UserError
 
 MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')  # of torch.compile's Inductor
 BREAKS = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')  # what would break a line in two, or not be seen
+WITHOUT_POINT = re.compile(r'[+-]?\d{1,9}[eE][+-]?\d{1,9}', re.ASCII)  # a number, which YAML reads as a text
 LONGEST_SIDE = 10**5  # pixels of an image
 LONGEST = 4096  # characters of a text: Linux takes no longer path
 MOST_VALUES = 1_000_000  # in a checkpoint's settings; each counts as often as it is referred to
@@ -119,7 +120,7 @@ class Option:
                         f'{self.name}: {key}={shown(item)} is nothing that a checkpoint keeps; give true, false, null, '
                         f'a number below 2^63, a text, or a list or dictionary of these'
                     )
-            return dict(value)
+            return {key: float(item) if WITHOUT_POINT.fullmatch(str(item)) else item for key, item in value.items()}
         if self.type is bool:
             if not isinstance(value, bool):
                 raise ValueError

@@ -90,6 +90,10 @@ def test_a_start_from_a_file_of_another_model_is_told(train, call, images, tmp_p
         assert f'to go on with its own, give {" ".join(own)}' in out
     code, out, err = call('train', *MODEL, *QUICK, *place, '--pretrained-path', converted)
     assert code == 0 and f'warning: {file} holds weights of another model' in out + err, out + err
+    for dry in ([], ['--dry-run']):  # weights that do not fit
+        flags = [*MODEL, '--model-kwargs', 'embed_dim=24', *QUICK, *place, '--pretrained-path', converted, *dry]
+        code, out, err = call('train', *flags)
+        assert code == 2 and err.count('\n') == 1 and f'to go on with its own, give {" ".join(own)}' in err, err
     for flags in (own, [*VIT, *words('--convert eva --convert-kwargs partition_grid=2 --img-size 16')]):
         call_flags = [*flags, *QUICK, '--data-dir', images, '--pretrained-path', converted]
         code, out, err = call('train', *call_flags, '--dry-run')

@@ -45,6 +45,12 @@ def test_model_kwargs_join_key_by_key(config):
     assert settings['model_kwargs'] == dict(window_size=7, depth=4, act_layer='gelu', qkv_bias=False)
 
 
+def test_a_number_without_a_point_is_one_for_the_model(config):
+    """As a flag gives it; YAML 1.1 reads a text. A run may be called so."""
+    settings = settings_of('-c', config('experiment: 1e5\nmodel_kwargs: {init_values: 1e-5, act_layer: gelu}\n'))
+    assert settings['model_kwargs'] == dict(init_values=1e-5, act_layer='gelu') and settings['experiment'] == '1e5'
+
+
 def test_yaml_takes_what_flags_take(config):
     # YAML 1.1 reads 3e-4 as text
     text = "lr: 3e-4\nepochs: '10'\nmean: ['0.5', 1, 0.25]\nlr_base: 1\nmodel: resnet18\n"
