@@ -202,6 +202,15 @@ def check_writable(path: Path) -> None:
         raise UserError(f'--results-file {path} cannot be written ({error.strerror}); name another file') from None
 
 
+def check_place(path: Path) -> None:
+    """UserError where a file of this name could not be written: its folder, or the one to make that in, is none or may
+    not be written to. Nothing is made."""
+    folder = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        why = 'may not be written to' if folder.is_dir() else 'is no folder'
+        raise UserError(f'{path}: cannot be written ({folder} {why}); name another place')
+
+
 def check_replaced(path: Path, is_own: Callable[[List[str], List[Row]], bool]) -> None:
     """Find out before anything is computed whether a table may take the place of the file that has its name.
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from timm.data import CustomDatasetInfo, DatasetInfoLabelMapper, ImageNetInfo, infer_imagenet_subset
 
-from evavit.bench.results import check_replaced, place_of
+from evavit.bench.results import check_place, check_replaced, place_of
 from evavit.errors import UserError, encodable, first_line, printable, reason_of
 from evavit.files import holds, remove_marked, replacing, replacing_in
 from evavit.maps import attention_maps, attention_rollout, overlay_attention
@@ -69,6 +69,7 @@ def infer(config: InferenceConfig, given: Set[str], watchdog: Watchdog) -> None:
     check_columns(config.results, formats, name_class is not None, model.num_classes)
     base = results_base(config, model, data_config)
     for form in formats:
+        check_place(Path(f'{base}{ENDINGS[form]}'))
         check_replaced(Path(f'{base}{ENDINGS[form]}'), functools.partial(_are_own, results=config.results))
     pictures: Optional[AttentionPictures] = None
     if config.results.include_attention:

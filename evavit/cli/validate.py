@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 import torch
 
 from evavit.bench.clocks import median_seconds
-from evavit.bench.results import check_replaced, place_of
+from evavit.bench.results import check_place, check_replaced, place_of
 from evavit.errors import LocalError, SharedError, UserError, encodable, reason_of
 from evavit.files import replacing, stored_digest
 from evavit.training import build, checks, contents, data, held_out, loop, report
@@ -172,11 +172,13 @@ def check_settings(config: ValidateConfig) -> None:
     if results and Path(results).suffix not in ('.csv', '.json'):
         raise UserError(f'--results-file {results}: the name must end in .csv or .json')
     if results:
+        check_place(Path(results))
         check_replaced(Path(results), _is_own)
     if config.run.report_dir:
         if os.path.lexists(config.run.report_dir) and not os.path.isdir(config.run.report_dir):
             raise UserError(f'--report-dir {config.run.report_dir}: is no folder; name another one')
         for name in (*report.TABLES, report.PICTURE):
+            check_place(Path(config.run.report_dir, name))
             check_report_file(Path(config.run.report_dir, name))
         if results and Path(results).resolve() in [
             Path(config.run.report_dir, name).resolve() for name in report.TABLES

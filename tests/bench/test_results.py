@@ -11,6 +11,7 @@ from evavit.bench.results import (
     ADDED,
     COLUMNS,
     ORIGIN,
+    check_place,
     check_replaced,
     check_writable,
     is_done,
@@ -191,3 +192,14 @@ def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path):
         for check in (check_writable, lambda path: check_replaced(path, lambda *_: True)):
             with pytest.raises(UserError, match=f'link.{ending}'):
                 check(path)
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path, monkeypatch):
+    check_place(tmp_path / 'new' / 'newer' / 'x.csv')
+    assert not list(tmp_path.iterdir())
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match=r'x\.csv: cannot be written \(.*/file is no folder\); name another place'):
+        check_place(tmp_path / 'file' / 'new' / 'x.csv')
+    monkeypatch.setattr(os, 'access', lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match=r'may not be written to\)'):
+        check_place(tmp_path / 'x.csv')

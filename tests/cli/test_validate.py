@@ -380,6 +380,15 @@ ADDED_JSON = (
 OTHERS = [('val.csv', 'model,accuracy\nx,1\n'), ('val.csv', TIMM), ('val.json', '{"mine": 1}')]
 
 
+def test_results_below_a_file_are_told_before_the_work(train, call, images, tmp_path):
+    (tmp_path / 'file').touch()
+    run = train('run')
+    for name in ('--results-file', tmp_path / 'file' / 'val.csv'), ('--report-dir', tmp_path / 'file' / 'report'):
+        code, out, err = call('validate', '--checkpoint', run, '--data-dir', images, '--workers', '0', *name)
+        assert code == 2 and err.count('\n') == 1 and 'file is no folder); name another place' in err, err
+        assert 'top-1' not in out
+
+
 @pytest.mark.parametrize('name, content', OTHERS)
 def test_a_results_file_of_others_is_not_replaced(train, call, images, tmp_path, name, content):
     path = tmp_path / name
