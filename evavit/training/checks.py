@@ -56,6 +56,8 @@ def check_settings(config: TrainConfig) -> None:
             raise UserError(f'{name} {alpha:g}: must be 0, which is off, or {LEAST_ALPHA:g} or more')
     if config.loss.smoothing >= 1:
         raise UserError(f'smoothing {config.loss.smoothing:g} leaves nothing of the label: it must be less than 1')
+    if config.model.drop == 1:
+        raise UserError('drop 1 leaves nothing to classify: it must be less than 1')
     _check_run(config.run)
     _check_distillation(config.distil, config.model)
     if config.loss.mixup_off_epoch and not mixes(config.loss):

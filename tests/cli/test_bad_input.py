@@ -75,6 +75,7 @@ TRAIN = {
     'four channels': (['--model-kwargs', 'in_chans=4'], ['4 image channels', '1 or 3']),
     'four channels of input': (['--input-size', '4', '16', '16'], ['4 image channels', '1 or 3']),
     'smoothing away the label': (['--smoothing', '1'], ['smoothing 1', 'less than 1']),
+    'dropping all features': (['--drop', '1'], ['drop 1', 'less than 1']),
     'one beta': (['--opt-betas', '0.9'], ['opt_betas [0.9]', '2 numbers']),
     'three betas': (['--opt-betas', '0.9', '0.99', '0.999'], ['opt_betas', '2 numbers']),
     'second-order optimizer': (['--opt', 'adahessian'], ['adahessian', '--opt']),
