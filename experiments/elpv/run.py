@@ -289,6 +289,14 @@ def main(argv=None):
     jobs = [(task, *arm, seed) for seed in range(args.seeds) for task in TASKS for arm in ARMS]
     check_writable(args.results_file)
     make_output(args)
+    known = {int(row['epochs']) for row in read_rows(args.results_file, COLUMNS) if row['task'] == PRETRAINING}
+    if (file := args.output / name_of(FIRST) / 'args.yaml').exists():
+        known.add(parse_settings('train', ['-c', str(file)])[0].schedule.epochs)
+    if other := known - {args.pretrain_epochs}:
+        raise UserError(
+            f'--pretrain-epochs {args.pretrain_epochs}: {args.output} or {args.results_file} is of {min(other)}; give '
+            f'that, or name another folder and file'
+        )
     failed = work(args, filter(missing, [FIRST, *jobs]), missing)
     print('\n'.join(summary(read_rows(args.results_file, COLUMNS))))
     if failed:

@@ -92,6 +92,9 @@ def test_the_comparison_at_a_small_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, 'run', lambda *_: pytest.fail('a run was made again'))
     assert run_script(example.main, list(map(str, flags))) == 0
     assert 'balanced_accuracy' in capsys.readouterr().out
+    flags[flags.index('--pretrain-epochs') + 1] = '2'
+    assert run_script(example.main, list(map(str, flags))) == 2
+    assert '--pretrain-epochs 2: ' in (line := capsys.readouterr().err) and ' is of 1; give that' in line
 
 
 def test_data_that_is_not_there(tmp_path, capsys):
