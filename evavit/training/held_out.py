@@ -24,7 +24,10 @@ def take_held_out(config: ValidateConfig, given: Set[str], held: Dict[str, Any])
     if same and 'val_fraction' not in given and not _is_another_split(config, train_split, 'split' in given):
         config.data.val_fraction, config.data.train_split = share, train_split
     if config.data.val_fraction is None:
-        if 'split' not in given:
+        folder = Path(config.data.data_dir or '').absolute()
+        if folder.name == train_split and folder_digest(str(folder.parent)) == held.get('data_dir_sha256'):
+            log.warning(f'warning: the run divided {folder}: of these images it has seen most in training')
+        elif 'split' not in given:
             log.warning(
                 f'warning: the run held out {share:g} of its data for validation, and this is another folder, taken '
                 f'whole; if it is a copy, add --val-fraction {share:g}'

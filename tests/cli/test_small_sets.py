@@ -137,6 +137,10 @@ def test_a_split_that_is_asked_for_is_judged_whatever_the_run_held_out(run, call
     assert judge('--split', 'test') == ['3']
     line = judge('--split', 'train')
     assert f'divided train when it had none; give --data-dir {folder}/train to judge it whole' in line, line
+    place = '--checkpoint', tmp_path / 'run', '--workers', '0', '--data-dir', folder / 'train'
+    code, out, err = call('validate', *place)
+    assert code == 0 and '(17 images)' in out and 'of these images it has seen most' in out + err, out + err
+    assert 'another folder' not in out + err
     assert run('flat', '--epochs', '1', data=undivided)[0] == 0
     write_images(undivided / 'val', dict.fromkeys(CLASSES, 2))
     place = '--checkpoint', tmp_path / 'flat', '--workers', '0', '--data-dir', undivided
