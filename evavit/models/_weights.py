@@ -535,7 +535,7 @@ def _check_names(state: Weights, own: Weights, kind: str) -> None:
             more = f' and {len(names) - 1} more' if len(names) > 1 else ''
             hint = "the model's name and its arguments"
             hint = 'init_values=1e-5, for LayerScale' if '.ls1.' in names[0] else hint
-            hint = 'qk_norm and scale_attn_norm' if '_norm.' in names[0] or '.attn.norm.' in names[0] else hint
+            hint = 'qk_norm and scale_attn_norm' if re.search(r'\.attn\.([qk]_)?norm\.', names[0]) else hint
             raise RuntimeError(f'the file does not fit this {kind}: it {what} {names[0]}{more}; check {hint}')
 
 

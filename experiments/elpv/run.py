@@ -132,6 +132,10 @@ def run(job, args):
     flags = flags_of(job, args)
     settings, _ = parse_settings('train', flags)
     folder = Path(settings.run.output, settings.run.experiment)
+    if (file := folder / 'args.yaml').exists():
+        begun = parse_settings('train', ['-c', str(file)])[0].schedule.epochs
+        if begun != settings.schedule.epochs:
+            raise UserError(f'{folder} is of {begun} epochs; give that, or name another --output')
     with append_to(folder.with_suffix('.log')) as log, contextlib.redirect_stdout(log):
         train.main(flags)
         row, device = judge(folder)
@@ -281,7 +285,10 @@ def main(argv=None):
         """No row yet; of the pretraining also where a run to come needs its weights, and they are gone."""
         done = {tuple(row[name] for name in KEY) for row in read_rows(args.results_file, COLUMNS)}
         epochs = args.pretrain_epochs if job == FIRST else args.epochs
-        if tuple(map(str, (*job, epochs, commit))) not in done:
+        own = tuple(map(str, (*job, epochs, commit)))
+        if job == FIRST:  # its weights stay, so they are those of the commit that trained them
+            done, own = {key[:-1] for key in done}, own[:-1]
+        if own not in done:
             return True
         weights = args.output / name_of(FIRST) / 'last.safetensors'
         return job == FIRST and not weights.exists() and any(job[2] == PRETRAINING for job in filter(missing, jobs))
@@ -290,12 +297,10 @@ def main(argv=None):
     check_writable(args.results_file)
     make_output(args)
     known = {int(row['epochs']) for row in read_rows(args.results_file, COLUMNS) if row['task'] == PRETRAINING}
-    if (file := args.output / name_of(FIRST) / 'args.yaml').exists():
-        known.add(parse_settings('train', ['-c', str(file)])[0].schedule.epochs)
     if other := known - {args.pretrain_epochs}:
         raise UserError(
-            f'--pretrain-epochs {args.pretrain_epochs}: {args.output} or {args.results_file} is of {min(other)}; give '
-            f'that, or name another folder and file'
+            f'--pretrain-epochs {args.pretrain_epochs}: {args.results_file} is of {min(other)}; give that, or name '
+            f'another file and --output'
         )
     failed = work(args, filter(missing, [FIRST, *jobs]), missing)
     print('\n'.join(summary(read_rows(args.results_file, COLUMNS))))

@@ -89,12 +89,19 @@ def test_the_comparison_at_a_small_size(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / 'runs' / 'type-eva_deit_tiny-scratch-0').glob('*.pth.tar'))
     # Once more: nothing is left to do.
     capsys.readouterr()
+    run = example.run
     monkeypatch.setattr(example, 'run', lambda *_: pytest.fail('a run was made again'))
     assert run_script(example.main, list(map(str, flags))) == 0
     assert 'balanced_accuracy' in capsys.readouterr().out
     flags[flags.index('--pretrain-epochs') + 1] = '2'
     assert run_script(example.main, list(map(str, flags))) == 2
     assert '--pretrain-epochs 2: ' in (line := capsys.readouterr().err) and ' is of 1; give that' in line
+    monkeypatch.setattr(example, 'run', run)
+    flags[flags.index('--pretrain-epochs') + 1] = '1'
+    flags[flags.index('--epochs') + 1] = '2'
+    (tmp_path / 'rows.csv').write_text(''.join((tmp_path / 'rows.csv').read_text().splitlines(True)[:2]))
+    assert run_script(example.main, list(map(str, flags))) == 2
+    assert 'type-eva_deit_tiny-scratch-0 is of 1 epochs; give that, or name another' in capsys.readouterr().out
 
 
 def test_data_that_is_not_there(tmp_path, capsys):
