@@ -296,7 +296,8 @@ def _range(option, rng):
     if not bounds:
         return None
     sign, bound = rng.choice(bounds)
-    step = rng.choice((1, 1000)) if option.type is int else rng.choice((1e-3, 0.5, 1e6))
+    # Beside 1e30 a step of 1 is none.
+    step = rng.choice((1, 1000)) if option.type is int else rng.choice((1e-3, 0.5, 1e6)) * max(1, abs(bound))
     return _either(option, _listed(option, bound + sign * step), rng)
 
 
