@@ -393,8 +393,7 @@ def claims() -> str:
 
 def missing() -> str:
     """The runs that would answer what is open: how many there are figures of, and what the others take."""
-    stored = [row for rows in from_scratch().values() for row in rows]
-    timed = pages.pick(stored, commit=TIMED)
+    timed = [row for rows in from_scratch().values() for row in pages.pick(rows, commit=TIMED)]
     minutes = [float(row['seconds']) / 60 for row in timed]
     lines, known = [], 0.0
     for experiment in EXPERIMENTS:

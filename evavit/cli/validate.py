@@ -177,8 +177,8 @@ def check_settings(config: ValidateConfig) -> None:
     if config.run.report_dir:
         if os.path.lexists(config.run.report_dir) and not os.path.isdir(config.run.report_dir):
             raise UserError(f'--report-dir {config.run.report_dir}: is no folder; name another one')
+        check_place(Path(config.run.report_dir, report.PICTURE))
         for name in (*report.TABLES, report.PICTURE):
-            check_place(Path(config.run.report_dir, name))
             check_report_file(Path(config.run.report_dir, name))
         if results and Path(results).resolve() in [
             Path(config.run.report_dir, name).resolve() for name in report.TABLES

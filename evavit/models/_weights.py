@@ -322,16 +322,15 @@ def _add_fresh(state: Weights, model: 'GridModel', new_head: bool) -> Dict[str, 
     for name, attn in model.named_modules():
         if f'{name}.qkv.weight' not in state or not hasattr(attn, 'attend'):
             continue
-        there = {key[len(name) + 1 :].partition('.')[0] for key in state if key.startswith(f'{name}.')}
+        given, within = ([key[len(name) + 1 :] for key in keys if key.startswith(f'{name}.')] for keys in (state, own))
         # A part, such as summary_q, is added whole: of one that is there a tensor was lost.
-        missing = [
-            key for key in own if key.startswith(f'{name}.') and key[len(name) + 1 :].partition('.')[0] not in there
-        ]
+        there = {key.partition('.')[0] for key in given}
+        missing = [key for key in within if key.partition('.')[0] not in there]
         start: Weights = {}
         if isinstance(attn, EvaAttention) and missing:
             start = _start_attention(name, attn, state, model.block_grid(name))
-        for key in missing:
-            part = key[len(name) + 1 :]
+        for part in missing:
+            key = f'{name}.{part}'
             if part in start:
                 state[key], fresh[key] = start[part], 'starts near softmax attention'
             elif not part.startswith(('qkv.', 'proj.', 'q_norm.', 'k_norm.', 'norm.')):
